@@ -1,0 +1,1 @@
+"""Graphs to a running engine: bundle manifest, sessions, continuous-batching decoder runtime."""

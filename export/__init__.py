@@ -1,0 +1,1 @@
+"""Checkpoint to graphs: reader of Hugging Face checkpoints, authors of the vision and decoder graphs."""
