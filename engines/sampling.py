@@ -1,0 +1,138 @@
+"""Next token from a row of logits: repetition penalty, temperature, top-p, one seeded generator per request.
+
+Order and arithmetic are those of the logits processors of `transformers.generate`; the draw itself is our own
+(inverse CDF), since a seed cannot give the same draw in two libraries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cxr_triton.errors import InvalidRequest
+
+GREEDY_BELOW_TEMPERATURE = 1e-4  # Qwen's generation_config asks for greedy decoding by temperature 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a request's tokens are chosen and when it ends.
+
+    Parameters
+    ----------
+    max_new_tokens : int
+        Most tokens to generate, the end-of-sequence token included; at least 1.
+    temperature : float
+        Below 1e-4 the most likely token is taken (greedy).
+    top_p : float
+        Smallest set of most likely tokens whose probability reaches it; in (0, 1], 1 keeps all.
+    repetition_penalty : float
+        Over prompt and generated ids (arXiv 1909.05858, section 4.1); 1 is off.
+    seed : int, optional
+        Of the request's own generator; None draws a fresh one.
+    stop : tuple of str
+        The text ends before the first of these.
+    eos_token_ids : tuple of int
+        Tokens that end the generation.
+
+    Raises
+    ------
+    InvalidRequest
+        A value is out of its range.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        for name, holds, allowed in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "more than 0"),
+            ("seed", self.seed is None or self.seed >= 0, "0 or more"),
+            ("stop", all(self.stop), "strings that are not empty"),
+        ):
+            if not holds:
+                raise InvalidRequest(f"sampling: {name} is {getattr(self, name)!r}, must be {allowed}")
+
+
+class Sampler:
+    """State of one request's sampling: its generator and the ids that it has seen.
+
+    Parameters
+    ----------
+    sampling : Sampling
+    prompt_ids : (S,) int64 array
+        Prompt, image pads included: transformers penalizes them too.
+    """
+
+    def __init__(self, sampling: Sampling, prompt_ids: np.ndarray):
+        self.sampling = sampling
+        self._penalty = np.float32(sampling.repetition_penalty)
+        self._seen = set(np.unique(prompt_ids).tolist()) if self._penalty != 1 else None
+        self._seen_ids = np.fromiter(self._seen, np.int64) if self._seen else np.empty(0, np.int64)
+        self._greedy = sampling.temperature < GREEDY_BELOW_TEMPERATURE
+        self._generator = None if self._greedy else np.random.default_rng(sampling.seed)
+
+    def sample(self, logits: np.ndarray) -> int:
+        """The next token id.
+
+        Parameters
+        ----------
+        logits : (vocab,) float32 array
+            Overwritten where the repetition penalty applies.
+        """
+        if self._seen is not None:
+            scores = logits[self._seen_ids]
+            logits[self._seen_ids] = np.where(scores < 0, scores * self._penalty, scores / self._penalty)
+        token = int(logits.argmax()) if self._greedy else self._draw(logits)
+        if self._seen is not None and token not in self._seen:
+            self._seen.add(token)
+            self._seen_ids = np.append(self._seen_ids, token)
+        return token
+
+    def _draw(self, logits: np.ndarray) -> int:
+        ids, probabilities = nucleus(logits, self.sampling.temperature, self.sampling.top_p)
+        cumulative = np.cumsum(probabilities)
+        position = np.searchsorted(cumulative, self._generator.random() * cumulative[-1], side="right")
+        return int(ids[min(position, len(ids) - 1)])
+
+
+def nucleus(logits: np.ndarray, temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray]:
+    """Ids that top-p keeps, in a stable order, and their probabilities before renormalization.
+
+    Parameters
+    ----------
+    logits : (vocab,) float32 array
+    temperature : float
+        More than 0.
+    top_p : float
+        In (0, 1].
+
+    Returns
+    -------
+    ids : (kept,) int64 array
+    probabilities : (kept,) float64 array
+    """
+    scaled = logits.astype(np.float64) / temperature
+    probabilities = np.exp(scaled - scaled.max())
+    probabilities /= probabilities.sum()
+    if top_p >= 1:
+        return np.arange(len(probabilities)), probabilities
+    # Tokens this rare cannot reach 1 - top_p all together: they are out, and only the others need sorting.
+    candidates = np.flatnonzero(probabilities >= (1 - top_p) / len(probabilities))
+    ascending = candidates[np.argsort(probabilities[candidates], kind="stable")]
+    rest = max(0.0, 1.0 - probabilities[ascending].sum())
+    kept = rest + np.cumsum(probabilities[ascending]) > 1 - top_p
+    kept[-1] = True
+    ids = ascending[kept][::-1]
+    return ids, probabilities[ids]
