@@ -1,0 +1,390 @@
+"""What differs between models: prompts, modes, pixel budget, decoding defaults, answer grammar, licence.
+
+A profile is YAML, one of the bundled `profile_names()` or a file of the user's own; `load_profile` gives it back
+frozen and validated. Token ids are no part of a profile: they come from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from cxr_triton.errors import InvalidProfile, UnsupportedCheckpoint, unknown_key
+
+PROFILES = Path(__file__).with_name("profiles")
+UNIT_PX = 28
+"""Side of a merge unit: 2 x 2 patches of 14 px (`spatial_merge_size`, `patch_size` of Qwen2.5-VL)."""
+WINDOW_UNITS = 4
+"""Side of an attention window in merge units: 112 px (`window_size` of Qwen2.5-VL)."""
+
+ANSWERS = ("labels", "prose", "option", "boxes", "text")
+GRAMMARS = ("think_answer", "boxed", "plain")
+PRESETS = ("mimic_jpg", "voi_display")
+IMAGE_ORDERS = ("prior_first",)
+PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+def _range(low: float, high: float, **kwargs) -> typing.Any:
+    return field(metadata={"range": (low, high)}, **kwargs)
+
+
+def _one_of(values: tuple[str, ...], **kwargs) -> typing.Any:
+    return field(metadata={"one_of": values}, **kwargs)
+
+
+class _Checked:
+    """Checks the ranges that the fields declare."""
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if "range" in f.metadata:
+                low, high = f.metadata["range"]
+                if not low <= value <= high:
+                    raise InvalidProfile(f"{f.name}: {value!r} is outside {low} to {high}")
+            if "one_of" in f.metadata and value not in f.metadata["one_of"]:
+                raise InvalidProfile(f"{f.name}: {value!r} is none of {', '.join(f.metadata['one_of'])}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Licence(_Checked):
+    """Licence of the weights, and where it is stated."""
+
+    name: str
+    stated: str
+    non_commercial: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(_Checked):
+    """One thing a model can be asked.
+
+    Attributes
+    ----------
+    prompt : str
+        Verbatim training prompt; ``{word}`` is a placeholder that the request's variables fill.
+    answer : str
+        What the answer is: ``labels`` of the vocabulary, ``prose``, ``option`` (letters or yes/no), ``boxes``, or
+        ``text`` (anything; a missing grammar is no error).
+    follow_up : bool
+        The prompt continues a conversation, so the request needs a history.
+    """
+
+    prompt: str
+    answer: str = _one_of(ANSWERS)
+    description: str
+    min_images: int = _range(0, 16, default=1)
+    max_images: int = _range(0, 16, default=1)
+    follow_up: bool = False
+
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        """Names of the placeholders, in order of appearance."""
+        return tuple(dict.fromkeys(PLACEHOLDER.findall(self.prompt)))
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.prompt.strip():
+            raise InvalidProfile("prompt: is empty")
+        if self.min_images > self.max_images:
+            raise InvalidProfile(f"min_images: {self.min_images} is more than max_images {self.max_images}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode(_Checked):
+    """How a model is asked to answer: the text appended to a task's prompt and the grammar that it calls for."""
+
+    description: str
+    grammar: str = _one_of(GRAMMARS)
+    suffix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding(_Checked):
+    """Decoding defaults; temperature 0 is greedy, repetition penalty 1 is none."""
+
+    max_new_tokens: int = _range(1, 32768)
+    temperature: float = _range(0.0, 2.0, default=0.0)
+    top_p: float = _range(1e-3, 1.0, default=1.0)
+    repetition_penalty: float = _range(0.5, 2.0, default=1.0)
+
+    def merge_generation_config(self, generation_config: dict) -> Decoding:
+        """These defaults with the repetition penalty of a checkpoint's ``generation_config.json``.
+
+        The file's ``do_sample`` and ``temperature`` do not win: both models ship the base model's sampling at
+        temperature 1e-6, which is greedy, and a profile says greedy as temperature 0.
+        """
+        penalty = generation_config.get("repetition_penalty")
+        if penalty is None:
+            return self
+        low, high = 0.5, 2.0
+        if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not low <= penalty <= high:
+            raise UnsupportedCheckpoint(
+                f"generation_config.json: repetition_penalty is {penalty!r}, allowed {low} to {high}; correct the file"
+            )
+        return dataclasses.replace(self, repetition_penalty=float(penalty))
+
+
+def eos_token_ids(generation_config: dict, config: dict) -> tuple[int, ...]:
+    """Ids that end an answer, from ``generation_config.json``, else from ``config.json`` (flat or nested)."""
+    nested = config.get("text_config") or {}
+    for source in (generation_config, config, nested):
+        ids = source.get("eos_token_id")
+        if ids is None:
+            continue
+        ids = tuple(ids) if isinstance(ids, list) else (ids,)
+        if ids and all(type(i) is int and i >= 0 for i in ids):
+            return ids
+        raise UnsupportedCheckpoint(f"eos_token_id is {list(ids)!r}, expected one or more token ids; correct the file")
+    raise UnsupportedCheckpoint("neither generation_config.json nor config.json has eos_token_id; add it")
+
+
+@functools.lru_cache
+def grids(min_pixels: int, max_pixels: int, max_aspect_ratio: float) -> tuple[tuple[int, int], ...]:
+    """Every image grid, in merge units with rows <= columns, that the model's resize can give.
+
+    Resize rounds each side to a multiple of 28 px, scales down with floor when the area is over the budget and up with
+    ceil when it is under (Qwen2-VL's ``smart_resize``). So the sides before that step lie up to half a unit (round) or
+    one unit (floor, with the budget as product; ceil, with the minimum as product) off the grid.
+    """
+    budget, minimum = max_pixels / UNIT_PX**2, min_pixels / UNIT_PX**2
+    found = []
+    for r in range(1, math.isqrt(int(budget)) + 3):
+        for c in range(r, int(max_aspect_ratio * (r + 1)) + 2):
+            # Each is the least aspect ratio that gives the grid by that way.
+            rounded = floored = ceiled = math.inf
+            if minimum <= r * c <= budget:
+                rounded = (c - 0.5) / (r + 0.5)
+            if r * c <= budget < (r + 1) * (c + 1):
+                floored = max(c / (r + 1), c * c / budget, budget / (r + 1) ** 2)
+            if (r - 1) * (c - 1) < minimum <= r * c:
+                ceiled = max((c - 1) / r, (c - 1) ** 2 / minimum, minimum / r**2)
+            if min(rounded, floored, ceiled) <= max_aspect_ratio:
+                found.append((r, c))
+    return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelProfile(_Checked):
+    """Everything that differs between two models of the same architecture.
+
+    Attributes
+    ----------
+    checkpoint_id, revision : str
+        Hub repository of the weights and the revision that the facts were taken from.
+    system_prompt : str or None
+        None leaves the system line to the checkpoint's chat template.
+    min_pixels, max_pixels : int
+        Pixel budget of one image; it replaces the checkpoint's, which carries the base model's.
+    max_aspect_ratio : float
+        Longer side over shorter side of the largest oblong that the window budget covers.
+    max_sequence : int
+        Tokens of prompt and answer together.
+    labels : tuple of str
+        Closed vocabulary of ``labels`` answers; empty when no task has them.
+    """
+
+    name: str
+    title: str
+    checkpoint_id: str
+    revision: str
+    licence: Licence
+    notice: str
+    system_prompt: str | None = None
+    tasks: dict[str, Task]
+    default_task: str
+    modes: dict[str, Mode]
+    default_mode: str
+    min_pixels: int = _range(UNIT_PX**2, 2**24)
+    max_pixels: int = _range(UNIT_PX**2, 2**24)
+    max_aspect_ratio: float = _range(1.0, 16.0, default=4.0)
+    max_images: int = _range(1, 16)
+    image_order: str = _one_of(IMAGE_ORDERS, default="prior_first")
+    max_sequence: int = _range(64, 131072)
+    decoding: Decoding
+    labels: tuple[str, ...] = ()
+    pixel_preset: str = _one_of(PRESETS, default="mimic_jpg")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not _NAME.fullmatch(self.name):
+            raise InvalidProfile(f"name: {self.name!r} is not lower-case letters, digits, dot, dash and underscore")
+        if not self.notice.strip():
+            raise InvalidProfile("notice: is empty, but every reading has to carry one")
+        if self.min_pixels > self.max_pixels:
+            raise InvalidProfile(f"min_pixels: {self.min_pixels} is more than max_pixels {self.max_pixels}")
+        for key, table in (("tasks", self.tasks), ("modes", self.modes)):
+            for name in table:
+                if not _NAME.fullmatch(name):
+                    raise InvalidProfile(f"{key}: name {name!r} is not lower-case letters, digits, dash and underscore")
+        for key, name, table in (
+            ("default_task", self.default_task, self.tasks),
+            ("default_mode", self.default_mode, self.modes),
+        ):
+            if name not in table:
+                raise InvalidProfile(f"{key}: {unknown_key(name, table, key.removeprefix('default_') + 's')}")
+        for name, task in self.tasks.items():
+            if task.max_images > self.max_images:
+                raise InvalidProfile(
+                    f"tasks.{name}.max_images: {task.max_images} is more than max_images {self.max_images}"
+                )
+            if task.answer == "labels" and not self.labels:
+                raise InvalidProfile(f"tasks.{name}.answer: is labels, but the profile has no labels")
+        if len({label.casefold() for label in self.labels}) != len(self.labels):
+            raise InvalidProfile("labels: two are equal but for case")
+        need = self.max_images * self.token_budget + self.decoding.max_new_tokens
+        if need > self.max_sequence:
+            raise InvalidProfile(
+                f"max_sequence: {self.max_sequence} is less than {need}, the tokens of {self.max_images} images "
+                f"and {self.decoding.max_new_tokens} new tokens"
+            )
+
+    @property
+    def token_budget(self) -> int:
+        """T: most merged tokens that one image can have."""
+        return max(r * c for r, c in self._grids)
+
+    @property
+    def window_budget(self) -> int:
+        """W: least number of 8x8-patch windows that holds every image of the pixel budget and aspect ratio."""
+        return max(math.ceil(r / WINDOW_UNITS) * math.ceil(c / WINDOW_UNITS) for r, c in self._grids)
+
+    @property
+    def _grids(self) -> tuple[tuple[int, int], ...]:
+        return grids(self.min_pixels, self.max_pixels, self.max_aspect_ratio)
+
+    @property
+    def follow_ups(self) -> tuple[str, ...]:
+        """Names of the tasks that continue a conversation."""
+        return tuple(name for name, task in self.tasks.items() if task.follow_up)
+
+    def to_yaml(self) -> str:
+        """The profile, complete and without ``extends``, as YAML that `load_profile` reads back equal."""
+        data = dataclasses.asdict(self)
+        data["labels"] = list(self.labels)
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+
+
+def profile_names() -> list[str]:
+    """Names of the bundled profiles."""
+    return sorted(path.stem for path in PROFILES.glob("*.yaml"))
+
+
+def load_profile(name_or_path: str | Path) -> ModelProfile:
+    """A bundled profile by name, or a user's own by the path of its YAML file.
+
+    A file may say ``extends: NAME`` (or a path relative to the file): its keys are laid over that profile, mappings key
+    by key, everything else whole.
+
+    Raises
+    ------
+    InvalidProfile
+        No such profile, not YAML, or a key that is unknown, missing, of the wrong type or out of range.
+    """
+    path = _find(name_or_path, Path())
+    return _build(ModelProfile, _read(path, ()), str(path.name))
+
+
+def _find(name_or_path: str | Path, folder: Path) -> Path:
+    text = str(name_or_path)
+    if text in profile_names():
+        return PROFILES / f"{text}.yaml"
+    path = folder / text
+    if path.is_file():
+        return path
+    if "/" in text or text.endswith((".yaml", ".yml")):
+        raise InvalidProfile(f"no profile file {text}; give the path of a YAML file or one of {profile_names()}")
+    raise InvalidProfile(unknown_key(text, profile_names(), "profile names"))
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe loader that refuses a key given twice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise InvalidProfile(f"line {node.start_mark.line + 1}: key {key!r} is given twice; keep one")
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict:
+    path = path.resolve()
+    if path in seen:
+        raise InvalidProfile(f"{path.name}: extends itself; remove one extends")
+    try:
+        data = yaml.load(path.read_text("utf-8"), _Loader)
+    except InvalidProfile as error:
+        raise InvalidProfile(f"{path.name}: {error.message}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+        raise InvalidProfile(f"{path.name}: not readable as YAML: {error or type(error).__name__}") from None
+    if not isinstance(data, dict):
+        raise InvalidProfile(f"{path.name}: is {type(data).__name__}, expected a mapping of keys")
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise InvalidProfile(f"{path.name}.extends: is {type(base).__name__}, expected a profile name or path")
+    return _overlay(_read(_find(base, path.parent), (*seen, path)), data)
+
+
+def _overlay(base: dict, over: dict) -> dict:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _overlay(base[key], value) if both else value
+    return merged
+
+
+@functools.lru_cache
+def _hints(cls: type) -> dict[str, typing.Any]:
+    return typing.get_type_hints(cls)
+
+
+def _build(cls: type, data: object, where: str):
+    """An instance of dataclass `cls` from parsed YAML; errors carry the path of the key."""
+    if not isinstance(data, dict):
+        raise InvalidProfile(f"{where}: is {type(data).__name__}, expected a mapping of keys")
+    hints = _hints(cls)
+    for key in data:
+        if key not in hints:
+            raise InvalidProfile(unknown_key(str(key), hints, where))
+    for f in dataclasses.fields(cls):
+        if f.name not in data and f.default is dataclasses.MISSING:
+            raise InvalidProfile(f"{where}.{f.name}: is missing; add it")
+    values = {key: _value(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    try:
+        return cls(**values)
+    except InvalidProfile as error:
+        raise InvalidProfile(f"{where}.{error.message}") from None
+
+
+def _value(kind, value: object, where: str):
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is dict:
+        if not isinstance(value, dict) or not value:
+            raise InvalidProfile(f"{where}: is {value!r:.60}, expected a mapping with at least one name")
+        return {str(key): _value(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise InvalidProfile(f"{where}: is {value!r:.60}, expected a list")
+        return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if type(None) in args:
+        if value is None:
+            return None
+        kind = args[0]
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise InvalidProfile(f"{where}: is {value!r:.60} ({type(value).__name__}), expected {kind.__name__}")
+    return value
