@@ -430,7 +430,7 @@ class DecoderRuntime:
         if is_last:
             self._prefilling = None
             self._decoding.append(stream)
-            stream.accept(stream.sampler.sample(logits), time.monotonic())
+            self._accept(stream, logits)
             self._emit(stream)
 
     def _decode(self) -> None:
@@ -449,13 +449,21 @@ class DecoderRuntime:
             return
         for stream, row in zip(streams, logits, strict=True):
             stream.next_position += 1
-            stream.accept(stream.sampler.sample(row), time.monotonic())
+            self._accept(stream, row)
         self._step_s = time.monotonic() - started_s
         for stream in streams:
             self._emit(stream)
 
+    def _accept(self, stream: _Stream, logits: np.ndarray) -> None:
+        try:
+            stream.accept(stream.sampler.sample(logits), time.monotonic())
+        except Exception:
+            self._fail([stream], "sampling")
+
     def _emit(self, stream: _Stream) -> None:
         """Send what a stream has, if it ended, is due, or has just got its first token."""
+        if stream.id not in self._streams:
+            return  # sampling failed
         if stream.finish_reason:
             self._leave(stream)
             self._send(stream, stream.complete(stream.finish_reason))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cxr_triton.errors import InvalidRequest
+from cxr_triton.errors import InternalError, InvalidRequest
 
 GREEDY_BELOW_TEMPERATURE = 1e-4  # Qwen's generation_config asks for greedy decoding by temperature 1e-6
 
@@ -90,11 +90,20 @@ class Sampler:
         ----------
         logits : (vocab,) float32 array
             Overwritten where the repetition penalty applies.
+
+        Raises
+        ------
+        InternalError
+            The largest logit is not a finite number.
         """
         if self._seen is not None:
             scores = logits[self._seen_ids]
             logits[self._seen_ids] = np.where(scores < 0, scores * self._penalty, scores / self._penalty)
-        token = int(logits.argmax()) if self._greedy else self._draw(logits)
+        token = int(logits.argmax())
+        if not np.isfinite(logits[token]):
+            raise InternalError(f"the decoder's largest logit is {logits[token]}, not a number; verify the bundle")
+        if not self._greedy:
+            token = self._draw(logits)
         if self._seen is not None and token not in self._seen:
             self._seen.add(token)
             self._seen_ids = np.append(self._seen_ids, token)

@@ -1,1 +1,221 @@
-"""ONNX Runtime sessions of a bundle's two graphs; the decoder's KV cache is bound in place."""
+"""ONNX Runtime sessions of a bundle's two graphs; the decoder's KV cache is bound in place.
+
+ONNX Runtime is imported here only, so reading a bundle stays cheap.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+CAPACITY_STEP = 256  # cache positions; attention reads the whole capacity, a growth copies what is in use
+
+
+def open_graph(path: Path, threads: int | None) -> ort.InferenceSession:
+    """A CPU session that sleeps when it has nothing to do."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")  # int8 products for int4 weights
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+class VisionSession:
+    """The vision graph of a bundle.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    threads : int, optional
+        CPU threads; all cores if None.
+    """
+
+    def __init__(self, bundle, *, threads: int | None = None):
+        self._session = open_graph(bundle.path / "vision.onnx", threads)
+
+    def encode(
+        self, pixel_windows: np.ndarray, patch_rows_cols: np.ndarray, valid: np.ndarray, merge_order: np.ndarray
+    ) -> np.ndarray:
+        """Embeddings of a batch of images.
+
+        Windows after the last one that any image of the batch uses are dropped.
+
+        Parameters
+        ----------
+        pixel_windows : (B, W, 64, 588) uint8 array
+        patch_rows_cols : (B, W, 64, 2) int32 array
+        valid : (B, W, 64) bool array
+        merge_order : (B, T) int32 array
+
+        Returns
+        -------
+        (B, T, hidden) float32 array
+            Rows beyond an image's tokens are meaningless.
+        """
+        used = int(np.flatnonzero(valid.any(axis=(0, 2)))[-1]) + 1
+        feeds = {
+            "pixel_windows": pixel_windows[:, :used],
+            "patch_rows_cols": patch_rows_cols[:, :used],
+            "valid": valid[:, :used],
+            "merge_order": merge_order,
+        }
+        (embeddings,) = self._session.run(["image_embeddings"], feeds)
+        return embeddings.astype(np.float32, copy=False)
+
+
+class DecoderSession:
+    """The decoder graph of a bundle with a KV cache of a fixed number of slots.
+
+    Each slot holds one sequence. `step` works on the first slots, so the caller keeps the active sequences there.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    slots : int
+        Sequences that the cache holds.
+    threads : int, optional
+        CPU threads; all cores if None.
+
+    Attributes
+    ----------
+    slots : int
+    max_sequence : int
+        Positions of a slot.
+    lengths : (slots,) int64 array
+        Positions in use.
+    """
+
+    def __init__(self, bundle, *, slots: int, threads: int | None = None):
+        geometry = bundle.geometry
+        self.slots = slots
+        self.max_sequence = geometry.max_sequence
+        self.lengths = np.zeros(slots, np.int64)
+        self._session = open_graph(bundle.path / "decoder.onnx", threads)
+        self._names = [f"{part}.{layer}" for layer in range(geometry.layers) for part in ("key", "value")]
+        self._row = (geometry.kv_heads, geometry.head_dim)
+        self._logits = np.zeros((slots, 1, geometry.vocab), np.float32)
+        self._text_only = np.zeros((1, geometry.hidden), np.float32)
+        self._capacity = 0
+        self._cache: dict[str, np.ndarray] = {}
+        self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
+        self._reserve(1)
+
+    def prefill(
+        self,
+        slot: int,
+        input_ids: np.ndarray,
+        image_index: np.ndarray,
+        image_embeddings: np.ndarray,
+        position_ids: np.ndarray,
+        *,
+        is_last: bool,
+    ) -> np.ndarray | None:
+        """Append prompt tokens to a slot.
+
+        Parameters
+        ----------
+        slot : int
+        input_ids : (S,) int64 array
+        image_index : (S,) int64 array
+        image_embeddings : (N, hidden) float32 array
+        position_ids : (3, S) int64 array
+        is_last : bool
+            The prompt ends here.
+
+        Returns
+        -------
+        (vocab,) float32 array or None
+            Logits of the last token of a prompt, valid until the next call.
+        """
+        tokens = len(input_ids)
+        self._reserve(int(self.lengths[slot]) + tokens)
+        logits = self._run(
+            slice(slot, slot + 1),
+            input_ids=input_ids[None],
+            image_index=image_index[None],
+            image_embeddings=image_embeddings if len(image_embeddings) else self._text_only,
+            position_ids=position_ids[:, None],
+            logits_index=np.full((1, 1), tokens - 1, np.int64),
+        )
+        return logits[0, 0] if is_last else None
+
+    def step(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Append one generated token to each of the first n slots.
+
+        Parameters
+        ----------
+        input_ids : (n,) int64 array
+        positions : (n,) int64 array
+            The same for time, height and width.
+
+        Returns
+        -------
+        (n, vocab) float32 array
+            Valid until the next call.
+        """
+        active = len(input_ids)
+        self._reserve(int(self.lengths[:active].max()) + 1)
+        logits = self._run(
+            slice(0, active),
+            input_ids=input_ids[:, None],
+            image_index=np.full((active, 1), -1, np.int64),
+            image_embeddings=self._text_only,
+            position_ids=np.broadcast_to(positions[:, None], (3, active, 1)),
+            logits_index=np.zeros((active, 1), np.int64),
+        )
+        return logits[:, 0]
+
+    def move(self, source: int, target: int) -> None:
+        """Copy what a slot holds to another one."""
+        length = self.lengths[target] = self.lengths[source]
+        for cache in self._cache.values():
+            cache[target, :, :length] = cache[source, :, :length]
+
+    def free(self, slot: int) -> None:
+        """Forget what a slot holds; when none holds anything the cache shrinks again."""
+        self.lengths[slot] = 0
+        if not self.lengths.any():
+            self._allocate(CAPACITY_STEP)
+
+    def _reserve(self, positions: int) -> None:
+        if positions > self._capacity:
+            self._allocate(-(-positions // CAPACITY_STEP) * CAPACITY_STEP)
+
+    def _allocate(self, capacity: int) -> None:
+        """Give the cache so many positions a slot, and keep what the slots hold."""
+        capacity = min(capacity, self.max_sequence)
+        if capacity == self._capacity:
+            return
+        self._bindings.clear()  # they hold the old arrays
+        for name in self._names:
+            # Zeros, not garbage: a masked position must not be NaN. Pages that are never written cost nothing.
+            grown = np.zeros((self.slots, self._row[0], capacity, self._row[1]), np.float32)
+            for slot, length in enumerate(self.lengths):
+                grown[slot, :, :length] = self._cache[name][slot, :, :length]
+            self._cache[name] = grown
+        self._capacity = capacity
+
+    def _binding(self, rows: slice) -> ort.IOBinding:
+        """Cache rows bound as past and present at once: `TensorScatter` then writes in place."""
+        key = (rows.start, rows.stop)
+        if key not in self._bindings:
+            binding = self._session.io_binding()
+            for name, cache in self._cache.items():
+                value = ort.OrtValue.ortvalue_from_numpy(cache[rows])
+                binding.bind_ortvalue_input(f"past_{name}", value)
+                binding.bind_ortvalue_output(f"present_{name}", value)
+            binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits[rows]))
+            self._bindings[key] = binding
+        return self._bindings[key]
+
+    def _run(self, rows: slice, **inputs: np.ndarray) -> np.ndarray:
+        binding = self._binding(rows)
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        binding.bind_cpu_input("write_index", self.lengths[rows].copy())
+        self._session.run_with_iobinding(binding)
+        self.lengths[rows] += inputs["input_ids"].shape[1]
+        return self._logits[rows]

@@ -1,0 +1,239 @@
+"""Engine bundle: a folder of graphs, weights, tokenizer and profile, and the manifest that vouches for each file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+
+from cxr_triton import __version__
+from cxr_triton.errors import InvalidBundle
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+REQUIRED = (
+    "profile.yaml",
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "vision.onnx",
+    "decoder.onnx",
+)
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_READ_BYTES = 1 << 22
+
+Progress = Callable[[str, int], None]
+"""Called with a file's name and the bytes just hashed or copied."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Sizes and ids that a runtime needs before it opens a graph.
+
+    Attributes
+    ----------
+    hidden, layers, kv_heads, head_dim, vocab : int
+        Of the decoder.
+    window_budget, token_budget : int
+        W and T of the vision graph: windows and merged tokens of one image.
+    max_sequence : int
+        Prompt and answer of one request, in tokens.
+    compute : str
+        Type of the graphs' float inputs and outputs: ``fp32``, ``fp16`` or ``bf16``.
+    image_token_id, vision_start_token_id : int
+    eos_token_ids : tuple of int
+    merge_size : int
+        Patches per side of a merge unit.
+    """
+
+    hidden: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    window_budget: int
+    token_budget: int
+    max_sequence: int
+    compute: str
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+    vision_start_token_id: int
+    merge_size: int
+
+    @classmethod
+    def from_json(cls, values: dict, where: str) -> Geometry:
+        """Check names and types; raises `InvalidBundle`."""
+        fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or set(values) != set(fields):
+            got = set(values) if isinstance(values, dict) else set()
+            raise InvalidBundle(
+                f"{where}: geometry lacks {sorted(set(fields) - got)} and has unknown {sorted(got - set(fields))}; "
+                "export and build again"
+            )
+        for name, kind in fields.items():
+            value = values[name]
+            if kind == "int":
+                holds = type(value) is int and value >= 0
+            elif kind == "str":
+                holds = isinstance(value, str)
+            else:
+                holds = isinstance(value, list) and value and all(type(item) is int for item in value)
+            if not holds:
+                raise InvalidBundle(f"{where}: geometry.{name} is {value!r}, expected {kind}; export and build again")
+        return cls(**{**values, "eos_token_ids": tuple(values["eos_token_ids"])})
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened engine bundle.
+
+    Attributes
+    ----------
+    path : Path
+    manifest : dict
+        As in ``manifest.json``.
+    digest : str
+        SHA-256 of ``manifest.json``, which holds those of all other files: it identifies the bundle.
+    geometry : Geometry
+    """
+
+    path: Path
+    manifest: dict
+    digest: str
+    geometry: Geometry
+
+    @property
+    def engine(self) -> str:
+        return self.manifest["engine"]
+
+    @property
+    def precision(self) -> str:
+        return self.manifest["precision"]
+
+    @cached_property
+    def profile(self):
+        """The bundle's `ModelProfile`."""
+        from cxr_triton.profile import load_profile
+
+        return load_profile(self.path / "profile.yaml")
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True, progress: Progress | None = None) -> Bundle:
+        """Open a bundle and check it.
+
+        Parameters
+        ----------
+        path : str or Path
+            The bundle's folder.
+        verify : bool
+            Hash every file; if False only names and sizes are compared.
+        progress : callable, optional
+            Called with a file's name and the bytes just hashed.
+
+        Raises
+        ------
+        InvalidBundle
+            A file is missing, unknown or changed, the manifest is of another schema, or the bundle was built for a
+            newer runtime than the installed one.
+        """
+        path = Path(path)
+        raw = _read(path / MANIFEST)
+        try:
+            manifest = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise InvalidBundle(f"{MANIFEST} is not JSON ({error}); build the bundle again") from None
+        _check_manifest(manifest)
+        _check_files(path, manifest["files"], verify, progress)
+        _check_runtime(manifest["versions"])
+        geometry = Geometry.from_json(manifest["geometry"], MANIFEST)
+        return cls(path, manifest, hashlib.sha256(raw).hexdigest(), geometry)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidBundle(
+            f"cannot read {path.name} in {path.parent} ({error.strerror}); give the folder that cxr-triton build wrote"
+        ) from None
+
+
+def _check_manifest(manifest: object) -> None:
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        schema = manifest.get("schema") if isinstance(manifest, dict) else None
+        raise InvalidBundle(f"{MANIFEST} has schema {schema!r}, this cxr-triton reads {SCHEMA}; build the bundle again")
+    kinds = {"engine": str, "precision": str, "versions": dict, "source": dict, "geometry": dict, "files": dict}
+    for key, kind in kinds.items():
+        if not isinstance(manifest.get(key), kind):
+            raise InvalidBundle(f"{MANIFEST}: {key} is missing or no {kind.__name__}; build the bundle again")
+    if manifest["engine"] != "onnxruntime":
+        raise InvalidBundle(f"{MANIFEST}: engine {manifest['engine']!r}, this cxr-triton runs onnxruntime")
+    for name, entry in manifest["files"].items():
+        # A name that leaves the folder would let a bundle vouch for, or load, another file of the machine.
+        if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+            raise InvalidBundle(f"{MANIFEST}: {name[:80]!r} is no plain file name; build the bundle again")
+        if not (
+            isinstance(entry, dict)
+            and type(entry.get("bytes")) is int
+            and isinstance(entry.get("sha256"), str)
+            and re.fullmatch("[0-9a-f]{64}", entry["sha256"])
+        ):
+            raise InvalidBundle(f"{MANIFEST}: the entry of {name} lacks bytes or sha256; build the bundle again")
+
+
+def _check_files(path: Path, files: dict, verify: bool, progress: Progress | None) -> None:
+    present = {item.name for item in path.iterdir()} - {MANIFEST}
+    if missing := sorted((set(files) | set(REQUIRED)) - (present & set(files))):
+        raise InvalidBundle(f"{missing[0]} is missing from {path} or its manifest; build the bundle again")
+    if unknown := sorted(present - set(files)):
+        raise InvalidBundle(f"{unknown[0]} in {path} is not in the manifest; remove it or build the bundle again")
+    for name, entry in files.items():
+        file = path / name
+        if not file.is_file():
+            raise InvalidBundle(f"{name} in {path} is not a regular file; build the bundle again")
+        if (size := file.stat().st_size) != entry["bytes"]:
+            raise InvalidBundle(f"{name} has {size} bytes, its manifest says {entry['bytes']}; build the bundle again")
+        if verify and (digest := sha256(file, progress)) != entry["sha256"]:
+            raise InvalidBundle(
+                f"{name} has SHA-256 {digest[:12]}…, its manifest says {entry['sha256'][:12]}…; build the bundle again"
+            )
+
+
+def _check_runtime(versions: dict) -> None:
+    """Newer runtimes read graphs of older ones, not the other way round."""
+    try:
+        installed = metadata.version("onnxruntime")
+    except metadata.PackageNotFoundError:
+        return  # a machine that only packages a bundle has none
+    built = versions.get("onnxruntime")
+    if not isinstance(built, str) or _major_minor(installed) < _major_minor(built):
+        raise InvalidBundle(
+            f"the bundle was built with onnxruntime {built}, {installed} is installed; "
+            f"install onnxruntime {built} or newer, or build the bundle again here"
+        )
+
+
+def _major_minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def sha256(path: Path, progress: Progress | None = None) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+            if progress:
+                progress(path.name, len(block))
+    return digest.hexdigest()
