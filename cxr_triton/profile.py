@@ -109,28 +109,15 @@ class Mode(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding(_Checked):
-    """Decoding defaults; temperature 0 is greedy, repetition penalty 1 is none."""
+    """Decoding defaults; temperature 0 is greedy, repetition penalty 1 is none.
+
+    A checkpoint's own repetition penalty wins: see `ModelProfile.merge_generation_config`.
+    """
 
     max_new_tokens: int = _range(1, 32768)
     temperature: float = _range(0.0, 2.0, default=0.0)
     top_p: float = _range(1e-3, 1.0, default=1.0)
     repetition_penalty: float = _range(0.5, 2.0, default=1.0)
-
-    def merge_generation_config(self, generation_config: dict) -> Decoding:
-        """These defaults with the repetition penalty of a checkpoint's ``generation_config.json``.
-
-        The file's ``do_sample`` and ``temperature`` do not win: both models ship the base model's sampling at
-        temperature 1e-6, which is greedy, and a profile says greedy as temperature 0.
-        """
-        penalty = generation_config.get("repetition_penalty")
-        if penalty is None:
-            return self
-        low, high = 0.5, 2.0
-        if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not low <= penalty <= high:
-            raise UnsupportedCheckpoint(
-                f"generation_config.json: repetition_penalty is {penalty!r}, allowed {low} to {high}; correct the file"
-            )
-        return dataclasses.replace(self, repetition_penalty=float(penalty))
 
 
 def eos_token_ids(generation_config: dict, config: dict) -> tuple[int, ...]:
@@ -260,6 +247,21 @@ class ModelProfile(_Checked):
     @property
     def _grids(self) -> tuple[tuple[int, int], ...]:
         return grids(self.min_pixels, self.max_pixels, self.max_aspect_ratio)
+
+    def merge_generation_config(self, generation_config: dict) -> ModelProfile:
+        """This profile with the repetition penalty of a checkpoint's ``generation_config.json``, if it has one.
+
+        The file's ``do_sample`` and ``temperature`` do not win: both models ship the base model's sampling at
+        temperature 1e-6, which is greedy, and a profile says greedy as temperature 0.
+        """
+        penalty = generation_config.get("repetition_penalty")
+        if penalty is None:
+            return self
+        try:
+            penalty = _value(float, penalty, "repetition_penalty")
+            return dataclasses.replace(self, decoding=dataclasses.replace(self.decoding, repetition_penalty=penalty))
+        except InvalidProfile as error:
+            raise UnsupportedCheckpoint(f"generation_config.json: {error.message}; correct the file") from None
 
     @property
     def follow_ups(self) -> tuple[str, ...]:

@@ -1,0 +1,267 @@
+"""The REQUEST JSON of one reading, checked against a model profile, and the chat messages it stands for.
+
+Keys, all optional: ``task`` (a task of the profile), ``prompt`` (free text in place of the task's prompt),
+``variables`` (values of the prompt's placeholders; a list becomes lettered options), ``mode``, ``history`` (earlier turns),
+``max_new_tokens``, ``temperature``, ``top_p``, ``repetition_penalty``, ``seed``, ``stop``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from cxr_triton.errors import InvalidRequest, unknown_key
+from cxr_triton.profile import PLACEHOLDER, Decoding, ModelProfile
+
+MAX_REQUEST_BYTES = 256 * 1024
+MAX_TEXT_CHARS = 32_768
+MAX_TURNS = 32
+MAX_OPTIONS = 26
+MAX_STOPS = 8
+MAX_STOP_CHARS = 64
+MAX_SEED = 2**63 - 1
+
+_KEYS = (
+    "task",
+    "prompt",
+    "variables",
+    "mode",
+    "history",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "repetition_penalty",
+    "seed",
+    "stop",
+)
+_RANGES = {f.name: f.metadata["range"] for f in dataclasses.fields(Decoding)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadRequest:
+    """A checked request; every default is filled in from the profile.
+
+    Attributes
+    ----------
+    task : str or None
+        None for free text without a task.
+    text : str
+        The user's turn as the model gets it: prompt, variables and the mode's suffix.
+    answer, grammar : str
+        What the answer is and how it is written, for `cxr_triton.reading.parse`.
+    history : tuple of (role, text)
+        Earlier turns, ``user`` first, ``assistant`` last.
+    seed : int or None
+        None lets the decoder draw one.
+    """
+
+    task: str | None
+    text: str
+    mode: str
+    answer: str
+    grammar: str
+    history: tuple[tuple[str, str], ...]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    repetition_penalty: float
+    seed: int | None
+    stop: tuple[str, ...]
+    min_images: int
+    max_images: int
+    system_prompt: str | None
+
+    @classmethod
+    def from_json(cls, text: str | bytes, profile: ModelProfile) -> ReadRequest:
+        """A request from its JSON text; empty text asks for the profile's default task.
+
+        Raises
+        ------
+        InvalidRequest
+            Not JSON, too large, an unknown or repeated key, or a value of the wrong type, length or range.
+        """
+        data = _parse(text)
+        for key in data:
+            if key not in _KEYS:
+                raise InvalidRequest(unknown_key(key[:60], _KEYS, "REQUEST"))
+        history = _history(data.get("history", []))
+        prompt = _text(data, "prompt", None)
+        name = _text(data, "task", None if prompt is not None else profile.default_task)
+        if name is not None and name not in profile.tasks:
+            raise InvalidRequest(f"REQUEST.task: {unknown_key(name[:60], profile.tasks, f'tasks of {profile.name}')}")
+        mode_name = _text(data, "mode", profile.default_mode)
+        if mode_name not in profile.modes:
+            raise InvalidRequest(
+                f"REQUEST.mode: {unknown_key(mode_name[:60], profile.modes, f'modes of {profile.name}')}"
+            )
+        task, mode = profile.tasks.get(name), profile.modes[mode_name]
+        if task and task.follow_up and not history:
+            raise InvalidRequest(
+                f"REQUEST.history: is empty, but task {name!r} continues a conversation; send its turns"
+            )
+        if prompt is None:
+            prompt = _fill(task.prompt, data.get("variables", {}), name)
+        elif "variables" in data:
+            raise InvalidRequest("REQUEST.variables: belong to a task's prompt and a free prompt is given; drop one")
+        elif not prompt.strip():
+            raise InvalidRequest("REQUEST.prompt: is empty; leave it out to use the task's prompt")
+        limits = {**_RANGES, "max_new_tokens": (1, profile.max_sequence)}
+        return cls(
+            task=name,
+            text=prompt + mode.suffix,
+            mode=mode_name,
+            answer=task.answer if task else "text",
+            grammar=mode.grammar,
+            history=history,
+            **{key: _number(data, key, getattr(profile.decoding, key), *limits[key]) for key in limits},
+            seed=_number(data, "seed", None, 0, MAX_SEED),
+            stop=_stop(data.get("stop", [])),
+            min_images=task.min_images if task else 0,
+            max_images=task.max_images if task else profile.max_images,
+            system_prompt=profile.system_prompt,
+        )
+
+    def messages(self, n_images: int) -> list[dict]:
+        """Chat messages for `cxr_triton.chat.ChatTokenizer.encode`.
+
+        Images stand before the text of the first user turn, in the order of IMAGES: prior first, current last. Later
+        turns are text, as both models' authors replay them.
+
+        Raises
+        ------
+        InvalidRequest
+            The task takes another number of images.
+        """
+        if not self.min_images <= n_images <= self.max_images:
+            allowed = (
+                f"{self.min_images}"
+                if self.min_images == self.max_images
+                else f"{self.min_images} to {self.max_images}"
+            )
+            what = f"task {self.task!r}" if self.task else "a free prompt"
+            raise InvalidRequest(f"IMAGES: {n_images} given, {what} takes {allowed}; send that many")
+        turns = [*self.history, ("user", self.text)]
+        messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt is not None else []
+        for i, (role, text) in enumerate(turns):
+            images = [{"type": "image"}] * n_images if i == 0 else []
+            messages.append({"role": role, "content": [*images, {"type": "text", "text": text}]})
+        return messages
+
+
+def _parse(text: str | bytes) -> dict:
+    raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
+    if len(raw) > MAX_REQUEST_BYTES:
+        raise InvalidRequest(
+            f"REQUEST: {len(raw)} bytes, allowed {MAX_REQUEST_BYTES}; shorten the history or the prompt"
+        )
+    if not raw.strip():
+        return {}
+    try:
+        data = json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"REQUEST: not UTF-8 at byte {error.start}; send UTF-8 JSON") from None
+    except RecursionError:
+        raise InvalidRequest("REQUEST: nested too deeply; send one flat JSON object") from None
+    except ValueError as error:
+        raise InvalidRequest(f"REQUEST: not JSON: {error}; send one JSON object") from None
+    if not isinstance(data, dict):
+        raise InvalidRequest(f"REQUEST: is a JSON {type(data).__name__}, expected an object; send {{}} for the default")
+    return data
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise InvalidRequest(f"REQUEST: key {twice[:60]!r} is given twice; keep one")
+    return data
+
+
+def _constant(name: str):
+    raise InvalidRequest(f"REQUEST: {name} is not JSON; send a finite number")
+
+
+def _checked(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{where}: is a {type(value).__name__}, expected text")
+    if len(value) > MAX_TEXT_CHARS:
+        raise InvalidRequest(f"{where}: {len(value)} characters, allowed {MAX_TEXT_CHARS}; shorten it")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"{where}: half a surrogate pair at character {error.start}; send valid Unicode") from None
+    return value
+
+
+def _text(data: dict, key: str, default: str | None) -> str | None:
+    return _checked(data[key], f"REQUEST.{key}") if data.get(key) is not None else default
+
+
+def _number(data: dict, key: str, default, low, high):
+    value = data.get(key)
+    if value is None:
+        return default
+    kind = float if isinstance(low, float) else int
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
+        raise InvalidRequest(f"REQUEST.{key}: is a {type(value).__name__}, expected {kind.__name__}")
+    if not low <= value <= high:
+        raise InvalidRequest(f"REQUEST.{key}: {value!r:.24} is outside {low} to {high}")
+    return kind(value)
+
+
+def _history(turns: object) -> tuple[tuple[str, str], ...]:
+    if not isinstance(turns, list):
+        raise InvalidRequest(f"REQUEST.history: is a {type(turns).__name__}, expected a list of turns")
+    if len(turns) > MAX_TURNS:
+        raise InvalidRequest(f"REQUEST.history: {len(turns)} turns, allowed {MAX_TURNS}; drop the oldest")
+    pairs = []
+    for i, turn in enumerate(turns):
+        where = f"REQUEST.history[{i}]"
+        if not isinstance(turn, dict):
+            raise InvalidRequest(f"{where}: is a {type(turn).__name__}, expected an object with role and content")
+        for key in turn:
+            if key not in ("role", "content"):
+                raise InvalidRequest(unknown_key(key[:60], ("role", "content"), where))
+        expected = ("user", "assistant")[i % 2]
+        if turn.get("role") != expected:
+            raise InvalidRequest(f"{where}.role: is {turn.get('role')!r:.60}, expected {expected!r}; turns alternate")
+        pairs.append((expected, _checked(turn.get("content"), f"{where}.content")))
+    if len(pairs) % 2:
+        raise InvalidRequest("REQUEST.history: ends with the user's turn, expected the assistant's answer to it")
+    return tuple(pairs)
+
+
+def _stop(values: object) -> tuple[str, ...]:
+    if not isinstance(values, list) or len(values) > MAX_STOPS:
+        raise InvalidRequest(f"REQUEST.stop: expected a list of at most {MAX_STOPS} texts")
+    for i, value in enumerate(values):
+        if not 1 <= len(_checked(value, f"REQUEST.stop[{i}]")) <= MAX_STOP_CHARS:
+            raise InvalidRequest(f"REQUEST.stop[{i}]: {len(value)} characters, allowed 1 to {MAX_STOP_CHARS}")
+    return tuple(values)
+
+
+def _fill(prompt: str, variables: object, task: str) -> str:
+    names = tuple(dict.fromkeys(PLACEHOLDER.findall(prompt)))
+    if not isinstance(variables, dict):
+        raise InvalidRequest(f"REQUEST.variables: is a {type(variables).__name__}, expected an object of texts")
+    for key in variables:
+        if key not in names:
+            raise InvalidRequest(unknown_key(key[:60], names, f"REQUEST.variables of task {task!r}"))
+    for name in names:
+        if name not in variables:
+            raise InvalidRequest(f"REQUEST.variables.{name}: is missing; task {task!r} needs {', '.join(names)}")
+    values = {name: _variable(variables[name], f"REQUEST.variables.{name}") for name in names}
+    return PLACEHOLDER.sub(lambda match: values[match[1]], prompt)
+
+
+def _variable(value: object, where: str) -> str:
+    if isinstance(value, list):
+        if not 1 <= len(value) <= MAX_OPTIONS:
+            raise InvalidRequest(f"{where}: {len(value)} options, allowed 1 to {MAX_OPTIONS}")
+        lines = [f"({chr(65 + i)}) {_checked(option, f'{where}[{i}]')}" for i, option in enumerate(value)]
+        return "\n".join(lines)
+    if not _checked(value, where).strip():
+        raise InvalidRequest(f"{where}: is empty; give its text")
+    return value
