@@ -1,0 +1,281 @@
+"""Write an ONNX graph whose weights stream from a checkpoint into external data, in the precision asked for.
+
+A `GraphWriter` is a context: weights go to the data file as their nodes are authored, both files appear under
+their names only when the block ends well, and nothing is left behind when it does not.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
+
+BLOCK, SMALL_BLOCK = 128, 32  # int4 weights that share one scale; the second where the first does not divide K
+INT4_MAX = 7
+
+_FLOATS = {
+    "fp32": (TensorProto.FLOAT, np.dtype(np.float32)),
+    "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
+    "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
+}
+_TYPES = {dtype: kind for kind, dtype in _FLOATS.values()} | {
+    np.dtype(np.int64): TensorProto.INT64,
+    np.dtype(np.bool_): TensorProto.BOOL,
+}
+_IR_VERSION = 11
+_ALIGNMENT = 4096  # a page: ONNX Runtime and TensorRT map the data file instead of copying it
+_CHUNK_BYTES = 32 << 20  # fp32 working set of one conversion step
+_INLINE_BYTES = 1024  # smaller constants stay in the graph, where shape inference reads them
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What a graph stores and what it computes in.
+
+    Attributes
+    ----------
+    weights : {"fp32", "fp16", "bf16", "int4"}
+        Linear layers. int4: round to nearest, symmetric, one scale for each block of 128 weights along K (32 where
+        128 does not divide K).
+    compute : {"fp32", "fp16", "bf16"}
+        Type of activations, KV cache, biases and int4 scales. Residual stream, norms, rotary embedding and softmax
+        are fp32 in every case.
+    head : {"compute", "int4"}
+        The language head: in the compute type (a tied one then shares the embedding table) or int4 of its own.
+    """
+
+    weights: str
+    compute: str
+    head: str
+
+    @classmethod
+    def of(cls, weights: str, compute: str | None = None, head: str | None = None) -> Precision:
+        """Fill in defaults: int4 computes in fp32 and has an int4 head, the others compute in their own type.
+
+        Raises
+        ------
+        InvalidRequest
+            An unknown name, or a combination that does not exist.
+        """
+        if weights not in (*_FLOATS, "int4"):
+            raise InvalidRequest(f"precision {weights!r} is unknown; choose fp32, fp16, bf16 or int4")
+        if weights == "int4":
+            compute, head = compute or "fp32", head or "int4"
+        else:
+            compute, head = compute or weights, head or "compute"
+            if compute != weights or head != "compute":
+                raise InvalidRequest(
+                    f"precision {weights} computes in {weights} with a {weights} head, {compute} with head {head} was "
+                    "asked for; compute and head are free with precision int4 only"
+                )
+        if compute not in _FLOATS or head not in ("compute", "int4"):
+            raise InvalidRequest(
+                f"compute {compute!r} with head {head!r} is unknown; choose {', '.join(_FLOATS)} and compute or int4"
+            )
+        return cls(weights, compute, head)
+
+
+class GraphWriter:
+    """Author of one ONNX file and its `.data` file.
+
+    Parameters
+    ----------
+    path : Path
+        The `.onnx` file; weights go to `path.name + ".data"` beside it.
+    opset : int
+    precision : Precision
+    source_bytes : int
+        Bytes of checkpoint tensors that will be read, for the progress bar.
+    progress : bool, optional
+        Show the bar on standard error; by default only on a terminal.
+    """
+
+    def __init__(
+        self, path: Path, opset: int, precision: Precision, *, source_bytes: int = 0, progress: bool | None = None
+    ):
+        self.path, self.opset, self.precision = Path(path), opset, precision
+        self.kind, self.dtype = _FLOATS[precision.compute]
+        self._data_path = self.path.with_name(self.path.name + ".data")
+        self._partial = [p.with_name(p.name + ".partial") for p in (self._data_path, self.path)]
+        self._inputs, self._outputs, self._nodes, self._initializers = [], [], [], []
+        self._names: set[str] = set()
+        self._source_bytes, self._progress = source_bytes, progress
+
+    def __enter__(self) -> GraphWriter:
+        from tqdm import tqdm
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._data = open(self._partial[0], "wb")
+        self._bar = tqdm(
+            total=self._source_bytes,
+            desc=self.path.name,
+            unit="B",
+            unit_scale=True,
+            disable=None if self._progress is None else not self._progress,
+        )
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self._bar.close()
+        self._data.close()
+        try:
+            if kind is None:
+                self._write_graph()
+                # The graph is what a reader opens: it comes last, when its data is in place.
+                os.replace(self._partial[0], self._data_path)
+                os.replace(self._partial[1], self.path)
+        finally:
+            for path in self._partial:
+                path.unlink(missing_ok=True)
+
+    def input(self, name: str, kind: int, shape: list) -> str:
+        self._inputs.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def output(self, name: str, kind: int, shape: list) -> str:
+        self._outputs.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def node(self, op: str, *inputs: str, name: str | None = None, outputs: int = 1, **attributes):
+        """Add a node; gives the name of its output, or the list of names where `outputs` is over 1."""
+        name = name or f"{op}_{len(self._nodes)}"
+        names = [name] if outputs == 1 else [f"{name}.{i}" for i in range(outputs)]
+        self._nodes.append(helper.make_node(op, inputs, names, name=name, **attributes))
+        return name if outputs == 1 else names
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        """A small constant, stored once for each name; one over 1 KiB goes to the data file."""
+        if name not in self._names:
+            self._names.add(name)
+            value = np.ascontiguousarray(value)
+            if value.nbytes > _INLINE_BYTES:
+                self._external(name, _TYPES[value.dtype], value.shape, [value])
+            else:
+                tensor = TensorProto(name=name, data_type=_TYPES[value.dtype], dims=value.shape)
+                tensor.raw_data = value.tobytes()
+                self._initializers.append(tensor)
+        return name
+
+    def ints(self, *values: int) -> str:
+        """A constant int64 vector, as Reshape and Unsqueeze take it."""
+        return self.constant("ints_" + "_".join(str(v) for v in values), np.array(values, np.int64))
+
+    def cast(self, x: str, kind: int) -> str:
+        return self.node("Cast", x, to=kind)
+
+    def to_compute(self, x: str) -> str:
+        """fp32 to the compute type."""
+        return x if self.kind == TensorProto.FLOAT else self.cast(x, self.kind)
+
+    def to_fp32(self, x: str) -> str:
+        """Compute type to fp32."""
+        return x if self.kind == TensorProto.FLOAT else self.cast(x, TensorProto.FLOAT)
+
+    def vector(self, name: str, value: np.ndarray, dtype: np.dtype | None = None) -> str:
+        """A bias or norm weight, in the compute type or `dtype`."""
+        self._bar.update(value.nbytes)
+        return self.constant(name, np.asarray(value, dtype or self.dtype))
+
+    def table(self, name: str, value: np.ndarray, dtype: np.dtype) -> str:
+        """A matrix as it stands in the checkpoint, [rows, columns], converted chunk by chunk."""
+        if name not in self._names:
+            self._names.add(name)
+            self._external(name, _TYPES[dtype], value.shape, (value[rows].astype(dtype) for rows in _chunks(value)))
+            self._bar.update(value.nbytes)
+        return name
+
+    def linear(self, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None, *, int4: bool) -> str:
+        """`x · weightᵀ + bias` with a checkpoint weight [N, K], stored as [K, N].
+
+        [..., K] compute type → [..., N] compute type.
+        """
+        stored = self._int4(name, weight) if int4 else self._transposed(name, weight)
+        y = self.node("MatMul", x, stored)
+        if bias is not None:
+            y = self.node("Add", y, self.vector(name.removesuffix("weight") + "bias", bias))
+        return y
+
+    def _transposed(self, name: str, weight: np.ndarray) -> str:
+        out = np.empty(weight.shape[::-1], self.dtype)
+        for rows in _chunks(weight):
+            out[:, rows] = weight[rows].T
+        self._external(name, self.kind, out.shape, [out])
+        self._bar.update(weight.nbytes)
+        return name
+
+    def _int4(self, name: str, weight: np.ndarray) -> str:
+        n, k = weight.shape
+        if k % SMALL_BLOCK:
+            raise UnsupportedCheckpoint(
+                f"{name} has {k} input features, a multiple of {SMALL_BLOCK} is needed for int4; use another precision"
+            )
+        block = SMALL_BLOCK if k % BLOCK else BLOCK
+        quantized = np.empty((k, n), np.int8)
+        scales = np.empty((k // block, n), self.dtype)
+        for rows in _chunks(weight):
+            blocks = weight[rows].astype(np.float32).reshape(-1, k // block, block)
+            # Rounded to the stored type first, so that the integers fit the scale that will multiply them.
+            scale = (np.abs(blocks).max(-1) / INT4_MAX).astype(self.dtype)
+            scale[scale == 0] = 1  # a block of zeros, or one below the type's range
+            scales[:, rows] = scale.T
+            blocks /= scale.astype(np.float32)[..., None]
+            np.rint(blocks, out=blocks)
+            np.clip(blocks, -INT4_MAX - 1, INT4_MAX, out=blocks)
+            quantized[:, rows] = blocks.reshape(-1, k).T
+        self._bar.update(weight.nbytes)
+        self._external(f"{name}.int4", TensorProto.INT4, (k, n), _packed(quantized))
+        self._external(f"{name}.scale", self.kind, scales.shape, [scales])
+        return self.node("DequantizeLinear", f"{name}.int4", f"{name}.scale", axis=0, block_size=block)
+
+    def _external(self, name: str, kind: int, shape: tuple[int, ...], chunks) -> None:
+        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
+        offset = self._data.tell()
+        for chunk in chunks:
+            self._data.write(np.ascontiguousarray(chunk).view(np.uint8).data)
+        tensor = TensorProto(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+        facts = {"location": self._data_path.name, "offset": offset, "length": self._data.tell() - offset}
+        for key, value in facts.items():
+            tensor.external_data.add(key=key, value=str(value))
+        self._initializers.append(tensor)
+
+    def _write_graph(self) -> None:
+        graph = helper.make_graph(self._nodes, self.path.stem, self._inputs, self._outputs, self._initializers)
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", self.opset)],
+            ir_version=_IR_VERSION,
+            producer_name="cxr-triton",
+        )
+        self._partial[1].write_bytes(model.SerializeToString())
+
+
+def _chunks(weight: np.ndarray) -> list[slice]:
+    """Row ranges of a matrix whose fp32 copies stay under `_CHUNK_BYTES`."""
+    rows = max(1, _CHUNK_BYTES // (4 * weight[0].size))
+    return [slice(start, min(start + rows, len(weight))) for start in range(0, len(weight), rows)]
+
+
+def _packed(quantized: np.ndarray):
+    """int4 [K, N] as bytes, the earlier value in the low half, in chunks of whole bytes (K is even)."""
+    k, n = quantized.shape
+    rows = max(2, _CHUNK_BYTES // n // 2 * 2)
+    for start in range(0, k, rows):
+        flat = quantized[start : start + rows].reshape(-1).view(np.uint8)
+        yield (flat[0::2] & 0xF) | (flat[1::2] << 4)
+
+
+def check(path: Path) -> None:
+    """Structure, operators, types and shapes by ONNX's own checker, strictly.
+
+    Raises
+    ------
+    onnx.checker.ValidationError, onnx.shape_inference.InferenceError
+    """
+    onnx.checker.check_model(str(path), full_check=True)
