@@ -1,21 +1,75 @@
-"""Root of the `cxr-triton` command line; each verb imports its own world only when it is called."""
+"""Root of the `cxr-triton` command line; each verb imports its own world only when it is called.
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 done but the result is not as asked (each verb says when),
+75 busy or not reachable, so worth trying again, 130 interrupted. Every verb takes `json_option`.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import sys
+import unicodedata
+from pathlib import Path
 
 import click
 
 from cxr_triton import __version__
+from cxr_triton.errors import CxrError, InternalError, QueueFull, Unavailable, unknown_key
+
+EXIT_FAILED, EXIT_NOT_AS_ASKED, EXIT_TRY_AGAIN, EXIT_INTERRUPTED = 1, 3, 75, 130
 
 VERBS = {
-    "export": ("cxr_triton.export.command:export", "Write the vision and decoder graphs of a checkpoint."),
-    "build": ("cxr_triton.engines.command:build", "Compile graphs into an engine bundle."),
-    "package": ("cxr_triton.triton_repo.command:package", "Write a Triton model repository from a bundle."),
-    "serve": ("cxr_triton.triton_repo.command:serve", "Run the pip-installed Triton on a model repository."),
-    "read": ("cxr_triton.client.command:read", "Read radiographs through a running server."),
-    "demo": ("cxr_triton.triton_repo.command:demo", "Export, build, package, serve and read on this CPU."),
+    "export": ("cxr_triton.export.command:export", "local", "Write the vision and decoder graphs of a checkpoint."),
+    "build": ("cxr_triton.engines.command:build", "local", "Compile graphs into an engine bundle."),
+    "package": ("cxr_triton.triton_repo.command:package", "local", "Write a Triton model repository from a bundle."),
+    "serve": ("cxr_triton.triton_repo.command:serve", "local", "Run the pip-installed Triton on a model repository."),
+    "read": ("cxr_triton.client.command:read", "client", "Read radiographs through a running server."),
+    "demo": ("cxr_triton.triton_repo.command:demo", "local", "Export, build, package, serve and read on this CPU."),
 }
+
+
+def printable(text: str) -> str:
+    r"""`text` that cannot steer a terminal: control, direction and other invisible characters become ``\x1b`` and such.
+
+    Line feeds and tabs stay. Text of a model, a server or a file goes through here before it is printed.
+    """
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else ascii(c)[1:-1] for c in text)
+
+
+json_option = click.option(
+    "--json",
+    "json_path",
+    metavar="PATH|-",
+    type=click.Path(dir_okay=False, allow_dash=True),
+    help="Write the result as JSON; with - it is all that goes to standard output.",
+)
+
+
+def write_json(result: dict, path: str | None) -> None:
+    """Write a verb's result where `json_option` says; nothing when it was not given."""
+    if path is None:
+        return
+    text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, encoding="utf-8")
+
+
+class Failure(click.ClickException):
+    """A verb's failure as one line with its code; never a traceback."""
+
+    def __init__(self, error: CxrError):
+        super().__init__(" ".join(printable(error.message).split()))
+        self.code = error.code
+        self.exit_code = EXIT_TRY_AGAIN if isinstance(error, QueueFull | Unavailable) else EXIT_FAILED
+
+    def show(self, file=None):
+        click.echo(f"error: [{self.code}] {self.message}", file=file or sys.stderr)
 
 
 class LazyGroup(click.Group):
@@ -27,12 +81,41 @@ class LazyGroup(click.Group):
     def get_command(self, ctx, name):
         if name not in VERBS:
             return None
-        module, attribute = VERBS[name][0].split(":")
-        return getattr(importlib.import_module(module), attribute)
+        (module, attribute), extra = VERBS[name][0].split(":"), VERBS[name][1]
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except ImportError as error:
+            if (error.name or "").startswith("cxr_triton"):
+                raise
+            message = f"`{name}` needs the package {error.name!r}; run `pip install 'cxr-triton[{extra}]'`"
+            raise click.ClickException(message) from None
+
+    def resolve_command(self, ctx, args):
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            ctx.fail(unknown_key(args[0], VERBS, "cxr-triton").replace("key", "command", 1))
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx, formatter):
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in VERBS.items()])
+            formatter.write_dl([(name, text) for name, (_, _, text) in VERBS.items()])
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except CxrError as error:
+            raise Failure(error) from None
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+        except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
+            raise
+        except OSError as error:
+            raise click.ClickException(printable(f"{error.strerror or error}: {error.filename or ''}")) from None
+        except Exception as error:
+            if os.environ.get("CXR_TRITON_DEBUG"):
+                raise
+            message = f"{type(error).__name__}: {error}; set CXR_TRITON_DEBUG=1 to see where"
+            raise Failure(InternalError(message)) from None
 
 
 @click.command(cls=LazyGroup)
