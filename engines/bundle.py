@@ -16,10 +16,13 @@ from importlib import metadata
 from pathlib import Path
 
 from cxr_triton import __version__
-from cxr_triton.errors import InvalidBundle
+from cxr_triton.errors import InvalidBundle, InvalidRequest
+
+from .compiler import compile_decoder
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+EXPORT = "export.json"
 REQUIRED = (
     "profile.yaml",
     "config.json",
@@ -30,6 +33,7 @@ REQUIRED = (
     "vision.onnx",
     "decoder.onnx",
 )
+DATA = ("vision.onnx.data", "decoder.onnx.data")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _READ_BYTES = 1 << 22
 
@@ -194,7 +198,7 @@ def _check_manifest(manifest: object) -> None:
 
 def _check_files(path: Path, files: dict, verify: bool, progress: Progress | None) -> None:
     present = {item.name for item in path.iterdir()} - {MANIFEST}
-    if missing := sorted((set(files) | set(REQUIRED)) - (present & set(files))):
+    if missing := sorted({*files, *REQUIRED, *DATA} - (present & set(files))):
         raise InvalidBundle(f"{missing[0]} is missing from {path} or its manifest; build the bundle again")
     if unknown := sorted(present - set(files)):
         raise InvalidBundle(f"{unknown[0]} in {path} is not in the manifest; remove it or build the bundle again")
@@ -237,3 +241,106 @@ def sha256(path: Path, progress: Progress | None = None) -> str:
             if progress:
                 progress(path.name, len(block))
     return digest.hexdigest()
+
+
+def build_bundle(
+    export_dir: str | Path, out: str | Path, *, compiler: str = "onnxruntime", progress: Progress | None = None
+) -> Bundle:
+    """Compile an export folder into an engine bundle.
+
+    `out` appears complete or not at all.
+
+    Parameters
+    ----------
+    export_dir : str or Path
+        What `cxr-triton export` wrote.
+    out : str or Path
+        Must not exist, or be an empty folder.
+    compiler : str
+        ``onnxruntime``.
+    progress : callable, optional
+        Called with a file's name and the bytes just copied or hashed.
+
+    Returns
+    -------
+    Bundle
+
+    Raises
+    ------
+    InvalidRequest
+        `out` is in use, or the compiler is unknown.
+    InvalidBundle
+        The export folder is incomplete, or its precision does not run on this compiler.
+    """
+    source, out = Path(export_dir), Path(out)
+    if compiler != "onnxruntime":
+        raise InvalidRequest(f"compiler {compiler!r} is unknown; use onnxruntime")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InvalidRequest(f"{out} is not an empty folder; remove it or choose another one")
+    export = _read_export(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        files = {name: _copy(source / name, partial / name, progress) for name in (*REQUIRED, *DATA)}
+        compile_decoder(partial / "decoder.onnx")
+        files["decoder.onnx"] = _entry(partial / "decoder.onnx", progress)
+        manifest = {
+            "schema": SCHEMA,
+            "engine": compiler,
+            "precision": export["precision"],
+            "versions": export["versions"]
+            | {"cxr_triton": __version__, "onnxruntime": metadata.version("onnxruntime")},
+            "source": export["source"],
+            "geometry": export["geometry"],
+            "files": files,
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        partial.chmod(0o755)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Bundle.open(out, verify=False)
+
+
+def _read_export(source: Path) -> dict:
+    try:
+        export = json.loads((source / EXPORT).read_bytes())
+    except OSError as error:
+        raise InvalidBundle(
+            f"cannot read {EXPORT} in {source} ({error.strerror}); give the folder that cxr-triton export wrote"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidBundle(f"{source / EXPORT} is not JSON ({error}); export again") from None
+    if not isinstance(export, dict) or export.get("schema") != SCHEMA:
+        schema = export.get("schema") if isinstance(export, dict) else None
+        raise InvalidBundle(f"{EXPORT} has schema {schema!r}, this cxr-triton reads {SCHEMA}; export again")
+    for key, kind in {"precision": str, "geometry": dict, "source": dict, "versions": dict}.items():
+        if not isinstance(export.get(key), kind):
+            raise InvalidBundle(f"{EXPORT}: {key} is missing or no {kind.__name__}; export again")
+    geometry = Geometry.from_json(export["geometry"], EXPORT)
+    if geometry.compute != "fp32":
+        raise InvalidBundle(
+            f"the graphs compute in {geometry.compute}, onnxruntime on a CPU runs fp32; "
+            "export with precision fp32, or int4 with fp32 compute"
+        )
+    for name in (*REQUIRED, *DATA):
+        if not (source / name).is_file():
+            raise InvalidBundle(f"{name} is missing in {source}; export again")
+    return export
+
+
+def _copy(source: Path, target: Path, progress: Progress | None) -> dict:
+    """Copy a file and give its manifest entry from the same pass."""
+    digest, size = hashlib.sha256(), 0
+    with open(source, "rb") as reader, open(target, "wb") as writer:
+        while block := reader.read(_READ_BYTES):
+            writer.write(block)
+            digest.update(block)
+            size += len(block)
+            if progress:
+                progress(source.name, len(block))
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _entry(path: Path, progress: Progress | None) -> dict:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path, progress)}

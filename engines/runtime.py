@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cxr_triton.engines.sampling import Sampler, Sampling
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, PromptTooLong, QueueFull, Unavailable
+
+from .sampling import Sampler, Sampling
 
 __all__ = ["Chunk", "Completion", "DecoderRuntime", "Generation", "Sampling"]
 
@@ -253,7 +254,7 @@ class DecoderRuntime:
         tokenizer=None,
     ):
         if session is None:
-            from cxr_triton.engines.session import DecoderSession
+            from .session import DecoderSession
 
             session = DecoderSession(bundle, slots=slots, threads=threads)
         if tokenizer is None:

@@ -85,18 +85,22 @@ class DecoderSession:
     max_sequence : int
         Positions of a slot.
     lengths : (slots,) int64 array
-        Positions in use.
+        Positions in use; one row more where `slots` is 1 and the weights are int4.
     """
 
     def __init__(self, bundle, *, slots: int, threads: int | None = None):
         geometry = bundle.geometry
         self.slots = slots
         self.max_sequence = geometry.max_sequence
-        self.lengths = np.zeros(slots, np.int64)
+        # The int4 kernel sums one row in another order than two or more, which agree with each other bit by bit. A step
+        # of at least two rows costs no more and makes a stream's numbers those that it has alone.
+        self._least_rows = 2 if bundle.precision == "int4" else 1
+        rows = max(slots, self._least_rows)
+        self.lengths = np.zeros(rows, np.int64)
         self._session = open_graph(bundle.path / "decoder.onnx", threads)
         self._names = [f"{part}.{layer}" for layer in range(geometry.layers) for part in ("key", "value")]
         self._row = (geometry.kv_heads, geometry.head_dim)
-        self._logits = np.zeros((slots, 1, geometry.vocab), np.float32)
+        self._logits = np.zeros((rows, 1, geometry.vocab), np.float32)
         self._text_only = np.zeros((1, geometry.hidden), np.float32)
         self._capacity = 0
         self._cache: dict[str, np.ndarray] = {}
@@ -140,6 +144,7 @@ class DecoderSession:
             position_ids=position_ids[:, None],
             logits_index=np.full((1, 1), tokens - 1, np.int64),
         )
+        self.lengths[slot] += tokens
         return logits[0, 0] if is_last else None
 
     def step(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -157,16 +162,20 @@ class DecoderSession:
             Valid until the next call.
         """
         active = len(input_ids)
-        self._reserve(int(self.lengths[:active].max()) + 1)
+        rows = max(active, self._least_rows)
+        if rows > active:  # what the second row writes lies beyond its length
+            input_ids, positions = np.repeat(input_ids, rows), np.repeat(positions, rows)
+        self._reserve(int(self.lengths[:rows].max()) + 1)
         logits = self._run(
-            slice(0, active),
+            slice(0, rows),
             input_ids=input_ids[:, None],
-            image_index=np.full((active, 1), -1, np.int64),
+            image_index=np.full((rows, 1), -1, np.int64),
             image_embeddings=self._text_only,
-            position_ids=np.broadcast_to(positions[:, None], (3, active, 1)),
-            logits_index=np.zeros((active, 1), np.int64),
+            position_ids=np.broadcast_to(positions[:, None], (3, rows, 1)),
+            logits_index=np.zeros((rows, 1), np.int64),
         )
-        return logits[:, 0]
+        self.lengths[:active] += 1
+        return logits[:active, 0]
 
     def move(self, source: int, target: int) -> None:
         """Copy what a slot holds to another one."""
@@ -192,8 +201,9 @@ class DecoderSession:
         self._bindings.clear()  # they hold the old arrays
         for name in self._names:
             # Zeros, not garbage: a masked position must not be NaN. Pages that are never written cost nothing.
-            grown = np.zeros((self.slots, self._row[0], capacity, self._row[1]), np.float32)
-            for slot, length in enumerate(self.lengths):
+            grown = np.zeros((len(self.lengths), self._row[0], capacity, self._row[1]), np.float32)
+            for slot in np.flatnonzero(self.lengths):
+                length = self.lengths[slot]
                 grown[slot, :, :length] = self._cache[name][slot, :, :length]
             self._cache[name] = grown
         self._capacity = capacity
@@ -217,5 +227,4 @@ class DecoderSession:
             binding.bind_cpu_input(name, np.ascontiguousarray(value))
         binding.bind_cpu_input("write_index", self.lengths[rows].copy())
         self._session.run_with_iobinding(binding)
-        self.lengths[rows] += inputs["input_ids"].shape[1]
         return self._logits[rows]
