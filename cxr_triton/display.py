@@ -7,13 +7,17 @@ grayscale pipeline. Both are curves over the at most 65,536 stored codes, so a p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from cxr_triton.errors import InvalidImage
 
+if TYPE_CHECKING:
+    from cxr_triton.dicom import Radiograph
+
 VoiFunction = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
+PRESETS = ("mimic_jpg", "voi_display")
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,90 @@ class Window:
         return np.clip((values - (self.center - 0.5)) / (self.width - 1) + 0.5, 0, 1)
 
 
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An 8-bit picture and how it was made.
+
+    Attributes
+    ----------
+    pixels : ndarray (rows, cols) or (rows, cols, 3) uint8
+    preset : str
+        mimic_jpg, voi_display, or as_is for a display-ready PNG or JPEG.
+    percentiles : (int, int)
+        Stored values at 0.5 % and 99.5 %.
+    padding_share : float
+        Part of the pixels that is padding.
+    flags : tuple of str
+        The radiograph's and the preset's members of `cxr_triton.dicom.FLAGS`, sorted.
+    """
+
+    pixels: np.ndarray
+    preset: str
+    percentiles: tuple[int, int]
+    padding_share: float = 0.0
+    flags: tuple[str, ...] = ()
+
+
+def render(radiograph: Radiograph, preset: str) -> Picture:
+    """8-bit picture of a radiograph.
+
+    Parameters
+    ----------
+    radiograph : Radiograph
+    preset : str
+        One of `PRESETS`. 8-bit PNG and JPEG are display-ready: they stay as they are.
+
+    Raises
+    ------
+    InvalidImage
+        The picture is constant: nothing to read, or the sign of a silent decoding failure.
+    ValueError
+        Unknown preset.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}, allowed {', '.join(PRESETS)}")
+    stored, metadata = radiograph.stored, radiograph.metadata
+    flags = set(radiograph.flags)
+    low, counts = _histogram(stored)
+    percentiles = _percentiles(low, counts)
+    if len(counts) == 1:
+        raise _constant(stored, low)
+    if metadata.format != "dicom" and stored.dtype == np.uint8:
+        flags.add("display_ready")
+        return Picture(stored, "as_is", percentiles, flags=_with_polarity(stored, flags))
+    padding, padding_share = metadata.padding, 0.0
+    if padding:
+        padded = counts[_between(np.arange(low, low + len(counts)), padding)].sum()
+        padding_share = float(padded / stored.size)
+        if padding_share == 1:
+            padding = None
+        if padding_share:
+            flags.add("padding" if padding else "padding_ignored")
+    monochrome1 = metadata.photometric == "MONOCHROME1"
+    if preset == "mimic_jpg":
+        pixels = _apply(stored, low, _mimic_curve(counts, monochrome1))
+    else:
+        curve, scaling = _voi_curve(
+            low,
+            counts,
+            monochrome1=monochrome1,
+            bits_stored=metadata.bits_stored,
+            signed=metadata.signed,
+            modality=metadata.modality_transform,
+            voi=metadata.voi,
+            padding=padding,
+        )
+        if curve.min() == curve.max():
+            raise InvalidImage(
+                f"VOI transform maps every stored value {low}..{low + len(counts) - 1} to grey {curve[0]}; correct the"
+                " window or use the preset mimic_jpg"
+            )
+        pixels = _apply(stored, low, curve)
+        if scaling:
+            flags.add(scaling)
+    return Picture(pixels, preset, percentiles, padding_share, _with_polarity(pixels, flags))
+
+
 def mimic_jpg(stored: np.ndarray, monochrome1: bool) -> np.ndarray:
     """8-bit picture of the MIMIC-CXR-JPG recipe (github.com/MIT-LCP/mimic-cxr issue 16), before its JPEG encoding.
 
@@ -101,14 +189,18 @@ def mimic_jpg(stored: np.ndarray, monochrome1: bool) -> np.ndarray:
         All pixels are equal.
     """
     low, counts = _histogram(stored)
+    if len(counts) == 1:
+        raise _constant(stored, low)
+    return _apply(stored, low, _mimic_curve(counts, monochrome1))
+
+
+def _mimic_curve(counts: np.ndarray, monochrome1: bool) -> np.ndarray:
     span = len(counts) - 1
-    if span == 0:
-        raise InvalidImage(f"picture is constant: all {stored.size} pixels are {low}; send an image with content")
     curve = (np.arange(span + 1) / span * 255).astype(np.uint8)
     if monochrome1:
         curve = ~curve
     histogram = np.bincount(curve, weights=counts, minlength=256).astype(np.int64)
-    return _apply(stored, low, _equalizing_curve(histogram)[curve])
+    return _equalizing_curve(histogram)[curve]
 
 
 def equalize_histogram(picture: np.ndarray) -> np.ndarray:
@@ -165,28 +257,54 @@ def voi_display(
     ndarray (rows, cols) uint8
     """
     low, counts = _histogram(stored)
+    curve, _ = _voi_curve(
+        low,
+        counts,
+        monochrome1=monochrome1,
+        bits_stored=bits_stored,
+        signed=signed,
+        modality=modality,
+        voi=voi,
+        padding=padding,
+    )
+    return _apply(stored, low, curve)
+
+
+def _voi_curve(
+    low: int,
+    counts: np.ndarray,
+    *,
+    monochrome1: bool,
+    bits_stored: int,
+    signed: bool,
+    modality: Rescale | LookupTable | None,
+    voi: Window | LookupTable | None,
+    padding: tuple[int, int] | None,
+) -> tuple[np.ndarray, str]:
+    """Grey of each code, and the flag that says how greys were scaled where no VOI transform did it."""
     codes = np.arange(low, low + len(counts))
     padded = _between(codes, padding) if padding else np.zeros(len(codes), bool)
     values = modality(codes.astype(np.float64)) if modality else codes.astype(np.float64)
-    if isinstance(voi, Window) and not voi.usable:
-        voi = None
-    if isinstance(voi, Window):
+    scaling = ""
+    if isinstance(voi, Window) and voi.usable:
         grey = voi(values)
     else:
         if isinstance(voi, LookupTable):
             values = voi(values)
             black, white = voi.output_range
         else:
+            scaling = "full_range"
             black, white = declared_range(bits_stored, signed, modality)
             used = values[(counts > 0) & ~padded]
-            if used.size and not fills_declared_range(used, black, white):
+            if used.size and np.ptp(used) > 0 and not fills_declared_range(used, black, white):
+                scaling = "range_fallback"
                 black, white = float(used.min()), float(used.max())
-        grey = np.clip((values - black) / max(white - black, np.finfo(float).tiny), 0, 1)
+        grey = np.clip((values - black) / (white - black), 0, 1)
     if monochrome1:
         grey = 1 - grey
     curve = np.floor(grey * 255 + 0.5).astype(np.uint8)
     curve[padded] = 0
-    return _apply(stored, low, curve)
+    return curve, scaling
 
 
 def declared_range(
@@ -209,6 +327,30 @@ def _between(values: np.ndarray, limits: tuple[int, int]) -> np.ndarray:
     return (values >= limits[0]) & (values <= limits[1])
 
 
+def _constant(stored: np.ndarray, value: int) -> InvalidImage:
+    return InvalidImage(f"picture is constant: all {stored.size} values are {value}; send an image with content")
+
+
+def _percentiles(low: int, counts: np.ndarray) -> tuple[int, int]:
+    """Stored values at 0.5 % and 99.5 %, as numpy.percentile(method="inverted_cdf") has them."""
+    cumulated = counts.cumsum()
+    ranks = np.ceil(np.array([0.005, 0.995]) * cumulated[-1])
+    first, last = low + np.searchsorted(cumulated, np.maximum(ranks, 1))
+    return int(first), int(last)
+
+
+def _with_polarity(pixels: np.ndarray, flags: set[str]) -> tuple[str, ...]:
+    """Add `polarity_suspect` where the picture's outer frame is bright and its inside is darker."""
+    gray = pixels[::8, ::8] if pixels.ndim == 2 else pixels[::8, ::8, 1]
+    rows, cols = (max(side // 25, 1) for side in gray.shape)
+    inside = gray[rows:-rows, cols:-cols]
+    if inside.size:
+        frame = np.concatenate([gray[:rows].ravel(), gray[rows:, :cols].ravel(), gray[rows:, -cols:].ravel()])
+        if np.median(frame) > 192 and np.median(frame) > np.median(inside) + 32:
+            flags = flags | {"polarity_suspect"}
+    return tuple(sorted(flags))
+
+
 def _histogram(stored: np.ndarray) -> tuple[int, np.ndarray]:
     """Smallest value, and the count of every value from it to the largest."""
     low, high = int(stored.min()), int(stored.max())
@@ -216,7 +358,7 @@ def _histogram(stored: np.ndarray) -> tuple[int, np.ndarray]:
         raise InvalidImage(f"stored values span {high - low + 1} codes, allowed 65536; send at most 16 bits a pixel")
     if low >= 0:
         return low, np.bincount(stored.ravel())[low:]
-    return low, np.bincount((stored.ravel().astype(np.int32) - low))
+    return low, np.bincount(stored.ravel().astype(np.int32) - low)
 
 
 def _apply(stored: np.ndarray, low: int, curve: np.ndarray) -> np.ndarray:
