@@ -1,0 +1,221 @@
+"""`AsyncReader`: readings from a served `cxr_reader`, streamed to asyncio code; the twin of `Reader`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import grpc
+from cxr_triton.client import wire
+from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Clock, Timeouts, Tls
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+
+from cxr_triton.errors import Cancelled, Unavailable
+from cxr_triton.reading import Reading
+
+
+class AsyncReader:
+    """Asyncio client; one connection, any number of simultaneous readings in one event loop.
+
+    Parameters and methods are those of `cxr_triton.client.Reader`.
+
+    Examples
+    --------
+    >>> async with AsyncReader("127.0.0.1:8001") as reader:
+    ...     stream = reader.read("chest.dcm")
+    ...     async for delta in stream:
+    ...         print(delta, end="", flush=True)
+    ...     print(stream.reading.findings)
+    """
+
+    def __init__(
+        self,
+        url: str = "127.0.0.1:8001",
+        *,
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
+        model: str = "cxr_reader",
+        max_message_mib: int = 256,
+        tls: Tls | None = None,
+    ):
+        self.url, self.timeouts, self.model, self.max_message_mib = url, timeouts, model, max_message_mib
+        self._tls = tls
+        self._channel: grpc.aio.Channel | None = None
+        self._closed = False
+
+    def read(
+        self,
+        images: wire.Image | Sequence[wire.Image] = (),
+        *,
+        task: str | None = None,
+        prompt: str | None = None,
+        mode: str | None = None,
+        history: Sequence[dict] | None = None,
+        variables: dict[str, str | list[str]] | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] | None = None,
+    ) -> AsyncReadingStream:
+        """One reading of one patient's pictures; see `Reader.read`."""
+        request = {
+            "task": task,
+            "prompt": prompt,
+            "mode": mode,
+            "history": history,
+            "variables": variables,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+            "stop": stop,
+        }
+        contents = wire.image_bytes(images)
+        return AsyncReadingStream(self, wire.infer_request(self.model, contents, request, self.max_message_mib))
+
+    async def server_info(self) -> wire.ServerInfo:
+        """What answers at the URL, once it is ready and serves the contract; see `Reader.server_info`."""
+        model = await self._connect()
+        try:
+            server = await self._stub.ServerMetadata(pb.ServerMetadataRequest(), timeout=self.timeouts.connect_s)
+        except grpc.RpcError as error:
+            raise wire.connect_error(error, self.url, self.model, self.timeouts) from None
+        return wire.ServerInfo(server.name, server.version, model.name, tuple(model.versions))
+
+    async def close(self) -> None:
+        """Cancel what is under way and close the connection."""
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def __aenter__(self) -> AsyncReader:
+        return self
+
+    async def __aexit__(self, *exc) -> None:
+        await self.close()
+
+    def _open(self) -> None:
+        """An asyncio channel belongs to the loop that is running when it is made, so it is made on first use."""
+        options = wire.channel_options(self.max_message_mib)
+        if self._tls:
+            self._channel = grpc.aio.secure_channel(self.url, self._tls.credentials(), options)
+        else:
+            self._channel = grpc.aio.insecure_channel(self.url, options)
+        self._stub = GRPCInferenceServiceStub(self._channel)
+        self._stream_infer = self._channel.unary_stream(wire.STREAM_INFER, **wire.STREAM_INFER_TYPES)
+
+    async def _connect(self) -> pb.ModelMetadataResponse:
+        """See `Reader._connect`."""
+        if self._closed:
+            raise RuntimeError("AsyncReader is closed; make a new one")
+        if self._channel is None:
+            self._open()
+        ends = time.monotonic() + (self.timeouts.connect_s or float("inf"))
+        for delay_s in wire.backoff_s():
+            left_s = ends - time.monotonic()
+            try:
+                request = pb.ModelMetadataRequest(name=self.model)
+                model = await self._stub.ModelMetadata(request, timeout=wire.rpc_timeout_s(left_s))
+                wire.check_contract(model, self.url)
+                return model
+            except grpc.RpcError as error:
+                failure = wire.connect_error(error, self.url, self.model, self.timeouts)
+            if not isinstance(failure, Unavailable) or delay_s > left_s:
+                raise failure
+            await asyncio.sleep(delay_s)
+
+    async def _start(self, request: pb.ModelInferRequest) -> grpc.aio.UnaryStreamCall:
+        await self._connect()
+        return self._stream_infer(request, timeout=self.timeouts.total_s)
+
+
+class AsyncReadingStream:
+    """Text of one reading as it comes; closing or dropping it, or cancelling the task that waits for it, cancels the
+    request on the server at once. The twin of `ReadingStream`.
+
+    Attributes
+    ----------
+    reading : Reading or None
+        Complete once the iteration has ended.
+    """
+
+    def __init__(self, reader: AsyncReader, request: pb.ModelInferRequest):
+        self.reading: Reading | None = None
+        self._reader = reader
+        self._request: pb.ModelInferRequest | None = request
+        self._call: grpc.aio.UnaryStreamCall | None = None
+        self._clock: Clock | None = None
+        self._ended = False
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self
+
+    async def __anext__(self) -> str:
+        """The next text, never empty; raises as `ReadingStream.__next__` does."""
+        try:
+            if self._call is None and not self._ended:
+                request, self._request = self._request, None
+                self._call = await self._reader._start(request)
+                self._clock = Clock(self._reader.timeouts)
+            while not self._ended:
+                if delta := await self._receive():
+                    return delta
+        except BaseException:
+            self._cancel()
+            raise
+        raise StopAsyncIteration
+
+    async def result(self) -> Reading:
+        """Read to the end and give the reading; raises as `ReadingStream.result` does."""
+        async for _ in self:
+            pass
+        if self.reading is None:
+            raise Cancelled(f"reading at {self._reader.url} was closed before its end; call read again")
+        return self.reading
+
+    async def close(self) -> None:
+        """Cancel the request if it is still under way."""
+        self._cancel()
+
+    async def __aenter__(self) -> AsyncReadingStream:
+        return self
+
+    async def __aexit__(self, *exc) -> None:
+        self._cancel()
+
+    def __del__(self):
+        self._cancel()
+
+    def _cancel(self) -> None:
+        self._ended, self._request = True, None
+        if self._call is not None:
+            self._call.cancel()
+
+    async def _receive(self) -> str:
+        due, limit = self._clock.next_limit()
+        url, timeouts = self._reader.url, self._reader.timeouts
+        try:
+            async with asyncio.timeout(due - time.monotonic() if limit else None):
+                message = await self._call.read()
+        except TimeoutError:
+            raise wire.late(limit, timeouts, url) from None
+        except grpc.RpcError as error:
+            raise wire.stream_error(error, url, timeouts) from None
+        except asyncio.CancelledError:
+            if self._call.cancelled() and not asyncio.current_task().cancelling():
+                raise Cancelled(f"reading at {url} was cancelled before its end") from None
+            raise
+        if message is grpc.aio.EOF:
+            self._ended = True
+            if self.reading is None:
+                raise wire.no_reading(url)
+            return ""
+        delta, reading = wire.parse_response(message)
+        if reading:
+            self.reading = Reading.from_json(reading)
+        self._clock.heard(delta)
+        return delta

@@ -1,0 +1,86 @@
+"""How long a client waits for each part of a reading, and how it trusts the server."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import grpc
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Limits of one reading, in seconds; None waits without limit.
+
+    Attributes
+    ----------
+    connect_s : float
+        Until the server answers that it serves the contract, retries included.
+    first_delta_s : float
+        From the request to the first text: queue, decoding of the pictures, vision, prefill.
+    idle_s : float
+        Between two responses once the first has come. The server sends empty ones while a request waits, so silence
+        means trouble.
+    total_s : float
+        From the request to the end of the reading; also the gRPC deadline that the server sees.
+    """
+
+    connect_s: float | None = 5.0
+    first_delta_s: float | None = 120.0
+    idle_s: float | None = 30.0
+    total_s: float | None = 600.0
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not value > 0:
+                raise ValueError(f"Timeouts.{field.name} is {value!r}, must be over 0 s; None waits without limit")
+
+
+DEFAULT_TIMEOUTS = Timeouts()
+
+
+class Clock:
+    """Which of a stream's limits its next response runs against."""
+
+    def __init__(self, timeouts: Timeouts):
+        self._timeouts = timeouts
+        self._started = time.monotonic()
+        self._heard: float | None = None
+        self._has_text = False
+
+    def heard(self, delta: str) -> None:
+        self._heard = time.monotonic()
+        self._has_text = self._has_text or delta != ""
+
+    def next_limit(self) -> tuple[float, str]:
+        """Monotonic time by which the next response is due, and the name of the limit; (inf, "") without one."""
+        limits = [(float("inf"), "")]
+        if not self._has_text and self._timeouts.first_delta_s is not None:
+            limits.append((self._started + self._timeouts.first_delta_s, "first_delta_s"))
+        if self._heard is not None and self._timeouts.idle_s is not None:
+            limits.append((self._heard + self._timeouts.idle_s, "idle_s"))
+        return min(limits)
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files of an encrypted channel.
+
+    Attributes
+    ----------
+    ca : path, optional
+        Authorities that may have signed the server's certificate; the system's by default.
+    cert, key : path, optional
+        This client's own certificate and key, where the server asks for one.
+    """
+
+    ca: str | os.PathLike | None = None
+    cert: str | os.PathLike | None = None
+    key: str | os.PathLike | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        ca, cert, key = (Path(path).read_bytes() if path else None for path in (self.ca, self.cert, self.key))
+        return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)

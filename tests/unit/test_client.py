@@ -1,0 +1,512 @@
+"""The blocking and the asyncio client against an endpoint that misbehaves on purpose; both must behave the same."""
+
+import asyncio
+import gc
+import inspect
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import grpc
+import pytest
+from cxr_triton.client import AsyncReader, Reader, Timeouts, Tls
+from tritonclient.utils import deserialize_bytes_tensor
+
+from cxr_triton.errors import (
+    CODES,
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    LimitExceeded,
+    QueueFull,
+    ServerMismatch,
+    Unavailable,
+)
+from cxr_triton.reading import Reading, parse
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from fake_server import FakeServer, empty_final, failure, pause, response
+
+TEXT = "<think> Lungs are clear. </think>\n<answer> No Finding </answer>"
+READING = Reading.of(
+    parse(TEXT, grammar="think_answer", answer="labels", labels=("No Finding",)),
+    task="findings",
+    prompt="Find abnormalities and support devices.",
+    model={"profile": "test"},
+    notice="A test double answered.",
+).to_json()
+
+
+def collect(kind, server, *args, timeouts=Timeouts(connect_s=5), tls=None, **kwargs):
+    """Deltas and reading through one of the twins."""
+    if kind is Reader:
+        with Reader(server.url, timeouts=timeouts, tls=tls) as reader:
+            stream = reader.read(*args, **kwargs)
+            return list(stream), stream.reading
+
+    async def run():
+        async with AsyncReader(server.url, timeouts=timeouts, tls=tls) as reader:
+            stream = reader.read(*args, **kwargs)
+            return [delta async for delta in stream], stream.reading
+
+    return asyncio.run(run())
+
+
+both = pytest.mark.parametrize("kind", [Reader, AsyncReader])
+
+
+def streamed(request, context):
+    yield response()
+    yield response(TEXT[:10], swap=True)
+    yield response()
+    yield response(TEXT[10:])
+    yield response("", READING, final=True)
+
+
+@both
+def test_text_comes_without_heartbeats_and_ends_in_a_typed_reading(kind):
+    with FakeServer(streamed) as server:
+        deltas, reading = collect(kind, server, [b"prior", b"current"])
+    assert deltas == [TEXT[:10], TEXT[10:]]
+    assert reading.text == TEXT and reading.status == "ok"
+
+
+@both
+def test_empty_final_response_after_the_reading(kind):
+    def answer(request, context):
+        yield response(TEXT, READING)
+        yield empty_final()
+
+    with FakeServer(answer) as server:
+        assert collect(kind, server, b"x")[0] == [TEXT]
+
+
+@both
+def test_a_reading_of_another_release_is_a_mismatch(kind):
+    newer = READING.replace('"version": 1', '"version": 99')
+    with FakeServer(lambda request, context: iter([response(TEXT, newer)])) as server:
+        with pytest.raises(ServerMismatch, match="99"):
+            collect(kind, server, b"x")
+
+
+@both
+def test_images_travel_as_length_prefixed_contents_and_only_given_keys_are_sent(kind, tmp_path):
+    path = tmp_path / "secret-name.dcm"
+    path.write_bytes(b"from a path")
+    with FakeServer(streamed) as server:
+        collect(kind, server, [b"", b"bytes\x00\xff", path, str(path)], task="findings", variables={"a": "b"}, seed=0)
+        request = server.requests[0]
+        assert server.asked == {"task": "findings", "variables": {"a": "b"}, "seed": 0}
+    images = request.inputs[0]
+    assert (images.name, images.datatype, list(images.shape)) == ("IMAGES", "BYTES", [4])
+    assert list(deserialize_bytes_tensor(request.raw_input_contents[0])) == [
+        b"",
+        b"bytes\x00\xff",
+        b"from a path",
+        b"from a path",
+    ]
+    assert b"secret-name" not in request.SerializeToString()
+
+
+@both
+def test_one_image_needs_no_list_and_none_is_an_empty_tensor(kind, tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"png")
+    with FakeServer(streamed) as server:
+        for images, shape in (((str(path),), [1]), ((b"x",), [1]), ((), [0])):
+            collect(kind, server, *images)
+            assert list(server.requests[-1].inputs[0].shape) == shape
+
+
+@both
+@pytest.mark.parametrize("code", sorted(CODES))
+def test_every_code_of_the_server_comes_back_as_its_exception(kind, code):
+    def answer(request, context):
+        yield response("partly")
+        yield failure(f"[{code}] what, where")
+
+    with FakeServer(answer) as server, pytest.raises(CODES[code]) as caught:
+        collect(kind, server, b"x")
+    assert type(caught.value) is CODES[code] and caught.value.message == "what, where"
+
+
+@both
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, Unavailable),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceeded),
+        (grpc.StatusCode.CANCELLED, Cancelled),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, QueueFull),
+        (grpc.StatusCode.UNIMPLEMENTED, ServerMismatch),
+        (grpc.StatusCode.UNKNOWN, InternalError),
+    ],
+)
+def test_every_grpc_status_becomes_an_exception_and_the_request_is_sent_once(kind, status, error):
+    def answer(request, context):
+        context.abort(status, "said the test")
+        yield
+
+    with FakeServer(answer) as server:
+        with pytest.raises(error):
+            collect(kind, server, b"x")
+        assert len(server.requests) == 1
+
+
+@both
+def test_a_stream_without_a_reading_is_an_error(kind):
+    with FakeServer(lambda request, context: iter([response("text"), empty_final()])) as server:
+        with pytest.raises(InternalError, match="without a reading"):
+            collect(kind, server, b"x")
+
+
+@both
+def test_a_garbled_tensor_is_named(kind):
+    def answer(request, context):
+        message = response("text")
+        message.infer_response.raw_output_contents[0] = b"\xff\xff\x00\x00text"
+        yield message
+
+    with FakeServer(answer) as server, pytest.raises(ServerMismatch, match="cut off"):
+        collect(kind, server, b"x")
+
+
+@both
+def test_connecting_is_retried_until_the_server_is_ready(kind):
+    with FakeServer(streamed) as server:
+        server.refuse = [grpc.StatusCode.UNAVAILABLE] * 3
+        assert collect(kind, server, b"x")[1].status == "ok"
+        assert server.refuse == [] and len(server.requests) == 1
+
+
+@both
+def test_no_server_is_unavailable_within_the_limit(kind):
+    with FakeServer(streamed) as server:
+        pass
+    started = time.monotonic()
+    with pytest.raises(Unavailable, match=r"connect_s = 0.6 s.*cxr-triton serve"):
+        collect(kind, server, b"x", timeouts=Timeouts(connect_s=0.6))
+    assert time.monotonic() - started < 2
+
+
+@both
+def test_a_silent_server_is_unavailable_within_the_limit(kind):
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        server = SimpleNamespace(url=f"127.0.0.1:{mute.getsockname()[1]}")
+        with pytest.raises(Unavailable):
+            collect(kind, server, b"x", timeouts=Timeouts(connect_s=0.5))
+
+
+@both
+def test_another_contract_is_a_mismatch_that_names_the_tensors(kind):
+    with FakeServer(streamed) as server:
+        server.outputs = ("TEXT",)
+        with pytest.raises(ServerMismatch, match="TEXT BYTES.*DELTA BYTES, READING BYTES"):
+            collect(kind, server, b"x")
+        assert server.requests == []
+
+
+def test_an_unknown_model_is_a_mismatch():
+    with FakeServer(streamed) as server, Reader(server.url, model="other") as reader:
+        with pytest.raises(ServerMismatch, match="'other'"):
+            reader.read(b"x").result()
+        with pytest.raises(ServerMismatch):
+            reader.server_info()
+
+
+@both
+@pytest.mark.parametrize(
+    ("limit", "answer"),
+    [
+        ("first_delta_s", lambda request, context: (pause(context, 0.02) or response() for _ in range(500))),
+        ("first_delta_s", lambda request, context: (pause(context, 9) or response() for _ in range(1))),
+        ("idle_s", lambda request, context: (pause(context, 9 * i) or response("text") for i in range(2))),
+        ("idle_s", lambda request, context: (pause(context, 9 * i) or response() for i in range(2))),
+        ("total_s", lambda request, context: (pause(context, 0.02) or response("text") for _ in range(500))),
+    ],
+)
+def test_each_limit_ends_the_reading_and_frees_the_server(kind, limit, answer):
+    with FakeServer(answer) as server:
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match=f"{limit} = 0.4 s"):
+            collect(kind, server, b"x", timeouts=Timeouts(**{limit: 0.4}))
+        assert 0.35 < time.monotonic() - started < 3
+        assert server.cancelled.wait(2)
+
+
+@pytest.mark.parametrize("name", ["connect_s", "first_delta_s", "idle_s", "total_s"])
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_a_limit_that_is_no_time_is_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        Timeouts(**{name: value})
+
+
+def test_no_limits_at_all():
+    none = Timeouts(connect_s=None, first_delta_s=None, idle_s=None, total_s=None)
+    with FakeServer(streamed) as server:
+        for kind in (Reader, AsyncReader):
+            assert collect(kind, server, b"x", timeouts=none)[1].status == "ok"
+
+
+def endless(request, context):
+    while context.is_active():
+        yield response("text ")
+        pause(context, 0.01)
+
+
+@pytest.mark.parametrize("how", ["close", "with", "garbage", "reader"])
+def test_leaving_a_stream_cancels_on_the_server_at_once(how):
+    with FakeServer(endless) as server, Reader(server.url) as reader:
+        stream = reader.read(b"x")
+        assert next(stream) == "text "
+        left = time.monotonic()
+        if how == "close":
+            stream.close()
+            assert list(stream) == []
+            with pytest.raises(Cancelled):
+                stream.result()
+        elif how == "with":
+            with stream:
+                pass
+        elif how == "garbage":
+            del stream
+            gc.collect()
+        else:
+            reader.close()
+        assert server.cancelled.wait(1) and time.monotonic() - left < 0.5
+
+
+@pytest.mark.parametrize("how", ["close", "with", "garbage", "reader", "task"])
+def test_leaving_an_async_stream_cancels_on_the_server_at_once(how):
+    async def run(server):
+        async with AsyncReader(server.url) as reader:
+            stream = reader.read(b"x")
+            assert await anext(stream) == "text "
+            if how == "close":
+                await stream.close()
+                assert [delta async for delta in stream] == []
+                with pytest.raises(Cancelled):
+                    await stream.result()
+            elif how == "with":
+                async with stream:
+                    pass
+            elif how == "garbage":
+                del stream
+                gc.collect()
+            elif how == "reader":
+                await reader.close()
+            else:
+                task = asyncio.create_task(stream.result())
+                await asyncio.sleep(0.05)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            assert await asyncio.to_thread(server.cancelled.wait, 1)
+
+    with FakeServer(endless) as server:
+        asyncio.run(run(server))
+
+
+def quiet(request, context):
+    yield response("text")
+    pause(context, 9)
+
+
+def test_closing_from_another_thread_wakes_the_reader():
+    with FakeServer(quiet) as server, Reader(server.url) as reader:
+        stream = reader.read(b"x")
+        next(stream)
+        threading.Timer(0.1, stream.close).start()
+        with pytest.raises(Cancelled):
+            next(stream)
+
+
+def test_closing_from_another_task_wakes_the_reader():
+    async def run(server):
+        async with AsyncReader(server.url) as reader:
+            stream = reader.read(b"x")
+            await anext(stream)
+            asyncio.get_running_loop().call_later(0.1, lambda: asyncio.ensure_future(stream.close()))
+            with pytest.raises(Cancelled):
+                await anext(stream)
+
+    with FakeServer(quiet) as server:
+        asyncio.run(run(server))
+
+
+def test_a_dropped_reader_ends_its_thread():
+    with FakeServer(streamed) as server:
+        reader = Reader(server.url)
+        reader.read(b"x").result()
+        assert "cxr-reader-watchdog" in {thread.name for thread in threading.enumerate()}
+        del reader
+        gc.collect()
+        assert "cxr-reader-watchdog" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_closed_reader_says_so():
+    with FakeServer(streamed) as server:
+        reader = Reader(server.url)
+        reader.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            reader.read(b"x").result()
+
+
+def test_readings_run_side_by_side():
+    gate = threading.Barrier(4, timeout=10)
+
+    def answer(request, context):
+        gate.wait()
+        yield from streamed(request, context)
+
+    with FakeServer(answer) as server, Reader(server.url) as reader:
+        results = []
+        threads = [threading.Thread(target=lambda: results.append(reader.read(b"x").result().status)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results == ["ok"] * 4
+
+        async def run():
+            async with AsyncReader(server.url) as twin:
+                return await asyncio.gather(*(twin.read(b"x").result() for _ in range(4)))
+
+        assert [reading.status for reading in asyncio.run(run())] == ["ok"] * 4
+
+
+def test_too_large_a_request_is_refused_before_it_is_sent():
+    with FakeServer(streamed) as server, Reader(server.url, max_message_mib=2) as reader:
+        with pytest.raises(LimitExceeded, match=r"1\.5 MiB together, allowed 1 MiB"):
+            reader.read([bytes(3 << 18), bytes(3 << 18)])
+
+
+@both
+def test_a_server_with_a_smaller_limit_is_told_apart_from_a_full_queue(kind):
+    with FakeServer(streamed, max_receive_bytes=1 << 16) as server:
+        with pytest.raises(LimitExceeded, match="larger than max"):
+            collect(kind, server, bytes(1 << 17))
+
+
+def test_a_large_image_and_a_large_reading_fit():
+    with FakeServer(lambda request, context: iter([response(TEXT * 100_000, READING)])) as server:
+        deltas, _ = collect(Reader, server, bytes(16 << 20))
+    assert deltas == [TEXT * 100_000]
+
+
+def test_the_environments_web_proxy_is_not_used(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with FakeServer(streamed) as server:
+        for kind in (Reader, AsyncReader):
+            assert collect(kind, server, b"x")[1].status == "ok"
+
+
+def test_server_info():
+    with FakeServer(streamed) as server:
+        with Reader(server.url) as reader:
+            info = reader.server_info()
+
+        async def run():
+            async with AsyncReader(server.url) as twin:
+                return await twin.server_info()
+
+        assert asyncio.run(run()) == info
+    assert (info.name, info.version, info.model, info.model_versions) == ("fake", "0.0", "cxr_reader", ("1",))
+
+
+@both
+def test_tls(kind, tmp_path):
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run(
+        [*command, "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", cert],
+        check=True,
+        capture_output=True,
+    )
+    credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
+    with FakeServer(streamed, tls=credentials) as server:
+        assert collect(kind, server, b"x", tls=Tls(ca=cert))[1].status == "ok"
+        with pytest.raises(Unavailable):
+            collect(kind, server, b"x", tls=Tls(), timeouts=Timeouts(connect_s=0.5))
+
+
+def test_the_twins_have_the_same_methods():
+    for name in ("read", "server_info", "close", "__init__"):
+        ours, twins = (inspect.signature(getattr(kind, name)).parameters for kind in (Reader, AsyncReader))
+        assert list(ours) == list(twins)
+
+
+LEAK = """
+import asyncio, gc, os, sys, threading
+import psutil
+from cxr_triton.client import AsyncReader, Reader
+from cxr_triton.errors import CxrError
+
+me, image, url = psutil.Process(), bytes(200_000), sys.argv[1]
+
+def state():
+    gc.collect()
+    return me.num_fds(), threading.active_count(), me.memory_info().rss / 2**20
+
+def blocking(n):
+    with Reader(url) as reader:
+        for i in range(n):
+            stream = reader.read(image, prompt=("error" if i % 5 == 1 else None))
+            if i % 5 == 2:
+                next(stream)            # left to the garbage collector
+            else:
+                try:
+                    stream.result()
+                except CxrError:
+                    pass
+
+async def asynchronous(n):
+    async with AsyncReader(url) as reader:
+        for i in range(n):
+            stream = reader.read(image, prompt=("error" if i % 5 == 1 else None))
+            if i % 5 == 2:
+                await anext(stream)
+                del stream
+            else:
+                try:
+                    await stream.result()
+                except CxrError:
+                    pass
+
+def opened(n):
+    for _ in range(n):
+        with Reader(url) as reader:
+            reader.read(image).result()
+
+run = {"reader": blocking, "aio": lambda n: asyncio.run(asynchronous(n)), "opened": opened}[sys.argv[2]]
+run(int(sys.argv[3]))
+before = state()
+run(int(sys.argv[4]))
+print(*before, *state())
+"""
+
+
+@pytest.mark.parametrize(("kind", "warm", "calls"), [("reader", 200, 1000), ("aio", 200, 1000), ("opened", 20, 100)])
+def test_a_thousand_readings_leave_no_thread_no_descriptor_and_no_memory(kind, warm, calls):
+    def answer(request, context):
+        if b"error" in request.raw_input_contents[1]:
+            yield failure("[INVALID_REQUEST] what, where")
+        yield from streamed(request, context)
+
+    with FakeServer(answer) as server:
+        out = subprocess.run(
+            [sys.executable, "-c", LEAK, server.url, kind, str(warm), str(calls)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    assert out.stderr == ""
+    fds, threads, mib, fds_after, threads_after, mib_after = map(float, out.stdout.split())
+    assert fds_after <= fds + 1 and threads_after <= threads
+    # 1,000 requests carried 190 MiB; a leak of one message in twenty would show.
+    assert mib_after < mib + 8
