@@ -113,7 +113,7 @@ def inspect(syntax: str, codestream: bytes) -> Codestream:
         return _inspect_rle(codestream)
     if codestream[:3] == b"\xff\xd8\xff":
         header = inspect_jpeg(codestream)
-        if codestream.rstrip(b"\0")[-2:] != b"\xff\xd9":
+        if not codestream.rstrip(b"\0\xff").endswith(b"\xff\xd9"):
             raise InvalidImage("codestream has no end-of-image marker: it is truncated; send the complete file")
     else:
         header = _inspect_jpeg2000(codestream)

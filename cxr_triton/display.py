@@ -351,20 +351,31 @@ def _with_polarity(pixels: np.ndarray, flags: set[str]) -> tuple[str, ...]:
     return tuple(sorted(flags))
 
 
+_CHUNK = 1 << 18  # pixels; numpy widens indices to 8 bytes each, a chunk at a time stays in the cache
+
+
 def _histogram(stored: np.ndarray) -> tuple[int, np.ndarray]:
     """Smallest value, and the count of every value from it to the largest."""
     low, high = int(stored.min()), int(stored.max())
     if high - low > 65535:
         raise InvalidImage(f"stored values span {high - low + 1} codes, allowed 65536; send at most 16 bits a pixel")
-    if low >= 0:
-        return low, np.bincount(stored.ravel())[low:]
-    return low, np.bincount(stored.ravel().astype(np.int32) - low)
+    offset = min(low, 0)
+    counts = np.zeros(high - offset + 1, np.int64)
+    flat = stored.reshape(-1)
+    for start in range(0, flat.size, _CHUNK):
+        part = flat[start : start + _CHUNK]
+        counts += np.bincount(part if offset == 0 else part.astype(np.intp) - offset, minlength=len(counts))
+    return low, counts[low - offset :]
 
 
 def _apply(stored: np.ndarray, low: int, curve: np.ndarray) -> np.ndarray:
-    """`curve[stored - low]` without a wide copy of `stored` when its values are not negative."""
-    if low >= 0:
-        table = np.zeros(low + len(curve), np.uint8)
-        table[low:] = curve
-        return table[stored]
-    return curve[stored.astype(np.int32) - low]
+    """`curve[stored - low]`."""
+    offset = min(low, 0)
+    table = np.zeros(low - offset + len(curve), np.uint8)
+    table[low - offset :] = curve
+    flat = stored.reshape(-1)
+    picture = np.empty(flat.size, np.uint8)
+    for start in range(0, flat.size, _CHUNK):
+        part = flat[start : start + _CHUNK].astype(np.intp)
+        np.take(table, part - offset if offset else part, out=picture[start : start + _CHUNK], mode="clip")
+    return picture.reshape(stored.shape)
