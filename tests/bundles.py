@@ -1,0 +1,83 @@
+"""Small engine bundles around the random checkpoints: byte-level tokenizer, template, profile, both graphs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START
+
+from cxr_triton import __version__
+
+TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+WINDOW_BUDGET, TOKEN_BUDGET, MAX_SEQUENCE = 16, 64, 1024
+
+
+def write_tokenizer(folder: Path, vocab: int = 320) -> None:
+    """One token for each byte, control tokens at the ids of `checkpoints`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    special = {
+        IMAGE_TOKEN: "<|image_pad|>",
+        VISION_START: "<|vision_start|>",
+        VISION_END: "<|vision_end|>",
+        END: "<|end|>",
+        END + 1: "<|pad|>",
+    }
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = letters + [f"<|unused_{index}|>" for index in range(len(letters), vocab)]
+    for index, content in special.items():
+        tokens[index] = content
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in tokens[len(letters) :]])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def write_export(folder: Path, checkpoint: Path, *, precision: str = "fp32") -> Path:
+    """An export folder of a checkpoint that `checkpoints.random_checkpoint` made."""
+    import shutil
+
+    from cxr_triton.export.checkpoint import Checkpoint
+    from cxr_triton.export.decoder import write_decoder
+    from cxr_triton.export.vision import write_vision
+
+    from cxr_triton.profile import PROFILES
+
+    source = Checkpoint(checkpoint)
+    write_vision(source, folder, precision=precision, progress=False)
+    write_decoder(source, folder, precision=precision, progress=False)
+    write_tokenizer(folder, source.text.vocab_size)
+    for name in ("config.json", "generation_config.json", "preprocessor_config.json"):
+        shutil.copy(checkpoint / name, folder / name)
+    shutil.copy(PROFILES / "nv-reason-cxr-3b.yaml", folder / "profile.yaml")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    text = source.text
+    geometry = {
+        "hidden": text.hidden_size,
+        "layers": text.num_hidden_layers,
+        "kv_heads": text.num_key_value_heads,
+        "head_dim": text.head_dim,
+        "vocab": text.vocab_size,
+        "window_budget": WINDOW_BUDGET,
+        "token_budget": TOKEN_BUDGET,
+        "max_sequence": MAX_SEQUENCE,
+        "compute": "fp32",
+        "image_token_id": source.image_token_id,
+        "eos_token_ids": list(source.eos_token_ids),
+        "vision_start_token_id": source.vision_start_token_id,
+        "merge_size": source.vision.spatial_merge_size,
+    }
+    export = {
+        "schema": 1,
+        "precision": precision,
+        "geometry": geometry,
+        "source": {"name": "random"},
+        "versions": {"cxr_triton": __version__},
+    }
+    (folder / "export.json").write_text(json.dumps(export))
+    return folder

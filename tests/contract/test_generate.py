@@ -1,0 +1,209 @@
+"""Greedy tokens of the decoder runtime against `transformers.generate`, alone and in a crowd."""
+
+import dataclasses
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bundles import TOKEN_BUDGET, WINDOW_BUDGET, write_export
+from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START, random_checkpoint
+from cxr_triton.engines.bundle import build_bundle
+from cxr_triton.engines.runtime import DecoderRuntime, Generation, Sampling
+from cxr_triton.engines.session import VisionSession
+
+from cxr_triton import image
+
+NEW_TOKENS = 80
+PENALTY = 1.05
+WAIT_S = 300
+
+
+@dataclass
+class Case:
+    """A prompt for both sides: ids, and pictures of (height, width) pixels."""
+
+    input_ids: np.ndarray
+    pictures: list[np.ndarray]
+
+
+def text(seed, count):
+    return np.random.default_rng(seed).integers(0, 256, count).tolist()
+
+
+def picture(seed, height, width):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def image_ids(picture):
+    tokens = picture.shape[0] * picture.shape[1] // 28**2
+    return [VISION_START, *[IMAGE_TOKEN] * tokens, VISION_END]
+
+
+def cases():
+    square, wide, small = picture(1, 196, 168), picture(2, 56, 336), picture(3, 84, 112)
+    single = [*text(4, 9), *image_ids(square), *text(5, 21)]
+    return {
+        "text_only": Case(text(6, 37), []),
+        "one_token": Case(text(7, 1), []),
+        "one_image": Case(single, [square]),
+        "wide_image": Case([*image_ids(wide), *text(8, 30)], [wide]),
+        "two_images": Case(
+            [*text(9, 5), *image_ids(small), *text(10, 3), *image_ids(wide), *text(11, 17)], [small, wide]
+        ),
+        "follow_up": Case([*single, *text(12, 70), END, *text(13, 25)], [square]),
+        "long_text": Case(text(14, 300), []),
+        "long_after_image": Case([*image_ids(small), *text(15, 150)], [small]),
+    }
+
+
+@pytest.fixture(scope="module")
+def model_and_bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate")
+    model = random_checkpoint(folder / "checkpoint", tied=False)
+    bundle = build_bundle(write_export(folder / "export", folder / "checkpoint"), folder / "bundle")
+    return model, bundle
+
+
+@pytest.fixture(scope="module")
+def reference(model_and_bundle):
+    """Tokens of `transformers.generate` by case and penalty, and the M-RoPE positions that it used."""
+    import torch
+    from transformers import GenerationConfig
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    model, bundle = model_and_bundle
+    processor = Qwen2VLImageProcessorPil.from_pretrained(bundle.path)
+    tokens, positions = {}, {}
+    for name, case in cases().items():
+        ids = torch.tensor([case.input_ids])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        grids = None
+        inputs["mm_token_type_ids"] = (ids == IMAGE_TOKEN).int()
+        if case.pictures:
+            pixels = processor(case.pictures, return_tensors="pt")
+            inputs["pixel_values"], grids = pixels["pixel_values"], pixels["image_grid_thw"]
+            inputs["image_grid_thw"] = grids
+        found, _ = model.model.get_rope_index(ids, inputs["mm_token_type_ids"], image_grid_thw=grids)
+        positions[name] = found[:, 0].numpy()
+        for penalty in (1.0, PENALTY):
+            config = GenerationConfig(  # without eos_token_id it runs to the end
+                do_sample=False, max_new_tokens=NEW_TOKENS, repetition_penalty=penalty, pad_token_id=END + 1
+            )
+            with torch.no_grad():
+                output = model.generate(**inputs, generation_config=config)
+            tokens[name, penalty] = output[0, ids.shape[1] :].tolist()
+            assert len(tokens[name, penalty]) == NEW_TOKENS
+    return tokens, positions
+
+
+@pytest.fixture(scope="module")
+def generations(model_and_bundle, reference):
+    """The same requests for the runtime, image embeddings by the vision session."""
+    _, bundle = model_and_bundle
+    vision = VisionSession(bundle, threads=1)
+    result = {}
+    for name, case in cases().items():
+        ids = np.array(case.input_ids, np.int64)
+        index = np.full(len(ids), -1, np.int64)
+        embeddings = np.zeros((0, bundle.geometry.hidden), np.float32)
+        if case.pictures:
+            inputs = [
+                image.windows(each, window_budget=WINDOW_BUDGET, token_budget=TOKEN_BUDGET) for each in case.pictures
+            ]
+            embeddings = vision.encode(**image.stack(inputs)).reshape(-1, bundle.geometry.hidden)
+            rows = [i * TOKEN_BUDGET + np.arange(each.tokens) for i, each in enumerate(inputs)]
+            index[ids == IMAGE_TOKEN] = np.concatenate(rows)
+        for penalty in (1.0, PENALTY):
+            result[name, penalty] = Generation(
+                input_ids=ids,
+                position_ids=reference[1][name],
+                image_index=index,
+                image_embeddings=embeddings,
+                sampling=Sampling(max_new_tokens=NEW_TOKENS, repetition_penalty=penalty),
+            )
+    return result
+
+
+class Receiver:
+    def __init__(self):
+        self.tokens, self.done, self.last = [], threading.Event(), None
+
+    def __call__(self, chunk):
+        self.tokens.extend(chunk.token_ids.tolist())
+        if chunk.completion or chunk.error:
+            self.last = chunk
+            self.done.set()
+
+    def wait(self):
+        assert self.done.wait(WAIT_S), "the stream did not end"
+        assert self.last.error is None, self.last.error
+        return self
+
+
+@pytest.mark.parametrize("penalty", [1.0, PENALTY])
+@pytest.mark.parametrize("slots", [1, 4])
+def test_greedy_tokens_alone_are_those_of_transformers(model_and_bundle, reference, generations, slots, penalty):
+    with DecoderRuntime(model_and_bundle[1], slots=slots, prefill_chunk=64, threads=1) as runtime:
+        for name in cases():
+            receiver = Receiver()
+            runtime.submit(generations[name, penalty], receiver)
+            assert receiver.wait().tokens == reference[0][name, penalty], name
+            assert len(set(receiver.tokens)) > 10  # a constant answer would prove little
+
+
+@pytest.mark.parametrize("slots", [3, 8])
+def test_greedy_tokens_of_eight_in_flight_are_those_of_transformers(model_and_bundle, reference, generations, slots):
+    with DecoderRuntime(model_and_bundle[1], slots=slots, prefill_chunk=16, threads=1) as runtime:
+        running = {}
+        for index, name in enumerate(cases()):
+            key = (name, (1.0, PENALTY)[index % 2])
+            running[key] = Receiver()
+            runtime.submit(generations[key], running[key])
+        for key, receiver in running.items():
+            assert receiver.wait().tokens == reference[0][key], key
+
+
+def test_an_end_token_stops_as_in_transformers(model_and_bundle, reference, generations):
+    expected = reference[0]["one_image", PENALTY]
+    end = next(token for k, token in enumerate(expected) if k >= 20 and token not in expected[:k])
+    generation = generations["one_image", PENALTY]
+    sampling = dataclasses.replace(generation.sampling, eos_token_ids=(END, end))
+    with DecoderRuntime(model_and_bundle[1], threads=1) as runtime:
+        receiver = Receiver()
+        runtime.submit(dataclasses.replace(generation, sampling=sampling), receiver)
+        assert receiver.wait().tokens == expected[: expected.index(end) + 1]
+        assert receiver.last.completion.finish_reason == "stop"
+        assert receiver.last.completion.usage["image_tokens"] == 42
+
+
+def test_int4_tokens_do_not_depend_on_the_crowd(tmp_path, generations):
+    """Sampled at temperature 1, so a last bit that differs would show soon."""
+    random_checkpoint(tmp_path / "checkpoint", tied=False)
+    export = write_export(tmp_path / "export", tmp_path / "checkpoint", precision="int4")
+    bundle = build_bundle(export, tmp_path / "bundle")
+    sampled = {
+        name: dataclasses.replace(
+            generations[name, 1.0],
+            sampling=Sampling(max_new_tokens=NEW_TOKENS, temperature=1.0, repetition_penalty=PENALTY, seed=seed),
+        )
+        for seed, name in enumerate(cases())
+    }
+    with DecoderRuntime(bundle, slots=8, threads=1) as runtime:
+        alone = {}
+        for name in ("text_only", "two_images", "follow_up"):
+            alone[name] = Receiver()
+            runtime.submit(sampled[name], alone[name])
+            alone[name].wait()
+        crowd = {name: Receiver() for name in cases()}
+        for name, receiver in crowd.items():
+            runtime.submit(sampled[name], receiver)
+        for receiver in crowd.values():
+            receiver.wait()
+    for name, receiver in alone.items():
+        assert crowd[name].tokens == receiver.tokens, name
