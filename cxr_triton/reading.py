@@ -1,0 +1,468 @@
+"""A model's answer → a typed reading, and the READING JSON of the wire (``docs/reading.schema.json``).
+
+`parse` never raises and never drops text: what it cannot take apart is said by `status` and `flags`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cxr_triton.errors import ServerMismatch
+
+VERSION = 1
+STATUSES = ("ok", "malformed", "truncated", "out_of_vocabulary")
+FLAGS = {
+    "thinking_alias": "the reasoning block is written <thinking>",
+    "missing_reasoning": "there is no closed reasoning block, or nothing before the boxed answer",
+    "missing_answer": "there is no closed answer block or boxed answer",
+    "unclosed": "a block or a box is opened and not closed",
+    "empty_answer": "the answer is blank",
+    "multiple_answers": "more than one answer block; the last one counts",
+    "multiple_boxed": "more than one \\boxed; the last one counts",
+    "text_outside": "text stands outside the blocks, or after the boxed answer",
+    "no_option": "no option letter, yes or no was found in the answer",
+    "unreadable_box": "a box is not written <|box|>(x1,y1),(x2,y2)<|/box|>",
+    "box_reversed": "a box has its corners swapped; pixels are put in order",
+    "box_out_of_range": "a box reaches outside 0 to 100 percent; pixels are clipped to the image",
+    "box_empty": "a box has no area inside the image",
+    "box_image_assumed": "boxes are taken to be on the last (current) of several images",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A label of the vocabulary that the answer lists.
+
+    Attributes
+    ----------
+    label : str
+        As the profile spells it.
+    written : str
+        As the model spelled it.
+    """
+
+    label: str
+    written: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """A box that the answer places.
+
+    Attributes
+    ----------
+    label : str or None
+    percent : tuple of float
+        x1, y1, x2, y2 as the model wrote them, percent of width and height.
+    pixels : tuple of float or None
+        x1, y1, x2, y2 on the original image, in order and inside it: pixel edges from the top left corner, so that the
+        whole image is (0, 0, width, height). None when the image's size is unknown.
+    image : int or None
+        Index of the image in the request; None without images.
+    """
+
+    label: str | None
+    percent: tuple[float, float, float, float]
+    pixels: tuple[float, float, float, float] | None
+    image: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parsed:
+    """What the grammar gives.
+
+    Attributes
+    ----------
+    status : str
+        ``ok``; ``malformed``: a piece of the grammar is missing or unreadable; ``truncated``: the token limit came
+        first; ``out_of_vocabulary``: well formed, but `unknown_labels` are none of the profile's.
+    text : str
+        The model's text, untouched.
+    reasoning, answer : str or None
+        The parts, trimmed; headings and ``$$`` around a boxed answer are dropped.
+    findings : tuple of Finding
+        Labels in the order given, each once. Empty means "none" only when the status is ``ok``.
+    options : tuple of str
+        Letters, ``Yes`` or ``No`` of an ``option`` answer.
+    report : str or None
+        The answer when it is prose.
+    flags : tuple of str
+        Keys of `FLAGS`.
+    """
+
+    status: str
+    finish_reason: str
+    text: str
+    reasoning: str | None = None
+    answer: str | None = None
+    findings: tuple[Finding, ...] = ()
+    unknown_labels: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    report: str | None = None
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Parsed):
+    """The last message of a served reading.
+
+    Attributes
+    ----------
+    task : str or None
+    prompt : str
+        The user's turn as the model got it; with `text` it is the next turn's history.
+    model : dict
+        Profile, revision, engine, precision, bundle digest.
+    images : tuple of dict
+        Per image: syntax, photometric interpretation, preset that ran, size, grid, flags.
+    usage : dict of str to int
+    timings_ms : dict of str to float
+    notice : str
+        Research-only notice; show it wherever the reading is shown.
+    """
+
+    task: str | None
+    prompt: str
+    model: dict[str, Any]
+    images: tuple[dict[str, Any], ...] = ()
+    usage: dict[str, int] = field(default_factory=dict)
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    notice: str
+
+    @classmethod
+    def of(cls, parsed: Parsed, **facts) -> Reading:
+        """A reading of a parsed answer and the facts around it (`task` to `notice`)."""
+        return cls(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(Parsed)}, **facts)
+
+    def to_json(self) -> str:
+        """READING, one JSON object as ``docs/reading.schema.json`` describes it."""
+        return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Reading:
+        """A reading from READING; keys that this version does not know are ignored.
+
+        Raises
+        ------
+        ServerMismatch
+            Not JSON, of another version, or a key is missing or of the wrong type.
+        """
+        try:
+            data = json.loads(text)
+            version = data["version"]
+            if version != VERSION:
+                raise ServerMismatch(f"READING: version {version}, this client reads {VERSION}; install the server's")
+            return cls(**{f.name: _typed(f.name, data[f.name]) for f in dataclasses.fields(cls)})
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ServerMismatch(
+                f"READING: is not a reading: {type(error).__name__} {error}; use a client of the server's version"
+            ) from None
+
+
+def parse(
+    text: str,
+    *,
+    grammar: str,
+    answer: str,
+    labels: Sequence[str] = (),
+    finish_reason: str = "stop",
+    image_sizes: Sequence[tuple[int, int]] = (),
+) -> Parsed:
+    """Take a model's answer apart.
+
+    Parameters
+    ----------
+    text : str
+    grammar : str
+        ``think_answer`` (``<think>`` or ``<thinking>``, then ``<answer>``), ``boxed`` (reasoning, then ``\\boxed{}``)
+        or ``plain``.
+    answer : str
+        What the answer is: ``labels``, ``prose``, ``option``, ``boxes`` or ``text`` (see `cxr_triton.profile.Task`).
+        Prose in ``think_answer`` and text in any grammar may come without tags.
+    labels : sequence of str
+        The vocabulary.
+    finish_reason : str
+        Anything but ``stop`` makes the status ``truncated``.
+    image_sizes : sequence of (height, width)
+        Pixels of the original images, for the boxes.
+    """
+    flags: dict[str, None] = {}  # an ordered set
+    reasoning, content = {"think_answer": _think_answer, "boxed": _boxed, "plain": _plain}[grammar](text, flags)
+    if answer == "text" or (answer == "prose" and grammar == "think_answer"):
+        # Follow-ups and free prompts are answered in prose, after a reasoning block or without one.
+        if "missing_answer" in flags and "unclosed" not in flags:
+            content = _without_tags(text, grammar)
+            reasoning = None if grammar == "boxed" else reasoning
+            for flag in ("missing_answer", "missing_reasoning", "text_outside"):
+                flags.pop(flag, None)
+        flags.pop("missing_reasoning", None)
+    well_formed = not flags.keys() & {"unclosed", "missing_answer"}
+    if grammar == "think_answer" and "missing_reasoning" in flags:
+        well_formed = False
+    if content is not None and not content.strip():
+        content, well_formed = None, False
+        flags["empty_answer"] = None
+    content = content.strip() if content is not None else None
+    findings, unknown, options, boxes = (), (), (), ()
+    if content is not None:
+        if answer == "labels":
+            findings, unknown = _labels(content, labels)
+            if not findings and not unknown:  # nothing but commas
+                well_formed, flags["empty_answer"] = False, None
+        elif answer == "text":
+            findings, unknown = _labels(content, labels)
+            findings, unknown = ((), ()) if unknown else (findings, ())
+        elif answer == "option":
+            options = _options(content)
+            if not options:
+                flags["no_option"] = None
+        boxes, readable = _boxes(content, image_sizes, flags)
+        if answer == "boxes" and (not readable or not (boxes or _NOT_DETECTED.fullmatch(content))):
+            well_formed = False
+    status = "ok"
+    if finish_reason != "stop":
+        status = "truncated"
+    elif not well_formed or content is None:
+        status = "malformed"
+    elif unknown:
+        status = "out_of_vocabulary"
+    return Parsed(
+        status=status,
+        finish_reason=finish_reason,
+        text=text,
+        reasoning=reasoning.strip() or None if reasoning is not None else None,
+        answer=content,
+        findings=findings,
+        unknown_labels=unknown,
+        options=options,
+        boxes=boxes,
+        report=content if answer in ("prose", "text") and not findings else None,
+        flags=tuple(flags),
+    )
+
+
+_TAG = re.compile(r"<(/?)(think|thinking|answer)\s*>", re.IGNORECASE)
+
+
+def _think_answer(text: str, flags: dict) -> tuple[str | None, str | None]:
+    """Text of the reasoning block and of the last answer block; None where there is no closed one."""
+    reasoning = content = None
+    outside, end = [], 0
+    block: str | None = None  # the block that is open
+    start = 0
+    for tag in _TAG.finditer(text):
+        name = "answer" if tag[2].lower() == "answer" else "think"
+        if tag[2].lower() == "thinking":
+            flags["thinking_alias"] = None
+        if tag[1] and name == block:
+            if name == "think":
+                reasoning = text[start : tag.start()]
+            else:
+                if content is not None:
+                    flags["multiple_answers"] = None
+                content = text[start : tag.start()]
+            block, end = None, tag.end()
+        elif not tag[1] and block is None:
+            outside.append(text[end : tag.start()])
+            block, start = name, tag.end()
+        elif not tag[1] and (block, name) == ("think", "answer"):
+            reasoning = text[start : tag.start()]
+            flags["unclosed"] = None
+            block, start = name, tag.end()
+    if block is None:
+        outside.append(text[end:])
+    else:
+        flags["unclosed"] = None
+        if block == "think":
+            reasoning = text[start:]
+        else:
+            content = None
+    if reasoning is None:
+        flags["missing_reasoning"] = None
+    if content is None:
+        flags["missing_answer"] = None
+    if any(part.strip() for part in outside):
+        flags["text_outside"] = None
+    return reasoning, content
+
+
+_BRACE = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
+_HEAD = re.compile(r"\A\s*(?:\*\*|#+\s*)?Thinking Process:?(?:\*\*)?:?", re.IGNORECASE)
+_TAIL = re.compile(r"(?:(?:\*\*|#+[ \t]*)?Final Answer:?(?:\*\*)?:?|\$+|\\\[|\\\()\s*\Z", re.IGNORECASE)
+_TAIL_CHARS = 40
+_AFTER_BOX = re.compile(r"(?:\s|\$|\\\]|\\\)|\.)*")
+_ECHOED_BRACES = re.compile(r"\{([^{}]*)\}")
+_LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
+
+
+def _boxed(text: str, flags: dict) -> tuple[str | None, str | None]:
+    """Text before the last ``\\boxed{...}`` and its content by brace depth; None where there is no closed one."""
+    stack: list[tuple[bool, int | None, int]] = []  # is a box; start of the outermost box; start of the content
+    last: tuple[int, int, int, int] | None = None  # content's start and end, start of the outermost box, box's end
+    openings = 0
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "}":
+            box, outermost, start = stack.pop() if stack else (False, None, 0)
+            if box and (last is None or start > last[0]):
+                last = (start, brace.start(), outermost, brace.end())
+        elif brace[0] not in (r"\{", r"\}"):
+            box = brace[0] != "{"
+            openings += box
+            outermost = stack[-1][1] if stack and stack[-1][1] is not None else brace.start() if box else None
+            stack.append((box, outermost, brace.end()))
+    if openings > 1:
+        flags["multiple_boxed"] = None
+    if any(box for box, _, _ in stack):
+        flags["unclosed"] = None
+    if last is None:
+        flags["missing_answer"] = None
+        return _strip_headings(text), None
+    start, stop, outermost, end = last
+    reasoning = _strip_headings(text[:outermost])
+    if not reasoning:
+        flags["missing_reasoning"] = None
+    if _AFTER_BOX.match(text, end).end() != len(text):
+        flags["text_outside"] = None
+    content = text[start:stop].strip()
+    for wrapper in (_ECHOED_BRACES, _LATEX_TEXT):
+        if whole := wrapper.fullmatch(content):
+            content = whole[1]
+    return reasoning, content
+
+
+def _strip_headings(text: str) -> str:
+    text = _HEAD.sub("", text.strip(), count=1).rstrip()
+    while tail := _TAIL.search(text, max(0, len(text) - _TAIL_CHARS)):
+        text = text[: tail.start()].rstrip()
+    return text.strip()
+
+
+def _plain(text: str, flags: dict) -> tuple[str | None, str | None]:
+    return None, text
+
+
+def _without_tags(text: str, grammar: str) -> str:
+    """The answer of a text without answer block: all that is not reasoning."""
+    if grammar == "boxed":
+        return _strip_headings(text)
+    closings = [tag for tag in _TAG.finditer(text) if tag[1]]
+    return _TAG.sub("", text[closings[-1].end() :] if closings else text).strip()
+
+
+def _labels(content: str, vocabulary: Sequence[str]) -> tuple[tuple[Finding, ...], tuple[str, ...]]:
+    known = {_label_key(label): label for label in vocabulary}
+    findings: dict[str, Finding] = {}
+    unknown: dict[str, str] = {}
+    for part in content.split(","):
+        written, key = part.strip(), _label_key(part)
+        if key in known:
+            findings.setdefault(key, Finding(label=known[key], written=written))
+        elif key:
+            unknown.setdefault(key, written)
+    return tuple(findings.values()), tuple(unknown.values())
+
+
+def _label_key(label: str) -> str:
+    return " ".join(label.replace("_", " ").split()).rstrip(".").rstrip().casefold()
+
+
+_PARENTHESISED = re.compile(r"\(([A-Z])\)")
+_LETTER_LIST = re.compile(r"([A-Z])(?:[.:)](?=\s|\Z)|\s*\Z)")
+_YES_NO = re.compile(r"\s*(yes|no)\b", re.IGNORECASE)
+
+
+def _options(content: str) -> tuple[str, ...]:
+    letters = _PARENTHESISED.findall(content)
+    if not letters:
+        parts = (_LETTER_LIST.match(part.strip()) for part in re.split(r",|\n|\band\b", content))
+        letters = [match[1] for match in parts if match]
+    if letters:
+        return tuple(dict.fromkeys(letters))
+    yes_no = _YES_NO.match(content)
+    return (yes_no[1].capitalize(),) if yes_no else ()
+
+
+_NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"
+_CORNER = rf"\({_NUMBER},{_NUMBER}\)"
+_REF_OR_BOX = re.compile(rf"<\|ref\|>([^<]*)<\|/ref\|>|<\|box\|>\s*{_CORNER}\s*,?\s*{_CORNER}\s*<\|/box\|>")
+_BOX_TAG = re.compile(r"<\|/?box\|>")
+_NOT_DETECTED = re.compile(r"no\b.*\bdetected\.?", re.IGNORECASE | re.DOTALL)
+
+
+def _boxes(content: str, sizes: Sequence[tuple[int, int]], flags: dict) -> tuple[tuple[Box, ...], bool]:
+    """Boxes, and whether every box tag belongs to one."""
+    boxes, label = [], None
+    for match in _REF_OR_BOX.finditer(content):
+        if match[1] is not None:
+            label = match[1].strip() or None
+            continue
+        percent = tuple(float(number) for number in match.groups()[1:])
+        boxes.append(_box(label, percent, sizes, flags))
+    readable = len(_BOX_TAG.findall(content)) == 2 * len(boxes)
+    if not readable:
+        flags["unreadable_box"] = None
+    if boxes and len(sizes) > 1:
+        flags["box_image_assumed"] = None
+    return tuple(boxes), readable
+
+
+def _box(label: str | None, percent: tuple, sizes: Sequence[tuple[int, int]], flags: dict) -> Box:
+    x1, y1, x2, y2 = percent
+    if x1 > x2 or y1 > y2:
+        flags["box_reversed"] = None
+    if min(percent) < 0 or max(percent) > 100:
+        flags["box_out_of_range"] = None
+    left, right, top, bottom = (min(max(v, 0.0), 100.0) for v in (min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)))
+    if left == right or top == bottom:
+        flags["box_empty"] = None
+    pixels = None
+    if sizes:
+        height, width = sizes[-1]
+        pixels = (left * width / 100, top * height / 100, right * width / 100, bottom * height / 100)
+    return Box(label=label, percent=percent, pixels=pixels, image=len(sizes) - 1 if sizes else None)
+
+
+_KINDS = {
+    "status": str,
+    "finish_reason": str,
+    "text": str,
+    "reasoning": (str, type(None)),
+    "answer": (str, type(None)),
+    "findings": list,
+    "unknown_labels": list,
+    "options": list,
+    "boxes": list,
+    "report": (str, type(None)),
+    "flags": list,
+    "task": (str, type(None)),
+    "prompt": str,
+    "model": dict,
+    "images": list,
+    "usage": dict,
+    "timings_ms": dict,
+    "notice": str,
+}
+
+
+def _typed(name: str, value: Any) -> Any:
+    if not isinstance(value, _KINDS[name]):
+        raise TypeError(f"{name} is {type(value).__name__}")
+    if name == "findings":
+        return tuple(Finding(label=item["label"], written=item["written"]) for item in value)
+    if name == "boxes":
+        return tuple(
+            Box(
+                label=item["label"],
+                percent=tuple(item["percent"]),
+                pixels=tuple(item["pixels"]) if item["pixels"] is not None else None,
+                image=item["image"],
+            )
+            for item in value
+        )
+    return tuple(value) if isinstance(value, list) else value
