@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from cxr_triton.errors import UnsupportedCheckpoint
+from cxr_triton.profile import eos_token_ids
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -125,7 +126,7 @@ class Checkpoint:
         self.image_token_id = int(config.get("image_token_id", 151655))
         self.vision_start_token_id = int(config.get("vision_start_token_id", 151652))
         generation = self._json("generation_config.json") if (self.folder / "generation_config.json").exists() else {}
-        self.eos_token_ids = _token_ids(generation, text, config)
+        self.eos_token_ids = eos_token_ids(generation, config)
         self.preprocessor = self._preprocessor()
         self._entries = self._canonical(self._read_headers())
         self._check_tensors()
@@ -237,7 +238,7 @@ class Checkpoint:
                 f"vision_config has out_hidden_size {self.vision.out_hidden_size}, the decoder has hidden_size "
                 f"{self.text.hidden_size}; they have to be equal"
             )
-        expected = _shapes(self.text, self.vision, self.tied)
+        expected = tensor_shapes(self.text, self.vision, self.tied)
         for name, shape in expected.items():
             entry = self._entries.get(name)
             if entry is None:
@@ -390,15 +391,7 @@ def _vision_config(config: dict) -> VisionConfig:
     return vision
 
 
-def _token_ids(generation: dict, text: dict, config: dict) -> tuple[int, ...]:
-    for source in (generation, text, config):
-        ids = source.get("eos_token_id")
-        if ids is not None:
-            return tuple(int(i) for i in (ids if isinstance(ids, list) else [ids]))
-    raise UnsupportedCheckpoint("neither generation_config.json nor config.json has eos_token_id")
-
-
-def _shapes(text: TextConfig, vision: VisionConfig, tied: bool) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(text: TextConfig, vision: VisionConfig, tied: bool) -> dict[str, tuple[int, ...]]:
     """Every tensor that the graphs use, with the shape that the config calls for."""
     hidden, kv = text.hidden_size, text.num_key_value_heads * text.head_dim
     shapes = {"language_model.embed_tokens.weight": (text.vocab_size, hidden), "language_model.norm.weight": (hidden,)}

@@ -118,8 +118,8 @@ def _causal_mask(g: GraphWriter) -> str:
     zero, one = g.constant("zero", np.array(0, np.int64)), g.constant("one", np.array(1, np.int64))
 
     def count(tensor: str, axis: int) -> str:
-        size = g.node("Shape", tensor, start=axis, end=axis + 1)
-        return g.node("Range", zero, g.node("Squeeze", size, g.ints(0)), one)
+        size = g.node("Gather", g.node("Shape", tensor), g.constant(f"axis_{axis}", np.array(axis, np.int64)))
+        return g.node("Range", zero, size, one)
 
     query = g.node("Add", g.node("Unsqueeze", "write_index", g.ints(1)), count("input_ids", 1))  # [B, S]
     query = g.node("Unsqueeze", query, g.ints(1, 3))  # [B, 1, S, 1]

@@ -106,7 +106,8 @@ def random_checkpoint(
         "merge_size": 2,
     }
     (Path(folder) / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    return model
+    # Read back: a cast model keeps rotary frequencies of the lower precision, which no checkpoint holds.
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
 
 def empty_cache(batch: int, max_sequence: int, *, layers: int, kv_heads: int, head_dim: int, dtype=np.float32) -> dict:
