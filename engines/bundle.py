@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cxr_triton import __version__
 from cxr_triton.errors import InvalidBundle, InvalidRequest
+from cxr_triton.profile import ModelProfile, load_profile
 
 from .compiler import compile_decoder
 
@@ -126,10 +127,8 @@ class Bundle:
         return self.manifest["precision"]
 
     @cached_property
-    def profile(self):
+    def profile(self) -> ModelProfile:
         """The bundle's `ModelProfile`."""
-        from cxr_triton.profile import load_profile
-
         return load_profile(self.path / "profile.yaml")
 
     @classmethod
@@ -271,6 +270,8 @@ def build_bundle(
         `out` is in use, or the compiler is unknown.
     InvalidBundle
         The export folder is incomplete, or its precision does not run on this compiler.
+    InvalidProfile
+        Its `profile.yaml` is none.
     """
     source, out = Path(export_dir), Path(out)
     if compiler != "onnxruntime":
@@ -326,6 +327,7 @@ def _read_export(source: Path) -> dict:
     for name in (*REQUIRED, *DATA):
         if not (source / name).is_file():
             raise InvalidBundle(f"{name} is missing in {source}; export again")
+    load_profile(source / "profile.yaml")
     return export
 
 

@@ -74,10 +74,10 @@ def model_and_bundle(tmp_path_factory):
 def reference(model_and_bundle):
     """Tokens of `transformers.generate` by case and penalty, and the M-RoPE positions that it used."""
     import torch
-    from transformers import GenerationConfig
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     model, bundle = model_and_bundle
+    model.generation_config.eos_token_id = None  # run to the end
     processor = Qwen2VLImageProcessorPil.from_pretrained(bundle.path)
     tokens, positions = {}, {}
     for name, case in cases().items():
@@ -92,11 +92,9 @@ def reference(model_and_bundle):
         found, _ = model.model.get_rope_index(ids, inputs["mm_token_type_ids"], image_grid_thw=grids)
         positions[name] = found[:, 0].numpy()
         for penalty in (1.0, PENALTY):
-            config = GenerationConfig(  # without eos_token_id it runs to the end
-                do_sample=False, max_new_tokens=NEW_TOKENS, repetition_penalty=penalty, pad_token_id=END + 1
-            )
+            options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "repetition_penalty": penalty}
             with torch.no_grad():
-                output = model.generate(**inputs, generation_config=config)
+                output = model.generate(**inputs, **options)
             tokens[name, penalty] = output[0, ids.shape[1] :].tolist()
             assert len(tokens[name, penalty]) == NEW_TOKENS
     return tokens, positions
