@@ -1,0 +1,308 @@
+"""The pip-installed Triton (wheel nvidia-pytriton) run on a model repository, bound to loopback.
+
+`Server` starts it in a session of its own, says ready only after a request went through the whole ensemble, and leaves
+neither a process nor a shared-memory segment behind, whatever died before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import http.client
+import importlib.metadata
+import importlib.util
+import io
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+from cxr_triton.errors import CxrError, ServerMismatch, Unavailable
+
+HOST = "127.0.0.1"
+SHM = Path("/dev/shm")
+MIN_SHM_MIB = 256
+EXIT_TIMEOUT_S = 5
+_PR_SET_PDEATHSIG = 1
+_NOISE = re.compile("CudaDriverHelper|CUDA driver version|pinned")  # said on every machine without a GPU
+_TROUBLE = re.compile(r"^E\d{4} |Error\b|error:|UNAVAILABLE|not healthy|[Ff]ailed")
+
+
+class Server:
+    """A Triton server on 127.0.0.1; a context manager.
+
+    Parameters
+    ----------
+    repository : path
+        Folder written by ``cxr-triton package``.
+    grpc_port, http_port, metrics_port : int
+        Ports on 127.0.0.1; 0 takes a free one.
+    ready_timeout_s : float
+        Time from start to the end of the warm-up request.
+    log : path, optional
+        File that takes the log of the server and of its models; ``REPOSITORY.log`` by default.
+
+    Attributes
+    ----------
+    grpc, http, metrics : str
+        Addresses, ``127.0.0.1:PORT``.
+    pid : int
+        The server's process; `pids` gives it with its models' processes and their decoding children.
+    start_s, warm_up_ms : float
+        Time until Triton was ready, and the time of the first request after that.
+
+    Raises
+    ------
+    Unavailable
+        On start, when a port is taken, the server died or it was not ready in time; the message quotes the log.
+    ServerMismatch
+        On start, when this Python cannot run the server.
+
+    Notes
+    -----
+    The server also ends when the thread that started it ends (PR_SET_PDEATHSIG), so that a killed parent leaves nothing.
+    """
+
+    def __init__(
+        self,
+        repository,
+        *,
+        grpc_port: int = 8001,
+        http_port: int = 8000,
+        metrics_port: int = 8002,
+        ready_timeout_s: float = 300,
+        log=None,
+    ):
+        self.repository = Path(repository).resolve()
+        self.ready_timeout_s = ready_timeout_s
+        self.log = Path(log) if log else self.repository.with_name(self.repository.name + ".log")
+        ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
+        self._ports = {name: _port(name, port) for name, port in ports.items()}
+        self.grpc, self.http, self.metrics = (f"{HOST}:{port}" for port in self._ports.values())
+        self._shm_prefix = f"cxr_triton_{os.getpid()}_{secrets.token_hex(4)}_"
+        self._process: subprocess.Popen | None = None
+        self._backends: tempfile.TemporaryDirectory | None = None
+
+    def __enter__(self) -> Server:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def pids(self) -> list[int]:
+        """The server and every process that it or its models started, wherever they stand in the process tree.
+
+        Decoding children open sessions of their own and outlive a killed parent for a moment, so all are found by the
+        name of this server's backend folder in their environment.
+        """
+        if self._backends is None:
+            return []
+        mark, found = self._backends.name.encode(), []
+        for process in Path("/proc").iterdir():
+            if process.name.isdigit():
+                with contextlib.suppress(OSError):
+                    if mark in (process / "environ").read_bytes():
+                        found.append(int(process.name))
+        return sorted(found)
+
+    def start(self) -> None:
+        started = time.monotonic()
+        if not (self.repository / "cxr_reader" / "config.pbtxt").is_file():
+            raise Unavailable(
+                f"{self.repository} holds no model 'cxr_reader'; write it with 'cxr-triton package BUNDLE -o REPOSITORY'"
+            )
+        binary, stub, libraries = _installation()
+        self._backends = tempfile.TemporaryDirectory(prefix="cxr-triton-backends-")
+        backend = Path(self._backends.name) / "python"
+        backend.mkdir()
+        for file in (*(binary.parent.parent / "backends" / "python").glob("*.*"), stub):
+            (backend / file.name).symlink_to(file)
+        environment = {
+            **os.environ,
+            # The stub embeds Python and finds this environment through the first python3 on the path.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+            # The last folder holds no library: it marks the processes, see `pids`.
+            "LD_LIBRARY_PATH": os.pathsep.join(map(str, [*libraries, self._backends.name])),
+            "PYTHONUNBUFFERED": "1",
+        }
+        environment.pop("PYTHONHOME", None)
+        command = [
+            str(binary),
+            f"--model-repository={self.repository}",
+            f"--backend-directory={self._backends.name}",
+            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            f"--grpc-address={HOST}",
+            f"--http-address={HOST}",
+            f"--metrics-address={HOST}",
+            *(f"--{name}-port={port}" for name, port in self._ports.items()),
+            "--allow-gpu-metrics=false",
+            "--pinned-memory-pool-byte-size=0",
+            "--disable-auto-complete-config",
+            f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+        ]
+        libc = ctypes.CDLL(None)
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+            )
+        deadline = started + self.ready_timeout_s
+        while not self._is_ready():
+            if self._process.poll() is not None:
+                raise Unavailable(f"the server ended with {_exit_text(self._process.returncode)}{self.trouble()}")
+            if time.monotonic() > deadline:
+                raise Unavailable(
+                    f"the server was not ready after {self.ready_timeout_s:g} s; see {self.log} or allow more time with "
+                    f"--ready-timeout-s{self.trouble()}"
+                )
+            time.sleep(0.05)
+        self.start_s = time.monotonic() - started
+        self.warm_up_ms = self._warm_up(max(1.0, deadline - time.monotonic()))
+
+    def stop(self) -> None:
+        """End the server and everything it started; may be called at any time, more than once."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(EXIT_TIMEOUT_S + 5)
+            deadline = time.monotonic() + 1
+            while self.pids and time.monotonic() < deadline:
+                time.sleep(0.02)
+            # A server that was killed, or a stub that hangs, leaves processes.
+            while pids := self.pids:
+                for pid in pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                self._process.poll()
+                time.sleep(0.02)
+            self._process.wait()
+        for segment in SHM.glob(f"{self._shm_prefix}*"):
+            segment.unlink(missing_ok=True)
+        if self._backends is not None:
+            self._backends.cleanup()
+
+    def wait(self, timeout_s: float) -> int | None:
+        """The exit status of the server, or None when it still runs after `timeout_s`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout_s)
+        return None
+
+    def trouble(self, lines: int = 15) -> str:
+        """The last lines of the log that tell what went wrong, ready to be appended to a message."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        wrong = [line.strip()[:300] for line in text.splitlines() if _TROUBLE.search(line) and not _NOISE.search(line)]
+        if "No space left on device" in text or "shared memory" in "\n".join(wrong):
+            wrong.append(f"the models exchange tensors in {SHM}: make it larger (docker run --shm-size=1g)")
+        quoted = "".join(f"\n  {line}" for line in dict.fromkeys(wrong[-lines:]))
+        return f"; from {self.log}:{quoted}" if quoted else f"; see {self.log}"
+
+    def _warm_up(self, timeout_s: float) -> float:
+        """Milliseconds of a short reading through all steps; it also makes the engines allocate what they need."""
+        from cxr_triton.client.limits import Timeouts
+        from cxr_triton.client.reader import Reader
+
+        started = time.monotonic()
+        timeouts = Timeouts(connect_s=timeout_s, first_delta_s=timeout_s, idle_s=timeout_s, total_s=timeout_s)
+        try:
+            with Reader(self.grpc, timeouts=timeouts) as reader:
+                reader.read(_gradient_png(), prompt="Warm up.", max_new_tokens=8).result()
+        except CxrError as error:
+            raise Unavailable(f"the warm-up request failed: {error.wire()}{self.trouble()}") from None
+        return 1e3 * (time.monotonic() - started)
+
+    def _is_ready(self) -> bool:
+        connection = http.client.HTTPConnection(HOST, self._ports["http"], timeout=2)
+        try:
+            connection.request("GET", "/v2/health/ready")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+
+def _gradient_png() -> bytes:
+    """A 512 x 512 gray picture that no step refuses."""
+    from PIL import Image
+
+    with io.BytesIO() as file:
+        Image.linear_gradient("L").resize((512, 512)).save(file, "PNG")
+        return file.getvalue()
+
+
+def _port(name: str, port: int) -> int:
+    """`port` when it is free, or a free one for 0."""
+    with socket.socket() as probe:
+        # As the server does, so that connections of a former server in TIME_WAIT are no obstacle.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise Unavailable(
+                f"port {port} on {HOST} cannot be used ({error.strerror}); stop what listens there or choose another with "
+                f"--{name}-port (0 takes a free one)"
+            ) from None
+        return probe.getsockname()[1]
+
+
+def _installation() -> tuple[Path, Path, list[Path]]:
+    """Server binary, stub of this Python, and the library folders both need."""
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None:
+        raise ServerMismatch("no Triton server in this Python; install it with pip install 'cxr-triton[local]'")
+    numpy_version = importlib.metadata.version("numpy")
+    if int(numpy_version.split(".")[0]) >= 2:
+        raise ServerMismatch(
+            f"numpy {numpy_version}: this server's Python backend misreads BYTES tensors with numpy 2; "
+            "install it with pip install 'numpy<2'"
+        )
+    root = Path(spec.origin).parent
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    stub = root / "tritonserver" / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        known = ", ".join(sorted(p.name for p in stub.parent.parent.iterdir()))
+        raise ServerMismatch(f"the server has no stub for Python {version}, only for {known}; use one of these")
+    libpython = sysconfig.get_config_var("INSTSONAME")
+    folder = Path(sysconfig.get_config_var("LIBDIR"))
+    folders = [f for f in (folder, folder / (sysconfig.get_config_var("MULTIARCH") or "")) if (f / libpython).exists()]
+    if not folders:
+        raise ServerMismatch(
+            f"no {libpython} in {folder}: the server embeds Python; install it (Debian: apt install libpython{version}) "
+            "or use a Python built with --enable-shared"
+        )
+    free_mib = shutil.disk_usage(SHM).free >> 20
+    if free_mib < MIN_SHM_MIB:
+        raise ServerMismatch(
+            f"{SHM} has {free_mib} MiB free, the models exchange tensors there and need {MIN_SHM_MIB} MiB; "
+            "make it larger (docker run --shm-size=1g)"
+        )
+    bundled = [root / "tritonserver" / "external_libs", root.parent / "nvidia_pytriton.libs"]
+    return root / "tritonserver" / "bin" / "tritonserver", stub, [folders[0], *bundled]
+
+
+def _exit_text(status: int) -> str:
+    return f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
