@@ -1,8 +1,8 @@
 """The REQUEST JSON of one reading, checked against a model profile, and the chat messages it stands for.
 
 Keys, all optional: ``task`` (a task of the profile), ``prompt`` (free text in place of the task's prompt),
-``variables`` (values of the prompt's placeholders; a list becomes lettered options), ``mode``, ``history`` (earlier turns),
-``max_new_tokens``, ``temperature``, ``top_p``, ``repetition_penalty``, ``seed``, ``stop``.
+``variables`` (values of the prompt's placeholders; a list becomes lettered options), ``mode``, ``history`` (earlier
+turns), ``max_new_tokens``, ``temperature``, ``top_p``, ``repetition_penalty``, ``seed``, ``stop``.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def _constant(name: str):
 
 def _checked(value: object, where: str) -> str:
     if not isinstance(value, str):
-        raise InvalidRequest(f"{where}: is a {type(value).__name__}, expected text")
+        raise InvalidRequest(f"{where}: is {type(value).__name__}, expected text")
     if len(value) > MAX_TEXT_CHARS:
         raise InvalidRequest(f"{where}: {len(value)} characters, allowed {MAX_TEXT_CHARS}; shorten it")
     try:
@@ -205,7 +205,7 @@ def _number(data: dict, key: str, default, low, high):
         return default
     kind = float if isinstance(low, float) else int
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-        raise InvalidRequest(f"REQUEST.{key}: is a {type(value).__name__}, expected {kind.__name__}")
+        raise InvalidRequest(f"REQUEST.{key}: is {type(value).__name__}, expected {kind.__name__}")
     if not low <= value <= high:
         raise InvalidRequest(f"REQUEST.{key}: {value!r:.24} is outside {low} to {high}")
     return kind(value)
@@ -213,14 +213,14 @@ def _number(data: dict, key: str, default, low, high):
 
 def _history(turns: object) -> tuple[tuple[str, str], ...]:
     if not isinstance(turns, list):
-        raise InvalidRequest(f"REQUEST.history: is a {type(turns).__name__}, expected a list of turns")
+        raise InvalidRequest(f"REQUEST.history: is {type(turns).__name__}, expected a list of turns")
     if len(turns) > MAX_TURNS:
         raise InvalidRequest(f"REQUEST.history: {len(turns)} turns, allowed {MAX_TURNS}; drop the oldest")
     pairs = []
     for i, turn in enumerate(turns):
         where = f"REQUEST.history[{i}]"
         if not isinstance(turn, dict):
-            raise InvalidRequest(f"{where}: is a {type(turn).__name__}, expected an object with role and content")
+            raise InvalidRequest(f"{where}: is {type(turn).__name__}, expected an object with role and content")
         for key in turn:
             if key not in ("role", "content"):
                 raise InvalidRequest(unknown_key(key[:60], ("role", "content"), where))
@@ -245,7 +245,7 @@ def _stop(values: object) -> tuple[str, ...]:
 def _fill(prompt: str, variables: object, task: str) -> str:
     names = tuple(dict.fromkeys(PLACEHOLDER.findall(prompt)))
     if not isinstance(variables, dict):
-        raise InvalidRequest(f"REQUEST.variables: is a {type(variables).__name__}, expected an object of texts")
+        raise InvalidRequest(f"REQUEST.variables: is {type(variables).__name__}, expected an object of texts")
     for key in variables:
         if key not in names:
             raise InvalidRequest(unknown_key(key[:60], names, f"REQUEST.variables of task {task!r}"))
