@@ -48,7 +48,7 @@ Answer = Callable[[pb.ModelInferRequest, grpc.ServicerContext], Iterator[pb.Mode
 
 
 class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
-    """Runs on a free port of the loopback interface until the `with` block ends.
+    """Runs on a free port until the `with` block ends.
 
     Attributes
     ----------
@@ -66,21 +66,25 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
         Streams under way.
     """
 
-    def __init__(self, answer: Answer, *, tls: grpc.ServerCredentials | None = None, max_receive_bytes: int = -1):
+    def __init__(
+        self,
+        answer: Answer,
+        *,
+        tls: grpc.ServerCredentials | None = None,
+        max_receive_bytes: int = -1,
+        host: str = "127.0.0.1",
+    ):
         self.answer = answer
         self.requests: list[pb.ModelInferRequest] = []
         self.cancelled = threading.Event()
         self.refuse: list[grpc.StatusCode] = []
         self.outputs = ("DELTA", "READING")
         self.active = 0
-        self._server = grpc.server(
-            ThreadPoolExecutor(8), options=[("grpc.max_receive_message_length", max_receive_bytes)]
-        )
+        options = [("grpc.max_receive_message_length", max_receive_bytes)]
+        self._server = grpc.server(ThreadPoolExecutor(8), options=options)
         pb_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
-        port = (
-            self._server.add_secure_port("localhost:0", tls) if tls else self._server.add_insecure_port("127.0.0.1:0")
-        )
-        self.url = f"{'localhost' if tls else '127.0.0.1'}:{port}"
+        add_port = self._server.add_secure_port if tls else self._server.add_insecure_port
+        self.url = f"{host}:{add_port(f'{host}:0', *([tls] if tls else []))}"
 
     def __enter__(self) -> FakeServer:
         self._server.start()

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import grpc
 import pytest
 from cxr_triton.client import AsyncReader, Reader, Timeouts, Tls
+from cxr_triton.client.limits import DEFAULT_TIMEOUTS
 from tritonclient.utils import deserialize_bytes_tensor
 
 from cxr_triton.errors import (
@@ -41,7 +42,7 @@ READING = Reading.of(
 ).to_json()
 
 
-def collect(kind, server, *args, timeouts=Timeouts(connect_s=5), tls=None, **kwargs):
+def collect(kind, server, *args, timeouts=DEFAULT_TIMEOUTS, tls=None, **kwargs):
     """Deltas and reading through one of the twins."""
     if kind is Reader:
         with Reader(server.url, timeouts=timeouts, tls=tls) as reader:
@@ -205,7 +206,7 @@ def test_a_silent_server_is_unavailable_within_the_limit(kind):
 def test_another_contract_is_a_mismatch_that_names_the_tensors(kind):
     with FakeServer(streamed) as server:
         server.outputs = ("TEXT",)
-        with pytest.raises(ServerMismatch, match="TEXT BYTES.*DELTA BYTES, READING BYTES"):
+        with pytest.raises(ServerMismatch, match=r"TEXT BYTES.*DELTA BYTES, READING BYTES"):
             collect(kind, server, b"x")
         assert server.requests == []
 
@@ -429,7 +430,7 @@ def test_tls(kind, tmp_path):
         capture_output=True,
     )
     credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
-    with FakeServer(streamed, tls=credentials) as server:
+    with FakeServer(streamed, tls=credentials, host="localhost") as server:
         assert collect(kind, server, b"x", tls=Tls(ca=cert))[1].status == "ok"
         with pytest.raises(Unavailable):
             collect(kind, server, b"x", tls=Tls(), timeouts=Timeouts(connect_s=0.5))
@@ -444,6 +445,7 @@ def test_the_twins_have_the_same_methods():
 LEAK = """
 import asyncio, gc, os, sys, threading
 import psutil
+from cxr_triton.client.limits import DEFAULT_TIMEOUTS
 from cxr_triton.client import AsyncReader, Reader
 from cxr_triton.errors import CxrError
 

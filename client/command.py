@@ -1,0 +1,180 @@
+"""`cxr-triton read`: stream one reading to the terminal, then show, store and draw its result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from cxr_triton.client.limits import Timeouts, Tls
+from cxr_triton.client.page import NOT_FOR_DIAGNOSIS, STATUSES, decode_rate, draw, duration, reading_page
+from cxr_triton.client.reader import Reader
+
+from cxr_triton.cli import EXIT_NOT_AS_ASKED, json_option, printable, write_json
+from cxr_triton.dicom import FLAGS as IMAGE_FLAGS
+from cxr_triton.errors import InvalidRequest
+from cxr_triton.reading import FLAGS as READING_FLAGS
+from cxr_triton.reading import Reading
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command(short_help="Read radiographs through a running server.")
+@click.argument("files", metavar="[FILE]...", nargs=-1, type=FILE)
+@click.option("--url", default="127.0.0.1:8001", show_default=True, help="Host and port of Triton's gRPC endpoint.")
+@click.option("--task", metavar="NAME", help="What to ask, a task of the served profile; its default task if left out.")
+@click.option("--prompt", metavar="TEXT", help="Ask this in place of a task.")
+@click.option("--mode", metavar="NAME", help="How to answer, a mode of the served profile.")
+@click.option(
+    "--var",
+    "variables",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Value of a placeholder of the task's prompt; a KEY given more than once becomes lettered options.",
+)
+@click.option(
+    "--history",
+    metavar="FILE.json",
+    multiple=True,
+    type=FILE,
+    help="Earlier turns, oldest file first: a list of {role, content}, or a reading that --json wrote.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(1), metavar="N", help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(0), metavar="T", help="0 takes the likeliest token each time.")
+@click.option("--seed", type=click.IntRange(0), metavar="N", help="Makes an answer with a temperature repeatable.")
+@click.option(
+    "--timeout-s",
+    type=click.FloatRange(0, min_open=True),
+    default=600,
+    show_default=True,
+    metavar="S",
+    help="Longest wait for the whole reading.",
+)
+@click.option("--tls-ca", type=FILE, metavar="PEM", help="Encrypt, and trust servers that these authorities signed.")
+@click.option("--tls-cert", type=FILE, metavar="PEM", help="This client's certificate, where the server asks for one.")
+@click.option("--tls-key", type=FILE, metavar="PEM", help="The key of --tls-cert.")
+@click.option(
+    "--html",
+    "html_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="OUT",
+    help="Write one self-contained page with the pictures, the reasoning and everything around it.",
+)
+@json_option
+def read(
+    files, url, task, prompt, mode, variables, history, max_new_tokens, temperature, seed, timeout_s,
+    tls_ca, tls_cert, tls_key, html_path, json_path,
+):  # fmt: skip
+    """Read one patient's radiographs and stream the model's reasoning.
+
+    FILEs are DICOM Part 10, PNG or JPEG. Several are one request with several pictures: prior first, current last. Only
+    their contents are sent.
+
+    Exit status: 0 when the reading is well formed; 3 when it is malformed, truncated or out of vocabulary (it is shown
+    and written all the same); 1 when there is no reading; 75 when there is none because the server is busy or out of
+    reach; 2 for wrong usage; 130 after Ctrl-C, which also cancels the request on the server.
+    """
+    images = [file.read_bytes() for file in files]
+    timeouts = Timeouts(first_delta_s=None, total_s=timeout_s)
+    tls = Tls(ca=tls_ca, cert=tls_cert, key=tls_key) if tls_ca or tls_cert else None
+    if images and not tls and url.rpartition(":")[0] not in LOOPBACK:
+        click.echo(f"warning: the pictures travel unencrypted to {printable(url)}; use --tls-ca", err=True)
+    out = sys.stderr if json_path == "-" else sys.stdout
+    with Reader(url, timeouts=timeouts, tls=tls) as reader:
+        stream = reader.read(
+            images,
+            task=task,
+            prompt=prompt,
+            mode=mode,
+            history=_history(history) or None,
+            variables=_variables(variables) or None,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+        for delta in stream:
+            click.echo(click.style(printable(delta), dim=True) if out.isatty() else printable(delta), out, nl=False)
+        reading = stream.result()
+    click.echo("\n", out)
+    for name, lines in _summary(reading):
+        for i, line in enumerate(lines):
+            click.echo(f"{'' if i else name:<9} {printable(line)}", out)
+    write_json(json.loads(reading.to_json()), json_path)
+    if html_path:
+        html_path.parent.mkdir(parents=True, exist_ok=True)
+        html_path.write_text(reading_page(reading, draw(images, reading)), encoding="utf-8")
+    if reading.status != "ok":
+        sys.exit(EXIT_NOT_AS_ASKED)
+
+
+def _variables(pairs: tuple[str, ...]) -> dict[str, str | list[str]]:
+    values: dict[str, str | list[str]] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{pair!r} has no '='; write KEY=VALUE", param_hint="--var")
+        if key not in values:
+            values[key] = value
+        else:
+            values[key] = [*([values[key]] if isinstance(values[key], str) else values[key]), value]
+    return values
+
+
+def _history(files: tuple[Path, ...]) -> list[dict]:
+    turns = []
+    for file in files:
+        text = file.read_bytes()
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise InvalidRequest(f"{file.name} of --history is not JSON: {error}; give turns or a reading") from None
+        if isinstance(data, dict):
+            reading = Reading.from_json(text)
+            data = [{"role": "user", "content": reading.prompt}, {"role": "assistant", "content": reading.text}]
+        if not isinstance(data, list):
+            raise InvalidRequest(f"{file.name} of --history is a {type(data).__name__}; give turns or a reading")
+        turns += data
+    return turns
+
+
+def _summary(reading: Reading) -> Iterator[tuple[str, list[str]]]:
+    """Rows of the table under the streamed text: a name and its lines."""
+    yield "Status", [STATUSES.get(reading.status, reading.status)]
+    labels = [finding.label for finding in reading.findings]
+    labels += [f"{label} (not in the vocabulary)" for label in reading.unknown_labels]
+    if labels:
+        yield "Findings", labels
+    elif reading.options:
+        yield "Answer", [", ".join(reading.options)]
+    elif reading.answer and not reading.boxes:
+        yield "Answer", reading.answer.splitlines()
+    if reading.boxes:
+        yield (
+            "Boxes",
+            [
+                f"{box.label or 'unnamed'}: {' '.join(f'{v:g}' for v in box.percent)} %"
+                + (f", {' '.join(f'{v:.0f}' for v in box.pixels)} px" if box.pixels else "")
+                for box in reading.boxes
+            ],
+        )
+    flags = [READING_FLAGS.get(flag, flag) for flag in reading.flags]
+    for i, facts in enumerate(reading.images, 1):
+        where = f"image {i}: " if len(reading.images) > 1 else ""
+        flags += [where + IMAGE_FLAGS.get(flag, flag) for flag in facts.get("flags", ())]
+    if flags:
+        yield "Flags", flags
+    model = reading.model
+    parts = [model.get("title") or model.get("profile"), model.get("engine"), model.get("precision")]
+    yield "Model", [", ".join(str(part) for part in parts if part)]
+    times = [f"{name} {duration(reading.timings_ms[key])}" for key, name in _TIMES.items() if key in reading.timings_ms]
+    if rate := decode_rate(reading):
+        times.append(f"{reading.usage['completion_tokens']} tokens at {rate:.1f}/s")
+    if times:
+        yield "Time", [", ".join(times)]
+    yield "Notice", [NOT_FOR_DIAGNOSIS, *reading.notice.splitlines()]
+
+
+_TIMES = {"total": "total", "first_token": "first token", "vision": "vision", "prefill": "prefill", "decode": "decode"}

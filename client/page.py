@@ -1,0 +1,408 @@
+"""One reading as one self-contained HTML page: no script, no font, no request to anywhere, no file name.
+
+`draw` makes the pictures that the page shows from the files that were sent; `reading_page` writes the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from cxr_triton import __version__
+from cxr_triton.cli import printable
+from cxr_triton.dicom import FLAGS as IMAGE_FLAGS
+from cxr_triton.reading import FLAGS as READING_FLAGS
+from cxr_triton.reading import Box, Reading
+
+MAX_PICTURE_PIXELS = 1024 * 1024
+NOT_FOR_DIAGNOSIS = "Research only. Not for diagnosis."
+
+STATUSES = {
+    "ok": "well formed",
+    "malformed": "malformed: a part of the expected form is missing, so an empty list of findings does not mean none",
+    "truncated": "truncated: the token limit came before the end of the answer",
+    "out_of_vocabulary": "out of vocabulary: the answer lists labels that the model was not trained to give",
+}
+STAGES = {
+    "image_decode": "decode image",
+    "preprocess": "preprocess",
+    "vision": "vision",
+    "queue": "queue",
+    "prefill": "prefill",
+    "decode": "decode",
+    "report": "report",
+}
+_MODEL = {"title": "model", "profile": "profile", "revision": "revision", "engine": "engine", "precision": "precision"}
+_IMAGE = {
+    "transfer_syntax_name": "transfer syntax",
+    "photometric": "photometric",
+    "modality": "modality",
+    "view": "view",
+    "bits_stored": "bits stored",
+    "preset": "pixel preset",
+    "percentiles": "0.5 %, 99.5 % value",
+    "padding_share": "padding",
+}
+
+
+def draw(images: Sequence[bytes], reading: Reading) -> list[bytes]:
+    """PNG of each image with the greys that the model saw, at most 1024 * 1024 pixels.
+
+    Raises
+    ------
+    InvalidImage
+        An image cannot be read here; see `cxr_triton.errors`.
+    """
+    from PIL import Image
+
+    from cxr_triton.sandbox import Sandbox
+
+    pictures = []
+    with Sandbox() as sandbox:
+        for data, facts in zip(images, reading.images, strict=True):
+            # A display-ready file stays as it is whatever the preset.
+            preset = "voi_display" if facts.get("preset") == "voi_display" else "mimic_jpg"
+            prepared = sandbox.prepare(data, preset=preset, min_pixels=1, max_pixels=MAX_PICTURE_PIXELS, factor=1)
+            png = io.BytesIO()
+            Image.fromarray(prepared.pixels).save(png, "PNG", optimize=True)
+            pictures.append(png.getvalue())
+    return pictures
+
+
+def reading_page(reading: Reading, pictures: Sequence[bytes] = ()) -> str:
+    """HTML of a reading.
+
+    Parameters
+    ----------
+    reading : Reading
+    pictures : sequence of bytes
+        PNG of each image of the request, in its order, as `draw` gives them; none leaves the pictures out.
+    """
+    title = f"{reading.model.get('title') or reading.model.get('profile') or 'Chest X-ray'} reading"
+    figures = "".join(_figure(reading, i, png, len(pictures)) for i, png in enumerate(pictures))
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="robots" content="noindex">
+<title>{_text(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<aside class="notice" role="note"><strong>{NOT_FOR_DIAGNOSIS}</strong> {_text(reading.notice)}</aside>
+<header>
+<h1>{_text(title)}</h1>
+<p class="asked">{_text(reading.task or "free prompt")}<span>{_text(_shorten(reading.prompt))}</span></p>
+</header>
+<main{"" if pictures else ' class="text-only"'}>
+{f'<div class="pictures">{figures}</div>' if pictures else ""}
+<article>
+{_result(reading)}
+{_reasoning(reading)}
+{_boxes(reading)}
+</article>
+</main>
+<div class="facts">
+{_flags(reading)}
+{_timings(reading)}
+{_model(reading)}
+{_images(reading)}
+</div>
+<details class="raw"><summary>The model's text, untouched</summary><pre>{_text(reading.text)}</pre></details>
+<footer>cxr-triton {__version__}</footer>
+</body>
+</html>
+"""
+
+
+def _text(value: object) -> str:
+    """Anything from a model, a server or a file, harmless in HTML."""
+    return escape(printable(str(value)))
+
+
+def _shorten(text: str, limit: int = 400) -> str:
+    return text if len(text) <= limit else f"{text[:limit]} …"
+
+
+def _paragraphs(text: str) -> str:
+    blocks = [_text(block.strip()) for block in re.split(r"\n\s*\n", text) if block.strip()]
+    blocks = [re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", block) for block in blocks]
+    return "".join(f"<p>{block}</p>" for block in blocks)
+
+
+def _image_name(index: int, count: int) -> str:
+    if count == 1:
+        return "Image"
+    return f"Image {index + 1}, {'current' if index == count - 1 else 'prior'}"
+
+
+def _size(facts: dict) -> tuple[int, int] | None:
+    """Rows and columns of the file's image."""
+    size = facts.get("size")
+    return tuple(size) if isinstance(size, list) and len(size) == 2 else None
+
+
+def _figure(reading: Reading, index: int, png: bytes, count: int) -> str:
+    facts = reading.images[index] if index < len(reading.images) else {}
+    boxes = [box for box in reading.boxes if box.image == index]
+    # A stretched SVG keeps percent coordinates whatever the picture's size on the screen; text would be stretched too.
+    shapes = labels = toggle = ""
+    for box in boxes:
+        x1, y1, x2, y2 = _corners(box)
+        shapes += f'<rect x="{x1:g}" y="{y1:g}" width="{x2 - x1:g}" height="{y2 - y1:g}"/>'
+        side = "under" if y1 < 6 else "over"
+        end = f"right:{100 - x2:g}%" if x1 > 60 else f"left:{x1:g}%"
+        at = f"top:{y2:g}%" if side == "under" else f"top:{y1:g}%"
+        labels += f'<span class="{side}" style="{at};{end}">{_text(box.label or "unnamed")}</span>'
+    if boxes:
+        toggle = '<label><input type="checkbox" checked> boxes</label>'
+        shapes = f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{shapes}</svg>'
+    caption = [_image_name(index, count)]
+    if size := _size(facts):
+        caption.append(f"{size[1]} × {size[0]} px")
+    if isinstance(grid := facts.get("grid"), list) and len(grid) == 2:
+        caption.append(f"read at {28 * grid[1]} × {28 * grid[0]} px")
+    if facts.get("preset"):
+        caption.append(f"preset {facts['preset']}")
+    image = f'<img alt="{_image_name(index, count)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return f"""<figure>
+<div class="stack">{image}{shapes}{labels}</div>
+<figcaption><span>{_text(" · ".join(caption))}</span>{toggle}</figcaption>
+</figure>"""
+
+
+def _corners(box: Box) -> tuple[float, float, float, float]:
+    """Percent corners in order and inside the picture."""
+    x1, y1, x2, y2 = (min(max(value, 0.0), 100.0) for value in box.percent)
+    return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
+
+
+def _result(reading: Reading) -> str:
+    chips = [finding.label for finding in reading.findings] + list(reading.options)
+    if not chips:
+        chips = list(dict.fromkeys(box.label or "unnamed" for box in reading.boxes))
+    items = "".join(f"<li>{_text(chip)}</li>" for chip in chips)
+    for label in reading.unknown_labels:
+        items += f'<li class="unknown">{_text(label)}<small>not in the vocabulary</small></li>'
+    heading = "Findings" if reading.findings or reading.unknown_labels else "Located" if reading.boxes else "Answer"
+    if items:
+        body = f'<ul class="chips">{items}</ul>'
+    elif reading.answer:
+        body = f'<div class="prose">{_paragraphs(reading.answer)}</div>'
+    else:
+        body = '<p class="none">The model gave no answer that could be read.</p>'
+    kind = "ok" if reading.status == "ok" else "bad"
+    badge = f'<span class="badge {kind}">{_text(reading.status.replace("_", " "))}</span>'
+    if kind == "bad":
+        body = f'<p class="why">This answer is {_text(STATUSES.get(reading.status, reading.status))}.</p>{body}'
+    return f"<section><h2>{heading}{badge}</h2>{body}</section>"
+
+
+def _reasoning(reading: Reading) -> str:
+    if not reading.reasoning:
+        return ""
+    return (
+        f'<section><details open class="reasoning"><summary><h2>Reasoning</h2></summary>'
+        f'<div class="prose">{_paragraphs(reading.reasoning)}</div></details></section>'
+    )
+
+
+def _boxes(reading: Reading) -> str:
+    if not reading.boxes:
+        return ""
+    rows = ""
+    for box in reading.boxes:
+        percent = " ".join(f"{value:g}" for value in box.percent)
+        pixels = " ".join(f"{value:.0f}" for value in box.pixels) if box.pixels else "unknown"
+        where = "" if box.image is None else f"{box.image + 1}"
+        rows += f"<tr><td>{_text(box.label or 'unnamed')}</td><td>{where}</td><td>{percent}</td><td>{pixels}</td></tr>"
+    head = "".join(f"<th>{name}</th>" for name in ("label", "image", "x1 y1 x2 y2, %", "x1 y1 x2 y2, source px"))
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<section><h2>Boxes</h2><div class="scroll">{table}</div></section>'
+
+
+def _flags(reading: Reading) -> str:
+    rows = [("answer", flag, READING_FLAGS.get(flag, flag)) for flag in reading.flags]
+    for i, facts in enumerate(reading.images):
+        where = _image_name(i, len(reading.images)).lower()
+        rows += [(where, flag, IMAGE_FLAGS.get(flag, flag)) for flag in facts.get("flags", ())]
+    items = ""
+    for where, flag, meaning in rows:
+        items += f"<li>{_text(meaning[:1].upper() + meaning[1:])}<small>{where} · {_text(flag)}</small></li>"
+    body = f'<ul class="flags">{items}</ul>' if items else '<p class="none">None.</p>'
+    return f"<section><h2>Flags</h2>{body}</section>"
+
+
+def _timings(reading: Reading) -> str:
+    times = reading.timings_ms
+    known = [(name, times[key]) for key, name in STAGES.items() if key in times]
+    total = max(times.get("total", 0.0), sum(ms for _, ms in known), 1e-3)
+    bars, at = "", 0.0
+    for name, ms in known:
+        width = max(100 * ms / total, 0.5)
+        bar = f'<i style="margin-left:{min(100 * at / total, 100 - width):.2f}%;width:{width:.2f}%"></i>'
+        bars += f"<dt>{name}</dt><dd>{bar}</dd><dd>{duration(ms)}</dd>"
+        at += ms
+    pairs = [(key.replace("_", " "), duration(ms)) for key, ms in times.items() if key not in STAGES]
+    pairs += [(key.replace("_", " "), value) for key, value in reading.usage.items()]
+    if rate := decode_rate(reading):
+        pairs.append(("decode speed", f"{rate:.1f} tokens/s"))
+    pairs.append(("finished by", reading.finish_reason))
+    return f'<section><h2>Time and tokens</h2><dl class="waterfall">{bars}</dl>{_pairs(pairs)}</section>'
+
+
+def duration(ms: float) -> str:
+    return f"{ms / 1000:.2f} s" if ms >= 1000 else f"{ms:.1f} ms"
+
+
+def decode_rate(reading: Reading) -> float | None:
+    """Tokens per second after the first one, which prefill gives."""
+    tokens, ms = reading.usage.get("completion_tokens", 0), reading.timings_ms.get("decode", 0.0)
+    return 1000 * (tokens - 1) / ms if tokens > 1 and ms > 0 else None
+
+
+def _model(reading: Reading) -> str:
+    model = reading.model
+    pairs = [(label, model[key]) for key, label in _MODEL.items() if model.get(key)]
+    pairs += [("bundle digest" if key == "bundle" else key, value) for key, value in model.items() if key not in _MODEL]
+    return f"<section><h2>Model</h2>{_pairs(pairs)}</section>"
+
+
+def _images(reading: Reading) -> str:
+    sections = ""
+    for i, facts in enumerate(reading.images):
+        pairs = []
+        if size := _size(facts):
+            pairs.append(("size", f"{size[1]} × {size[0]} px"))
+        for key, label in _IMAGE.items():
+            value = facts.get(key)
+            if value in (None, "", [], 0):
+                continue
+            if key == "padding_share":
+                value = f"{100 * value:.1f} %"
+            pairs.append((label, ", ".join(map(str, value)) if isinstance(value, list) else value))
+        sections += f"<section><h2>{_image_name(i, len(reading.images))}</h2>{_pairs(pairs)}</section>"
+    return sections
+
+
+def _pairs(pairs: Iterable[tuple[str, object]]) -> str:
+    rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in pairs)
+    return f'<dl class="pairs">{rows}</dl>'
+
+
+_STYLE = """
+:root {
+  --page: #f4f5f6; --card: #fff; --ink: #16191d; --soft: #5c6670; --line: #dde1e5; --bar: #5b9bd1;
+  --ok: #1d6f42; --ok-bg: #e2f3e8; --bad: #9a3412; --bad-bg: #fdeadf;
+  --notice: #7a4b00; --notice-bg: #fff2d6; --notice-line: #eac071;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #0e1114; --card: #171b20; --ink: #e6e9ec; --soft: #97a2ad; --line: #2a3138; --bar: #3f7fb5;
+    --ok: #7fd6a2; --ok-bg: #12301f; --bad: #ffb68f; --bad-bg: #3a1d10;
+    --notice: #ffd58a; --notice-bg: #2f2410; --notice-line: #6b4f1a;
+  }
+}
+* { box-sizing: border-box; }
+html { -webkit-text-size-adjust: 100%; }
+body {
+  margin: 0 auto; max-width: 1280px; padding: 16px 20px 40px; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+}
+h1 { font-size: 1.35rem; font-weight: 650; letter-spacing: -.01em; margin: 0; line-height: 1.25; }
+h2 {
+  font-size: .78rem; font-weight: 650; text-transform: uppercase; letter-spacing: .07em; color: var(--soft);
+  margin: 0 0 12px;
+}
+p { margin: 0 0 .8em; }
+p:last-child { margin-bottom: 0; }
+small, .none, summary, footer { color: var(--soft); }
+.notice {
+  background: var(--notice-bg); color: var(--notice); border: 1px solid var(--notice-line); border-radius: 8px;
+  padding: 10px 14px; font-size: .94rem; line-height: 1.45;
+}
+.notice strong { display: block; font-size: 1.02rem; }
+header { margin: 22px 0 16px; }
+.asked { margin: 6px 0 0; color: var(--soft); font-size: .95rem; overflow-wrap: anywhere; }
+.asked span::before { content: "· "; padding-left: .35em; }
+main { display: grid; grid-template-columns: minmax(0, 1.15fr) minmax(0, 1fr); gap: 18px; align-items: start; }
+main.text-only { grid-template-columns: minmax(0, 1fr); }
+section, .raw { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px; }
+article { display: grid; gap: 18px; }
+.facts { columns: 3 330px; column-gap: 18px; margin: 18px 0 0; }
+.facts section { break-inside: avoid; margin-bottom: 18px; }
+figure { margin: 0 0 18px; background: #000; border-radius: 10px; overflow: hidden; }
+figure:last-child { margin-bottom: 0; }
+.stack { position: relative; width: fit-content; max-width: 100%; margin: 0 auto; line-height: 0; }
+.stack img { display: block; max-width: 100%; height: auto; max-height: 86vh; }
+.stack svg { position: absolute; inset: 0; width: 100%; height: 100%; }
+rect { fill: none; stroke: #ffd23f; stroke-width: 2; vector-effect: non-scaling-stroke; }
+.stack span {
+  position: absolute; background: #ffd23f; color: #1a1500; font: 600 12px/1 system-ui, sans-serif; padding: 3px 6px;
+  border-radius: 2px; max-width: 70%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+}
+.stack .over { transform: translateY(-100%); }
+figure:has(input:not(:checked)) :is(svg, .over, .under) { display: none; }
+figcaption {
+  display: flex; justify-content: space-between; gap: 14px; color: #aab4be; font-size: .82rem; padding: 9px 14px;
+  border-top: 1px solid #222;
+}
+figcaption label { color: #fff; white-space: nowrap; cursor: pointer; }
+figcaption input { accent-color: #ffd23f; margin: 0; vertical-align: -1px; }
+.badge {
+  float: right; text-transform: none; letter-spacing: 0; font-size: .8rem; padding: 1px 10px; border-radius: 99px;
+}
+.badge.ok { color: var(--ok); background: var(--ok-bg); }
+.badge.bad { color: var(--bad); background: var(--bad-bg); }
+.why { color: var(--bad); font-size: .93rem; }
+.chips { display: flex; flex-wrap: wrap; gap: 8px; margin: 0; padding: 0; list-style: none; }
+.chips li {
+  font-size: 1.12rem; font-weight: 620; line-height: 1.3; padding: 6px 12px; border: 1px solid var(--line);
+  border-radius: 8px; overflow-wrap: anywhere;
+}
+.chips .unknown { border-style: dashed; color: var(--bad); }
+.chips small { display: block; font-weight: 400; font-size: .75rem; color: inherit; }
+.prose { white-space: pre-line; overflow-wrap: anywhere; max-width: 68ch; }
+summary { cursor: pointer; }
+summary h2 { display: inline; }
+.reasoning[open] summary { margin-bottom: 12px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th { font-weight: 500; color: var(--soft); text-align: left; }
+th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); }
+tbody tr:last-child td { border: 0; }
+.flags { margin: 0; padding: 0; list-style: none; display: grid; gap: 10px; line-height: 1.4; }
+.flags small { display: block; overflow-wrap: anywhere; }
+.pairs {
+  display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 16px; margin: 0; font-size: .93rem;
+}
+.pairs dt, .waterfall dt { color: var(--soft); }
+.pairs dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.waterfall {
+  display: grid; grid-template-columns: max-content minmax(0, 1fr) max-content; gap: 5px 12px; margin: 0 0 14px;
+  font-size: .93rem; align-items: center;
+}
+.waterfall dd { margin: 0; font-variant-numeric: tabular-nums; text-align: right; }
+.waterfall i { display: block; height: 11px; border-radius: 2px; background: var(--bar); }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; margin: 12px 0 0; }
+footer { font-size: .82rem; margin-top: 14px; }
+@media (max-width: 820px) {
+  body { padding: 12px 12px 32px; }
+  main { grid-template-columns: minmax(0, 1fr); }
+  section, .raw { padding: 14px; }
+  .stack img { max-height: none; }
+}
+@media print {
+  :root { --page: #fff; }
+  body { max-width: none; }
+  main { grid-template-columns: minmax(0, 1fr); }
+  section, figure { break-inside: avoid; }
+  figcaption label { display: none; }
+}
+"""
