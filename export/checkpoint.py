@@ -106,6 +106,8 @@ class Checkpoint:
     image_token_id, vision_start_token_id : int
     eos_token_ids : tuple of int
         From `generation_config.json`, else from the config.
+    generation : dict
+        `generation_config.json`; empty if there is none.
     preprocessor : dict
         `preprocessor_config.json`, or the image processor's part of `processor_config.json`.
 
@@ -116,17 +118,16 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = folder = Path(folder)
         config = self._json("config.json")
         _refuse_other_architectures(config)
-        self.text = _text_config(config)
-        self.vision = _vision_config(config)
+        self.text, self.vision = read_config(config)
         text = config.get("text_config") or {}
         self.tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings", False))
         self.image_token_id = int(config.get("image_token_id", 151655))
         self.vision_start_token_id = int(config.get("vision_start_token_id", 151652))
-        generation = self._json("generation_config.json") if (self.folder / "generation_config.json").exists() else {}
-        self.eos_token_ids = eos_token_ids(generation, config)
+        self.generation = self._json("generation_config.json") if (folder / "generation_config.json").exists() else {}
+        self.eos_token_ids = eos_token_ids(self.generation, config)
         self.preprocessor = self._preprocessor()
         self._entries = self._canonical(self._read_headers())
         self._check_tensors()
@@ -154,6 +155,41 @@ class Checkpoint:
     def nbytes(self, prefix: str = "") -> int:
         """Bytes of all tensors that the model uses and whose name starts with `prefix`."""
         return sum(e.nbytes for name, e in self._entries.items() if name.startswith(prefix))
+
+    def side_files(self) -> dict[str, bytes]:
+        """What a bundle carries beside the graphs, by its name there, from whatever file the checkpoint has it in.
+
+        Raises
+        ------
+        UnsupportedCheckpoint
+            No `tokenizer.json`, or no chat template.
+        """
+        tokenizer = self.folder / "tokenizer.json"
+        if not tokenizer.exists():
+            raise UnsupportedCheckpoint(
+                f"{self.folder} has no tokenizer.json; write it with transformers: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+        return {
+            "tokenizer.json": tokenizer.read_bytes(),
+            "chat_template.jinja": self._chat_template().encode(),
+            "config.json": (self.folder / "config.json").read_bytes(),
+            "generation_config.json": json.dumps(self.generation, indent=2).encode(),
+            "preprocessor_config.json": json.dumps(self.preprocessor, indent=2).encode(),
+        }
+
+    def _chat_template(self) -> str:
+        path = self.folder / "chat_template.jinja"
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            template = self._json(name).get("chat_template") if (self.folder / name).exists() else None
+            if isinstance(template, str):
+                return template
+        raise UnsupportedCheckpoint(
+            f"{self.folder} has no chat template (chat_template.jinja, chat_template.json or tokenizer_config.json); "
+            "copy it from the checkpoint's source"
+        )
 
     def digests(self) -> dict[str, str]:
         """sha256 of every file that this checkpoint is read from, by file name."""
@@ -199,7 +235,7 @@ class Checkpoint:
             raise UnsupportedCheckpoint(f"{index} has no weight_map; download it again")
         shards = {}
         for file in sorted({str(file) for file in weight_map.values()}):
-            if Path(file).name != file or file.startswith("."):
+            if not file or Path(file).name != file or file.startswith("."):
                 raise UnsupportedCheckpoint(f"{index} points to {file!r}, outside the folder; download it again")
             shards[file] = read_header(self.folder / file)
         entries = {}
@@ -293,7 +329,7 @@ def read_header(path: Path) -> dict[str, _Entry]:
         except (TypeError, KeyError, ValueError):
             raise damaged(f"entry of {name!r} lacks dtype, shape or data_offsets") from None
         numbers = [begin, end, *shape] if isinstance(shape, list) else [None]
-        if not all(type(n) is int and n >= 0 for n in numbers) or dtype not in _ITEM_BITS:
+        if not all(type(n) is int and n >= 0 for n in numbers) or str(dtype) not in _ITEM_BITS:
             raise damaged(f"entry of {name!r} has dtype {dtype!r}, shape {shape!r}, data_offsets {[begin, end]}")
         if math.prod(shape) * _ITEM_BITS[dtype] != 8 * (end - begin):
             raise damaged(f"{name!r} of {dtype} {shape} is given {end - begin} bytes")
@@ -336,6 +372,11 @@ def _pick(cls, values: dict, **overrides):
             raise UnsupportedCheckpoint(f"config.json has {field.name} = {value}, at least 1 is needed")
         chosen[field.name] = value
     return cls(**chosen)
+
+
+def read_config(config: dict) -> tuple[TextConfig, VisionConfig]:
+    """Geometry from `config.json`, flat or nested; raises `UnsupportedCheckpoint` where it cannot be exported."""
+    return _text_config(config), _vision_config(config)
 
 
 def _text_config(config: dict) -> TextConfig:

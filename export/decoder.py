@@ -65,6 +65,8 @@ def write_decoder(
         )
     path = Path(folder) / "decoder.onnx"
     source_bytes = checkpoint.nbytes("language_model.") + checkpoint.nbytes("lm_head.")
+    if checkpoint.tied and chosen.head == "int4":
+        source_bytes += checkpoint.nbytes(_TABLE)  # read once more for the head
     with GraphWriter(path, OPSET, chosen, source_bytes=source_bytes, progress=progress) as g:
         length = max_sequence or "max_seq"
         int64 = TensorProto.INT64

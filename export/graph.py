@@ -31,7 +31,7 @@ _TYPES = {dtype: kind for kind, dtype in _FLOATS.values()} | {
 }
 _IR_VERSION = 11
 _ALIGNMENT = 4096  # a page: ONNX Runtime and TensorRT map the data file instead of copying it
-_CHUNK_BYTES = 32 << 20  # fp32 working set of one conversion step
+_CHUNK_BYTES = 2 << 20  # fp32 rows converted at a time: within a core's L2, or the transposed writes take twice as long
 _INLINE_BYTES = 1024  # smaller constants stay in the graph, where shape inference reads them
 
 

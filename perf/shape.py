@@ -13,7 +13,7 @@ import click
 import ml_dtypes
 import numpy as np
 
-from ..export.checkpoint import TextConfig, VisionConfig, tensor_shapes
+from ..export.checkpoint import read_config, tensor_shapes
 
 SHARD_BYTES = 4_000_000_000
 
@@ -68,7 +68,15 @@ PREPROCESSOR = {
 }
 
 
-def write_shape(folder: Path, tokenizer: Path, *, nested: bool = False, seed: int = 0) -> Path:
+def write_shape(
+    folder: Path,
+    tokenizer: Path,
+    *,
+    nested: bool = False,
+    seed: int = 0,
+    text_values: dict = TEXT,
+    vision_values: dict = VISION,
+) -> Path:
     """Write the checkpoint folder, about 7.5 GB.
 
     Parameters
@@ -80,6 +88,8 @@ def write_shape(folder: Path, tokenizer: Path, *, nested: bool = False, seed: in
     nested : bool
         The newer config with `text_config` and tensors `model.language_model.*`, instead of the flat one.
     seed : int
+    text_values, vision_values : dict
+        Config values; those of the 3B by default.
 
     Returns
     -------
@@ -88,15 +98,16 @@ def write_shape(folder: Path, tokenizer: Path, *, nested: bool = False, seed: in
     """
     folder.mkdir(parents=True, exist_ok=True)
     common = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", **TOKENS}
-    config = {**common, "tie_word_embeddings": True, "vision_config": VISION}
-    config |= {"text_config": TEXT, "dtype": "bfloat16"} if nested else {**TEXT, "torch_dtype": "bfloat16"}
+    config = {**common, "tie_word_embeddings": True, "vision_config": vision_values}
+    config |= (
+        {"text_config": text_values, "dtype": "bfloat16"} if nested else {**text_values, "torch_dtype": "bfloat16"}
+    )
     files = {"config": config, "generation_config": GENERATION, "preprocessor_config": PREPROCESSOR}
     for name, value in files.items():
         (folder / f"{name}.json").write_text(json.dumps(value, indent=2))
     for name in ("tokenizer.json", "chat_template.jinja"):
         shutil.copyfile(tokenizer / name, folder / name)
-    text = TextConfig(**{key: TEXT[key] for key in TEXT if key in TextConfig.__dataclass_fields__})
-    vision = VisionConfig(hidden_size=VISION["hidden_size"], out_hidden_size=VISION["out_hidden_size"])
+    text, vision = read_config(config)
     prefixes = (
         {"language_model.": "model.language_model.", "visual.": "model.visual."}
         if nested

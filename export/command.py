@@ -1,0 +1,191 @@
+"""`cxr-triton export`: a checkpoint becomes the folder that `cxr-triton build` takes (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+import click
+
+from cxr_triton import __version__
+from cxr_triton.cli import json_option, write_json
+from cxr_triton.errors import InvalidRequest, LicenceNotAccepted
+from cxr_triton.profile import Licence, ModelProfile, load_profile, profile_names
+
+from .checkpoint import Checkpoint, locate
+from .decoder import write_decoder
+from .graph import Precision, check
+from .vision import write_vision
+
+SCHEMA = 1
+
+
+def export_checkpoint(
+    source: str,
+    out: Path,
+    profile: ModelProfile,
+    *,
+    precision: str = "int4",
+    compute: str | None = None,
+    head: str | None = None,
+    max_sequence: int | None = None,
+    revision: str | None = None,
+    accept_licence: bool = False,
+    progress: bool | None = None,
+) -> dict:
+    """Write an export folder; it appears complete or not at all.
+
+    Parameters
+    ----------
+    source : str
+        Checkpoint folder or hub id.
+    out : Path
+        Must not exist, or be an empty folder.
+    profile : ModelProfile
+        Written beside the graphs, with the checkpoint's repetition penalty and `max_sequence`.
+    precision, compute, head : str
+        See `Precision`.
+    max_sequence : int, optional
+        Tokens of prompt and answer; the profile's by default.
+    revision : str, optional
+        Of a hub id; by default the one that the profile's facts were taken from, if it is the profile's checkpoint.
+    accept_licence : bool
+        The user accepts the weights' non-commercial licence.
+    progress : bool, optional
+        Show bars on standard error; by default on a terminal.
+
+    Returns
+    -------
+    dict
+        What `export.json` holds.
+
+    Raises
+    ------
+    LicenceNotAccepted, UnsupportedCheckpoint, InvalidRequest, InvalidProfile
+    """
+    chosen = Precision.of(precision, compute, head)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InvalidRequest(f"{out} is not an empty folder; remove it or choose another one")
+    licence = _licence(source, profile)
+    if licence.non_commercial and not accept_licence:
+        raise LicenceNotAccepted(
+            f"the weights of {source} are under {licence.name} ({licence.stated}), for non-commercial research only; "
+            "read the licence, then pass --accept-licence"
+        )
+    if revision is None and source == profile.checkpoint_id:
+        revision = profile.revision
+    folder, commit = locate(source, revision)
+    checkpoint = Checkpoint(folder)
+    profile = profile.merge_generation_config(checkpoint.generation)
+    profile = dataclasses.replace(profile, max_sequence=max_sequence or profile.max_sequence)
+    if profile.max_sequence > checkpoint.text.max_position_embeddings:
+        raise InvalidRequest(
+            f"max_sequence is {profile.max_sequence}, the checkpoint allows at most "
+            f"{checkpoint.text.max_position_embeddings} (max_position_embeddings); pass a smaller --max-sequence"
+        )
+    side_files = checkpoint.side_files()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        check(write_vision(checkpoint, partial, precision=precision, compute=compute, progress=progress))
+        check(write_decoder(checkpoint, partial, precision=precision, compute=compute, head=head, progress=progress))
+        for name, content in side_files.items():
+            (partial / name).write_bytes(content)
+        (partial / "profile.yaml").write_text(profile.to_yaml(), encoding="utf-8")
+        export = {
+            "schema": SCHEMA,
+            "precision": chosen.weights,
+            "head": chosen.head,
+            "geometry": _geometry(checkpoint, profile, chosen),
+            "source": {
+                "name": source if commit else folder.resolve().name,
+                "revision": commit,
+                "files": checkpoint.digests(),
+                "licence": {**dataclasses.asdict(licence), "accepted": accept_licence},
+            },
+            "versions": {
+                "cxr_triton": __version__,
+                **{name: metadata.version(name) for name in ("onnx", "numpy", "ml_dtypes")},
+            },
+        }
+        (partial / "export.json").write_text(json.dumps(export, indent=1) + "\n", encoding="utf-8")
+        partial.chmod(0o755)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return export
+
+
+def _licence(source: str, profile: ModelProfile) -> Licence:
+    """The licence of the weights: that of the bundled profile made for them, else that of the profile in use."""
+    for name in profile_names():
+        bundled = load_profile(name)
+        if bundled.checkpoint_id == source:
+            return bundled.licence
+    return profile.licence
+
+
+def _geometry(checkpoint: Checkpoint, profile: ModelProfile, precision: Precision) -> dict:
+    text = checkpoint.text
+    return {
+        "hidden": text.hidden_size,
+        "layers": text.num_hidden_layers,
+        "kv_heads": text.num_key_value_heads,
+        "head_dim": text.head_dim,
+        "vocab": text.vocab_size,
+        "window_budget": profile.window_budget,
+        "token_budget": profile.token_budget,
+        "max_sequence": profile.max_sequence,
+        "compute": precision.compute,
+        "image_token_id": checkpoint.image_token_id,
+        "eos_token_ids": list(checkpoint.eos_token_ids),
+        "vision_start_token_id": checkpoint.vision_start_token_id,
+        "merge_size": checkpoint.vision.spatial_merge_size,
+    }
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("-o", "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="New folder.")
+@click.option("--profile", required=True, metavar="NAME|YAML", help=f"One of {', '.join(profile_names())}, or a file.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16", "int4"]),
+    default="int4",
+    show_default=True,
+    help="Weights of the decoder; with int4 the vision tower keeps the compute type.",
+)
+@click.option("--compute", type=click.Choice(["fp32", "fp16", "bf16"]), help="With int4.  [default: fp32, for a CPU]")
+@click.option("--head", type=click.Choice(["int4", "compute"]), help="Language head, with int4.  [default: int4]")
+@click.option("--max-sequence", type=click.IntRange(min=1), metavar="TOKENS", help="Prompt and answer together.")
+@click.option("--revision", help="Of a hub id.  [default: the profile's]")
+@click.option("--accept-licence", is_flag=True, help="You accept the weights' non-commercial licence.")
+@click.option("--progress/--no-progress", default=None, help="Bars on standard error.  [default: on a terminal]")
+@json_option
+def export(checkpoint, out, profile, json_path, **options):
+    """Write the vision and decoder graphs of CHECKPOINT, a folder or a hub id ORG/NAME.
+
+    The weights stream: a 3B checkpoint takes about 1 GiB of memory.
+    """
+    chosen = load_profile(profile)
+    licence = _licence(checkpoint, chosen)
+    click.echo(f"licence of the weights: {licence.name} ({licence.stated})", err=True)
+    start = time.monotonic()
+    result = export_checkpoint(checkpoint, out, chosen, **options)
+    result |= {
+        "path": str(out),
+        "bytes": sum(path.stat().st_size for path in out.iterdir()),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    if json_path != "-":
+        click.echo(
+            f"{out}: decoder {result['precision']}, head {result['head']}, compute and vision "
+            f"{result['geometry']['compute']}; {result['bytes'] / 1e9:.2f} GB in {result['seconds']} s"
+        )
+    write_json(result, json_path)
