@@ -282,9 +282,11 @@ def build_bundle(
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        files = {name: _copy(source / name, partial / name, progress) for name in (*REQUIRED, *DATA)}
-        compile_decoder(partial / "decoder.onnx")
-        files["decoder.onnx"] = _entry(partial / "decoder.onnx", progress)
+        compile_decoder(source / "decoder.onnx", partial / "decoder.onnx")
+        files = {file.name: _entry(file, progress) for file in sorted(partial.iterdir())}
+        files |= {
+            name: _copy(source / name, partial / name, progress) for name in (*REQUIRED, *DATA) if name not in files
+        }
         manifest = {
             "schema": SCHEMA,
             "engine": compiler,

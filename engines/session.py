@@ -19,7 +19,6 @@ def open_graph(path: Path, threads: int | None) -> ort.InferenceSession:
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "4")  # int8 products for int4 weights
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -194,7 +194,8 @@ def test_build_refuses_a_profile_that_is_none(own_export, tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_build_that_breaks_leaves_nothing(export, tmp_path, monkeypatch, error):
-    def broken(path):
+    def broken(source, target):
+        target.write_bytes(b"half")
         raise error
 
     monkeypatch.setattr(bundles, "compile_decoder", broken)
