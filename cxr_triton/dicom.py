@@ -433,7 +433,7 @@ class _DataSet:
             return None
         raw = self.raw(tag)
         order = "little" if self.little else "big"
-        if element.vr in (b"IS", b"DS") or (not element.vr and tag == _Tag.FRAMES):
+        if element.vr in (b"IS", b"DS") or tag == _Tag.FRAMES:
             value = raw.strip(b" \0")
             if value.isdigit() and len(value) < 12:
                 return int(value)

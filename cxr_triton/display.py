@@ -302,7 +302,8 @@ def _voi_curve(
         grey = np.clip((values - black) / (white - black), 0, 1)
     if monochrome1:
         grey = 1 - grey
-    curve = np.floor(grey * 255 + 0.5).astype(np.uint8)
+    # the addend sends a tie up in spite of rounding errors, so that an inverted twin gets the same grey
+    curve = np.floor(grey * 255 + (0.5 + 1e-9)).astype(np.uint8)
     curve[padded] = 0
     return curve, scaling
 
@@ -351,7 +352,7 @@ def _with_polarity(pixels: np.ndarray, flags: set[str]) -> tuple[str, ...]:
     return tuple(sorted(flags))
 
 
-_CHUNK = 1 << 18  # pixels; numpy widens indices to 8 bytes each, a chunk at a time stays in the cache
+_CHUNK = 1 << 16  # pixels; numpy widens indices to 8 bytes each, a chunk at a time stays in the cache
 
 
 def _histogram(stored: np.ndarray) -> tuple[int, np.ndarray]:

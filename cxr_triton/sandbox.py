@@ -154,7 +154,7 @@ class Sandbox:
         """Start a child without waiting for it."""
         environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ}
         environment |= {
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)]),
             # threads that reserve address space would eat up the memory limit
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",

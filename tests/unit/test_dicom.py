@@ -278,6 +278,23 @@ def test_unknown_vr_of_undefined_length_holds_implicit_vr():
     np.testing.assert_array_equal(read_image(data[:at] + unknown + data[at:]).stored, values)
 
 
+def test_description_that_a_pacs_turned_into_unknown_vr_is_still_read():
+    values = pattern(12)
+    data = file_bytes(dataset_of(values, 12, NumberOfFrames=1, WindowCenter=2048, WindowWidth=4096))
+    for vr, tags in (
+        (b"US", (b"\x28\0\x10\0", b"\x28\0\x00\x01")),
+        (b"IS", (b"\x28\0\x08\0",)),
+        (b"DS", (b"\x28\0\x50\x10",)),
+    ):
+        for tag in tags:
+            at = data.index(tag + vr)
+            length = data[at + 6 : at + 8]
+            data = data[:at] + tag + b"UN\0\0" + length + b"\0\0" + data[at + 8 :]
+    radiograph = read_image(data)
+    np.testing.assert_array_equal(radiograph.stored, values)
+    assert radiograph.metadata.voi == Window(2048, 4096)
+
+
 def test_nothing_of_the_patient_is_in_the_metadata():
     radiograph = read_image(file_bytes(dataset_of(pattern(12), 12)))
     text = repr(radiograph.metadata) + repr(radiograph.flags)

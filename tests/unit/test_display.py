@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
+from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from test_dicom import dataset_of, file_bytes, pattern
@@ -83,6 +84,16 @@ def test_inverted_twin_gives_the_same_picture(bits):
     bound = 2 + 255 * 2 * np.sort(bins)[-2:].sum() / bins.sum()
     assert np.abs(one - other).max() <= bound
     assert np.abs(one - other).mean() < 1
+
+
+def test_inverted_twin_of_a_real_radiograph_gives_the_same_picture():
+    """RG1 is MONOCHROME1; the twin's window is mirrored with it (PS3.3 C.11.2.1.2.1 counts from center - 0.5)."""
+    ds = pydicom.dcmread(get_testdata_file("RG1_UNCR.dcm", download=False))
+    first = render(read_image(file_bytes(ds)), "voi_display")
+    ds.PixelData = (2**15 - 1 - ds.pixel_array).astype("<u2").tobytes()
+    ds.PhotometricInterpretation = "MONOCHROME2"
+    ds.WindowCenter = 2**15 - 15000
+    np.testing.assert_array_equal(render(read_image(file_bytes(ds)), "voi_display").pixels, first.pixels)
 
 
 def pydicom_display(ds: Dataset) -> np.ndarray:

@@ -37,7 +37,7 @@ def sandbox():
 @pytest.fixture(scope="module")
 def slow() -> bytes:
     """Noise as JPEG 2000, which takes over a second to decode."""
-    values = np.random.default_rng(0).integers(0, 65536, (2500, 2500)).astype(np.uint16)
+    values = np.random.default_rng(0).integers(0, 65536, (2000, 2000)).astype(np.uint16)
     stream = imagecodecs.jpeg2k_encode(values, codecformat="J2K", reversible=True, level=0)
     return compressed_bytes(values, 16, SYNTAX["jpeg2k"], stream)
 
@@ -146,18 +146,18 @@ def test_native_memory_limit_is_limit_exceeded():
 
 
 def test_time_limit_kills_the_child_and_fails_one_image(slow):
-    with Sandbox(Limits(time_s=0.3)) as sandbox:
+    with Sandbox(Limits(time_s=0.6)) as sandbox:
         require_good(sandbox)
         first, started = sandbox.pid, time.monotonic()
-        with pytest.raises(errors.LimitExceeded, match=r"0\.3 s"):
+        with pytest.raises(errors.LimitExceeded, match=r"0\.6 s"):
             sandbox.prepare(slow, preset="mimic_jpg", **BUDGET)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 5
         assert not alive(first)
         require_good(sandbox)
 
 
 def test_child_that_does_not_read_cannot_hang_the_parent():
-    with Sandbox(Limits(time_s=0.5)) as sandbox:
+    with Sandbox(Limits(time_s=1.5)) as sandbox:
         require_good(sandbox)
         os.kill(sandbox.pid, signal.SIGSTOP)
         with pytest.raises(errors.LimitExceeded):
@@ -171,7 +171,7 @@ def test_child_that_does_not_read_cannot_hang_the_parent():
 def test_killed_in_the_middle_fails_one_image(slow, number, error):
     with Sandbox() as sandbox:
         require_good(sandbox)
-        threading.Timer(0.3, os.kill, (sandbox.pid, number)).start()
+        threading.Timer(0.2, os.kill, (sandbox.pid, number)).start()
         with pytest.raises(error) as caught:
             sandbox.prepare(slow, preset="mimic_jpg", **BUDGET)
         assert type(caught.value) is error
