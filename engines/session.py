@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-CAPACITY_STEP = 256  # cache positions; attention reads the whole capacity, a growth copies what is in use
+CAPACITY_STEP = 64  # cache positions; attention reads the whole capacity, so short contexts bind a short cache
 
 
 def open_graph(path: Path, threads: int | None) -> ort.InferenceSession:
@@ -183,18 +183,19 @@ class DecoderSession:
             cache[target, :, :length] = cache[source, :, :length]
 
     def free(self, slot: int) -> None:
-        """Forget what a slot holds; when none holds anything the cache shrinks again."""
+        """Forget what a slot holds; the cache shrinks when half of it is enough."""
         self.lengths[slot] = 0
-        if not self.lengths.any():
-            self._allocate(CAPACITY_STEP)
+        longest = int(self.lengths.max())
+        if longest < self._capacity // 2:
+            self._allocate(longest + 1)
 
     def _reserve(self, positions: int) -> None:
         if positions > self._capacity:
-            self._allocate(-(-positions // CAPACITY_STEP) * CAPACITY_STEP)
+            self._allocate(positions)
 
-    def _allocate(self, capacity: int) -> None:
-        """Give the cache so many positions a slot, and keep what the slots hold."""
-        capacity = min(capacity, self.max_sequence)
+    def _allocate(self, positions: int) -> None:
+        """Give the cache at least so many positions a slot, and keep what the slots hold."""
+        capacity = min(-(-positions // CAPACITY_STEP) * CAPACITY_STEP, self.max_sequence)
         if capacity == self._capacity:
             return
         self._bindings.clear()  # they hold the old arrays

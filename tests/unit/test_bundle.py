@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,6 +23,13 @@ def export(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     random_checkpoint(folder / "checkpoint", layers=1, hidden=64)
     return write_export(folder / "export", folder / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def int4_export(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("int4")
+    random_checkpoint(folder / "checkpoint", layers=2)
+    return write_export(folder / "export", folder / "checkpoint", precision="int4")
 
 
 @pytest.fixture
@@ -215,6 +223,44 @@ def test_build_does_not_touch_a_folder_in_use(export, tmp_path):
 def test_build_names_an_unknown_compiler(export, tmp_path):
     with pytest.raises(InvalidRequest, match="tensorrt"):
         build_bundle(export, tmp_path / "bundle", compiler="tensorrt")
+
+
+def test_the_compiled_int4_graph_computes_what_the_exported_one_does(int4_export, tmp_path):
+    """With activations in fp32 on both sides: in int8, a last bit before rounding grows to a visible difference."""
+    import onnx
+    import onnxruntime
+
+    path = build_bundle(int4_export, tmp_path / "bundle").path / "decoder.onnx"
+    model = onnx.load(path, load_external_data=False)
+    fused = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    assert len(fused) == 2 * 7 + 1 and not any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+    for node in fused:
+        (level,) = (attribute for attribute in node.attribute if attribute.name == "accuracy_level")
+        assert level.i == 4
+        level.i = 1
+    onnx.save(model, path)
+    rng = np.random.default_rng(0)
+    batch, tokens, length = 3, 7, 16
+    feeds = {
+        "input_ids": rng.integers(0, 320, (batch, tokens)),
+        "image_index": rng.integers(-1, 4, (batch, tokens)),
+        "image_embeddings": rng.standard_normal((4, 128)).astype(np.float32),
+        "position_ids": rng.integers(0, 50, (3, batch, tokens)),
+        "write_index": np.array([0, 4, 9]),
+        "logits_index": rng.integers(0, tokens, (batch, 2)),
+    }
+    for layer in range(2):
+        for part in ("key", "value"):
+            feeds[f"past_{part}.{layer}"] = rng.standard_normal((batch, 2, length, 32)).astype(np.float32)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    exported, compiled = (
+        onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"]).run(None, feeds)
+        for graph in (int4_export / "decoder.onnx", path)
+    )
+    for expected, actual in zip(exported, compiled, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_the_build_verb_writes_a_bundle_and_its_json(export, tmp_path):

@@ -1,0 +1,336 @@
+"""Speed and memory of a bundle's decoder on this CPU: `python -m cxr_triton.perf.decoder BUNDLE`.
+
+Every engine runs in a process of its own, one after the other in every round, beside a copy that measures the
+memory bandwidth. With `--genai` the text decoder as onnxruntime-genai builds it by default runs in the same rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import click
+import numpy as np
+
+from cxr_triton.cli import json_option, write_json
+from cxr_triton.errors import InvalidRequest
+
+SCHEMA = 1
+COPY_BYTES = 512 << 20
+STREAMS = 4
+
+
+def copy_bandwidth(threads: int) -> float:
+    """Bytes read and written per second by a copy of `COPY_BYTES` on each thread."""
+    pairs = [(np.ones(COPY_BYTES, np.uint8), np.ones(COPY_BYTES, np.uint8)) for _ in range(threads)]
+    workers = [threading.Thread(target=np.copyto, args=pair) for pair in pairs]
+    started_s = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return 2 * COPY_BYTES * threads / (time.perf_counter() - started_s)
+
+
+def step_bytes(graph: Path) -> int:
+    """Weights that one decode step reads: all but the tables of which it takes a row."""
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False).graph
+    gathered = {node.input[0] for node in model.node if node.op_type == "Gather"}
+    whole = {name for node in model.node if node.op_type != "Gather" for name in node.input}
+    lengths = {
+        tensor.name: int(entry.value)
+        for tensor in model.initializer
+        for entry in tensor.external_data
+        if entry.key == "length"
+    }
+    return sum(length for name, length in lengths.items() if name in whole or name not in gathered)
+
+
+class BundleEngine:
+    """A bundle behind its own decoder runtime."""
+
+    def __init__(self, folder: str, prompt: int, tokens: int):
+        from cxr_triton.engines.bundle import Bundle
+        from cxr_triton.engines.runtime import DecoderRuntime
+
+        self.bundle = Bundle.open(folder, verify=False)
+        self.prompt, self.tokens = prompt, tokens
+        self.runtime = DecoderRuntime(self.bundle, slots=STREAMS)
+
+    def _generate(self, streams: int) -> list[dict]:
+        from cxr_triton.engines.runtime import Generation, Sampling
+
+        geometry, rng = self.bundle.geometry, np.random.default_rng(0)
+        images = min(geometry.token_budget, self.prompt - 1)
+        ids = rng.integers(0, geometry.vocab // 2, self.prompt)
+        index = np.full(self.prompt, -1, np.int64)
+        index[1 : 1 + images] = np.arange(images)
+        generation = Generation(
+            input_ids=ids,
+            position_ids=np.tile(np.arange(self.prompt), (3, 1)),
+            image_index=index,
+            image_embeddings=rng.standard_normal((images, geometry.hidden)).astype(np.float32),
+            sampling=Sampling(max_new_tokens=self.tokens, repetition_penalty=1.05),
+        )
+        timings, done = [], threading.Semaphore(0)
+
+        def on_chunk(chunk):
+            if chunk.error:
+                timings.append(chunk.error)
+            if chunk.completion:
+                timings.append(chunk.completion.timings_ms | {"ended_s": time.perf_counter()})
+            if chunk.error or chunk.completion:
+                done.release()
+
+        for _ in range(streams):
+            self.runtime.submit(generation, on_chunk)
+        for _ in range(streams):
+            done.acquire()
+        for timing in timings:
+            if isinstance(timing, Exception):
+                raise timing
+        return timings
+
+    def round(self) -> dict:
+        """One stream alone: tokens per second of prefill and decode."""
+        (timing,) = self._generate(1)
+        return {
+            "prefill_tokens_per_s": self.prompt / timing["prefill"] * 1e3,
+            "decode_tokens_per_s": (self.tokens - 1) / timing["decode"] * 1e3,
+        }
+
+    def crowd(self) -> dict:
+        """`STREAMS` streams at once: tokens per second of all together, from the last prefill to the first end."""
+        timings = self._generate(STREAMS)
+        began = max(timing["ended_s"] - timing["decode"] / 1e3 for timing in timings)
+        ended = min(timing["ended_s"] for timing in timings)
+        rates = [(self.tokens - 1) / timing["decode"] * 1e3 for timing in timings if timing["ended_s"] == ended]
+        return {"streams": STREAMS, "overlap_s": ended - began, "slowest_decode_tokens_per_s": min(rates)}
+
+
+class GenaiEngine:
+    """A folder that `onnxruntime_genai.models.builder` wrote."""
+
+    def __init__(self, folder: str, prompt: int, tokens: int):
+        import onnxruntime_genai
+
+        self.library, self.model = onnxruntime_genai, onnxruntime_genai.Model(folder)
+        self.prompt, self.tokens = prompt, tokens
+
+    def round(self) -> dict:
+        parameters = self.library.GeneratorParams(self.model)
+        parameters.set_search_options(
+            max_length=self.prompt + self.tokens + 1, min_length=self.prompt + self.tokens, do_sample=False
+        )
+        generator = self.library.Generator(self.model, parameters)
+        ids = np.random.default_rng(0).integers(0, 75000, self.prompt).astype(np.int32)
+        started_s = time.perf_counter()
+        generator.append_tokens(ids[None])
+        generator.generate_next_token()
+        first_s = time.perf_counter()
+        for _ in range(self.tokens - 1):
+            generator.generate_next_token()
+        ended_s = time.perf_counter()
+        return {
+            "prefill_tokens_per_s": self.prompt / (first_s - started_s),
+            "decode_tokens_per_s": (self.tokens - 1) / (ended_s - first_s),
+        }
+
+
+def resident_bytes(field: str) -> int:
+    """`VmHWM` (peak), `VmRSS`, `RssAnon` or `RssFile` of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def serve(pipe, engine, cpus, *arguments) -> None:
+    """Body of an engine's process: answer each method name with its result."""
+    os.sched_setaffinity(0, cpus)
+    started_s = time.perf_counter()
+    try:
+        running = engine(*arguments)
+        pipe.send({"load_s": time.perf_counter() - started_s, "loaded_resident_bytes": resident_bytes("VmRSS")})
+        while method := pipe.recv():
+            pipe.send(getattr(running, method)())
+        busy_s = time.process_time()
+        time.sleep(1)
+        idle = time.process_time() - busy_s
+        memory = {
+            f"{name}_bytes": resident_bytes(field)
+            for name, field in (("peak_resident", "VmHWM"), ("anonymous", "RssAnon"), ("mapped_file", "RssFile"))
+        }
+        pipe.send({"idle_cpu_share": idle, **memory})
+    except Exception as error:
+        pipe.send(error)
+
+
+class Process:
+    """An engine in a process of its own."""
+
+    def __init__(self, engine, cpus, *arguments):
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, child = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(child, engine, cpus, *arguments), daemon=True)
+        self.process.start()
+        child.close()
+        self.facts = self._receive()
+
+    def call(self, method: str) -> dict:
+        self.pipe.send(method)
+        return self._receive()
+
+    def end(self) -> dict:
+        """Stop the process; gives what loading and running took."""
+        self.facts |= self.call("")
+        self.process.join()
+        return self.facts
+
+    def _receive(self) -> dict:
+        answer = self.pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def build_genai(checkpoint: Path, folder: Path) -> None:
+    """The text decoder of a flat checkpoint by onnxruntime-genai's builder, with its default int4.
+
+    It is given as Qwen2 (the same layers with the same weights), whose attention the builder fuses.
+    """
+    import tempfile
+
+    config = json.loads((checkpoint / "config.json").read_text())
+    if "text_config" in config:
+        raise InvalidRequest(f"{checkpoint} has a nested config; --checkpoint takes a flat one, as perf.shape writes")
+    vision = ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    config = {key: value for key, value in config.items() if key not in (*vision, "rope_scaling")}
+    config |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    with tempfile.TemporaryDirectory() as text:
+        for file in checkpoint.iterdir():
+            (Path(text) / file.name).symlink_to(file.resolve())
+        (Path(text) / "config.json").unlink()
+        (Path(text) / "config.json").write_text(json.dumps(config))
+        builder = (sys.executable, "-m", "onnxruntime_genai.models.builder")
+        subprocess.run([*builder, "-m", text, "-o", str(folder), "-p", "int4", "-e", "cpu"], check=True)
+
+
+def medians(rounds: list[dict]) -> dict:
+    return {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
+
+
+def measure(bundle: Path, genai: Path | None, prompt: int, tokens: int, rounds: int, threads: int) -> dict:
+    """All numbers of one run, as `--json` writes them."""
+    cpus = sorted(os.sched_getaffinity(0))[:threads]
+    os.sched_setaffinity(0, cpus)
+    result = {
+        "schema": SCHEMA,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu_name(),
+        "threads": len(cpus),
+        "load_average_before": os.getloadavg()[0],
+        "versions": {name: metadata.version(name) for name in ("onnxruntime", "numpy")},
+        "prompt_tokens": prompt,
+        "new_tokens": tokens,
+        "engines": {},
+    }
+    folders = {"bundle": (BundleEngine, bundle, bundle / "decoder.onnx")}
+    if genai:
+        result["versions"]["onnxruntime-genai"] = metadata.version("onnxruntime-genai")
+        folders["genai"] = (GenaiEngine, genai, genai / "model.onnx")
+    processes = {name: Process(engine, cpus, str(path), prompt, tokens) for name, (engine, path, _) in folders.items()}
+    for process in processes.values():
+        process.call("round")  # warm up
+    runs: dict[str, list[dict]] = {name: [] for name in processes}
+    copies = []
+    for index in range(rounds):
+        copies.append(copy_bandwidth(len(cpus)))
+        for name, process in processes.items():
+            runs[name].append(process.call("round"))
+            click.echo(f"round {index + 1}/{rounds} {name}: {_rates(runs[name][-1])}", err=True)
+    copies.append(copy_bandwidth(len(cpus)))
+    bandwidth = statistics.median(copies)
+    crowd = processes["bundle"].call("crowd")
+    for name, (_, _, graph) in folders.items():
+        size = step_bytes(graph)
+        rates = medians(runs[name])
+        data = graph.with_name(graph.name + ".data").stat().st_size
+        facts = processes[name].end()
+        result["engines"][name] = {
+            **rates,
+            "weights_bytes": data,
+            "step_weights_bytes": size,
+            "decode_bytes_per_s": size * rates["decode_tokens_per_s"],
+            "share_of_copy_bandwidth": size * rates["decode_tokens_per_s"] / bandwidth,
+            **facts,
+            "peak_resident_to_weights": facts["peak_resident_bytes"] / data,
+            "rounds": runs[name],
+        }
+    result["engines"]["bundle"]["crowd"] = crowd
+    result["copy_bytes_per_s"] = bandwidth
+    if genai:
+        result["ratio_to_genai"] = medians(
+            [{key: ours[key] / theirs[key] for key in ours} for ours, theirs in zip(*runs.values(), strict=True)]
+        )
+    result["load_average_after"] = os.getloadavg()[0]
+    return result
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _rates(rates: dict) -> str:
+    return f"prefill {rates['prefill_tokens_per_s']:.1f} tok/s, decode {rates['decode_tokens_per_s']:.2f} tok/s"
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--genai", type=click.Path(path_type=Path), help="onnxruntime-genai's build; made if it does not exist.")
+@click.option("--checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path), help="To make it from.")
+@click.option("--prompt", default=320, show_default=True, help="Prompt tokens; an image's worth of them from an image.")
+@click.option("--tokens", default=64, show_default=True, help="Tokens to generate.")
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--threads", default=os.cpu_count(), show_default=True, help="CPU cores for everything.")
+@json_option
+def main(bundle, genai, checkpoint, prompt, tokens, rounds, threads, json_path):
+    """Decode and prefill speed, bandwidth and memory of BUNDLE's decoder."""
+    if genai and not genai.exists():
+        if not checkpoint:
+            raise click.UsageError(f"{genai} does not exist: give --checkpoint to build it from")
+        build_genai(checkpoint, genai)
+    result = measure(bundle, genai, prompt, tokens, rounds, threads)
+    click.echo(f"{result['cpu']}, {result['threads']} cores, load {result['load_average_before']:.1f} before")
+    click.echo(f"copy: {result['copy_bytes_per_s'] / 1e9:.1f} GB/s read and written")
+    for name, engine in result["engines"].items():
+        click.echo(
+            f"{name}: {_rates(engine)}; {engine['decode_bytes_per_s'] / 1e9:.1f} GB/s of weights, "
+            f"{engine['share_of_copy_bandwidth']:.0%} of the copy; load {engine['load_s']:.1f} s; peak resident "
+            f"{engine['peak_resident_bytes'] / 2**30:.2f} GiB = {engine['peak_resident_to_weights']:.2f} x weights"
+        )
+    if "ratio_to_genai" in result:
+        ratio = result["ratio_to_genai"]
+        click.echo(
+            f"bundle / genai: prefill {ratio['prefill_tokens_per_s']:.2f}, decode {ratio['decode_tokens_per_s']:.2f}"
+        )
+    write_json(result, json_path)
+
+
+if __name__ == "__main__":
+    main()
