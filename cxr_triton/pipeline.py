@@ -183,7 +183,8 @@ def sampling_of(context: str) -> Sampling:
         return Sampling(**json.loads(context)["sampling"])
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidRequest(
-            f"CONTEXT is not what dicom_preprocess writes ({type(error).__name__}: {error}); call the ensemble cxr_reader"
+            f"CONTEXT is not what dicom_preprocess writes ({type(error).__name__}: {error}); "
+            "call the ensemble cxr_reader"
         ) from None
 
 
@@ -205,8 +206,8 @@ def build_reading(completion: dict) -> Reading:
     """Last stage: the typed reading of a COMPLETION.
 
     `Reading.timings_ms` covers the way from the start of preprocessing to here: ``image_decode``, ``preprocess``,
-    ``vision`` (waiting for the encoder included), ``queue``, ``prefill``, ``decode``, ``report``; ``total`` is their sum
-    and the time between the steps, ``first_token`` the time until the decoder had the first token.
+    ``vision`` (waiting for the encoder included), ``queue``, ``prefill``, ``decode`` and ``report``, each with its way
+    through Triton; ``total`` is their sum, ``first_token`` the time until the decoder had the first token.
     """
     context = completion["context"]
     parsed = parse(

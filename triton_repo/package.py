@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cxr_triton.engines.bundle import MANIFEST, Bundle, Geometry
+
 from cxr_triton.errors import InvalidRequest
 
 BUNDLE = "decoder/1/bundle"
@@ -113,30 +114,19 @@ def configs(bundle: Bundle, settings: Settings) -> dict[str, str]:
     """Text of ``config.pbtxt`` for each model and the ensemble."""
     from google.protobuf import text_format
 
-    geometry = bundle.geometry
-    tensors = _tensors(geometry)
-    models = [
-        _python("dicom_preprocess", tensors, instances=settings.preprocess_instances, bundle=BUNDLE),
-        _python("vision_encoder", tensors, bundle=BUNDLE, threads=settings.threads),
-        _python(
-            "decoder",
-            tensors,
-            bundle=BUNDLE,
-            slots=settings.slots,
-            threads=settings.threads,
-            queue_size=settings.queue_size,
-        ),
-        _python("report", tensors),
-        _ensemble(tensors),
-    ]
-    preprocess, vision, decoder, report, ensemble = models
+    tensors, threads, queue_size = _tensors(bundle.geometry), settings.threads, settings.queue_size
+    preprocess = _python("dicom_preprocess", tensors, instances=settings.preprocess_instances, bundle=BUNDLE)
+    vision = _python("vision_encoder", tensors, bundle=BUNDLE, threads=threads)
+    decoder = _python("decoder", tensors, bundle=BUNDLE, slots=settings.slots, threads=threads, queue_size=queue_size)
+    report = _python("report", tensors)  # one instance: chunks have to stay in order
     for model in (preprocess, vision):
-        model.dynamic_batching.default_queue_policy.max_queue_size = settings.queue_size
+        model.dynamic_batching.default_queue_policy.max_queue_size = queue_size
     # A request's images arrive together and have to fit into one batch.
     vision.max_batch_size = max(bundle.profile.max_images, VISION_BATCH)
     for tensor in decoder.input:  # STOP comes alone
         tensor.optional = True
     decoder.model_transaction_policy.decoupled = True
+    models = (preprocess, vision, decoder, report, _ensemble(tensors))
     return {model.name: text_format.MessageToString(model) for model in models}
 
 

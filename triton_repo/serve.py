@@ -68,7 +68,7 @@ class Server:
 
     Notes
     -----
-    The server also ends when the thread that started it ends (PR_SET_PDEATHSIG), so that a killed parent leaves nothing.
+    The server also ends when the thread that started it ends (PR_SET_PDEATHSIG), so a killed parent leaves nothing.
     """
 
     def __init__(
@@ -87,8 +87,9 @@ class Server:
         ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
         self._ports = {name: _port(name, port) for name, port in ports.items()}
         self.grpc, self.http, self.metrics = (f"{HOST}:{port}" for port in self._ports.values())
-        self._shm_prefix = f"cxr_triton_{os.getpid()}_{secrets.token_hex(4)}_"
+        self.shm_prefix = f"cxr_triton_{os.getpid()}_{secrets.token_hex(4)}_"
         self._process: subprocess.Popen | None = None
+        self._models: dict[int, str] = {}
         self._backends: tempfile.TemporaryDirectory | None = None
 
     def __enter__(self) -> Server:
@@ -115,19 +116,21 @@ class Server:
         """
         if self._backends is None:
             return []
-        mark, found = self._backends.name.encode(), []
-        for process in Path("/proc").iterdir():
-            if process.name.isdigit():
-                with contextlib.suppress(OSError):
-                    if mark in (process / "environ").read_bytes():
-                        found.append(int(process.name))
-        return sorted(found)
+        return sorted(int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and self._runs(int(p.name)))
+
+    def _runs(self, pid: int) -> bool:
+        """The process is one of this server's and no zombie, whose environment is gone."""
+        try:
+            return self._backends.name.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            return False
 
     def start(self) -> None:
         started = time.monotonic()
         if not (self.repository / "cxr_reader" / "config.pbtxt").is_file():
             raise Unavailable(
-                f"{self.repository} holds no model 'cxr_reader'; write it with 'cxr-triton package BUNDLE -o REPOSITORY'"
+                f"{self.repository} holds no model 'cxr_reader'; "
+                "write one with `cxr-triton package BUNDLE -o REPOSITORY`"
             )
         binary, stub, libraries = _installation()
         self._backends = tempfile.TemporaryDirectory(prefix="cxr-triton-backends-")
@@ -148,7 +151,7 @@ class Server:
             str(binary),
             f"--model-repository={self.repository}",
             f"--backend-directory={self._backends.name}",
-            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--grpc-address={HOST}",
             f"--http-address={HOST}",
             f"--metrics-address={HOST}",
@@ -171,14 +174,14 @@ class Server:
             )
         deadline = started + self.ready_timeout_s
         while not self._is_ready():
-            if self._process.poll() is not None:
-                raise Unavailable(f"the server ended with {_exit_text(self._process.returncode)}{self.trouble()}")
+            self.check()
             if time.monotonic() > deadline:
                 raise Unavailable(
-                    f"the server was not ready after {self.ready_timeout_s:g} s; see {self.log} or allow more time with "
+                    f"the server was not ready after {self.ready_timeout_s:g} s; allow more time with "
                     f"--ready-timeout-s{self.trouble()}"
                 )
             time.sleep(0.05)
+        self._models = {pid: model for pid in self.pids if (model := _model_of(pid))}
         self.start_s = time.monotonic() - started
         self.warm_up_ms = self._warm_up(max(1.0, deadline - time.monotonic()))
 
@@ -200,16 +203,21 @@ class Server:
                 self._process.poll()
                 time.sleep(0.02)
             self._process.wait()
-        for segment in SHM.glob(f"{self._shm_prefix}*"):
+        for segment in SHM.glob(f"{self.shm_prefix}*"):
             segment.unlink(missing_ok=True)
         if self._backends is not None:
             self._backends.cleanup()
 
-    def wait(self, timeout_s: float) -> int | None:
-        """The exit status of the server, or None when it still runs after `timeout_s`."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(timeout_s)
-        return None
+    def check(self) -> None:
+        """Raise `Unavailable` when the server or the process of a model has died.
+
+        Triton goes on saying ready without a model's process, and fails each request that comes to it.
+        """
+        if self._process.poll() is not None:
+            raise Unavailable(f"the server ended with {_exit_text(self._process.returncode)}{self.trouble()}")
+        for pid, model in self._models.items():
+            if not self._runs(pid):
+                raise Unavailable(f"the process of model {model} died; start the server again{self.trouble()}")
 
     def trouble(self, lines: int = 15) -> str:
         """The last lines of the log that tell what went wrong, ready to be appended to a message."""
@@ -263,8 +271,8 @@ def _port(name: str, port: int) -> int:
             probe.bind((HOST, port))
         except OSError as error:
             raise Unavailable(
-                f"port {port} on {HOST} cannot be used ({error.strerror}); stop what listens there or choose another with "
-                f"--{name}-port (0 takes a free one)"
+                f"port {port} on {HOST} cannot be used ({error.strerror}); "
+                f"stop what listens there or choose another with --{name}-port (0 takes a free one)"
             ) from None
         return probe.getsockname()[1]
 
@@ -291,8 +299,8 @@ def _installation() -> tuple[Path, Path, list[Path]]:
     folders = [f for f in (folder, folder / (sysconfig.get_config_var("MULTIARCH") or "")) if (f / libpython).exists()]
     if not folders:
         raise ServerMismatch(
-            f"no {libpython} in {folder}: the server embeds Python; install it (Debian: apt install libpython{version}) "
-            "or use a Python built with --enable-shared"
+            f"no {libpython} in {folder}: the server embeds Python; "
+            f"install it (Debian: apt install libpython{version}) or use a Python built with --enable-shared"
         )
     free_mib = shutil.disk_usage(SHM).free >> 20
     if free_mib < MIN_SHM_MIB:
@@ -302,6 +310,12 @@ def _installation() -> tuple[Path, Path, list[Path]]:
         )
     bundled = [root / "tritonserver" / "external_libs", root.parent / "nvidia_pytriton.libs"]
     return root / "tritonserver" / "bin" / "tritonserver", stub, [folders[0], *bundled]
+
+
+def _model_of(pid: int) -> str | None:
+    """Name of the model whose Python process this is."""
+    command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return Path(command[1].decode()).parts[-3] if command[0].endswith(b"_stub") else None
 
 
 def _exit_text(status: int) -> str:

@@ -1,15 +1,16 @@
-"""A small random model as an engine bundle that the served ensemble can run: pictures, chat, all budgets small."""
+"""What the tests of the real server share: a small random model as an engine bundle, a bare client, DICOM files."""
 
 from __future__ import annotations
 
+import io
 import json
-import shutil
+import struct
+import urllib.request
 from pathlib import Path
 
+import numpy as np
 from bundles import write_tokenizer
 from checkpoints import random_checkpoint
-
-from cxr_triton import __version__
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: "
@@ -26,7 +27,7 @@ min_pixels: 12544
 max_pixels: 50176
 max_aspect_ratio: 2.0
 max_images: 2
-max_sequence: 1024
+max_sequence: 4096
 decoding:
   max_new_tokens: 256
 tasks:
@@ -48,9 +49,8 @@ tasks:
 def write_bundle(folder: Path) -> Path:
     """Checkpoint, export and bundle in a folder; the path of the bundle."""
     from cxr_triton.engines.bundle import build_bundle
-    from cxr_triton.export.checkpoint import Checkpoint
-    from cxr_triton.export.decoder import write_decoder
-    from cxr_triton.export.vision import write_vision
+    from cxr_triton.export.command import export_checkpoint
+
     from cxr_triton.profile import load_profile
 
     checkpoint, export = folder / "checkpoint", folder / "export"
@@ -59,34 +59,88 @@ def write_bundle(folder: Path) -> Path:
     write_tokenizer(checkpoint)
     (folder / "profile.yaml").write_text(PROFILE)
     profile = load_profile(folder / "profile.yaml")
-    source = Checkpoint(checkpoint)
-    write_vision(source, export, progress=False)
-    write_decoder(source, export, progress=False)
-    names = ("config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json")
-    for name in (*names, "chat_template.jinja"):
-        shutil.copy(checkpoint / name, export / name)
-    (export / "profile.yaml").write_text(profile.to_yaml())
-    geometry = {
-        "hidden": source.text.hidden_size,
-        "layers": source.text.num_hidden_layers,
-        "kv_heads": source.text.num_key_value_heads,
-        "head_dim": source.text.head_dim,
-        "vocab": source.text.vocab_size,
-        "window_budget": profile.window_budget,
-        "token_budget": profile.token_budget,
-        "max_sequence": profile.max_sequence,
-        "compute": "fp32",
-        "image_token_id": source.image_token_id,
-        "eos_token_ids": list(source.eos_token_ids),
-        "vision_start_token_id": source.vision_start_token_id,
-        "merge_size": source.vision.spatial_merge_size,
-    }
-    manifest = {
-        "schema": 1,
-        "precision": "fp32",
-        "geometry": geometry,
-        "source": {"name": "random"},
-        "versions": {"cxr_triton": __version__},
-    }
-    (export / "export.json").write_text(json.dumps(manifest))
+    export_checkpoint(str(checkpoint), export, profile, precision="fp32", accept_licence=True, progress=False)
     return build_bundle(export, folder / "bundle").path
+
+
+class Raw:
+    """The served ensemble through bare gRPC stubs: what any KServe v2 client sees."""
+
+    def __init__(self, server):
+        import grpc
+        from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+
+        self.server = server
+        self._channel = grpc.insecure_channel(server.grpc, [("grpc.max_send_message_length", -1)])
+        self.stub = GRPCInferenceServiceStub(self._channel)
+
+    def call(self, images=(), raw_images: bytes | None = None, **asked):
+        """A running `ModelStreamInfer` call; `raw_images` is sent in place of the packed `images`."""
+        from tritonclient.grpc.service_pb2 import ModelInferRequest
+
+        request = ModelInferRequest(model_name="cxr_reader")
+        for name, elements in (("IMAGES", images), ("REQUEST", [json.dumps(asked).encode()])):
+            request.inputs.add(name=name, datatype="BYTES", shape=[len(elements)])
+            request.raw_input_contents.append(b"".join(struct.pack("<I", len(e)) + e for e in elements))
+        if raw_images is not None:
+            request.raw_input_contents[0] = raw_images
+        return self.stub.ModelStreamInfer(iter([request]), timeout=60)
+
+    def read(self, images=(), raw_images: bytes | None = None, **asked) -> dict:
+        """READING of a whole request, with the ``deltas`` that led to it; the error text as ``RuntimeError``."""
+        deltas, reading = [], ""
+        for message in self.call(images, raw_images, **asked):
+            assert not reading, "READING is not in the last response"
+            delta, reading = outputs(message)
+            deltas.append(delta)
+        return {**json.loads(reading), "deltas": deltas}
+
+    def metric(self, name: str) -> float:
+        """Sum of a metric over its labels."""
+        with urllib.request.urlopen(f"http://{self.server.metrics}/metrics") as page:
+            lines = page.read().decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+
+
+def outputs(message) -> tuple[str, str]:
+    """DELTA and READING of a response; an error as ``RuntimeError``."""
+    if message.error_message:
+        raise RuntimeError(message.error_message)
+    response = message.infer_response
+    names = [output.name for output in response.outputs]
+    values = dict(zip(names, response.raw_output_contents, strict=True))
+    return values["DELTA"][4:].decode(), values["READING"][4:].decode()
+
+
+def radiograph(seed: int, rows: int = 240, columns: int = 200, photometric: str = "MONOCHROME2") -> bytes:
+    """A 12-bit CR file of smooth random densities; MONOCHROME1 gives the inverted twin of the same seed."""
+    import pydicom
+    from pydicom.dataset import FileMetaDataset
+
+    coarse = np.random.default_rng(seed).random((9, 9))
+    stored = zoom(coarse, rows, columns) * 4095
+    stored = stored.astype(np.uint16)
+    if photometric == "MONOCHROME1":
+        stored = 4095 - stored
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1"
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=[str(seed), photometric])
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset = pydicom.Dataset()
+    dataset.file_meta = meta
+    dataset.SOPClassUID, dataset.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    dataset.Modality, dataset.BodyPartExamined, dataset.ViewPosition = "CR", "CHEST", "PA"
+    dataset.Rows, dataset.Columns = rows, columns
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, photometric
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 12, 11, 0
+    dataset.PixelData = stored.tobytes()
+    file = io.BytesIO()
+    dataset.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def zoom(coarse: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Bilinear enlargement."""
+    y, x = np.linspace(0, len(coarse) - 1, rows), np.linspace(0, coarse.shape[1] - 1, columns)
+    along = np.array([np.interp(x, np.arange(coarse.shape[1]), row) for row in coarse])
+    return np.array([np.interp(y, np.arange(len(coarse)), column) for column in along.T]).T

@@ -13,12 +13,12 @@ import time
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.runtime import Chunk, DecoderRuntime, Generation
 from cxr_triton.engines.session import DecoderSession
-from cxr_triton.pipeline import completion_json, sampling_of, wire_error
 from cxr_triton.triton_repo.adapter import array, parameters, text
+
+from cxr_triton.pipeline import completion_json, sampling_of, wire_error
 
 log = logging.getLogger(__name__)
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -30,8 +30,9 @@ class CountingSession(DecoderSession):
     steps = 0
 
     def step(self, *args):
+        logits = super().step(*args)
         self.steps += 1
-        return super().step(*args)
+        return logits
 
 
 class Stream:
@@ -110,10 +111,12 @@ class TritonPythonModel:
                 sampling=sampling_of(stream.context),
             )
             stream.id = self.runtime.submit(
-                generation, lambda chunk: self.outbox.put((self.send, stream, chunk)), lambda: stream.is_gone
+                generation,
+                lambda chunk: self.outbox.put((self.send, stream, chunk, self.session.steps)),
+                lambda: stream.is_gone,
             )
         except Exception as error:
-            self.send(stream, Chunk(), wire_error(error))
+            self.send(stream, Chunk(error=error), self.session.steps)
             return
         self.streams[stream.id] = stream
         self.metrics["streams"].set(len(self.streams))
@@ -123,12 +126,11 @@ class TritonPythonModel:
             stream.stopped_at_step = self.session.steps
             stream.is_gone = True
 
-    def send(self, stream, chunk, error=""):
-        if chunk.error:
-            error = wire_error(chunk.error)
+    def send(self, stream, chunk, step):
+        """Pass a chunk on that the runtime gave at a step."""
         completion = ""
-        if error:
-            completion = json.dumps({"error": error})
+        if chunk.error:
+            completion = json.dumps({"error": wire_error(chunk.error)})
         elif chunk.completion:
             completion = completion_json(chunk.completion, stream.context, stream.arrived_s)
         outputs = [
@@ -147,13 +149,12 @@ class TritonPythonModel:
         else:
             stream.sender.send(flags=FINAL)
         self.streams.pop(stream.id, None)
-        self.measure(stream)
+        self.measure(stream, step)
 
-    def measure(self, stream):
-        steps = self.session.steps
+    def measure(self, stream, step):
         self.metrics["streams"].set(len(self.streams))
-        self.metrics["steps_total"].increment(steps - self.counted_steps)
-        self.counted_steps = steps
+        self.metrics["steps_total"].increment(step - self.counted_steps)
+        self.counted_steps = step
         if stream.stopped_at_step is not None:
             self.metrics["cancelled_total"].increment(1)
-            self.metrics["steps_after_cancel_total"].increment(steps - stream.stopped_at_step)
+            self.metrics["steps_after_cancel_total"].increment(step - stream.stopped_at_step)

@@ -1,0 +1,38 @@
+"""One real server for all tests: pip-installed Triton, the served ensemble, a small random model."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+
+from served import Raw, write_bundle  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def served_bundle(tmp_path_factory) -> Path:
+    """Engine bundle of a small random model."""
+    return write_bundle(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
+def server(served_bundle, tmp_path_factory):
+    """A warm server on free ports: 4 slots, 2 preprocessing processes."""
+    if importlib.util.find_spec("pytriton") is None:
+        pytest.skip("no Triton server here; install it with pip install 'cxr-triton[local]'")
+    from cxr_triton.triton_repo.package import Settings, write_repository
+    from cxr_triton.triton_repo.serve import Server
+
+    repository = tmp_path_factory.mktemp("server") / "repository"
+    write_repository(served_bundle, repository, Settings(threads=1))
+    with Server(repository, grpc_port=0, http_port=0, metrics_port=0, ready_timeout_s=120) as server:
+        yield server
+
+
+@pytest.fixture
+def raw(server) -> Raw:
+    """A bare client of `server`; checks after each test that the server is whole."""
+    yield Raw(server)
+    server.check()

@@ -1,0 +1,103 @@
+"""`cxr-triton package`, `serve` and `demo`."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import click
+
+from cxr_triton.cli import json_option, write_json
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("-o", "--out", required=True, type=FOLDER, help="Folder of the repository; must be new or empty.")
+@click.option("--slots", default=4, show_default=True, help="Readings that decode at the same time.")
+@click.option("--preprocess-instances", default=2, show_default=True, help="Processes that decode images.")
+@click.option("--threads", default=0, help="CPU threads of each graph.  [default: all cores]")
+@click.option("--queue-size", default=64, show_default=True, help="Requests that may wait before each step.")
+@click.option("--force", is_flag=True, help="Replace an older repository.")
+@json_option
+def package(bundle: Path, out: Path, force: bool, json_path: str | None, **settings):
+    """Write a Triton model repository from BUNDLE.
+
+    It holds everything it needs and may be moved; the bundle's files are hard-linked where possible.
+    """
+    from .package import BUNDLE, ENSEMBLE, MODELS, Settings, write_repository
+
+    packaged = write_repository(bundle, out, Settings(**settings), force=force)
+    click.echo(f"{out}: {packaged.profile.name}, {packaged.precision}, digest {packaged.digest[:12]}", err=True)
+    result = {
+        "repository": str(out),
+        "models": [*MODELS, ENSEMBLE],
+        "bundle": BUNDLE,
+        "digest": packaged.digest,
+        "profile": packaged.profile.name,
+        "precision": packaged.precision,
+        "settings": settings,
+    }
+    write_json(result, json_path)
+
+
+@click.command()
+@click.argument("repository", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--grpc-port", default=8001, show_default=True, help="0 takes a free one, here and below.")
+@click.option("--http-port", default=8000, show_default=True)
+@click.option("--metrics-port", default=8002, show_default=True)
+@click.option("--ready-timeout-s", default=300.0, show_default=True, help="From start to the end of the warm-up.")
+@click.option("--log", type=click.Path(dir_okay=False, path_type=Path), help="Log file.  [default: REPOSITORY.log]")
+@json_option
+def serve(repository: Path, json_path: str | None, **options):
+    """Run the pip-installed Triton on REPOSITORY, on 127.0.0.1, until SIGTERM or SIGINT.
+
+    Ready means that a reading went through the whole ensemble. Ends with status 1 when the server or the process of a
+    model dies, so that a supervisor can start it anew: Triton does not.
+    """
+    from .serve import Server
+
+    stopping = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _frame: _stop(stopping, number))
+    server = Server(repository, **options)
+    try:
+        server.start()
+        result = {
+            "status": "ready",
+            "repository": str(server.repository),
+            "grpc": server.grpc,
+            "http": server.http,
+            "metrics": server.metrics,
+            "pid": server.pid,
+            "pids": server.pids,
+            "log": str(server.log),
+            "start_s": round(server.start_s, 3),
+            "warm_up_ms": round(server.warm_up_ms, 1),
+        }
+        write_json(result, json_path)  # before the line, which is what a supervisor waits for
+        click.echo(
+            f"ready: gRPC {server.grpc}, HTTP {server.http}, metrics {server.metrics}, log {server.log}; "
+            f"started in {server.start_s:.1f} s, first reading {server.warm_up_ms / 1e3:.1f} s",
+            err=json_path == "-",
+        )
+        while True:
+            server.check()
+            time.sleep(0.5)
+    except _Stopped as stopped:
+        click.echo(f"stopping on {stopped}", err=True)
+    finally:
+        stopping.append(True)  # a further signal does not keep the server from being cleared away
+        server.stop()
+
+
+class _Stopped(BaseException):
+    """A signal asked the server to end."""
+
+
+def _stop(stopping: list, number: int) -> None:
+    if not stopping:
+        stopping.append(True)
+        raise _Stopped(signal.Signals(number).name)
