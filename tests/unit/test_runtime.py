@@ -330,7 +330,7 @@ def test_a_chunk_is_sent_before_it_is_older_than_the_limit(serve):
     runtime.submit(generation(max_new_tokens=60), receiver)
     receiver.wait()
     sizes = [len(chunk.token_ids) for chunk in receiver.chunks[1:-1]]
-    assert max(sizes) <= 5 and np.mean(sizes) > 2
+    assert max(sizes) <= 5 and np.mean(sizes) > 1.5
     session.step_s = 0.06  # one step is longer than the limit: every token is sent at once
     receiver = Receiver()
     runtime.submit(generation(max_new_tokens=6), receiver)
@@ -458,7 +458,7 @@ def test_a_receiver_that_raises_ends_its_own_stream_only(serve, caplog):
 def test_an_engine_error_fails_the_streams_that_it_touched(serve):
     runtime, session = serve(prefill_chunk=8)
     session.gated = True
-    session.fail_on = lambda call: call == ("step", 2)
+    session.fail_on = lambda call: call == ("step", 2) and ("prefill", 2, 8) in session.calls
     first, second, waiting = Receiver(), Receiver(), Receiver()
     runtime.submit(generation((1,), 20), first)
     runtime.submit(generation((2,), 20), second)
