@@ -67,7 +67,7 @@ def draw(images: Sequence[bytes], reading: Reading) -> list[bytes]:
             preset = "voi_display" if facts.get("preset") == "voi_display" else "mimic_jpg"
             prepared = sandbox.prepare(data, preset=preset, min_pixels=1, max_pixels=MAX_PICTURE_PIXELS, factor=1)
             png = io.BytesIO()
-            Image.fromarray(prepared.pixels).save(png, "PNG", optimize=True)
+            Image.fromarray(prepared.pixels).save(png, "PNG")
             pictures.append(png.getvalue())
     return pictures
 

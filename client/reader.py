@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -144,7 +145,8 @@ class Reader:
         self.close()
 
     def __del__(self):
-        if not getattr(self, "_closed", True):
+        # Threads stand still while the interpreter ends, so nothing may wait for them; the connection ends by itself.
+        if not getattr(self, "_closed", True) and not sys.is_finalizing():
             self.close()
 
     def _connect(self) -> pb.ModelMetadataResponse:
@@ -242,7 +244,8 @@ class ReadingStream:
         self.close()
 
     def __del__(self):
-        self.close()
+        if not sys.is_finalizing():
+            self.close()
 
     def _receive(self) -> str:
         due, limit = self._clock.next_limit()

@@ -442,6 +442,32 @@ def test_the_twins_have_the_same_methods():
         assert list(ours) == list(twins)
 
 
+ABANDON = {
+    "reader": """
+import sys
+from cxr_triton.client import Reader
+reader = Reader(sys.argv[1]); stream = reader.read(b"x"); print(next(stream))
+""",
+    "aio": """
+import asyncio, sys
+from cxr_triton.client import AsyncReader
+async def run():
+    global reader, stream
+    reader = AsyncReader(sys.argv[1]); stream = reader.read(b"x"); print(await anext(stream))
+asyncio.run(run())
+""",
+}
+
+
+@pytest.mark.parametrize("kind", ABANDON)
+def test_a_program_may_end_in_the_middle_of_a_reading(kind):
+    with FakeServer(quiet) as server:
+        command = [sys.executable, "-c", ABANDON[kind], server.url]
+        out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+        assert (out.stdout, out.stderr) == ("text\n", "")
+        assert server.cancelled.wait(2)
+
+
 LEAK = """
 import asyncio, gc, os, sys, threading
 import psutil
