@@ -1,0 +1,81 @@
+"""Phantoms as DICOM DX files in any of the usual transfer syntaxes, for tests and the demo."""
+
+from __future__ import annotations
+
+import io
+
+import imagecodecs
+import numpy as np
+from phantom import Phantom
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import UID, generate_uid
+
+DX_FOR_PRESENTATION = UID("1.2.840.10008.5.1.4.1.1.1.1")
+SYNTAXES = {
+    "implicit": UID("1.2.840.10008.1.2"),
+    "explicit": UID("1.2.840.10008.1.2.1"),
+    "deflated": UID("1.2.840.10008.1.2.1.99"),
+    "rle": UID("1.2.840.10008.1.2.5"),
+    "jpeg_lossless": UID("1.2.840.10008.1.2.4.70"),
+    "jpeg_ls": UID("1.2.840.10008.1.2.4.80"),
+    "jpeg_2000": UID("1.2.840.10008.1.2.4.90"),
+    "htj2k": UID("1.2.840.10008.1.2.4.201"),
+}
+
+
+def encode(stored: np.ndarray, bits: int, syntax: str) -> bytes:
+    """Codestream of uint16 [rows, cols] stored values; lossless."""
+    match syntax:
+        case "jpeg_lossless":
+            return imagecodecs.jpeg8_encode(stored, lossless=True, predictor=1, bitspersample=bits)
+        case "jpeg_ls":
+            return imagecodecs.jpegls_encode(stored)
+        case "jpeg_2000":
+            return imagecodecs.jpeg2k_encode(stored, codecformat="J2K", bitspersample=bits, reversible=True, level=0)
+        case "htj2k":
+            return imagecodecs.htj2k_encode(stored, reversible=True)
+    raise ValueError(f"no encoder for {syntax}")
+
+
+def write_dicom(phantom: Phantom, *, photometric: str = "MONOCHROME2", syntax: str = "explicit") -> bytes:
+    """A DX image for presentation with the phantom's VOI window, if it has one.
+
+    Parameters
+    ----------
+    phantom : Phantom
+    photometric : {"MONOCHROME1", "MONOCHROME2"}
+        MONOCHROME1 is the exact inverted twin.
+    syntax : str
+        One of `SYNTAXES`.
+    """
+    stored, window = phantom.encoded(photometric)
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = DX_FOR_PRESENTATION
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    meta.TransferSyntaxUID = SYNTAXES[syntax]
+    dataset = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset.SOPClassUID, dataset.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = generate_uid(), generate_uid()
+    dataset.Modality, dataset.PresentationIntentType, dataset.BodyPartExamined = "DX", "FOR PRESENTATION", "PHANTOM"
+    dataset.PatientName, dataset.PatientID = "PHANTOM^SYNTHETIC", "PHANTOM"
+    dataset.ViewPosition, dataset.PatientOrientation = "PA", ["L", "F"]
+    dataset.BurnedInAnnotation = "NO"
+    dataset.Rows, dataset.Columns = stored.shape
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, photometric
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, phantom.bits_stored, phantom.bits_stored - 1
+    dataset.PixelRepresentation = 0
+    dataset.PresentationLUTShape = "INVERSE" if photometric == "MONOCHROME1" else "IDENTITY"
+    if window:
+        dataset.WindowCenter, dataset.WindowWidth = window
+    if syntax in ("implicit", "explicit", "deflated"):
+        dataset.PixelData = stored.astype("<u2").tobytes()
+        dataset["PixelData"].VR = "OW"
+    elif syntax == "rle":
+        dataset.compress(SYNTAXES["rle"], stored, generate_instance_uid=False)
+    else:
+        dataset.PixelData = encapsulate([encode(stored, phantom.bits_stored, syntax)])
+        dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
