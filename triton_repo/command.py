@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -30,7 +32,9 @@ def package(bundle: Path, out: Path, force: bool, json_path: str | None, **setti
     from .package import BUNDLE, ENSEMBLE, MODELS, Settings, write_repository
 
     packaged = write_repository(bundle, out, Settings(**settings), force=force)
-    click.echo(f"{out}: {packaged.profile.name}, {packaged.precision}, digest {packaged.digest[:12]}", err=True)
+    click.echo(
+        f"{out}: {packaged.profile.name}, {packaged.precision}, digest {packaged.digest[:12]}", err=json_path == "-"
+    )
     result = {
         "repository": str(out),
         "models": [*MODELS, ENSEMBLE],
@@ -101,3 +105,19 @@ def _stop(stopping: list, number: int) -> None:
     if not stopping:
         stopping.append(True)
         raise _Stopped(signal.Signals(number).name)
+
+
+@click.command()
+@click.option("--dir", "folder", type=FOLDER, default="build/demo", show_default=True, help="Where everything goes.")
+@json_option
+def demo(folder: Path, json_path: str | None):
+    """Export, build, package, serve and read on this CPU, with the demonstration model of a clone.
+
+    Reads a public chest radiograph and a synthetic phantom, and leaves both readings as JSON and as HTML pages. The
+    model knows nothing about people: what it says of the radiograph is meaningless.
+    """
+    from .demo import run
+
+    with contextlib.redirect_stdout(sys.stderr if json_path == "-" else sys.stdout):
+        result = run(folder)
+    write_json(result, json_path)

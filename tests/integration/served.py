@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import struct
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from bundles import write_tokenizer
-from checkpoints import random_checkpoint
+from checkpoints import END, IMAGE_TOKEN, VISION_START, random_checkpoint
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: "
@@ -61,6 +62,45 @@ def write_bundle(folder: Path) -> Path:
     profile = load_profile(folder / "profile.yaml")
     export_checkpoint(str(checkpoint), export, profile, precision="fp32", accept_licence=True, progress=False)
     return build_bundle(export, folder / "bundle").path
+
+
+def write_paper_bundle(folder: Path, *, penalty: float = 1.05, max_sequence: int = 4096) -> Path:
+    """A bundle for stages that open no graph: the graphs' files are empty."""
+    from cxr_triton.profile import load_profile
+
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(PROFILE.replace("max_sequence: 4096", f"max_sequence: {max_sequence}"))
+    profile = load_profile(folder / "mine.yaml")
+    (folder / "mine.yaml").unlink()
+    write_tokenizer(folder)
+    config = {"image_token_id": IMAGE_TOKEN, "vision_config": {"spatial_merge_size": 2}}
+    files = {
+        "profile.yaml": profile.to_yaml(),
+        "config.json": json.dumps(config),
+        "generation_config.json": json.dumps({"repetition_penalty": penalty}),
+        "preprocessor_config.json": "{}",
+        "chat_template.jinja": TEMPLATE,
+        **dict.fromkeys(("vision.onnx", "vision.onnx.data", "decoder.onnx", "decoder.onnx.data"), ""),
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    geometry = {
+        **dict.fromkeys(("layers", "kv_heads", "head_dim"), 1),
+        **{"hidden": 64, "vocab": 320, "compute": "fp32", "merge_size": 2},
+        **{"window_budget": profile.window_budget, "token_budget": profile.token_budget},
+        **{"max_sequence": max_sequence, "eos_token_ids": [END], "image_token_id": IMAGE_TOKEN},
+        "vision_start_token_id": VISION_START,
+    }
+    manifest = {
+        **{"schema": 1, "engine": "onnxruntime", "precision": "int4", "geometry": geometry},
+        **{"source": {"name": "paper", "revision": "r1"}, "versions": {"onnxruntime": "1.0"}},
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+            for path in folder.iterdir()
+        },
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
 
 class Raw:

@@ -1,0 +1,131 @@
+"""The demonstration model on held-out phantoms: in transformers, and through the whole stack as DICOM."""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
+sys.path.insert(0, str(PHANTOM))
+
+import dicom_file  # noqa: E402
+import evaluate  # noqa: E402
+import phantom  # noqa: E402
+
+from cxr_triton import dicom, display, image  # noqa: E402
+from cxr_triton.profile import load_profile  # noqa: E402
+
+HELD_OUT = 200
+SERVED = 200
+
+
+@pytest.fixture(scope="module")
+def profile():
+    return load_profile(PHANTOM / "profile.yaml")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    import torch
+
+    torch.set_num_threads(2)
+    return evaluate.Reference()
+
+
+def test_reads_held_out_phantoms(profile, reference, record_property):
+    phantoms = evaluate.held_out(HELD_OUT)
+    pictures = [resized(p.picture(*evaluate.variant(i)), profile) for i, p in enumerate(phantoms)]
+    said = [evaluate.labels_of(answer, profile) for answer in reference.read(pictures)]
+    scores = evaluate.score(said, [frozenset(p.labels) for p in phantoms])
+    record_property("scores", scores)
+    print(json.dumps(scores))
+    assert scores["exact"] >= 0.90
+
+
+def test_another_picture_gets_another_answer(profile, reference):
+    """The answer comes from the picture: the same prompt over 20 phantoms gives what is drawn, not one text."""
+    phantoms = evaluate.held_out(20)
+    answers = reference.read([resized(p.picture("mimic_jpg"), profile) for p in phantoms])
+    assert len(set(answers)) > 8
+
+
+@pytest.fixture(scope="module", params=["fp32", "int4"])
+def served(request, tmp_path_factory):
+    """A warm server on the phantom model, and its precision."""
+    pytest.importorskip("pytriton")
+    from cxr_triton.engines.bundle import build_bundle
+    from cxr_triton.export.command import export_checkpoint
+    from cxr_triton.triton_repo.package import Settings, write_repository
+    from cxr_triton.triton_repo.serve import Server
+
+    folder = tmp_path_factory.mktemp(f"phantom-{request.param}")
+    profile = load_profile(PHANTOM / "profile.yaml")
+    export_checkpoint(
+        str(PHANTOM / "checkpoint"), folder / "export", profile, precision=request.param, progress=False
+    )
+    bundle = build_bundle(folder / "export", folder / "bundle")
+    write_repository(bundle.path, folder / "repository", Settings(threads=1))
+    ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
+    with Server(folder / "repository", **ports, ready_timeout_s=120) as server:
+        yield server, request.param
+
+
+@pytest.fixture(scope="module")
+def files():
+    """Held-out phantoms as DICOM: every syntax and both photometrics, in turn."""
+    syntaxes = list(dicom_file.SYNTAXES)
+    return [
+        dicom_file.write_dicom(p, photometric=evaluate.variant(i)[1], syntax=syntaxes[i % len(syntaxes)])
+        for i, p in enumerate(evaluate.held_out(SERVED))
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(files, profile, reference):
+    """Label sets that transformers reads from the same files, displayed and resized by the product."""
+    pictures = [display.render(dicom.read_image(data), profile.pixel_preset).pixels for data in files]
+    answers = reference.read([resized(pixels, profile) for pixels in pictures])
+    return [evaluate.labels_of(answer, profile) for answer in answers]
+
+
+@pytest.mark.triton
+def test_served_accuracy_is_that_of_transformers(served, files, expected, record_property):
+    from cxr_triton.client import Reader
+
+    server, precision = served
+    drawn = [frozenset(p.labels) for p in evaluate.held_out(SERVED)]
+    with Reader(server.grpc) as reader, ThreadPoolExecutor(4) as pool:
+        readings = list(pool.map(lambda data: reader.read([data]).result(), files))
+    said = [frozenset(finding.label for finding in reading.findings) for reading in readings]
+    ours, theirs = evaluate.score(said, drawn), evaluate.score(expected, drawn)
+    same = sum(a == b for a, b in zip(said, expected, strict=True)) / len(said)
+    record_property("scores", {"precision": precision, "served": ours, "transformers": theirs, "same": same})
+    print(json.dumps({"precision": precision, "served": ours["exact"], "transformers": theirs["exact"], "same": same}))
+    if precision == "fp32":
+        assert abs(ours["exact"] - theirs["exact"]) <= 0.01
+        assert same >= 0.99
+    else:
+        assert ours["exact"] >= theirs["exact"] - 0.10
+
+
+@pytest.mark.triton
+def test_follow_up_answers_in_prose(served):
+    from cxr_triton.client import Reader
+
+    server, _ = served
+    source = evaluate.held_out(1)[0]
+    data = dicom_file.write_dicom(source)
+    with Reader(server.grpc) as reader:
+        first = reader.read([data]).result()
+        history = [{"role": "user", "content": first.prompt}, {"role": "assistant", "content": first.text}]
+        second = reader.read([data], task="structured_report", history=history).result()
+    assert first.status == second.status == "ok"
+    assert second.text == phantom.report(source) or "Impression" in second.text
+
+
+def resized(pixels, profile):
+    return image.resize(
+        pixels, image.target_size(*pixels.shape, min_pixels=profile.min_pixels, max_pixels=profile.max_pixels)
+    )

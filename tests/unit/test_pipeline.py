@@ -1,0 +1,159 @@
+"""The stages of a reading without Triton: tensors of a request, and the reading of a completion."""
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cxr_triton.engines.runtime import Completion
+
+from cxr_triton.errors import InvalidImage, InvalidRequest, PromptTooLong, QueueFull, from_wire
+from cxr_triton.pipeline import Preprocessor, build_reading, completion_json, sampling_of, wire_error
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("integration", ".")]
+
+from served import radiograph, write_paper_bundle  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return write_paper_bundle(tmp_path_factory.mktemp("pipeline") / "bundle", penalty=1.25)
+
+
+@pytest.fixture(scope="module")
+def preprocessor(bundle):
+    preprocessor = Preprocessor(bundle)
+    yield preprocessor
+    preprocessor.close()
+
+
+def request(**asked) -> bytes:
+    return json.dumps(asked).encode()
+
+
+def test_images_keep_their_order_from_pixels_to_prompt(preprocessor):
+    prior, current = radiograph(1, rows=160, columns=300), radiograph(2, rows=300, columns=160)
+    both = preprocessor.prepare([prior, current], request(task="compare"))
+    alone = [preprocessor.prepare([data], request()) for data in (prior, current)]
+    for i, single in enumerate(alone):
+        assert np.array_equal(both.pixel_windows[i], single.pixel_windows[0])
+        assert np.array_equal(both.merge_order[i], single.merge_order[0])
+    budget = both.merge_order.shape[1]
+    rows = both.image_index[both.image_index >= 0]
+    tokens = [int((single.image_index >= 0).sum()) for single in alone]
+    assert rows.tolist() == [*range(tokens[0]), *range(budget, budget + tokens[1])]
+    facts = json.loads(both.context)["images"]
+    assert [(image["rows"], image["columns"]) for image in facts] == [(160, 300), (300, 160)]
+
+
+def test_a_text_only_request_carries_one_blank_image_that_no_token_uses(preprocessor):
+    step = preprocessor.prepare([], request(task="quiz"))
+    assert len(step.pixel_windows) == len(step.valid) == 1 and step.valid[0, 0].any()
+    assert (step.image_index == -1).all()
+    assert json.loads(step.context)["images"] == []
+
+
+def test_sampling_comes_from_the_request_then_the_checkpoint_then_the_profile(preprocessor):
+    default = sampling_of(preprocessor.prepare([radiograph(1)], b"").context)
+    assert default.repetition_penalty == 1.25, "generation_config.json wins over the profile"
+    assert default.max_new_tokens == 256 and default.temperature == 0
+    assert default.eos_token_ids == (314,)
+    asked = {"repetition_penalty": 1.5, "max_new_tokens": 9, "temperature": 0.5, "seed": 3, "stop": ["."]}
+    sampling = sampling_of(preprocessor.prepare([radiograph(1)], request(**asked)).context)
+    assert {name: getattr(sampling, name) for name in asked} == {**asked, "stop": (".",)}
+
+
+def test_a_prompt_that_fills_the_context_is_refused(tmp_path):
+    preprocessor = Preprocessor(write_paper_bundle(tmp_path / "bundle", max_sequence=512))
+    try:
+        head = len(preprocessor.prepare([], request(prompt="x")).input_ids)  # the tokenizer has a token for each byte
+        assert len(preprocessor.prepare([], request(prompt="x" * (512 - head))).input_ids) == 511
+        with pytest.raises(PromptTooLong, match="512 tokens, allowed are 511"):
+            preprocessor.prepare([], request(prompt="x" * (513 - head)))
+    finally:
+        preprocessor.close()
+
+
+def test_the_image_that_fails_is_named(preprocessor):
+    with pytest.raises(InvalidImage, match=r"^IMAGES\[1\]: "):
+        preprocessor.prepare([radiograph(1), b"GIF89a"], request(task="compare"))
+    with pytest.raises(InvalidImage, match=r"^file is no DICOM"):
+        preprocessor.prepare([b"GIF89a"], request())
+
+
+def test_a_bad_request_is_refused_before_an_image_is_decoded(preprocessor):
+    started = time.monotonic()
+    with pytest.raises(InvalidRequest, match="2 given"):
+        preprocessor.prepare([b"no image"] * 2, request())
+    assert time.monotonic() - started < 0.5
+
+
+def test_a_completion_becomes_a_reading(preprocessor):
+    arrived_s = time.monotonic()
+    step = preprocessor.prepare([radiograph(1, rows=160, columns=300)], request())
+    completion = Completion(
+        text="<think>The heart is large.</think><answer>Cardiomegaly</answer>",
+        finish_reason="stop",
+        usage={"prompt_tokens": 5, "completion_tokens": 6, "image_tokens": 4},
+        timings_ms={"queue": 1.0, "prefill": 2.0, "decode": 3.0, "time_to_first_token": 3.0, "total": 6.0},
+    )
+    reading = build_reading(json.loads(completion_json(completion, step.context, arrived_s)))
+    assert reading.status == "ok" and [finding.label for finding in reading.findings] == ["Cardiomegaly"]
+    assert reading.reasoning == "The heart is large."
+    assert (reading.task, reading.prompt) == ("findings", "Find abnormalities and support devices.")
+    assert (
+        reading.model["precision"] == "int4"
+        and reading.model["revision"] == "r1"
+        and len(reading.model["bundle"]) == 64
+    )
+    assert (reading.images[0]["rows"], reading.images[0]["columns"]) == (160, 300)
+    assert reading.usage["completion_tokens"] == 6
+    assert "research" in reading.notice.lower()
+    assert type(reading).from_json(reading.to_json()) == reading
+
+
+def test_stages_add_up_to_the_total(preprocessor):
+    step = preprocessor.prepare([radiograph(1)], request())
+    time.sleep(0.02)  # the vision encoder
+    arrived_s = time.monotonic()
+    time.sleep(0.06)
+    timings_ms = {"queue": 10.0, "prefill": 20.0, "decode": 30.0, "time_to_first_token": 30.0, "total": 60.0}
+    completion = Completion(text="", finish_reason="length", usage={}, timings_ms=timings_ms)
+    text = completion_json(completion, step.context, arrived_s)
+    time.sleep(0.01)
+    stages = build_reading(json.loads(text)).timings_ms
+    assert stages["vision"] >= 20 and stages["report"] >= 10
+    total, first_token = stages.pop("total"), stages.pop("first_token")
+    assert sum(stages.values()) == pytest.approx(total, abs=5)
+    assert first_token == pytest.approx(sum(stages.values()) - stages["decode"] - stages["report"], abs=5)
+
+
+def test_context_of_another_hand_is_refused():
+    for context in ("", "[]", "{}", '{"sampling": {"max_new_tokens": 0}}', '{"sampling": {"beam": 4}}'):
+        with pytest.raises(InvalidRequest):
+            sampling_of(context)
+
+
+def test_unexpected_errors_keep_their_details_in_the_log(caplog):
+    try:
+        raise KeyError("/srv/secret/patient.dcm")
+    except KeyError as error:
+        with caplog.at_level(logging.ERROR):
+            text = wire_error(error)
+    assert text.startswith("[INTERNAL] ") and "secret" not in text and "KeyError" not in text
+    incident = text.rpartition(" ")[2]
+    assert f"incident {incident}" in caplog.text and "/srv/secret/patient.dcm" in caplog.text
+    assert type(from_wire(wire_error(QueueFull("2 wait")))) is QueueFull
+
+
+def test_preprocessing_loads_no_engine(bundle):
+    code = (
+        "import sys; from cxr_triton.pipeline import Preprocessor; Preprocessor(sys.argv[1]).close();"
+        "print(*{'onnxruntime', 'onnx', 'torch', 'transformers', 'tritonclient'} & set(sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, bundle], check=True, capture_output=True, text=True)
+    assert ran.stdout.split() == []

@@ -1,0 +1,132 @@
+"""The whole way on this CPU with the demonstration model: export, build, package, serve, read, stop."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+
+from cxr_triton.errors import InvalidRequest
+
+PHANTOM = Path(__file__).resolve().parent.parent / "tests" / "phantom"
+RADIOGRAPH = "RG1_J2KR.dcm"  # a public chest radiograph, JPEG 2000 lossless, in the package pydicom-data
+PHANTOM_SEED = 30_000  # training draws from seeds below 10,000
+NOTICE = (
+    "This model is a test fixture: 4 million weights trained on synthetic phantoms. It knows nothing about people, and "
+    "its reading of a real radiograph is meaningless.\n"
+    "Research only; never for diagnosis."
+)
+
+
+def run(folder: Path, model: Path = PHANTOM) -> dict:
+    """Run the demonstration in a folder and leave a page and a reading for each radiograph there.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if absent; ``export``, ``bundle`` and ``repository`` in it are written anew.
+    model : Path
+        Folder of the demonstration model: ``checkpoint``, ``profile.yaml``, ``phantom.py``, ``dicom_file.py``.
+
+    Returns
+    -------
+    dict
+        Seconds of each step, and of each radiograph its files, its labels, its status and its time to the first text.
+
+    Raises
+    ------
+    InvalidRequest
+        The demonstration model or the public radiograph is not on this machine.
+    """
+    from cxr_triton.engines.bundle import build_bundle
+    from cxr_triton.export.command import export_checkpoint
+
+    from cxr_triton.profile import load_profile
+
+    from .package import Settings, write_repository
+    from .serve import Server
+
+    if not (model / "checkpoint").is_dir():
+        raise InvalidRequest(f"no demonstration model in {model}; run the demo from a clone of the repository")
+    started, seconds = time.monotonic(), {}
+
+    def done(step: str, what: str) -> None:
+        nonlocal started
+        seconds[step] = round(time.monotonic() - started, 1)
+        click.echo(f"{step:<8} {what}  ({seconds[step]} s)")
+        started = time.monotonic()
+
+    click.secho(NOTICE, bold=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("export", "bundle"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    files = {"rg1": _radiograph(), "phantom": folder / "phantom.dcm"}
+    drawn = _draw_phantom(model, files["phantom"])
+    profile = load_profile(model / "profile.yaml")
+    export_checkpoint(str(model / "checkpoint"), folder / "export", profile, precision="fp32")
+    done("export", f"checkpoint to two graphs in {folder / 'export'}")
+    bundle = build_bundle(folder / "export", folder / "bundle")
+    done("build", f"engine bundle {bundle.digest[:12]} in {folder / 'bundle'}")
+    write_repository(folder / "bundle", folder / "repository", Settings(preprocess_instances=1), force=True)
+    done("package", f"Triton model repository in {folder / 'repository'}")
+    with Server(folder / "repository", grpc_port=0, http_port=0, metrics_port=0) as server:
+        done("serve", f"Triton ready at {server.grpc}, log {server.log}")
+        readings = {name: _read(name, file, folder, server.grpc) for name, file in files.items()}
+        done("read", f"{len(readings)} radiographs")
+    done("stop", "server and all its processes ended")
+    readings["phantom"]["drawn"] = drawn
+    click.echo(f"The phantom was drawn with: {', '.join(drawn)}. Read: {', '.join(readings['phantom']['labels'])}.")
+    for name in files:
+        click.echo(f"{folder / name}.html")
+    return {"seconds": seconds, "readings": readings}
+
+
+def _radiograph() -> Path:
+    """The public radiograph on this disk; nothing is downloaded."""
+    from pydicom.data import get_testdata_file
+
+    path = get_testdata_file(RADIOGRAPH, download=False)
+    if path is None:
+        raise InvalidRequest(f"no {RADIOGRAPH} here; install it with pip install pydicom-data")
+    return Path(path)
+
+
+def _draw_phantom(model: Path, path: Path) -> list[str]:
+    """Write a phantom as a DICOM file; the labels of its findings."""
+    sys.path.insert(0, str(model))
+    try:
+        import dicom_file
+        import phantom
+    finally:
+        sys.path.remove(str(model))
+    drawn = phantom.draw(np.random.default_rng(PHANTOM_SEED))
+    path.write_bytes(dicom_file.write_dicom(drawn, photometric="MONOCHROME1", syntax="jpeg_ls"))
+    return list(drawn.labels)
+
+
+def _read(name: str, file: Path, folder: Path, url: str) -> dict:
+    """`cxr-triton read` on a file; what its reading says."""
+    from cxr_triton.client.command import read
+
+    from cxr_triton.reading import Reading
+
+    out, page = folder / f"{name}.json", folder / f"{name}.html"
+    command = ["--url", url, "--json", str(out), "--html", str(page), str(file)]
+    click.secho(f"\n$ cxr-triton read {' '.join(command)}", bold=True)
+    try:
+        read.main(command, standalone_mode=False)
+    except SystemExit:  # the answer was not well formed, which `read` has said
+        pass
+    reading = Reading.from_json(out.read_bytes())
+    return {
+        "json": str(out),
+        "html": str(page),
+        "status": reading.status,
+        "labels": [finding.label for finding in reading.findings],
+        "first_token_ms": reading.timings_ms["first_token"],
+        "total_ms": reading.timings_ms["total"],
+    }
