@@ -21,12 +21,19 @@ SYNTAXES = {
     "jpeg_ls": UID("1.2.840.10008.1.2.4.80"),
     "jpeg_2000": UID("1.2.840.10008.1.2.4.90"),
     "htj2k": UID("1.2.840.10008.1.2.4.201"),
+    "jpeg_baseline": UID("1.2.840.10008.1.2.4.50"),
+    "jpeg_extended": UID("1.2.840.10008.1.2.4.51"),
 }
+LOSSY_BITS = {"jpeg_baseline": 8, "jpeg_extended": 12}  # all that a lossy JPEG process can hold
 
 
 def encode(stored: np.ndarray, bits: int, syntax: str) -> bytes:
-    """Codestream of uint16 [rows, cols] stored values; lossless."""
+    """Codestream of [rows, cols] stored values; lossless unless the syntax is in `LOSSY_BITS`."""
     match syntax:
+        case "jpeg_baseline":
+            return imagecodecs.jpeg8_encode(stored.astype(np.uint8), level=90)
+        case "jpeg_extended":
+            return imagecodecs.jpeg8_encode(stored, level=90, bitspersample=12)
         case "jpeg_lossless":
             return imagecodecs.jpeg8_encode(stored, lossless=True, predictor=1, bitspersample=bits)
         case "jpeg_ls":
@@ -47,9 +54,14 @@ def write_dicom(phantom: Phantom, *, photometric: str = "MONOCHROME2", syntax: s
     photometric : {"MONOCHROME1", "MONOCHROME2"}
         MONOCHROME1 is the exact inverted twin.
     syntax : str
-        One of `SYNTAXES`.
+        One of `SYNTAXES`. Those in `LOSSY_BITS` drop the bits that they cannot hold.
     """
     stored, window = phantom.encoded(photometric)
+    bits = min(phantom.bits_stored, LOSSY_BITS.get(syntax, 16))
+    dropped = phantom.bits_stored - bits
+    stored = stored >> dropped
+    if window and dropped:
+        window = (window[0] / 2**dropped, window[1] / 2**dropped)
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = DX_FOR_PRESENTATION
     meta.MediaStorageSOPInstanceUID = generate_uid()
@@ -63,18 +75,20 @@ def write_dicom(phantom: Phantom, *, photometric: str = "MONOCHROME2", syntax: s
     dataset.BurnedInAnnotation = "NO"
     dataset.Rows, dataset.Columns = stored.shape
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, photometric
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, phantom.bits_stored, phantom.bits_stored - 1
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8 if bits == 8 else 16, bits, bits - 1
     dataset.PixelRepresentation = 0
     dataset.PresentationLUTShape = "INVERSE" if photometric == "MONOCHROME1" else "IDENTITY"
     if window:
         dataset.WindowCenter, dataset.WindowWidth = window
+    if syntax in LOSSY_BITS:
+        dataset.LossyImageCompression, dataset.LossyImageCompressionMethod = "01", "ISO_10918_1"
     if syntax in ("implicit", "explicit", "deflated"):
         dataset.PixelData = stored.astype("<u2").tobytes()
         dataset["PixelData"].VR = "OW"
     elif syntax == "rle":
         dataset.compress(SYNTAXES["rle"], stored, generate_instance_uid=False)
     else:
-        dataset.PixelData = encapsulate([encode(stored, phantom.bits_stored, syntax)])
+        dataset.PixelData = encapsulate([encode(stored, bits, syntax)])
         dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
     buffer = io.BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)

@@ -1,4 +1,4 @@
-"""Reads held-out phantoms with transformers in fp32 through the product's pixel pipeline, and counts right label sets."""
+"""Held-out phantoms through the product's pixel pipeline and transformers in fp32: the share of exact label sets."""
 
 from __future__ import annotations
 

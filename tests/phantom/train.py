@@ -28,8 +28,14 @@ from cxr_triton import image
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 224 * 224
 VOCAB = 640
 SPECIAL = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
-)  # fmt: skip
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIGNS = [(label, side) for label in phantom.LABELS for side in (phantom.SIDES if label in phantom.SIDED else ("",))]
 
@@ -183,7 +189,7 @@ def train_vision(model, samples: list[Sample], steps: int, rng: np.random.Genera
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.15)
     progress, exact = Progress("vision", steps), 0.0
-    for step, batch in zip(range(steps), batches(samples, 32, rng)):
+    for step, batch in zip(range(steps), batches(samples, 32, rng), strict=False):
         pixels, grids = pixel_batch(batch)
         tokens = tower(pixels, grid_thw=grids).pooler_output
         counts = (grids.prod(1) // 4).tolist()
@@ -244,7 +250,7 @@ def train_answers(model, dialogues: Dialogues, samples: list[Sample], steps: int
     optimizer = torch.optim.AdamW([{"params": tower, "lr": 3e-4}, {"params": others, "lr": 1.5e-3}], weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [3e-4, 1.5e-3], total_steps=steps, pct_start=0.1)
     progress = Progress("answers", steps)
-    for step, batch in zip(range(steps), batches(samples, 16, rng)):
+    for step, batch in zip(range(steps), batches(samples, 16, rng), strict=False):
         loss = model(**dialogues.batch(batch, rng)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,0 +1,80 @@
+"""Phantoms: their DICOM files against pydicom's decoders, their texts against the product's grammar."""
+
+import io
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+
+PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
+sys.path.insert(0, str(PHANTOM))
+
+import dicom_file  # noqa: E402
+import phantom  # noqa: E402
+
+from cxr_triton import dicom, display  # noqa: E402
+from cxr_triton.profile import load_profile  # noqa: E402
+from cxr_triton.reading import parse  # noqa: E402
+
+
+def phantoms_of_each_depth():
+    rng, found = np.random.default_rng(1), {}
+    while len(found) < 4:
+        drawn = phantom.draw(rng)
+        found.setdefault(drawn.bits_stored, drawn)
+    return [found[bits] for bits in sorted(found)]
+
+
+@pytest.mark.parametrize("syntax", dicom_file.SYNTAXES)
+def test_files_hold_the_stored_values(syntax):
+    for source, photometric in itertools.product(phantoms_of_each_depth(), phantom.PHOTOMETRICS):
+        data = dicom_file.write_dicom(source, photometric=photometric, syntax=syntax)
+        dataset = pydicom.dcmread(io.BytesIO(data))
+        stored, _ = source.encoded(photometric)
+        assert dataset.file_meta.TransferSyntaxUID == dicom_file.SYNTAXES[syntax]
+        assert dataset.PhotometricInterpretation == photometric
+        ours = dicom.read_image(data).stored
+        if syntax not in dicom_file.LOSSY_BITS:
+            np.testing.assert_array_equal(dataset.pixel_array, stored)
+            np.testing.assert_array_equal(ours, stored)
+            continue
+        bits = min(dicom_file.LOSSY_BITS[syntax], source.bits_stored)
+        assert (dataset.BitsStored, dataset.LossyImageCompression) == (bits, "01")
+        error = ours.astype(int) - (stored >> (source.bits_stored - bits))
+        assert 0 < np.abs(error).mean() < 0.02 * 2**bits
+
+
+@pytest.mark.parametrize("preset", phantom.PRESETS)
+def test_twins_and_files_give_the_picture_that_training_saw(preset):
+    for source in phantoms_of_each_depth():
+        pictures = {}
+        for photometric in phantom.PHOTOMETRICS:
+            pictures[photometric] = source.picture(preset, photometric).astype(int)
+            file = dicom.read_image(dicom_file.write_dicom(source, photometric=photometric))
+            np.testing.assert_array_equal(display.render(file, preset).pixels, pictures[photometric])
+        # The mimic_jpg recipe truncates before it inverts: twins may differ by a bin of the equalized histogram.
+        difference = np.abs(pictures["MONOCHROME1"] - pictures["MONOCHROME2"])
+        assert difference.mean() < (1.0 if preset == "mimic_jpg" else 0.01)
+
+
+def test_answers_follow_the_grammar_and_name_what_is_drawn():
+    profile = load_profile(PHANTOM / "profile.yaml")
+    rng = np.random.default_rng(2)
+    for _ in range(60):
+        source = phantom.draw(rng)
+        answer = parse(
+            phantom.reading(source),
+            grammar="think_answer",
+            answer="labels",
+            labels=profile.labels,
+            finish_reason="stop",
+            image_sizes=[source.stored.shape],
+        )
+        assert answer.status == "ok"
+        assert tuple(finding.label for finding in answer.findings) == source.labels
+        for label, side in source.findings.items():
+            assert side in phantom.reading(source)
+            assert label in phantom.report(source) and label in phantom.differentials(source)
