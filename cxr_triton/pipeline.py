@@ -147,7 +147,8 @@ class Preprocessor:
                 "image_decode": image_decode_ms,
                 "preprocess": 1e3 * (prepared_s - received_s) - image_decode_ms,
             },
-            "stamps_s": {"received": received_s, "prepared": prepared_s},
+            "received_s": received_s,
+            "prepared_s": prepared_s,
         }
         return StepTensors(
             **tensors,
@@ -198,8 +199,7 @@ def completion_json(completion, context: str, arrived_s: float) -> str:
     arrived_s : float
         Monotonic time at which the decoder got the request.
     """
-    stamps_s = {"arrived": arrived_s, "ended": time.monotonic()}
-    return json.dumps({**dataclasses.asdict(completion), "stamps_s": stamps_s, "context": json.loads(context)})
+    return json.dumps({**dataclasses.asdict(completion), "arrived_s": arrived_s, "context": json.loads(context)})
 
 
 def build_reading(completion: dict) -> Reading:
@@ -219,14 +219,15 @@ def build_reading(completion: dict) -> Reading:
         image_sizes=[(facts["rows"], facts["columns"]) for facts in context["images"]],
     )
     decoder_ms = completion["timings_ms"]
-    stamps_s = {**context["stamps_s"], **completion["stamps_s"], "reported": time.monotonic()}
+    received_s, prepared_s = context["received_s"], context["prepared_s"]
+    arrived_s, reported_s = completion["arrived_s"], time.monotonic()
     timings_ms = {
         **context["timings_ms"],
-        "vision": 1e3 * (stamps_s["arrived"] - stamps_s["prepared"]),
+        "vision": 1e3 * (arrived_s - prepared_s),
         **{phase: decoder_ms[phase] for phase in ("queue", "prefill", "decode")},
-        "report": 1e3 * (stamps_s["reported"] - stamps_s["ended"]),
-        "first_token": 1e3 * (stamps_s["arrived"] - stamps_s["received"]) + decoder_ms["time_to_first_token"],
-        "total": 1e3 * (stamps_s["reported"] - stamps_s["received"]),
+        "report": 1e3 * (reported_s - arrived_s) - decoder_ms["total"],
+        "first_token": 1e3 * (arrived_s - received_s) + decoder_ms["time_to_first_token"],
+        "total": 1e3 * (reported_s - received_s),
     }
     return Reading.of(
         parsed,

@@ -128,8 +128,8 @@ def test_stages_add_up_to_the_total(preprocessor):
     stages = build_reading(json.loads(text)).timings_ms
     assert stages["vision"] >= 20 and stages["report"] >= 10
     total, first_token = stages.pop("total"), stages.pop("first_token")
-    assert sum(stages.values()) == pytest.approx(total, abs=5)
-    assert first_token == pytest.approx(sum(stages.values()) - stages["decode"] - stages["report"], abs=5)
+    assert sum(stages.values()) == pytest.approx(total, abs=1)
+    assert first_token == pytest.approx(sum(stages.values()) - stages["decode"] - stages["report"], abs=1)
 
 
 def test_context_of_another_hand_is_refused():
