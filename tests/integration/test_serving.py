@@ -105,6 +105,45 @@ def test_cancelling_a_request_that_waits_takes_it_out_of_the_queue(raw):
     assert raw.read([radiograph(9)], **SHORT)["usage"]["completion_tokens"] == 12
 
 
+def test_the_decoder_alone_streams_stops_and_refuses(raw):
+    """A caller of its own, without the ensemble around it: seen when it hangs up, refused with a code."""
+    from tritonclient.grpc.service_pb2 import ModelInferRequest
+
+    def call(**tensors):
+        request = ModelInferRequest(model_name="decoder")
+        for name, value in tensors.items():
+            if isinstance(value, bytes):
+                request.inputs.add(name=name, datatype="BYTES", shape=[1])
+                request.raw_input_contents.append(struct.pack("<I", len(value)) + value)
+            else:
+                kind = {"int64": "INT64", "float32": "FP32"}[value.dtype.name]
+                request.inputs.add(name=name, datatype=kind, shape=value.shape)
+                request.raw_input_contents.append(value.tobytes())
+        return raw.stub.ModelStreamInfer(iter([request]), timeout=30)
+
+    tensors = {
+        "INPUT_IDS": np.arange(40, 50),
+        "IMAGE_INDEX": np.full(10, -1),
+        "POSITION_IDS": np.tile(np.arange(10), (3, 1)),
+        "IMAGE_EMBEDDINGS": np.zeros((1, 64, 128), np.float32),
+        "CONTEXT": b'{"sampling": {"max_new_tokens": 3500}}',
+    }
+    cancelled = raw.metric("cxr_decoder_cancelled_total")
+    stream = call(**tensors)
+    assert not next(stream).error_message
+    stream.cancel()
+    assert until(lambda: raw.metric("cxr_decoder_streams") == 0)
+    assert raw.metric("cxr_decoder_cancelled_total") == cancelled + 1
+    for wrong, hint in (
+        ({**tensors, "IMAGE_INDEX": np.full(10, 64)}, b"must stay within -1 and 63"),
+        ({**tensors, "CONTEXT": b"{}"}, b"CONTEXT"),
+        ({"INPUT_IDS": tensors["INPUT_IDS"]}, b"POSITION_IDS"),
+        ({"STOP": b"no such stream"}, None),
+    ):
+        contents = [content for message in call(**wrong) for content in message.infer_response.raw_output_contents]
+        assert not contents if hint is None else any(b"[INVALID_REQUEST]" in c and hint in c for c in contents)
+
+
 def test_a_photometric_twin_gives_the_same_reading(raw):
     bright, dark = (raw.read([radiograph(5, photometric=f"MONOCHROME{i}")], **SHORT) for i in (2, 1))
     assert [r["images"][0]["photometric"] for r in (bright, dark)] == ["MONOCHROME2", "MONOCHROME1"]

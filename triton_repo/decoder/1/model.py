@@ -18,10 +18,12 @@ from cxr_triton.engines.runtime import Chunk, DecoderRuntime, Generation
 from cxr_triton.engines.session import DecoderSession
 from cxr_triton.triton_repo.adapter import array, parameters, text
 
+from cxr_triton.errors import InvalidRequest
 from cxr_triton.pipeline import completion_json, sampling_of, wire_error
 
 log = logging.getLogger(__name__)
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+INPUTS = ("INPUT_IDS", "IMAGE_INDEX", "POSITION_IDS", "IMAGE_EMBEDDINGS", "CONTEXT")
 
 
 class CountingSession(DecoderSession):
@@ -101,12 +103,15 @@ class TritonPythonModel:
             return
         stream = Stream(sender, "{}")
         try:
-            stream.context = text(request, "CONTEXT")
-            embeddings = array(request, "IMAGE_EMBEDDINGS")
+            arrays = {name: array(request, name) for name in INPUTS}
+            if missing := [name for name in INPUTS if arrays[name] is None]:
+                raise InvalidRequest(f"{', '.join(missing)}: missing; send every input, or STOP alone")
+            stream.context = arrays["CONTEXT"].reshape(-1)[0].decode()
+            embeddings = arrays["IMAGE_EMBEDDINGS"]
             generation = Generation(
-                input_ids=array(request, "INPUT_IDS"),
-                position_ids=array(request, "POSITION_IDS"),
-                image_index=array(request, "IMAGE_INDEX"),
+                input_ids=arrays["INPUT_IDS"],
+                position_ids=arrays["POSITION_IDS"],
+                image_index=arrays["IMAGE_INDEX"],
                 image_embeddings=embeddings.reshape(-1, embeddings.shape[-1]),  # [n, T, hidden] -> [n * T, hidden]
                 sampling=sampling_of(stream.context),
             )
