@@ -58,7 +58,7 @@ def package(bundle: Path, out: Path, force: bool, json_path: str | None, **setti
 def serve(repository: Path, json_path: str | None, **options):
     """Run the pip-installed Triton on REPOSITORY, on 127.0.0.1, until SIGTERM or SIGINT.
 
-    Ready means that a reading went through the whole ensemble. Ends with status 1 when the server or the process of a
+    Ready means that a reading went through the whole ensemble. Ends with status 75 when the server or the process of a
     model dies, so that a supervisor can start it anew: Triton does not.
     """
     from .serve import Server

@@ -25,7 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from cxr_triton.errors import CxrError, ServerMismatch, Unavailable
+from cxr_triton.errors import CxrError, InternalError, InvalidRequest, ServerMismatch, Unavailable
 
 HOST = "127.0.0.1"
 SHM = Path("/dev/shm")
@@ -33,6 +33,7 @@ MIN_SHM_MIB = 256
 EXIT_TIMEOUT_S = 5
 _PR_SET_PDEATHSIG = 1
 _NOISE = re.compile("CudaDriverHelper|CUDA driver version|pinned")  # said on every machine without a GPU
+_UNAVAILABLE = re.compile(r"^\| \w+ +\| \d+ +\| UNAVAILABLE: (?:Internal: )?(.*?)\|$", re.MULTILINE)  # table of models
 _TROUBLE = re.compile(r"^E\d{4} |Error\b|error:|UNAVAILABLE|not healthy|[Ff]ailed")
 
 
@@ -62,7 +63,11 @@ class Server:
     Raises
     ------
     Unavailable
-        On start, when a port is taken, the server died or it was not ready in time; the message quotes the log.
+        On start, when a port is taken or the server was not ready in time.
+    InternalError
+        On start, when the server ended or the warm-up failed; the message quotes the log.
+    InvalidRequest
+        The folder is no repository.
     ServerMismatch
         On start, when this Python cannot run the server.
 
@@ -128,7 +133,7 @@ class Server:
     def start(self) -> None:
         started = time.monotonic()
         if not (self.repository / "cxr_reader" / "config.pbtxt").is_file():
-            raise Unavailable(
+            raise InvalidRequest(
                 f"{self.repository} holds no model 'cxr_reader'; "
                 "write one with `cxr-triton package BUNDLE -o REPOSITORY`"
             )
@@ -174,7 +179,8 @@ class Server:
             )
         deadline = started + self.ready_timeout_s
         while not self._is_ready():
-            self.check()
+            if self._process.poll() is not None:
+                raise InternalError(f"the server ended with {_exit_text(self._process.returncode)}{self.trouble()}")
             if time.monotonic() > deadline:
                 raise Unavailable(
                     f"the server was not ready after {self.ready_timeout_s:g} s; allow more time with "
@@ -219,14 +225,16 @@ class Server:
             if not self._runs(pid):
                 raise Unavailable(f"the process of model {model} died; start the server again{self.trouble()}")
 
-    def trouble(self, lines: int = 15) -> str:
-        """The last lines of the log that tell what went wrong, ready to be appended to a message."""
+    def trouble(self) -> str:
+        """What the log says went wrong, and where the log is, ready to be appended to a message."""
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
-        wrong = [line.strip()[:300] for line in text.splitlines() if _TROUBLE.search(line) and not _NOISE.search(line)]
-        if "No space left on device" in text or "shared memory" in "\n".join(wrong):
-            wrong.append(f"the models exchange tensors in {SHM}: make it larger (docker run --shm-size=1g)")
-        quoted = "".join(f"\n  {line}" for line in dict.fromkeys(wrong[-lines:]))
-        return f"; from {self.log}:{quoted}" if quoted else f"; see {self.log}"
+        causes = dict.fromkeys(row[1].strip() for row in _UNAVAILABLE.finditer(text))
+        if not causes:
+            wrong = [line for line in text.splitlines() if _TROUBLE.search(line) and not _NOISE.search(line)]
+            causes = dict.fromkeys(line.strip()[:300] for line in wrong[-3:])
+        if "No space left on device" in text or "shared memory pool" in text:
+            causes[f"the models exchange tensors in {SHM}: make it larger (docker run --shm-size=1g)"] = None
+        return "".join(f"; {cause}" for cause in causes) + f"; see {self.log}"
 
     def _warm_up(self, timeout_s: float) -> float:
         """Milliseconds of a short reading through all steps; it also makes the engines allocate what they need."""
@@ -239,7 +247,7 @@ class Server:
             with Reader(self.grpc, timeouts=timeouts) as reader:
                 reader.read(_gradient_png(), prompt="Warm up.", max_new_tokens=8).result()
         except CxrError as error:
-            raise Unavailable(f"the warm-up request failed: {error.wire()}{self.trouble()}") from None
+            raise InternalError(f"the warm-up request failed: {error.wire()}{self.trouble()}") from None
         return 1e3 * (time.monotonic() - started)
 
     def _is_ready(self) -> bool:
