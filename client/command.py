@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+
+from cxr_triton.cli import EXIT_NOT_AS_ASKED, json_option, printable, write_json
 from cxr_triton.client.limits import Timeouts, Tls
 from cxr_triton.client.page import NOT_FOR_DIAGNOSIS, STATUSES, decode_rate, draw, duration, reading_page
 from cxr_triton.client.reader import Reader
-
-from cxr_triton.cli import EXIT_NOT_AS_ASKED, json_option, printable, write_json
 from cxr_triton.dicom import FLAGS as IMAGE_FLAGS
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.reading import FLAGS as READING_FLAGS

@@ -8,11 +8,11 @@ import time
 from collections.abc import Iterator, Sequence
 
 import grpc
-from cxr_triton.client import wire
-from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Clock, Timeouts, Tls
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
+from cxr_triton.client import wire
+from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Clock, Timeouts, Tls
 from cxr_triton.errors import Cancelled, Unavailable
 from cxr_triton.reading import Reading
 

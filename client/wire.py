@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from cxr_triton.client.limits import Timeouts
 from tritonclient.grpc import service_pb2 as pb
 
+from cxr_triton.client.limits import Timeouts
 from cxr_triton.errors import (
     Cancelled,
     CxrError,

@@ -45,7 +45,6 @@ def write_export(folder: Path, checkpoint: Path, *, precision: str = "fp32") -> 
     from cxr_triton.export.checkpoint import Checkpoint
     from cxr_triton.export.decoder import write_decoder
     from cxr_triton.export.vision import write_vision
-
     from cxr_triton.profile import PROFILES
 
     source = Checkpoint(checkpoint)

@@ -44,7 +44,6 @@ def run(folder: Path, model: Path = PHANTOM) -> dict:
     """
     from cxr_triton.engines.bundle import build_bundle
     from cxr_triton.export.command import export_checkpoint
-
     from cxr_triton.profile import load_profile
 
     from .package import Settings, write_repository
@@ -111,7 +110,6 @@ def _draw_phantom(model: Path, path: Path) -> list[str]:
 def _read(name: str, file: Path, folder: Path, url: str) -> dict:
     """`cxr-triton read` on a file; what its reading says."""
     from cxr_triton.client.command import read
-
     from cxr_triton.reading import Reading
 
     out, page = folder / f"{name}.json", folder / f"{name}.html"

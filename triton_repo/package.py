@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cxr_triton.engines.bundle import MANIFEST, Bundle, Geometry
-
 from cxr_triton.errors import InvalidRequest
 
 BUNDLE = "decoder/1/bundle"

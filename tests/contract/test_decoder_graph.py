@@ -6,6 +6,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from checkpoints import IMAGE_TOKEN, VISION_END, VISION_START, empty_cache, random_checkpoint
+
 from cxr_triton.export.checkpoint import Checkpoint
 from cxr_triton.export.decoder import write_decoder
 from cxr_triton.export.graph import check

@@ -6,10 +6,10 @@ import onnxruntime as ort
 import pytest
 import torch
 from checkpoints import random_checkpoint
+
 from cxr_triton.export.checkpoint import Checkpoint
 from cxr_triton.export.graph import check
 from cxr_triton.export.vision import write_vision
-
 from cxr_triton.image import stack, windows
 
 WINDOWS, TOKENS = 16, 256  # budget of 448 x 448 pixels

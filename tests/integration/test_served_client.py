@@ -5,10 +5,10 @@ import time
 
 import pytest
 from click.testing import CliRunner
-from cxr_triton.client import AsyncReader, Reader, Timeouts
 from served import radiograph
 
 from cxr_triton.cli import main
+from cxr_triton.client import AsyncReader, Reader, Timeouts
 from cxr_triton.errors import DeadlineExceeded, InvalidImage, InvalidRequest, ServerMismatch, Unavailable
 from cxr_triton.reading import Reading
 

@@ -342,7 +342,6 @@ def leftovers(server) -> list:
 
 def test_full_queues_and_a_dead_model(small_server):
     from cxr_triton.client.wire import server_error
-
     from cxr_triton.errors import QueueFull, Unavailable
 
     raw = Raw(small_server)

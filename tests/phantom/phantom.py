@@ -103,10 +103,10 @@ def draw(rng: np.random.Generator) -> Phantom:
     if side := findings.get("Pneumothorax"):
         image[(lungs[side] < 1) & (lungs[side] > 0.5) & (y < 0.45)] = 0.04
     if side := findings.get("Lung Opacity"):
-        cx = (0.28 if side == "right" else 0.72) + rng.uniform(-0.05, 0.05)
-        np.maximum(image, 0.8 * np.exp(-ellipse(cx, rng.uniform(0.3, 0.5), 0.06, 0.06)), out=image)
+        cx, radius = (0.28 if side == "right" else 0.72) + rng.uniform(-0.05, 0.05), rng.uniform(0.08, 0.11)
+        np.maximum(image, 0.85 * np.exp(-ellipse(cx, rng.uniform(0.3, 0.5), radius, radius)), out=image)
     if "Support Devices" in findings:
-        line = np.abs(x - np.float32(0.5 + rng.uniform(-0.2, 0.2)) - np.float32(0.1) * np.sin(4 * y)) < 0.008
+        line = np.abs(x - np.float32(0.5 + rng.uniform(-0.2, 0.2)) - np.float32(0.1) * np.sin(4 * y)) < 0.013
         image[line & (y < 0.55)] = 1.0
     image += np.float32(0.02) * rng.standard_normal(image.shape, dtype=np.float32)
 

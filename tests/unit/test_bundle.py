@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bundles import write_export
 from checkpoints import random_checkpoint
+
 from cxr_triton.engines import bundle as bundles
 from cxr_triton.engines.bundle import Bundle, build_bundle
-
 from cxr_triton.errors import InvalidBundle, InvalidProfile, InvalidRequest
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import END, IMAGE_TOKEN, VISION_START, random_checkpoint
-from cxr_triton.export.checkpoint import DTYPES, Checkpoint, TextConfig, VisionConfig, locate, read_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cxr_triton.errors import UnsupportedCheckpoint
+from cxr_triton.export.checkpoint import DTYPES, Checkpoint, TextConfig, VisionConfig, locate, read_header
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 
 import grpc
 import pytest
-from cxr_triton.client import AsyncReader, Reader, Timeouts, Tls
-from cxr_triton.client.limits import DEFAULT_TIMEOUTS
 from tritonclient.utils import deserialize_bytes_tensor
 
+from cxr_triton.client import AsyncReader, Reader, Timeouts, Tls
+from cxr_triton.client.limits import DEFAULT_TIMEOUTS
 from cxr_triton.errors import (
     CODES,
     Cancelled,

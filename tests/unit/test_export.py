@@ -12,14 +12,14 @@ import pytest
 import torch
 from checkpoints import END, IMAGE_TOKEN, VISION_START, random_checkpoint
 from click.testing import CliRunner
+
+from cxr_triton.cli import main
+from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
 from cxr_triton.export import command
 from cxr_triton.export.checkpoint import Checkpoint
 from cxr_triton.export.decoder import write_decoder
 from cxr_triton.export.graph import GraphWriter, Precision
 from cxr_triton.perf import shape as perf_shape
-
-from cxr_triton.cli import main
-from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
 from cxr_triton.profile import load_profile
 
 BUNDLE = {

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from cxr_triton.triton_repo.package import BUNDLE, ENSEMBLE, MODELS, Settings, write_repository
 from google.protobuf import text_format
 
 from cxr_triton.cli import main
 from cxr_triton.errors import InvalidBundle, InvalidRequest
+from cxr_triton.triton_repo.package import BUNDLE, ENSEMBLE, MODELS, Settings, write_repository
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("integration", ".")]
 

@@ -10,9 +10,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from cxr_triton.client.page import draw, reading_page
 from PIL import Image
 
+from cxr_triton.client.page import draw, reading_page
 from cxr_triton.dicom import read_image
 from cxr_triton.display import render
 from cxr_triton.reading import Box, Finding, Reading

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cxr_triton.engines.runtime import Completion
 
+from cxr_triton.engines.runtime import Completion
 from cxr_triton.errors import InvalidImage, InvalidRequest, PromptTooLong, QueueFull, from_wire
 from cxr_triton.pipeline import Preprocessor, build_reading, completion_json, sampling_of, wire_error
 

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import psutil
 import pytest
-from cxr_triton.engines.runtime import DecoderRuntime, Generation, Sampling
 
+from cxr_triton.engines.runtime import DecoderRuntime, Generation, Sampling
 from cxr_triton.errors import InternalError, InvalidRequest, PromptTooLong, QueueFull, Unavailable
 
 VOCAB = 97

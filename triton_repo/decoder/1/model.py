@@ -13,13 +13,13 @@ import time
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.runtime import Chunk, DecoderRuntime, Generation
 from cxr_triton.engines.session import DecoderSession
-from cxr_triton.triton_repo.adapter import array, parameters, text
-
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.pipeline import completion_json, sampling_of, wire_error
+from cxr_triton.triton_repo.adapter import array, parameters, text
 
 log = logging.getLogger(__name__)
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL

@@ -2,9 +2,9 @@
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from cxr_triton.triton_repo.adapter import error_response, parameters
 
 from cxr_triton.pipeline import Preprocessor
+from cxr_triton.triton_repo.adapter import error_response, parameters
 
 
 class TritonPythonModel:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.session import VisionSession
 from cxr_triton.triton_repo.adapter import error_response, parameters
