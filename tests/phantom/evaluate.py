@@ -103,7 +103,7 @@ def score(said: list[frozenset[str]], drawn: list[frozenset[str]]) -> dict:
 @click.option("--count", default=200, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the scores there.")
 def main(checkpoint: Path, count: int, json_path: Path | None):
-    """Score a checkpoint on held-out phantoms."""
+    """Score a checkpoint on held-out phantoms: label sets, and whole answers, which also name the sides."""
     profile, phantoms = load_profile(HERE / "profile.yaml"), held_out(count)
     pictures = [
         image.resize(p, image.target_size(*p.shape, min_pixels=profile.min_pixels, max_pixels=profile.max_pixels))
@@ -111,6 +111,7 @@ def main(checkpoint: Path, count: int, json_path: Path | None):
     ]
     answers = Reference(checkpoint).read(pictures)
     scores = score([labels_of(answer, profile) for answer in answers], [frozenset(p.labels) for p in phantoms])
+    scores["verbatim"] = sum(a == phantom.reading(p) for a, p in zip(answers, phantoms, strict=True)) / count
     click.echo(json.dumps(scores, indent=2))
     if json_path:
         json_path.write_text(json.dumps(scores, indent=2) + "\n")

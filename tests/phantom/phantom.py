@@ -35,12 +35,15 @@ class Phantom:
         VOI window for `stored`, function LINEAR.
     findings : dict
         Label to side ("right", "left", or "" for a finding without one), in the order of `LABELS`.
+    masks : dict
+        Label to bool [rows, cols]: where the finding is drawn.
     """
 
     stored: np.ndarray
     bits_stored: int
     window: tuple[float, float] | None
     findings: dict[str, str]
+    masks: dict[str, np.ndarray]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -90,7 +93,8 @@ def draw(rng: np.random.Generator) -> Phantom:
         image[radius < 1] = 0.22
 
     heart = rng.uniform(0.21, 0.25) if "Cardiomegaly" in findings else rng.uniform(0.11, 0.14)
-    image[ellipse(0.55, 0.62, heart, 0.16) < 1] = 0.8
+    masks = {"Cardiomegaly": ellipse(0.55, 0.62, heart, 0.16) < 1}
+    image[masks["Cardiomegaly"]] = 0.8
     spine = np.abs(x[0] - 0.5) < 0.035
     image[:, spine] = np.maximum(image[:, spine], 0.72)
     for radius, cx in zip(lungs.values(), (0.28, 0.72), strict=True):
@@ -99,15 +103,20 @@ def draw(rng: np.random.Generator) -> Phantom:
         image[(np.abs(rib - number) < 0.09) & (number >= 0) & (number <= 8) & (radius < 1)] += 0.09
 
     if side := findings.get("Pleural Effusion"):
-        image[(lungs[side] < 1) & (y > rng.uniform(0.62, 0.7))] = 0.85
+        masks["Pleural Effusion"] = (lungs[side] < 1) & (y > rng.uniform(0.62, 0.7))
+        image[masks["Pleural Effusion"]] = 0.85
     if side := findings.get("Pneumothorax"):
-        image[(lungs[side] < 1) & (lungs[side] > 0.5) & (y < 0.45)] = 0.04
+        masks["Pneumothorax"] = (lungs[side] < 1) & (lungs[side] > 0.5) & (y < 0.45)
+        image[masks["Pneumothorax"]] = 0.04
     if side := findings.get("Lung Opacity"):
-        cx, radius = (0.28 if side == "right" else 0.72) + rng.uniform(-0.05, 0.05), rng.uniform(0.08, 0.11)
-        np.maximum(image, 0.85 * np.exp(-ellipse(cx, rng.uniform(0.3, 0.5), radius, radius)), out=image)
+        cx, size = (0.28 if side == "right" else 0.72) + rng.uniform(-0.05, 0.05), rng.uniform(0.08, 0.11)
+        radius = ellipse(cx, rng.uniform(0.3, 0.5), size, size)
+        masks["Lung Opacity"] = radius < 1
+        np.maximum(image, 0.85 * np.exp(-radius), out=image)
     if "Support Devices" in findings:
         line = np.abs(x - np.float32(0.5 + rng.uniform(-0.2, 0.2)) - np.float32(0.1) * np.sin(4 * y)) < 0.013
-        image[line & (y < 0.55)] = 1.0
+        masks["Support Devices"] = line & (y < 0.55)
+        image[masks["Support Devices"]] = 1.0
     image += np.float32(0.02) * rng.standard_normal(image.shape, dtype=np.float32)
 
     bits_stored = int(rng.choice((12, 13, 14, 16)))
@@ -118,7 +127,8 @@ def draw(rng: np.random.Generator) -> Phantom:
     if rng.random() < 0.5:
         low, high = black + rng.uniform(-0.05, 0.02), white + rng.uniform(-0.02, 0.05)
         window = (round((low + high) / 2 * scale), round((high - low) * scale))
-    return Phantom(np.rint(exposed * scale).astype(np.uint16), bits_stored, window, findings)
+    masks = {label: masks[label] for label in findings}
+    return Phantom(np.rint(exposed * scale).astype(np.uint16), bits_stored, window, findings, masks)
 
 
 def _walk(findings: dict[str, str]) -> list[str]:
