@@ -14,7 +14,11 @@ CAPACITY_STEP = 64  # cache positions; attention reads the whole capacity, so sh
 
 
 def open_graph(path: Path, threads: int | None) -> ort.InferenceSession:
-    """A CPU session that sleeps when it has nothing to do."""
+    """A CPU session that sleeps when it has nothing to do.
+
+    Weights stay prepacked, though mapped ones would save as much memory as the graph has: on packed weights a row of
+    a product is the same bit by bit whatever the number of rows and threads, on others it is not.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0

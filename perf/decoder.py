@@ -69,7 +69,7 @@ class BundleEngine:
         self.prompt, self.tokens = prompt, tokens
         self.runtime = DecoderRuntime(self.bundle, slots=STREAMS)
 
-    def _generate(self, streams: int) -> list[dict]:
+    def _generate(self, streams: int) -> list[Receiver]:
         from cxr_triton.engines.runtime import Generation, Sampling
 
         geometry, rng = self.bundle.geometry, np.random.default_rng(0)
@@ -84,40 +84,45 @@ class BundleEngine:
             image_embeddings=rng.standard_normal((images, geometry.hidden)).astype(np.float32),
             sampling=Sampling(max_new_tokens=self.tokens, repetition_penalty=1.05),
         )
-        timings, done = [], threading.Semaphore(0)
-
-        def on_chunk(chunk):
-            if chunk.error:
-                timings.append(chunk.error)
-            if chunk.completion:
-                timings.append(chunk.completion.timings_ms | {"ended_s": time.perf_counter()})
-            if chunk.error or chunk.completion:
-                done.release()
-
-        for _ in range(streams):
-            self.runtime.submit(generation, on_chunk)
-        for _ in range(streams):
-            done.acquire()
-        for timing in timings:
-            if isinstance(timing, Exception):
-                raise timing
-        return timings
+        receivers = [Receiver() for _ in range(streams)]
+        for receiver in receivers:
+            self.runtime.submit(generation, receiver)
+        for receiver in receivers:
+            receiver.done.wait()
+            if receiver.last.error:
+                raise receiver.last.error
+        return receivers
 
     def round(self) -> dict:
         """One stream alone: tokens per second of prefill and decode."""
-        (timing,) = self._generate(1)
+        (receiver,) = self._generate(1)
+        timings = receiver.last.completion.timings_ms
         return {
-            "prefill_tokens_per_s": self.prompt / timing["prefill"] * 1e3,
-            "decode_tokens_per_s": (self.tokens - 1) / timing["decode"] * 1e3,
+            "prefill_tokens_per_s": self.prompt / timings["prefill"] * 1e3,
+            "decode_tokens_per_s": (self.tokens - 1) / timings["decode"] * 1e3,
         }
 
     def crowd(self) -> dict:
-        """`STREAMS` streams at once: tokens per second of all together, from the last prefill to the first end."""
-        timings = self._generate(STREAMS)
-        began = max(timing["ended_s"] - timing["decode"] / 1e3 for timing in timings)
-        ended = min(timing["ended_s"] for timing in timings)
-        rates = [(self.tokens - 1) / timing["decode"] * 1e3 for timing in timings if timing["ended_s"] == ended]
-        return {"streams": STREAMS, "overlap_s": ended - began, "slowest_decode_tokens_per_s": min(rates)}
+        """`STREAMS` streams at once: their tokens per second together while all of them decode."""
+        receivers = self._generate(STREAMS)
+        began_s = max(receiver.arrivals[0][0] for receiver in receivers)
+        ended_s = min(receiver.arrivals[-1][0] for receiver in receivers)
+        tokens = sum(count for r in receivers for at_s, count in r.arrivals if began_s < at_s <= ended_s)
+        return {"streams": STREAMS, "decode_tokens_per_s": tokens / (ended_s - began_s)}
+
+
+class Receiver:
+    """When how many tokens of a stream came."""
+
+    def __init__(self):
+        self.arrivals, self.done, self.last = [], threading.Event(), None
+
+    def __call__(self, chunk):
+        if len(chunk.token_ids):
+            self.arrivals.append((time.perf_counter(), len(chunk.token_ids)))
+        if chunk.completion or chunk.error:
+            self.last = chunk
+            self.done.set()
 
 
 class GenaiEngine:
@@ -324,6 +329,8 @@ def main(bundle, genai, checkpoint, prompt, tokens, rounds, threads, json_path):
             f"{engine['share_of_copy_bandwidth']:.0%} of the copy; load {engine['load_s']:.1f} s; peak resident "
             f"{engine['peak_resident_bytes'] / 2**30:.2f} GiB = {engine['peak_resident_to_weights']:.2f} x weights"
         )
+    crowd = result["engines"]["bundle"]["crowd"]
+    click.echo(f"bundle, {crowd['streams']} streams: decode {crowd['decode_tokens_per_s']:.2f} tok/s together")
     if "ratio_to_genai" in result:
         ratio = result["ratio_to_genai"]
         click.echo(

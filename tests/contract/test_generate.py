@@ -167,6 +167,20 @@ def test_greedy_tokens_of_eight_in_flight_are_those_of_transformers(model_and_bu
             assert receiver.wait().tokens == reference[0][key], key
 
 
+def test_image_embeddings_do_not_depend_on_the_batch(model_and_bundle):
+    """Bit by bit, or a stream's greedy tokens would depend on whose images the server batched with its own."""
+    inputs = [
+        image.windows(picture(seed, height, width), window_budget=WINDOW_BUDGET, token_budget=TOKEN_BUDGET)
+        for seed, (height, width) in enumerate([(196, 168), (28, 28), (56, 336), (224, 224)])
+    ]
+    vision = VisionSession(model_and_bundle[1], threads=2)
+    batch = vision.encode(**image.stack(inputs))
+    assert batch.shape == (4, TOKEN_BUDGET, model_and_bundle[1].geometry.hidden)
+    for each, together in zip(inputs, batch, strict=True):
+        alone = vision.encode(**image.stack([each]))[0]
+        np.testing.assert_array_equal(together[: each.tokens], alone[: each.tokens])
+
+
 def test_an_end_token_stops_as_in_transformers(model_and_bundle, reference, generations):
     expected = reference[0]["one_image", PENALTY]
     end = next(token for k, token in enumerate(expected) if k >= 20 and token not in expected[:k])
