@@ -7,7 +7,6 @@ neither a process nor a shared-memory segment behind, whatever died before.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import http.client
 import importlib.metadata
 import importlib.util
@@ -31,7 +30,6 @@ HOST = "127.0.0.1"
 SHM = Path("/dev/shm")
 MIN_SHM_MIB = 256
 EXIT_TIMEOUT_S = 5
-_PR_SET_PDEATHSIG = 1
 _NOISE = re.compile("CudaDriverHelper|CUDA driver version|pinned")  # said on every machine without a GPU
 _UNAVAILABLE = re.compile(r"^\| \w+ +\| \d+ +\| UNAVAILABLE: (?:Internal: )?(.*?)\|$", re.MULTILINE)  # table of models
 _TROUBLE = re.compile(r"^E\d{4} |Error\b|error:|UNAVAILABLE|not healthy|[Ff]ailed")
@@ -70,10 +68,6 @@ class Server:
         The folder is no repository.
     ServerMismatch
         On start, when this Python cannot run the server.
-
-    Notes
-    -----
-    The server also ends when the thread that started it ends (PR_SET_PDEATHSIG), so a killed parent leaves nothing.
     """
 
     def __init__(
@@ -92,10 +86,11 @@ class Server:
         ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
         self._ports = {name: _port(name, port) for name, port in ports.items()}
         self.grpc, self.http, self.metrics = (f"{HOST}:{port}" for port in self._ports.values())
-        self.shm_prefix = f"cxr_triton_{os.getpid()}_{secrets.token_hex(4)}_"
+        self.shm_prefix = f"cxr_triton_{secrets.token_hex(8)}_"
         self._process: subprocess.Popen | None = None
         self._models: dict[int, str] = {}
-        self._backends: tempfile.TemporaryDirectory | None = None
+        self._janitor: subprocess.Popen | None = None
+        self._backends: str | None = None
 
     def __enter__(self) -> Server:
         try:
@@ -119,16 +114,7 @@ class Server:
         Decoding children open sessions of their own and outlive a killed parent for a moment, so all are found by the
         name of this server's backend folder in their environment.
         """
-        if self._backends is None:
-            return []
-        return sorted(int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and self._runs(int(p.name)))
-
-    def _runs(self, pid: int) -> bool:
-        """The process is one of this server's and no zombie, whose environment is gone."""
-        try:
-            return self._backends.name.encode() in Path(f"/proc/{pid}/environ").read_bytes()
-        except OSError:
-            return False
+        return _processes(self._backends) if self._backends else []
 
     def start(self) -> None:
         started = time.monotonic()
@@ -138,8 +124,14 @@ class Server:
                 "write one with `cxr-triton package BUNDLE -o REPOSITORY`"
             )
         binary, stub, libraries = _installation()
-        self._backends = tempfile.TemporaryDirectory(prefix="cxr-triton-backends-")
-        backend = Path(self._backends.name) / "python"
+        self._backends = tempfile.mkdtemp(prefix="cxr-triton-backends-")
+        # Clears up when this process is killed, which it knows by the end of its standard input.
+        self._janitor = subprocess.Popen(
+            [sys.executable, "-m", __name__, self._backends, self.shm_prefix],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        backend = Path(self._backends) / "python"
         backend.mkdir()
         for file in (*(binary.parent.parent / "backends" / "python").glob("*.*"), stub):
             (backend / file.name).symlink_to(file)
@@ -148,14 +140,14 @@ class Server:
             # The stub embeds Python and finds this environment through the first python3 on the path.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             # The last folder holds no library: it marks the processes, see `pids`.
-            "LD_LIBRARY_PATH": os.pathsep.join(map(str, [*libraries, self._backends.name])),
+            "LD_LIBRARY_PATH": os.pathsep.join(map(str, [*libraries, self._backends])),
             "PYTHONUNBUFFERED": "1",
         }
         environment.pop("PYTHONHOME", None)
         command = [
             str(binary),
             f"--model-repository={self.repository}",
-            f"--backend-directory={self._backends.name}",
+            f"--backend-directory={self._backends}",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--grpc-address={HOST}",
             f"--http-address={HOST}",
@@ -166,7 +158,6 @@ class Server:
             "--disable-auto-complete-config",
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
         ]
-        libc = ctypes.CDLL(None)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
@@ -175,7 +166,6 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
             )
         deadline = started + self.ready_timeout_s
         while not self._is_ready():
@@ -193,26 +183,13 @@ class Server:
 
     def stop(self) -> None:
         """End the server and everything it started; may be called at any time, more than once."""
-        if self._process is not None:
-            if self._process.poll() is None:
-                self._process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(EXIT_TIMEOUT_S + 5)
-            deadline = time.monotonic() + 1
-            while self.pids and time.monotonic() < deadline:
-                time.sleep(0.02)
-            # A server that was killed, or a stub that hangs, leaves processes.
-            while pids := self.pids:
-                for pid in pids:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                self._process.poll()
-                time.sleep(0.02)
+        if self._backends:
+            _clear(self._backends, self.shm_prefix)
+        if self._process:
             self._process.wait()
-        for segment in SHM.glob(f"{self.shm_prefix}*"):
-            segment.unlink(missing_ok=True)
-        if self._backends is not None:
-            self._backends.cleanup()
+        if self._janitor:
+            self._janitor.stdin.close()
+            self._janitor.wait()
 
     def check(self) -> None:
         """Raise `Unavailable` when the server or the process of a model has died.
@@ -222,7 +199,7 @@ class Server:
         if self._process.poll() is not None:
             raise Unavailable(f"the server ended with {_exit_text(self._process.returncode)}{self.trouble()}")
         for pid, model in self._models.items():
-            if not self._runs(pid):
+            if not _is_marked(pid, self._backends):
                 raise Unavailable(f"the process of model {model} died; start the server again{self.trouble()}")
 
     def trouble(self) -> str:
@@ -259,6 +236,46 @@ class Server:
             return False
         finally:
             connection.close()
+
+
+def _processes(backends: str) -> list[int]:
+    """Processes with a backend folder in their environment."""
+    return sorted(int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _is_marked(p.name, backends))
+
+
+def _is_marked(pid: int | str, backends: str) -> bool:
+    """The process runs; a zombie's environment is gone."""
+    try:
+        return os.fsencode(backends) in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+
+
+def _clear(backends: str, shm_prefix: str) -> None:
+    """End all processes of a server, and remove its shared memory and its backend folder."""
+    for pid in _processes(backends):
+        with contextlib.suppress(OSError):
+            if _command(pid)[0].endswith("tritonserver"):
+                os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + EXIT_TIMEOUT_S + 2
+    # A server that died in any other way leaves models that may wait for it for ever.
+    while pids := _processes(backends):
+        has_server = any(_command(pid)[0].endswith("tritonserver") for pid in pids)
+        if time.monotonic() > deadline or not has_server:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    for segment in SHM.glob(f"{shm_prefix}*"):
+        segment.unlink(missing_ok=True)
+    shutil.rmtree(backends, ignore_errors=True)
+
+
+def _command(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return [""]
 
 
 def _gradient_png() -> bytes:
@@ -322,9 +339,16 @@ def _installation() -> tuple[Path, Path, list[Path]]:
 
 def _model_of(pid: int) -> str | None:
     """Name of the model whose Python process this is."""
-    command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    return Path(command[1].decode()).parts[-3] if command[0].endswith(b"_stub") else None
+    command = _command(pid)
+    return Path(command[1]).parts[-3] if command[0].endswith("_stub") else None
 
 
 def _exit_text(status: int) -> str:
     return f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    sys.stdin.read()
+    _clear(*sys.argv[1:])
