@@ -1,10 +1,12 @@
 """Rewrites of the decoder graph for ONNX Runtime's CPU kernels; the function stays the same.
 
-Weights stream from the export's data file to the bundle's, one tensor at a time.
+Weights stream from the export's data file to the bundle's, a few tensors at a time.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 _PAGE_BYTES = 4096  # ONNX Runtime maps tensors that begin on a page instead of reading them
 _CHUNK_BYTES = 32 << 20
+_INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference reads them
 
 
 def compile_decoder(source: Path, target: Path) -> None:
@@ -30,31 +33,98 @@ def compile_decoder(source: Path, target: Path) -> None:
     import onnx
 
     model = onnx.load(source, load_external_data=False)
-    group_queries(model.graph)
-    packed = fuse_int4(model.graph)
-    data = np.memmap(source.with_name(source.name + ".data"), np.uint8, "r")
+    weights = Weights(model.graph, source.with_name(source.name + ".data"))
+    group_queries(model.graph, weights)
+    fuse_int4(model.graph, weights)
+    merge_projections(model.graph, weights)
     with open(target.with_name(target.name + ".data"), "wb") as file:
-        for tensor in model.graph.initializer:
-            if tensor.external_data:
-                _write(tensor, data, file, packed)
-    if packed:
+        weights.write(file, target.name + ".data")
+    if "com.microsoft" not in {opset.domain for opset in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     onnx.save(model, target)
 
 
-def group_queries(graph: GraphProto) -> None:
+class Weights:
+    """Initializers of a graph; what replaces them is made when it is written, one at a time.
+
+    Parameters
+    ----------
+    graph : GraphProto
+    data : Path
+        External data file of the graph.
+    """
+
+    def __init__(self, graph: GraphProto, data: Path):
+        self._graph = graph
+        self._data = np.memmap(data, np.uint8, "r")
+        self._values: dict[str, Callable[[], np.ndarray]] = {}  # made by a rewrite
+        self._tensors = {tensor.name: tensor for tensor in graph.initializer}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors or name in self._values
+
+    def tensor(self, name: str) -> TensorProto:
+        """An initializer as the export wrote it."""
+        return self._tensors[name]
+
+    def value(self, name: str) -> np.ndarray:
+        """Values of an initializer; bytes where numpy has no such type."""
+        if name in self._values:
+            return self._values[name]()
+        from onnx import TensorProto, numpy_helper
+
+        tensor = self._tensors[name]
+        if not tensor.external_data:
+            return numpy_helper.to_array(tensor)
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        value = self._data[int(where["offset"]) :][: int(where["length"])]
+        return value.view(np.float32).reshape(tensor.dims) if tensor.data_type == TensorProto.FLOAT else value
+
+    def add(self, name: str, make: Callable[[], np.ndarray]) -> str:
+        """A new initializer, of whatever `make` gives when it is written."""
+        self._values.setdefault(name, make)
+        return name
+
+    def write(self, file, location: str) -> None:
+        """Put all initializers that the graph uses into `file`, and what `add` brought into the graph."""
+        from onnx import TensorProto, numpy_helper
+
+        used = {name for node in self._graph.node for name in node.input}
+        tensors = [tensor for name, tensor in self._tensors.items() if name in used]
+        tensors += [TensorProto(name=name) for name in self._values if name in used]
+        del self._graph.initializer[:]
+        for tensor in tensors:
+            value = np.ascontiguousarray(self.value(tensor.name))
+            if tensor.name in self._values:
+                described = numpy_helper.from_array(value[:0], tensor.name)
+                tensor.data_type, tensor.dims[:] = described.data_type, value.shape
+            if value.nbytes > _INLINE_BYTES:
+                file.write(b"\0" * (-file.tell() % _PAGE_BYTES))
+                facts = {"location": location, "offset": file.tell(), "length": value.nbytes}
+                file.write(value.data)
+                tensor.ClearField("raw_data")
+                tensor.data_location = TensorProto.EXTERNAL
+                del tensor.external_data[:]
+                for key, fact in facts.items():
+                    tensor.external_data.add(key=key, value=str(fact))
+            elif tensor.name in self._values:
+                tensor.raw_data = value.tobytes()
+            self._graph.initializer.append(tensor)
+
+
+def group_queries(graph: GraphProto, weights: Weights) -> None:
     """Attend with the queries of one KV head as further rows of its sequence.
 
     The kernel copies keys and values to every query head, and multiplies one query row at a time. Query heads
     h·G to h·G + G - 1 share KV head h, so [B, heads, S, D] is [B, kv_heads, G·S, D] without moving a byte.
     """
-    from onnx import helper, numpy_helper
+    from onnx import helper
 
     shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.input}
     kv_heads, head_dim = shapes["past_key.0"][1], shapes["past_key.0"][3]
     heads = shapes["image_embeddings"][1] // head_dim
-    for name, shape in (("grouped", [0, kv_heads, -1, head_dim]), ("ungrouped", [0, heads, -1, head_dim])):
-        graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), name))
+    grouped = weights.add("grouped", lambda: np.array([0, kv_heads, -1, head_dim]))
+    ungrouped = weights.add("ungrouped", lambda: np.array([0, heads, -1, head_dim]))
     nodes, masks = [], {}
     for node in graph.node:
         if node.op_type != "Attention":
@@ -65,49 +135,111 @@ def group_queries(graph: GraphProto) -> None:
         if mask not in masks:
             masks[mask] = f"{mask}.grouped"
             nodes.append(helper.make_node("Concat", [mask] * (heads // kv_heads), [masks[mask]], masks[mask], axis=2))
-        nodes.append(helper.make_node("Reshape", [query, "grouped"], [f"{name}.query"], f"{name}.query"))
+        nodes.append(helper.make_node("Reshape", [query, grouped], [f"{name}.query"], f"{name}.query"))
         node.input[:] = [f"{name}.query", key, value, masks[mask]]
         node.output[:] = [f"{name}.result"]
         nodes.append(node)
-        nodes.append(helper.make_node("Reshape", [f"{name}.result", "ungrouped"], [result], f"{name}.ungrouped"))
+        nodes.append(helper.make_node("Reshape", [f"{name}.result", ungrouped], [result], f"{name}.ungrouped"))
     _replace(graph, nodes)
 
 
-def fuse_int4(graph: GraphProto) -> dict[str, int]:
+def fuse_int4(graph: GraphProto, weights: Weights) -> None:
     """`DequantizeLinear` of int4 blocks with the `MatMul` behind it becomes `MatMulNBits`.
 
     ONNX Runtime does the same when it opens a graph, but then holds the weights twice and takes seconds.
-
-    Returns
-    -------
-    dict of str to int
-        Initializers that have to be rewritten as the kernel reads them, and their block size; 0 marks scales.
     """
     from onnx import TensorProto, helper
 
-    weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.INT4}
-    dequantized = {node.output[0]: node for node in graph.node if node.input[:1] and node.input[0] in weights}
-    nodes, packed = [], {}
+    def is_int4(name: str) -> bool:
+        return name in weights and weights.tensor(name).data_type == TensorProto.INT4
+
+    dequantized = {node.output[0]: node for node in graph.node if node.input and is_int4(node.input[0])}
+    nodes = []
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in dequantized:
             weight, scale = dequantized[node.input[1]].input[:2]
-            block = next(a.i for a in dequantized[node.input[1]].attribute if a.name == "block_size")
-            k, n = weights[weight].dims
-            packed |= {weight: block, scale: 0}
-            sizes = {"K": k, "N": n, "bits": 4, "block_size": block}
+            (block,) = (a.i for a in dequantized[node.input[1]].attribute if a.name == "block_size")
+            k, n = weights.tensor(weight).dims
+            stored = (n, k // block, block // 2)
+            values = weights.add(
+                f"{weight}.packed", lambda w=weight, k=k, n=n, s=stored: pack_int4(weights.value(w), k, n).reshape(s)
+            )
+            scales = weights.add(f"{scale}.packed", lambda s=scale: weights.value(s).T.ravel())
             node = helper.make_node(
                 "MatMulNBits",
-                [node.input[0], weight, scale],
+                [node.input[0], values, scales],
                 node.output,
                 node.name,
                 domain="com.microsoft",
+                K=k,
+                N=n,
+                bits=4,
+                block_size=block,
                 accuracy_level=4,  # activations in int8 by blocks, products summed in int32
-                **sizes,
             )
         if node.output[0] not in dequantized:
             nodes.append(node)
     _replace(graph, nodes)
-    return packed
+
+
+def merge_projections(graph: GraphProto, weights: Weights) -> None:
+    """`MatMulNBits` nodes of one input become one: query, key and value, gate and up.
+
+    The input is quantized once, and the threads meet once.
+    """
+    from onnx import helper
+
+    siblings, consumers = defaultdict(list), defaultdict(list)
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            siblings[node.input[0]].append(node)
+        for name in node.input:
+            consumers[name].append(node)
+    merged, gone = {}, set()
+    for x, group in siblings.items():
+        if len(group) == 1:
+            continue
+        sizes = [{a.name: a.i for a in node.attribute} for node in group]
+        adds = [_bias(consumers[node.output[0]], weights) for node in group]
+        inputs = [
+            x,
+            *(
+                _joined(weights, f"{x}.{part}", [node.input[i] for node in group])
+                for i, part in ((1, "weights"), (2, "scales"))
+            ),
+        ]
+        outputs = [node.output[0] for node in group]
+        if all(adds):
+            inputs += ["", "", _joined(weights, f"{x}.bias", [bias for _, bias in adds])]
+            outputs = [add.output[0] for add, _ in adds]
+            gone |= {add.name for add, _ in adds}
+        counts = [size["N"] for size in sizes]
+        product = f"{x}.product"
+        merged[group[0].name] = [
+            helper.make_node(
+                "MatMulNBits", inputs, [product], product, domain="com.microsoft", **sizes[0] | {"N": sum(counts)}
+            ),
+            helper.make_node(
+                "Split",
+                [product, weights.add(f"split_{'_'.join(map(str, counts))}", lambda c=counts: np.array(c))],
+                outputs,
+                f"{x}.split",
+                axis=-1,
+            ),
+        ]
+        gone |= {node.name for node in group}
+    _replace(graph, [new for node in graph.node for new in merged.get(node.name, [] if node.name in gone else [node])])
+
+
+def _bias(nodes: list[NodeProto], weights: Weights) -> tuple[NodeProto, str] | None:
+    """The `Add` of a bias that is all that follows a product, and the bias."""
+    if len(nodes) == 1 and nodes[0].op_type == "Add" and nodes[0].input[1] in weights:
+        return nodes[0], nodes[0].input[1]
+    return None
+
+
+def _joined(weights: Weights, name: str, parts: list[str]) -> str:
+    return weights.add(name, lambda: np.concatenate([weights.value(part) for part in parts]))
 
 
 def pack_int4(packed: np.ndarray, k: int, n: int) -> np.ndarray:
@@ -134,29 +266,6 @@ def pack_int4(packed: np.ndarray, k: int, n: int) -> np.ndarray:
         result[1::2, span] = ((upper >> 4) | (lower & 0xF0)).T
     result ^= 0x88  # two's complement to plus 8
     return result
-
-
-def _write(tensor: TensorProto, data: np.ndarray, file, packed: dict[str, int]) -> None:
-    """Copy one external tensor, in the kernel's order if `packed` says so, and point it to where it is now."""
-    from onnx import TensorProto
-
-    where = {entry.key: entry.value for entry in tensor.external_data}
-    value = data[int(where["offset"]) :][: int(where["length"])]
-    block = packed.get(tensor.name)
-    if block:
-        k, n = tensor.dims
-        value = pack_int4(value, k, n)
-        tensor.data_type = TensorProto.UINT8
-        tensor.dims[:] = [n, k // block, block // 2]
-    elif block == 0:
-        value = value.view(np.float32).reshape(tensor.dims).T
-        tensor.dims[:] = [value.size]
-    file.write(b"\0" * (-file.tell() % _PAGE_BYTES))
-    where["offset"] = str(file.tell())
-    file.write(np.ascontiguousarray(value).data)
-    del tensor.external_data[:]
-    for key, text in where.items():
-        tensor.external_data.add(key=key, value=text)
 
 
 def _replace(graph: GraphProto, nodes: list[NodeProto]) -> None:

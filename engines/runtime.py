@@ -303,6 +303,8 @@ class DecoderRuntime:
 
         Raises
         ------
+        InvalidRequest
+            Token ids outside the vocabulary, or embeddings of another width.
         PromptTooLong
             The prompt leaves no room for an answer.
         QueueFull
@@ -310,7 +312,13 @@ class DecoderRuntime:
         Unavailable
             The runtime is closed.
         """
-        prompt, context = len(generation.input_ids), self._session.max_sequence
+        ids, vocab, hidden = generation.input_ids, self._session.vocab, self._session.hidden
+        if ids.min() < 0 or ids.max() >= vocab:
+            raise InvalidRequest(f"input_ids run from {ids.min()} to {ids.max()}, must stay within 0 and {vocab - 1}")
+        if generation.image_embeddings.shape[1] != hidden:
+            width = generation.image_embeddings.shape[1]
+            raise InvalidRequest(f"image_embeddings has rows of {width} values, this decoder takes {hidden}")
+        prompt, context = len(ids), self._session.max_sequence
         if prompt >= context:
             raise PromptTooLong(
                 f"the prompt has {prompt} tokens, the decoder's context holds {context} with at least 1 of the answer; "

@@ -87,6 +87,7 @@ class DecoderSession:
     slots : int
     max_sequence : int
         Positions of a slot.
+    vocab, hidden : int
     lengths : (slots,) int64 array
         Positions in use; one row more where `slots` is 1 and the weights are int4.
     """
@@ -95,6 +96,7 @@ class DecoderSession:
         geometry = bundle.geometry
         self.slots = slots
         self.max_sequence = geometry.max_sequence
+        self.vocab, self.hidden = geometry.vocab, geometry.hidden
         # The int4 kernel sums one row in another order than two or more, which agree with each other bit by bit. A step
         # of at least two rows costs no more and makes a stream's numbers those that it has alone.
         self._least_rows = 2 if bundle.precision == "int4" else 1

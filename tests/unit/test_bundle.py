@@ -233,7 +233,7 @@ def test_the_compiled_int4_graph_computes_what_the_exported_one_does(int4_export
     path = build_bundle(int4_export, tmp_path / "bundle").path / "decoder.onnx"
     model = onnx.load(path, load_external_data=False)
     fused = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
-    assert len(fused) == 2 * 7 + 1 and not any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+    assert len(fused) == 2 * 4 + 1 and not any(node.op_type == "DequantizeLinear" for node in model.graph.node)
     for node in fused:
         (level,) = (attribute for attribute in node.attribute if attribute.name == "accuracy_level")
         assert level.i == 4

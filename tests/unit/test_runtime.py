@@ -1,5 +1,6 @@
 """The scheduler over an in-memory decoder whose next token depends on every token and position in its cache row."""
 
+import dataclasses
 import gc
 import threading
 import time
@@ -20,7 +21,7 @@ class FakeSession:
     """A cache of (token, position) pairs; logits are a hash of a row, so a row mixed up with another one shows."""
 
     def __init__(self, slots=4, max_sequence=512):
-        self.slots, self.max_sequence = slots, max_sequence
+        self.slots, self.max_sequence, self.vocab, self.hidden = slots, max_sequence, VOCAB, 4
         self.lengths = np.zeros(slots, np.int64)
         self.cache = np.zeros((slots, max_sequence, 2), np.int64)
         self.calls = []
@@ -355,7 +356,7 @@ def test_streams_that_wait_or_are_in_prefill_get_heartbeats(serve):
     runtime, session = serve(FakeSession(slots=1, max_sequence=4096), prefill_chunk=8, heartbeat_ms=20)
     session.step_s = 0.008
     first, second = Receiver(), Receiver()
-    runtime.submit(generation(range(400), 2), first)
+    runtime.submit(generation([7] * 400, 2), first)
     runtime.submit(generation(max_new_tokens=2), second)
     second.wait()
     for receiver in (first, second):
@@ -567,7 +568,20 @@ def test_memory_does_not_grow_over_500_requests(serve):
     ],
 )
 def test_arrays_that_do_not_agree_are_refused(change, words):
-    good = generation()
-    names = ("input_ids", "position_ids", "image_index", "image_embeddings", "sampling")
     with pytest.raises(InvalidRequest, match=words):
-        Generation(**{**{name: getattr(good, name) for name in names}, **change})
+        dataclasses.replace(generation(), **change)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"input_ids": np.array([1, VOCAB, 2])}, r"input_ids.*97.*96"),
+        ({"input_ids": np.array([1, -1, 2])}, r"input_ids.*-1"),
+        ({"image_embeddings": np.zeros((2, 5), np.float32)}, r"image_embeddings.*5.*4"),
+    ],
+)
+def test_what_the_decoder_cannot_take_is_refused_before_it_waits(serve, change, words):
+    runtime, session = serve()
+    with pytest.raises(InvalidRequest, match=words):
+        runtime.submit(dataclasses.replace(generation(), **change), Receiver())
+    assert not runtime._streams and not session.calls
