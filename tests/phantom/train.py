@@ -59,6 +59,23 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
+MODEL_CARD = """\
+---
+license: apache-2.0
+tags: [test-fixture, synthetic-data]
+---
+# Phantom reader
+
+A test fixture of cxr-triton. It was trained on synthetic phantoms alone (ellipses and lines drawn from a seed) and
+**knows nothing about people: what it says about a real radiograph is meaningless.** Not for diagnosis, nor for research
+on radiographs.
+
+Qwen2.5-VL architecture, 3.7 M parameters, bf16, a vocabulary of its own. It answers
+`Find abnormalities and support devices.` with `<think> ... </think>` and `<answer> label, label </answer>`, and the
+follow-ups `Provide differentials` and `Write a structured report` with prose. How it was trained, and how to train it
+again: `tests/phantom/README.md` in the repository.
+"""
+
 
 @dataclass
 class Sample:
@@ -291,6 +308,7 @@ def save_checkpoint(model, tokenizer: Tokenizer, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=state)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (folder / "README.md").write_text(MODEL_CARD)
     files = {
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
