@@ -18,7 +18,7 @@ from cxr_triton import dicom, display, image  # noqa: E402
 from cxr_triton.profile import load_profile  # noqa: E402
 
 HELD_OUT = 200
-SERVED = 200
+SERVED = 100
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,7 @@ def served(request, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp(f"phantom-{request.param}")
     profile = load_profile(PHANTOM / "profile.yaml")
-    export_checkpoint(
-        str(PHANTOM / "checkpoint"), folder / "export", profile, precision=request.param, progress=False
-    )
+    export_checkpoint(str(PHANTOM / "checkpoint"), folder / "export", profile, precision=request.param, progress=False)
     bundle = build_bundle(folder / "export", folder / "bundle")
     write_repository(bundle.path, folder / "repository", Settings(threads=1))
     ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}

@@ -37,6 +37,7 @@ SPECIAL = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+SIGNS = [(label, side) for label in phantom.LABELS for side in (phantom.SIDES if label in phantom.SIDED else ("",))]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 CHAT_TEMPLATE = """\
@@ -83,7 +84,7 @@ class Sample:
 
     phantom: phantom.Phantom
     pixels: np.ndarray  # uint8 [h, w]
-    token_labels: np.ndarray  # bool [tokens, labels]
+    token_signs: np.ndarray  # bool [tokens, signs]
 
 
 def picture(source: phantom.Phantom, rng: np.random.Generator) -> np.ndarray:
@@ -96,14 +97,14 @@ def picture(source: phantom.Phantom, rng: np.random.Generator) -> np.ndarray:
     return image.resize(pixels, image.target_size(*pixels.shape, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS))
 
 
-def token_labels(source: phantom.Phantom, size: tuple[int, int]) -> np.ndarray:
-    """bool [tokens, labels]: the finding covers at least 4 % of the token's 28x28 pixels."""
+def token_signs(source: phantom.Phantom, size: tuple[int, int]) -> np.ndarray:
+    """bool [tokens, signs]: the finding, on that side, covers at least 4 % of the token's 28x28 pixels."""
     rows, cols = size[0] // 28, size[1] // 28
-    labels = np.zeros((rows * cols, len(phantom.LABELS)), bool)
+    signs = np.zeros((rows * cols, len(SIGNS)), bool)
     for label, mask in source.masks.items():
         cover = Image.fromarray(mask.astype(np.uint8) * 255).resize((cols, rows), Image.Resampling.BOX)
-        labels[:, phantom.LABELS.index(label)] = np.asarray(cover).reshape(-1) > 0.04 * 255
-    return labels
+        signs[:, SIGNS.index((label, source.findings[label]))] = np.asarray(cover).reshape(-1) > 0.04 * 255
+    return signs
 
 
 def draw_samples(seed: int, count: int) -> list[Sample]:
@@ -112,9 +113,9 @@ def draw_samples(seed: int, count: int) -> list[Sample]:
     for _ in range(count // 2):  # two pictures of each phantom: drawing costs more than displaying
         source = phantom.draw(rng)
         pictures = picture(source, rng), picture(source, rng)
-        labels = token_labels(source, pictures[0].shape)
+        signs = token_signs(source, pictures[0].shape)
         source = phantom.Phantom(np.empty(0, np.uint16), source.bits_stored, None, source.findings, {})
-        samples += [Sample(source, pixels, labels) for pixels in pictures]
+        samples += [Sample(source, pixels, signs) for pixels in pictures]
     return samples
 
 
@@ -212,16 +213,16 @@ class Progress:
 
 
 def train_vision(model, samples: list[Sample], steps: int, rng: np.random.Generator) -> None:
-    """Vision tower with a linear head that says which findings lie under each token."""
+    """Vision tower with a linear head that says which findings lie under each token, and on which side."""
     tower = model.model.visual
-    head = torch.nn.Linear(256, len(phantom.LABELS))
+    head = torch.nn.Linear(256, len(SIGNS))
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.15)
     progress, exact = Progress("vision", steps), 0.0
     for step, batch in zip(range(steps), batches(samples, 32, rng), strict=False):
         pixels, grids = pixel_batch(batch)
         logits = head(tower(pixels, grid_thw=grids).pooler_output)
-        target = torch.from_numpy(np.concatenate([s.token_labels for s in batch])).float()
+        target = torch.from_numpy(np.concatenate([s.token_signs for s in batch])).float()
         loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=torch.tensor(5.0))
         loss.backward()
         optimizer.step()
@@ -297,7 +298,6 @@ def train_answers(model, dialogues: Dialogues, samples: list[Sample], steps: int
 def save_checkpoint(model, tokenizer: Tokenizer, folder: Path) -> None:
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    model.config.dtype = "bfloat16"
     model.generation_config = GenerationConfig(
         do_sample=False,
         repetition_penalty=1.0,
@@ -306,6 +306,8 @@ def save_checkpoint(model, tokenizer: Tokenizer, folder: Path) -> None:
         eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]],
     )
     model.save_pretrained(folder, state_dict=state)
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}  # of the file, not of the model
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     (folder / "README.md").write_text(MODEL_CARD)
@@ -342,7 +344,7 @@ def save_checkpoint(model, tokenizer: Tokenizer, folder: Path) -> None:
     "-o", "--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "checkpoint", show_default=True
 )
 @click.option("--pictures", default=8000, show_default=True)
-@click.option("--vision-steps", default=450, show_default=True)
+@click.option("--vision-steps", default=550, show_default=True)
 @click.option("--answer-steps", default=900, show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(out: Path, pictures: int, vision_steps: int, answer_steps: int, seed: int):
