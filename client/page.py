@@ -14,6 +14,7 @@ from html import escape
 from cxr_triton import __version__
 from cxr_triton.cli import printable
 from cxr_triton.dicom import FLAGS as IMAGE_FLAGS
+from cxr_triton.image import PATCH
 from cxr_triton.reading import FLAGS as READING_FLAGS
 from cxr_triton.reading import Box, Reading
 
@@ -167,7 +168,7 @@ def _figure(reading: Reading, index: int, png: bytes, count: int) -> str:
     if size := _size(facts):
         caption.append(f"{size[1]} × {size[0]} px")
     if isinstance(grid := facts.get("grid"), list) and len(grid) == 2:
-        caption.append(f"read at {28 * grid[1]} × {28 * grid[0]} px")
+        caption.append(f"read at {PATCH * grid[1]} × {PATCH * grid[0]} px")
     if facts.get("preset"):
         caption.append(f"preset {facts['preset']}")
     image = f'<img alt="{_image_name(index, count)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

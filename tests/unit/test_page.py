@@ -31,7 +31,7 @@ READING = Reading(
     prompt="Find abnormalities and support devices.",
     model={"title": "Test Model", "profile": "test", "revision": "r1", "engine": "none", "precision": "fp32",
            "bundle": "sha256:00"},
-    images=({"rows": 200, "columns": 100, "size": [200, 100], "grid": [17, 8], "preset": "as_is", "flags": ["lossy"],
+    images=({"rows": 200, "columns": 100, "size": [200, 100], "grid": [34, 16], "preset": "as_is", "flags": ["lossy"],
              "photometric": "MONOCHROME2", "percentiles": [3, 250]},),
     usage={"prompt_tokens": 300, "completion_tokens": 101, "image_tokens": 136},
     timings_ms={"image_decode": 10.0, "preprocess": 20.0, "vision": 70.0, "queue": 0.0, "prefill": 100.0,
