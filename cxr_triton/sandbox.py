@@ -300,8 +300,7 @@ def _serve(limits: Limits) -> None:
         seconds = int(used.ru_utime + used.ru_stime + 2 * limits.time_s) + 1
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
         answer, pixels = _answer(order, data, limits)
-        peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        answer["recycle"] = answer.get("error") == LimitExceeded.code or peak_mib > limits.memory_mib / 2
+        answer["recycle"] = answer.get("error") == LimitExceeded.code or _peak_mib() > limits.memory_mib / 2
         _reply(sink, answer, pixels)
 
 
@@ -386,6 +385,12 @@ def _restrict(limits: Limits) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (space, space))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def _peak_mib() -> float:
+    """Most resident memory of this program; `ru_maxrss` would also count what the parent held when it forked."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def _exit_with_parent(source: int, parent: int) -> None:

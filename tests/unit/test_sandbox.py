@@ -200,6 +200,16 @@ def test_file_size_is_checked_before_sending(sandbox):
         sandbox.prepare(b"\0" * (64 * 1024**2 + 1), preset="mimic_jpg", **BUDGET)
 
 
+def test_a_large_parent_does_not_make_its_child_look_large():
+    """Linux hands the parent's peak memory down to a forked program's `ru_maxrss`."""
+    ballast = b"x" * (1200 << 20)
+    with Sandbox() as sandbox:
+        del ballast
+        first = sandbox.pid
+        require_good(sandbox)
+        assert sandbox.pid == first
+
+
 def test_recycling_replaces_the_process_and_keeps_working():
     with Sandbox(recycle_after=3) as sandbox:
         pids = []
