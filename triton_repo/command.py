@@ -53,6 +53,12 @@ def package(bundle: Path, out: Path, force: bool, json_path: str | None, **setti
 @click.option("--http-port", default=8000, show_default=True)
 @click.option("--metrics-port", default=8002, show_default=True)
 @click.option("--ready-timeout-s", default=300.0, show_default=True, help="From start to the end of the warm-up.")
+@click.option(
+    "--shm-mib",
+    default=128,
+    show_default=True,
+    help="Shared memory of each model process; has to hold all images of a request.",
+)
 @click.option("--log", type=click.Path(dir_okay=False, path_type=Path), help="Log file.  [default: REPOSITORY.log]")
 @json_option
 def serve(repository: Path, json_path: str | None, **options):

@@ -28,7 +28,6 @@ from cxr_triton.errors import CxrError, InternalError, InvalidRequest, ServerMis
 
 HOST = "127.0.0.1"
 SHM = Path("/dev/shm")
-MIN_SHM_MIB = 256
 EXIT_TIMEOUT_S = 5
 _NOISE = re.compile("CudaDriverHelper|CUDA driver version|pinned")  # said on every machine without a GPU
 _UNAVAILABLE = re.compile(r"^\| \w+ +\| \d+ +\| UNAVAILABLE: (?:Internal: )?(.*?)\|$", re.MULTILINE)  # table of models
@@ -46,6 +45,9 @@ class Server:
         Ports on 127.0.0.1; 0 takes a free one.
     ready_timeout_s : float
         Time from start to the end of the warm-up request.
+    shm_mib : int
+        Shared memory of each model process, taken at the start. It has to hold all images of a request: when it has to
+        grow while requests run, Triton 2.51 now and then dies or hangs.
     log : path, optional
         File that takes the log of the server and of its models; ``REPOSITORY.log`` by default.
 
@@ -78,10 +80,12 @@ class Server:
         http_port: int = 8000,
         metrics_port: int = 8002,
         ready_timeout_s: float = 300,
+        shm_mib: int = 128,
         log=None,
     ):
         self.repository = Path(repository).resolve()
         self.ready_timeout_s = ready_timeout_s
+        self.shm_mib = shm_mib
         self.log = Path(log) if log else self.repository.with_name(self.repository.name + ".log")
         ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
         self._ports = {name: _port(name, port) for name, port in ports.items()}
@@ -124,6 +128,7 @@ class Server:
                 "write one with `cxr-triton package BUNDLE -o REPOSITORY`"
             )
         binary, stub, libraries = _installation()
+        self._check_shm()
         self._backends = tempfile.mkdtemp(prefix="cxr-triton-backends-")
         # Clears up when this process is killed, which it knows by the end of its standard input.
         self._janitor = subprocess.Popen(
@@ -149,6 +154,7 @@ class Server:
             f"--model-repository={self.repository}",
             f"--backend-directory={self._backends}",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+            f"--backend-config=python,shm-default-byte-size={self.shm_mib << 20}",
             f"--grpc-address={HOST}",
             f"--http-address={HOST}",
             f"--metrics-address={HOST}",
@@ -212,6 +218,20 @@ class Server:
         if "No space left on device" in text or "shared memory pool" in text:
             causes[f"the models exchange tensors in {SHM}: make it larger (docker run --shm-size=1g)"] = None
         return "".join(f"; {cause}" for cause in causes) + f"; see {self.log}"
+
+    def _check_shm(self) -> None:
+        from google.protobuf import text_format
+        from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+        configs = [text_format.Parse(f.read_text(), ModelConfig()) for f in self.repository.glob("*/config.pbtxt")]
+        processes = sum(group.count for config in configs for group in config.instance_group)
+        free_mib = shutil.disk_usage(SHM).free >> 20
+        if free_mib < processes * self.shm_mib:
+            raise ServerMismatch(
+                f"{SHM} has {free_mib} MiB free, {processes} model processes of {self.shm_mib} MiB need "
+                f"{processes * self.shm_mib}; make it larger (docker run --shm-size=1g) or pass a smaller --shm-mib, "
+                "which has to hold all images of a request"
+            )
 
     def _warm_up(self, timeout_s: float) -> float:
         """Milliseconds of a short reading through all steps; it also makes the engines allocate what they need."""
@@ -326,12 +346,6 @@ def _installation() -> tuple[Path, Path, list[Path]]:
         raise ServerMismatch(
             f"no {libpython} in {folder}: the server embeds Python; "
             f"install it (Debian: apt install libpython{version}) or use a Python built with --enable-shared"
-        )
-    free_mib = shutil.disk_usage(SHM).free >> 20
-    if free_mib < MIN_SHM_MIB:
-        raise ServerMismatch(
-            f"{SHM} has {free_mib} MiB free, the models exchange tensors there and need {MIN_SHM_MIB} MiB; "
-            "make it larger (docker run --shm-size=1g)"
         )
     bundled = [root / "tritonserver" / "external_libs", root.parent / "nvidia_pytriton.libs"]
     return root / "tritonserver" / "bin" / "tritonserver", stub, [folders[0], *bundled]

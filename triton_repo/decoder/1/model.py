@@ -154,12 +154,13 @@ class TritonPythonModel:
         else:
             stream.sender.send(flags=FINAL)
         self.streams.pop(stream.id, None)
-        self.measure(stream, step)
+        was_cancelled = chunk.completion is not None and chunk.completion.finish_reason == "cancelled"
+        self.measure(step, step - stream.stopped_at_step if was_cancelled else None)
 
-    def measure(self, stream, step):
+    def measure(self, step, steps_after_cancel):
         self.metrics["streams"].set(len(self.streams))
         self.metrics["steps_total"].increment(step - self.counted_steps)
         self.counted_steps = step
-        if stream.stopped_at_step is not None:
+        if steps_after_cancel is not None:
             self.metrics["cancelled_total"].increment(1)
-            self.metrics["steps_after_cancel_total"].increment(step - stream.stopped_at_step)
+            self.metrics["steps_after_cancel_total"].increment(steps_after_cancel)
