@@ -46,8 +46,8 @@ class Server:
     ready_timeout_s : float
         Time from start to the end of the warm-up request.
     shm_mib : int
-        Shared memory of each model process, taken at the start. It has to hold all images of a request: when it has to
-        grow while requests run, Triton 2.51 now and then dies or hangs.
+        Shared memory of each model process, taken at the start. It has to hold all images of a request: growth
+        while requests run is suspected of taking Triton 2.51 down (docs/architecture.md).
     log : path, optional
         File that takes the log of the server and of its models; ``REPOSITORY.log`` by default.
 
