@@ -34,7 +34,7 @@ def compile_decoder(source: Path, target: Path) -> None:
 
     model = onnx.load(source, load_external_data=False)
     weights = Weights(model.graph, source.with_name(source.name + ".data"))
-    group_queries(model.graph, weights)
+    fuse_attention(model.graph, weights)
     fuse_int4(model.graph, weights)
     merge_projections(model.graph, weights)
     with open(target.with_name(target.name + ".data"), "wb") as file:
@@ -112,34 +112,67 @@ class Weights:
             self._graph.initializer.append(tensor)
 
 
-def group_queries(graph: GraphProto, weights: Weights) -> None:
-    """Attend with the queries of one KV head as further rows of its sequence.
+def fuse_attention(graph: GraphProto, weights: Weights) -> None:
+    """Cache writes, causal mask and `Attention` of a layer become one `GroupQueryAttention`.
 
-    The kernel copies keys and values to every query head, and multiplies one query row at a time. Query heads
-    h·G to h·G + G - 1 share KV head h, so [B, heads, S, D] is [B, kv_heads, G·S, D] without moving a byte.
+    It reads only the positions in use, does not copy keys and values to every query head, and takes projections as
+    they come, [B, S, heads · D], so that nothing is transposed. More than one token at a time needs a batch of one.
     """
-    from onnx import helper
+    from onnx import TensorProto, helper
 
     shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.input}
-    kv_heads, head_dim = shapes["past_key.0"][1], shapes["past_key.0"][3]
+    _, kv_heads, _, head_dim = shapes["past_key.0"]
     heads = shapes["image_embeddings"][1] // head_dim
-    grouped = weights.add("grouped", lambda: np.array([0, kv_heads, -1, head_dim]))
-    ungrouped = weights.add("ungrouped", lambda: np.array([0, heads, -1, head_dim]))
-    nodes, masks = [], {}
+    made_by = {node.output[0]: node for node in graph.node}
+    used_by = {name: node for node in graph.node for name in node.input}  # one of them
+
+    def projected(name: str, count: int) -> tuple[str, list[NodeProto]]:
+        """A head tensor as it was before it was split into heads, with the nodes that still change it."""
+        node = made_by[name]
+        if node.op_type == "Reshape":
+            return node.input[0], []
+        source, nodes = projected(node.input[1 if node.op_type == "TensorScatter" else 0], count)
+        if node.op_type in ("Transpose", "TensorScatter"):
+            return source, nodes
+        flat = helper.make_node(node.op_type, [source, *node.input[1:]], [f"{name}.flat"], f"{node.name}.flat")
+        flat.attribute.extend(node.attribute)
+        if node.op_type == "RotaryEmbedding":
+            flat.attribute.append(helper.make_attribute("num_heads", count))
+        return flat.output[0], [*nodes, flat]
+
+    one = weights.add("int32_one", lambda: np.array(1, np.int32))
+    nodes = [
+        helper.make_node("Shape", ["input_ids"], ["new_tokens"], "new_tokens", start=1, end=2),
+        helper.make_node("Add", ["write_index", "new_tokens"], ["lengths"], "lengths"),
+        helper.make_node("Cast", ["lengths"], ["lengths_int32"], "lengths_int32", to=TensorProto.INT32),
+        helper.make_node("Sub", ["lengths_int32", one], ["last_index"], "last_index"),
+        helper.make_node("ReduceMax", ["lengths_int32"], ["longest"], "longest", keepdims=0),
+    ]
+    joined = set()  # heads put side by side again, as the fused node gives them
     for node in graph.node:
-        if node.op_type != "Attention":
-            nodes.append(node)
+        if node.op_type == "TensorScatter" or node.output[0] in joined:
             continue
-        query, key, value, mask = node.input
-        result, name = node.output[0], node.name
-        if mask not in masks:
-            masks[mask] = f"{mask}.grouped"
-            nodes.append(helper.make_node("Concat", [mask] * (heads // kv_heads), [masks[mask]], masks[mask], axis=2))
-        nodes.append(helper.make_node("Reshape", [query, grouped], [f"{name}.query"], f"{name}.query"))
-        node.input[:] = [f"{name}.query", key, value, masks[mask]]
-        node.output[:] = [f"{name}.result"]
+        if node.op_type == "Attention":
+            inputs = []
+            for name, count in zip(node.input[:3], (heads, kv_heads, kv_heads), strict=True):
+                source, changes = projected(name, count)
+                inputs.append(source)
+                nodes += changes
+            caches = [made_by[name] for name in node.input[1:3]]
+            inputs += [cache.input[0] for cache in caches]
+            result = used_by[used_by[node.output[0]].output[0]].output[0]  # of Transpose and Reshape
+            joined.add(result)
+            node = helper.make_node(
+                "GroupQueryAttention",
+                [*inputs, "last_index", "longest"],
+                [result, *(cache.output[0] for cache in caches)],
+                node.name,
+                domain="com.microsoft",
+                num_heads=heads,
+                kv_num_heads=kv_heads,
+                scale=head_dim**-0.5,
+            )
         nodes.append(node)
-        nodes.append(helper.make_node("Reshape", [f"{name}.result", ungrouped], [result], f"{name}.ungrouped"))
     _replace(graph, nodes)
 
 
@@ -269,5 +302,12 @@ def pack_int4(packed: np.ndarray, k: int, n: int) -> np.ndarray:
 
 
 def _replace(graph: GraphProto, nodes: list[NodeProto]) -> None:
+    """Give a graph the nodes, less those whose result nobody reads."""
+    needed, live = {value.name for value in graph.output}, []
+    for node in reversed(nodes):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            live.append(node)
+    nodes = live[::-1]
     del graph.node[:]
     graph.node.extend(nodes)

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-CAPACITY_STEP = 64  # cache positions; attention reads the whole capacity, so short contexts bind a short cache
+CAPACITY_STEP = 64  # cache positions; the cache grows and shrinks by so many
 
 
 def open_graph(path: Path, threads: int | None) -> ort.InferenceSession:
-    """A CPU session that sleeps when it has nothing to do.
+    """A CPU session whose threads wait for each other awake while a run goes on, and sleep when none does.
 
     Weights stay prepacked, though mapped ones would save as much memory as the graph has: on packed weights a row of
     a product is the same bit by bit whatever the number of rows and threads, on others it is not.
@@ -22,7 +22,7 @@ def open_graph(path: Path, threads: int | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -215,7 +215,7 @@ class DecoderSession:
         self._capacity = capacity
 
     def _binding(self, rows: slice) -> ort.IOBinding:
-        """Cache rows bound as past and present at once: `TensorScatter` then writes in place."""
+        """Cache rows bound as past and present at once: attention then writes in place."""
         key = (rows.start, rows.stop)
         if key not in self._bindings:
             binding = self._session.io_binding()

@@ -24,6 +24,7 @@ import numpy as np
 
 from cxr_triton.cli import json_option, write_json
 from cxr_triton.errors import InvalidRequest
+from cxr_triton.triton_repo.serve import HUGE_PAGES
 
 SCHEMA = 1
 COPY_BYTES = 512 << 20
@@ -256,6 +257,7 @@ def measure(bundle: Path, genai: Path | None, prompt: int, tokens: int, rounds: 
     if genai:
         result["versions"]["onnxruntime-genai"] = metadata.version("onnxruntime-genai")
         folders["genai"] = (GenaiEngine, genai, genai / "model.onnx")
+    os.environ.update(HUGE_PAGES | os.environ)  # for every engine, as `serve` sets it
     processes = {name: Process(engine, cpus, str(path), prompt, tokens) for name, (engine, path, _) in folders.items()}
     for process in processes.values():
         process.call("round")  # warm up
