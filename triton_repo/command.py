@@ -22,6 +22,7 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--preprocess-instances", default=2, show_default=True, help="Processes that decode images.")
 @click.option("--threads", default=0, help="CPU threads of each graph.  [default: all cores]")
 @click.option("--queue-size", default=64, show_default=True, help="Requests that may wait before each step.")
+@click.option("--batch-invariant", is_flag=True, help="Readings never depend on what else runs; int4 alone is slower.")
 @click.option("--force", is_flag=True, help="Replace an older repository.")
 @json_option
 def package(bundle: Path, out: Path, force: bool, json_path: str | None, **settings):

@@ -37,12 +37,15 @@ class Settings:
         CPU threads of each of the two graphs; 0 takes all cores.
     queue_size : int
         Requests that may wait before each of preprocessing, vision encoder and decoder; one more is QUEUE_FULL.
+    batch_invariant : bool
+        A reading never depends on what else runs, to the last bit; see `engines.session.DecoderSession`.
     """
 
     slots: int = 4
     preprocess_instances: int = 2
     threads: int = 0
     queue_size: int = 64
+    batch_invariant: bool = False
 
     def __post_init__(self):
         for name, least in (("slots", 1), ("preprocess_instances", 1), ("threads", 0), ("queue_size", 1)):
@@ -116,7 +119,15 @@ def configs(bundle: Bundle, settings: Settings) -> dict[str, str]:
     tensors, threads, queue_size = _tensors(bundle.geometry), settings.threads, settings.queue_size
     preprocess = _python("dicom_preprocess", tensors, instances=settings.preprocess_instances, bundle=BUNDLE)
     vision = _python("vision_encoder", tensors, bundle=BUNDLE, threads=threads)
-    decoder = _python("decoder", tensors, bundle=BUNDLE, slots=settings.slots, threads=threads, queue_size=queue_size)
+    decoder = _python(
+        "decoder",
+        tensors,
+        bundle=BUNDLE,
+        slots=settings.slots,
+        threads=threads,
+        queue_size=queue_size,
+        batch_invariant=int(settings.batch_invariant),
+    )
     report = _python("report", tensors)  # one instance: chunks have to stay in order
     for model in (preprocess, vision):
         model.dynamic_batching.default_queue_policy.max_queue_size = queue_size

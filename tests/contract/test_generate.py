@@ -17,7 +17,7 @@ from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START, random_check
 from cxr_triton import image
 from cxr_triton.engines.bundle import build_bundle
 from cxr_triton.engines.runtime import DecoderRuntime, Generation, Sampling
-from cxr_triton.engines.session import VisionSession
+from cxr_triton.engines.session import DecoderSession, VisionSession
 
 NEW_TOKENS = 80
 PENALTY = 1.05
@@ -194,7 +194,7 @@ def test_an_end_token_stops_as_in_transformers(model_and_bundle, reference, gene
         assert receiver.last.completion.usage["image_tokens"] == 42
 
 
-def test_int4_tokens_do_not_depend_on_the_crowd(tmp_path, generations):
+def test_batch_invariant_int4_tokens_do_not_depend_on_the_crowd(tmp_path, generations):
     """Sampled at temperature 1, so a last bit that differs would show soon."""
     random_checkpoint(tmp_path / "checkpoint", tied=False)
     export = write_export(tmp_path / "export", tmp_path / "checkpoint", precision="int4")
@@ -206,7 +206,8 @@ def test_int4_tokens_do_not_depend_on_the_crowd(tmp_path, generations):
         )
         for seed, name in enumerate(cases())
     }
-    with DecoderRuntime(bundle, slots=8, threads=1) as runtime:
+    session = DecoderSession(bundle, slots=8, threads=1, batch_invariant=True)
+    with DecoderRuntime(bundle, session=session) as runtime:
         alone = {}
         for name in ("text_only", "two_images", "follow_up"):
             alone[name] = Receiver()

@@ -60,13 +60,15 @@ def test_the_ensemble_joins_tensors_of_one_type_and_shape(bundle, tmp_path):
 
 
 def test_settings_reach_the_models(bundle, tmp_path):
-    write_repository(bundle, tmp_path / "r", Settings(slots=7, preprocess_instances=3, threads=2, queue_size=5))
+    settings = Settings(slots=7, preprocess_instances=3, threads=2, queue_size=5, batch_invariant=True)
+    write_repository(bundle, tmp_path / "r", settings)
     preprocess, vision, decoder = (config(tmp_path / "r", name) for name in MODELS[:3])
     assert preprocess.instance_group[0].count == 3
     assert preprocess.dynamic_batching.default_queue_policy.max_queue_size == 5
     assert vision.parameters["threads"].string_value == decoder.parameters["threads"].string_value == "2"
     assert decoder.parameters["slots"].string_value == "7"
     assert decoder.parameters["queue_size"].string_value == "5"
+    assert decoder.parameters["batch_invariant"].string_value == "1"
     assert decoder.model_transaction_policy.decoupled
     assert vision.max_batch_size >= 2, "all images of a request are one batch"
 

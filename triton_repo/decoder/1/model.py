@@ -53,7 +53,12 @@ class TritonPythonModel:
     def initialize(self, args):
         values = parameters(args)
         bundle = Bundle.open(values["bundle"])
-        self.session = CountingSession(bundle, slots=int(values["slots"]), threads=int(values["threads"]) or None)
+        self.session = CountingSession(
+            bundle,
+            slots=int(values["slots"]),
+            threads=int(values["threads"]) or None,
+            batch_invariant=values["batch_invariant"] == "1",
+        )
         self.runtime = DecoderRuntime(bundle, session=self.session, queue_size=int(values["queue_size"]))
         self.streams = {}
         gauge, counter = pb_utils.MetricFamily.GAUGE, pb_utils.MetricFamily.COUNTER
