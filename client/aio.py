@@ -161,6 +161,8 @@ class AsyncReadingStream:
                 request, self._request = self._request, None
                 self._call = await self._reader._start(request)
                 self._clock = Clock(self._reader.timeouts)
+                if self._ended:  # closed while it connected
+                    self._call.cancel()
             while not self._ended:
                 if delta := await self._receive():
                     return delta

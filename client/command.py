@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ import click
 from cxr_triton.cli import EXIT_NOT_AS_ASKED, json_option, printable, write_json
 from cxr_triton.client.limits import Timeouts, Tls
 from cxr_triton.client.page import NOT_FOR_DIAGNOSIS, STATUSES, decode_rate, draw, duration, reading_page
-from cxr_triton.client.reader import Reader
+from cxr_triton.client.reader import Reader, ReadingStream
 from cxr_triton.dicom import FLAGS as IMAGE_FLAGS
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.reading import FLAGS as READING_FLAGS
@@ -95,9 +97,10 @@ def read(
             temperature=temperature,
             seed=seed,
         )
-        for delta in stream:
-            click.echo(click.style(printable(delta), dim=True) if out.isatty() else printable(delta), out, nl=False)
-        reading = stream.result()
+        with _ended_by_ctrl_c(stream):
+            for delta in stream:
+                click.echo(click.style(printable(delta), dim=True) if out.isatty() else printable(delta), out, nl=False)
+            reading = stream.result()
     click.echo("\n", out)
     for name, lines in _summary(reading):
         for i, line in enumerate(lines):
@@ -108,6 +111,30 @@ def read(
         html_path.write_text(reading_page(reading, draw(images, reading)), encoding="utf-8")
     if reading.status != "ok":
         sys.exit(EXIT_NOT_AS_ASKED)
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c(stream: ReadingStream):
+    """Ctrl-C closes the stream even where Python drops what a signal handler raises: in a callback or a destructor."""
+    pressed = False
+
+    def close(*_):
+        nonlocal pressed
+        pressed = True
+        stream.close()
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, close)
+    try:
+        yield
+    except BaseException:
+        if pressed:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def _variables(pairs: tuple[str, ...]) -> dict[str, str | list[str]]:

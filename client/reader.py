@@ -209,6 +209,8 @@ class ReadingStream:
                 request, self._request = self._request, None
                 self._call = self._reader._start(request)
                 self._clock = Clock(self._reader.timeouts)
+                if self._ended:  # closed while it connected
+                    self._call.cancel()
             while not self._ended:
                 if delta := self._receive():
                     return delta
