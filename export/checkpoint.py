@@ -1,11 +1,13 @@
 """Read a Qwen2.5-VL checkpoint folder without torch: configs in every spelling, tensors by memory map.
 
-Takes a folder (or a hub id, see `locate`); gives the geometry, the token ids and numpy views of the tensors.
+Takes a folder (or a hub id, see `locate`), plain or quantized by nvidia-modelopt (unified Hugging Face layout); gives
+the geometry, the token ids and numpy views of the tensors.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import math
@@ -21,8 +23,13 @@ from cxr_triton.profile import eos_token_ids
 
 ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+QUANT_CONFIG = "hf_quant_config.json"
+CALIBRATION = "calibration.json"  # what `cxr-triton quantize` leaves beside the weights
+SCHEMES = {"FP8": "fp8", "W4A16_AWQ": "int4-awq"}  # modelopt's quant_algo, and our name
+GROUP_SIZES = (32, 64, 128)  # block sizes of int4 that ONNX Runtime and TensorRT both take
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
+_STORED = DTYPES | {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "U8": np.dtype(np.uint8)}
 _ITEM_BITS = {
     **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
     **{"U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64},
@@ -30,7 +37,14 @@ _ITEM_BITS = {
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What an export reads, and nothing else: no pickles, no code.
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer.json", "chat_template.*"]
+_HUB_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*config.json",
+    "tokenizer.json",
+    "chat_template.*",
+    CALIBRATION,
+]
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,74 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How the decoder's linear layers are stored, from `hf_quant_config.json`.
+
+    Attributes
+    ----------
+    scheme : {"fp8", "int4-awq"}
+    group_size : int or None
+        Weights along K that share an int4 scale.
+    exclude : tuple of str
+        Patterns of modules that are not quantized, in the names of the file.
+    kv : {"fp8"} or None
+        Type that the KV cache was calibrated for.
+    producer : str
+        Name and version of the tool that wrote it.
+    """
+
+    scheme: str
+    group_size: int | None
+    exclude: tuple[str, ...]
+    kv: str | None
+    producer: str
+
+    def excludes(self, module: str) -> bool:
+        return any(fnmatch.fnmatchcase(module, pattern) for pattern in self.exclude)
+
+
+@dataclass(frozen=True, eq=False)
+class Fp8Weight:
+    """A linear layer in float8 e4m3: weight = values · scale, input = its float8 value · input_scale.
+
+    Attributes
+    ----------
+    values : (N, K) float8_e4m3fn array
+    scale, input_scale : np.float32
+    """
+
+    values: np.ndarray
+    scale: np.float32
+    input_scale: np.float32
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Int4Weight:
+    """A linear layer in int4 blocks: weight[n, k] = value[n, k] · scales[n, k // group], on input · pre_quant_scale.
+
+    Attributes
+    ----------
+    packed : (N / 2, K) uint8 array
+        Signed values; row 2r in the low half of a byte, row 2r + 1 in the high half.
+    scales : (N, K / group) float32 array
+    pre_quant_scale : (K,) array or None
+        In the checkpoint's float type; None where modelopt folded it into the norm before.
+    """
+
+    packed: np.ndarray
+    scales: np.ndarray
+    pre_quant_scale: np.ndarray | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes
+
+
+@dataclass(frozen=True)
 class _Entry:
     path: Path
     dtype: str
@@ -110,11 +192,15 @@ class Checkpoint:
         `generation_config.json`; empty if there is none.
     preprocessor : dict
         `preprocessor_config.json`, or the image processor's part of `processor_config.json`.
+    quantization : Quantization or None
+        None for plain weights.
+    calibration : dict
+        `calibration.json` of a quantized checkpoint; empty if there is none.
 
     Raises
     ------
     UnsupportedCheckpoint
-        Another architecture, a missing or damaged file, or tensors that do not fit the config.
+        Another architecture or quantization, a missing or damaged file, or tensors that do not fit the config.
     """
 
     def __init__(self, folder: str | Path):
@@ -129,7 +215,10 @@ class Checkpoint:
         self.generation = self._json("generation_config.json") if (folder / "generation_config.json").exists() else {}
         self.eos_token_ids = eos_token_ids(self.generation, config)
         self.preprocessor = self._preprocessor()
-        self._entries = self._canonical(self._read_headers())
+        self.quantization = self._quantization(config)
+        stored = self.quantization and (folder / CALIBRATION).exists()
+        self.calibration = self._json(CALIBRATION) if stored else {}
+        self._entries, self._file_names = self._canonical(self._read_headers())
         self._check_tensors()
 
     def array(self, name: str) -> np.ndarray:
@@ -147,10 +236,67 @@ class Checkpoint:
         """
         entry = self._entries[name]
         mapped = np.memmap(entry.path, np.uint8, "r", entry.offset, (entry.nbytes,))
-        return mapped.view(DTYPES[entry.dtype]).reshape(entry.shape)
+        return mapped.view(_STORED[entry.dtype]).reshape(entry.shape)
 
     def dtype(self, name: str) -> np.dtype:
-        return DTYPES[self._entries[name].dtype]
+        return _STORED[self._entries[name].dtype]
+
+    def weight(self, name: str) -> np.ndarray | Fp8Weight | Int4Weight:
+        """The weight of a linear layer as it is stored, with the scales that belong to it.
+
+        Parameters
+        ----------
+        name : str
+            For instance `language_model.layers.0.mlp.up_proj.weight`.
+
+        Raises
+        ------
+        UnsupportedCheckpoint
+            A scale that is not a positive, finite number.
+        """
+        module, values = name.removesuffix(".weight"), self.array(name)
+        if values.dtype == _STORED["F8_E4M3"]:
+            scale, input_scale = (self._scales(f"{module}.{part}") for part in ("weight_scale", "input_scale"))
+            return Fp8Weight(values, np.float32(scale.item()), np.float32(input_scale.item()))
+        if values.dtype == _STORED["U8"]:
+            smoothed = f"{module}.pre_quant_scale"
+            return Int4Weight(
+                values,
+                self._scales(f"{module}.weight_scale"),
+                self._scales(smoothed) if smoothed in self._entries else None,
+            )
+        return values
+
+    def kv_scales(self) -> list[dict[str, float]]:
+        """`key` and `value` scale of the float8 KV cache, layer by layer; empty where it was not calibrated."""
+        if not self.quantization or self.quantization.kv is None:
+            return []
+        return [
+            {
+                part: self._scales(f"language_model.layers.{i}.self_attn.{part[0]}_proj.{part[0]}_scale").item()
+                for part in ("key", "value")
+            }
+            for i in range(self.text.num_hidden_layers)
+        ]
+
+    def head_input_scale(self) -> np.float32 | None:
+        """Scale of the language head's input in float8, from `calibration.json`; None where it was not calibrated."""
+        amax = self.calibration.get("head_input_amax")
+        if amax is None:
+            return None
+        if not isinstance(amax, float | int) or not 0 < amax < math.inf:
+            raise UnsupportedCheckpoint(
+                f"{self.folder / CALIBRATION} has head_input_amax {amax!r}, a positive number is needed; quantize again"
+            )
+        return np.float32(amax / 448)
+
+    def _scales(self, name: str) -> np.ndarray:
+        scales = self.array(name)
+        if not (np.isfinite(scales) & (scales > 0)).all():
+            raise UnsupportedCheckpoint(
+                f"{name} in {self._entries[name].path} holds values that are not positive and finite; quantize again"
+            )
+        return scales
 
     def nbytes(self, prefix: str = "") -> int:
         """Bytes of all tensors that the model uses and whose name starts with `prefix`."""
@@ -245,22 +391,58 @@ class Checkpoint:
             entries[name] = shards[file][name]
         return entries
 
-    def _canonical(self, entries: dict[str, _Entry]) -> dict[str, _Entry]:
+    def _quantization(self, config: dict) -> Quantization | None:
+        path, announced = self.folder / QUANT_CONFIG, config.get("quantization_config")
+        if not path.exists():
+            if not announced:
+                return None
+            method = announced.get("quant_method", "unknown") if isinstance(announced, dict) else announced
+            raise UnsupportedCheckpoint(
+                f"the checkpoint is quantized ({method}) and has no {QUANT_CONFIG}; quantize the original weights with "
+                "`cxr-triton quantize`"
+            )
+        whole = self._json(QUANT_CONFIG)
+        values, producer = whole.get("quantization"), whole.get("producer") or {}
+        if not isinstance(values, dict):
+            raise UnsupportedCheckpoint(f"{path} has no object named quantization; quantize again")
+        algorithm, kv, group = (values.get(key) for key in ("quant_algo", "kv_cache_quant_algo", "group_size"))
+        if algorithm not in SCHEMES:
+            raise UnsupportedCheckpoint(
+                f"{path} has quant_algo {algorithm!r}; {', '.join(SCHEMES)} are exported: quantize with "
+                "`cxr-triton quantize --scheme fp8` or `int4-awq`"
+            )
+        if kv not in (None, "FP8"):
+            raise UnsupportedCheckpoint(f"{path} has kv_cache_quant_algo {kv!r}; FP8 or none is exported")
+        scheme = SCHEMES[algorithm]
+        if scheme == "int4-awq" and (group not in GROUP_SIZES or values.get("has_zero_point")):
+            raise UnsupportedCheckpoint(
+                f"{path} has group_size {group!r}, has_zero_point {values.get('has_zero_point')!r}; groups of "
+                f"{', '.join(map(str, GROUP_SIZES))} without zero points are exported"
+            )
+        exclude = values.get("exclude_modules") or []
+        if not isinstance(exclude, list) or not all(isinstance(pattern, str) for pattern in exclude):
+            raise UnsupportedCheckpoint(f"{path} has exclude_modules {exclude!r:.60}, a list of names is needed")
+        return Quantization(
+            scheme=scheme,
+            group_size=group if scheme == "int4-awq" else None,
+            exclude=tuple(exclude),
+            kv="fp8" if kv else None,
+            producer=f"{producer.get('name', 'unknown')} {producer.get('version', 'unknown')}",
+        )
+
+    def _canonical(self, entries: dict[str, _Entry]) -> tuple[dict[str, _Entry], dict[str, str]]:
+        """Entries under our names, and the file's name of each."""
         nested = any(name.startswith("model.language_model.") for name in entries)
         prefixes = (
             {"model.language_model.": "language_model.", "model.visual.": "visual."}
             if nested
             else {"model.": "language_model.", "visual.": "visual."}
         )
-        result = {}
-        for name, entry in entries.items():
-            for old, new in prefixes.items():
-                if name.startswith(old):
-                    result[new + name.removeprefix(old)] = entry
-                    break
-            else:
-                result[name] = entry
-        return result
+        names = {}
+        for name in entries:
+            old = next((old for old in prefixes if name.startswith(old)), "")
+            names[prefixes.get(old, "") + name.removeprefix(old)] = name
+        return {ours: entries[theirs] for ours, theirs in names.items()}, names
 
     def _check_tensors(self) -> None:
         layers = max(self.text.num_hidden_layers, self.vision.depth)
@@ -274,24 +456,60 @@ class Checkpoint:
                 f"vision_config has out_hidden_size {self.vision.out_hidden_size}, the decoder has hidden_size "
                 f"{self.text.hidden_size}; they have to be equal"
             )
-        expected = tensor_shapes(self.text, self.vision, self.tied)
-        for name, shape in expected.items():
+        expected = {
+            name: (shape, tuple(DTYPES)) for name, shape in tensor_shapes(self.text, self.vision, self.tied).items()
+        }
+        if self.quantization:
+            expected = self._quantized(expected)
+        for name, (shape, dtypes) in expected.items():
             entry = self._entries.get(name)
             if entry is None:
                 raise UnsupportedCheckpoint(
                     f"{self.folder} has no tensor {name}, which its config calls for; "
-                    "export merged, unquantized weights (adapters and quantized checkpoints are not read)"
+                    "export merged weights (adapters are not read) and all files of the checkpoint"
                 )
-            if entry.shape != shape:
+            if entry.dtype not in dtypes:
+                raise UnsupportedCheckpoint(
+                    f"{name} in {entry.path} is {entry.dtype}; {' or '.join(dtypes)} is read here"
+                    + (f", by {QUANT_CONFIG}" if self.quantization else "")
+                )
+            if entry.shape not in (shape, (1,) if shape == () else shape):
                 raise UnsupportedCheckpoint(
                     f"{name} in {entry.path} has shape {list(entry.shape)}, the config calls for {list(shape)}; "
                     "config.json and weights are not of one checkpoint"
                 )
-            if entry.dtype not in DTYPES:
-                raise UnsupportedCheckpoint(
-                    f"{name} in {entry.path} is {entry.dtype}; only {', '.join(DTYPES)} are read"
-                )
         self._entries = {name: self._entries[name] for name in expected}
+
+    def _quantized(self, plain: dict) -> dict:
+        """The tensors that a quantized checkpoint has in place of the plain ones: shape and types by name."""
+        kind, float32 = self.quantization, ("F32",)
+        expected = {}
+        for name, (shape, dtypes) in plain.items():
+            module = name.removesuffix(".weight")
+            file_module = self._file_names.get(name, name).removesuffix(".weight")
+            is_layer = name.startswith("language_model.layers.") and name.endswith("_proj.weight")
+            if not is_layer or kind.excludes(file_module) or kind.excludes(module):
+                expected[name] = shape, dtypes
+                continue
+            n, k = shape
+            if kind.scheme == "fp8":
+                expected[name] = shape, ("F8_E4M3",)
+                expected[f"{module}.weight_scale"] = expected[f"{module}.input_scale"] = (), float32
+            else:
+                if n % 2 or k % kind.group_size:
+                    raise UnsupportedCheckpoint(
+                        f"{name} is [{n}, {k}], int4 needs an even number of rows and columns in groups of "
+                        f"{kind.group_size}; quantize again"
+                    )
+                expected[name] = (n // 2, k), ("U8",)
+                expected[f"{module}.weight_scale"] = (n, k // kind.group_size), float32
+                if (smoothed := f"{module}.pre_quant_scale") in self._entries:
+                    expected[smoothed] = (k,), tuple(DTYPES)
+        if kind.kv:
+            for i in range(self.text.num_hidden_layers):
+                for part in "kv":
+                    expected[f"language_model.layers.{i}.self_attn.{part}_proj.{part}_scale"] = (), float32
+        return expected
 
 
 def read_header(path: Path) -> dict[str, _Entry]:
@@ -351,9 +569,6 @@ def _refuse_other_architectures(config: dict) -> None:
         raise UnsupportedCheckpoint(
             f"the checkpoint is a {found}; only {ARCHITECTURE} (NV-Reason-CXR-3B, CheXOne) is exported"
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedCheckpoint(f"the checkpoint is quantized ({method}); export the unquantized weights")
 
 
 def _pick(cls, values: dict, **overrides):

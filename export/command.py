@@ -19,7 +19,7 @@ from cxr_triton.errors import InvalidRequest, LicenceNotAccepted
 from cxr_triton.profile import Licence, ModelProfile, load_profile, profile_names
 
 from .checkpoint import Checkpoint, locate
-from .decoder import write_decoder
+from .decoder import check_source, write_decoder
 from .graph import Precision, check
 from .vision import write_vision
 
@@ -31,7 +31,7 @@ def export_checkpoint(
     out: Path,
     profile: ModelProfile,
     *,
-    precision: str = "int4",
+    precision: str | None = None,
     compute: str | None = None,
     head: str | None = None,
     max_sequence: int | None = None,
@@ -44,13 +44,13 @@ def export_checkpoint(
     Parameters
     ----------
     source : str
-        Checkpoint folder or hub id.
+        Checkpoint folder or hub id; a quantized one comes from `cxr-triton quantize`.
     out : Path
         Must not exist, or be an empty folder.
     profile : ModelProfile
         Written beside the graphs, with the checkpoint's repetition penalty and `max_sequence`.
     precision, compute, head : str
-        See `Precision`.
+        See `Precision`. The precision is by default the scheme of a quantized checkpoint, int4 of a plain one.
     max_sequence : int, optional
         Tokens of prompt and answer; the profile's by default.
     revision : str, optional
@@ -69,7 +69,7 @@ def export_checkpoint(
     ------
     LicenceNotAccepted, UnsupportedCheckpoint, InvalidRequest, InvalidProfile
     """
-    chosen = Precision.of(precision, compute, head)
+    Precision.of(precision or "int4", compute, head)  # a wrong name is known before a checkpoint is fetched
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidRequest(f"{out} is not an empty folder; remove it or choose another one")
     licence = _licence(source, profile)
@@ -82,6 +82,9 @@ def export_checkpoint(
         revision = profile.revision
     folder, commit = locate(source, revision)
     checkpoint = Checkpoint(folder)
+    precision = precision or (checkpoint.quantization.scheme if checkpoint.quantization else "int4")
+    chosen = Precision.of(precision, compute, head)
+    check_source(checkpoint, chosen)
     profile = profile.merge_generation_config(checkpoint.generation)
     profile = dataclasses.replace(profile, max_sequence=max_sequence or profile.max_sequence)
     if profile.max_sequence > checkpoint.text.max_position_embeddings:
@@ -109,6 +112,7 @@ def export_checkpoint(
                 "files": checkpoint.digests(),
                 "licence": {**dataclasses.asdict(licence), "accepted": accept_licence},
             },
+            **_quantization(checkpoint),
             "versions": {
                 "cxr_triton": __version__,
                 **{name: metadata.version(name) for name in ("onnx", "numpy", "ml_dtypes")},
@@ -120,6 +124,21 @@ def export_checkpoint(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return export
+
+
+def _quantization(checkpoint: Checkpoint) -> dict:
+    """What `export.json` says of a quantized source: scheme, KV scales, and the calibration record as it stands."""
+    if checkpoint.quantization is None:
+        return {}
+    chosen = dataclasses.asdict(checkpoint.quantization)
+    return {
+        "quantization": {
+            **chosen,
+            "exclude": list(chosen["exclude"]),
+            "kv_scales": checkpoint.kv_scales(),
+            "calibration": checkpoint.calibration or None,
+        }
+    }
 
 
 def _licence(source: str, profile: ModelProfile) -> Licence:
@@ -156,13 +175,19 @@ def _geometry(checkpoint: Checkpoint, profile: ModelProfile, precision: Precisio
 @click.option("--profile", required=True, metavar="NAME|YAML", help=f"One of {', '.join(profile_names())}, or a file.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16", "int4"]),
-    default="int4",
-    show_default=True,
-    help="Weights of the decoder; with int4 the vision tower keeps the compute type.",
+    type=click.Choice(["fp32", "fp16", "bf16", "int4", "fp8", "int4-awq"]),
+    help="Decoder weights; a quantized checkpoint has fp8 or int4-awq.  [default: what it has, or int4]",
 )
-@click.option("--compute", type=click.Choice(["fp32", "fp16", "bf16"]), help="With int4.  [default: fp32, for a CPU]")
-@click.option("--head", type=click.Choice(["int4", "compute"]), help="Language head, with int4.  [default: int4]")
+@click.option(
+    "--compute",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="With quantized weights, and for the vision tower.  [default: fp32, for a CPU]",
+)
+@click.option(
+    "--head",
+    type=click.Choice(["int4", "fp8", "compute"]),
+    help="Language head, with quantized weights.  [default: int4; compute with fp8]",
+)
 @click.option("--max-sequence", type=click.IntRange(min=1), metavar="TOKENS", help="Prompt and answer together.")
 @click.option("--revision", help="Of a hub id.  [default: the profile's]")
 @click.option("--accept-licence", is_flag=True, help="You accept the weights' non-commercial licence.")

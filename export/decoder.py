@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from cxr_triton.errors import InvalidRequest
+from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
 
-from .checkpoint import Checkpoint
-from .graph import GraphWriter, Precision
+from .checkpoint import CALIBRATION, Checkpoint
+from .graph import QUANTIZED, GraphWriter, Precision
 
 OPSET = 24
 _TABLE = "language_model.embed_tokens.weight"
@@ -53,9 +53,10 @@ def write_decoder(
     Raises
     ------
     InvalidRequest
-        Unknown precision, or `max_sequence` over the checkpoint's `max_position_embeddings`.
+        Unknown precision, one that the checkpoint does not hold, or `max_sequence` over its
+        `max_position_embeddings`.
     UnsupportedCheckpoint
-        A layer that int4 blocks do not fit.
+        A layer that int4 blocks do not fit, or a head in fp8 whose input was not calibrated.
     """
     text, chosen = checkpoint.text, Precision.of(precision, compute, head)
     if max_sequence is not None and not 1 <= max_sequence <= text.max_position_embeddings:
@@ -63,9 +64,10 @@ def write_decoder(
             f"max_sequence is {max_sequence}, the checkpoint allows 1 to {text.max_position_embeddings} "
             "(max_position_embeddings)"
         )
+    check_source(checkpoint, chosen)
     path = Path(folder) / "decoder.onnx"
     source_bytes = checkpoint.nbytes("language_model.") + checkpoint.nbytes("lm_head.")
-    if checkpoint.tied and chosen.head == "int4":
+    if checkpoint.tied and chosen.head != "compute":
         source_bytes += checkpoint.nbytes(_TABLE)  # read once more for the head
     with GraphWriter(path, OPSET, chosen, source_bytes=source_bytes, progress=progress) as g:
         length = max_sequence or "max_seq"
@@ -88,6 +90,21 @@ def write_decoder(
             x = _layer(g, checkpoint, i, x, rotary, mask)
         _head(g, checkpoint, x)
     return path
+
+
+def check_source(checkpoint: Checkpoint, precision: Precision) -> None:
+    """Refuse a precision that the checkpoint's weights do not give; raises as `write_decoder`."""
+    holds = checkpoint.quantization.scheme if checkpoint.quantization else None
+    if holds != (precision.weights if precision.weights in QUANTIZED else None):
+        raise InvalidRequest(
+            f"precision {precision.weights} was asked for, {checkpoint.folder} holds {holds or 'plain'} weights; "
+            + (f"export it as {holds}" if holds else "quantize it first with `cxr-triton quantize`")
+        )
+    if precision.head == "fp8" and checkpoint.head_input_scale() is None:
+        raise UnsupportedCheckpoint(
+            f"a head in fp8 needs its input's range, but {checkpoint.folder / CALIBRATION} has no head_input_amax; "
+            "quantize with `cxr-triton quantize`, or choose head compute or int4"
+        )
 
 
 def _embed(g: GraphWriter, checkpoint: Checkpoint) -> str:
@@ -137,17 +154,11 @@ def _norm(g: GraphWriter, checkpoint: Checkpoint, name: str, x: str) -> str:
 
 def _layer(g: GraphWriter, checkpoint: Checkpoint, i: int, x: str, rotary: tuple[str, str], mask: str) -> str:
     text, prefix = checkpoint.text, f"language_model.layers.{i}"
-    int4 = g.precision.weights == "int4"
 
     def linear(y: str, name: str, bias: bool = False) -> str:
-        weight = checkpoint.array(f"{prefix}.{name}.weight")
-        return g.linear(
-            y,
-            f"{prefix}.{name}.weight",
-            weight,
-            checkpoint.array(f"{prefix}.{name}.bias") if bias else None,
-            int4=int4,
-        )
+        write = g.int4 if g.precision.weights == "int4" else g.linear
+        weight = checkpoint.weight(f"{prefix}.{name}.weight")
+        return write(y, f"{prefix}.{name}.weight", weight, checkpoint.array(f"{prefix}.{name}.bias") if bias else None)
 
     def heads(y: str, count: int) -> str:  # [B, S, heads · head_dim] → [B, heads, S, head_dim]
         y = g.node("Reshape", y, g.ints(0, 0, count, text.head_dim))
@@ -183,7 +194,9 @@ def _head(g: GraphWriter, checkpoint: Checkpoint, x: str) -> None:
     name = _TABLE if checkpoint.tied else "lm_head.weight"
     weight = checkpoint.array(name)
     if g.precision.head == "int4":
-        logits = g.to_fp32(g.linear(x, "lm_head.weight", weight, int4=True))
+        logits = g.to_fp32(g.int4(x, "lm_head.weight", weight))
+    elif g.precision.head == "fp8":
+        logits = g.to_fp32(g.fp8(x, "lm_head.weight", weight, checkpoint.head_input_scale()))
     else:
         # Gemm reads the table as it lies, [vocab, hidden], so that a tied head needs no second copy.
         rows = g.node("Reshape", x, g.ints(-1, text.hidden_size))

@@ -17,8 +17,14 @@ from onnx import TensorProto, helper
 
 from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
 
+from .checkpoint import Fp8Weight, Int4Weight
+
 BLOCK, SMALL_BLOCK = 128, 32  # int4 weights that share one scale; the second where the first does not divide K
 INT4_MAX = 7
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+FP8_MAX = 448
+QUANTIZED = ("fp8", "int4-awq")
+"""Precisions that are read from a quantized checkpoint, under the name of its scheme."""
 
 _FLOATS = {
     "fp32": (TensorProto.FLOAT, np.dtype(np.float32)),
@@ -28,6 +34,7 @@ _FLOATS = {
 _TYPES = {dtype: kind for kind, dtype in _FLOATS.values()} | {
     np.dtype(np.int64): TensorProto.INT64,
     np.dtype(np.bool_): TensorProto.BOOL,
+    FP8: TensorProto.FLOAT8E4M3FN,
 }
 _IR_VERSION = 11
 _ALIGNMENT = 4096  # a page: ONNX Runtime and TensorRT map the data file instead of copying it
@@ -41,14 +48,15 @@ class Precision:
 
     Attributes
     ----------
-    weights : {"fp32", "fp16", "bf16", "int4"}
+    weights : {"fp32", "fp16", "bf16", "int4", "fp8", "int4-awq"}
         Linear layers. int4: round to nearest, symmetric, one scale for each block of 128 weights along K (32 where
-        128 does not divide K).
+        128 does not divide K). fp8 and int4-awq: as a quantized checkpoint holds them.
     compute : {"fp32", "fp16", "bf16"}
         Type of activations, KV cache, biases and int4 scales. Residual stream, norms, rotary embedding and softmax
-        are fp32 in every case.
-    head : {"compute", "int4"}
-        The language head: in the compute type (a tied one then shares the embedding table) or int4 of its own.
+        are fp32 in every case; scales of fp8 are fp32.
+    head : {"compute", "fp8", "int4"}
+        The language head: in the compute type (a tied one then shares the embedding table), or a tensor of its own,
+        rounded to nearest: int4 in blocks, or fp8 with one scale, on an input in fp8 by the scale that was calibrated.
     """
 
     weights: str
@@ -57,27 +65,32 @@ class Precision:
 
     @classmethod
     def of(cls, weights: str, compute: str | None = None, head: str | None = None) -> Precision:
-        """Fill in defaults: int4 computes in fp32 and has an int4 head, the others compute in their own type.
+        """Fill in defaults: quantized weights compute in fp32, the others in their own type.
+
+        The head of int4 and int4-awq is int4, every other one in the compute type.
 
         Raises
         ------
         InvalidRequest
             An unknown name, or a combination that does not exist.
         """
-        if weights not in (*_FLOATS, "int4"):
-            raise InvalidRequest(f"precision {weights!r} is unknown; choose fp32, fp16, bf16 or int4")
-        if weights == "int4":
-            compute, head = compute or "fp32", head or "int4"
-        else:
+        if weights not in (*_FLOATS, "int4", *QUANTIZED):
+            raise InvalidRequest(
+                f"precision {weights!r} is unknown; choose {', '.join((*_FLOATS, 'int4', *QUANTIZED))}"
+            )
+        if weights in _FLOATS:
             compute, head = compute or weights, head or "compute"
             if compute != weights or head != "compute":
                 raise InvalidRequest(
                     f"precision {weights} computes in {weights} with a {weights} head, {compute} with head {head} was "
-                    "asked for; compute and head are free with precision int4 only"
+                    f"asked for; compute and head are free with precision int4 only, and {' or '.join(QUANTIZED)}"
                 )
-        if compute not in _FLOATS or head not in ("compute", "int4"):
+        else:
+            compute, head = compute or "fp32", head or ("compute" if weights == "fp8" else "int4")
+        heads = ("compute", "int4", "fp8")
+        if compute not in _FLOATS or head not in heads:
             raise InvalidRequest(
-                f"compute {compute!r} with head {head!r} is unknown; choose {', '.join(_FLOATS)} and compute or int4"
+                f"compute {compute!r} with head {head!r} is unknown; choose {', '.join(_FLOATS)} and {', '.join(heads)}"
             )
         return cls(weights, compute, head)
 
@@ -106,6 +119,7 @@ class GraphWriter:
         self._partial = [p.with_name(p.name + ".partial") for p in (self._data_path, self.path)]
         self._inputs, self._outputs, self._nodes, self._initializers = [], [], [], []
         self._names: set[str] = set()
+        self._rounded: dict[tuple[str, np.float32], str] = {}  # inputs in float8 by name and scale
         self._source_bytes, self._progress = source_bytes, progress
 
     def __enter__(self) -> GraphWriter:
@@ -191,16 +205,76 @@ class GraphWriter:
             self._bar.update(value.nbytes)
         return name
 
-    def linear(self, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None, *, int4: bool) -> str:
-        """`x · weightᵀ + bias` with a checkpoint weight [N, K], stored as [K, N].
+    def linear(
+        self, x: str, name: str, weight: np.ndarray | Fp8Weight | Int4Weight, bias: np.ndarray | None = None
+    ) -> str:
+        """`x · weightᵀ + bias` with a checkpoint weight [N, K], stored as [K, N] in the form that it has.
 
         [..., K] compute type → [..., N] compute type.
         """
-        stored = self._int4(name, weight) if int4 else self._transposed(name, weight)
-        y = self.node("MatMul", x, stored)
-        if bias is not None:
-            y = self.node("Add", y, self.vector(name.removesuffix("weight") + "bias", bias))
-        return y
+        if isinstance(weight, Fp8Weight):
+            self._bar.update(weight.nbytes)
+            x = self._float8(x, weight.input_scale)
+            stored = self._fp8(name, weight.values.view(np.uint8).T, weight.scale)
+        elif isinstance(weight, Int4Weight):
+            if weight.pre_quant_scale is not None:
+                module = name.removesuffix("weight")
+                x = self.node("Mul", x, self.vector(f"{module}pre_quant_scale", weight.pre_quant_scale))
+            stored = self._awq(name, weight)
+        else:
+            stored = self._transposed(name, weight)
+        return self._biased(self.node("MatMul", x, stored), name, bias)
+
+    def int4(self, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None) -> str:
+        """`linear` with a float weight that is rounded to int4 blocks here."""
+        return self._biased(self.node("MatMul", x, self._int4(name, weight)), name, bias)
+
+    def fp8(self, x: str, name: str, weight: np.ndarray, input_scale: np.float32) -> str:
+        """`linear` with a float weight that is rounded to float8 here, by one scale: its largest value is 448."""
+        largest = max(float(np.abs(weight[rows].astype(np.float32)).max()) for rows in _chunks(weight))
+        scale = np.float32(largest / FP8_MAX) if largest else np.float32(1)
+        values = np.empty(weight.shape[::-1], np.uint8)
+        for rows in _chunks(weight):
+            # Clipped: the largest one's quotient may come out just above the type's end.
+            quotients = np.clip(weight[rows].astype(np.float32) / scale, -FP8_MAX, FP8_MAX)
+            values[:, rows] = quotients.astype(FP8).view(np.uint8).T
+        self._bar.update(weight.nbytes)
+        return self.node("MatMul", self._float8(x, input_scale), self._fp8(name, values, scale))
+
+    def _biased(self, y: str, name: str, bias: np.ndarray | None) -> str:
+        if bias is None:
+            return y
+        return self.node("Add", y, self.vector(name.removesuffix("weight") + "bias", bias))
+
+    def _float8(self, x: str, scale: np.float32) -> str:
+        """x rounded to float8 · scale, [..., K] compute type; one pair of nodes for layers that share x and scale."""
+        if (x, scale) not in self._rounded:
+            scale_name = self.constant(f"{x}.float8_scale.{scale.tobytes().hex()}", np.asarray(scale, np.float32))
+            values = self.node("QuantizeLinear", x, scale_name, self._float8_zero())
+            self._rounded[x, scale] = self._dequantized(values, scale_name)
+        return self._rounded[x, scale]
+
+    def _fp8(self, name: str, values: np.ndarray, scale: np.float32) -> str:
+        """Bytes of float8 [K, N] and their scale as a weight in the compute type."""
+        self._external(f"{name}.float8", TensorProto.FLOAT8E4M3FN, values.shape, [values])
+        return self._dequantized(f"{name}.float8", self.constant(f"{name}.scale", np.asarray(scale, np.float32)))
+
+    def _float8_zero(self) -> str:
+        return self.constant("float8_zero", np.zeros((), FP8))
+
+    def _dequantized(self, values: str, scale: str) -> str:
+        # The scale stays fp32, to the bit; the type that comes out is named, because it follows the scale otherwise.
+        typed = {} if self.kind == TensorProto.FLOAT else {"output_dtype": self.kind}
+        return self.node("DequantizeLinear", values, scale, self._float8_zero(), **typed)
+
+    def _awq(self, name: str, weight: Int4Weight) -> str:
+        n, k = 2 * weight.packed.shape[0], weight.packed.shape[1]
+        block = k // weight.scales.shape[1]
+        # Two rows share a byte there, two columns here: the same bytes, transposed.
+        self._external(f"{name}.int4", TensorProto.INT4, (k, n), [weight.packed.T])
+        self._external(f"{name}.scale", self.kind, (k // block, n), [weight.scales.T.astype(self.dtype)])
+        self._bar.update(weight.nbytes)
+        return self.node("DequantizeLinear", f"{name}.int4", f"{name}.scale", axis=0, block_size=block)
 
     def _transposed(self, name: str, weight: np.ndarray) -> str:
         out = np.empty(weight.shape[::-1], self.dtype)

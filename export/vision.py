@@ -88,7 +88,7 @@ def _embed(g: GraphWriter, checkpoint: Checkpoint) -> str:
     kernel = checkpoint.array("visual.patch_embed.proj.weight")  # [hidden, 3, 2, 14, 14]
     # A still fills both temporal frames with the same pixels.
     kernel = kernel.astype(np.float32).sum(2).reshape(vision.hidden_size, PATCH_VALUES)
-    return g.to_fp32(g.linear(g.to_compute(x), "visual.patch_embed.proj.weight", kernel, int4=False))
+    return g.to_fp32(g.linear(g.to_compute(x), "visual.patch_embed.proj.weight", kernel))
 
 
 def _rotary(g: GraphWriter, checkpoint: Checkpoint) -> tuple[str, str]:
@@ -119,7 +119,7 @@ def _block(g: GraphWriter, checkpoint: Checkpoint, i: int, x: str, sequences: tu
 
     def linear(y: str, name: str) -> str:
         weight, b = (checkpoint.array(f"{prefix}.{name}.{part}") for part in ("weight", "bias"))
-        return g.linear(y, f"{prefix}.{name}.weight", weight, b, int4=False)
+        return g.linear(y, f"{prefix}.{name}.weight", weight, b)
 
     def heads(y: str, perm: list[int]) -> str:  # [B, W, 64, hidden] → [N, heads, L, head_dim]
         y = g.node("Reshape", y, g.ints(n, length, vision.num_heads, vision.head_dim))
@@ -160,7 +160,7 @@ def _merge(g: GraphWriter, checkpoint: Checkpoint, x: str) -> None:
     for index in (0, 2):
         name = f"visual.merger.mlp.{index}.weight"
         bias = checkpoint.array(f"visual.merger.mlp.{index}.bias")
-        y = g.linear(y, name, checkpoint.array(name), bias, int4=False)
+        y = g.linear(y, name, checkpoint.array(name), bias)
         if index == 0:
             y = g.node("Gelu", y)
     order = g.node("Unsqueeze", g.cast("merge_order", TensorProto.INT64), g.ints(-1))

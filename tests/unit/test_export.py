@@ -213,7 +213,7 @@ def test_precision_that_does_not_exist_is_refused(arguments, message):
 def test_int4_refuses_a_layer_that_its_blocks_do_not_fit(tmp_path):
     with pytest.raises(UnsupportedCheckpoint, match="48 input features"):
         with GraphWriter(tmp_path / "g.onnx", 24, Precision.of("int4")) as g:
-            g.linear("x", "layer.weight", np.ones((8, 48), np.float32), int4=True)
+            g.int4("x", "layer.weight", np.ones((8, 48), np.float32))
     assert not list(tmp_path.iterdir())
 
 
@@ -224,7 +224,7 @@ def test_a_block_of_zeros_stays_zero(tmp_path):
     weight[:, :32] = 0
     with GraphWriter(tmp_path / "g.onnx", 24, Precision.of("int4")) as g:
         g.input("x", g.kind, [1, 64])
-        g.node("Identity", g.linear("x", "layer.weight", weight, int4=True), name="y")
+        g.node("Identity", g.int4("x", "layer.weight", weight), name="y")
         g.output("y", g.kind, [1, 2])
     x = np.arange(64, dtype=np.float32)[None]
     np.testing.assert_allclose(ReferenceEvaluator(str(tmp_path / "g.onnx")).run(None, {"x": x})[0], x @ weight.T)
