@@ -21,6 +21,7 @@
     ├── UnsupportedCheckpoint UNSUPPORTED_CHECKPOINT
     ├── LicenceNotAccepted    LICENCE_NOT_ACCEPTED
     └── InvalidBundle         INVALID_BUNDLE
+        └── NotVerified       NOT_VERIFIED           no passing record of the verification gate
 
 On the wire an error is the text ``[CODE] what, where, measured against allowed, what to do``.
 """
@@ -134,6 +135,10 @@ class LicenceNotAccepted(CxrError):
 
 class InvalidBundle(CxrError):
     code = "INVALID_BUNDLE"
+
+
+class NotVerified(InvalidBundle):
+    code = "NOT_VERIFIED"
 
 
 def _tree(cls: type[CxrError]) -> Iterable[type[CxrError]]:

@@ -1,0 +1,274 @@
+"""The unquantized checkpoint in transformers: what an engine's numbers and readings are held against.
+
+Only pixels are shared with the served pipeline (decoding and display, in the sandbox) and the checkpoint's chat
+template; resize, patches, vision tower, positions and greedy decoding are those of transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cxr_triton.chat import ChatTokenizer, Prompt
+from cxr_triton.errors import InvalidRequest
+from cxr_triton.profile import ModelProfile
+from cxr_triton.request import ReadRequest
+from cxr_triton.sandbox import Sandbox
+
+BATCH = 8
+_UNRESIZED = 2**31  # pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One image and what is asked of it.
+
+    Attributes
+    ----------
+    image : bytes
+        DICOM Part 10, PNG or JPEG.
+    request : str
+        REQUEST JSON, see `cxr_triton.request`.
+    """
+
+    image: bytes
+    request: str = "{}"
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of both."""
+        return hashlib.sha256(self.image + b"\0" + self.request.encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a model says.
+
+    Attributes
+    ----------
+    ids : (A,) int64 array
+        Generated tokens; the last one ends the answer if `finish_reason` is ``stop``.
+    text : str
+    finish_reason : str
+        ``stop`` or ``length``.
+    """
+
+    ids: np.ndarray
+    text: str
+    finish_reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Input:
+    prompt: Prompt
+    pixel_values: object  # torch tensor
+    grid: tuple[int, int]  # patches
+    asked: ReadRequest
+
+
+class Reference:
+    """A checkpoint in transformers: fp32 on a CPU, bf16 on a CUDA device; greedy.
+
+    What it has computed for a case is kept, so that several engines can be held against one reference.
+
+    Parameters
+    ----------
+    checkpoint : path
+        Folder of the unquantized checkpoint.
+    profile : ModelProfile
+        As the user names it: not the copy in a bundle, which may be wrong.
+    device : str
+        ``auto``, ``cpu`` or ``cuda``.
+
+    Raises
+    ------
+    UnsupportedCheckpoint, InvalidRequest
+        The folder holds no such checkpoint, or a quantized one.
+    """
+
+    def __init__(self, checkpoint: str | Path, profile: ModelProfile, *, device: str = "auto"):
+        import torch
+        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+        from cxr_triton.export.checkpoint import Checkpoint
+
+        if (Path(checkpoint) / "hf_quant_config.json").exists():
+            raise InvalidRequest(f"{checkpoint} is quantized; give the checkpoint that it was made from")
+        self.source = Checkpoint(checkpoint)
+        self.profile = profile.merge_generation_config(self.source.generation)
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.dtype = "bf16" if self.device == "cuda" else "fp32"
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        self._torch = torch
+        self._model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).eval().to(self.device)
+        self._tokenizer = ChatTokenizer(checkpoint)
+        self._processor = Qwen2VLImageProcessorPil.from_dict(dict(self.source.preprocessor))
+        self._sandbox = Sandbox()
+        self._pictures: dict[str, np.ndarray] = {}
+        self._answers: dict[str, Answer] = {}
+        self._embeddings: dict[str, np.ndarray] = {}
+
+    def close(self) -> None:
+        """End the process that decodes images."""
+        self._sandbox.close()
+
+    def __enter__(self) -> Reference:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def facts(self) -> dict:
+        """What a record says of the reference."""
+        from importlib import metadata
+
+        return {
+            "runtime": "transformers",
+            "device": self.device if self.device == "cpu" else self._torch.cuda.get_device_name(),
+            "dtype": self.dtype,
+            "profile": self.profile.name,
+            "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
+        }
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the checkpoint's files."""
+        return self.source.digests()
+
+    def asked(self, case: Case) -> ReadRequest:
+        """The request of a case, checked against the profile."""
+        return ReadRequest.from_json(case.request, self.profile)
+
+    def picture(self, image: bytes) -> np.ndarray:
+        """Displayed picture in the file's size: uint8 [rows, cols] or [rows, cols, 3]."""
+        key = hashlib.sha256(image).hexdigest()
+        if key not in self._pictures:
+            prepared = self._sandbox.prepare(
+                image, preset=self.profile.pixel_preset, min_pixels=1, max_pixels=_UNRESIZED, factor=1
+            )
+            self._pictures[key] = prepared.pixels
+        return self._pictures[key]
+
+    def prompt(self, case: Case) -> Prompt:
+        """Token ids and positions of a case."""
+        return self._input(case).prompt
+
+    def encode(self, pixels: np.ndarray, *, resize: bool = True) -> np.ndarray:
+        """Image embeddings of a picture: (T, hidden) float32."""
+        values, grid = self._patches(pixels, resize)
+        return self._visual(values, grid)
+
+    def embeddings(self, case: Case) -> np.ndarray:
+        """Image embeddings of a case: (T, hidden) float32."""
+        if case.key not in self._embeddings:
+            entry = self._input(case)
+            self._embeddings[case.key] = self._visual(entry.pixel_values, entry.grid)
+        return self._embeddings[case.key]
+
+    def read(self, cases: Sequence[Case], progress: Callable[[int], None] | None = None) -> list[Answer]:
+        """Greedy answers; cases of one prompt length and grid run as a batch."""
+        torch, groups = self._torch, defaultdict(dict)
+        for case in cases:
+            if case.key not in self._answers:
+                entry = self._input(case)
+                asked = entry.asked
+                room = self.profile.max_sequence - len(entry.prompt.input_ids)
+                limit = min(asked.max_new_tokens, room)
+                groups[len(entry.prompt.input_ids), entry.grid, limit, asked.repetition_penalty][case.key] = entry
+            elif progress:
+                progress(1)
+        ends = set(self.source.eos_token_ids)
+        for (_, _, limit, penalty), members in groups.items():
+            keys = list(members)
+            for at in range(0, len(keys), BATCH):
+                batch = keys[at : at + BATCH]
+                inputs = self._batch([members[key] for key in batch])
+                with torch.inference_mode():
+                    out = self._model.generate(
+                        **inputs,
+                        do_sample=False,
+                        temperature=None,
+                        top_p=None,
+                        top_k=None,
+                        max_new_tokens=limit,
+                        repetition_penalty=penalty,
+                        eos_token_id=sorted(ends),
+                        pad_token_id=min(ends),
+                    )
+                new = out[:, inputs["input_ids"].shape[1] :].cpu().numpy().astype(np.int64)
+                for key, row in zip(batch, new, strict=True):
+                    stops = np.flatnonzero(np.isin(row, list(ends)))
+                    ids = row[: stops[0] + 1] if len(stops) else row
+                    stream = self._tokenizer.stream()
+                    text = stream.push(ids) + stream.finish()
+                    self._answers[key] = Answer(ids, text, "stop" if len(stops) else "length")
+                    if progress:
+                        progress(1)
+        return [self._answers[case.key] for case in cases]
+
+    def logits(self, case: Case) -> np.ndarray:
+        """Logits with which each token of the reference's own answer is predicted: (A, vocab) float32."""
+        torch, (answer,) = self._torch, self.read([case])
+        inputs = self._batch([self._input(case)], answer.ids[:-1])
+        with torch.inference_mode():
+            out = self._model(**inputs, logits_to_keep=len(answer.ids))
+        return out.logits[0].float().cpu().numpy()
+
+    def _input(self, case: Case) -> _Input:
+        pixels = self.picture(case.image)
+        values, grid = self._patches(pixels, True)
+        asked = self.asked(case)
+        return _Input(self._tokenizer.encode(asked.messages(1), [grid]), values, grid, asked)
+
+    def _patches(self, pixels: np.ndarray, resize: bool):
+        from PIL import Image
+
+        limits = {"shortest_edge": self.profile.min_pixels, "longest_edge": self.profile.max_pixels}
+        out = self._processor(Image.fromarray(pixels), size=limits, do_resize=resize, return_tensors="pt")
+        _, rows, cols = out["image_grid_thw"][0].tolist()
+        return out["pixel_values"], (rows, cols)
+
+    def _visual(self, pixel_values, grid: tuple[int, int]) -> np.ndarray:
+        torch, visual = self._torch, self._model.model.visual
+        thw = torch.tensor([[1, *grid]], device=self.device)
+        with torch.inference_mode():
+            out = visual(pixel_values.to(self.device, visual.dtype), thw)
+        return out.pooler_output.float().cpu().numpy()
+
+    def _batch(self, entries: Sequence[_Input], answer: np.ndarray | None = None) -> dict:
+        torch = self._torch
+        rows = [entry.prompt.input_ids for entry in entries]
+        if answer is not None:
+            rows = [np.concatenate([row, answer]) for row in rows]
+        ids = torch.from_numpy(np.stack(rows)).to(self.device)
+        pixels = torch.cat([entry.pixel_values for entry in entries]).to(self.device, self._model.dtype)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == self.source.image_token_id).int(),
+            "pixel_values": pixels,
+            "image_grid_thw": torch.tensor([[1, *entry.grid] for entry in entries], device=self.device),
+        }
+
+
+def request_json(request: dict | None) -> str:
+    """REQUEST text of a request's keys."""
+    return json.dumps(request or {}, sort_keys=True, ensure_ascii=False)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """PNG file of a uint8 picture."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
+    return file.getvalue()
