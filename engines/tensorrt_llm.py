@@ -1,0 +1,181 @@
+"""What TensorRT-LLM's C++ backend wants for one generation: fake ids, prompt table, M-RoPE table, sampling.
+
+Names, types and checks are those of the `tensorrtllm` backend's model `tensorrt_llm` (TensorRT-LLM 1.2). Not run on it
+here: tests hold the tensors against a reader of its rules.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from cxr_triton.errors import InvalidBundle, InvalidRequest, PromptTooLong
+
+from .runtime import Generation
+from .sampling import GREEDY_BELOW_TEMPERATURE
+
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What a request depends on, from the engine's `config.json`.
+
+    Attributes
+    ----------
+    dtype : str
+        Type of the engine, and of the prompt table: ``bfloat16``, ``float16`` or ``float32``.
+    vocab_size : int
+        Ids from here on are rows of the prompt table.
+    max_positions : int
+        Rows of the M-RoPE table, `max_position_embeddings`.
+    rotary_dim : int
+    rotary_base : float
+    mrope_section : tuple of int
+        Frequencies that turn with time, height and width.
+    max_sequence : int
+        Prompt and answer, in tokens.
+    max_prompt_rows : int
+        Rows of a request's prompt table.
+    """
+
+    dtype: str
+    vocab_size: int
+    max_positions: int
+    rotary_dim: int
+    rotary_base: float
+    mrope_section: tuple[int, ...]
+    max_sequence: int
+    max_prompt_rows: int
+
+    @classmethod
+    def read(cls, path: str | Path) -> EngineConfig:
+        """From `config.json` in an engine's folder.
+
+        Raises
+        ------
+        InvalidBundle
+            No engine of a Qwen2-VL decoder with M-RoPE.
+        """
+        path = Path(path) / "config.json"
+        try:
+            whole = json.loads(path.read_bytes())
+            model, build = whole["pretrained_config"], whole["build_config"]
+            if (model["qwen_type"], model["position_embedding_type"]) != ("qwen2_vl", "mrope"):
+                raise InvalidBundle(
+                    f"{path} is an engine of {model['qwen_type']} with {model['position_embedding_type']} positions, "
+                    "qwen2_vl with mrope is needed; build it from what cxr-triton export --format tensorrt-llm wrote"
+                )
+            section = tuple(int(size) for size in model["rotary_scaling"]["mrope_section"])
+            if model["dtype"] not in DTYPES or 2 * sum(section) != model["rotary_embedding_dim"]:
+                raise ValueError(f"dtype {model['dtype']}, mrope_section {section}")
+            if build["max_seq_len"] > model["max_position_embeddings"]:
+                raise ValueError(f"max_seq_len {build['max_seq_len']} is more than max_position_embeddings")
+            return cls(
+                dtype=model["dtype"],
+                vocab_size=int(model["vocab_size"]),
+                max_positions=int(model["max_position_embeddings"]),
+                rotary_dim=int(model["rotary_embedding_dim"]),
+                rotary_base=float(model["rotary_base"]),
+                mrope_section=section,
+                max_sequence=int(build["max_seq_len"]),
+                max_prompt_rows=int(build["max_prompt_embedding_table_size"]) // int(build["max_batch_size"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+            raise InvalidBundle(
+                f"{path} does not describe an engine ({type(error).__name__}: {error}); build it again"
+            ) from None
+
+
+def request_tensors(generation: Generation, config: EngineConfig) -> dict[str, np.ndarray]:
+    """Inputs of the model `tensorrt_llm` for one streamed request, each with its batch axis of 1.
+
+    Parameters
+    ----------
+    generation : Generation
+    config : EngineConfig
+
+    Returns
+    -------
+    dict of str to array
+        By the backend's names. `prompt_embedding_table` is absent for a text-only request; the two M-RoPE tensors never
+        are, or the engine refuses the request.
+
+    Raises
+    ------
+    PromptTooLong
+        No room for an answer.
+    InvalidRequest
+        More image tokens than the engine was built for.
+    """
+    sampling, length = generation.sampling, len(generation.input_ids)
+    if length >= config.max_sequence:
+        raise PromptTooLong(
+            f"the prompt has {length} tokens, the engine's context holds {config.max_sequence} with at least 1 of the "
+            "answer; shorten the prompt or the history, send fewer images, or build with a larger max_sequence"
+        )
+    ids, table = _fake_ids(generation, config)
+    first_end, *further_ends = sampling.eos_token_ids
+    tensors = {
+        "input_ids": ids.astype(np.int32),
+        "input_lengths": np.array([length], np.int32),
+        "request_output_len": np.array([min(sampling.max_new_tokens, config.max_sequence - length)], np.int32),
+        "end_id": np.array([first_end], np.int32),
+        "pad_id": np.array([first_end], np.int32),
+        "streaming": np.array([True]),
+        "repetition_penalty": np.array([sampling.repetition_penalty], np.float32),
+        "mrope_rotary_cos_sin": rotary_table(generation.position_ids, config),
+        "mrope_position_deltas": np.array([int(generation.position_ids.max()) + 1 - length], np.int64),
+    }
+    if further_ends:  # as words of one token each
+        offsets = np.arange(1, len(further_ends) + 1)
+        tensors["stop_words_list"] = np.array([further_ends, offsets], np.int32)
+    if sampling.temperature < GREEDY_BELOW_TEMPERATURE:
+        tensors["runtime_top_k"] = np.array([1], np.int32)
+    else:
+        tensors["temperature"] = np.array([sampling.temperature], np.float32)
+        tensors["runtime_top_p"] = np.array([sampling.top_p], np.float32)
+    if sampling.seed is not None:
+        tensors["seed"] = np.array([sampling.seed], np.uint64)
+    if len(table):
+        tensors["prompt_embedding_table"] = table
+    return {name: value[None] for name, value in tensors.items()}
+
+
+def _fake_ids(generation: Generation, config: EngineConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Ids whose image tokens count on from the vocabulary, and the rows that they name in their order."""
+    is_image = generation.image_index >= 0
+    rows = int(is_image.sum())
+    if rows > config.max_prompt_rows:
+        raise InvalidRequest(
+            f"the images take {rows} tokens, the engine was built for {config.max_prompt_rows}; send fewer or smaller "
+            "images, or build with more"
+        )
+    ids = generation.input_ids.copy()
+    ids[is_image] = config.vocab_size + np.arange(rows)
+    return ids, generation.image_embeddings[generation.image_index[is_image]].astype(DTYPES[config.dtype])
+
+
+def rotary_table(position_ids: np.ndarray, config: EngineConfig) -> np.ndarray:
+    """cos and sin of every position of the context, interleaved, as the engine reads them.
+
+    Parameters
+    ----------
+    position_ids : (3, S) int64 array
+    config : EngineConfig
+
+    Returns
+    -------
+    (max_positions * rotary_dim,) float32 array
+        Of [position, frequency, (cos, sin)]; beyond the prompt those of position 0, which the engine does not read.
+    """
+    half = config.rotary_dim // 2
+    frequencies = (1 / np.float32(config.rotary_base) ** (np.arange(half, dtype=np.float32) / half)).astype(np.float32)
+    axes = np.repeat(np.arange(3), config.mrope_section)
+    angles = np.zeros((config.max_positions, half), np.float32)
+    angles[: position_ids.shape[1]] = position_ids[axes].T.astype(np.float32) * frequencies
+    return np.stack([np.cos(angles), np.sin(angles)], axis=-1).ravel()
