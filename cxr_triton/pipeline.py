@@ -22,6 +22,7 @@ from cxr_triton import image
 from cxr_triton.chat import ChatTokenizer
 from cxr_triton.dicom import Limits
 from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.record import is_verified
 from cxr_triton.engines.sampling import Sampling
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, PromptTooLong
 from cxr_triton.reading import Reading, parse
@@ -88,6 +89,7 @@ class Preprocessor:
             "engine": bundle.engine,
             "precision": bundle.precision,
             "bundle": bundle.digest,
+            "verification": "passed" if is_verified(bundle) else "none",
         }
 
     def prepare(self, images: Sequence[bytes], request: bytes | str) -> StepTensors:

@@ -24,18 +24,21 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--queue-size", default=64, show_default=True, help="Requests that may wait before each step.")
 @click.option("--batch-invariant", is_flag=True, help="Readings never depend on what else runs; int4 alone is slower.")
 @click.option("--force", is_flag=True, help="Replace an older repository.")
+@click.option("--unverified", is_flag=True, help="Take a bundle that did not pass `verify`; the repository says so.")
 @json_option
-def package(bundle: Path, out: Path, force: bool, json_path: str | None, **settings):
-    """Write a Triton model repository from BUNDLE.
+def package(bundle: Path, out: Path, force: bool, unverified: bool, json_path: str | None, **settings):
+    """Write a Triton model repository from BUNDLE, which has to have passed `verify`.
 
     It holds everything it needs and may be moved; the bundle's files are hard-linked where possible.
     """
-    from .package import BUNDLE, ENSEMBLE, MODELS, Settings, write_repository
+    from .package import BUNDLE, ENSEMBLE, MODELS, VERIFICATION, Settings, write_repository
 
-    packaged = write_repository(bundle, out, Settings(**settings), force=force)
+    packaged = write_repository(bundle, out, Settings(**settings), force=force, unverified=unverified)
+    verification, said = (out / ENSEMBLE / "1" / VERIFICATION).read_text().splitlines()[:2]
     click.echo(
         f"{out}: {packaged.profile.name}, {packaged.precision}, digest {packaged.digest[:12]}", err=json_path == "-"
     )
+    click.secho(said, fg=None if verification == "passed" else "yellow", err=True)
     result = {
         "repository": str(out),
         "models": [*MODELS, ENSEMBLE],
@@ -43,6 +46,7 @@ def package(bundle: Path, out: Path, force: bool, json_path: str | None, **setti
         "digest": packaged.digest,
         "profile": packaged.profile.name,
         "precision": packaged.precision,
+        "verification": verification,
         "settings": settings,
     }
     write_json(result, json_path)

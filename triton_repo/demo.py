@@ -70,8 +70,9 @@ def run(folder: Path, model: Path = PHANTOM) -> dict:
     done("export", f"checkpoint to two graphs in {folder / 'export'}")
     bundle = build_bundle(folder / "export", folder / "bundle")
     done("build", f"engine bundle {bundle.digest[:12]} in {folder / 'bundle'}")
-    write_repository(folder / "bundle", folder / "repository", Settings(preprocess_instances=1), force=True)
-    done("package", f"Triton model repository in {folder / 'repository'}")
+    settings = Settings(preprocess_instances=1)
+    write_repository(folder / "bundle", folder / "repository", settings, force=True, unverified=True)
+    done("package", f"Triton model repository in {folder / 'repository'}, unverified: the demo runs no `verify`")
     with Server(folder / "repository", grpc_port=0, http_port=0, metrics_port=0) as server:
         done("serve", f"Triton ready at {server.grpc}, log {server.log}")
         readings = {name: _read(name, file, folder, server.grpc) for name, file in files.items()}

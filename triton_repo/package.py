@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cxr_triton.engines.bundle import MANIFEST, Bundle, Geometry
-from cxr_triton.errors import InvalidRequest
+from cxr_triton.engines.record import require_verified
+from cxr_triton.errors import InvalidRequest, NotVerified
 
 BUNDLE = "decoder/1/bundle"
 ENSEMBLE = "cxr_reader"
+VERIFICATION = "VERIFICATION"
 VISION_BATCH = 8  # images
 MODELS = ("dicom_preprocess", "vision_encoder", "decoder", "report")
 _ADAPTERS = Path(__file__).parent
@@ -53,7 +55,9 @@ class Settings:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}, must be at least {least}")
 
 
-def write_repository(bundle: str | Path, out: str | Path, settings: Settings, *, force: bool = False) -> Bundle:
+def write_repository(
+    bundle: str | Path, out: str | Path, settings: Settings, *, force: bool = False, unverified: bool = False
+) -> Bundle:
     """Write a model repository; it appears complete or not at all.
 
     Parameters
@@ -63,6 +67,9 @@ def write_repository(bundle: str | Path, out: str | Path, settings: Settings, *,
     out : path
         Must not exist or be an empty folder; with `force` also an older repository, which is replaced.
     settings : Settings
+    unverified : bool
+        Take a bundle that did not pass the verification gate too; the repository says so, in the file `VERIFICATION` of
+        the ensemble and in the parameter ``verification`` of every model.
 
     Returns
     -------
@@ -75,8 +82,11 @@ def write_repository(bundle: str | Path, out: str | Path, settings: Settings, *,
         `out` is in use.
     InvalidBundle
         The bundle is damaged.
+    NotVerified
+        It has no passing record of the verification gate, and `unverified` is false.
     """
     source, out = Bundle.open(bundle, verify=False), Path(out).resolve()
+    verification = _verification(source, unverified)
     used = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if used and not force:
         raise InvalidRequest(f"{out} is not an empty folder; choose another one or replace a repository with --force")
@@ -86,13 +96,14 @@ def write_repository(bundle: str | Path, out: str | Path, settings: Settings, *,
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         new = partial / "new"
-        for name, text in configs(source, settings).items():
+        for name, text in configs(source, settings, verification[0]).items():
             (new / name / "1").mkdir(parents=True)
             (new / name / "config.pbtxt").write_text(text)
         for name in MODELS:
             shutil.copyfile(_ADAPTERS / name / "1" / "model.py", new / name / "1" / "model.py")
         # Triton wants a version folder of an ensemble too, and an empty one gets lost in copies and version control.
         (new / ENSEMBLE / "1" / "README").write_text("The ensemble has no file of its own; see config.pbtxt.\n")
+        (new / ENSEMBLE / "1" / VERIFICATION).write_text("\n".join(verification) + "\n")
         (new / BUNDLE).mkdir()
         for file in (MANIFEST, *source.manifest["files"]):
             _link(source.path / file, new / BUNDLE / file)
@@ -105,6 +116,18 @@ def write_repository(bundle: str | Path, out: str | Path, settings: Settings, *,
     return Bundle.open(out / BUNDLE, verify=False)
 
 
+def _verification(bundle: Bundle, unverified: bool) -> tuple[str, str]:
+    """``passed`` or ``unverified``, and in words what that rests on."""
+    try:
+        record = require_verified(bundle)
+    except NotVerified as error:
+        if not unverified:
+            raise
+        return "unverified", f"Packaged with --unverified: {error.message.partition(';')[0]}."
+    runtime = record["runtime"].get("said") or f"run in {record['runtime'].get('engine')}"
+    return "passed", f"The verification gate passed on {record['made']}, {record['images']['count']} images, {runtime}."
+
+
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
@@ -112,8 +135,8 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def configs(bundle: Bundle, settings: Settings) -> dict[str, str]:
-    """Text of ``config.pbtxt`` for each model and the ensemble."""
+def configs(bundle: Bundle, settings: Settings, verification: str) -> dict[str, str]:
+    """Text of ``config.pbtxt`` for each model and the ensemble; each says how the bundle was verified."""
     from google.protobuf import text_format
 
     tensors, threads, queue_size = _tensors(bundle.geometry), settings.threads, settings.queue_size
@@ -137,6 +160,8 @@ def configs(bundle: Bundle, settings: Settings) -> dict[str, str]:
         tensor.optional = True
     decoder.model_transaction_policy.decoupled = True
     models = (preprocess, vision, decoder, report, _ensemble(tensors))
+    for model in models:
+        model.parameters["verification"].string_value = verification
     return {model.name: text_format.MessageToString(model) for model in models}
 
 

@@ -330,7 +330,8 @@ def small_server(served_bundle, tmp_path):
     from cxr_triton.triton_repo.package import Settings, write_repository
     from cxr_triton.triton_repo.serve import Server
 
-    write_repository(served_bundle, tmp_path / "repository", Settings(slots=1, queue_size=2, threads=1))
+    settings = Settings(slots=1, queue_size=2, threads=1)
+    write_repository(served_bundle, tmp_path / "repository", settings, unverified=True)
     server = Server(tmp_path / "repository", grpc_port=0, http_port=0, metrics_port=0, ready_timeout_s=120)
     with server:
         yield server
@@ -380,7 +381,8 @@ def test_serve_leaves_nothing_when_it_ends(served_bundle, tmp_path, number):
     """Even when the command itself is killed in the middle of a reading."""
     from cxr_triton.triton_repo.package import Settings, write_repository
 
-    write_repository(served_bundle, tmp_path / "repository", Settings(preprocess_instances=1, slots=1, threads=1))
+    settings = Settings(preprocess_instances=1, slots=1, threads=1)
+    write_repository(served_bundle, tmp_path / "repository", settings, unverified=True)
     ports = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
     command = [Path(sys.executable).with_name("cxr-triton"), "serve", "repository", *ports, "--json", "ready.json"]
     segments = set(Path("/dev/shm").iterdir())

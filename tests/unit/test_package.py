@@ -1,5 +1,6 @@
 """The written model repository: valid, complete or not there, movable, and consistent from tensor to tensor."""
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from click.testing import CliRunner
 from google.protobuf import text_format
 
 from cxr_triton.cli import main
-from cxr_triton.errors import InvalidBundle, InvalidRequest
-from cxr_triton.triton_repo.package import BUNDLE, ENSEMBLE, MODELS, Settings, write_repository
+from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.record import PARTS, SCHEMA, subject, write_record
+from cxr_triton.errors import InvalidBundle, InvalidRequest, NotVerified
+from cxr_triton.triton_repo.package import BUNDLE, ENSEMBLE, MODELS, VERIFICATION, Settings, write_repository
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("integration", ".")]
 
@@ -18,8 +21,24 @@ from served import write_paper_bundle  # noqa: E402
 
 
 @pytest.fixture
-def bundle(tmp_path):
+def unverified(tmp_path):
     return write_paper_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def bundle(unverified):
+    """With a record as the gate writes one; its graphs are empty, so no gate has run."""
+    write_record(unverified, passing(Bundle.open(unverified)))
+    return unverified
+
+
+def passing(bundle: Bundle) -> dict:
+    part = {"passed": True, "error": None, "checks": [{"name": "paper", "passed": True}], "measured": {}}
+    return {
+        **{"schema": SCHEMA, "passed": True, "subject": subject(bundle.manifest), "made": "2026-11-22T00:00:00Z"},
+        **{"runtime": {"engine": "onnxruntime", "standin": None}, "images": {"count": 8}},
+        "parts": {name: dict(part) for name in PARTS},
+    }
 
 
 def config(repository: Path, model: str):
@@ -74,8 +93,6 @@ def test_settings_reach_the_models(bundle, tmp_path):
 
 
 def test_a_repository_can_be_moved(bundle, tmp_path):
-    from cxr_triton.engines.bundle import Bundle
-
     write_repository(bundle, tmp_path / "here", Settings())
     there = (tmp_path / "here").rename(tmp_path / "there")
     for model in MODELS[:3]:
@@ -133,3 +150,95 @@ def test_the_verb_writes_its_result(bundle, tmp_path):
     result = json.loads(ran.stdout)
     assert result["repository"] == out and result["settings"]["slots"] == 2
     assert (Path(out) / result["bundle"] / "manifest.json").is_file()
+    assert result["verification"] == "passed"
+
+
+def refused(bundle, out, match):
+    with pytest.raises(NotVerified, match=match) as caught:
+        write_repository(bundle, out, Settings())
+    assert "cxr-triton verify" in caught.value.message and "--unverified" in caught.value.message
+    assert not out.exists()
+
+
+def test_a_bundle_without_record_is_refused(unverified, tmp_path):
+    refused(unverified, tmp_path / "out", "was not verified")
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("how", ["failed", "missing", "no checks", "a failed check", "an error"])
+def test_every_part_has_to_have_passed(unverified, tmp_path, part, how):
+    record = passing(Bundle.open(unverified))
+    match how:
+        case "failed":
+            record["parts"][part]["passed"] = False
+        case "missing":
+            del record["parts"][part]
+        case "no checks":
+            record["parts"][part]["checks"] = []
+        case "a failed check":
+            record["parts"][part]["checks"] = [{"name": "paper", "passed": False}]
+        case "an error":
+            record["parts"][part]["error"] = "it broke"
+    write_record(unverified, record)
+    refused(unverified, tmp_path / "out", f"failed the gate in {part}")
+
+
+def test_a_failed_record_is_refused(unverified, tmp_path):
+    write_record(unverified, {**passing(Bundle.open(unverified)), "passed": False})
+    refused(unverified, tmp_path / "out", "failed the gate")
+
+
+def test_a_record_of_another_bundle_is_refused(bundle, tmp_path):
+    other = write_paper_bundle(tmp_path / "other", penalty=1.1)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["verification"] = Bundle.open(bundle).manifest["verification"]
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    refused(other, tmp_path / "out", "another bundle")
+    with pytest.raises(InvalidRequest, match="not about the bundle"):
+        write_record(other, manifest["verification"])
+
+
+def test_a_record_does_not_survive_a_changed_file(bundle, tmp_path):
+    """Also when the manifest is made to agree with the file, as an edit by hand would."""
+    content = (bundle / "generation_config.json").read_bytes() + b" "
+    (bundle / "generation_config.json").write_bytes(content)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"]["generation_config.json"] = {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    refused(bundle, tmp_path / "out", "another bundle")
+
+
+def test_the_repository_says_how_its_bundle_was_verified(bundle, tmp_path):
+    write_repository(bundle, tmp_path / "passed", Settings())
+    plain = write_paper_bundle(tmp_path / "plain")
+    write_repository(plain, tmp_path / "plain-repository", Settings(), unverified=True)
+    for repository, expected in ((tmp_path / "passed", "passed"), (tmp_path / "plain-repository", "unverified")):
+        assert (repository / ENSEMBLE / "1" / VERIFICATION).read_text().splitlines()[0] == expected
+        assert {config(repository, name).parameters["verification"].string_value for name in (*MODELS, ENSEMBLE)} == {
+            expected
+        }
+
+
+def test_the_verb_refuses_and_takes_unverified(unverified, tmp_path):
+    out = str(tmp_path / "repository")
+    ran = CliRunner().invoke(main, ["package", str(unverified), "-o", out])
+    assert ran.exit_code == 1 and "NOT_VERIFIED" in ran.output and not Path(out).exists()
+    ran = CliRunner().invoke(main, ["package", str(unverified), "-o", out, "--unverified", "--json", "-"])
+    assert ran.exit_code == 0 and json.loads(ran.stdout)["verification"] == "unverified"
+    assert "--unverified" in ran.stderr
+
+
+def test_a_reading_says_whether_its_bundle_was_verified(bundle, tmp_path):
+    from cxr_triton.pipeline import Preprocessor
+
+    plain = write_paper_bundle(tmp_path / "plain")
+    for path, expected in ((bundle, "passed"), (plain, "none")):
+        preprocessor = Preprocessor(path)
+        try:
+            context = json.loads(preprocessor.prepare([], json.dumps({"task": "quiz"})).context)
+        finally:
+            preprocessor.close()
+        assert context["model"]["verification"] == expected
