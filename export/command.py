@@ -21,6 +21,7 @@ from cxr_triton.profile import Licence, ModelProfile, load_profile, profile_name
 from .checkpoint import Checkpoint, locate
 from .decoder import check_source, write_decoder
 from .graph import Precision, check
+from .tensorrt_llm import write_tensorrt_llm
 from .vision import write_vision
 
 SCHEMA = 1
@@ -37,6 +38,7 @@ def export_checkpoint(
     max_sequence: int | None = None,
     revision: str | None = None,
     accept_licence: bool = False,
+    form: str = "onnx",
     progress: bool | None = None,
 ) -> dict:
     """Write an export folder; it appears complete or not at all.
@@ -57,6 +59,9 @@ def export_checkpoint(
         Of a hub id; by default the one that the profile's facts were taken from, if it is the profile's checkpoint.
     accept_licence : bool
         The user accepts the weights' non-commercial licence.
+    form : {"onnx", "tensorrt-llm"}
+        Of the decoder: a graph, or the folder ``decoder`` for `trtllm-build`, which then is all bf16 but for its
+        quantized linear layers. The vision tower is a graph in any case.
     progress : bool, optional
         Show bars on standard error; by default on a terminal.
 
@@ -69,10 +74,17 @@ def export_checkpoint(
     ------
     LicenceNotAccepted, UnsupportedCheckpoint, InvalidRequest, InvalidProfile
     """
+    if form == "tensorrt-llm":
+        if compute not in (None, "bf16") or head not in (None, "compute"):
+            raise InvalidRequest(
+                f"compute {compute} with head {head} was asked for; TensorRT-LLM's decoder has bf16 for both, leave "
+                "them out"
+            )
+        compute, head = "bf16", "compute"
     Precision.of(precision or "int4", compute, head)  # a wrong name is known before a checkpoint is fetched
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidRequest(f"{out} is not an empty folder; remove it or choose another one")
-    licence = _licence(source, profile)
+    licence = licence_of(source, profile)
     if licence.non_commercial and not accept_licence:
         raise LicenceNotAccepted(
             f"the weights of {source} are under {licence.name} ({licence.stated}), for non-commercial research only; "
@@ -97,12 +109,24 @@ def export_checkpoint(
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         check(write_vision(checkpoint, partial, precision=precision, compute=compute, progress=progress))
-        check(write_decoder(checkpoint, partial, precision=precision, compute=compute, head=head, progress=progress))
+        if form == "tensorrt-llm":
+            write_tensorrt_llm(
+                checkpoint,
+                partial / "decoder",
+                precision=precision,
+                max_position_embeddings=profile.max_sequence,
+                progress=progress,
+            )
+        else:
+            check(
+                write_decoder(checkpoint, partial, precision=precision, compute=compute, head=head, progress=progress)
+            )
         for name, content in side_files.items():
             (partial / name).write_bytes(content)
         (partial / "profile.yaml").write_text(profile.to_yaml(), encoding="utf-8")
         export = {
             "schema": SCHEMA,
+            "format": form,
             "precision": chosen.weights,
             "head": chosen.head,
             "geometry": _geometry(checkpoint, profile, chosen),
@@ -141,7 +165,7 @@ def _quantization(checkpoint: Checkpoint) -> dict:
     }
 
 
-def _licence(source: str, profile: ModelProfile) -> Licence:
+def licence_of(source: str, profile: ModelProfile) -> Licence:
     """The licence of the weights: that of the bundled profile made for them, else that of the profile in use."""
     for name in profile_names():
         bundled = load_profile(name)
@@ -174,6 +198,14 @@ def _geometry(checkpoint: Checkpoint, profile: ModelProfile, precision: Precisio
 @click.option("-o", "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="New folder.")
 @click.option("--profile", required=True, metavar="NAME|YAML", help=f"One of {', '.join(profile_names())}, or a file.")
 @click.option(
+    "--format",
+    "form",
+    type=click.Choice(["onnx", "tensorrt-llm"]),
+    default="onnx",
+    show_default=True,
+    help="Decoder as a graph, or as a checkpoint for trtllm-build.",
+)
+@click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "bf16", "int4", "fp8", "int4-awq"]),
     help="Decoder weights; a quantized checkpoint has fp8 or int4-awq.  [default: what it has, or int4]",
@@ -199,13 +231,13 @@ def export(checkpoint, out, profile, json_path, **options):
     The weights stream: a 3B checkpoint takes about 1 GiB of memory.
     """
     chosen = load_profile(profile)
-    licence = _licence(checkpoint, chosen)
+    licence = licence_of(checkpoint, chosen)
     click.echo(f"licence of the weights: {licence.name} ({licence.stated})", err=True)
     start = time.monotonic()
     result = export_checkpoint(checkpoint, out, chosen, **options)
     result |= {
         "path": str(out),
-        "bytes": sum(path.stat().st_size for path in out.iterdir()),
+        "bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
         "seconds": round(time.monotonic() - start, 1),
     }
     if json_path != "-":

@@ -241,3 +241,25 @@ def test_the_writer_refuses_what_it_cannot_write(checkpoint, tmp_path):
     with pytest.raises(InvalidRequest, match="not an empty folder"):
         write_tensorrt_llm(opened, tmp_path / "used", precision="bf16", max_position_embeddings=CONTEXT)
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_the_export_verb_writes_a_decoder_for_tensorrt_llm(checkpoint, written, tmp_path):
+    from click.testing import CliRunner
+
+    from cxr_triton.cli import main
+
+    profile = Path(__file__).resolve().parent.parent / "phantom/profile.yaml"
+    tokenizer = profile.parent / "checkpoint"
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (checkpoint / name).write_bytes((tokenizer / name).read_bytes())
+    arguments = ["export", str(checkpoint), "--profile", str(profile), "--format", "tensorrt-llm"]
+    arguments += ["--precision", "bf16", "--max-sequence", str(CONTEXT), "--json", "-"]
+    result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "export")])
+    assert result.exit_code == 0, result.output
+    export = json.loads(result.stdout)
+    assert (export["format"], export["precision"], export["geometry"]["compute"]) == ("tensorrt-llm", "bf16", "bf16")
+    for name in ("config.json", "rank0.safetensors"):
+        assert (tmp_path / "export/decoder" / name).read_bytes() == (written / name).read_bytes()
+    assert (tmp_path / "export/vision.onnx").exists() and not (tmp_path / "export/decoder.onnx").exists()
+    refused = CliRunner().invoke(main, [*arguments, "--head", "int4", "-o", str(tmp_path / "other")])
+    assert refused.exit_code == 1 and "leave them out" in refused.output
