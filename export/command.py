@@ -135,6 +135,7 @@ def export_checkpoint(
                 "revision": commit,
                 "files": checkpoint.digests(),
                 "licence": {**dataclasses.asdict(licence), "accepted": accept_licence},
+                **({"calibration": checkpoint.calibration or None} if checkpoint.quantization else {}),
             },
             **_quantization(checkpoint),
             "versions": {
@@ -151,18 +152,11 @@ def export_checkpoint(
 
 
 def _quantization(checkpoint: Checkpoint) -> dict:
-    """What `export.json` says of a quantized source: scheme, KV scales, and the calibration record as it stands."""
+    """What `export.json` says of a quantized source, with the scales of its float8 KV cache."""
     if checkpoint.quantization is None:
         return {}
-    chosen = dataclasses.asdict(checkpoint.quantization)
-    return {
-        "quantization": {
-            **chosen,
-            "exclude": list(chosen["exclude"]),
-            "kv_scales": checkpoint.kv_scales(),
-            "calibration": checkpoint.calibration or None,
-        }
-    }
+    facts = dataclasses.asdict(checkpoint.quantization)
+    return {"quantization": {**facts, "exclude": list(facts["exclude"]), "kv_scales": checkpoint.kv_scales()}}
 
 
 def licence_of(source: str, profile: ModelProfile) -> Licence:
