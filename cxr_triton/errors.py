@@ -18,8 +18,11 @@
     ├── ServerMismatch        SERVER_MISMATCH
     ├── InternalError         INTERNAL
     ├── InvalidProfile        INVALID_PROFILE
+    ├── InvalidRecipe         INVALID_RECIPE
     ├── UnsupportedCheckpoint UNSUPPORTED_CHECKPOINT
     ├── LicenceNotAccepted    LICENCE_NOT_ACCEPTED
+    ├── BuildFailed           BUILD_FAILED           a compiler refused a graph
+    ├── DeviceUnavailable     DEVICE_UNAVAILABLE     no GPU, or no library for it
     └── InvalidBundle         INVALID_BUNDLE
         └── NotVerified       NOT_VERIFIED           no passing record of the verification gate
 
@@ -125,12 +128,24 @@ class InvalidProfile(CxrError):
     code = "INVALID_PROFILE"
 
 
+class InvalidRecipe(CxrError):
+    code = "INVALID_RECIPE"
+
+
 class UnsupportedCheckpoint(CxrError):
     code = "UNSUPPORTED_CHECKPOINT"
 
 
 class LicenceNotAccepted(CxrError):
     code = "LICENCE_NOT_ACCEPTED"
+
+
+class BuildFailed(CxrError):
+    code = "BUILD_FAILED"
+
+
+class DeviceUnavailable(CxrError):
+    code = "DEVICE_UNAVAILABLE"
 
 
 class InvalidBundle(CxrError):

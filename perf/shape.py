@@ -13,35 +13,11 @@ import click
 import ml_dtypes
 import numpy as np
 
+from ..engines.recipe import TEXT_3B, VISION_3B
 from ..export.checkpoint import read_config, tensor_shapes
 
 SHARD_BYTES = 4_000_000_000
 
-TEXT = {
-    "hidden_size": 2048,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "hidden_act": "silu",
-    "max_position_embeddings": 128000,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    "sliding_window": 32768,
-    "use_sliding_window": False,
-    "max_window_layers": 70,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-}
-VISION = {  # depth, window and full-attention blocks are left to the class defaults, as in the published file
-    "hidden_size": 1280,
-    "in_chans": 3,
-    "out_hidden_size": 2048,
-    "spatial_patch_size": 14,
-    "tokens_per_second": 2,
-}
 TOKENS = {
     "image_token_id": 151655,
     "video_token_id": 151656,
@@ -74,8 +50,8 @@ def write_shape(
     *,
     nested: bool = False,
     seed: int = 0,
-    text_values: dict = TEXT,
-    vision_values: dict = VISION,
+    text_values: dict = TEXT_3B,
+    vision_values: dict = VISION_3B,
 ) -> Path:
     """Write the checkpoint folder, about 7.5 GB.
 
