@@ -260,7 +260,7 @@ def _digest_of(data: Iterable[bytes]) -> str:
 
 def _runnable(bundle: Bundle, standin: Bundle | str | Path | None) -> tuple[Bundle, dict]:
     """The bundle whose sessions run here, and what the record says of it."""
-    error = _loads(bundle)
+    error = why_not_here(bundle)
     if error is None:
         return bundle, {"engine": bundle.engine, "standin": None}
     if standin is None:
@@ -290,7 +290,7 @@ def _side_files(bundle: Bundle) -> list[str]:
     return [name for name in bundle.manifest["files"] if not name.startswith(("vision.", "decoder."))]
 
 
-def _loads(bundle: Bundle) -> str | None:
+def why_not_here(bundle: Bundle) -> str | None:
     """Why a bundle's engines cannot be run here; None if they can."""
     if bundle.engine == "onnxruntime":
         return None
