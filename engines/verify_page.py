@@ -128,7 +128,8 @@ def _distributions(record: dict) -> str:
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>" if rows else ""
     if not figures and not table:
         return ""
-    return f'<section><h2>Distributions</h2><div class="figures">{figures}</div><div class="scroll">{table}</div></section>'
+    body = f'<div class="figures">{figures}</div><div class="scroll">{table}</div>'
+    return f"<section><h2>Distributions</h2>{body}</section>"
 
 
 def _histogram(title: str, histogram: dict) -> str:
