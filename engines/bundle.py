@@ -20,21 +20,21 @@ from cxr_triton.errors import InvalidBundle, InvalidRequest
 from cxr_triton.profile import ModelProfile, load_profile
 
 from .compiler import compile_decoder
+from .plan_cache import PlanCache, plan_key
+from .recipe import ENGINES, Recipe
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 EXPORT = "export.json"
-REQUIRED = (
+SIDE_FILES = (
     "profile.yaml",
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
     "tokenizer.json",
     "chat_template.jinja",
-    "vision.onnx",
-    "decoder.onnx",
 )
-DATA = ("vision.onnx.data", "decoder.onnx.data")
+GRAPHS = ("vision", "decoder")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _READ_BYTES = 1 << 22
 
@@ -120,7 +120,13 @@ class Bundle:
 
     @property
     def engine(self) -> str:
+        """What runs the decoder: ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``."""
         return self.manifest["engine"]
+
+    @property
+    def vision_engine(self) -> str:
+        """What runs the vision graph."""
+        return self.manifest["vision_engine"]
 
     @property
     def precision(self) -> str:
@@ -148,7 +154,8 @@ class Bundle:
         ------
         InvalidBundle
             A file is missing, unknown or changed, the manifest is of another schema, or the bundle was built for a
-            newer runtime than the installed one.
+            newer ONNX Runtime than the installed one. Whether a plan fits the installed TensorRT and the GPU is known
+            when a session is opened.
         """
         path = Path(path)
         raw = _read(path / MANIFEST)
@@ -157,8 +164,8 @@ class Bundle:
         except (ValueError, RecursionError) as error:
             raise InvalidBundle(f"{MANIFEST} is not JSON ({error}); build the bundle again") from None
         _check_manifest(manifest)
-        _check_files(path, manifest["files"], verify, progress)
-        _check_runtime(manifest["versions"])
+        _check_files(path, manifest, verify, progress)
+        _check_runtime(manifest)
         geometry = Geometry.from_json(manifest["geometry"], MANIFEST)
         return cls(path, manifest, hashlib.sha256(raw).hexdigest(), geometry)
 
@@ -176,12 +183,17 @@ def _check_manifest(manifest: object) -> None:
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         raise InvalidBundle(f"{MANIFEST} has schema {schema!r}, this cxr-triton reads {SCHEMA}; build the bundle again")
-    kinds = {"engine": str, "precision": str, "versions": dict, "source": dict, "geometry": dict, "files": dict}
+    kinds = {"engine": str, "vision_engine": str, "precision": str}
+    kinds |= dict.fromkeys(("versions", "source", "geometry", "files"), dict)
     for key, kind in kinds.items():
         if not isinstance(manifest.get(key), kind):
             raise InvalidBundle(f"{MANIFEST}: {key} is missing or no {kind.__name__}; build the bundle again")
-    if manifest["engine"] != "onnxruntime":
-        raise InvalidBundle(f"{MANIFEST}: engine {manifest['engine']!r}, this cxr-triton runs onnxruntime")
+    for key in ("engine", "vision_engine"):
+        if manifest[key] not in ENGINES:
+            raise InvalidBundle(
+                f"{MANIFEST}: {key} {manifest[key]!r:.40}, this cxr-triton runs {', '.join(ENGINES)}; build the bundle "
+                "again"
+            )
     for name, entry in manifest["files"].items():
         # A name that leaves the folder would let a bundle vouch for, or load, another file of the machine.
         if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
@@ -195,9 +207,15 @@ def _check_manifest(manifest: object) -> None:
             raise InvalidBundle(f"{MANIFEST}: the entry of {name} lacks bytes or sha256; build the bundle again")
 
 
-def _check_files(path: Path, files: dict, verify: bool, progress: Progress | None) -> None:
-    present = {item.name for item in path.iterdir()} - {MANIFEST}
-    if missing := sorted({*files, *REQUIRED, *DATA} - (present & set(files))):
+def graph_files(graph: str, engine: str) -> tuple[str, ...]:
+    """Names of the files that hold a graph for an engine."""
+    return (f"{graph}.onnx", f"{graph}.onnx.data") if engine == "onnxruntime" else (f"{graph}.plan",)
+
+
+def _check_files(path: Path, manifest: dict, verify: bool, progress: Progress | None) -> None:
+    files, present = manifest["files"], {item.name for item in path.iterdir()} - {MANIFEST}
+    graphs = graph_files("vision", manifest["vision_engine"]) + graph_files("decoder", manifest["engine"])
+    if missing := sorted({*files, *SIDE_FILES, *graphs} - (present & set(files))):
         raise InvalidBundle(f"{missing[0]} is missing from {path} or its manifest; build the bundle again")
     if unknown := sorted(present - set(files)):
         raise InvalidBundle(f"{unknown[0]} in {path} is not in the manifest; remove it or build the bundle again")
@@ -213,13 +231,15 @@ def _check_files(path: Path, files: dict, verify: bool, progress: Progress | Non
             )
 
 
-def _check_runtime(versions: dict) -> None:
+def _check_runtime(manifest: dict) -> None:
     """Newer runtimes read graphs of older ones, not the other way round."""
+    if "onnxruntime" not in (manifest["engine"], manifest["vision_engine"]):
+        return
     try:
         installed = metadata.version("onnxruntime")
     except metadata.PackageNotFoundError:
         return  # a machine that only packages a bundle has none
-    built = versions.get("onnxruntime")
+    built = manifest["versions"].get("onnxruntime")
     if not isinstance(built, str) or _major_minor(installed) < _major_minor(built):
         raise InvalidBundle(
             f"the bundle was built with onnxruntime {built}, {installed} is installed; "
@@ -243,7 +263,13 @@ def sha256(path: Path, progress: Progress | None = None) -> str:
 
 
 def build_bundle(
-    export_dir: str | Path, out: str | Path, *, compiler: str = "onnxruntime", progress: Progress | None = None
+    export_dir: str | Path,
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    compiler: str = "onnxruntime",
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Bundle:
     """Compile an export folder into an engine bundle.
 
@@ -255,8 +281,12 @@ def build_bundle(
         What `cxr-triton export` wrote.
     out : str or Path
         Must not exist, or be an empty folder.
+    recipe : Recipe, optional
+        Names the compilers and the shapes; TensorRT needs one.
     compiler : str
-        ``onnxruntime``.
+        ``onnxruntime``, where there is no recipe.
+    cache : str or Path, optional
+        Folder of a `PlanCache`; without it plans are always built.
     progress : callable, optional
         Called with a file's name and the bytes just copied or hashed.
 
@@ -267,36 +297,64 @@ def build_bundle(
     Raises
     ------
     InvalidRequest
-        `out` is in use, or the compiler is unknown.
+        `out` is in use, the compiler is unknown or needs a recipe, or the export is not what the recipe asks for.
     InvalidBundle
         The export folder is incomplete, or its precision does not run on this compiler.
     InvalidProfile
         Its `profile.yaml` is none.
+    DeviceUnavailable
+        The compiler, or the GPU that it needs, is missing.
+    BuildFailed
+        The compiler refuses a graph.
     """
     source, out = Path(export_dir), Path(out)
-    if compiler != "onnxruntime":
-        raise InvalidRequest(f"compiler {compiler!r} is unknown; use onnxruntime")
+    engines = {"vision": recipe.vision.compiler, "decoder": recipe.decoder.compiler} if recipe else None
+    if engines is None:
+        if compiler != "onnxruntime":
+            known = f"{compiler} needs a recipe" if compiler in ENGINES else f"compiler {compiler!r} is unknown"
+            raise InvalidRequest(f"{known}; use onnxruntime, or name a recipe, see `cxr-triton recipes`")
+        engines = dict.fromkeys(GRAPHS, compiler)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidRequest(f"{out} is not an empty folder; remove it or choose another one")
-    export = _read_export(source)
+    export = _read_export(source, engines)
+    if recipe:
+        _check_recipe(export, recipe)
+        longest = min(recipe.max_sequence, export["geometry"]["max_sequence"])
+        export["geometry"] = export["geometry"] | {"max_sequence": longest}
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        compile_decoder(source / "decoder.onnx", partial / "decoder.onnx")
+        plans, versions = {}, {}
+        for graph, engine in engines.items():
+            if engine != "onnxruntime":
+                plans[graph] = _build_plan(source, partial, graph, engine, export, recipe, cache, progress)
+                versions[engine] = plans[graph]["version"]
+                continue
+            versions[engine] = metadata.version("onnxruntime")
+            if graph == "decoder":
+                compile_decoder(source / "decoder.onnx", partial / "decoder.onnx")
         files = {file.name: _entry(file, progress) for file in sorted(partial.iterdir())}
-        files |= {
-            name: _copy(source / name, partial / name, progress) for name in (*REQUIRED, *DATA) if name not in files
-        }
+        names = SIDE_FILES + tuple(name for graph, engine in engines.items() for name in graph_files(graph, engine))
+        files |= {name: _copy(source / name, partial / name, progress) for name in names if name not in files}
         manifest = {
             "schema": SCHEMA,
-            "engine": compiler,
+            "engine": engines["decoder"],
+            "vision_engine": engines["vision"],
             "precision": export["precision"],
-            "versions": export["versions"]
-            | {"cxr_triton": __version__, "onnxruntime": metadata.version("onnxruntime")},
+            "head": export.get("head"),
+            "recipe": recipe.to_json() if recipe else None,
+            "versions": export["versions"] | {"cxr_triton": __version__, **versions},
             "source": export["source"],
             "geometry": export["geometry"],
             "files": files,
         }
+        if plans:
+            from .tensorrt import container_match
+
+            manifest["plans"] = plans
+            manifest["compute_capabilities"] = sorted({plan["compute_capability"] for plan in plans.values()})
+            if "tensorrt" in versions:
+                manifest["container"] = container_match(recipe.container, versions["tensorrt"])
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         partial.chmod(0o755)
         os.replace(partial, out)
@@ -305,7 +363,69 @@ def build_bundle(
     return Bundle.open(out, verify=False)
 
 
-def _read_export(source: Path) -> dict:
+def _build_plan(
+    source: Path,
+    folder: Path,
+    graph: str,
+    engine: str,
+    export: dict,
+    recipe: Recipe,
+    cache: str | Path | None,
+    progress: Progress | None,
+) -> dict:
+    """Put a graph's plan into `folder`, from the cache if it is there; gives the build report."""
+    from .tensorrt import compile_graph, load_library, shape_ranges, target
+
+    library, plan = load_library(engine), folder / f"{graph}.plan"
+    geometry = Geometry.from_json(export["geometry"], EXPORT)
+    chosen = target(engine, recipe)
+    ranges = shape_ranges(graph, geometry, recipe, load_profile(source / "profile.yaml").max_images)
+    kept = PlanCache(Path(cache)) if cache else None
+    if kept:
+        key = plan_key(
+            {
+                "graphs": [sha256(source / name, progress) for name in graph_files(graph, "onnxruntime")],
+                "shapes": ranges,
+                "max_sequence": geometry.max_sequence,
+                "engine": engine,
+                "version": library.__version__,
+                "cxr_triton": __version__,
+                **dataclasses.asdict(chosen),
+            }
+        )
+        if report := kept.get(key, plan):
+            return report
+        timing = kept.folder / f"timing-{engine}-{library.__version__}-{chosen.compute_capability}.cache"
+    report = compile_graph(
+        engine,
+        source / f"{graph}.onnx",
+        plan,
+        ranges,
+        max_sequence=geometry.max_sequence,
+        target=chosen,
+        timing_cache=timing if kept and engine == "tensorrt" else None,
+    )
+    if kept:
+        kept.put(key, plan, report)
+    return report
+
+
+def _check_recipe(export: dict, recipe: Recipe) -> None:
+    """Refuse an export of other types than the recipe's."""
+    wanted = {name: getattr(recipe.decoder, name) for name in ("precision", "compute", "head")}
+    has = {"precision": export["precision"], "compute": export["geometry"]["compute"], "head": export.get("head")}
+    if has != wanted:
+        raise InvalidRequest(
+            f"the export has {_listed(has)}, recipe {recipe.name} asks for {_listed(wanted)}; export with "
+            f"--precision {wanted['precision']} --compute {wanted['compute']} --head {wanted['head']}"
+        )
+
+
+def _listed(values: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _read_export(source: Path, engines: dict[str, str]) -> dict:
     try:
         export = json.loads((source / EXPORT).read_bytes())
     except OSError as error:
@@ -321,12 +441,12 @@ def _read_export(source: Path) -> dict:
         if not isinstance(export.get(key), kind):
             raise InvalidBundle(f"{EXPORT}: {key} is missing or no {kind.__name__}; export again")
     geometry = Geometry.from_json(export["geometry"], EXPORT)
-    if geometry.compute != "fp32":
+    if "onnxruntime" in engines.values() and geometry.compute != "fp32":
         raise InvalidBundle(
             f"the graphs compute in {geometry.compute}, onnxruntime on a CPU runs fp32; "
-            "export with precision fp32, or int4 with fp32 compute"
+            "export with precision fp32, or int4 with fp32 compute, or name a recipe for this type"
         )
-    for name in (*REQUIRED, *DATA):
+    for name in (*SIDE_FILES, *(name for graph in GRAPHS for name in graph_files(graph, "onnxruntime"))):
         if not (source / name).is_file():
             raise InvalidBundle(f"{name} is missing in {source}; export again")
     load_profile(source / "profile.yaml")

@@ -1,4 +1,4 @@
-"""`cxr-triton build`: an export folder becomes an engine bundle."""
+"""`cxr-triton build`: an export folder becomes an engine bundle; `cxr-triton recipes`: what it can be built for."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import click
 
 from cxr_triton.cli import json_option, write_json
 
+GIB = 1 << 30
+
 
 @click.command()
 @click.argument("export_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle; must be new.")
-@click.option("--compiler", type=click.Choice(["onnxruntime"]), default="onnxruntime", show_default=True)
+@click.option("--recipe", metavar="NAME|YAML", help="Target; see `recipes`.  [default: onnxruntime on a CPU]")
+@click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Folder of compiled plans.")
+@click.option("--no-cache", is_flag=True, help="Compile, whatever was compiled before.")
 @json_option
-def build(export_dir: Path, out: Path, compiler: str, json_path: str | None):
+def build(export_dir: Path, out: Path, recipe: str | None, cache: Path | None, no_cache: bool, json_path: str | None):
     """Compile the graphs in EXPORT_DIR into an engine bundle.
 
     The bundle is a folder that holds everything a server needs, and a manifest with the SHA-256 of each file.
@@ -23,24 +27,80 @@ def build(export_dir: Path, out: Path, compiler: str, json_path: str | None):
     from tqdm import tqdm
 
     from .bundle import build_bundle
+    from .plan_cache import default_folder
+    from .recipe import load_recipe
 
+    if cache and no_cache:
+        raise click.UsageError("--cache and --no-cache exclude each other")
     started_s = time.monotonic()
+    chosen = load_recipe(recipe) if recipe else None
     total = sum(file.stat().st_size for file in export_dir.iterdir() if file.is_file())
     with tqdm(total=total, desc=out.name, unit="B", unit_scale=True, disable=None) as bar:
-        bundle = build_bundle(export_dir, out, compiler=compiler, progress=lambda name, count: bar.update(count))
+        bundle = build_bundle(
+            export_dir,
+            out,
+            recipe=chosen,
+            cache=None if no_cache else cache or default_folder(),
+            progress=lambda name, count: bar.update(count),
+        )
     size = sum(entry["bytes"] for entry in bundle.manifest["files"].values())
     result = {
         "bundle": str(bundle.path),
         "digest": bundle.digest,
         "engine": bundle.engine,
+        "vision_engine": bundle.vision_engine,
         "precision": bundle.precision,
         "profile": bundle.profile.name,
+        "recipe": chosen.name if chosen else None,
+        "plans": bundle.manifest.get("plans", {}),
+        "container": bundle.manifest.get("container"),
         "bytes": size,
         "seconds": round(time.monotonic() - started_s, 1),
     }
     click.echo(
         f"{bundle.path}: {bundle.profile.name}, {bundle.precision} for {bundle.engine}, "
-        f"{size / 2**30:.2f} GiB, digest {bundle.digest[:12]}",
+        f"{size / GIB:.2f} GiB, digest {bundle.digest[:12]}",
         err=json_path == "-",
     )
+    for graph, plan in result["plans"].items():
+        click.echo(
+            f"{graph}: {plan['engine']} {plan['version']} for {plan['gpu'] or plan['compute_capability']}, "
+            f"{plan['bytes'] / GIB:.2f} GiB, {plan['bytes'] / plan['weights_bytes']:.3f} of its weights, "
+            f"compiled in {plan['seconds']} s",
+            err=json_path == "-",
+        )
+    if result["container"]:
+        click.echo(result["container"]["said"], err=True)
     write_json(result, json_path)
+
+
+@click.command()
+@click.argument("name", required=False)
+@json_option
+def recipes(name: str | None, json_path: str | None):
+    """List the targets that bundles are built for, or show one: NAME, or your own YAML file.
+
+    Memory is computed for the published 3B: weights and KV cache exactly, activations and CUDA as an allowance.
+    """
+    from .recipe import load_recipe, recipe_names
+
+    chosen = [load_recipe(one) for one in ([name] if name else recipe_names())]
+    result = [recipe.to_json() | {"memory": recipe.memory()} for recipe in chosen]
+    if json_path != "-":
+        click.echo(
+            f"{'recipe':14}{'target':28}{'decoder':10}{'engine':14}{'slots':>6}{'weights':>9}{'KV':>7}{'total':>7}"
+            f"{'card':>7}  GiB"
+        )
+        for recipe, row in zip(chosen, result, strict=True):
+            memory = row["memory"]
+            weights = sum(memory[part] for part in ("decoder_layers", "embedding", "head", "vision_tower"))
+            sizes = (weights, memory["kv_cache"], memory["total"], memory["card"])
+            click.echo(
+                f"{recipe.name:14}{recipe.gpu or 'CPU':28}{recipe.decoder.precision:10}{recipe.decoder.compiler:14}"
+                f"{recipe.slots:6}{sizes[0] / GIB:9.2f}" + "".join(f"{size / GIB:7.2f}" for size in sizes[1:])
+            )
+    if name and json_path != "-":
+        import yaml
+
+        click.echo("\n" + yaml.safe_dump(result[0] | {"memory": result[0]["memory"]}, sort_keys=False).rstrip())
+    write_json(result[0] if name else {"recipes": result}, json_path)

@@ -45,17 +45,20 @@ _REPORTED = {
     "weights_bytes": re.compile(r"Total Weights Memory: (\d+) bytes"),
     "activation_bytes": re.compile(r"Total Activation Memory: (\d+) bytes"),
 }
-_SOURCE = re.compile(r"^(\S+\.(cpp|h):\d+:?\s*|In function \S+\s*|\[\S+::\d+\]\s*)+")
+_SOURCE = re.compile(r"^(\S+\.(cpp|h):\d+:?\s*|In function \S+\s*|I\w+::\w+: |Error Code \d+: |\[\S+::\d+\]\s*)+")
 _NODE = re.compile(r"node[: ]+\{?([\w.:/\[\]+ -]+?)[\]}]*(?:\.| due|,|:|$)")
+_OPERATOR = re.compile(r"(\w+) operation was not supported")
+_INITIALIZER = re.compile(r"Failed to import initializer: ([\w.]+)$")
 _REMEDIES = (
+    ("initializer", "the graph and its .data file are not of one export; export again"),
     ("softmax precision", "export again with this version of cxr-triton"),
-    ("implementation", "export with --compute fp16 or bf16: attention and quantized products have no fp32 kernels"),
+    ("plugin not found", "the compiler has no such operator; export again with this version of cxr-triton"),
+    ("dedicated kernel", "attention has fused kernels in fp16 and bf16 only: export with --compute fp16 or bf16"),
+    ("implementation", "export with --compute fp16 or bf16, or choose another precision"),
     ("opset", "use a newer version of the compiler"),
     ("unsupported", "use a newer version of the compiler, or engine onnxruntime"),
     ("not supported", "use a newer version of the compiler, or engine onnxruntime"),
     ("memory", "free memory, or lower slots, max_sequence or image_budget of the recipe"),
-    ("external", "the graph and its .data file are not of one export; export again"),
-    ("weights", "the graph and its .data file are not of one export; export again"),
 )
 
 
@@ -292,7 +295,7 @@ def compile_graph(
     if monitor.interrupted:
         raise KeyboardInterrupt
     if not done or not plan.stat().st_size:
-        raise _builder_error(what, graph.name, log.errors, network)
+        raise _builder_error(what, graph.name, log.errors, model)
     if timing_cache is not None:
         timing_cache.parent.mkdir(parents=True, exist_ok=True)
         timing_cache.write_bytes(config.get_timing_cache().serialize())
@@ -350,6 +353,8 @@ def _parser_error(what: str, graph: str, parser) -> BuildFailed:
         return BuildFailed(f"{what} cannot parse {graph} and does not say why; export again")
     first = errors[0]
     text = " ".join(first.desc().split())
+    if found := _INITIALIZER.search(text):
+        return BuildFailed(f"{what} cannot read the weights {found[1]} of {graph}; {_remedy(text)}")
     same = sum(error.node_operator() == first.node_operator() for error in errors) - 1
     others = f" ({same} more of this operator)" if same else ""
     return BuildFailed(
@@ -358,12 +363,20 @@ def _parser_error(what: str, graph: str, parser) -> BuildFailed:
     )
 
 
-def _builder_error(what: str, graph: str, messages: list[str], network) -> BuildFailed:
-    """The first message that names a node, with the kind of the layer of that name."""
-    named = [(message, found[1]) for message in messages if (found := _NODE.search(message))]
-    message, node = named[0] if named else (messages[-1] if messages else "no message", None)
-    kinds = {network.get_layer(i).name: network.get_layer(i).type.name for i in range(network.num_layers)}
-    where = f"node {node} ({kinds.get(node, 'several layers fused')})" if node else "the graph"
+def _builder_error(what: str, graph: str, messages: list[str], model: ModelProto) -> BuildFailed:
+    """The first message that names a node or an operator, else the first one; the rest follows from it."""
+    operators = {node.name: node.op_type for node in model.graph.node}
+    message, where = (messages or ["no message"])[0], "the graph"
+    for text in messages:
+        if found := _NODE.search(text):
+            message, where = text, f"node {found[1]} ({operators.get(found[1], 'several nodes fused')})"
+            break
+        if found := _OPERATOR.search(text):
+            nodes = [name for name, operator in operators.items() if operator == found[1]]
+            first = f"node {nodes[0]} " if nodes else ""
+            more = f" and {len(nodes) - 1} more of this operator" if len(nodes) > 1 else ""
+            message, where = text, f"{first}({found[1]}){more}"
+            break
     return BuildFailed(f"{what} cannot build {where} of {graph}: {' '.join(message.split())[:400]}; {_remedy(message)}")
 
 

@@ -59,7 +59,7 @@ def test_a_built_bundle_opens_and_says_what_it_is(export, tmp_path):
     assert (bundle.engine, bundle.precision) == ("onnxruntime", "fp32")
     assert bundle.geometry.layers == 1 and bundle.geometry.eos_token_ids == (314, 315)
     assert bundle.profile.name == "nv-reason-cxr-3b"
-    assert set(seen) >= set(bundles.REQUIRED)
+    assert set(seen) >= set(bundles.SIDE_FILES)
     assert {item.name for item in bundle.path.iterdir()} == {*bundle.manifest["files"], "manifest.json"}
     assert not list(tmp_path.glob(".bundle.*"))
 
@@ -221,7 +221,7 @@ def test_build_does_not_touch_a_folder_in_use(export, tmp_path):
 
 
 def test_build_names_an_unknown_compiler(export, tmp_path):
-    with pytest.raises(InvalidRequest, match="tensorrt"):
+    with pytest.raises(InvalidRequest, match="recipe"):
         build_bundle(export, tmp_path / "bundle", compiler="tensorrt")
 
 
