@@ -91,7 +91,13 @@ def write_paper_bundle(folder: Path, *, penalty: float = 1.05, max_sequence: int
         "vision_start_token_id": VISION_START,
     }
     manifest = {
-        **{"schema": 1, "engine": "onnxruntime", "precision": "int4", "geometry": geometry},
+        **{
+            "schema": 1,
+            "engine": "onnxruntime",
+            "vision_engine": "onnxruntime",
+            "precision": "int4",
+            "geometry": geometry,
+        },
         **{"source": {"name": "paper", "revision": "r1"}, "versions": {"onnxruntime": "1.0"}},
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
