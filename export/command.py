@@ -212,7 +212,7 @@ def _geometry(checkpoint: Checkpoint, profile: ModelProfile, precision: Precisio
 @click.option(
     "--head",
     type=click.Choice(["int4", "fp8", "compute"]),
-    help="Language head, with quantized weights.  [default: int4; compute with fp8]",
+    help="Language head, with quantized weights.  [default: int4 with int4, else compute]",
 )
 @click.option("--max-sequence", type=click.IntRange(min=1), metavar="TOKENS", help="Prompt and answer together.")
 @click.option("--revision", help="Of a hub id.  [default: the profile's]")

@@ -67,7 +67,7 @@ class Precision:
     def of(cls, weights: str, compute: str | None = None, head: str | None = None) -> Precision:
         """Fill in defaults: quantized weights compute in fp32, the others in their own type.
 
-        The head of int4 and int4-awq is int4, every other one in the compute type.
+        The head of int4 is int4, every other one in the compute type.
 
         Raises
         ------
@@ -86,7 +86,7 @@ class Precision:
                     f"asked for; compute and head are free with precision int4 only, and {' or '.join(QUANTIZED)}"
                 )
         else:
-            compute, head = compute or "fp32", head or ("compute" if weights == "fp8" else "int4")
+            compute, head = compute or "fp32", head or ("int4" if weights == "int4" else "compute")
         heads = ("compute", "int4", "fp8")
         if compute not in _FLOATS or head not in heads:
             raise InvalidRequest(

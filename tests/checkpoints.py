@@ -17,6 +17,8 @@ def random_checkpoint(
     tied: bool = True,
     layers: int = 3,
     hidden: int = 128,
+    heads: int = 4,
+    intermediate: int | None = None,
     vocab: int = 320,
     shard_size: str = "1GB",
     seed: int = 0,
@@ -31,8 +33,8 @@ def random_checkpoint(
         Type of the tensors on disk and of the returned model.
     tied : bool
         The head is the embedding table.
-    layers, hidden, vocab : int
-        Decoder size; 4 heads, 2 KV heads. `hidden` is a multiple of 64.
+    layers, hidden, heads, intermediate, vocab : int
+        Decoder size; 2 KV heads, by default 3 · hidden intermediate. `hidden` is a multiple of 16 · heads.
     shard_size : str
         Largest shard, as `save_pretrained` takes it.
     seed : int
@@ -45,13 +47,13 @@ def random_checkpoint(
     import torch
     from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    head_dim = hidden // 4
+    head_dim = hidden // heads
     config = Qwen2_5_VLConfig(
         text_config={
             "hidden_size": hidden,
-            "intermediate_size": 3 * hidden,
+            "intermediate_size": intermediate or 3 * hidden,
             "num_hidden_layers": layers,
-            "num_attention_heads": 4,
+            "num_attention_heads": heads,
             "num_key_value_heads": 2,
             "vocab_size": vocab,
             "rms_norm_eps": 1e-6,
