@@ -254,9 +254,9 @@ class DecoderRuntime:
         tokenizer=None,
     ):
         if session is None:
-            from .session import DecoderSession
+            from .session import open_decoder
 
-            session = DecoderSession(bundle, slots=slots, threads=threads)
+            session = open_decoder(bundle, slots=slots, threads=threads)
         if tokenizer is None:
             from cxr_triton.chat import ChatTokenizer
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions of a bundle's two graphs; the decoder's KV cache is bound in place.
+"""Sessions of a bundle's two graphs: those of ONNX Runtime, and the choice between them and TensorRT's.
 
 ONNX Runtime is imported here only, so reading a bundle stays cheap.
 """
@@ -10,7 +10,44 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from cxr_triton.errors import InvalidRequest
+
 CAPACITY_STEP = 64  # cache positions; the cache grows and shrinks by so many
+
+
+def open_vision(bundle, *, threads: int | None = None):
+    """A `VisionSession`, or its like for the bundle's engine.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    threads : int, optional
+        CPU threads; all cores if None.
+
+    Raises
+    ------
+    DeviceUnavailable, InvalidBundle
+        The engine's library or GPU is missing, or is another one than the bundle was built for.
+    """
+    if bundle.vision_engine == "onnxruntime":
+        return VisionSession(bundle, threads=threads)
+    from .tensorrt_session import TensorRTVision
+
+    return TensorRTVision(bundle)
+
+
+def open_decoder(bundle, *, slots: int, threads: int | None = None, batch_invariant: bool = False):
+    """A `DecoderSession`, or its like for the bundle's engine; arguments as there, errors as `open_vision`.
+
+    `batch_invariant` is not to be had from TensorRT, which chooses kernels by the number of rows.
+    """
+    if bundle.engine == "onnxruntime":
+        return DecoderSession(bundle, slots=slots, threads=threads, batch_invariant=batch_invariant)
+    if batch_invariant:
+        raise InvalidRequest(f"batch-invariant readings were asked for, {bundle.engine} has none; use onnxruntime")
+    from .tensorrt_session import TensorRTDecoder
+
+    return TensorRTDecoder(bundle, slots=slots)
 
 
 def open_graph(path: Path, threads: int | None) -> ort.InferenceSession:

@@ -1,6 +1,7 @@
 """Write a random-weight checkpoint of the real 3B shape, so that speed and memory are measured without the weights.
 
-Real config values, real file layout, bf16, deterministic, streamed; the text that it generates means nothing.
+Real config values, real file layout, bf16 or quantized as modelopt lays it out, deterministic, streamed; the text that
+it generates means nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ from ..engines.recipe import TEXT_3B, VISION_3B
 from ..export.checkpoint import read_config, tensor_shapes
 
 SHARD_BYTES = 4_000_000_000
+GROUP = 128
+ITEM_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
+QUANTIZATION = {
+    "fp8": {"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head", "visual*"]}},
+    "int4-awq": {
+        "quantization": {"quant_algo": "W4A16_AWQ", "group_size": GROUP, "exclude_modules": ["lm_head", "visual*"]}
+    },
+}
 
 TOKENS = {
     "image_token_id": 151655,
@@ -49,6 +58,7 @@ def write_shape(
     tokenizer: Path,
     *,
     nested: bool = False,
+    scheme: str | None = None,
     seed: int = 0,
     text_values: dict = TEXT_3B,
     vision_values: dict = VISION_3B,
@@ -63,6 +73,8 @@ def write_shape(
         Folder with the `tokenizer.json` and `chat_template.jinja` to copy.
     nested : bool
         The newer config with `text_config` and tensors `model.language_model.*`, instead of the flat one.
+    scheme : {"fp8", "int4-awq"}, optional
+        Linear layers of the decoder as a quantized checkpoint holds them, with made-up scales.
     seed : int
     text_values, vision_values : dict
         Config values; those of the 3B by default.
@@ -92,60 +104,94 @@ def write_shape(
     shapes = {}
     for name, shape in tensor_shapes(text, vision, tied=True).items():
         part = name.split(".")[0] + "."
-        shapes[prefixes[part] + name.removeprefix(part)] = shape
+        name = prefixes[part] + name.removeprefix(part)
+        shapes |= (
+            _quantized(name, shape, scheme)
+            if name.endswith("_proj.weight") and scheme and part[0] == "l"
+            else {name: (shape, "BF16")}
+        )
+    if scheme:
+        (folder / "hf_quant_config.json").write_text(json.dumps(QUANTIZATION[scheme], indent=2))
+        (folder / "calibration.json").write_text(json.dumps({"head_input_amax": 16.0}))
     shards: list[dict] = [{}]
-    for name, shape in shapes.items():
-        if 2 * sum(int(np.prod(s)) for s in (*shards[-1].values(), shape)) > SHARD_BYTES:
+    for name, tensor in shapes.items():
+        if sum(map(_nbytes, (*shards[-1].values(), tensor))) > SHARD_BYTES:
             shards.append({})
-        shards[-1][name] = shape
+        shards[-1][name] = tensor
     random = np.random.Generator(np.random.SFC64(seed))
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(shard, file)
         _write_shard(folder / file, shard, random)
-    total = 2 * sum(int(np.prod(shape)) for shape in shapes.values())
+    total = sum(map(_nbytes, shapes.values()))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     return folder
 
 
-def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], random: np.random.Generator) -> None:
+def _nbytes(tensor: tuple[tuple[int, ...], str]) -> int:
+    shape, kind = tensor
+    return ITEM_BYTES[kind] * int(np.prod(shape))
+
+
+def _quantized(name: str, shape: tuple[int, int], scheme: str) -> dict:
+    """Tensors of a layer in modelopt's unified layout, as (shape, type) by name."""
+    (n, k), module = shape, name.removesuffix(".weight")
+    if scheme == "fp8":
+        scales = dict.fromkeys((f"{module}.weight_scale", f"{module}.input_scale"), ((), "F32"))
+        return {name: (shape, "F8_E4M3")} | scales
+    tensors = {name: ((n // 2, k), "U8"), f"{module}.weight_scale": ((n, k // GROUP), "F32")}
+    if module.endswith(("o_proj", "down_proj")):
+        tensors[f"{module}.pre_quant_scale"] = ((k,), "BF16")
+    return tensors
+
+
+def _write_shard(path: Path, tensors: dict, random: np.random.Generator) -> None:
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    for name, (shape, kind) in tensors.items():
+        begin, end = end, end + _nbytes((shape, kind))
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, shape in shapes.items():
-            for values in _values(name, shape, random):
-                file.write(values.astype(ml_dtypes.bfloat16).view(np.uint8).data)
+        for name, (shape, kind) in tensors.items():
+            for values in _values(name, shape, kind, random):
+                file.write(np.ascontiguousarray(values).view(np.uint8).data)
 
 
-def _values(name: str, shape: tuple[int, ...], random: np.random.Generator):
+def _values(name: str, shape: tuple[int, ...], kind: str, random: np.random.Generator):
     """Row chunks of a tensor: norms of 1, and weights that keep the variance of what passes through them."""
+    if kind == "F32":
+        yield np.full(max(1, int(np.prod(shape))), 2e-3, np.float32)
+        return
     if len(shape) == 1:
-        yield np.zeros(shape, np.float32) if name.endswith("bias") else np.ones(shape, np.float32)
+        bias = name.endswith("bias")
+        yield (np.zeros(shape, np.float32) if bias else np.ones(shape, np.float32)).astype(ml_dtypes.bfloat16)
         return
     fan_in = int(np.prod(shape[1:]))
     scale = np.float32(0.05 if "embed_tokens" in name else fan_in**-0.5)
     rows = max(1, (16 << 20) // fan_in)
     for start in range(0, shape[0], rows):
-        values = random.standard_normal((min(rows, shape[0] - start), *shape[1:]), np.float32)
-        values *= scale
-        yield values
+        size = (min(rows, shape[0] - start), *shape[1:])
+        if kind == "U8":
+            yield random.integers(0, 256, size, np.uint8)
+            continue
+        values = random.standard_normal(size, np.float32)
+        values *= np.float32(16) if kind == "F8_E4M3" else scale
+        yield values.astype(ml_dtypes.float8_e4m3fn if kind == "F8_E4M3" else ml_dtypes.bfloat16)
 
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--tokenizer", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--nested", is_flag=True, help="Newer config and tensor names.")
+@click.option("--scheme", type=click.Choice(list(QUANTIZATION)), help="Quantized; bf16 without.")
 @click.option("--seed", default=0, show_default=True)
-def main(folder: Path, tokenizer: Path, nested: bool, seed: int):
+def main(folder: Path, tokenizer: Path, nested: bool, scheme: str | None, seed: int):
     """Write a random checkpoint of the 3B shape to FOLDER, with the tokenizer files of another folder."""
-    write_shape(folder, tokenizer, nested=nested, seed=seed)
+    write_shape(folder, tokenizer, nested=nested, scheme=scheme, seed=seed)
 
 
 if __name__ == "__main__":

@@ -231,14 +231,14 @@ def test_a_block_of_zeros_stays_zero(tmp_path):
 
 
 TEXT = {
-    **perf_shape.TEXT,
+    **perf_shape.TEXT_3B,
     "hidden_size": 512,
     "intermediate_size": 2048,
     "num_hidden_layers": 16,
     "num_attention_heads": 4,
     "vocab_size": 65536,
 }
-VISION = {**perf_shape.VISION, "hidden_size": 64, "depth": 1, "out_hidden_size": 512}
+VISION = {**perf_shape.VISION_3B, "hidden_size": 64, "depth": 1, "out_hidden_size": 512}
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import triton_python_backend_utils as pb_utils
 
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.runtime import Chunk, DecoderRuntime, Generation
-from cxr_triton.engines.session import DecoderSession
+from cxr_triton.engines.session import open_decoder
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.pipeline import completion_json, sampling_of, wire_error
 from cxr_triton.triton_repo.adapter import array, parameters, text
@@ -26,13 +26,17 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 INPUTS = ("INPUT_IDS", "IMAGE_INDEX", "POSITION_IDS", "IMAGE_EMBEDDINGS", "CONTEXT")
 
 
-class CountingSession(DecoderSession):
-    """Counts its steps, so that a metric can tell how many a cancelled stream still took part in."""
+class CountingSession:
+    """A decoder session that counts its steps, so that a metric can tell how many a cancelled stream still took."""
 
-    steps = 0
+    def __init__(self, session):
+        self._session, self.steps = session, 0
+
+    def __getattr__(self, name):
+        return getattr(self._session, name)
 
     def step(self, *args):
-        logits = super().step(*args)
+        logits = self._session.step(*args)
         self.steps += 1
         return logits
 
@@ -53,12 +57,13 @@ class TritonPythonModel:
     def initialize(self, args):
         values = parameters(args)
         bundle = Bundle.open(values["bundle"])
-        self.session = CountingSession(
+        session = open_decoder(
             bundle,
             slots=int(values["slots"]),
             threads=int(values["threads"]) or None,
             batch_invariant=values["batch_invariant"] == "1",
         )
+        self.session = CountingSession(session)
         self.runtime = DecoderRuntime(bundle, session=self.session, queue_size=int(values["queue_size"]))
         self.streams = {}
         gauge, counter = pb_utils.MetricFamily.GAUGE, pb_utils.MetricFamily.COUNTER
