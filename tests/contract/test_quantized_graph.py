@@ -100,11 +100,11 @@ def case(request, tmp_path_factory):
     made = quantized(folder, scheme, dtype=dtype)
     path = write_decoder(Checkpoint(made.folder), folder / "graph", precision=scheme, head="compute")
     check(path)
-    return made, path, scheme, dtype
+    return made, path, scheme
 
 
 def test_graph_equals_the_fake_quantized_forward(case, record_property):
-    made, path, scheme, dtype = case
+    made, path, scheme = case
     logits = run(path, made.ids)
     error, rounding = relative_error(logits, made.logits_fp32), relative_error(made.logits, made.logits_fp32)
     record_property("error", float(error))
@@ -132,7 +132,7 @@ def stored(folder):
 def test_values_and_scales_are_those_of_the_checkpoint_bit_by_bit(case):
     from modelopt.torch.export.quant_utils import pack_int4_in_uint8
 
-    made, path, scheme, _ = case
+    made, path, scheme = case
     tensors, graph = stored(made.folder), {t.name: t for t in onnx.load(path).graph.initializer}
     inputs = {node.output[0]: node.input for node in onnx.load(path, load_external_data=False).graph.node}
     products = [node for node in onnx.load(path, load_external_data=False).graph.node if node.op_type == "MatMul"]
