@@ -1,0 +1,148 @@
+"""Recipes: every bundled one holds together and fits its card; what does not is refused by the key."""
+
+import json
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from cxr_triton.cli import main
+from cxr_triton.engines.recipe import GIB, RECIPES, TEXT_3B, VISION_3B, Recipe, load_recipe, recipe_names
+from cxr_triton.engines.verify import THRESHOLDS
+from cxr_triton.errors import InvalidRecipe
+
+ASKED_FOR = {"h100-fp8", "h200-fp8", "h100-int4", "a100-int4", "l40s-fp8", "l4-int4", "rtx4090-int4", "rtx5090-fp8"}
+
+
+def written(tmp_path, change, base="rtx4090-int4"):
+    """A recipe file of the user's own: a bundled one with a change."""
+    data = yaml.safe_load((RECIPES / f"{base}.yaml").read_text())
+    change(data)
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def test_the_recipes_that_were_asked_for_are_there():
+    assert {*ASKED_FOR, "cpu-int4"} <= set(recipe_names())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_bundled_recipe_is_valid_and_says_what_its_name_says(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert name.split("-")[1] in recipe.decoder.precision
+    assert set(recipe.thresholds) <= set(THRESHOLDS)
+    assert recipe.thresholds["label_iou"] == (0.97 if recipe.decoder.precision == "fp8" else 0.95)
+    memory = recipe.memory()
+    assert memory["total"] < memory["card"] == recipe.memory_gib * GIB
+    assert Recipe.__dataclass_params__.frozen
+
+
+def test_a_file_of_the_users_own_works(tmp_path):
+    recipe = load_recipe(written(tmp_path, lambda data: data.update(slots=3, name="mine")))
+    assert (recipe.name, recipe.slots) == ("mine", 3)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda d: d.update(slot=4), r"unknown key 'slot'.*'slots'"),
+        (lambda d: d["decoder"].update(precison="fp8"), r"'precison' in own\.yaml\.decoder.*'precision'"),
+        (lambda d: d.pop("slots"), r"slots: is missing"),
+        (lambda d: d.update(slots="4"), r"slots: is '4' \(str\)"),
+        (lambda d: d.update(slots=True), r"slots: is True \(bool\)"),
+        (lambda d: d.update(slots=0), r"slots: 0 is outside"),
+        (lambda d: d.update(memory_gib=float("nan")), r"memory_gib"),
+        (lambda d: d["decoder"].update(compiler="tensorrt_rtx"), r"compiler: 'tensorrt_rtx' is none of"),
+        (lambda d: d["vision"].update(precision="fp16"), r"vision\.precision: fp16 is not decoder\.compute bf16"),
+        (lambda d: d["decoder"].update(kv="fp8"), r"decoder\.kv: fp8"),
+        (lambda d: d["decoder"].update(precision="bf16"), r"bf16 weights compute in bf16 with head int4"),
+        (lambda d: d.update(compute_capability="9.0"), r"tensorrt-rtx builds for .*8\.9.*use tensorrt"),
+        (lambda d: d.update(compute_capability=8.9), r"compute_capability: is 8\.9 \(float\), expected str"),
+        (lambda d: d.update(compute_capability="7.5"), r"7\.5 has no bf16"),
+        (lambda d: (d.update(compute_capability="8.6"), d["decoder"].update(precision="fp8")), r"8\.6 has no fp8"),
+        (lambda d: d.update(gpu=None), r"needs both"),
+        (lambda d: d["thresholds"].update(label_iuo=0.9), r"'label_iuo'.*'label_iou'"),
+        (lambda d: d.update(thresholds={"kl": "small"}), r"thresholds\.kl"),
+        (lambda d: d.update(name="My recipe"), r"name: 'My recipe'"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_key(tmp_path, change, words):
+    with pytest.raises(InvalidRecipe, match=words):
+        load_recipe(written(tmp_path, change))
+
+
+def test_a_cpu_computes_in_fp32_only(tmp_path):
+    def to_bf16(data):
+        data["vision"]["precision"] = data["decoder"]["compute"] = data["decoder"]["kv"] = "bf16"
+
+    with pytest.raises(InvalidRecipe, match="onnxruntime on a CPU computes in fp32"):
+        load_recipe(written(tmp_path, to_bf16, "cpu-int4"))
+
+
+def test_a_recipe_that_does_not_fit_its_card_names_what_takes_most(tmp_path):
+    with pytest.raises(InvalidRecipe, match=r"GeForce RTX 4090 gives 23 GiB; kv_cache takes 36\.0 GiB: lower slots"):
+        load_recipe(written(tmp_path, lambda data: data.update(slots=256)))
+
+
+@pytest.mark.parametrize("text", ["", "- a", "a: [", "\0", "slots: 1"])
+def test_a_file_that_is_no_recipe_is_an_error_and_nothing_worse(tmp_path, text):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(InvalidRecipe, match=r"own\.yaml"):
+        load_recipe(tmp_path / "own.yaml")
+
+
+def test_an_unknown_name_names_the_nearest():
+    with pytest.raises(InvalidRecipe, match="did you mean 'h100-fp8'"):
+        load_recipe("h100_fp8")
+    with pytest.raises(InvalidRecipe, match="no recipe file"):
+        load_recipe("nowhere/h100.yaml")
+
+
+@pytest.mark.parametrize("scheme, head", [(None, "compute"), ("fp8", "fp8"), ("int4-awq", "int4")])
+def test_computed_weights_are_those_of_the_graphs(tmp_path, scheme, head):
+    """On a small model, whose norms and biases weigh more than the 3B's."""
+    from cxr_triton.engines.tensorrt import weights_bytes
+    from cxr_triton.export.checkpoint import Checkpoint
+    from cxr_triton.export.decoder import write_decoder
+    from cxr_triton.export.vision import write_vision
+    from cxr_triton.perf.shape import write_shape
+
+    onnx = pytest.importorskip("onnx")
+    text = TEXT_3B | {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 2, "vocab_size": 4096}
+    text |= {"num_attention_heads": 8, "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}}
+    vision = VISION_3B | {"hidden_size": 128, "num_heads": 4, "intermediate_size": 256, "depth": 2}
+    vision |= {"out_hidden_size": 512, "fullatt_block_indexes": [1]}
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (tmp_path / name).write_text("{}")
+    folder = write_shape(tmp_path / "shape", tmp_path, scheme=scheme, text_values=text, vision_values=vision)
+    checkpoint, precision = Checkpoint(folder), scheme or "bf16"
+    graphs = (
+        write_vision(checkpoint, tmp_path, precision=precision, compute="bf16", progress=False),
+        write_decoder(checkpoint, tmp_path, precision=precision, compute="bf16", head=head, progress=False),
+    )
+
+    def retyped(data):
+        data["decoder"].update(precision=precision, head=head)
+
+    memory = load_recipe(written(tmp_path, retyped)).memory(text, vision)
+    weights = [weights_bytes(onnx.load(graph, load_external_data=False)) for graph in graphs]
+    assert memory["vision_tower"] == pytest.approx(weights[0], rel=0.02)
+    assert sum(memory[part] for part in ("decoder_layers", "embedding", "head")) == pytest.approx(weights[1], rel=0.02)
+
+
+def test_the_kv_cache_is_layers_times_heads_times_slots():
+    memory = load_recipe("l4-int4").memory()
+    assert memory["kv_cache"] == 36 * 2 * 2 * 128 * 2 * 4096 * 16
+
+
+def test_the_verb_lists_recipes_with_their_memory():
+    listed = CliRunner().invoke(main, ["recipes"])
+    assert listed.exit_code == 0, listed.output
+    assert all(name in listed.stdout for name in recipe_names())
+    one = CliRunner().invoke(main, ["recipes", "h100-fp8", "--json", "-"])
+    result = json.loads(one.stdout)
+    assert result["compute_capability"] == "9.0" and result["memory"] == load_recipe("h100-fp8").memory()
+    wrong = CliRunner().invoke(main, ["recipes", "h100-fp9"])
+    assert wrong.exit_code == 1 and "[INVALID_RECIPE]" in wrong.stderr
