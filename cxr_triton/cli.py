@@ -23,12 +23,14 @@ EXIT_FAILED, EXIT_NOT_AS_ASKED, EXIT_TRY_AGAIN, EXIT_INTERRUPTED = 1, 3, 75, 130
 VERBS = {
     "quantize": ("cxr_triton.export.quantize:quantize", "quantize", "Quantize a checkpoint, calibrated on radiographs."),
     "export": ("cxr_triton.export.command:export", "local", "Write the vision and decoder graphs of a checkpoint."),
+    "recipes": ("cxr_triton.engines.command:recipes", "local", "List the GPUs that bundles are built for."),
     "build": ("cxr_triton.engines.command:build", "local", "Compile graphs into an engine bundle."),
     "verify": (
         "cxr_triton.engines.verify_command:verify",
         "export",
         "Hold an engine bundle against its checkpoint.",
     ),
+    "make-engine": ("cxr_triton.engines.make_engine:command", "quantize", "All of that for a target GPU, in one go."),
     "package": ("cxr_triton.triton_repo.command:package", "local", "Write a Triton model repository from a bundle."),
     "serve": ("cxr_triton.triton_repo.command:serve", "local", "Run the pip-installed Triton on a model repository."),
     "read": ("cxr_triton.client.command:read", "client", "Read radiographs through a running server."),
