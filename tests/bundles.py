@@ -38,18 +38,21 @@ def write_tokenizer(folder: Path, vocab: int = 320) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def write_export(folder: Path, checkpoint: Path, *, precision: str = "fp32") -> Path:
+def write_export(
+    folder: Path, checkpoint: Path, *, precision: str = "fp32", compute: str | None = None, head: str | None = None
+) -> Path:
     """An export folder of a checkpoint that `checkpoints.random_checkpoint` made."""
     import shutil
 
     from cxr_triton.export.checkpoint import Checkpoint
     from cxr_triton.export.decoder import write_decoder
+    from cxr_triton.export.graph import Precision
     from cxr_triton.export.vision import write_vision
     from cxr_triton.profile import PROFILES
 
-    source = Checkpoint(checkpoint)
-    write_vision(source, folder, precision=precision, progress=False)
-    write_decoder(source, folder, precision=precision, progress=False)
+    source, chosen = Checkpoint(checkpoint), Precision.of(precision, compute, head)
+    write_vision(source, folder, precision=precision, compute=compute, progress=False)
+    write_decoder(source, folder, precision=precision, compute=compute, head=head, progress=False)
     write_tokenizer(folder, source.text.vocab_size)
     for name in ("config.json", "generation_config.json", "preprocessor_config.json"):
         shutil.copy(checkpoint / name, folder / name)
@@ -65,7 +68,7 @@ def write_export(folder: Path, checkpoint: Path, *, precision: str = "fp32") -> 
         "window_budget": WINDOW_BUDGET,
         "token_budget": TOKEN_BUDGET,
         "max_sequence": MAX_SEQUENCE,
-        "compute": "fp32",
+        "compute": chosen.compute,
         "image_token_id": source.image_token_id,
         "eos_token_ids": list(source.eos_token_ids),
         "vision_start_token_id": source.vision_start_token_id,
@@ -74,6 +77,7 @@ def write_export(folder: Path, checkpoint: Path, *, precision: str = "fp32") -> 
     export = {
         "schema": 1,
         "precision": precision,
+        "head": chosen.head,
         "geometry": geometry,
         "source": {"name": "random"},
         "versions": {"cxr_triton": __version__},
