@@ -8,6 +8,7 @@ moves the logits by half a percent, so the models here have weights that lie on 
 import copy
 import json
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from checkpoints import random_checkpoint
 from test_decoder_graph import Decoder, relative_error, tokens
 
+from cxr_triton.engines.compiler import compile_decoder
 from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
 from cxr_triton.export.checkpoint import CALIBRATION, Checkpoint
 from cxr_triton.export.decoder import write_decoder
@@ -153,6 +155,25 @@ def test_values_and_scales_are_those_of_the_checkpoint_bit_by_bit(case):
             torch.testing.assert_close(packed, weight, rtol=0, atol=0)
             assert values.min() < -6 and values.max() == 7
         assert onnx.numpy_helper.to_array(graph[f"{module}.weight.scale"]).T.tobytes() == scale.tobytes()
+
+
+def test_int4_kernels_of_the_bundle_stay_near(case, tmp_path):
+    """`MatMulNBits` with inputs in int8; the smoothing of o_proj and down_proj stays before it."""
+    made, path, scheme = case
+    compile_decoder(path, tmp_path / "decoder.onnx")
+    nodes = onnx.load(tmp_path / "decoder.onnx", load_external_data=False).graph.node
+    kinds = Counter(node.op_type for node in nodes)
+    if scheme == "fp8":  # stays as it is: rounded, multiplied
+        assert kinds["MatMulNBits"] == 0 and kinds["QuantizeLinear"] == 4 * 3  # layers of one input share its rounding
+        np.testing.assert_allclose(run(tmp_path / "decoder.onnx", made.ids), run(path, made.ids), atol=1e-4)
+        return
+    smoothed = {node.output[0] for node in nodes if node.op_type == "Mul" and "pre_quant_scale" in node.input[1]}
+    products = [node for node in nodes if node.op_type == "MatMulNBits"]
+    assert len(products) == 4 * 3  # query, key and value in one, gate and up in one
+    assert sum(node.input[0] in smoothed for node in products) == 2 * 3
+    logits = run(tmp_path / "decoder.onnx", made.ids)
+    assert relative_error(logits, made.logits_fp32) < 0.1
+    assert (logits * made.logits_fp32).sum() / np.linalg.norm(logits) / np.linalg.norm(made.logits_fp32) > 0.999
 
 
 @pytest.mark.slow
