@@ -7,6 +7,7 @@ a recipe, and needs no GPU for that.
 from __future__ import annotations
 
 import importlib
+import math
 import re
 import time
 from collections import Counter
@@ -250,8 +251,9 @@ def compile_graph(
     -------
     dict
         ``engine``, ``version``, ``compute_capability``, ``gpu``, ``seconds``, ``bytes`` of the plan, ``weights_bytes``
-        of the graph's initializers, ``reported`` (what the compiler says: ``weights_bytes``, and
-        ``activation_bytes`` of each profile), ``layers`` (kinds of the parsed network and their counts).
+        of the graph's initializers, ``cache_bytes`` of the largest KV cache that it takes, ``reported`` (what the
+        compiler says: ``weights_bytes``, and ``activation_bytes`` of each profile), ``layers`` (kinds of the parsed
+        network and their counts).
 
     Raises
     ------
@@ -307,6 +309,7 @@ def compile_graph(
         "seconds": round(time.monotonic() - started_s, 1),
         "bytes": plan.stat().st_size,
         "weights_bytes": weights_bytes(model),
+        "cache_bytes": _cache_bytes(network, profiles[-1]),
         "reported": {
             "weights_bytes": next(iter(log.reported["weights_bytes"]), None),
             "activation_bytes": log.reported["activation_bytes"],
@@ -322,6 +325,12 @@ def weights_bytes(model: ModelProto) -> int:
         lengths = [int(entry.value) for entry in tensor.external_data if entry.key == "length"]
         total += lengths[0] if lengths else len(tensor.raw_data)
     return total
+
+
+def _cache_bytes(network, ranges: Ranges) -> int:
+    tensors = [network.get_input(i) for i in range(network.num_inputs)]
+    caches = [tensor for tensor in tensors if tensor.name.startswith("past_")]
+    return sum(math.prod(ranges[tensor.name][2]) * tensor.dtype.itemsize for tensor in caches)
 
 
 def _add_profile(what: str, builder, config, network, ranges: Ranges) -> None:

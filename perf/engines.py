@@ -20,7 +20,7 @@ import click
 
 from cxr_triton.cli import json_option, write_json
 from cxr_triton.engines.bundle import EXPORT, Geometry
-from cxr_triton.engines.recipe import COMPUTES, Recipe, load_recipe
+from cxr_triton.engines.recipe import Recipe, load_recipe
 from cxr_triton.engines.tensorrt import compile_graph, shape_ranges, target
 from cxr_triton.profile import load_profile
 
@@ -62,7 +62,9 @@ def compare(report: dict, graph: str, recipe: Recipe) -> dict:
     memory = recipe.memory()
     parts = ("vision_tower",) if graph == "vision" else ("decoder_layers", "embedding", "head")
     computed = sum(memory[part] for part in parts)
+    ratios = {"recipe_cache_bytes": memory["kv_cache"]} if graph == "decoder" else {}
     return report | {
+        **ratios,
         "bytes_to_weights": round(report["bytes"] / report["weights_bytes"], 4),
         "recipe_weights_bytes": computed,
         "recipe_to_reported": round(computed / report["reported"]["weights_bytes"], 4),
@@ -109,7 +111,6 @@ def main(recipe: str, exports: tuple[Path, ...], json_path: str | None):
         "cores": os.cpu_count(),
         "gpu": None,
         "recipe": base.name,
-        "quantized_precisions": [row["precision"] for row in rows if row["precision"] not in COMPUTES],
         "plans": rows,
     }
     write_json(result, json_path)

@@ -128,6 +128,8 @@ def test_the_recipe_computes_what_the_compiler_reports(built, precision):
     assert memory["vision_tower"] == pytest.approx(plans["vision"]["reported"]["weights_bytes"], rel=0.05)
     computed = sum(memory[part] for part in ("decoder_layers", "embedding", "head"))
     assert computed == pytest.approx(plans["decoder"]["reported"]["weights_bytes"], rel=0.05)
+    longest = built(precision).geometry.max_sequence / recipe_for(precision).max_sequence
+    assert memory["kv_cache"] * longest == plans["decoder"]["cache_bytes"]
 
 
 def test_the_transformers_model_of_the_other_tests_builds_too(tmp_path):

@@ -40,9 +40,10 @@ def test_wheel_installs_one_import_package(wheel):
     assert {t for t in tops if not t.endswith(".dist-info")} == {"cxr_triton"}
 
 
-def test_wheel_holds_the_profiles_and_the_served_models(wheel):
+def test_wheel_holds_the_profiles_the_recipes_and_the_served_models(wheel):
     names = set(wheel.namelist())
     assert {"cxr_triton/profiles/nv-reason-cxr-3b.yaml", "cxr_triton/profiles/chexone.yaml"} <= names
+    assert {"cxr_triton/engines/recipes/h100-fp8.yaml", "cxr_triton/engines/recipes/cpu-int4.yaml"} <= names
     for model in ("dicom_preprocess", "vision_encoder", "decoder", "report"):
         assert f"cxr_triton/triton_repo/{model}/1/model.py" in names
 
