@@ -184,7 +184,7 @@ def make_engine(
     sequence = min(chosen.max_sequence, Checkpoint(folder).text.max_position_embeddings)
     with _own(out):
         stages = Stages(out, say)
-        weights = source
+        quantized = None
         made_from = {
             "versions": {"cxr_triton": __version__, **_versions()},
             "checkpoint": _fingerprint(folder),
@@ -193,7 +193,7 @@ def make_engine(
         if decoder.precision in QUANTIZED:
             from cxr_triton.export.quantize import DEFAULT_LIMIT, quantize_checkpoint
 
-            weights = stages.run(
+            quantized = stages.run(
                 "quantized",
                 [made_from, decoder.precision, _fingerprint(images), limit],
                 lambda path: quantize_checkpoint(
@@ -210,7 +210,7 @@ def make_engine(
 
         def exported(path: Path, **options) -> None:
             export_checkpoint(
-                str(weights),
+                str(quantized or source),
                 path,
                 model,
                 precision=decoder.precision,
@@ -245,7 +245,9 @@ def make_engine(
             stages.run(
                 "verification",
                 arguments,
-                lambda path: _verify(path, bundle, folder, model, pictures, chosen, standin, limit, device, page),
+                lambda path: _verify(
+                    path, bundle, folder, model, pictures, chosen, quantized, standin, limit, device, page
+                ),
                 is_whole=lambda path: path.is_dir() and is_verified(_opened(bundle)),
             )
             try:
@@ -267,7 +269,7 @@ def make_engine(
     }
 
 
-def _verify(path, bundle, checkpoint, profile, pictures, recipe, standin, limit, device, page) -> None:
+def _verify(path, bundle, checkpoint, profile, pictures, recipe, quantized, standin, limit, device, page) -> None:
     """Run the gate, put the record into the bundle and the readings on a page; the folder holds the whole record."""
     from .verify import verify_bundle, write_record
     from .verify_page import verification_page
@@ -280,6 +282,7 @@ def _verify(path, bundle, checkpoint, profile, pictures, recipe, standin, limit,
         profile,
         files,
         thresholds=dict(recipe.thresholds),
+        quantized=quantized,
         standin=standin,
         limit=limit,
         device=device,

@@ -6,12 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from cxr_triton import phantom
 
 pytest.importorskip("modelopt")
 
 PHANTOM = Path(__file__).resolve().parent.parent / "phantom"
-STAGES = ("quantized", "export", "bundle", "phantoms", "verification", "repository")
+STAGES = ("quantized", "export", "bundle", "verification", "repository")
 # This is about going on, not about accuracy: eight phantoms decide nothing.
 RECIPE = """
 name: resumed
@@ -32,7 +36,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(RECIPE)
     arguments = ["make-engine", PHANTOM / "checkpoint", "--profile", PHANTOM / "profile.yaml", "--recipe", recipe]
-    arguments += ["--limit", 16, "-o", out, "--json", tmp_path / "made.json"]
+    arguments += ["--verify-images", phantoms(tmp_path / "images", 8), "--limit", 16]
+    arguments += ["-o", out, "--json", tmp_path / "made.json"]
     for i, stage in enumerate(STAGES):
         process = run(arguments)
         lines = []
@@ -60,6 +65,16 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert refused.returncode == 1 and "NOT_VERIFIED" in errors and "verification.html" in errors
     assert "export: as it was" in errors
     assert not (out / "repository").exists(), "what was packaged before is not what the recipe asks for"
+
+
+def phantoms(folder, count):
+    folder.mkdir()
+    random = np.random.default_rng(11)
+    for i in range(count):
+        Image.fromarray(phantom.draw(random).picture("mimic_jpg", phantom.PHOTOMETRICS[i % 2])).save(
+            folder / f"{i}.png"
+        )
+    return folder
 
 
 def run(arguments):
