@@ -6,14 +6,16 @@ template; resize, patches, vision tower, positions and greedy decoding are those
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +24,9 @@ from cxr_triton.errors import InvalidRequest
 from cxr_triton.profile import ModelProfile
 from cxr_triton.request import ReadRequest
 from cxr_triton.sandbox import Sandbox
+
+if TYPE_CHECKING:
+    from cxr_triton.export.checkpoint import Checkpoint
 
 BATCH = 8
 _UNRESIZED = 2**31  # pixels
@@ -215,6 +220,75 @@ class Reference:
                         progress(1)
         return [self._answers[case.key] for case in cases]
 
+    @contextlib.contextmanager
+    def storing(self, weights: Checkpoint, precision: str, head: str) -> Iterator[None]:
+        """Within the block the decoder holds its weights as an engine stores them, and rounds inputs where it does.
+
+        Parameters
+        ----------
+        weights : Checkpoint
+            What the engine was exported from: the quantized checkpoint of ``fp8`` and ``int4-awq``, else this one.
+        precision, head : str
+            Of the engine, see `cxr_triton.export.graph.Precision`.
+        """
+        if precision not in ("int4", "int4-awq", "fp8"):
+            yield  # one float type for another: that is the engine's arithmetic, not what it stores
+            return
+        torch, decoder, hooks = self._torch, self._model, []
+        embedding = decoder.model.language_model.embed_tokens.weight
+        tied = decoder.lm_head.weight is embedding
+        try:
+            self._load(weights, hooks, rounded=precision == "int4")
+            if head != "compute":
+                stored = weights.array("language_model.embed_tokens.weight" if weights.tied else "lm_head.weight")
+                values = _rounded_int4(stored) if head == "int4" else _rounded_fp8(stored)
+                decoder.lm_head.weight = torch.nn.Parameter(self._tensor(values), requires_grad=False)
+                if head == "fp8":
+                    hooks.append(decoder.lm_head.register_forward_pre_hook(self._fp8_input(weights.head_input_scale())))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            if tied:
+                decoder.lm_head.weight = embedding
+            elif head != "compute":
+                decoder.lm_head.weight = torch.nn.Parameter(
+                    self._tensor(self.source.array("lm_head.weight")), requires_grad=False
+                )
+            self._load(self.source, [])
+
+    def _load(self, weights: Checkpoint, hooks: list, rounded: bool = False) -> None:
+        """Fill the decoder from a checkpoint, linear layers rounded to int4; fp8 layers get a hook on their input."""
+        from cxr_triton.export.checkpoint import Fp8Weight, Int4Weight
+
+        model = self._model.model
+        for name in [name for name, _ in model.named_parameters() if name.startswith("language_model.")]:
+            stored = weights.weight(name)
+            if isinstance(stored, Fp8Weight):
+                module = model.get_submodule(name.removesuffix(".weight"))
+                hooks.append(module.register_forward_pre_hook(self._fp8_input(stored.input_scale)))
+                stored = stored.values.astype(np.float32) * stored.scale
+            elif isinstance(stored, Int4Weight):
+                stored = _unpacked(stored)
+            elif rounded and name.endswith("_proj.weight"):
+                stored = _rounded_int4(stored)
+            model.get_parameter(name).data.copy_(self._tensor(stored))
+
+    def _tensor(self, values: np.ndarray):
+        values = np.array(values, np.float32)
+        return self._torch.from_numpy(values).to(self.device, self._model.dtype)
+
+    def _fp8_input(self, scale: np.float32):
+        torch, scale = self._torch, float(scale)
+
+        def round_input(module, inputs):
+            x = inputs[0]
+            return ((x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).to(x.dtype), *inputs[
+                1:
+            ]
+
+        return round_input
+
     def logits(self, case: Case) -> np.ndarray:
         """Logits with which each token of the reference's own answer is predicted: (A, vocab) float32."""
         torch, (answer,) = self._torch, self.read([case])
@@ -258,6 +332,34 @@ class Reference:
             "pixel_values": pixels,
             "image_grid_thw": torch.tensor([[1, *entry.grid] for entry in entries], device=self.device),
         }
+
+
+def _rounded_int4(stored: np.ndarray) -> np.ndarray:
+    """Round to nearest: symmetric blocks of 128 along K (32 where 128 does not divide it), the largest value is 7."""
+    values = stored.astype(np.float32)
+    block = 32 if values.shape[1] % 128 else 128
+    blocks = values.reshape(len(values), -1, block)
+    scales = np.abs(blocks).max(-1, keepdims=True) / np.float32(7)
+    scales[scales == 0] = 1
+    return (np.clip(np.rint(blocks / scales), -8, 7) * scales).reshape(values.shape)
+
+
+def _rounded_fp8(stored: np.ndarray) -> np.ndarray:
+    """Round to float8 e4m3 by one scale: the largest value is 448."""
+    import ml_dtypes
+
+    values = stored.astype(np.float32)
+    scale = np.float32(np.abs(values).max() / 448) or np.float32(1)
+    return np.clip(values / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+
+
+def _unpacked(stored) -> np.ndarray:
+    """An `Int4Weight` as [N, K] float32, its `pre_quant_scale` multiplied in."""
+    low, high = stored.packed & 0xF, stored.packed >> 4
+    values = np.empty((2 * len(low), low.shape[1]), np.float32)
+    values[0::2], values[1::2] = ((half.astype(np.int8) ^ 8) - 8 for half in (low, high))
+    values *= np.repeat(stored.scales, values.shape[1] // stored.scales.shape[1], axis=1)
+    return values if stored.pre_quant_scale is None else values * stored.pre_quant_scale.astype(np.float32)
 
 
 def request_json(request: dict | None) -> str:

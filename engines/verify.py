@@ -17,7 +17,7 @@ import logging
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +35,8 @@ from .bundle import Bundle
 from .record import PARTS, SCHEMA, holds, require_verified, subject, write_record
 
 if TYPE_CHECKING:
+    from cxr_triton.export.checkpoint import Checkpoint
+
     from .reference import Answer, Case, Reference
 
 __all__ = ["THRESHOLDS", "require_verified", "thresholds_of", "verify_bundle", "write_record"]
@@ -67,6 +69,9 @@ THRESHOLDS = {
     "vision_norm": Threshold("vision", False, "relative error of an image's root mean square, worst image"),
     "top1_agreement": Threshold("decoder", True, "share of tokens with the same most likely next token"),
     "kl": Threshold("decoder", False, "mean over tokens of KL(reference || engine), nats"),
+    "logit_error": Threshold(
+        "decoder", False, "relative difference of logits from transformers on the weights as the engine stores them"
+    ),
     "images": Threshold("readings", True, "images that were read"),
     "label_iou": Threshold("readings", True, "mean intersection over union of label sets, options or boxes"),
     "prose_f1": Threshold("readings", True, "mean F1 of the words of prose answers"),
@@ -117,7 +122,9 @@ def default_thresholds(precision: str, compute: str) -> dict[str, float]:
     for kind, value, table in (("precision", precision, _BY_PRECISION), ("compute", compute, _BY_COMPUTE)):
         if value not in table:
             raise InvalidRequest(f"no thresholds for {kind} {value!r}, known are {', '.join(table)}")
-    return {**_READINGS, **_BY_PRECISION[precision], **_BY_COMPUTE[compute]}
+    # Int8 activations of the CPU's int4 kernel alone make 0.006 in the phantom's four layers, fp32 throughout 3e-7.
+    logit_error = 1e-3 if precision == "fp32" else {"fp32": 0.02, "fp16": 0.02, "bf16": 0.05}[compute]
+    return {**_READINGS, **_BY_PRECISION[precision], **_BY_COMPUTE[compute], "logit_error": logit_error}
 
 
 def thresholds_of(precision: str, compute: str, given: Mapping[str, float] | None = None) -> dict[str, float]:
@@ -149,6 +156,7 @@ def verify_bundle(
     *,
     thresholds: Mapping[str, float] | None = None,
     standin: Bundle | str | Path | None = None,
+    quantized: str | Path | None = None,
     requests: Sequence[Mapping] = ({},),
     limit: int | None = None,
     seed: int = 0,
@@ -171,6 +179,9 @@ def verify_bundle(
         Over the defaults of the bundle's precision; names as in `THRESHOLDS`.
     standin : Bundle or path, optional
         onnxruntime bundle of the same export source, run in place of an engine that cannot be loaded here.
+    quantized : path, optional
+        Folder of the quantized checkpoint that an ``fp8`` or ``int4-awq`` engine was exported from: the engine has to
+        compute what that checkpoint says. Without it the decoder part of such an engine fails.
     requests : sequence of mapping
         REQUESTs of one image without history; image i is asked ``requests[i % len(requests)]``.
     limit, seed : int
@@ -206,7 +217,7 @@ def verify_bundle(
     try:
         data = [_bytes(entry) for entry in _drawn(images, limit, seed)]
         cases = [Case(entry, request_json(requests[i % len(requests)])) for i, entry in enumerate(data)]
-        gate = _Gate(bundle, runs, reference, cases, limits, threads, say)
+        gate = _Gate(bundle, runs, reference, cases, limits, quantized, threads, say)
         try:
             parts = {name: _run(getattr(gate, name)) for name in PARTS}
         finally:
@@ -292,12 +303,13 @@ def _side_files(bundle: Bundle) -> list[str]:
 
 def why_not_here(bundle: Bundle) -> str | None:
     """Why a bundle's engines cannot be run here; None if they can."""
-    if bundle.engine == "onnxruntime":
+    if bundle.engine == bundle.vision_engine == "onnxruntime":
         return None
-    from .session import VisionSession
+    from .session import open_decoder, open_vision
 
     try:
-        VisionSession(bundle)
+        open_vision(bundle)
+        open_decoder(bundle, slots=SLOTS)
     except CxrError as error:
         return error.message
     except (ImportError, OSError) as error:
@@ -338,11 +350,12 @@ class _Gate:
         reference: Reference,
         cases: list[Case],
         limits: dict[str, float],
+        quantized: str | Path | None,
         threads: int | None,
         say: Progress,
     ):
         self.bundle, self.reference, self.cases, self.limits, self.say = bundle, reference, cases, limits, say
-        self._runs, self._threads = runs, threads
+        self._runs, self._threads, self._quantized = runs, threads, quantized
         self.answers = reference.read(cases, _counter(say, "reference reads", len(cases)))
         self.said: list[_Said] | None = None
         self.details = [
@@ -466,24 +479,21 @@ class _Gate:
         return {"checks": checks, "measured": measured}
 
     def decoder(self) -> dict:
-        """Next-token distributions on the reference's text, with the engine's image embeddings and the reference's."""
+        """Next-token distributions on the reference's text, with the engine's image embeddings and the reference's.
+
+        And with the reference's embeddings against a reference that holds the weights as the engine stores them: that
+        shows a fault of the engine which is smaller than what quantization does, or which the text does not show.
+        """
         measured, checks = {}, []
-        tick = _counter(self.say, "decoder", 2 * len(self.cases))
+        tick = _counter(self.say, "decoder", 3 * len(self.cases))
         for whose, embed in (("engine", self.engine.embeddings), ("reference", self.reference.embeddings)):
             agreements, divergences = [], []
-            for at in range(0, len(self.cases), SLOTS):
-                chunk = range(at, min(at + SLOTS, len(self.cases)))
-                wanted = [self.reference.logits(self.cases[i]) for i in chunk]
-                prompts = [self.reference.prompt(self.cases[i]) for i in chunk]
-                given = [embed(self.cases[i]) for i in chunk]
-                scores = self.engine.score(prompts, given, [self.answers[i].ids for i in chunk], wanted)
-                for i, (agrees, kl) in zip(chunk, scores, strict=True):
-                    agreements.append(agrees)
-                    divergences.append(kl)
-                    self.details[i][f"top1_{whose}"], self.details[i][f"kl_{whose}"] = _finite(
-                        [agrees.mean(), kl.mean()]
-                    )
-                tick(len(chunk))
+            for i, ours, theirs in self._forced(embed, tick):
+                agrees = ours.argmax(-1) == theirs.argmax(-1)
+                kl = np.array([kl_divergence(its, mine) for its, mine in zip(theirs, ours, strict=True)])
+                self.details[i][f"top1_{whose}"], self.details[i][f"kl_{whose}"] = _finite([agrees.mean(), kl.mean()])
+                agreements.append(agrees)
+                divergences.append(kl)
             agrees, kl = np.concatenate(agreements), np.concatenate(divergences)
             name = f"{whose}'s embeddings"
             measured[name] = {
@@ -493,7 +503,40 @@ class _Gate:
             }
             checks.append(self.check("top1_agreement", agrees.mean(), name))
             checks.append(self.check("kl", kl.mean(), name))
+        head = self.bundle.manifest.get("head") or "compute"
+        with self.reference.storing(self._stored(), self.bundle.precision, head):
+            forced = self._forced(self.reference.embeddings, tick)
+            errors = np.concatenate([logit_error(theirs, ours) for _, ours, theirs in forced])
+        measured["stored weights"] = {
+            **{"tokens": len(errors), "logit_error": errors.mean(), "logit_error_max": errors.max()},
+            "histogram": _histogram(np.maximum(errors, 1e-9), -9, 1),
+        }
+        checks.append(self.check("logit_error", errors.mean()))
         return {"checks": checks, "measured": measured}
+
+    def _forced(self, embed, tick) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Of each case its index, and the engine's and the reference's logits (A, vocab) on the reference's text."""
+        for at in range(0, len(self.cases), SLOTS):
+            chunk = range(at, min(at + SLOTS, len(self.cases)))
+            prompts = [self.reference.prompt(self.cases[i]) for i in chunk]
+            given = [embed(self.cases[i]) for i in chunk]
+            scored = self.engine.forced(prompts, given, [self.answers[i].ids for i in chunk])
+            for i, ours in zip(chunk, scored, strict=True):
+                yield i, ours, self.reference.logits(self.cases[i])
+                tick(1)
+
+    def _stored(self) -> Checkpoint:
+        """The checkpoint that the engine was exported from."""
+        if self.bundle.precision not in QUANTIZED:
+            return self.reference.source
+        from cxr_triton.export.checkpoint import Checkpoint
+
+        if self._quantized is None:
+            raise InvalidRequest("the engine was made of a quantized checkpoint; name its folder with --quantized")
+        stored = Checkpoint(self._quantized)
+        if stored.digests() != self.bundle.manifest["source"].get("files"):
+            raise InvalidRequest(f"{self._quantized} is not the quantized checkpoint that the engine was made of")
+        return stored
 
     def readings(self) -> dict:
         """What both say of the same images."""
@@ -615,12 +658,12 @@ class _Engine:
     """The sessions of a bundle that runs here, driven as the served models drive them."""
 
     def __init__(self, bundle: Bundle, threads: int | None):
-        from .session import DecoderSession, VisionSession
+        from .session import open_decoder, open_vision
 
         self.bundle = bundle
         self._preprocessor = Preprocessor(bundle.path)
-        self._vision = VisionSession(bundle, threads=threads)
-        self._decoder = DecoderSession(bundle, slots=SLOTS, threads=threads)
+        self._vision = open_vision(bundle, threads=threads)
+        self._decoder = open_decoder(bundle, slots=SLOTS, threads=threads)
         self._prepared: dict = {}
 
     def close(self) -> None:
@@ -674,51 +717,39 @@ class _Engine:
             said.append(_Said(done.text, tokens, done.finish_reason, context["grammar"], context["answer"], parsed))
         return said
 
-    def score(self, prompts, embeddings, answers, wanted) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Agreement and KL of each token of given answers: prefill, then one step a token, as in serving.
+    def forced(self, prompts, embeddings, answers) -> list[np.ndarray]:
+        """Logits with which each token of given answers is predicted: prefill, then one step a token, as in serving.
 
         Parameters
         ----------
         prompts : sequence of Prompt
-            At most `SLOTS`, as all the others.
+            At most `SLOTS`, as of the others.
         embeddings : sequence of (T, hidden) float32 array
         answers : sequence of (A,) int64 array
-        wanted : sequence of (A, vocab) float32 array
-            The reference's logits.
+
+        Returns
+        -------
+        list of (A, vocab) float32 array
         """
         # The longest first: a step runs the first slots, so the answers that still go on have to be these.
         order = sorted(range(len(answers)), key=lambda i: -len(answers[i]))
-        results = [(np.zeros(len(ids), bool), np.zeros(len(ids))) for ids in answers]
         session = self._decoder
+        results = [np.empty((len(ids), session.vocab), np.float32) for ids in answers]
         try:
             for slot, i in enumerate(order):
-                prompt = prompts[i]
-                logits = session.prefill(
-                    slot,
-                    prompt.input_ids,
-                    prompt.image_index(max(len(embeddings[i]), 1)),
-                    embeddings[i],
-                    prompt.position_ids,
-                    is_last=True,
-                )
-                self._note(results[i], 0, logits, wanted[i][0])
+                prompt, rows = prompts[i], max(len(embeddings[i]), 1)
+                inputs = prompt.input_ids, prompt.image_index(rows), embeddings[i], prompt.position_ids
+                results[i][0] = session.prefill(slot, *inputs, is_last=True)
             for t in range(1, max(len(ids) for ids in answers)):
                 active = [i for i in order if len(answers[i]) > t]
-                positions = [int(prompts[i].position_ids.max()) + t for i in active]
-                logits = session.step(
-                    np.array([answers[i][t - 1] for i in active], np.int64), np.array(positions, np.int64)
-                )
-                for row, i in zip(logits, active, strict=True):
-                    self._note(results[i], t, row, wanted[i][t])
+                tokens = np.array([answers[i][t - 1] for i in active], np.int64)
+                positions = np.array([int(prompts[i].position_ids.max()) + t for i in active], np.int64)
+                for row, i in zip(session.step(tokens, positions), active, strict=True):
+                    results[i][t] = row
         finally:
             for slot in range(SLOTS):
                 session.free(slot)
         return results
-
-    @staticmethod
-    def _note(result: tuple[np.ndarray, np.ndarray], t: int, ours: np.ndarray, theirs: np.ndarray) -> None:
-        result[0][t] = np.argmax(ours) == np.argmax(theirs)
-        result[1][t] = kl_divergence(theirs, ours)
 
 
 class _Receiver:
@@ -745,6 +776,13 @@ def kl_divergence(reference: np.ndarray, engine: np.ndarray) -> float:
     if not np.isfinite(q).all():
         return math.nan
     return max(float(np.sum(np.exp(p) * (p - q))), 0.0)
+
+
+def logit_error(reference: np.ndarray, engine: np.ndarray) -> np.ndarray:
+    """Relative distance of logits (A, vocab), token by token, each less its mean, which a softmax does not see."""
+    theirs, ours = (rows.astype(np.float64) - rows.mean(-1, keepdims=True) for rows in (reference, engine))
+    with np.errstate(all="ignore"):
+        return np.linalg.norm(ours - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)
 
 
 def _log_softmax(row: np.ndarray) -> np.ndarray:

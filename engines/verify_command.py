@@ -22,13 +22,16 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--profile", metavar="NAME|YAML", help="Of the reference.  [default: the packaged one of the same name]")
 @click.option("--recipe", metavar="NAME|YAML", help="Takes its thresholds.  [default: those of the bundle's recipe]")
 @click.option("--standin", type=FOLDER, help="onnxruntime bundle of the same export, for engines that cannot run here.")
+@click.option("--quantized", type=FOLDER, help="The quantized checkpoint of an fp8 or int4-awq engine.")
 @click.option("--request", "requests", type=FILE, multiple=True, metavar="JSON", help="What to ask; several in turn.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="So many of the images, drawn at random.")
 @click.option("--seed", default=0, show_default=True, help="Of that draw.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the readings as one HTML page.")
 @json_option
-def verify(bundle, checkpoint, images, profile, recipe, standin, requests, limit, seed, device, html, json_path):
+def verify(
+    bundle, checkpoint, images, profile, recipe, standin, quantized, requests, limit, seed, device, html, json_path
+):  # fmt: skip
     """Hold the engines in BUNDLE against their checkpoint, and put the record into its manifest.
 
     The reference is the checkpoint in transformers (fp32 on a CPU, bf16 on a CUDA device), greedy, on the same images.
@@ -60,6 +63,7 @@ def verify(bundle, checkpoint, images, profile, recipe, standin, requests, limit
             files,
             thresholds=_thresholds(opened, recipe),
             standin=standin,
+            quantized=quantized,
             requests=asked,
             limit=limit,
             seed=seed,
