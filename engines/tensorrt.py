@@ -450,14 +450,17 @@ def _monitor(trt, name: str, progress: bool | None):
             self._bar.set_postfix_str(phase, refresh=False)
 
         def step_complete(self, phase, step):
-            try:
-                self._left[phase] -= 1
-                self._bar.update()
-            except KeyboardInterrupt:
-                self.interrupted = True
+            self._left[phase] -= 1
+            self._move(1)
             return not self.interrupted
 
         def phase_finish(self, phase):
-            self._bar.update(max(0, self._left.pop(phase, 0)))
+            self._move(max(0, self._left.pop(phase, 0)))
+
+        def _move(self, steps):
+            try:
+                self._bar.update(steps)
+            except KeyboardInterrupt:  # must not pass through the library, whose caller this is
+                self.interrupted = True
 
     return Monitor()

@@ -246,6 +246,19 @@ def tensorrt_geometry(export):
     return Geometry.from_json(json.loads((export / "export.json").read_text())["geometry"], "export.json")
 
 
+def test_ctrl_c_stops_a_build_and_leaves_nothing(exports, tmp_path, monkeypatch):
+    import tqdm
+
+    class Interrupted(tqdm.tqdm):
+        def update(self, n=1):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tqdm, "tqdm", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_bundle(exports("bf16"), tmp_path / "bundle", recipe=recipe_for("bf16"), cache=tmp_path / "cache")
+    assert not list(tmp_path.rglob("*"))
+
+
 def test_the_build_verb_says_what_it_built(exports, tmp_path):
     own = tmp_path / "own.yaml"
     text = (Path(tensorrt.__file__).parent / "recipes" / "rtx4090-int4.yaml").read_text()
