@@ -80,7 +80,7 @@ def main(recipe: str, exports: tuple[Path, ...], json_path: str | None):
 
     The vision plan, which depends on the compute type only, is built once for each of them.
     """
-    base, done, rows = load_recipe(recipe), set(), []
+    base, done, rows, load = load_recipe(recipe), set(), [], os.getloadavg()[0]
     context = multiprocessing.get_context("spawn")
     for folder in exports:
         export = json.loads((folder / EXPORT).read_bytes())
@@ -109,6 +109,7 @@ def main(recipe: str, exports: tuple[Path, ...], json_path: str | None):
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "load_average_before": load,
         "gpu": None,
         "recipe": base.name,
         "plans": rows,
