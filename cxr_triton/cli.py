@@ -21,7 +21,7 @@ from cxr_triton.errors import CxrError, InternalError, QueueFull, Unavailable, u
 EXIT_FAILED, EXIT_NOT_AS_ASKED, EXIT_TRY_AGAIN, EXIT_INTERRUPTED = 1, 3, 75, 130
 
 VERBS = {
-    "quantize": ("cxr_triton.export.quantize:quantize", "quantize", "Quantize a checkpoint, calibrated on radiographs."),
+    "quantize": ("cxr_triton.export.quantize:quantize", "quantize", "Quantize a checkpoint, calibrated on images."),
     "export": ("cxr_triton.export.command:export", "local", "Write the vision and decoder graphs of a checkpoint."),
     "recipes": ("cxr_triton.engines.command:recipes", "local", "List the GPUs that bundles are built for."),
     "build": ("cxr_triton.engines.command:build", "local", "Compile graphs into an engine bundle."),
