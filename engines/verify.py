@@ -378,7 +378,7 @@ class _Gate:
 
     def check(self, name: str, value: float, what: str = "") -> dict:
         """One measurement against its threshold; a value that is not finite fails."""
-        limit, value = self.limits[name], float(value)
+        limit, value = self.limits[name], float(value) + 0.0  # no minus zero
         passed = math.isfinite(value) and (value >= limit if THRESHOLDS[name].at_least else value <= limit)
         at_least = THRESHOLDS[name].at_least
         return {

@@ -51,7 +51,7 @@ def images():
 def reference(profile):
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     with Reference(CHECKPOINT, profile, device="cpu") as reference:
         yield reference
 
@@ -71,7 +71,7 @@ def good(exports, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def good_record(good, reference, images):
-    return verify_bundle(good, reference, None, images)
+    return verify_bundle(good, reference, None, images, threads=1)
 
 
 def refused_by(record):
@@ -113,7 +113,7 @@ def test_every_kind_of_aspect_ratio_is_seen(good_record, profile):
 
 
 def test_rounded_int4_is_measured_against_its_own_thresholds(exports, tmp_path, reference, images, record_property):
-    record = verify_bundle(build_bundle(exports / "int4", tmp_path / "bundle"), reference, None, images)
+    record = verify_bundle(build_bundle(exports / "int4", tmp_path / "bundle"), reference, None, images, threads=1)
     assert {"files", "vision"}.isdisjoint(refused_by(record))
     decoder = values(record, "decoder")
     assert 1e-7 < decoder["kl, reference's embeddings"] < 0.05, "int4 differs, a little"
@@ -248,7 +248,7 @@ def broken(request, exports, tmp_path):
 
 def test_a_broken_engine_is_refused_by_the_part_that_should_see_it(broken, reference, images, record_property):
     bundle, refused, content = broken
-    record = verify_bundle(bundle, reference, None, images)
+    record = verify_bundle(bundle, reference, None, images[:8], threads=1)
     found = refused_by(record)
     record_property("refused_by", sorted(found))
     print(sorted(found), {part: failed_checks(record, part) for part in found})
@@ -267,7 +267,7 @@ def test_decoder_faults_show_with_the_reference_embeddings_and_vision_faults_do_
     export = tmp_path / "export"
     shutil.copytree(exports / "fp32", export)
     zero_first_window(export)
-    record = verify_bundle(build_bundle(export, tmp_path / "bundle"), reference, None, images[:8])
+    record = verify_bundle(build_bundle(export, tmp_path / "bundle"), reference, None, images[:8], threads=1)
     assert "kl, engine's embeddings" in failed_checks(record, "decoder")
     assert not failed_checks(record, "decoder") & {"kl, reference's embeddings", "logit_error"}
 
@@ -281,13 +281,13 @@ def test_a_fault_too_small_for_the_text_shows_in_the_logits(exports, tmp_path, r
         if name == "broken":
             exchange(export, f"{LAYER}.mlp.gate_proj.weight.scale", f"{LAYER}.mlp.up_proj.weight.scale")
         bundle = build_bundle(export, tmp_path / f"{name}-bundle")
-        record[name] = verify_bundle(bundle, reference, None, images[:8], thresholds={"logit_error": 0.0075})
+        record[name] = verify_bundle(bundle, reference, None, images[:8], threads=1, thresholds={"logit_error": 0.0075})
     assert "decoder" not in refused_by(record["good"])
     assert failed_checks(record["broken"], "decoder") == {"logit_error"}
 
 
 def test_too_few_images_are_refused(good, reference, images):
-    record = verify_bundle(good, reference, None, images, limit=4, seed=3)
+    record = verify_bundle(good, reference, None, images, limit=4, seed=3, threads=1)
     assert refused_by(record) == {"readings"} and failed_checks(record, "readings") == {"images"}
 
 
@@ -299,7 +299,7 @@ def test_a_part_that_raises_has_failed(good, reference, images, monkeypatch):
 
     monkeypatch.setattr(DecoderSession, "step", broken)
     monkeypatch.setattr(verify, "PARTS", ("files", "vision", "decoder"))
-    record = verify_bundle(good, reference, None, images[:8])
+    record = verify_bundle(good, reference, None, images[:8], threads=1)
     assert record["parts"]["decoder"]["error"] == "RuntimeError: the engine is gone"
     assert refused_by(record) == {"decoder"} and not record["passed"]
 
@@ -323,7 +323,7 @@ def test_an_engine_that_cannot_run_here_needs_a_stand_in_of_its_own_source(
     other = build_bundle(exports / "int4", tmp_path / "other")
     with pytest.raises(InvalidRequest, match="another precision"):
         verify_bundle(good, reference, None, images, standin=other)
-    record = verify_bundle(good, reference, None, images[:8], standin=good.path)
+    record = verify_bundle(good, reference, None, images[:8], standin=good.path, threads=1)
     assert record["passed"] and record["runtime"]["standin"] and "cannot be run here" in record["runtime"]["said"]
 
 
