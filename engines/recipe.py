@@ -256,14 +256,14 @@ class Recipe(_Checked):
     def _activations(self, text, vision) -> int:
         """Allowance for activations of both engines, with what the libraries themselves take.
 
-        Basis: bf16 engines of the 3B by TensorRT-RTX 1.7 report 110 kB for a token of prefill, 3.1 MB for a sequence of
-        a decode step and 34 kB for an image's patch, which is 10 bytes for each column of the MLP, 20 for each logit
-        and 10 for each column of the tower's MLP; here 12, 24 and 12. Added is what was not measured: 0.75 GiB for
-        CUDA's context and kernels, 0.25 GiB on a CPU.
+        Basis: the 3B's bf16 engines (docs/results/engines-3b-rtx.json) report 110 kB for a token of prefill, 1.0 MB for
+        a sequence of a decode step and 34 kB for an image's patch, which is 10 bytes for each column of the MLP, 6.5 for
+        each logit and 10 for each column of the tower's MLP; here 12, 8 and 12. Added is what was not measured: 0.75 GiB
+        for CUDA's context and kernels, 0.25 GiB on a CPU.
         """
         windows = max(load_profile(name).window_budget for name in profile_names())
         tokens = max(PREFILL_PROMPTS * PREFILL_TOKENS, self.slots) * text.intermediate_size * 12
-        logits = self.slots * text.vocab_size * 24
+        logits = self.slots * text.vocab_size * 8
         patches = self.image_budget * windows * 64 * vision.intermediate_size * 12
         return tokens + logits + patches + (GIB // 4 if self.gpu is None else 3 * GIB // 4)
 

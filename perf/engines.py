@@ -96,7 +96,7 @@ def main(recipe: str, exports: tuple[Path, ...], json_path: str | None):
             process.join()
             if process.exitcode:
                 raise click.ClickException(f"{graph} {kind}: the build ended with {process.exitcode}")
-            row = {"graph": graph, "precision": kind} | compare(queue.get(), graph, chosen)
+            row = {"graph": graph, "precision": kind, "recipe": base.name} | compare(queue.get(), graph, chosen)
             rows.append(row)
             click.echo(
                 f"{graph} {kind}: {row['seconds']} s, {row['bytes'] / 2**30:.2f} GiB, {row['bytes_to_weights']} of its "
@@ -111,7 +111,6 @@ def main(recipe: str, exports: tuple[Path, ...], json_path: str | None):
         "cores": os.cpu_count(),
         "load_average_before": load,
         "gpu": None,
-        "recipe": base.name,
         "plans": rows,
     }
     write_json(result, json_path)
