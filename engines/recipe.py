@@ -32,7 +32,7 @@ BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 INT4_BLOCK = 128
 _NEEDS_CAPABILITY = {"fp8": (8, 9), "bf16": (8, 0)}  # tensor cores have the type from here on
 
-# The 3B as its config.json is published (models.md of the model cards: NV-Reason-CXR-3B and CheXOne have the same).
+# The 3B as its config.json is published (NV-Reason-CXR-3B and CheXOne have the same).
 TEXT_3B = {
     "hidden_size": 2048,
     "intermediate_size": 11008,
@@ -257,9 +257,9 @@ class Recipe(_Checked):
         """Allowance for activations of both engines, with what the libraries themselves take.
 
         Basis: the 3B's bf16 engines (docs/results/engines-3b-rtx.json) report 110 kB for a token of prefill, 1.0 MB for
-        a sequence of a decode step and 34 kB for an image's patch, which is 10 bytes for each column of the MLP, 6.5 for
-        each logit and 10 for each column of the tower's MLP; here 12, 8 and 12. Added is what was not measured: 0.75 GiB
-        for CUDA's context and kernels, 0.25 GiB on a CPU.
+        a sequence of a decode step and 34 kB for an image's patch, which is 10 bytes for each column of the MLP, 6.5
+        for each logit and 10 for each column of the tower's MLP; here 12, 8 and 12. Added is what was not measured:
+        0.75 GiB for CUDA's context and kernels, 0.25 GiB on a CPU.
         """
         windows = max(load_profile(name).window_budget for name in profile_names())
         tokens = max(PREFILL_PROMPTS * PREFILL_TOKENS, self.slots) * text.intermediate_size * 12
