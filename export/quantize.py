@@ -485,7 +485,18 @@ def _calibrate(
             mtq.quantize(model, _config(scheme, group, kv_fp8), forward)
         finally:
             hook.remove()
+    if scheme == "fp8":
+        share_scales(model)
     return largest
+
+
+def share_scales(model) -> None:
+    """One float8 scale for query, key and value, the largest: engines that multiply them in one keep every value."""
+    from modelopt.torch.export.quant_utils import preprocess_linear_fusion
+
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        preprocess_linear_fusion([attention.q_proj, attention.k_proj, attention.v_proj])
 
 
 def _write(model, source: Path, out: Path, record: dict) -> None:

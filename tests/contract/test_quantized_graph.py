@@ -25,7 +25,7 @@ from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
 from cxr_triton.export.checkpoint import CALIBRATION, Checkpoint
 from cxr_triton.export.decoder import write_decoder
 from cxr_triton.export.graph import check
-from cxr_triton.export.quantize import _config
+from cxr_triton.export.quantize import _config, share_scales
 
 pytest.importorskip("modelopt")
 
@@ -59,6 +59,8 @@ def quantized(folder, scheme, *, group=128, kv_fp8=False, dtype="float32", exclu
 
     with torch.no_grad():
         mtq.quantize(model, config, calibrate)
+        if scheme == "fp8" and not exclude:
+            share_scales(model)
         # What the exporter does first: one smoothing for layers of one input, folded into the norm before them.
         requantize_resmooth_fused_llm_layers(model)
         for module in model.model.language_model.modules():
