@@ -51,7 +51,7 @@ def verify(
     with tqdm(unit="", disable=None, leave=False) as bar:
 
         def progress(what: str, done: int, total: int) -> None:
-            if bar.desc != f"{what}: " or bar.total != total:
+            if done == 0:
                 bar.reset(total)
                 bar.set_description(what)
             bar.update(done - bar.n)
