@@ -150,7 +150,7 @@ def make_engine(
     device : {"auto", "cpu", "cuda"}
         Of calibration and of the reference.
     cache : Path, optional
-        Folder of compiled plans.
+        Folder of compiled plans; that of `cxr-triton build` by default.
     unverified : bool
         Package without the gate; the repository says so.
     accept_licence : bool
@@ -175,6 +175,7 @@ def make_engine(
     from cxr_triton.triton_repo.package import Settings, write_repository
 
     from .bundle import build_bundle
+    from .plan_cache import default_folder
     from .recipe import load_recipe
     from .record import is_verified, require_verified
 
@@ -226,7 +227,7 @@ def make_engine(
         bundle = stages.run(
             "bundle",
             chosen.to_json(),
-            lambda path: build_bundle(graphs, path, recipe=chosen, cache=cache),
+            lambda path: build_bundle(graphs, path, recipe=chosen, cache=cache or default_folder()),
         )
         standin = None
         if decoder.compiler != "onnxruntime" and not unverified and not _runs_here(bundle):
