@@ -453,6 +453,10 @@ _KINDS = {
 def _typed(name: str, value: Any) -> Any:
     if not isinstance(value, _KINDS[name]):
         raise TypeError(f"{name} is {type(value).__name__}")
+    if name in ("usage", "timings_ms"):
+        for key, number in value.items():
+            if not isinstance(number, int | float) or isinstance(number, bool):
+                raise TypeError(f"{name}.{key} is {type(number).__name__}")
     if name == "findings":
         return tuple(Finding(label=item["label"], written=item["written"]) for item in value)
     if name == "boxes":

@@ -344,7 +344,16 @@ def test_schema_refuses_what_is_no_reading():
 
 @pytest.mark.parametrize(
     "change",
-    [{"version": 2}, {"text": 3}, {"findings": [1]}, {"findings": {}}, {"boxes": [{"label": "x"}]}, {"notice": None}],
+    [
+        {"version": 2},
+        {"text": 3},
+        {"findings": [1]},
+        {"findings": {}},
+        {"boxes": [{"label": "x"}]},
+        {"notice": None},
+        {"timings_ms": {"total": "soon"}},
+        {"usage": {"prompt_tokens": None}},
+    ],
 )
 def test_a_client_refuses_what_is_no_reading(change):
     good = json.loads(Reading.of(nv("<think>a</think><answer>Edema</answer>"), **FACTS).to_json())
