@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from cxr_triton import phantom
 from cxr_triton.errors import InvalidRequest
 
 PHANTOM = Path(__file__).resolve().parent.parent / "tests" / "phantom"
@@ -100,7 +101,6 @@ def _draw_phantom(model: Path, path: Path) -> list[str]:
     sys.path.insert(0, str(model))
     try:
         import dicom_file
-        import phantom
     finally:
         sys.path.remove(str(model))
     drawn = phantom.draw(np.random.default_rng(PHANTOM_SEED))

@@ -6,10 +6,11 @@ import io
 
 import imagecodecs
 import numpy as np
-from phantom import Phantom
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import UID, generate_uid
+
+from cxr_triton.phantom import Phantom
 
 DX_FOR_PRESENTATION = UID("1.2.840.10008.5.1.4.1.1.1.1")
 SYNTAXES = {

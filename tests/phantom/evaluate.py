@@ -8,9 +8,8 @@ from pathlib import Path
 
 import click
 import numpy as np
-import phantom
 
-from cxr_triton import image
+from cxr_triton import image, phantom
 from cxr_triton.profile import ModelProfile, load_profile
 from cxr_triton.reading import parse
 

@@ -17,14 +17,13 @@ from pathlib import Path
 
 import click
 import numpy as np
-import phantom
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from cxr_triton import image
+from cxr_triton import image, phantom
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 224 * 224
 VOCAB = 640

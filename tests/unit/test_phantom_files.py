@@ -13,9 +13,8 @@ PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
 sys.path.insert(0, str(PHANTOM))
 
 import dicom_file  # noqa: E402
-import phantom  # noqa: E402
 
-from cxr_triton import dicom, display  # noqa: E402
+from cxr_triton import dicom, display, phantom  # noqa: E402
 from cxr_triton.profile import load_profile  # noqa: E402
 from cxr_triton.reading import parse  # noqa: E402
 
