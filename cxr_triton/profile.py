@@ -32,16 +32,18 @@ PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
-def _range(low: float, high: float, **kwargs) -> typing.Any:
+def in_range(low: float, high: float, **kwargs) -> typing.Any:
     return field(metadata={"range": (low, high)}, **kwargs)
 
 
-def _one_of(values: tuple[str, ...], **kwargs) -> typing.Any:
+def one_of(values: tuple[str, ...], **kwargs) -> typing.Any:
     return field(metadata={"one_of": values}, **kwargs)
 
 
-class _Checked:
-    """Checks the ranges that the fields declare."""
+class Checked:
+    """Base of frozen data whose fields declare what they may be, by `in_range` and `one_of`."""
+
+    error: typing.ClassVar = InvalidProfile
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -49,13 +51,13 @@ class _Checked:
             if "range" in f.metadata:
                 low, high = f.metadata["range"]
                 if not low <= value <= high:
-                    raise InvalidProfile(f"{f.name}: {value!r} is outside {low} to {high}")
+                    raise self.error(f"{f.name}: {value!r} is outside {low} to {high}")
             if "one_of" in f.metadata and value not in f.metadata["one_of"]:
-                raise InvalidProfile(f"{f.name}: {value!r} is none of {', '.join(f.metadata['one_of'])}")
+                raise self.error(f"{f.name}: {value!r} is none of {', '.join(f.metadata['one_of'])}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Licence(_Checked):
+class Licence(Checked):
     """Licence of the weights, and where it is stated."""
 
     name: str
@@ -64,7 +66,7 @@ class Licence(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(_Checked):
+class Task(Checked):
     """One thing a model can be asked.
 
     Attributes
@@ -79,10 +81,10 @@ class Task(_Checked):
     """
 
     prompt: str
-    answer: str = _one_of(ANSWERS)
+    answer: str = one_of(ANSWERS)
     description: str
-    min_images: int = _range(0, 16, default=1)
-    max_images: int = _range(0, 16, default=1)
+    min_images: int = in_range(0, 16, default=1)
+    max_images: int = in_range(0, 16, default=1)
     follow_up: bool = False
 
     @property
@@ -99,25 +101,25 @@ class Task(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mode(_Checked):
+class Mode(Checked):
     """How a model is asked to answer: the text appended to a task's prompt and the grammar that it calls for."""
 
     description: str
-    grammar: str = _one_of(GRAMMARS)
+    grammar: str = one_of(GRAMMARS)
     suffix: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoding(_Checked):
+class Decoding(Checked):
     """Decoding defaults; temperature 0 is greedy, repetition penalty 1 is none.
 
     A checkpoint's own repetition penalty wins: see `ModelProfile.merge_generation_config`.
     """
 
-    max_new_tokens: int = _range(1, 32768)
-    temperature: float = _range(0.0, 2.0, default=0.0)
-    top_p: float = _range(1e-3, 1.0, default=1.0)
-    repetition_penalty: float = _range(0.5, 2.0, default=1.0)
+    max_new_tokens: int = in_range(1, 32768)
+    temperature: float = in_range(0.0, 2.0, default=0.0)
+    top_p: float = in_range(1e-3, 1.0, default=1.0)
+    repetition_penalty: float = in_range(0.5, 2.0, default=1.0)
 
 
 def eos_token_ids(generation_config: dict, config: dict) -> tuple[int, ...]:
@@ -160,7 +162,7 @@ def grids(min_pixels: int, max_pixels: int, max_aspect_ratio: float) -> tuple[tu
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelProfile(_Checked):
+class ModelProfile(Checked):
     """Everything that differs between two models of the same architecture.
 
     Attributes
@@ -190,15 +192,15 @@ class ModelProfile(_Checked):
     default_task: str
     modes: dict[str, Mode]
     default_mode: str
-    min_pixels: int = _range(UNIT_PX**2, 2**24)
-    max_pixels: int = _range(UNIT_PX**2, 2**24)
-    max_aspect_ratio: float = _range(1.0, 16.0, default=4.0)
-    max_images: int = _range(1, 16)
-    image_order: str = _one_of(IMAGE_ORDERS, default="prior_first")
-    max_sequence: int = _range(64, 131072)
+    min_pixels: int = in_range(UNIT_PX**2, 2**24)
+    max_pixels: int = in_range(UNIT_PX**2, 2**24)
+    max_aspect_ratio: float = in_range(1.0, 16.0, default=4.0)
+    max_images: int = in_range(1, 16)
+    image_order: str = one_of(IMAGE_ORDERS, default="prior_first")
+    max_sequence: int = in_range(64, 131072)
     decoding: Decoding
     labels: tuple[str, ...] = ()
-    pixel_preset: str = _one_of(PRESETS, default="mimic_jpg")
+    pixel_preset: str = one_of(PRESETS, default="mimic_jpg")
 
     def __post_init__(self):
         super().__post_init__()

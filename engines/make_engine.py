@@ -170,8 +170,8 @@ def make_engine(
     CxrError
         What a stage raises. The stages before it stay.
     """
-    from cxr_triton.export.checkpoint import Checkpoint, locate
-    from cxr_triton.export.command import export_checkpoint
+    from cxr_triton.export.checkpoint import Checkpoint
+    from cxr_triton.export.command import export_checkpoint, located
     from cxr_triton.triton_repo.package import Settings, write_repository
 
     from .bundle import build_bundle
@@ -181,7 +181,7 @@ def make_engine(
 
     chosen, model = load_recipe(recipe), load_profile(profile)
     decoder = chosen.decoder
-    folder, _ = locate(source, model.revision if source == model.checkpoint_id else None)
+    folder, _ = located(source, model)
     sequence = min(chosen.max_sequence, Checkpoint(folder).text.max_position_embeddings)
     with _own(out):
         stages = Stages(out, say)

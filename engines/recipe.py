@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from cxr_triton.errors import CxrError, InvalidRecipe, unknown_key
-from cxr_triton.profile import load_profile, profile_names
+from cxr_triton.profile import Checked, in_range, load_profile, one_of, profile_names
 
 RECIPES = Path(__file__).with_name("recipes")
 ENGINES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
@@ -60,32 +60,16 @@ VISION_3B = {  # depth, window and full-attention blocks are left to the class d
 }
 
 
-def _range(low: float, high: float, **kwargs) -> typing.Any:
-    return field(metadata={"range": (low, high)}, **kwargs)
-
-
-def _one_of(values: tuple[str, ...], **kwargs) -> typing.Any:
-    return field(metadata={"one_of": values}, **kwargs)
-
-
-class _Checked:
-    def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if "range" in f.metadata:
-                low, high = f.metadata["range"]
-                if not low <= value <= high:
-                    raise InvalidRecipe(f"{f.name}: {value!r} is outside {low} to {high}")
-            if "one_of" in f.metadata and value not in f.metadata["one_of"]:
-                raise InvalidRecipe(f"{f.name}: {value!r} is none of {', '.join(f.metadata['one_of'])}")
+class _Checked(Checked):
+    error = InvalidRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionRecipe(_Checked):
     """Compiler of the vision graph, and the type that its weights have and it computes in."""
 
-    compiler: str = _one_of(ENGINES)
-    precision: str = _one_of(COMPUTES)
+    compiler: str = one_of(ENGINES)
+    precision: str = one_of(COMPUTES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +83,11 @@ class DecoderRecipe(_Checked):
         quantized checkpoint.
     """
 
-    compiler: str = _one_of(ENGINES)
-    precision: str = _one_of(PRECISIONS)
-    compute: str = _one_of(COMPUTES)
-    head: str = _one_of(("compute", "fp8", "int4"))
-    kv: str = _one_of((*COMPUTES, "fp8"))
+    compiler: str = one_of(ENGINES)
+    precision: str = one_of(PRECISIONS)
+    compute: str = one_of(COMPUTES)
+    head: str = one_of(("compute", "fp8", "int4"))
+    kv: str = one_of((*COMPUTES, "fp8"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +117,12 @@ class Recipe(_Checked):
     name: str
     gpu: str | None = None
     compute_capability: str | None = None
-    memory_gib: float = _range(0.5, 4096)
+    memory_gib: float = in_range(0.5, 4096)
     vision: VisionRecipe
     decoder: DecoderRecipe
-    slots: int = _range(1, 256)
-    max_sequence: int = _range(64, 131072)
-    image_budget: int = _range(1, 64)
+    slots: int = in_range(1, 256)
+    max_sequence: int = in_range(64, 131072)
+    image_budget: int = in_range(1, 64)
     container: str | None = None
     thresholds: dict[str, float] = field(default_factory=dict)
 

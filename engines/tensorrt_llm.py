@@ -94,6 +94,8 @@ class EngineConfig:
 def request_tensors(generation: Generation, config: EngineConfig) -> dict[str, np.ndarray]:
     """Inputs of the model `tensorrt_llm` for one streamed request, each with its batch axis of 1.
 
+    Stop strings are text and stay with whoever reads the tokens.
+
     Parameters
     ----------
     generation : Generation
@@ -119,21 +121,20 @@ def request_tensors(generation: Generation, config: EngineConfig) -> dict[str, n
             "answer; shorten the prompt or the history, send fewer images, or build with a larger max_sequence"
         )
     ids, table = _fake_ids(generation, config)
-    first_end, *further_ends = sampling.eos_token_ids
+    ends = sampling.eos_token_ids
     tensors = {
         "input_ids": ids.astype(np.int32),
         "input_lengths": np.array([length], np.int32),
         "request_output_len": np.array([min(sampling.max_new_tokens, config.max_sequence - length)], np.int32),
-        "end_id": np.array([first_end], np.int32),
-        "pad_id": np.array([first_end], np.int32),
         "streaming": np.array([True]),
         "repetition_penalty": np.array([sampling.repetition_penalty], np.float32),
         "mrope_rotary_cos_sin": rotary_table(generation.position_ids, config),
         "mrope_position_deltas": np.array([int(generation.position_ids.max()) + 1 - length], np.int64),
     }
-    if further_ends:  # as words of one token each
-        offsets = np.arange(1, len(further_ends) + 1)
-        tensors["stop_words_list"] = np.array([further_ends, offsets], np.int32)
+    if ends:
+        tensors |= {name: np.array(ends[:1], np.int32) for name in ("end_id", "pad_id")}
+    if ends[1:]:  # as words of one token each
+        tensors["stop_words_list"] = np.array([ends[1:], np.arange(1, len(ends))], np.int32)
     if sampling.temperature < GREEDY_BELOW_TEMPERATURE:
         tensors["runtime_top_k"] = np.array([1], np.int32)
     else:

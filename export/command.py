@@ -84,15 +84,8 @@ def export_checkpoint(
     Precision.of(precision or "int4", compute, head)  # a wrong name is known before a checkpoint is fetched
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidRequest(f"{out} is not an empty folder; remove it or choose another one")
-    licence = licence_of(source, profile)
-    if licence.non_commercial and not accept_licence:
-        raise LicenceNotAccepted(
-            f"the weights of {source} are under {licence.name} ({licence.stated}), for non-commercial research only; "
-            "read the licence, then pass --accept-licence"
-        )
-    if revision is None and source == profile.checkpoint_id:
-        revision = profile.revision
-    folder, commit = locate(source, revision)
+    licence = require_licence(source, profile, accept_licence)
+    folder, commit = located(source, profile, revision)
     checkpoint = Checkpoint(folder)
     precision = precision or (checkpoint.quantization.scheme if checkpoint.quantization else "int4")
     chosen = Precision.of(precision, compute, head)
@@ -157,6 +150,22 @@ def _quantization(checkpoint: Checkpoint) -> dict:
         return {}
     facts = dataclasses.asdict(checkpoint.quantization)
     return {"quantization": {**facts, "exclude": list(facts["exclude"]), "kv_scales": checkpoint.kv_scales()}}
+
+
+def require_licence(source: str, profile: ModelProfile, accepted: bool) -> Licence:
+    """The licence of the weights; raises `LicenceNotAccepted` where the user has to accept it and did not."""
+    licence = licence_of(source, profile)
+    if licence.non_commercial and not accepted:
+        raise LicenceNotAccepted(
+            f"the weights of {source} are under {licence.name} ({licence.stated}), for non-commercial research only; "
+            "read the licence, then pass --accept-licence"
+        )
+    return licence
+
+
+def located(source: str, profile: ModelProfile, revision: str | None = None) -> tuple[Path, str | None]:
+    """`locate`, by default at the revision of the profile's checkpoint."""
+    return locate(source, profile.revision if revision is None and source == profile.checkpoint_id else revision)
 
 
 def licence_of(source: str, profile: ModelProfile) -> Licence:

@@ -30,13 +30,13 @@ import numpy as np
 from cxr_triton import __version__, image, phantom
 from cxr_triton.chat import ChatTokenizer
 from cxr_triton.cli import json_option, write_json
-from cxr_triton.errors import CxrError, InvalidRequest, LicenceNotAccepted, UnsupportedCheckpoint
+from cxr_triton.errors import CxrError, InvalidRequest, UnsupportedCheckpoint
 from cxr_triton.profile import ModelProfile, Task, load_profile, profile_names
 from cxr_triton.request import ReadRequest
 from cxr_triton.sandbox import Sandbox
 
-from .checkpoint import ARCHITECTURE, CALIBRATION, GROUP_SIZES, Checkpoint, locate
-from .command import licence_of
+from .checkpoint import ARCHITECTURE, CALIBRATION, GROUP_SIZES, Checkpoint
+from .command import licence_of, located, require_licence
 
 SCHEMA = 1
 SCHEMES = ("fp8", "int4-awq")
@@ -155,15 +155,8 @@ def quantize_checkpoint(
         raise InvalidRequest(f"limit is {limit} images, at least {MINIMUM_IMAGES} calibrate; raise it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidRequest(f"{out} is not an empty folder; remove it or choose another one")
-    licence = licence_of(source, profile)
-    if licence.non_commercial and not accept_licence:
-        raise LicenceNotAccepted(
-            f"the weights of {source} are under {licence.name} ({licence.stated}), for non-commercial research only; "
-            "read the licence, then pass --accept-licence"
-        )
-    if revision is None and source == profile.checkpoint_id:
-        revision = profile.revision
-    folder, commit = locate(source, revision)
+    licence = require_licence(source, profile, accept_licence)
+    folder, commit = located(source, profile, revision)
     checkpoint = Checkpoint(folder)
     if checkpoint.quantization:
         raise UnsupportedCheckpoint(

@@ -205,6 +205,8 @@ def test_a_request_carries_what_the_backend_takes(reference, engine):
     assert greedy["stop_words_list"].tolist() == [[[END + 1], [1]]]
     assert warm["seed"].dtype == np.uint64 and "runtime_top_k" not in warm and "stop_words_list" not in warm
     assert warm["request_output_len"][0, 0] == CONTEXT - len(generation.input_ids)
+    endless = dataclasses.replace(generation, sampling=Sampling(max_new_tokens=3))
+    assert not {"end_id", "pad_id", "stop_words_list"} & set(request_tensors(endless, engine))
     assert "prompt_embedding_table" not in text and text["mrope_position_deltas"].tolist() == [[0]]
     rows = greedy["input_ids"][0][greedy["input_ids"][0] >= 320]
     assert rows.tolist() == list(range(320, 320 + len(rows)))
