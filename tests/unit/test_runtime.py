@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import re
 import threading
 import time
 
@@ -230,8 +231,9 @@ def test_a_running_stream_steps_between_two_chunks_of_a_long_prompt(serve):
     runtime.submit(generation(range(80), 2), long)
     session.gate.release(40)
     until(lambda: len(session.calls) >= 30)
-    kinds = [call[0] for call in session.calls[3:14]]
-    assert kinds == ["step", "prefill"] * 5 + ["step"] or kinds == ["prefill", "step"] * 5 + ["step"]
+    # the step that was under way may end before the first chunk
+    kinds = "".join(call[0][0] for call in session.calls[3:] if call[0] != "free")
+    assert re.match("s?(ps){5}s", kinds)
 
 
 def test_requests_that_wait_start_in_the_order_they_came(serve):
