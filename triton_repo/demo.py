@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def run(folder: Path, model: Path = PHANTOM) -> dict:
     folder : Path
         Made if absent; ``export``, ``bundle`` and ``repository`` in it are written anew.
     model : Path
-        Folder of the demonstration model: ``checkpoint``, ``profile.yaml``, ``phantom.py``, ``dicom_file.py``.
+        Folder of the demonstration model: ``checkpoint``, ``profile.yaml``.
 
     Returns
     -------
@@ -65,7 +64,7 @@ def run(folder: Path, model: Path = PHANTOM) -> dict:
     for name in ("export", "bundle"):
         shutil.rmtree(folder / name, ignore_errors=True)
     files = {"rg1": _radiograph(), "phantom": folder / "phantom.dcm"}
-    drawn = _draw_phantom(model, files["phantom"])
+    drawn = _draw_phantom(files["phantom"])
     profile = load_profile(model / "profile.yaml")
     export_checkpoint(str(model / "checkpoint"), folder / "export", profile, precision="fp32")
     done("export", f"checkpoint to two graphs in {folder / 'export'}")
@@ -96,15 +95,12 @@ def _radiograph() -> Path:
     return Path(path)
 
 
-def _draw_phantom(model: Path, path: Path) -> list[str]:
+def _draw_phantom(path: Path) -> list[str]:
     """Write a phantom as a DICOM file; the labels of its findings."""
-    sys.path.insert(0, str(model))
-    try:
-        import dicom_file
-    finally:
-        sys.path.remove(str(model))
+    from cxr_triton.phantom_file import write_dicom
+
     drawn = phantom.draw(np.random.default_rng(PHANTOM_SEED))
-    path.write_bytes(dicom_file.write_dicom(drawn, photometric="MONOCHROME1", syntax="jpeg_ls"))
+    path.write_bytes(write_dicom(drawn, photometric="MONOCHROME1", syntax="jpeg_ls"))
     return list(drawn.labels)
 
 

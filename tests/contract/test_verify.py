@@ -16,9 +16,9 @@ from click.testing import CliRunner
 PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
 sys.path.insert(0, str(PHANTOM))
 
-import dicom_file  # noqa: E402
 import evaluate  # noqa: E402
 
+from cxr_triton import phantom_file  # noqa: E402
 from cxr_triton.cli import main  # noqa: E402
 from cxr_triton.engines import verify  # noqa: E402
 from cxr_triton.engines.bundle import Bundle, build_bundle  # noqa: E402
@@ -43,7 +43,7 @@ def profile():
 def images():
     """Held-out phantoms as DICOM, both photometrics in turn."""
     return [
-        dicom_file.write_dicom(p, photometric=evaluate.variant(i)[1]) for i, p in enumerate(evaluate.held_out(COUNT))
+        phantom_file.write_dicom(p, photometric=evaluate.variant(i)[1]) for i, p in enumerate(evaluate.held_out(COUNT))
     ]
 
 

@@ -10,10 +10,9 @@ import pytest
 PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
 sys.path.insert(0, str(PHANTOM))
 
-import dicom_file  # noqa: E402
 import evaluate  # noqa: E402
 
-from cxr_triton import dicom, display, image, phantom  # noqa: E402
+from cxr_triton import dicom, display, image, phantom, phantom_file  # noqa: E402
 from cxr_triton.profile import load_profile  # noqa: E402
 
 HELD_OUT = 200
@@ -72,9 +71,9 @@ def served(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def files():
     """Held-out phantoms as DICOM: every syntax and both photometrics, in turn."""
-    syntaxes = list(dicom_file.SYNTAXES)
+    syntaxes = list(phantom_file.SYNTAXES)
     return [
-        dicom_file.write_dicom(p, photometric=evaluate.variant(i)[1], syntax=syntaxes[i % len(syntaxes)])
+        phantom_file.write_dicom(p, photometric=evaluate.variant(i)[1], syntax=syntaxes[i % len(syntaxes)])
         for i, p in enumerate(evaluate.held_out(SERVED))
     ]
 
@@ -113,7 +112,7 @@ def test_follow_up_answers_in_prose(served):
 
     server, _ = served
     source = evaluate.held_out(1)[0]
-    data = dicom_file.write_dicom(source)
+    data = phantom_file.write_dicom(source)
     with Reader(server.grpc) as reader:
         first = reader.read([data]).result()
         history = [{"role": "user", "content": first.prompt}, {"role": "assistant", "content": first.text}]

@@ -2,21 +2,15 @@
 
 import io
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
 
-PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
-sys.path.insert(0, str(PHANTOM))
-
-import dicom_file  # noqa: E402
-
-from cxr_triton import dicom, display, phantom  # noqa: E402
-from cxr_triton.profile import load_profile  # noqa: E402
-from cxr_triton.reading import parse  # noqa: E402
+from cxr_triton import dicom, display, phantom, phantom_file
+from cxr_triton.profile import load_profile
+from cxr_triton.reading import parse
 
 
 def phantoms_of_each_depth():
@@ -27,20 +21,20 @@ def phantoms_of_each_depth():
     return [found[bits] for bits in sorted(found)]
 
 
-@pytest.mark.parametrize("syntax", dicom_file.SYNTAXES)
+@pytest.mark.parametrize("syntax", phantom_file.SYNTAXES)
 def test_files_hold_the_stored_values(syntax):
     for source, photometric in itertools.product(phantoms_of_each_depth(), phantom.PHOTOMETRICS):
-        data = dicom_file.write_dicom(source, photometric=photometric, syntax=syntax)
+        data = phantom_file.write_dicom(source, photometric=photometric, syntax=syntax)
         dataset = pydicom.dcmread(io.BytesIO(data))
         stored, _ = source.encoded(photometric)
-        assert dataset.file_meta.TransferSyntaxUID == dicom_file.SYNTAXES[syntax]
+        assert dataset.file_meta.TransferSyntaxUID == phantom_file.SYNTAXES[syntax]
         assert dataset.PhotometricInterpretation == photometric
         ours = dicom.read_image(data).stored
-        if syntax not in dicom_file.LOSSY_BITS:
+        if syntax not in phantom_file.LOSSY_BITS:
             np.testing.assert_array_equal(dataset.pixel_array, stored)
             np.testing.assert_array_equal(ours, stored)
             continue
-        bits = min(dicom_file.LOSSY_BITS[syntax], source.bits_stored)
+        bits = min(phantom_file.LOSSY_BITS[syntax], source.bits_stored)
         assert (dataset.BitsStored, dataset.LossyImageCompression) == (bits, "01")
         error = ours.astype(int) - (stored >> (source.bits_stored - bits))
         assert 0 < np.abs(error).mean() < 0.02 * 2**bits
@@ -52,7 +46,7 @@ def test_twins_and_files_give_the_picture_that_training_saw(preset):
         pictures = {}
         for photometric in phantom.PHOTOMETRICS:
             pictures[photometric] = source.picture(preset, photometric).astype(int)
-            file = dicom.read_image(dicom_file.write_dicom(source, photometric=photometric))
+            file = dicom.read_image(phantom_file.write_dicom(source, photometric=photometric))
             np.testing.assert_array_equal(display.render(file, preset).pixels, pictures[photometric])
         # The mimic_jpg recipe truncates before it inverts: twins may differ by a bin of the equalized histogram.
         difference = np.abs(pictures["MONOCHROME1"] - pictures["MONOCHROME2"])
@@ -60,7 +54,7 @@ def test_twins_and_files_give_the_picture_that_training_saw(preset):
 
 
 def test_answers_follow_the_grammar_and_name_what_is_drawn():
-    profile = load_profile(PHANTOM / "profile.yaml")
+    profile = load_profile(Path(__file__).resolve().parents[1] / "phantom" / "profile.yaml")
     rng = np.random.default_rng(2)
     for _ in range(60):
         source = phantom.draw(rng)

@@ -13,10 +13,9 @@ from PIL import Image
 PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
 sys.path.insert(0, str(PHANTOM))
 
-import dicom_file  # noqa: E402
 import evaluate  # noqa: E402
 
-from cxr_triton import image, phantom  # noqa: E402
+from cxr_triton import image, phantom, phantom_file  # noqa: E402
 from cxr_triton.cli import main  # noqa: E402
 from cxr_triton.engines.bundle import build_bundle  # noqa: E402
 from cxr_triton.errors import InvalidRequest, LicenceNotAccepted, UnsupportedCheckpoint  # noqa: E402
@@ -55,7 +54,7 @@ def images(tmp_path_factory):
     for i in range(COUNT):
         drawn, path = phantom.draw(rng), folder / ("more" if i % 2 else ".") / f"{i}"
         if i % 3 == 0:
-            path.write_bytes(dicom_file.write_dicom(drawn, photometric=phantom.PHOTOMETRICS[i % 2]))
+            path.write_bytes(phantom_file.write_dicom(drawn, photometric=phantom.PHOTOMETRICS[i % 2]))
         else:
             Image.fromarray(drawn.picture("mimic_jpg")).save(path, ("PNG", "JPEG")[i % 3 - 1])
     (folder / "copy").write_bytes((folder / "0").read_bytes())
@@ -285,7 +284,7 @@ def test_a_quantized_model_reads_a_phantom(scheme, head, request, profile, tmp_p
     assert bundle.manifest["source"]["calibration"] == calibration
     assert len(export["quantization"]["kv_scales"]) == (4 if scheme == "fp8" else 0)
     right = sum(
-        labels(bundle, dicom_file.write_dicom(drawn)) == frozenset(drawn.labels) for drawn in evaluate.held_out(4)
+        labels(bundle, phantom_file.write_dicom(drawn)) == frozenset(drawn.labels) for drawn in evaluate.held_out(4)
     )
     assert right >= 3
 

@@ -1,4 +1,4 @@
-"""Phantoms as DICOM DX files in any of the usual transfer syntaxes, for tests and the demo."""
+"""Phantoms as DICOM DX files in any of the usual transfer syntaxes; needs pydicom."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def encode(stored: np.ndarray, bits: int, syntax: str) -> bytes:
     raise ValueError(f"no encoder for {syntax}")
 
 
-def write_dicom(phantom: Phantom, *, photometric: str = "MONOCHROME2", syntax: str = "explicit") -> bytes:
+def write_dicom(
+    phantom: Phantom, *, photometric: str = "MONOCHROME2", syntax: str = "explicit", seed: str | None = None
+) -> bytes:
     """A DX image for presentation with the phantom's VOI window, if it has one.
 
     Parameters
@@ -56,6 +58,8 @@ def write_dicom(phantom: Phantom, *, photometric: str = "MONOCHROME2", syntax: s
         MONOCHROME1 is the exact inverted twin.
     syntax : str
         One of `SYNTAXES`. Those in `LOSSY_BITS` drop the bits that they cannot hold.
+    seed : str, optional
+        What the UIDs are made from, so that the same phantom gives the same bytes; random if None.
     """
     stored, window = phantom.encoded(photometric)
     bits = min(phantom.bits_stored, LOSSY_BITS.get(syntax, 16))
@@ -63,13 +67,17 @@ def write_dicom(phantom: Phantom, *, photometric: str = "MONOCHROME2", syntax: s
     stored = stored >> dropped
     if window and dropped:
         window = (window[0] / 2**dropped, window[1] / 2**dropped)
+
+    def uid(of: str) -> UID:
+        return generate_uid(entropy_srcs=[seed, of] if seed else None)
+
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = DX_FOR_PRESENTATION
-    meta.MediaStorageSOPInstanceUID = generate_uid()
+    meta.MediaStorageSOPInstanceUID = uid("instance")
     meta.TransferSyntaxUID = SYNTAXES[syntax]
     dataset = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
     dataset.SOPClassUID, dataset.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
-    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = generate_uid(), generate_uid()
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = uid("study"), uid("series")
     dataset.Modality, dataset.PresentationIntentType, dataset.BodyPartExamined = "DX", "FOR PRESENTATION", "PHANTOM"
     dataset.PatientName, dataset.PatientID = "PHANTOM^SYNTHETIC", "PHANTOM"
     dataset.ViewPosition, dataset.PatientOrientation = "PA", ["L", "F"]
