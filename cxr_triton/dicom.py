@@ -1,7 +1,7 @@
 """Bytes of a DICOM, PNG or JPEG file to stored pixel values, with what is needed to display them.
 
 The data set is walked once without recursion, every length is checked against what remains, and only the elements
-that describe the pixels are read: names, dates and identifiers never leave this module. Whatever would have to be
+that describe the pixels are read: names, dates and identifiers never leave `read_image`. Whatever would have to be
 guessed is a flag; whatever is not a single-frame chest-style radiograph is refused with a typed error.
 """
 
@@ -168,6 +168,116 @@ class Radiograph:
     flags: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Identity:
+    """Which object a DICOM file is, for a gateway that files it; unlike `Metadata` it identifies the patient.
+
+    Attributes
+    ----------
+    sop_class, sop_instance, study, series : str
+        UIDs, checked in form.
+    transfer_syntax, modality, view : str
+        ``view`` as in `Metadata`.
+    patient_id : str
+    taken : str
+        Date and time of acquisition, content or study, whichever is there; sorts as text.
+    number : int
+        Instance Number, 0 without one.
+    offset : int
+        Where the data set starts in the file.
+    is_radiograph : bool
+        By SOP class, modality and presentation intent `read_image` would not refuse it.
+    """
+
+    sop_class: str
+    sop_instance: str
+    study: str
+    series: str
+    transfer_syntax: str
+    modality: str
+    view: str
+    patient_id: str
+    taken: str
+    number: int
+    offset: int
+    is_radiograph: bool
+
+
+def read_identity(data, limits: Limits | None = None) -> Identity:
+    """Which object a DICOM Part 10 file is; nothing is decoded, and every transfer syntax will do.
+
+    Parameters
+    ----------
+    data : bytes or mmap
+    limits : Limits, optional
+        `max_file_bytes` bounds what a deflated data set inflates to.
+
+    Raises
+    ------
+    InvalidImage
+        Not DICOM, damaged, or without one of the UIDs.
+    LimitExceeded
+        Nested, long or inflated beyond the limits.
+    """
+    has_prefix = data[128:132] == b"DICM"
+    if not has_prefix and data[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
+        raise InvalidImage(f"file is no DICOM (first bytes {bytes(data[:4]).hex() or 'none'}); send Part 10 files")
+    if has_prefix and data[:128].startswith(_EXECUTABLE):
+        raise InvalidImage("DICOM file starts like a program; clear its 128-byte preamble")
+    uid, position = _meta(data, 132 if has_prefix else 0)
+    uid = uid or _recognise(data, position)
+    syntax = TRANSFER_SYNTAXES.get(uid, TRANSFER_SYNTAXES["1.2.840.10008.1.2.1"])
+    offset = position
+    if syntax.deflated:
+        data, position = _inflate(data[position:], limits or Limits()), 0
+    explicit = data[position + 4 : position + 6] in _VRS
+    wanted = _WANTED | frozenset(_IdentityTag)
+    dataset = _DataSet(data, explicit, syntax.little, wanted=wanted).walk(position, len(data))
+    tags = {"SOP class": _Tag.SOP_CLASS, "SOP instance": _IdentityTag.SOP_INSTANCE}
+    tags |= {"study": _IdentityTag.STUDY, "series": _IdentityTag.SERIES}
+    uids = {name: (dataset.texts(tag) or [""])[0] for name, tag in tags.items()}
+    for name, value in uids.items():
+        if not _UID.fullmatch(value):
+            raise InvalidImage(f"{name} UID is {'malformed' if value else 'missing'}; send a complete object")
+    if not _UID.fullmatch(uid):
+        raise InvalidImage("transfer syntax UID is malformed; send a complete object")
+    number = (dataset.texts(_IdentityTag.INSTANCE_NUMBER) or [""])[0]
+    try:
+        _require_radiograph(dataset, set())
+        is_radiograph = True
+    except InvalidImage:
+        is_radiograph = False
+    return Identity(
+        *uids.values(),
+        transfer_syntax=uid,
+        modality=dataset.text(_Tag.MODALITY)[:16],
+        view=_view(dataset, set())[0],
+        patient_id=(dataset.texts(_IdentityTag.PATIENT_ID) or [""])[0],
+        taken=_taken(dataset),
+        number=int(number) if re.fullmatch(r"[+-]?\d{1,9}", number) else 0,
+        offset=offset,
+        is_radiograph=is_radiograph,
+    )
+
+
+_UID = re.compile(r"[0-9][0-9.]{0,63}")
+
+
+def _taken(dataset: _DataSet) -> str:
+    """YYYYMMDDHHMMSS.FFFFFF, as much of it as the first of the three that is there says."""
+    tag = _IdentityTag
+    for date, time in (
+        (tag.ACQUISITION_DATETIME, None),
+        (tag.ACQUISITION_DATE, tag.ACQUISITION_TIME),
+        (tag.CONTENT_DATE, tag.CONTENT_TIME),
+        (tag.STUDY_DATE, tag.STUDY_TIME),
+    ):
+        if text := (dataset.texts(date) or [""])[0]:
+            text += (dataset.texts(time) or [""])[0] if time else ""
+            return re.sub(r"[^0-9.]", "", text)[:21]
+    return ""
+
+
 def read_image(data: bytes, limits: Limits | None = None) -> Radiograph:
     """Read a DICOM Part 10, PNG or JPEG file.
 
@@ -274,6 +384,28 @@ class _Tag(IntEnum):
 
 
 _WANTED = frozenset(_Tag)
+
+
+class _IdentityTag(IntEnum):
+    """What `read_identity` reads besides."""
+
+    SOP_INSTANCE = 0x00080018
+    STUDY_DATE = 0x00080020
+    ACQUISITION_DATE = 0x00080022
+    CONTENT_DATE = 0x00080023
+    ACQUISITION_DATETIME = 0x0008002A
+    STUDY_TIME = 0x00080030
+    ACQUISITION_TIME = 0x00080032
+    CONTENT_TIME = 0x00080033
+    PATIENT_ID = 0x00100020
+    STUDY = 0x0020000D
+    SERIES = 0x0020000E
+    INSTANCE_NUMBER = 0x00200013
+
+    def __str__(self) -> str:
+        return _name(self)
+
+
 _PIXEL_TAGS = {_Tag.PIXELS, _Tag.FLOAT_PIXELS, _Tag.DOUBLE_PIXELS}
 
 
@@ -292,6 +424,7 @@ class _DataSet:
     explicit: bool
     little: bool
     elements: dict[int, _Element] = field(default_factory=dict)
+    wanted: frozenset[int] = _WANTED
     has_overlay: bool = False
     stop: int = 0  # where `walk` ended
     count: int = 0
@@ -303,7 +436,7 @@ class _DataSet:
             if not any(self.data[position : position + 16]) and not self.data[position:end].strip(b"\0"):
                 break
             element = self.element_at(position, end, self.explicit)
-            if element.tag in _WANTED:
+            if element.tag in self.wanted:
                 if element.tag in self.elements:
                     raise InvalidImage(f"element {_name(element.tag)} comes twice; the file is damaged")
                 self.elements[element.tag] = element
@@ -542,14 +675,8 @@ def _read_dicom(data: bytes, start: int, limits: Limits) -> Radiograph:
 
 
 def _open(data: bytes, start: int, limits: Limits, flags: set[str]) -> tuple[_DataSet, str, TransferSyntax]:
-    """Read the File Meta Information (always explicit little endian, PS3.10 7.1) and walk the data set after it."""
-    meta = _DataSet(data, explicit=True, little=True)
-    position = start
-    while position + 8 <= len(data) and data[position : position + 2] == b"\x02\0":
-        element = meta.element_at(position, len(data), True)
-        meta.elements.setdefault(element.tag, element)
-        position = meta.end_of(element, len(data))
-    uid = (meta.texts(_Tag.TRANSFER_SYNTAX) or [""])[0]
+    """Read the File Meta Information and walk the data set after it."""
+    uid, position = _meta(data, start)
     if not uid:
         flags.add("no_meta_header")
         uid = _recognise(data, position)
@@ -565,6 +692,17 @@ def _open(data: bytes, start: int, limits: Limits, flags: set[str]) -> tuple[_Da
     if explicit != syntax.explicit and position + 8 <= len(data):
         flags.add("vr_mismatch")
     return _DataSet(data, explicit, syntax.little).walk(position, len(data)), uid, syntax
+
+
+def _meta(data: bytes, start: int) -> tuple[str, int]:
+    """Transfer syntax of the File Meta Information (always explicit little endian, PS3.10 7.1), and where it ends."""
+    meta = _DataSet(data, explicit=True, little=True)
+    position = start
+    while position + 8 <= len(data) and data[position : position + 2] == b"\x02\0":
+        element = meta.element_at(position, len(data), True)
+        meta.elements.setdefault(element.tag, element)
+        position = meta.end_of(element, len(data))
+    return (meta.texts(_Tag.TRANSFER_SYNTAX) or [""])[0], position
 
 
 def _recognise(data: bytes, position: int) -> str:

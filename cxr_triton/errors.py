@@ -19,6 +19,7 @@
     ├── InternalError         INTERNAL
     ├── InvalidProfile        INVALID_PROFILE
     ├── InvalidRecipe         INVALID_RECIPE
+    ├── InvalidConfig         INVALID_CONFIG
     ├── UnsupportedCheckpoint UNSUPPORTED_CHECKPOINT
     ├── LicenceNotAccepted    LICENCE_NOT_ACCEPTED
     ├── BuildFailed           BUILD_FAILED           a compiler refused a graph
@@ -130,6 +131,10 @@ class InvalidProfile(CxrError):
 
 class InvalidRecipe(CxrError):
     code = "INVALID_RECIPE"
+
+
+class InvalidConfig(CxrError):
+    code = "INVALID_CONFIG"
 
 
 class UnsupportedCheckpoint(CxrError):

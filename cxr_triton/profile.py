@@ -294,7 +294,7 @@ def load_profile(name_or_path: str | Path) -> ModelProfile:
         No such profile, not YAML, or a key that is unknown, missing, of the wrong type or out of range.
     """
     path = _find(name_or_path, Path())
-    return _build(ModelProfile, _read(path, ()), str(path.name))
+    return build(ModelProfile, _read(path, ()), str(path.name))
 
 
 def _find(name_or_path: str | Path, folder: Path) -> Path:
@@ -353,7 +353,7 @@ def _hints(cls: type) -> dict[str, typing.Any]:
     return typing.get_type_hints(cls)
 
 
-def _build(cls: type, data: object, where: str):
+def build(cls: type, data: object, where: str):
     """An instance of dataclass `cls` from parsed YAML; errors carry the path of the key."""
     if not isinstance(data, dict):
         raise InvalidProfile(f"{where}: is {type(data).__name__}, expected a mapping of keys")
@@ -362,7 +362,7 @@ def _build(cls: type, data: object, where: str):
         if key not in hints:
             raise InvalidProfile(unknown_key(str(key), hints, where))
     for f in dataclasses.fields(cls):
-        if f.name not in data and f.default is dataclasses.MISSING:
+        if f.name not in data and f.default is f.default_factory is dataclasses.MISSING:
             raise InvalidProfile(f"{where}.{f.name}: is missing; add it")
     values = {key: _value(hints[key], value, f"{where}.{key}") for key, value in data.items()}
     try:
@@ -372,8 +372,12 @@ def _build(cls: type, data: object, where: str):
 
 
 def _value(kind, value: object, where: str):
+    if type(None) in typing.get_args(kind):
+        if value is None:
+            return None
+        kind = typing.get_args(kind)[0]
     if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where)
+        return build(kind, value, where)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is dict:
         if not isinstance(value, dict) or not value:
@@ -383,10 +387,6 @@ def _value(kind, value: object, where: str):
         if not isinstance(value, list):
             raise InvalidProfile(f"{where}: is {value!r:.60}, expected a list")
         return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if type(None) in args:
-        if value is None:
-            return None
-        kind = args[0]
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

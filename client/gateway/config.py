@@ -1,0 +1,416 @@
+"""`gateway.yaml`: what the gateway listens on, reads, and delivers; frozen and validated, unknown keys refused."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from cxr_triton.client.limits import Timeouts, Tls
+from cxr_triton.errors import InvalidConfig, InvalidProfile
+from cxr_triton.profile import Checked, build, in_range, one_of
+
+EXAMPLE = Path(__file__).with_name("gateway.yaml")
+KINDS = ("findings_sr", "text_sr", "gsps", "pdf")
+_AET = re.compile(r"(?! )[\x20-\x5b\x5d-\x7e]{1,16}(?<! )")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section(Checked):
+    """Base of the sections."""
+
+    error = InvalidProfile  # `build` puts the path of the key before it, and `load_config` the right code
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsFiles(Section):
+    """PEM files of an encrypted connection: own certificate and key, and the authorities that the peer's has to be of.
+
+    A listener with `ca` asks each peer for a certificate; a sender without it trusts the system's authorities.
+    """
+
+    cert: str | None = None
+    key: str | None = None
+    ca: str | None = None
+
+    def server(self):
+        """`ssl.SSLContext` of a listener, TLS 1.2 or later (BCP 195 profile of PS3.15 B.9)."""
+        import ssl
+
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.cert, self.key)
+        if self.ca:
+            context.load_verify_locations(self.ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+    def client(self):
+        """`ssl.SSLContext` of a sender."""
+        import ssl
+
+        context = ssl.create_default_context(cafile=self.ca)
+        if self.cert:
+            context.load_cert_chain(self.cert, self.key)
+        return context
+
+    def grpc(self) -> Tls:
+        return Tls(ca=self.ca, cert=self.cert, key=self.key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer(Section):
+    """Who may send: an AE title, and the networks that it calls from."""
+
+    aet: str
+    addresses: tuple[str, ...]
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require_aet("aet", self.aet)
+        self.networks  # noqa: B018
+
+    @property
+    def networks(self) -> tuple:
+        try:
+            return tuple(ipaddress.ip_network(address) for address in self.addresses)
+        except ValueError as error:
+            raise InvalidProfile(f"addresses: {error}; give addresses or networks such as 10.1.0.0/16") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dicom(Section):
+    """The DICOM listener.
+
+    Attributes
+    ----------
+    max_associations, max_per_address : int
+        Associations at once, and connections at once from one address, whether they have said anything or not.
+    max_pdu_bytes : int
+        What is announced to peers; four times as much, at least 1 MiB, is what any PDU may have.
+    first_pdu_s : float
+        From the connection, TLS included, to the whole association request (the ARTIM timer).
+    pdu_s : float
+        From the first to the last byte of any PDU, and for the peer to take what is sent.
+    idle_s : float
+        Between two PDUs of an association.
+    """
+
+    aet: str = "CXR_GATEWAY"
+    host: str = "127.0.0.1"
+    port: int = in_range(0, 65535, default=11112)
+    tls: TlsFiles | None = None
+    peers: tuple[Peer, ...] = ()
+    max_associations: int = in_range(1, 1000, default=32)
+    max_per_address: int = in_range(1, 1000, default=16)
+    max_pdu_bytes: int = in_range(4096, 1 << 20, default=131_072)
+    first_pdu_s: float = in_range(0.1, 600.0, default=10.0)
+    pdu_s: float = in_range(0.1, 600.0, default=30.0)
+    idle_s: float = in_range(0.1, 86400.0, default=60.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require_aet("aet", self.aet)
+        if self.tls and not self.tls.cert:
+            raise InvalidProfile("tls.cert: is missing; a listener needs a certificate and its key")
+        if not self.peers and ipaddress.ip_address(socket.gethostbyname(self.host)) not in LOOPBACK[0]:
+            raise InvalidProfile(f"peers: is empty and host is {self.host}; name who may send")
+
+    @property
+    def pdu_limit(self) -> int:
+        return max(1 << 20, 4 * self.max_pdu_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Web(Section):
+    """The HTTP listener: ``/metrics``, ``/health/live``, ``/health/ready``, and STOW-RS where `stow` is true.
+
+    Attributes
+    ----------
+    token_file : str, optional
+        File whose content a STOW-RS client has to send as its bearer token. Required off the loopback interface.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = in_range(0, 65535, default=8042)
+    tls: TlsFiles | None = None
+    stow: bool = False
+    token_file: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        loopback = ipaddress.ip_address(socket.gethostbyname(self.host)) in LOOPBACK[0]
+        if self.stow and not loopback and not self.token_file:
+            raise InvalidProfile(f"token_file: is missing and host is {self.host}; STOW-RS there needs a token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folder(Section):
+    """A watched folder. A file that no longer grows is taken; what is refused moves to ``rejected/`` in it."""
+
+    path: str
+    every_s: float = in_range(0.05, 3600.0, default=5.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intake(Section):
+    """What is accepted from whatever door.
+
+    Attributes
+    ----------
+    max_object_mib : int
+        Largest object.
+    min_free_mib : int
+        Room that has to stay on the disk of the storage folder; below it objects are answered with 0xA700 (507).
+    """
+
+    max_object_mib: int = in_range(1, 4096, default=128)
+    min_free_mib: int = in_range(0, 1 << 24, default=1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouping(Section):
+    """When a study is complete: nothing new for `quiet_s`, or `max_wait_s` after its first image."""
+
+    quiet_s: float = in_range(0.0, 86400.0, default=30.0)
+    max_wait_s: float = in_range(0.0, 86400.0, default=300.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Section):
+    """How studies are read.
+
+    Attributes
+    ----------
+    url : str
+        Host and port of Triton's gRPC endpoint.
+    max_images : int
+        Images of a study in one request, the last taken ones, frontal views before others. A model takes what its
+        profile says (`max_images` of the task): NV-Reason-CXR-3B one, CheXOne four.
+    concurrency : int
+        Readings at once.
+    max_attempts : int
+        Failures that may pass before a study becomes a dead letter.
+    retry_s : tuple of float
+        Waits between attempts, the last one repeated; each is spread by a third.
+    lease_s : float
+        After so long without a sign of life of a gateway another one takes its study.
+    """
+
+    url: str = "127.0.0.1:8001"
+    tls: TlsFiles | None = None
+    task: str | None = None
+    mode: str | None = None
+    max_images: int = in_range(1, 16, default=1)
+    concurrency: int = in_range(1, 64, default=2)
+    first_delta_s: float = in_range(0.1, 86400.0, default=300.0)
+    idle_s: float = in_range(0.1, 86400.0, default=60.0)
+    total_s: float = in_range(0.1, 86400.0, default=900.0)
+    max_attempts: int = in_range(1, 1000, default=20)
+    retry_s: tuple[float, ...] = (1.0, 5.0, 15.0, 60.0)
+    lease_s: float = in_range(1.0, 3600.0, default=60.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require_ladder("retry_s", self.retry_s)
+
+    @property
+    def timeouts(self) -> Timeouts:
+        return Timeouts(first_delta_s=self.first_delta_s, idle_s=self.idle_s, total_s=self.total_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Priors(Section):
+    """Where the patient's earlier radiograph is fetched before a study is read: a PACS (C-FIND, C-GET) or QIDO/WADO-RS.
+
+    Attributes
+    ----------
+    aet, host, port : str, str, int
+        The PACS.
+    url : str, optional
+        DICOMweb root in its place.
+    max_age_days : int
+        Older ones are left out.
+    task : str, optional
+        Task of the profile when a prior was found, such as a comparison.
+    """
+
+    aet: str | None = None
+    host: str | None = None
+    port: int = in_range(1, 65535, default=104)
+    tls: TlsFiles | None = None
+    url: str | None = None
+    token_file: str | None = None
+    max_age_days: int = in_range(1, 36500, default=1825)
+    timeout_s: float = in_range(0.1, 600.0, default=30.0)
+    task: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.url) == bool(self.aet and self.host):
+            raise InvalidProfile("url: give either the url of a DICOMweb server, or aet and host of a PACS")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results(Section):
+    """What is made of a reading; see `docs/sr.md`."""
+
+    kinds: tuple[str, ...] = ("findings_sr", "text_sr")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise InvalidProfile(f"kinds: {kind!r} is none of {', '.join(KINDS)}")
+        if not self.kinds:
+            raise InvalidProfile("kinds: is empty; name at least one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Destination(Section):
+    """Where results go: `dicom` (C-STORE to `aet` at `host`:`port`), `stow` (STOW-RS to `url`), `fhir` (PUT to `url`).
+
+    Attributes
+    ----------
+    commitment : bool
+        Ask for storage commitment, and count a result as delivered only then. The answer may come on any association.
+    commitment_s : float
+        After so long without an answer the request is sent again.
+    retry_s : tuple of float
+        Waits between attempts, the last one repeated; each is spread by a third.
+    give_up_s : float
+        A result that was not delivered for so long becomes a dead letter.
+    """
+
+    name: str
+    kind: str = one_of(("dicom", "stow", "fhir"), default="dicom")
+    aet: str | None = None
+    host: str | None = None
+    port: int = in_range(1, 65535, default=104)
+    url: str | None = None
+    token_file: str | None = None
+    tls: TlsFiles | None = None
+    commitment: bool = False
+    commitment_s: float = in_range(0.1, 86400.0, default=300.0)
+    timeout_s: float = in_range(0.1, 600.0, default=30.0)
+    retry_s: tuple[float, ...] = (2.0, 10.0, 60.0, 300.0, 1800.0)
+    give_up_s: float = in_range(1.0, 31536000.0, default=259200.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not _NAME.fullmatch(self.name):
+            raise InvalidProfile(f"name: {self.name!r:.80} has to be letters, digits, '.', '_' or '-'")
+        if self.kind == "dicom":
+            if not self.host or not self.aet:
+                raise InvalidProfile("host: aet and host of a dicom destination are needed")
+            _require_aet("aet", self.aet)
+        elif not (self.url or "").startswith(("http://", "https://")):
+            raise InvalidProfile(f"url: {self.url!r:.80} of a {self.kind} destination has to start with http(s)://")
+        elif self.commitment:
+            raise InvalidProfile(f"commitment: is of dicom destinations, {self.kind} has none; remove it")
+        _require_ladder("retry_s", self.retry_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retention(Section):
+    """How long objects, results and their history stay after a study is done or dropped, and dead."""
+
+    done_h: float = in_range(0.0, 1e6, default=24.0)
+    dead_h: float = in_range(0.0, 1e6, default=720.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging(Section):
+    """JSON lines on standard error. UIDs appear as HMAC-SHA256 under a key, so that lines of one study can be joined.
+
+    Attributes
+    ----------
+    key_file : str, optional
+        The key; by default a random one that is kept in the storage folder.
+    """
+
+    level: str = one_of(("debug", "info", "warning", "error"), default="info")
+    key_file: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Section):
+    """The whole file.
+
+    Attributes
+    ----------
+    name : str
+        Of this gateway among those that share a queue.
+    storage : str
+        Folder of received objects and results; gateways that share a queue share it.
+    queue : str, optional
+        SQLAlchemy URL, such as ``postgresql+psycopg://gateway@db/cxr``; by default SQLite in the storage folder.
+    """
+
+    name: str = "gateway"
+    storage: str
+    queue: str | None = None
+    dicom: Dicom | None = None
+    web: Web | None = None
+    folder: Folder | None = None
+    intake: Intake = field(default_factory=Intake)
+    group: Grouping = field(default_factory=Grouping)
+    read: Reading = field(default_factory=Reading)
+    priors: Priors | None = None
+    results: Results = field(default_factory=Results)
+    destinations: tuple[Destination, ...]
+    retention: Retention = field(default_factory=Retention)
+    log: Logging = field(default_factory=Logging)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not _NAME.fullmatch(self.name):
+            raise InvalidProfile(f"name: {self.name!r:.80} has to be letters, digits, '.', '_' or '-'")
+        names = [destination.name for destination in self.destinations]
+        if not names or len(set(names)) != len(names):
+            raise InvalidProfile("destinations: at least one is needed, each with a name of its own")
+        if any(destination.commitment for destination in self.destinations) and not self.dicom:
+            raise InvalidProfile("dicom: is missing; the answer to a storage commitment needs a listener")
+        if not self.dicom and not self.folder and not (self.web and self.web.stow):
+            raise InvalidProfile("dicom: is missing; nothing would come in without it, web.stow or folder")
+        if self.priors and self.read.max_images < 2:
+            raise InvalidProfile("read.max_images: is 1, which leaves no room for a prior; raise it or drop priors")
+
+    @property
+    def queue_url(self) -> str:
+        return self.queue or f"sqlite:///{Path(self.storage).absolute()}/queue.sqlite"
+
+
+def load_config(path: str | os.PathLike) -> Config:
+    """The configuration in a YAML file.
+
+    Raises
+    ------
+    InvalidConfig
+        Not YAML, or a key that is unknown, missing, of the wrong type or out of range.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
+        raise InvalidConfig(f"{path.name}: not readable as YAML: {error or type(error).__name__}") from None
+    try:
+        return build(Config, data, path.name)
+    except InvalidProfile as error:
+        raise InvalidConfig(error.message) from None
+
+
+def _require_aet(name: str, aet: str) -> None:
+    if not _AET.fullmatch(aet):
+        raise InvalidProfile(f"{name}: {aet!r:.40} is no AE title (1 to 16 printable characters, no backslash)")
+
+
+def _require_ladder(name: str, waits: tuple[float, ...]) -> None:
+    if not waits or any(not wait > 0 for wait in waits):
+        raise InvalidProfile(f"{name}: {list(waits)} has to be one or more waits over 0 s")
