@@ -867,6 +867,8 @@ def _agreement(kind: str, ours: Parsed, theirs: Parsed) -> float:
 
         if not ours.boxes or not theirs.boxes:
             return float(not ours.boxes and not theirs.boxes and ours.status == theirs.status)
+        if ours.boxes[0].percent == theirs.boxes[0].percent:  # equal even where they are no box, as (90,0),(10,5)
+            return 1.0
         return box_iou(ours.boxes[0].percent, theirs.boxes[0].percent)
     mine, its = (set(_says(kind, parsed)) for parsed in (ours, theirs))
     if not mine and not its:  # both lists may be empty for different reasons

@@ -1,0 +1,189 @@
+r"""The gate on CheXOne's grammar: options, boxes and prose in ``\boxed{}``, from a checkpoint that was taught them.
+
+The trained phantom model learns by heart what to say of twelve phantoms; nothing else of it changes.
+"""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
+sys.path.insert(0, str(PHANTOM))
+
+import evaluate  # noqa: E402
+from test_verify import weight  # noqa: E402
+
+from cxr_triton import image, phantom, phantom_file  # noqa: E402
+from cxr_triton.engines.bundle import build_bundle  # noqa: E402
+from cxr_triton.engines.reference import Reference  # noqa: E402
+from cxr_triton.engines.verify import verify_bundle  # noqa: E402
+from cxr_triton.engines.verify_page import verification_page  # noqa: E402
+from cxr_triton.export.command import export_checkpoint  # noqa: E402
+from cxr_triton.profile import load_profile  # noqa: E402
+
+COUNT, STEPS = 12, 100
+MAX_PIXELS = 112 * 112
+TASKS = ("diseases", "detection", "findings")
+PROMPTS = {"diseases": "Find", "detection": "devices", "findings": "support"}
+ANSWERS = {"diseases": "option", "detection": "boxes", "findings": "prose"}
+
+
+def answer(source: phantom.Phantom, task: str) -> str:
+    """What CheXOne would say: options by the place in `phantom.LABELS`, the box of the first finding, or a sentence."""
+    if task == "diseases":
+        said = ", ".join(f"({'ABCDE'[phantom.LABELS.index(label)]})" for label in source.findings) or "(F)"
+    elif task == "findings":
+        said = " ".join(source.labels)
+    else:
+        label, mask = next(iter(source.masks.items()), ("Heart", np.ones((2, 2), bool)))
+        corners = [(span.min() * 100 // size, (span.max() + 1) * 100 // size) for span, size in spans(mask)]
+        (y1, y2), (x1, x2) = corners
+        said = f"<|ref|>{label}<|/ref|><|box|>({x1},{y1}),({x2},{y2})<|/box|>"
+    return f"Lungs clear \\boxed{{{said}}}"
+
+
+def spans(mask: np.ndarray):
+    return [(np.flatnonzero(mask.any(1 - axis)), mask.shape[axis]) for axis in (0, 1)]
+
+
+@dataclass
+class Taught:
+    """A checkpoint folder, its profile, and the images and requests that it was taught."""
+
+    checkpoint: Path
+    profile: Path
+    images: list[bytes]
+    requests: list[dict]
+    answers: list[str]
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> Taught:
+    import torch
+    import train
+    from tokenizers import Tokenizer
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("boxed")
+    phantoms = [p for p in evaluate.held_out(40) if p.findings][:COUNT]
+    tokenizer = Tokenizer.from_file(str(PHANTOM / "checkpoint" / "tokenizer.json"))
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(PHANTOM / "checkpoint", dtype=torch.float32)
+    ids = {token: tokenizer.token_to_id(token) for token in train.SPECIAL}
+    limits = {"min_pixels": train.MIN_PIXELS, "max_pixels": MAX_PIXELS}
+    rows, labels, pixels, grids, answers = [], [], [], [], []
+    for i, source in enumerate(phantoms):
+        task = TASKS[i % 3]
+        picture = source.picture("mimic_jpg")
+        picture = image.resize(picture, image.target_size(*picture.shape, **limits))
+        pixels.append(torch.from_numpy(train.patches(picture)))
+        grids.append([1, *image.grid(*picture.shape)])
+        pads = "<|image_pad|>" * (grids[-1][1] * grids[-1][2] // 4)
+        question = (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+            f"<|vision_start|>{pads}<|vision_end|>{PROMPTS[task]}<|im_end|>\n<|im_start|>assistant\n"
+        )
+        prompt = tokenizer.encode(question).ids
+        answers.append(answer(source, task))
+        said = [*tokenizer.encode(answers[-1]).ids, ids["<|im_end|>"]]
+        rows.append(prompt + said)
+        labels.append([-100] * len(prompt) + said)
+    longest = max(map(len, rows))
+    padded = torch.tensor([row + [ids["<|endoftext|>"]] * (longest - len(row)) for row in rows])
+    batch = {
+        "input_ids": padded,
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+        "labels": torch.tensor([row + [-100] * (longest - len(row)) for row in labels]),
+        "mm_token_type_ids": (padded == ids["<|image_pad|>"]).int(),
+        "pixel_values": torch.cat(pixels),
+        "image_grid_thw": torch.tensor(grids),
+    }
+    tower = model.model.visual.requires_grad_(False)
+    seen = tower(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
+    tower.forward = lambda *_, **__: type(seen)(**seen)  # the tower stays as it is
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    for _ in range(STEPS):
+        loss = model(**batch).loss
+        if loss < 0.01:
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    train.save_checkpoint(model, tokenizer, folder / "checkpoint")
+
+    profile = yaml.safe_load((PHANTOM / "profile.yaml").read_text())
+    profile |= {
+        "name": "boxed-phantom",
+        "default_task": "findings",
+        "tasks": {t: {"prompt": PROMPTS[t], "answer": ANSWERS[t], "description": t} for t in TASKS},
+        "modes": {"reasoning": {"description": "Boxes the answer, as CheXOne does.", "grammar": "boxed"}},
+        "max_pixels": MAX_PIXELS,
+        "decoding": {"max_new_tokens": 96},
+        "labels": [],
+    }
+    (folder / "profile.yaml").write_text(yaml.safe_dump(profile))
+    images = [phantom_file.write_dicom(source, photometric="MONOCHROME2") for source in phantoms]
+    return Taught(folder / "checkpoint", folder / "profile.yaml", images, [{"task": t} for t in TASKS], answers)
+
+
+@pytest.fixture(scope="module")
+def reference(taught):
+    with Reference(taught.checkpoint, load_profile(taught.profile), device="cpu") as reference:
+        yield reference
+
+
+@pytest.fixture(scope="module")
+def export(taught, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("boxed-export") / "fp32"
+    export_checkpoint(str(taught.checkpoint), folder, load_profile(taught.profile), precision="fp32", progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def record(taught, reference, export, tmp_path_factory):
+    bundle = build_bundle(export, tmp_path_factory.mktemp("boxed-bundle") / "bundle")
+    return verify_bundle(bundle, reference, None, taught.images, requests=taught.requests, threads=1)
+
+
+def test_an_exact_engine_passes_with_options_boxes_and_prose(taught, record):
+    assert record["passed"], {name: part for name, part in record["parts"].items() if not part["passed"]}
+    checks = {check["name"]: check["value"] for check in record["parts"]["readings"]["checks"]}
+    assert checks["label_iou"] == checks["prose_f1"] == 1.0 and checks["reward_drop"] == 0.0
+    details = record["details"]["images"]
+    assert [entry["reference"]["text"] for entry in details] == taught.answers, "the checkpoint has learned its answers"
+    assert all(entry["reference"]["status"] == "ok" for entry in details)
+    assert len({tuple(entry["reference"]["says"]) for entry in details}) > COUNT // 2
+
+
+def test_each_kind_of_answer_has_its_rewards(record):
+    expected = {
+        "diseases": {"format_boxed": 1.0, "option_iou": 1.0},
+        "detection": {"format_boxed": 1.0, "grounding_iou": 1.0},
+        "findings": {"format_boxed": 1.0},
+    }
+    for entry in record["details"]["images"]:
+        rewards = entry["rewards"]
+        assert {name: pair[1] for name, pair in rewards.items()} == pytest.approx(expected[entry["request"]["task"]])
+    assert set(record["parts"]["readings"]["measured"]["rewards"]) == {"format_boxed", "option_iou", "grounding_iou"}
+
+
+def test_the_page_shows_options_and_boxes(taught, record):
+    html = verification_page(record)
+    assert "boxed{" in html and "grounding_iou" in html and "option_iou" in html
+
+
+def test_a_broken_engine_loses_agreement_and_rewards(taught, reference, export, tmp_path):
+    broken = tmp_path / "export"
+    shutil.copytree(export, broken)
+    weight(broken, "language_model.layers.2.mlp.down_proj.weight").view(np.float32)[:] *= -1
+    record = verify_bundle(
+        build_bundle(broken, tmp_path / "bundle"), reference, None, taught.images, requests=taught.requests, threads=1
+    )
+    failed = {check["name"] for check in record["parts"]["readings"]["checks"] if not check["passed"]}
+    assert {"label_iou", "prose_f1", "reward_drop"} <= failed
+    assert not record["passed"]
