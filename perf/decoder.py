@@ -24,39 +24,11 @@ import numpy as np
 
 from cxr_triton.cli import json_option, write_json
 from cxr_triton.errors import InvalidRequest
+from cxr_triton.perf.roofline import copy_bandwidth, step_bytes
 from cxr_triton.triton_repo.serve import HUGE_PAGES
 
 SCHEMA = 1
-COPY_BYTES = 512 << 20
 STREAMS = 4
-
-
-def copy_bandwidth(threads: int) -> float:
-    """Bytes read and written per second by a copy of `COPY_BYTES` on each thread."""
-    pairs = [(np.ones(COPY_BYTES, np.uint8), np.ones(COPY_BYTES, np.uint8)) for _ in range(threads)]
-    workers = [threading.Thread(target=np.copyto, args=pair) for pair in pairs]
-    started_s = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return 2 * COPY_BYTES * threads / (time.perf_counter() - started_s)
-
-
-def step_bytes(graph: Path) -> int:
-    """Weights that one decode step reads: all but the tables of which it takes a row."""
-    import onnx
-
-    model = onnx.load(graph, load_external_data=False).graph
-    gathered = {node.input[0] for node in model.node if node.op_type == "Gather"}
-    whole = {name for node in model.node if node.op_type != "Gather" for name in node.input}
-    lengths = {
-        tensor.name: int(entry.value)
-        for tensor in model.initializer
-        for entry in tensor.external_data
-        if entry.key == "length"
-    }
-    return sum(length for name, length in lengths.items() if name in whole or name not in gathered)
 
 
 class BundleEngine:
