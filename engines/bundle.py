@@ -21,7 +21,7 @@ from cxr_triton.profile import ModelProfile, load_profile
 
 from .compiler import compile_decoder
 from .plan_cache import PlanCache, plan_key
-from .recipe import ENGINES, Recipe
+from .recipe import DECODER_ENGINES, ENGINES, Recipe
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -35,6 +35,9 @@ SIDE_FILES = (
     "chat_template.jinja",
 )
 GRAPHS = ("vision", "decoder")
+TENSORRT_LLM, TENSORRT_LLM_FILES = "tensorrt_llm", ("config.json", "rank0.engine")
+"""Folder of a bundle with what `trtllm-build` wrote, and nothing else."""
+_TENSORRT_LLM_PATHS = tuple(f"{TENSORRT_LLM}/{name}" for name in TENSORRT_LLM_FILES)
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _READ_BYTES = 1 << 22
 
@@ -120,7 +123,7 @@ class Bundle:
 
     @property
     def engine(self) -> str:
-        """What runs the decoder: ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``."""
+        """What runs the decoder: one of `recipe.DECODER_ENGINES`."""
         return self.manifest["engine"]
 
     @property
@@ -188,15 +191,15 @@ def _check_manifest(manifest: object) -> None:
     for key, kind in kinds.items():
         if not isinstance(manifest.get(key), kind):
             raise InvalidBundle(f"{MANIFEST}: {key} is missing or no {kind.__name__}; build the bundle again")
-    for key in ("engine", "vision_engine"):
-        if manifest[key] not in ENGINES:
+    for key, known in (("engine", DECODER_ENGINES), ("vision_engine", ENGINES)):
+        if manifest[key] not in known:
             raise InvalidBundle(
-                f"{MANIFEST}: {key} {manifest[key]!r:.40}, this cxr-triton runs {', '.join(ENGINES)}; build the bundle "
+                f"{MANIFEST}: {key} {manifest[key]!r:.40}, this cxr-triton runs {', '.join(known)}; build the bundle "
                 "again"
             )
     for name, entry in manifest["files"].items():
         # A name that leaves the folder would let a bundle vouch for, or load, another file of the machine.
-        if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+        if (not _FILE_NAME.fullmatch(name) and name not in _TENSORRT_LLM_PATHS) or name == MANIFEST:
             raise InvalidBundle(f"{MANIFEST}: {name[:80]!r} is no plain file name; build the bundle again")
         if not (
             isinstance(entry, dict)
@@ -209,11 +212,13 @@ def _check_manifest(manifest: object) -> None:
 
 def graph_files(graph: str, engine: str) -> tuple[str, ...]:
     """Names of the files that hold a graph for an engine."""
+    if engine == "tensorrt-llm":
+        return _TENSORRT_LLM_PATHS
     return (f"{graph}.onnx", f"{graph}.onnx.data") if engine == "onnxruntime" else (f"{graph}.plan",)
 
 
 def _check_files(path: Path, manifest: dict, verify: bool, progress: Progress | None) -> None:
-    files, present = manifest["files"], {item.name for item in path.iterdir()} - {MANIFEST}
+    files, present = manifest["files"], _present(path)
     graphs = graph_files("vision", manifest["vision_engine"]) + graph_files("decoder", manifest["engine"])
     if missing := sorted({*files, *SIDE_FILES, *graphs} - (present & set(files))):
         raise InvalidBundle(f"{missing[0]} is missing from {path} or its manifest; build the bundle again")
@@ -229,6 +234,15 @@ def _check_files(path: Path, manifest: dict, verify: bool, progress: Progress | 
             raise InvalidBundle(
                 f"{name} has SHA-256 {digest[:12]}…, its manifest says {entry['sha256'][:12]}…; build the bundle again"
             )
+
+
+def _present(path: Path) -> set[str]:
+    """Names of what lies in a bundle besides its manifest."""
+    names = {item.name for item in path.iterdir()} - {MANIFEST}
+    inner = path / TENSORRT_LLM
+    if inner.is_dir():
+        names = names - {TENSORRT_LLM} | {f"{TENSORRT_LLM}/{item.name}" for item in inner.iterdir()}
+    return names
 
 
 def _check_runtime(manifest: dict) -> None:
@@ -286,7 +300,7 @@ def build_bundle(
     compiler : str
         ``onnxruntime``, where there is no recipe.
     cache : str or Path, optional
-        Folder of a `PlanCache`; without it plans are always built.
+        Folder of a `PlanCache`; without it plans and engines are always built.
     progress : callable, optional
         Called with a file's name and the bytes just copied or hashed.
 
@@ -305,7 +319,7 @@ def build_bundle(
     DeviceUnavailable
         The compiler, or the GPU that it needs, is missing.
     BuildFailed
-        The compiler refuses a graph.
+        The compiler refuses a graph. `trtllm-build` leaves its log beside `out`.
     """
     source, out = Path(export_dir), Path(out)
     engines = {"vision": recipe.vision.compiler, "decoder": recipe.decoder.compiler} if recipe else None
@@ -316,16 +330,21 @@ def build_bundle(
         engines = dict.fromkeys(GRAPHS, compiler)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidRequest(f"{out} is not an empty folder; remove it or choose another one")
-    export = _read_export(source, engines)
-    if recipe:
-        _check_recipe(export, recipe)
-        longest = min(recipe.max_sequence, export["geometry"]["max_sequence"])
-        export["geometry"] = export["geometry"] | {"max_sequence": longest}
+    export, geometry = read_export(source, recipe)
+    llm = None
+    if engines["decoder"] == "tensorrt-llm":
+        from .trtllm_build import DecoderBuild
+
+        llm = DecoderBuild.prepare(source, out, geometry, recipe)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         plans, versions = {}, {}
         for graph, engine in engines.items():
+            if engine == "tensorrt-llm":
+                plans[graph] = llm.run(partial / TENSORRT_LLM, cache, progress)
+                versions |= {"tensorrt-llm": llm.tool.tensorrt_llm, "tensorrt": llm.tool.tensorrt}
+                continue
             if engine != "onnxruntime":
                 plans[graph] = _build_plan(source, partial, graph, engine, export, recipe, cache, progress)
                 versions[engine] = plans[graph]["version"]
@@ -333,7 +352,7 @@ def build_bundle(
             versions[engine] = metadata.version("onnxruntime")
             if graph == "decoder":
                 compile_decoder(source / "decoder.onnx", partial / "decoder.onnx")
-        files = {file.name: _entry(file, progress) for file in sorted(partial.iterdir())}
+        files = {name: _entry(partial / name, progress) for name in sorted(_present(partial))}
         names = SIDE_FILES + tuple(name for graph, engine in engines.items() for name in graph_files(graph, engine))
         files |= {name: _copy(source / name, partial / name, progress) for name in names if name not in files}
         manifest = {
@@ -376,7 +395,7 @@ def _build_plan(
     """Put a graph's plan into `folder`, from the cache if it is there; gives the build report."""
     from .tensorrt import compile_graph, load_library, shape_ranges, target
 
-    library, plan = load_library(engine), folder / f"{graph}.plan"
+    library, plan = load_library(engine, graph), folder / f"{graph}.plan"
     geometry = Geometry.from_json(export["geometry"], EXPORT)
     chosen = target(engine, recipe)
     ranges = shape_ranges(graph, geometry, recipe, load_profile(source / "profile.yaml").max_images)
@@ -410,6 +429,17 @@ def _build_plan(
     return report
 
 
+def read_export(source: Path, recipe: Recipe | None) -> tuple[dict, Geometry]:
+    """What `export.json` holds and its geometry, both cut to a recipe's length; errors as `build_bundle`."""
+    engines = {"vision": recipe.vision.compiler, "decoder": recipe.decoder.compiler} if recipe else None
+    export = _read_export(source, engines or dict.fromkeys(GRAPHS, "onnxruntime"))
+    if recipe:
+        _check_recipe(export, recipe)
+        longest = min(recipe.max_sequence, export["geometry"]["max_sequence"])
+        export["geometry"] = export["geometry"] | {"max_sequence": longest}
+    return export, Geometry.from_json(export["geometry"], EXPORT)
+
+
 def _check_recipe(export: dict, recipe: Recipe) -> None:
     """Refuse an export of other types than the recipe's."""
     wanted = {name: getattr(recipe.decoder, name) for name in ("precision", "compute", "head")}
@@ -441,12 +471,19 @@ def _read_export(source: Path, engines: dict[str, str]) -> dict:
         if not isinstance(export.get(key), kind):
             raise InvalidBundle(f"{EXPORT}: {key} is missing or no {kind.__name__}; export again")
     geometry = Geometry.from_json(export["geometry"], EXPORT)
+    form = "tensorrt-llm" if engines["decoder"] == "tensorrt-llm" else "onnx"
+    if (has := export.get("format", "onnx")) != form:
+        raise InvalidRequest(
+            f"the export has its decoder in format {has}, {engines['decoder']} takes {form}; name a recipe for {has}, "
+            f"see `cxr-triton recipes`, or export with --format {form}"
+        )
     if "onnxruntime" in engines.values() and geometry.compute != "fp32":
         raise InvalidBundle(
             f"the graphs compute in {geometry.compute}, onnxruntime on a CPU runs fp32; "
             "export with precision fp32, or int4 with fp32 compute, or name a recipe for this type"
         )
-    for name in (*SIDE_FILES, *(name for graph in GRAPHS for name in graph_files(graph, "onnxruntime"))):
+    graphs = ("vision",) if form == "tensorrt-llm" else GRAPHS
+    for name in (*SIDE_FILES, *(name for graph in graphs for name in graph_files(graph, "onnxruntime"))):
         if not (source / name).is_file():
             raise InvalidBundle(f"{name} is missing in {source}; export again")
     load_profile(source / "profile.yaml")

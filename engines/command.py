@@ -18,11 +18,21 @@ GIB = 1 << 30
 @click.option("--recipe", metavar="NAME|YAML", help="Target; see `recipes`.  [default: onnxruntime on a CPU]")
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Folder of compiled plans.")
 @click.option("--no-cache", is_flag=True, help="Compile, whatever was compiled before.")
+@click.option("--print", "only_print", is_flag=True, help="Of a tensorrt-llm recipe: show the commands, build nothing.")
 @json_option
-def build(export_dir: Path, out: Path, recipe: str | None, cache: Path | None, no_cache: bool, json_path: str | None):
+def build(
+    export_dir: Path,
+    out: Path,
+    recipe: str | None,
+    cache: Path | None,
+    no_cache: bool,
+    only_print: bool,
+    json_path: str | None,
+):
     """Compile the graphs in EXPORT_DIR into an engine bundle.
 
-    The bundle is a folder that holds everything a server needs, and a manifest with the SHA-256 of each file.
+    The bundle is a folder that holds everything a server needs, and a manifest with the SHA-256 of each file. For a
+    tensorrt-llm recipe the decoder is built by `trtllm-build`, in the recipe's container on the recipe's GPU.
     """
     from tqdm import tqdm
 
@@ -34,7 +44,10 @@ def build(export_dir: Path, out: Path, recipe: str | None, cache: Path | None, n
         raise click.UsageError("--cache and --no-cache exclude each other")
     started_s = time.monotonic()
     chosen = load_recipe(recipe) if recipe else None
-    total = sum(file.stat().st_size for file in export_dir.iterdir() if file.is_file())
+    if only_print:
+        _print_commands(export_dir, out, chosen, recipe, json_path)
+        return
+    total = sum(file.stat().st_size for file in export_dir.rglob("*") if file.is_file())
     with tqdm(total=total, desc=out.name, unit="B", unit_scale=True, disable=None) as bar:
         bundle = build_bundle(
             export_dir,
@@ -69,9 +82,34 @@ def build(export_dir: Path, out: Path, recipe: str | None, cache: Path | None, n
             f"compiled in {plan['seconds']} s",
             err=json_path == "-",
         )
+        for setting in plan.get("changed", ()):
+            click.echo(
+                f"{graph}: {setting['name']} {setting['built']}, not {setting['asked']}: trtllm-build's choice",
+                err=True,
+            )
     if result["container"]:
         click.echo(result["container"]["said"], err=True)
     write_json(result, json_path)
+
+
+def _print_commands(export_dir: Path, out: Path, recipe, named: str | None, json_path: str | None) -> None:
+    """Show how a tensorrt-llm recipe is built, with what and where."""
+    import shlex
+
+    from .bundle import read_export
+    from .trtllm_build import TOOL, asked, command, in_container
+
+    if recipe is None or recipe.decoder.compiler != "tensorrt-llm":
+        raise click.UsageError("--print needs a recipe whose decoder is for tensorrt-llm, see `cxr-triton recipes`")
+    _, geometry = read_export(export_dir, recipe)
+    checkpoint, chosen = asked(export_dir, geometry, recipe)
+    line = command(TOOL, checkpoint, out / "tensorrt_llm", chosen, {})
+    mounts = {export_dir: "/export:ro", out.parent: "/out"}
+    docker = in_container(recipe, named, ["build", "/export", "-o", f"/out/{out.name}"], mounts)
+    if json_path != "-":
+        click.echo(f"# the decoder alone, where trtllm-build is on the path\n{shlex.join(line)}")
+        click.echo(f"# the whole bundle, in {recipe.container} (deploy/README.md makes the image)\n{docker}")
+    write_json({"recipe": recipe.name, "trtllm_build": line, "docker": docker}, json_path)
 
 
 @click.command()
@@ -88,7 +126,7 @@ def recipes(name: str | None, json_path: str | None):
     result = [recipe.to_json() | {"memory": recipe.memory()} for recipe in chosen]
     if json_path != "-":
         click.echo(
-            f"{'recipe':14}{'target':28}{'decoder':10}{'engine':14}{'slots':>6}{'weights':>9}{'KV':>7}{'total':>7}"
+            f"{'recipe':18}{'target':26}{'decoder':10}{'engine':14}{'slots':>6}{'weights':>9}{'KV':>7}{'total':>7}"
             f"{'card':>7}  GiB"
         )
         for recipe, row in zip(chosen, result, strict=True):
@@ -96,7 +134,7 @@ def recipes(name: str | None, json_path: str | None):
             weights = sum(memory[part] for part in ("decoder_layers", "embedding", "head", "vision_tower"))
             sizes = (weights, memory["kv_cache"], memory["total"], memory["card"])
             click.echo(
-                f"{recipe.name:14}{recipe.gpu or 'CPU':28}{recipe.decoder.precision:10}{recipe.decoder.compiler:14}"
+                f"{recipe.name:18}{recipe.gpu or 'CPU':26}{recipe.decoder.precision:10}{recipe.decoder.compiler:14}"
                 f"{recipe.slots:6}{sizes[0] / GIB:9.2f}" + "".join(f"{size / GIB:7.2f}" for size in sizes[1:])
             )
     if name and json_path != "-":

@@ -20,6 +20,7 @@ from cxr_triton.profile import Checked, in_range, load_profile, one_of, profile_
 
 RECIPES = Path(__file__).with_name("recipes")
 ENGINES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+DECODER_ENGINES = (*ENGINES, "tensorrt-llm")
 PRECISIONS = ("fp32", "fp16", "bf16", "int4", "fp8", "int4-awq")
 COMPUTES = ("fp32", "fp16", "bf16")
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
@@ -28,8 +29,13 @@ PREFILL_PROMPTS, PREFILL_TOKENS = 2, 512
 """Most prompts, and tokens of each, in one run of a TensorRT engine; sessions cut longer prompts into pieces."""
 
 GIB = 1 << 30
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
 INT4_BLOCK = 128
+TENSORRT_LLM_CONTAINERS = {
+    "26.03-trtllm-python-py3": "1.2.0",
+    **dict.fromkeys((f"26.0{month}-trtllm-python-py3" for month in (4, 5, 6, 7)), "1.2.1"),
+}
+"""TensorRT-LLM of the containers whose `trtllm-build` is known here: 1.2, the last that has one."""
 _NEEDS_CAPABILITY = {"fp8": (8, 9), "bf16": (8, 0)}  # tensor cores have the type from here on
 
 # The 3B as its config.json is published (NV-Reason-CXR-3B and CheXOne have the same).
@@ -79,15 +85,19 @@ class DecoderRecipe(_Checked):
     Attributes
     ----------
     kv : str
-        Type of the KV cache: the compute type in these engines. fp8 is for engines that are built elsewhere from the
-        quantized checkpoint.
+        Type of the KV cache: the compute type, or fp8 with fp8 weights in tensorrt-llm, from scales that
+        `cxr-triton quantize --kv-fp8` calibrated.
+    kv_share : float
+        What the paged cache of tensorrt-llm holds, as a share of ``slots`` times ``max_sequence`` tokens. Less than 1
+        saves memory where few readings are as long as they may be; a stream waits while the cache is full.
     """
 
-    compiler: str = one_of(ENGINES)
+    compiler: str = one_of(DECODER_ENGINES)
     precision: str = one_of(PRECISIONS)
     compute: str = one_of(COMPUTES)
     head: str = one_of(("compute", "fp8", "int4"))
     kv: str = one_of((*COMPUTES, "fp8"))
+    kv_share: float = in_range(0.01, 1, default=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +119,7 @@ class Recipe(_Checked):
     image_budget : int
         Most images in one run of the vision engine.
     container : str or None
-        Image that serves the bundle.
+        Image that serves the bundle; that of tensorrt-llm builds it too.
     thresholds : dict
         Limits of the verification gate that differ from its defaults, see `cxr_triton.engines.verify`.
     """
@@ -136,7 +146,14 @@ class Recipe(_Checked):
                 f"vision.precision: {self.vision.precision} is not decoder.compute {compute}; image embeddings go from "
                 "one graph to the other in one type: make them equal"
             )
-        if decoder.kv != compute:
+        if decoder.compiler == "tensorrt-llm":
+            self._check_tensorrt_llm()
+        elif decoder.kv_share != 1:
+            raise InvalidRecipe(
+                f"decoder.kv_share: {decoder.kv_share:g} is given, but {decoder.compiler} has no paged KV cache; leave "
+                "it out"
+            )
+        elif decoder.kv != compute:
             raise InvalidRecipe(
                 f"decoder.kv: {decoder.kv} is not decoder.compute {compute}; the KV cache of {decoder.compiler} has "
                 "the compute type: make them equal"
@@ -149,6 +166,38 @@ class Recipe(_Checked):
         for part in (self.vision, decoder):
             self._check_engine(part.compiler)
         self._check_thresholds()
+
+    def _check_tensorrt_llm(self) -> None:
+        decoder, tag = self.decoder, (self.container or "").rpartition(":")[2]
+        if self.vision.compiler != "tensorrt":
+            raise InvalidRecipe(
+                f"vision.compiler: {self.vision.compiler} beside a tensorrt-llm decoder; its container runs tensorrt"
+            )
+        if tag not in TENSORRT_LLM_CONTAINERS:
+            raise InvalidRecipe(
+                f"container: {self.container} is not known to have trtllm-build of TensorRT-LLM 1.2; use "
+                f"nvcr.io/nvidia/tritonserver:{max(TENSORRT_LLM_CONTAINERS)}"
+            )
+        if decoder.compute != "bf16" or decoder.head != "compute":
+            raise InvalidRecipe(
+                f"decoder: compute {decoder.compute} with head {decoder.head}; the checkpoint for tensorrt-llm has "
+                "compute bf16 and head compute"
+            )
+        if decoder.precision not in ("bf16", "fp8", "int4-awq"):
+            raise InvalidRecipe(
+                f"decoder.precision: {decoder.precision} would be rounded by trtllm-build, unlike what the gate "
+                "measures; choose bf16, fp8 or int4-awq"
+            )
+        if decoder.kv != "bf16" and (decoder.kv, decoder.precision) != ("fp8", "fp8"):
+            raise InvalidRecipe(
+                f"decoder.kv: {decoder.kv} with {decoder.precision} weights; tensorrt-llm gets a cache in bf16, or in "
+                "fp8 with fp8 weights"
+            )
+        if self.kv_tokens < self.max_sequence:
+            raise InvalidRecipe(
+                f"decoder.kv_share: {decoder.kv_share:g} leaves {self.kv_tokens} tokens, one sequence may take "
+                f"{self.max_sequence}; raise it to {1 / self.slots:.3g} at least"
+            )
 
     def _check_engine(self, compiler: str) -> None:
         compute, on_cpu = self.decoder.compute, compiler == "onnxruntime"
@@ -191,6 +240,16 @@ class Recipe(_Checked):
         """The recipe as plain values, as the bundle's manifest holds it."""
         return dataclasses.asdict(self)
 
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that the KV cache holds in all."""
+        return int(self.decoder.kv_share * self.slots * self.max_sequence)
+
+    @property
+    def step_tokens(self) -> int:
+        """Most tokens of one step of a tensorrt-llm engine: the longest prompt, and a token of every other stream."""
+        return min(self.max_sequence + self.slots, self.max_sequence * self.slots)
+
     def memory(self, text: dict = TEXT_3B, vision: dict = VISION_3B, *, tied: bool = True) -> dict:
         """Bytes that the recipe takes.
 
@@ -207,7 +266,8 @@ class Recipe(_Checked):
         -------
         dict
             ``decoder_layers``, ``embedding``, ``head`` (0 where a tied head shares the table), ``vision_tower``,
-            ``kv_cache``, ``activations``, ``total``, ``card``: bytes.
+            ``kv_cache``, ``prompt_tables`` (image rows and M-RoPE tables of all streams, in tensorrt-llm only),
+            ``activations``, ``total``, ``card``: bytes.
         """
         from cxr_triton.export.checkpoint import read_config, tensor_shapes
 
@@ -231,11 +291,20 @@ class Recipe(_Checked):
         if not shared:
             parts["head"] = _linear_bytes(table, decoder.head, item)
         row = text.num_hidden_layers * 2 * text.num_key_value_heads * text.head_dim * BYTES[decoder.kv]
-        parts["kv_cache"] = row * self.max_sequence * self.slots
+        parts["kv_cache"] = row * self.kv_tokens
+        parts["prompt_tables"] = self._prompt_tables(text)
         parts["activations"] = self._activations(text, vision)
         parts["total"] = sum(parts.values())
         parts["card"] = int(self.memory_gib * GIB)
         return parts
+
+    def _prompt_tables(self, text) -> int:
+        """Image rows and cos and sin of every position, which TensorRT-LLM keeps for each of its streams."""
+        if self.decoder.compiler != "tensorrt-llm":
+            return 0
+        profiles = [load_profile(name) for name in profile_names()]
+        rows = max(profile.max_images * profile.token_budget for profile in profiles)
+        return self.slots * (rows * text.hidden_size * 2 + self.max_sequence * text.head_dim * 4)
 
     def _activations(self, text, vision) -> int:
         """Allowance for activations of both engines, with what the libraries themselves take.
@@ -246,7 +315,9 @@ class Recipe(_Checked):
         0.75 GiB for CUDA's context and kernels, 0.25 GiB on a CPU.
         """
         windows = max(load_profile(name).window_budget for name in profile_names())
-        tokens = max(PREFILL_PROMPTS * PREFILL_TOKENS, self.slots) * text.intermediate_size * 12
+        is_llm = self.decoder.compiler == "tensorrt-llm"
+        step = self.step_tokens if is_llm else max(PREFILL_PROMPTS * PREFILL_TOKENS, self.slots)
+        tokens = step * text.intermediate_size * 12
         logits = self.slots * text.vocab_size * 8
         patches = self.image_budget * windows * 64 * vision.intermediate_size * 12
         return tokens + logits + patches + (GIB // 4 if self.gpu is None else 3 * GIB // 4)

@@ -29,6 +29,8 @@ MODULES = {"tensorrt": ("tensorrt", "trt"), "tensorrt-rtx": ("tensorrt_rtx", "rt
 """Python module of a compiler, and the extra of cxr-triton that installs it."""
 LEAST_VERSION = {"tensorrt": (10, 15), "tensorrt-rtx": (1, 7)}
 """First TensorRT with `KV_CACHE_UPDATE`, `ATTENTION` and `ROTARY_EMBEDDING` layers; the TensorRT-RTX that is tested."""
+LEAST_FOR_VISION = {**LEAST_VERSION, "tensorrt": (10, 14)}
+"""The vision graph has none of those layers: the TensorRT beside TensorRT-LLM's last engines builds it too."""
 CONTAINER_TENSORRT = {
     **dict.fromkeys((f"26.0{month}-trtllm-python-py3" for month in (3, 4, 5, 6, 7)), "10.14.1.48"),
     **dict.fromkeys(("25.11-trtllm-python-py3", "25.12-trtllm-python-py3"), "10.13.3.9"),
@@ -63,8 +65,8 @@ _REMEDIES = (
 )
 
 
-def load_library(engine: str):
-    """The module `tensorrt` or `tensorrt_rtx`.
+def load_library(engine: str, graph: str = "decoder"):
+    """The module `tensorrt` or `tensorrt_rtx`, new enough for a graph.
 
     Raises
     ------
@@ -80,10 +82,11 @@ def load_library(engine: str):
         raise DeviceUnavailable(
             f"{engine} cannot be loaded ({type(error).__name__}: {reason}); run `pip install 'cxr-triton[{extra}]'`"
         ) from None
-    if version < LEAST_VERSION[engine]:
-        least = ".".join(map(str, LEAST_VERSION[engine]))
+    needed = (LEAST_FOR_VISION if graph == "vision" else LEAST_VERSION)[engine]
+    if version < needed:
+        least = ".".join(map(str, needed))
         raise DeviceUnavailable(
-            f"{engine} {library.__version__} is installed, {least} is the least that has the decoder's layers; "
+            f"{engine} {library.__version__} is installed, {least} is the least that has the {graph}'s layers; "
             f"run `pip install --upgrade 'cxr-triton[{extra}]'`"
         )
     return library
@@ -264,7 +267,7 @@ def compile_graph(
     """
     import onnx
 
-    trt = load_library(engine)
+    trt = load_library(engine, graph.stem)
     started_s = time.monotonic()
     log = _logger(trt)
     try:

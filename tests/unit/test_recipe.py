@@ -12,6 +12,7 @@ from cxr_triton.engines.verify import THRESHOLDS
 from cxr_triton.errors import InvalidRecipe
 
 ASKED_FOR = {"h100-fp8", "h200-fp8", "h100-int4", "a100-int4", "l40s-fp8", "l4-int4", "rtx4090-int4", "rtx5090-fp8"}
+ASKED_FOR |= {"h100-fp8-trtllm", "l40s-fp8-trtllm", "a100-int4-trtllm"}
 
 
 def written(tmp_path, change, base="rtx4090-int4"):
@@ -71,6 +72,44 @@ def test_a_file_of_the_users_own_works(tmp_path):
 def test_what_is_wrong_is_named_with_its_key(tmp_path, change, words):
     with pytest.raises(InvalidRecipe, match=words):
         load_recipe(written(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda d: d["vision"].update(compiler="tensorrt-rtx"),
+            r"vision\.compiler: tensorrt-rtx beside a tensorrt-llm",
+        ),
+        (lambda d: d["vision"].update(compiler="tensorrt-llm"), r"compiler: 'tensorrt-llm' is none of"),
+        (lambda d: d.pop("container"), r"container: None is not known.*26\.07-trtllm-python-py3"),
+        (lambda d: d.update(container="nvcr.io/nvidia/tritonserver:26.08-trtllm-python-py3"), r"26\.08.*not known"),
+        (lambda d: d["decoder"].update(head="fp8"), r"compute bf16 with head fp8"),
+        (lambda d: d["decoder"].update(precision="int4"), r"int4 would be rounded by trtllm-build"),
+        (lambda d: d["decoder"].update(precision="int4-awq", kv="fp8"), r"decoder\.kv: fp8 with int4-awq weights"),
+        (lambda d: d["decoder"].update(kv_share=0.015), r"kv_share: 0\.015 leaves 3932 tokens.*4096.*0\.0156"),
+        (lambda d: d["decoder"].update(kv_share=1.5), r"kv_share: 1\.5 is outside"),
+        (lambda d: d["decoder"].update(compiler="tensorrt", kv_share=0.5), r"tensorrt has no paged KV cache"),
+    ],
+)
+def test_what_tensorrt_llm_does_not_take_is_named(tmp_path, change, words):
+    with pytest.raises(InvalidRecipe, match=words):
+        load_recipe(written(tmp_path, change, "h100-fp8-trtllm"))
+
+
+def test_a_share_of_the_paged_cache_and_fp8_in_it_save_memory(tmp_path):
+    whole = load_recipe("h100-fp8-trtllm")
+    halved = load_recipe(written(tmp_path, lambda d: d["decoder"].update(kv_share=0.25, kv="fp8"), "h100-fp8-trtllm"))
+    assert (whole.kv_tokens, halved.kv_tokens) == (64 * 4096, 16 * 4096)
+    assert whole.memory()["kv_cache"] == 36_864 * 64 * 4096  # bytes a token, reference of TensorRT-LLM 1.6
+    assert halved.memory()["kv_cache"] == 18_432 * 16 * 4096
+    assert whole.memory()["total"] - halved.memory()["total"] == whole.memory()["kv_cache"] * 7 // 8
+
+
+def test_tensorrt_llm_keeps_image_rows_and_rotary_tables_of_every_stream():
+    memory = load_recipe("h100-fp8-trtllm").memory()
+    assert memory["prompt_tables"] == 64 * (4 * 333 * 2048 * 2 + 4096 * 128 * 4)  # CheXOne's four images
+    assert load_recipe("h100-fp8").memory()["prompt_tables"] == 0
 
 
 def test_a_cpu_computes_in_fp32_only(tmp_path):
