@@ -1,0 +1,107 @@
+"""Coded concepts of the objects that a reading becomes: the 14 labels, and what no public scheme has a code for.
+
+A code stands here only where its concept is the label's own. SNOMED CT: Pulmonary edema, Pleural effusion and
+Pneumothorax as in DICOM PS3.16; the others by their SNOMED CT names. RadLex 4.3 equivalents have the same name there. A
+label that is wider or vaguer than any concept (Lung Opacity, Lung Lesion, Pleural Other, Enlarged Cardiomediastinum,
+Support Devices, No Finding) has a code of the private scheme 99CXR.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import NamedTuple
+
+PRIVATE_SCHEME = "99CXR"
+FHIR_SYSTEMS = {
+    "SCT": "http://snomed.info/sct",
+    "RADLEX": "http://www.radlex.org",
+    "LN": "http://loinc.org",
+    "DCM": "http://dicom.nema.org/resources/ontology/DCM",
+    PRIVATE_SCHEME: "urn:oid:2.25.210758209875413792710812946070376340321",
+}
+
+
+class Concept(NamedTuple):
+    """A code.
+
+    Attributes
+    ----------
+    value, scheme, meaning : str
+        At most 16, 16 and 64 characters, as in PS3.3 table 8.8-1.
+    radlex : str
+        RadLex identifier of the same concept, or empty.
+    """
+
+    value: str
+    scheme: str
+    meaning: str
+    radlex: str = ""
+
+
+LABELS = {
+    "Atelectasis": Concept("46621007", "SCT", "Atelectasis", "RID28493"),
+    "Cardiomegaly": Concept("8186001", "SCT", "Cardiomegaly"),
+    "Consolidation": Concept("95436008", "SCT", "Lung consolidation", "RID43255"),
+    "Edema": Concept("19242006", "SCT", "Pulmonary edema", "RID4866"),
+    "Enlarged Cardiomediastinum": Concept("enl-cardiomedias", PRIVATE_SCHEME, "Enlarged cardiomediastinum"),
+    "Fracture": Concept("125605004", "SCT", "Fracture of bone", "RID4650"),
+    "Lung Lesion": Concept("lung-lesion", PRIVATE_SCHEME, "Lung lesion"),
+    "Lung Opacity": Concept("lung-opacity", PRIVATE_SCHEME, "Lung opacity"),
+    "No Finding": Concept("no-finding", PRIVATE_SCHEME, "No finding among the labels"),
+    "Pleural Effusion": Concept("60046008", "SCT", "Pleural effusion", "RID34539"),
+    "Pleural Other": Concept("pleural-other", PRIVATE_SCHEME, "Other pleural abnormality"),
+    "Pneumonia": Concept("233604007", "SCT", "Pneumonia", "RID5350"),
+    "Pneumothorax": Concept("36118008", "SCT", "Pneumothorax", "RID5352"),
+    "Support Devices": Concept("support-devices", PRIVATE_SCHEME, "Support devices"),
+}
+NO_FINDING = "No Finding"
+IMPLIED = {
+    "Lung Opacity": ("Atelectasis", "Consolidation", "Edema", "Lung Lesion", "Pneumonia"),
+    "Consolidation": ("Pneumonia",),
+    "Enlarged Cardiomediastinum": ("Cardiomegaly",),
+}
+"""A label that is not called absent beside one of these, by the hierarchy of CheXpert's labels (arXiv 1901.07031)."""
+
+PRESENT = Concept("52101004", "SCT", "Present")
+ABSENT = Concept("272519000", "SCT", "Absent")
+PLAIN_RADIOGRAPHY = Concept("168537006", "SCT", "Plain radiography")
+STATUS = Concept("reading-status", PRIVATE_SCHEME, "Status of the reading")
+STATUSES = {
+    "ok": Concept("ok", PRIVATE_SCHEME, "Well formed"),
+    "malformed": Concept("malformed", PRIVATE_SCHEME, "Malformed: a part of the expected form is missing"),
+    "truncated": Concept("truncated", PRIVATE_SCHEME, "Truncated: the token limit came before the end"),
+    "out_of_vocabulary": Concept("out-of-vocabular", PRIVATE_SCHEME, "Out of vocabulary: lists unknown labels"),
+}
+NAMED_REGION = Concept("named-region", PRIVATE_SCHEME, "Region that the algorithm named in words")
+REASONING = Concept("reasoning", PRIVATE_SCHEME, "Reasoning of the algorithm")
+NOTICE = Concept("notice", PRIVATE_SCHEME, "Notice")
+ALGORITHM = Concept("algorithm", PRIVATE_SCHEME, "Algorithm")
+
+
+def label_concept(label: str) -> Concept:
+    """The code of a label; a label that is none of the 14 gets a private code made from its text."""
+    by_key = {known.casefold(): concept for known, concept in LABELS.items()}
+    concept = by_key.get(label.strip().casefold())
+    if concept is None:
+        digest = hashlib.sha256(label.encode("utf-8", "replace")).hexdigest()
+        meaning = " ".join(label.replace("\\", "/").split())[:64] or "unnamed"
+        concept = Concept(f"label-{digest[:10]}", PRIVATE_SCHEME, meaning)
+    return concept
+
+
+def presence(reading: dict) -> dict[str, Concept]:
+    """Which labels a reading calls present and absent.
+
+    A label is absent when the reading is well formed, answers in the vocabulary of its model (``model.labels``) and
+    does not list it, unless a listed one implies it. A reading that lists No Finding beside a finding contradicts
+    itself: it gets nothing absent, as does one that is not well formed.
+    """
+    listed = [finding["label"] for finding in reading["findings"]]
+    found = dict.fromkeys(listed, PRESENT)
+    pathologies = [label for label in listed if label not in (NO_FINDING, "Support Devices")]
+    if reading["status"] != "ok" or not listed or (NO_FINDING in listed and pathologies):
+        return found
+    for label in reading["model"].get("labels", ()):
+        if label not in found and label != NO_FINDING and not set(IMPLIED.get(label, ())) & set(listed):
+            found[label] = ABSENT
+    return found

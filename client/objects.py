@@ -1,0 +1,420 @@
+"""A reading as standard objects: DICOM structured reports, presentation state and PDF, and a FHIR DiagnosticReport.
+
+In go a reading and the headers of the images that were read; out come complete instances of the same study. They are
+the same bytes for the same input: UIDs are made from what was asked of which images, times come from the caller. Every
+object is preliminary, unverified, and carries the research-only notice.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import io
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydicom import config
+from pydicom.datadict import tag_for_keyword
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.errors import InvalidDicomError
+from pydicom.filereader import dcmread
+from pydicom.uid import UID, ExplicitVRLittleEndian
+from pydicom.valuerep import validate_value
+
+from cxr_triton import __version__
+from cxr_triton.client.codes import FHIR_SYSTEMS, PRIVATE_SCHEME, Concept
+from cxr_triton.errors import InvalidImage, InvalidRequest
+
+KINDS = ("findings_sr", "text_sr", "gsps", "pdf")
+MANUFACTURER = "cxr-triton"
+UNVERIFIED = "AI, not verified"
+NAMESPACE = uuid.UUID("b2f0e3a4-6c0b-5d0e-9a55-5d9f0b1c7e21")
+IMPLEMENTATION_UID = UID(f"2.25.{uuid.uuid5(NAMESPACE, 'implementation').int}")
+
+# PS3.3 C.7.1.1 Patient, C.7.1.3 Clinical Trial Subject, C.7.2.1 General Study, C.7.2.2 Patient Study, C.7.2.3 Clinical
+# Trial Study: what an object shares with the images of its study.
+PATIENT_AND_STUDY = (
+    "PatientName", "PatientID", "IssuerOfPatientID", "IssuerOfPatientIDQualifiersSequence", "TypeOfPatientID",
+    "PatientBirthDate", "PatientBirthTime", "PatientSex", "OtherPatientIDsSequence", "OtherPatientNames", "EthnicGroup",
+    "PatientComments", "QualityControlSubject", "PatientIdentityRemoved", "DeidentificationMethod",
+    "DeidentificationMethodCodeSequence",
+    "ClinicalTrialSponsorName", "ClinicalTrialProtocolID", "ClinicalTrialProtocolName", "ClinicalTrialSiteID",
+    "ClinicalTrialSiteName", "ClinicalTrialSubjectID", "ClinicalTrialSubjectReadingID",
+    "StudyInstanceUID", "StudyDate", "StudyTime", "ReferringPhysicianName", "StudyID", "AccessionNumber",
+    "IssuerOfAccessionNumberSequence", "StudyDescription", "PhysiciansOfRecord", "ProcedureCodeSequence",
+    "PatientAge", "PatientSize", "PatientWeight", "AdmissionID", "IssuerOfAdmissionIDSequence",
+    "ClinicalTrialTimePointID", "ClinicalTrialTimePointDescription",
+)  # fmt: skip
+TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime",
+          "ReferringPhysicianName", "StudyID", "AccessionNumber")  # fmt: skip
+SOURCE = (
+    *PATIENT_AND_STUDY, "SpecificCharacterSet", "TimezoneOffsetFromUTC", "SOPClassUID", "SOPInstanceUID",
+    "SeriesInstanceUID", "Rows", "Columns", "PhotometricInterpretation", "Manufacturer",
+    "ManufacturerModelName", "SoftwareVersions", "DeviceSerialNumber", "StationName", "InstitutionName",
+    "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "WindowCenter", "WindowWidth",
+    "VOILUTFunction", "VOILUTSequence", "PixelRepresentation", "BitsStored",
+)  # fmt: skip
+CHECKED_VRS = {"AS", "CS", "DA", "DS", "DT", "IS", "TM", "UI"}
+_UID = re.compile(r"[0-9.]{1,64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectOptions:
+    """What a reading does not say about itself.
+
+    Attributes
+    ----------
+    made_at : datetime.datetime
+        When the reading was made, or its images came in; every date and time of an object that is not the study's. It
+        has to know its time zone.
+    digests : tuple of str
+        SHA-256 of each source's file, in order. They go into the UIDs, so that other bytes under the same SOP Instance
+        UID give other objects; leave them out where sources are known by their UIDs alone.
+    station : str
+        Name of the device that made the reading, at most 16 characters.
+    """
+
+    made_at: datetime.datetime
+    digests: tuple[str, ...] = ()
+    station: str = "CXR_TRITON"
+
+    def __post_init__(self) -> None:
+        if self.made_at.tzinfo is None:
+            raise ValueError(f"made_at is {self.made_at}, has to know its time zone; use datetime.astimezone()")
+        if not 0 < len(self.station) <= 16 or "\\" in self.station:
+            raise ValueError(f"station is {self.station!r}, allowed are 1 to 16 characters without a backslash")
+
+
+def source_header(file: bytes | str | Path) -> Dataset:
+    """What `result_objects` needs of a DICOM file, without its pixels.
+
+    Parameters
+    ----------
+    file : bytes or path
+        DICOM Part 10.
+
+    Raises
+    ------
+    InvalidImage
+        Not DICOM, or damaged.
+    """
+    try:
+        stream = io.BytesIO(file) if isinstance(file, bytes) else file
+        return dcmread(stream, stop_before_pixels=True, specific_tags=list(SOURCE))
+    except InvalidDicomError:
+        raise InvalidImage("the file is not DICOM; objects are made for DICOM images only") from None
+    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, EOFError, RecursionError) as error:
+        raise InvalidImage(f"the file's header is damaged: {type(error).__name__} {error}") from None
+
+
+def result_objects(
+    reading: dict[str, Any],
+    sources: Sequence[Dataset],
+    *,
+    kinds: Sequence[str] = ("findings_sr", "text_sr"),
+    options: ObjectOptions,
+) -> list[Dataset]:
+    """The DICOM instances of a reading, ready to be stored.
+
+    Parameters
+    ----------
+    reading : dict
+        READING, as ``docs/reading.schema.json`` describes it.
+    sources : sequence of pydicom.Dataset
+        Headers of the images that were read, in the reading's order: prior first, current last. See `source_header`.
+    kinds : sequence of str
+        Of `KINDS`. ``gsps`` gives one presentation state for each image with a box, so possibly none.
+    options : ObjectOptions
+
+    Returns
+    -------
+    list of pydicom.Dataset
+        In the order of `kinds`, with file meta information, Explicit VR Little Endian, UTF-8. They belong to the study
+        of the current image.
+
+    Raises
+    ------
+    InvalidRequest
+        An unknown kind; the reading is of other images than `sources`; the sources are of several patients.
+    InvalidImage
+        A source lacks a UID, or its Patient ID cannot be decoded.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise InvalidRequest(f"kinds: {kind!r} is none of {', '.join(KINDS)}")
+    study = Study(reading, sources, options)
+    return [instance for kind in kinds for instance in _instances(kind, study)]
+
+
+def _instances(kind: str, study: Study) -> list[Dataset]:
+    match kind:
+        case "findings_sr":
+            from cxr_triton.client.report_sr import findings_report as write
+        case "text_sr":
+            from cxr_triton.client.report_sr import text_report as write
+        case "gsps":
+            from cxr_triton.client.presentation import presentation_states as write
+        case "pdf":
+            from cxr_triton.client.report_pdf import pdf_report as write
+    return write(study)
+
+
+def diagnostic_report(reading: dict[str, Any], sources: Sequence[Dataset], *, options: ObjectOptions) -> dict[str, Any]:
+    """FHIR R4 DiagnosticReport of a reading, with the findings as contained Observations.
+
+    Parameters and errors are those of `result_objects`.
+    """
+    from cxr_triton.client.fhir import report
+
+    return report(Study(reading, sources, options))
+
+
+class Study:
+    """A reading, its sources and the options, checked against each other; what every object of it shares.
+
+    Attributes
+    ----------
+    current : pydicom.Dataset
+        The last source, whose study the objects belong to.
+    made_at : datetime.datetime
+        `ObjectOptions.made_at` in the source's time zone where it names one.
+    """
+
+    def __init__(self, reading: dict[str, Any], sources: Sequence[Dataset], options: ObjectOptions):
+        if not sources:
+            raise InvalidRequest("no source image: objects are made for readings of DICOM images")
+        if len(reading["images"]) != len(sources):
+            raise InvalidRequest(
+                f"the reading is of {len(reading['images'])} images, {len(sources)} sources were given; "
+                "give the files that were read"
+            )
+        for i, (source, facts) in enumerate(zip(sources, reading["images"], strict=True)):
+            _check_source(source, facts, f"source {i + 1} of {len(sources)}")
+        patients = {str(source.get("PatientID") or "").strip() for source in sources} - {""}
+        if len(patients) > 1:
+            raise InvalidRequest(f"the sources have {len(patients)} different Patient IDs; send one patient's images")
+        if any("\ufffd" in patient for patient in patients):
+            raise InvalidImage("Patient ID is not of the file's Specific Character Set; correct the file's header")
+        self.reading, self.sources, self.options = reading, tuple(sources), options
+        self.current = sources[-1]
+        self._offset = str(self.current.get("TimezoneOffsetFromUTC") or "").strip()
+        self.made_at = options.made_at
+        if re.fullmatch(r"[+-](0\d|1[0-4])[0-5]\d", self._offset):
+            sign = -1 if self._offset[0] == "-" else 1
+            minutes = sign * (60 * int(self._offset[1:3]) + int(self._offset[3:]))
+            self.made_at = self.made_at.astimezone(datetime.timezone(datetime.timedelta(minutes=minutes)))
+        else:
+            self._offset = ""
+
+    @property
+    def algorithm(self) -> str:
+        """Name of the model, for people."""
+        model = self.reading["model"]
+        return str(model.get("title") or model.get("profile") or "unnamed model")
+
+    @property
+    def algorithm_version(self) -> str:
+        model = self.reading["model"]
+        parts = [model.get("revision"), model.get("engine"), model.get("precision")]
+        return " ".join(str(part) for part in parts if part) or "unknown"
+
+    @property
+    def bundle(self) -> str:
+        """Digest of the engine bundle; it identifies weights, engine and configuration."""
+        return str(self.reading["model"].get("bundle") or "unknown")
+
+    def uid(self, *parts: str) -> str:
+        """A UID that is the same whenever the same is asked of the same images (PS3.5 B.2)."""
+        model = self.reading["model"]
+        key = [
+            [str(source.SOPInstanceUID) for source in self.sources],
+            list(self.options.digests),
+            model.get("bundle") or [self.algorithm, self.algorithm_version],
+            self.reading["task"],
+            self.reading["prompt"],
+            list(parts),
+        ]
+        return f"2.25.{uuid.uuid5(NAMESPACE, json.dumps(key)).int}"
+
+    def device_uid(self) -> str:
+        return f"2.25.{uuid.uuid5(NAMESPACE, json.dumps(['device', self.algorithm, self.bundle])).int}"
+
+    def instance(self, kind: str, sop_class: str, modality: str, description: str, *, part: str = "") -> Dataset:
+        """A data set with every module that is not of one kind of object.
+
+        Parameters
+        ----------
+        kind : str
+            Of `KINDS`.
+        description : str
+            Completes the series description; `UNVERIFIED` comes first.
+        part : str
+            Tells several instances of one kind apart; they share a series.
+        """
+        instance = Dataset()
+        instance.SpecificCharacterSet = "ISO_IR 192"
+        copy_attributes(self.current, instance, PATIENT_AND_STUDY)
+        for keyword in TYPE_2:
+            if keyword not in instance:
+                setattr(instance, keyword, None)
+        if instance.PatientSex not in ("M", "F", "O"):
+            instance.PatientSex = None
+        if self._offset:
+            instance.TimezoneOffsetFromUTC = self._offset
+        instance.SOPClassUID, instance.SOPInstanceUID = sop_class, self.uid(kind, "instance", part)
+        instance.SeriesInstanceUID, instance.Modality = self.uid(kind, "series"), modality
+        instance.SeriesNumber, instance.InstanceNumber = 9001 + KINDS.index(kind), 1
+        instance.SeriesDescription = f"{UNVERIFIED}: {description}"
+        date, time = self.made_at.strftime("%Y%m%d"), self.made_at.strftime("%H%M%S")
+        instance.SeriesDate = instance.ContentDate = instance.InstanceCreationDate = date
+        instance.SeriesTime = instance.ContentTime = instance.InstanceCreationTime = time
+        instance.InstanceCreatorUID = IMPLEMENTATION_UID
+        instance.Manufacturer, instance.ManufacturerModelName = MANUFACTURER, long_string(self.algorithm)
+        instance.DeviceSerialNumber = self.bundle[:64]
+        instance.SoftwareVersions = [__version__, long_string(self.algorithm_version)]
+        instance.StationName = self.options.station
+        instance.ContributingEquipmentSequence = self._equipment()
+        instance.CodingSchemeIdentificationSequence = [_coding_scheme()]
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = instance.SOPClassUID, instance.SOPInstanceUID
+        meta.TransferSyntaxUID, meta.ImplementationClassUID = ExplicitVRLittleEndian, IMPLEMENTATION_UID
+        meta.ImplementationVersionName = f"CXR_TRITON_{__version__}"[:16]
+        instance.file_meta = meta
+        return instance
+
+    def references(self) -> tuple[list[Dataset], list[Dataset]]:
+        """Items for the sources of the current study, and for those of other studies, by study and series."""
+        groups: dict[str, dict[str, list[Dataset]]] = {}
+        for source in self.sources:
+            series = groups.setdefault(str(source.StudyInstanceUID), {})
+            instances = series.setdefault(str(source.SeriesInstanceUID), [])
+            if source.SOPInstanceUID not in [item.ReferencedSOPInstanceUID for item in instances]:
+                instances.append(reference(source))
+        current, others = [], []
+        for study_uid, series in groups.items():
+            item = Dataset()
+            item.StudyInstanceUID, item.ReferencedSeriesSequence = study_uid, []
+            for series_uid, instances in series.items():
+                member = Dataset()
+                member.SeriesInstanceUID, member.ReferencedSOPSequence = series_uid, instances
+                item.ReferencedSeriesSequence.append(member)
+            (current if study_uid == self.current.StudyInstanceUID else others).append(item)
+        return current, others
+
+    def _equipment(self) -> list[Dataset]:
+        """Contributing Equipment: what acquired the current image, as far as it says, and the algorithm."""
+        acquisition = Dataset()
+        copy_attributes(
+            self.current,
+            acquisition,
+            ("Manufacturer", "ManufacturerModelName", "SoftwareVersions", "DeviceSerialNumber", "StationName",
+             "InstitutionName"),
+        )  # fmt: skip
+        algorithm = Dataset()
+        algorithm.Manufacturer, algorithm.ManufacturerModelName = MANUFACTURER, long_string(self.algorithm)
+        algorithm.SoftwareVersions = [__version__, long_string(self.algorithm_version)]
+        algorithm.DeviceSerialNumber, algorithm.DeviceUID = self.bundle[:64], self.device_uid()
+        algorithm.StationName = self.options.station
+        algorithm.ContributionDateTime = self.made_at.strftime("%Y%m%d%H%M%S%z")
+        algorithm.ContributionDescription = f"Machine reading ({UNVERIFIED})"
+        algorithm.PurposeOfReferenceCodeSequence = [code_item(Concept("109102", "DCM", "Processing Equipment"))]
+        if not acquisition.get("Manufacturer"):
+            return [algorithm]
+        acquisition.PurposeOfReferenceCodeSequence = [code_item(Concept("109101", "DCM", "Acquisition Equipment"))]
+        return [acquisition, algorithm]
+
+
+def copy_attributes(source: Dataset, target: Dataset, keywords: Sequence[str]) -> None:
+    """Copy elements as decoded text, so that the target's character set encodes them.
+
+    A date, number, code or UID that breaks its VR stays out; names and other free text are copied as they are.
+    """
+    for keyword in keywords:
+        tag = tag_for_keyword(keyword)
+        if tag not in source:
+            continue
+        try:
+            element = _copied(source[tag])
+        except (ValueError, TypeError, AttributeError, NotImplementedError, OverflowError):
+            continue
+        if element is not None:
+            target[tag] = element
+
+
+def code_item(concept: Concept) -> Dataset:
+    """A code sequence's item (PS3.3 section 8.8), with the RadLex equivalent where the concept has one."""
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = concept[:3]
+    if concept.radlex:
+        item.EquivalentCodeSequence = [code_item(Concept(concept.radlex, "RADLEX", concept.meaning))]
+    return item
+
+
+def reference(source: Dataset) -> Dataset:
+    """Referenced SOP Class and Instance UID of an image."""
+    item = Dataset()
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = source.SOPClassUID, source.SOPInstanceUID
+    return item
+
+
+def free_text(text: object) -> str:
+    """Text that a UT or ST value can hold: CR LF line ends, no control characters, no lone surrogates."""
+    text = re.sub(r"\r\n?", "\n", str(text)).encode("utf-8", "replace").decode("utf-8")
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", text).replace("\n", "\r\n")
+
+
+def long_string(text: object) -> str:
+    """Text that an LO value can hold: one line, no backslash, at most 64 characters."""
+    return " ".join(free_text(text).replace("\\", "/").split())[:64]
+
+
+def _check_source(source: Dataset, facts: dict[str, Any], name: str) -> None:
+    for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):
+        if not _UID.fullmatch(str(source.get(keyword) or "")):
+            raise InvalidImage(f"{name} has no valid {keyword}; objects can only be made for a complete DICOM image")
+    read = facts.get("rows"), facts.get("columns")
+    stored = source.get("Rows"), source.get("Columns")
+    if None not in read and read != stored:
+        raise InvalidRequest(
+            f"{name} has {stored[0]} rows and {stored[1]} columns, the image that was read {read[0]} and {read[1]}; "
+            "give the files that were read, in their order"
+        )
+
+
+def _copied(element: DataElement) -> DataElement | None:
+    """A copy that holds no bytes of the source's character set; None when its value breaks the VR."""
+    value = element.value
+    if element.VR == "SQ":
+        items = []
+        for source in value:
+            item = Dataset()
+            for child in source:
+                if child.keyword != "SpecificCharacterSet" and (copied := _copied(child)) is not None:
+                    item[child.tag] = copied
+            items.append(item)
+        return DataElement(element.tag, "SQ", items)
+    if element.VR == "PN":
+        value = [str(name) for name in value] if element.VM > 1 else str(value)
+    if element.VR in CHECKED_VRS:
+        for part in value if element.VM > 1 else [value]:
+            validate_value(element.VR, str(part or ""), config.RAISE)
+    return DataElement(element.tag, element.VR, value, validation_mode=config.IGNORE)
+
+
+def _coding_scheme() -> Dataset:
+    item = Dataset()
+    item.CodingSchemeDesignator, item.CodingSchemeName = PRIVATE_SCHEME, "cxr-triton concepts"
+    item.CodingSchemeUID = FHIR_SYSTEMS[PRIVATE_SCHEME].removeprefix("urn:oid:")
+    item.CodingSchemeResponsibleOrganization = MANUFACTURER
+    return item
+
+
+def file_digest(data: bytes) -> str:
+    """SHA-256 of a source's file, for `ObjectOptions.digests`."""
+    return hashlib.sha256(data).hexdigest()
