@@ -1,9 +1,10 @@
 """Where the time of a reading goes: stages of each request, and the mean request of a load point as a waterfall.
 
 The server's stages come from the reading's own timings. `transport` is taken where the first text arrives: its time at
-the client less the time that the server says it had the first token, so it covers the way in, the wait before the first
-step and the way out. That the stages then add up to the time of the *last* response is a check, not a definition; what
-is missing or too much is the `remainder`. Triton's own statistics, on another clock, stand beside it.
+the client less the time at which the server says it had the first token, and less the step `report`, through which it
+went too. So it covers the way in, the wait before the first step and the way out. That the stages then add up to the
+time of the *last* response is a check, not a definition; what is missing or too much is the `remainder`. Triton's own
+statistics, on another clock, stand beside it.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ def stages_of(timings_ms: Mapping[str, float], sent_s: float, deltas_s: Sequence
     """
     end_to_end_ms = 1e3 * (end_s - sent_s)
     stages = {stage: timings_ms[stage] for stage in SERVER_STAGES}
-    # Without any text only the difference is left, and with it no check.
-    first_ms = 1e3 * (deltas_s[0] - sent_s) - timings_ms["first_token"] if deltas_s else end_to_end_ms
-    stages["transport"] = first_ms if deltas_s else end_to_end_ms - sum(stages.values())
+    if deltas_s:
+        stages["transport"] = 1e3 * (deltas_s[0] - sent_s) - timings_ms["first_token"] - timings_ms["report"]
+    else:  # only the difference is left, and with it no check
+        stages["transport"] = end_to_end_ms - sum(stages.values())
     return {**stages, "remainder": end_to_end_ms - sum(stages.values())}
 
 

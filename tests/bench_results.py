@@ -26,10 +26,10 @@ def record(rng: random.Random, item: int, scheduled_s: float, speed: float) -> R
     }
     timings_ms["first_token"] = sum(ms for name, ms in timings_ms.items() if name not in ("decode", "report"))
     sent_s, transport_s = scheduled_s + 0.0002, 0.006 * scale
-    first_s = sent_s + timings_ms["first_token"] / 1e3 + transport_s
+    first_s = sent_s + (timings_ms["first_token"] + timings_ms["report"]) / 1e3 + transport_s
     steps = range(0, tokens, 8)
     deltas_s = [first_s + step * 0.012 * scale for step in steps]
-    end_s = first_s + (timings_ms["decode"] + timings_ms["report"]) / 1e3 + 0.001 * scale
+    end_s = first_s + timings_ms["decode"] / 1e3 + 0.001 * scale
     stages = stages_of(timings_ms, sent_s, deltas_s, end_s)
     return Record(item, scheduled_s, sent_s, end_s, deltas_s, "ok", 310, tokens, stages)
 
