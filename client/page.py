@@ -271,7 +271,11 @@ def decode_rate(reading: Reading) -> float | None:
 def _model(reading: Reading) -> str:
     model = reading.model
     pairs = [(label, model[key]) for key, label in _MODEL.items() if model.get(key)]
-    pairs += [("bundle digest" if key == "bundle" else key, value) for key, value in model.items() if key not in _MODEL]
+    pairs += [
+        ("bundle digest" if key == "bundle" else key, value)
+        for key, value in model.items()
+        if key not in (*_MODEL, "labels")
+    ]
     return f"<section><h2>Model</h2>{_pairs(pairs)}</section>"
 
 

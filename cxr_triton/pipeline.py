@@ -90,6 +90,7 @@ class Preprocessor:
             "precision": bundle.precision,
             "bundle": bundle.digest,
             "verification": "passed" if is_verified(bundle) else "none",
+            "labels": list(self.profile.labels),
         }
 
     def prepare(self, images: Sequence[bytes], request: bytes | str) -> StepTensors:
