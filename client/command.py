@@ -24,9 +24,43 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
+def connection(command):
+    """Options of a verb that reads through a server; `connect` takes their values."""
+    options = (
+        click.option(
+            "--url", default="127.0.0.1:8001", show_default=True, help="Host and port of Triton's gRPC endpoint."
+        ),
+        click.option(
+            "--timeout-s",
+            type=click.FloatRange(0, min_open=True),
+            default=600,
+            show_default=True,
+            metavar="S",
+            help="Longest wait for the whole reading.",
+        ),
+        click.option(
+            "--tls-ca", type=FILE, metavar="PEM", help="Encrypt, and trust servers that these authorities signed."
+        ),
+        click.option(
+            "--tls-cert", type=FILE, metavar="PEM", help="This client's certificate, where the server asks for one."
+        ),
+        click.option("--tls-key", type=FILE, metavar="PEM", help="The key of --tls-cert."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) -> Reader:
+    """A reader at `url`; warns where `images` would travel in clear text."""
+    tls = Tls(ca=tls_ca, cert=tls_cert, key=tls_key) if tls_ca or tls_cert else None
+    if images and not tls and url.rpartition(":")[0] not in LOOPBACK:
+        click.echo(f"warning: the pictures travel unencrypted to {printable(url)}; use --tls-ca", err=True)
+    return Reader(url, timeouts=Timeouts(first_delta_s=None, total_s=timeout_s), tls=tls)
+
+
 @click.command(short_help="Read radiographs through a running server.")
 @click.argument("files", metavar="[FILE]...", nargs=-1, type=FILE)
-@click.option("--url", default="127.0.0.1:8001", show_default=True, help="Host and port of Triton's gRPC endpoint.")
 @click.option("--task", metavar="NAME", help="What to ask, a task of the served profile; its default task if left out.")
 @click.option("--prompt", metavar="TEXT", help="Ask this in place of a task.")
 @click.option("--mode", metavar="NAME", help="How to answer, a mode of the served profile.")
@@ -47,17 +81,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--max-new-tokens", type=click.IntRange(1), metavar="N", help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0), metavar="T", help="0 takes the likeliest token each time.")
 @click.option("--seed", type=click.IntRange(0), metavar="N", help="Makes an answer with a temperature repeatable.")
-@click.option(
-    "--timeout-s",
-    type=click.FloatRange(0, min_open=True),
-    default=600,
-    show_default=True,
-    metavar="S",
-    help="Longest wait for the whole reading.",
-)
-@click.option("--tls-ca", type=FILE, metavar="PEM", help="Encrypt, and trust servers that these authorities signed.")
-@click.option("--tls-cert", type=FILE, metavar="PEM", help="This client's certificate, where the server asks for one.")
-@click.option("--tls-key", type=FILE, metavar="PEM", help="The key of --tls-cert.")
+@connection
 @click.option(
     "--html",
     "html_path",
@@ -80,12 +104,8 @@ def read(
     reach; 2 for wrong usage; 130 after Ctrl-C, which also cancels the request on the server.
     """
     images = [file.read_bytes() for file in files]
-    timeouts = Timeouts(first_delta_s=None, total_s=timeout_s)
-    tls = Tls(ca=tls_ca, cert=tls_cert, key=tls_key) if tls_ca or tls_cert else None
-    if images and not tls and url.rpartition(":")[0] not in LOOPBACK:
-        click.echo(f"warning: the pictures travel unencrypted to {printable(url)}; use --tls-ca", err=True)
     out = sys.stderr if json_path == "-" else sys.stdout
-    with Reader(url, timeouts=timeouts, tls=tls) as reader:
+    with connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) as reader:
         stream = reader.read(
             images,
             task=task,

@@ -119,10 +119,12 @@ def _patient(study: Study) -> dict[str, Any]:
             patient["identifier"][0]["assigner"] = {"display": _text(issuer)}
     if name := str(source.get("PatientName") or "").strip("^= "):
         names = []
-        for group in name.split("="):
+        for group in filter(None, _text(name).split("=")):
             family, *given = group.split("^")[:3]
             entry = {"family": family.strip(), "given": [part.strip() for part in given if part.strip()]}
-            names.append({"text": _text(group.replace("^", " "))} | {key: part for key, part in entry.items() if part})
+            names.append(
+                {"text": " ".join(group.split("^")).strip()} | {key: part for key, part in entry.items() if part}
+            )
         patient["name"] = names
     if date := _date(source.get("PatientBirthDate")):
         patient["birthDate"] = date
