@@ -1,0 +1,108 @@
+"""`cxr-triton sr`: the DICOM and FHIR objects of a reading as files."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from cxr_triton.cli import EXIT_NOT_AS_ASKED, json_option, printable, write_json
+from cxr_triton.client.command import FILE, connect, connection
+from cxr_triton.client.objects import (
+    KINDS,
+    ObjectOptions,
+    diagnostic_report,
+    file_digest,
+    result_objects,
+    source_header,
+)
+from cxr_triton.client.page import NOT_FOR_DIAGNOSIS
+from cxr_triton.errors import InvalidRequest, ServerMismatch
+from cxr_triton.reading import Reading
+
+
+def _kinds(context, parameter, value: str) -> tuple[str, ...]:
+    kinds = tuple(dict.fromkeys(kind.strip() for kind in value.split(",")))
+    for kind in kinds:
+        if kind not in (*KINDS, "fhir"):
+            raise click.BadParameter(f"{kind!r} is none of {', '.join(KINDS)}, fhir")
+    return kinds
+
+
+@click.command(short_help="Write a reading as DICOM SR and FHIR objects.")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=FILE)
+@click.option(
+    "--reading",
+    "reading_path",
+    type=FILE,
+    metavar="READING.json",
+    help="What `read --json` wrote about these files; the server reads them where it is left out.",
+)
+@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), required=True, metavar="DIR")
+@click.option(
+    "--kinds",
+    default="findings_sr,text_sr,fhir",
+    show_default=True,
+    callback=_kinds,
+    metavar="LIST",
+    help=f"Of {', '.join(KINDS)}, fhir; with commas.",
+)
+@click.option("--task", metavar="NAME", help="What to ask the server.")
+@connection
+@json_option
+def sr(files, reading_path, output, kinds, task, url, timeout_s, tls_ca, tls_cert, tls_key, json_path):
+    """Write the objects of a reading into a folder: structured reports, presentation state, PDF, FHIR report.
+
+    FILEs are the DICOM images that were read, in their order: prior first, current last. The objects belong to the
+    current image's study. They are preliminary and unverified, and the same files and READING give the same bytes;
+    their time is that of the READING file.
+
+    Exit status: 0 when the reading is well formed; 3 when it is malformed, truncated or out of vocabulary (the objects
+    are written all the same, and say it); 1 when there is none; 75 when the server is busy or out of reach; 2 for wrong
+    usage.
+    """
+    images = [file.read_bytes() for file in files]
+    sources = [source_header(data) for data in images]
+    if reading_path:
+        if task:
+            raise click.UsageError("--task asks a server, --reading takes what one answered; give one of them")
+        reading = _stored(reading_path)
+        made_at = datetime.datetime.fromtimestamp(int(reading_path.stat().st_mtime)).astimezone()
+    else:
+        with connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) as reader:
+            reading = json.loads(reader.read(images, task=task).result().to_json())
+        made_at = datetime.datetime.now().astimezone().replace(microsecond=0)
+    options = ObjectOptions(made_at=made_at, digests=tuple(file_digest(data) for data in images))
+    stem = (reading_path or files[-1]).stem
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for kind in kinds:
+        if kind == "fhir":
+            path = output / f"{stem}-fhir.json"
+            report = diagnostic_report(reading, sources, options=options)
+            path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            written.append({"kind": kind, "path": str(path)})
+            continue
+        for number, instance in enumerate(result_objects(reading, sources, kinds=[kind], options=options), 1):
+            path = output / (f"{stem}-{kind}.dcm" if number == 1 else f"{stem}-{kind}-{number}.dcm")
+            instance.save_as(path, enforce_file_format=True)
+            written.append({"kind": kind, "path": str(path), "sop_instance_uid": str(instance.SOPInstanceUID)})
+    out = sys.stderr if json_path == "-" else sys.stdout
+    for item in written:
+        click.echo(f"{item['kind']:<12} {printable(item['path'])}", out)
+    if "gsps" in kinds and not any(item["kind"] == "gsps" for item in written):
+        click.echo("gsps         none: the reading has no box", out)
+    click.echo(f"{NOT_FOR_DIAGNOSIS} The objects are preliminary and unverified.", out)
+    write_json({"status": reading["status"], "objects": written}, json_path)
+    if reading["status"] != "ok":
+        sys.exit(EXIT_NOT_AS_ASKED)
+
+
+def _stored(path: Path) -> dict:
+    try:
+        return json.loads(Reading.from_json(path.read_bytes()).to_json())
+    except ServerMismatch as error:
+        raise InvalidRequest(f"{path.name}: {error.message}") from None
