@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEBIAN_PACKAGES := dcmtk chromium
+DEBIAN_PACKAGES := dcmtk dicom3tools chromium
 
 .PHONY: demo test lint clean
 
@@ -21,7 +21,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.local: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[local]'
+	$(BIN)/python -m pip install --quiet --editable '.[local,objects]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml | $(VENV)/bin/python

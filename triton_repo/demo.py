@@ -1,7 +1,8 @@
-"""The whole way on this CPU with the demonstration model: export, build, package, serve, read, stop."""
+"""The whole way on this CPU with the demonstration model: export, build, package, serve, read, stop, write objects."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ NOTICE = (
 
 
 def run(folder: Path, model: Path = PHANTOM) -> dict:
-    """Run the demonstration in a folder and leave a page and a reading for each radiograph there.
+    """Run the demonstration in a folder and leave a reading, its page and its objects for each radiograph there.
 
     Parameters
     ----------
@@ -35,7 +36,7 @@ def run(folder: Path, model: Path = PHANTOM) -> dict:
     Returns
     -------
     dict
-        Seconds of each step, and of each radiograph its files, its labels, its status and its time to the first text.
+        Seconds of each step, and of each radiograph its files, objects, labels, status and time to the first text.
 
     Raises
     ------
@@ -78,6 +79,9 @@ def run(folder: Path, model: Path = PHANTOM) -> dict:
         readings = {name: _read(name, file, folder, server.grpc) for name, file in files.items()}
         done("read", f"{len(readings)} radiographs")
     done("stop", "server and all its processes ended")
+    for name, file in files.items():
+        readings[name]["objects"] = _objects(name, file, folder)
+    done("sr", f"DICOM and FHIR objects in {folder}")
     readings["phantom"]["drawn"] = drawn
     click.echo(f"The phantom was drawn with: {', '.join(drawn)}. Read: {', '.join(readings['phantom']['labels'])}.")
     for name in files:
@@ -125,3 +129,17 @@ def _read(name: str, file: Path, folder: Path, url: str) -> dict:
         "first_token_ms": reading.timings_ms["first_token"],
         "total_ms": reading.timings_ms["total"],
     }
+
+
+def _objects(name: str, file: Path, folder: Path) -> list[dict]:
+    """`cxr-triton sr` on a file and its reading; the objects that it wrote."""
+    from cxr_triton.client.sr_command import sr
+
+    command = ["--reading", str(folder / f"{name}.json"), "--kinds", "findings_sr,text_sr,pdf,fhir"]
+    command += ["--output", str(folder), "--json", str(folder / f"{name}-objects.json"), str(file)]
+    click.secho(f"\n$ cxr-triton sr {' '.join(command)}", bold=True)
+    try:
+        sr.main(command, standalone_mode=False)
+    except SystemExit:
+        pass
+    return json.loads((folder / f"{name}-objects.json").read_text("utf-8"))["objects"]
