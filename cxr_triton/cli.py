@@ -35,6 +35,11 @@ VERBS = {
     "serve": ("cxr_triton.triton_repo.command:serve", "local", "Run the pip-installed Triton on a model repository."),
     "read": ("cxr_triton.client.command:read", "client", "Read radiographs through a running server."),
     "sr": ("cxr_triton.client.sr_command:sr", "objects", "Write a reading as DICOM SR and FHIR objects."),
+    "gateway": (
+        "cxr_triton.client.gateway.command:gateway",
+        "gateway",
+        "Run a PACS gateway: studies in, readings back as DICOM.",
+    ),
     "bench": ("cxr_triton.perf.command:bench", "perf", "Measure a served reader, and compare measurements."),
     "demo": ("cxr_triton.triton_repo.command:demo", "local", "Export, build, package, serve and read on this CPU."),
 }

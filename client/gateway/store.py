@@ -54,6 +54,7 @@ jobs = Table(
     Column("study", String(64), nullable=False, index=True),
     Column("state", String(16), nullable=False),
     Column("inputs", sa.JSON),
+    Column("read_objects", sa.JSON),
     Column("first_at", Float, nullable=False),
     Column("due_at", Float, nullable=False),
     Column("changed_at", Float, nullable=False),
@@ -77,6 +78,7 @@ deliveries = Table(
     Column("sop_class", String(64), nullable=False),
     Column("sop_instance", String(64), nullable=False),
     Column("path", Text, nullable=False),
+    Column("first_at", Float, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("due_at", Float, nullable=False),
     Column("attempts", Integer, nullable=False, default=0),
@@ -238,6 +240,12 @@ class Store:
             ids = c.execute(sa.select(jobs.c.inputs).where(jobs.c.id == job)).scalar() or []
             return c.execute(sa.select(objects).where(objects.c.id.in_(ids)).order_by(*_AS_TAKEN)).all()
 
+    def object_of(self, sop_instance: str) -> sa.Row | None:
+        """The first object that came with a SOP Instance UID."""
+        mine = (objects.c.sop_instance == sop_instance) & (objects.c.kind != "conflict")
+        with self._begin() as c:
+            return c.execute(sa.select(objects).where(mine).order_by(objects.c.id)).first()
+
     # ---------------------------------------------------------------------------------------------------- jobs
 
     def group_due(self) -> int:
@@ -285,20 +293,22 @@ class Store:
         with self._begin() as c:
             self._move(c, job, "dead", error, self._mine(job), error=error, owner=None, lease_until=None)
 
-    def already_read(self, job: int, inputs: Sequence[int]) -> int | None:
-        """An earlier job of the study whose readings were made of the same images."""
-        with self._begin() as c:
-            me = c.execute(sa.select(jobs.c.study).where(jobs.c.id == job)).scalar()
-            was = jobs.c.state.in_(("sending", "done")) & (jobs.c.study == me) & (jobs.c.id != job)
-            for row in c.execute(sa.select(jobs.c.id, jobs.c.inputs).where(was)):
-                if row.inputs == list(inputs):
-                    return row.id
-        return None
+    def start_reading(self, job: int, chosen: Sequence[int]) -> int | None:
+        """Write down the images that a job's request will hold, in its order.
 
-    def narrow(self, job: int, inputs: Sequence[int]) -> None:
-        """Write down which of its images a job really takes."""
+        Returns
+        -------
+        int or None
+            An earlier job of the study that read the same, so that this one need not.
+        """
         with self._begin() as c:
-            c.execute(sa.update(jobs).where(self._mine(job)).values(inputs=list(inputs)))
+            study = sa.select(jobs.c.study).where(jobs.c.id == job).scalar_subquery()
+            was = jobs.c.state.in_(("sending", "done")) & (jobs.c.study == study) & (jobs.c.id != job)
+            for row in c.execute(sa.select(jobs.c.id, jobs.c.read_objects).where(was)):
+                if row.read_objects == list(chosen):
+                    return row.id
+            c.execute(sa.update(jobs).where(self._mine(job)).values(read_objects=list(chosen)))
+        return None
 
     def finish(self, job: int, note: str) -> None:
         """A job that needs no results."""
@@ -320,13 +330,18 @@ class Store:
             kept = {"owner": None, "lease_until": None, "error": None, "reading_s": reading_s}
             if not self._move(c, job, "sending", f"{len(results)} results", self._mine(job), **kept):
                 return False
+            first_at = c.execute(sa.select(jobs.c.first_at).where(jobs.c.id == job)).scalar()
+            row = {"job": job, "state": "pending", "first_at": first_at, "created_at": now, "due_at": now}
             rows = [
-                {**vars(result), "job": job, "destination": name, "state": "pending", "created_at": now, "due_at": now}
+                {**row, **vars(result), "destination": name}
                 for name, kinds in destinations.items()
                 for result in results
                 if result.kind in kinds
             ]
-            c.execute(sa.insert(deliveries), rows)
+            if rows:
+                c.execute(sa.insert(deliveries), rows)
+            else:
+                self._settle(c, job)
             return True
 
     # ---------------------------------------------------------------------------------------------- deliveries

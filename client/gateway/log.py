@@ -1,0 +1,123 @@
+"""What the gateway tells: JSON lines without patient data, and Prometheus metrics."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+
+from cxr_triton.client.gateway.config import Config
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class Log:
+    """One JSON object a line.
+
+    UIDs go through `uid`: the first 16 hexadecimal digits of their HMAC-SHA256, so that who holds the key can find a
+    study's lines, and nobody else can tell which study they are about. Names, numbers and dates of patients, file
+    names and texts of readings are never given to it.
+    """
+
+    def __init__(self, config: Config, stream=None):
+        self._stream = stream or sys.stderr
+        self._least = LEVELS.index(config.log.level)
+        self._gateway = config.name
+        self._key = _key(config)
+        self._lock = threading.Lock()
+
+    def uid(self, uid: str) -> str:
+        """What stands for a UID, or any other identifier, in a log."""
+        return hmac.new(self._key, uid.encode("utf-8", "replace"), hashlib.sha256).hexdigest()[:16]
+
+    def __call__(self, level: str, event: str, **fields) -> None:
+        if LEVELS.index(level) < self._least:
+            return
+        at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"at": at, "level": level, "gateway": self._gateway, "event": event, **fields}, default=str)
+        with self._lock:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+
+def _key(config: Config) -> bytes:
+    if config.log.key_file:
+        return Path(config.log.key_file).read_bytes()
+    path = Path(config.storage) / "log.key"
+    try:
+        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(32))
+    except FileExistsError:
+        pass
+    return path.read_bytes()
+
+
+class Metrics:
+    """Counters of this process, and the queue's numbers when they are asked for.
+
+    Parameters
+    ----------
+    counts : callable
+        `Store.counts`.
+    free_bytes : callable
+        Room left on the disk of the storage folder.
+    """
+
+    def __init__(self, counts: Callable[[], dict], free_bytes: Callable[[], int]):
+        self.registry = CollectorRegistry()
+        self._counts, self._free_bytes = counts, free_bytes
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"cxr_gateway_{name}", text, labels, registry=self.registry)
+
+        self.received = counter("received", "Objects that came in, by door and what became of them.", "door", "verdict")
+        self.associations = counter("associations", "Associations asked for, by answer.", "answer")
+        self.connections_refused = counter("connections_refused", "Connections closed unheard, by reason.", "reason")
+        self.readings = counter("readings", "Readings, by status or error code.", "outcome")
+        self.deliveries = counter("deliveries", "Attempts to deliver a result.", "destination", "outcome")
+        self.commitments = counter("commitments", "Results in answers to storage commitment.", "outcome")
+        buckets = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+        self.reading_s = Histogram(
+            "cxr_gateway_reading_seconds", "From request to reading.", buckets=buckets, registry=self.registry
+        )
+        self.turnaround_s = Histogram(
+            "cxr_gateway_turnaround_seconds",
+            "From the first image of a study to its result at a destination.",
+            ("destination",),
+            buckets=(*buckets, 1800, 7200),
+            registry=self.registry,
+        )
+        self.registry.register(self)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Gauges of the queue, for prometheus_client."""
+        counts = self._counts()
+        jobs = GaugeMetricFamily("cxr_gateway_jobs", "Jobs in the queue, by state.", labels=["state"])
+        for state, count in counts["jobs"].items():
+            jobs.add_metric([state], count)
+        yield jobs
+        kinds = GaugeMetricFamily("cxr_gateway_objects", "Objects kept, by kind.", labels=["kind"])
+        for kind, count in counts["objects"].items():
+            kinds.add_metric([kind], count)
+        yield kinds
+        waiting = GaugeMetricFamily(
+            "cxr_gateway_queued_deliveries", "Results by destination and state.", labels=["destination", "state"]
+        )
+        for destination, states in counts["deliveries"].items():
+            for state, count in states.items():
+                waiting.add_metric([destination, state], count)
+        yield waiting
+        yield GaugeMetricFamily(
+            "cxr_gateway_oldest_open_seconds", "Age of the oldest open job.", counts["oldest_open_s"]
+        )
+        yield GaugeMetricFamily("cxr_gateway_disk_free_bytes", "Room left for objects.", self._free_bytes())

@@ -1,0 +1,253 @@
+"""The worker: grouped studies through a served reader to result files that wait for delivery."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import json
+import os
+import random
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import sqlalchemy as sa
+import sqlalchemy.exc
+
+from cxr_triton.client.aio import AsyncReader
+from cxr_triton.client.gateway.config import Config
+from cxr_triton.client.gateway.log import Log, Metrics
+from cxr_triton.client.gateway.store import Result, Store
+from cxr_triton.client.objects import ObjectOptions, diagnostic_report, result_objects, source_header
+from cxr_triton.errors import (
+    Cancelled,
+    CxrError,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    QueueFull,
+    ServerMismatch,
+    Unavailable,
+)
+from cxr_triton.reading import Reading
+
+PASSING = (Unavailable, QueueFull, DeadlineExceeded, Cancelled, InternalError, ServerMismatch)
+"""Failures of the server rather than of the images: worth another attempt."""
+VIEWS = {"lateral": 0, "oblique": 0, "unknown": 1}
+"""Rank of a view among those that are read; the frontal ones rank 2."""
+POLL_S = 0.25
+
+
+def spread(wait_s: float) -> float:
+    """A wait changed by up to a third, so that those who failed together do not come back together."""
+    return wait_s * random.uniform(2 / 3, 4 / 3)
+
+
+def choose(images: Sequence[sa.Row], most: int) -> list[sa.Row]:
+    """The images of a study that go into one request.
+
+    Frontal views come before unknown and those before lateral ones, later ones before earlier ones; in the request the
+    frontal view taken last stands last, where models look for the current image.
+    """
+    ranked = sorted(images, key=lambda image: VIEWS.get(image.view, 2))  # stable: the order taken stays within each
+    return ranked[-most:]
+
+
+class ReadWorker:
+    """Reads studies until it is told to stop.
+
+    Parameters
+    ----------
+    config, store, log, metrics
+    on_results : callable
+        Called when results wait for delivery.
+    priors : object, optional
+        Its `fetch(current)` gives the rows of at most one earlier image of the patient.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        log: Log,
+        metrics: Metrics,
+        on_results: Callable[[], None],
+        priors=None,
+    ):
+        self._config, self._store, self._log, self._metrics = config, store, log, metrics
+        self._on_results, self._priors = on_results, priors
+        self.wake = asyncio.Event()
+        self.is_server_ready = False
+        self._checks_failed = 0
+        self._check_at = 0.0
+        self._storage = Path(config.storage)
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Until `stopping` is set; then readings under way are given back, and nothing of them is lost."""
+        settings = self._config.read
+        running: set[asyncio.Task] = set()
+        tls = settings.tls.grpc() if settings.tls else None
+        async with AsyncReader(settings.url, timeouts=settings.timeouts, tls=tls) as reader:
+            while not stopping.is_set():
+                self.wake.clear()
+                try:
+                    job = await self._next(reader, len(running))
+                except sqlalchemy.exc.SQLAlchemyError as error:
+                    self._log("error", "queue_failed", error=type(error).__name__)
+                    await either(stopping, self.wake, 4 * POLL_S)
+                    continue
+                if job is not None:
+                    task = asyncio.create_task(self._read(reader, job))
+                    running.add(task)
+                    task.add_done_callback(lambda done: (running.discard(done), self.wake.set()))
+                else:
+                    await either(stopping, self.wake, POLL_S)
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+    async def _next(self, reader: AsyncReader, running: int) -> sa.Row | None:
+        """The next study to read, when there is room and a server."""
+        await asyncio.to_thread(self._store.group_due)
+        if running >= self._config.read.concurrency:
+            return None
+        if not self.is_server_ready:
+            if time.monotonic() < self._check_at:
+                return None
+            try:
+                await reader.server_info()
+            except CxrError as error:
+                if not self._checks_failed:
+                    self._log("warning", "server_not_ready", error=error.code)
+                self._checks_failed += 1
+                self._check_at = time.monotonic() + spread(min(2.0 ** min(self._checks_failed, 5) / 4, 5.0))
+                return None
+            self._log("info", "server_ready")
+            self.is_server_ready, self._checks_failed = True, 0
+        return await asyncio.to_thread(self._store.claim_job, self._config.read.lease_s)
+
+    async def _read(self, reader: AsyncReader, job: sa.Row) -> None:
+        """One attempt at one job; every way it can end is written into the queue."""
+        name, settings = self._log.uid(job.study), self._config.read
+        attempt = asyncio.current_task()
+        lease = asyncio.create_task(self._keep_lease(job.id, attempt))
+        try:
+            outcome = await self._attempt(reader, job)
+            self._metrics.readings.labels(outcome).inc()
+            self._log("info", "read", job=job.id, study=name, outcome=outcome, attempt=job.attempts)
+        except asyncio.CancelledError:
+            with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
+                await asyncio.shield(
+                    asyncio.to_thread(self._store.put_back, job.id, time.time(), "the gateway stopped", counts=False)
+                )
+        except Exception as error:
+            code, text = getattr(error, "code", type(error).__name__), str(error)
+            if isinstance(error, CxrError):
+                text = error.wire()
+            else:  # it may quote a data set
+                text = f"[INTERNAL] {type(error).__name__}"
+            passing = isinstance(error, PASSING) or not isinstance(error, CxrError)
+            if isinstance(error, Unavailable | Cancelled | InternalError | ServerMismatch):
+                self.is_server_ready = False
+            self._metrics.readings.labels(code).inc()
+            again = passing and job.attempts < settings.max_attempts
+            self._log("warning", "not_read", job=job.id, study=name, error=code, attempt=job.attempts, again=again)
+            with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):  # then the lease runs out
+                if again:
+                    wait_s = spread(settings.retry_s[min(job.attempts, len(settings.retry_s)) - 1])
+                    await asyncio.to_thread(self._store.put_back, job.id, time.time() + wait_s, text)
+                else:
+                    await asyncio.to_thread(self._store.bury, job.id, text)
+        finally:
+            lease.cancel()
+
+    async def _keep_lease(self, job: int, attempt: asyncio.Task) -> None:
+        while True:
+            await asyncio.sleep(self._config.read.lease_s / 3)
+            with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
+                if not await asyncio.to_thread(self._store.renew, job, self._config.read.lease_s):
+                    attempt.cancel()  # dropped by an operator, or taken by another gateway
+
+    async def _attempt(self, reader: AsyncReader, job: sa.Row) -> str:
+        settings = self._config.read
+        images = await asyncio.to_thread(self._store.inputs, job.id)
+        if len({image.patient for image in images}) > 1:
+            raise InvalidRequest("images of several Patient IDs have the same Study Instance UID; correct the study")
+        priors = await asyncio.to_thread(self._priors.fetch, images[-1]) if self._priors else []
+        chosen = [*priors, *choose(images, settings.max_images - len(priors))]
+        same = await asyncio.to_thread(self._store.start_reading, job.id, [image.id for image in chosen])
+        if same is not None:
+            await asyncio.to_thread(self._store.finish, job.id, f"reads the same images as job {same}")
+            return "same_images"
+        files = await asyncio.to_thread(lambda: [(self._storage / image.path).read_bytes() for image in chosen])
+        task = self._config.priors.task if priors and self._config.priors.task else settings.task
+        started = time.monotonic()
+        reading = await reader.read(files, task=task, mode=settings.mode).result()
+        del files
+        reading_s = time.monotonic() - started
+        self._metrics.reading_s.observe(reading_s)
+        results = await asyncio.to_thread(self._write, job, chosen, reading)
+        destinations = {
+            d.name: {"fhir"} if d.kind == "fhir" else set(self._config.results.kinds) for d in self._config.destinations
+        }
+        if not await asyncio.to_thread(self._store.deliver, job.id, results, destinations, reading_s):
+            return "lost_lease"
+        self._on_results()
+        return reading.status
+
+    def _write(self, job: sa.Row, chosen: Sequence[sa.Row], reading: Reading) -> list[Result]:
+        """Result files of a reading, on the disk for good."""
+        content = json.loads(reading.to_json())
+        sources = [source_header(self._storage / image.path) for image in chosen]
+        options = ObjectOptions(
+            # A time that is the same at every attempt, so that the objects are.
+            made_at=datetime.datetime.fromtimestamp(job.first_at).astimezone(),
+            digests=tuple(image.digest for image in chosen),
+            station=self._config.dicom.aet if self._config.dicom else "CXR_TRITON",
+        )
+        folder = self._storage / "results" / f"{job.id}-{secrets.token_hex(4)}"
+        folder.mkdir(parents=True)
+        results = []
+        for kind in self._config.results.kinds:
+            for instance in result_objects(content, sources, kinds=(kind,), options=options):
+                path = folder / f"{len(results)}-{kind}.dcm"
+                with open(path, "wb") as file:
+                    instance.save_as(file, enforce_file_format=True)
+                    _flush(file)
+                place = str(path.relative_to(self._storage))
+                uids = {"sop_class": str(instance.SOPClassUID), "sop_instance": str(instance.SOPInstanceUID)}
+                results.append(Result(kind=kind, path=place, **uids))
+        if any(destination.kind == "fhir" for destination in self._config.destinations):
+            report = diagnostic_report(content, sources, options=options)
+            path = folder / "report.json"
+            with open(path, "wb") as file:
+                file.write(json.dumps(report, ensure_ascii=False).encode())
+                _flush(file)
+            place = str(path.relative_to(self._storage))
+            results.append(Result(kind="fhir", path=place, sop_class="", sop_instance=_short_id(report)))
+        for name in (folder, folder.parent):
+            handle = os.open(name, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        return results
+
+
+def _short_id(report: dict) -> str:
+    return str(report["id"])[:64]
+
+
+def _flush(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+async def either(stopping: asyncio.Event, wake: asyncio.Event, timeout_s: float) -> None:
+    """Wait for either event, or the time."""
+    waits = [asyncio.create_task(event.wait()) for event in (stopping, wake)]
+    try:
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()

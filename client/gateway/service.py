@@ -1,0 +1,232 @@
+"""The gateway as a process: its parts started, watched and stopped, metrics and health over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import signal
+import time
+from pathlib import Path
+
+import sqlalchemy.exc
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from cxr_triton.client.gateway.config import Config
+from cxr_triton.client.gateway.deliver import Deliverer
+from cxr_triton.client.gateway.log import Log, Metrics
+from cxr_triton.client.gateway.read import ReadWorker
+from cxr_triton.client.gateway.receive import FolderWatcher, Intake, Listener, stow
+from cxr_triton.client.gateway.store import Store
+from cxr_triton.errors import QueueFull, Unavailable
+
+BEAT_S = 1.0
+HOUSEKEEPING_S = 600.0
+STOP_S = 20.0
+"""How long what is under way may take to end once the gateway was told to stop."""
+
+
+class Gateway:
+    """All parts of one gateway process.
+
+    Parameters
+    ----------
+    config : Config
+    stream : file, optional
+        Takes the log; standard error by default.
+
+    Attributes
+    ----------
+    dicom_port, web_port : int or None
+        What is listened on, once `run` has started.
+
+    Raises
+    ------
+    Unavailable
+        Another process runs under this name.
+    InvalidConfig
+        The queue cannot be opened.
+    """
+
+    def __init__(self, config: Config, stream=None):
+        self.config = config
+        self._storage = Path(config.storage)
+        self._storage.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self._storage / f"{config.name}.lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Unavailable(
+                f"a gateway named {config.name!r} runs on {self._storage}; stop it, or give this one another name"
+            ) from None
+        self.log = Log(config, stream)
+        self.store = Store(config.queue_url, config.name)
+        self.metrics = Metrics(self.store.counts, lambda: self.intake.free_bytes())
+        self.intake = Intake(config, self.store, self.log, self.metrics, self._wake_worker)
+        priors = None
+        if config.priors:
+            from cxr_triton.client.gateway.priors import PriorFinder
+
+            priors = PriorFinder(config, self.store, self.intake)
+        self.worker = ReadWorker(config, self.store, self.log, self.metrics, self._wake_deliverers, priors)
+        self.deliverers = [Deliverer(to, config, self.store, self.log, self.metrics) for to in config.destinations]
+        self._listener: Listener | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.dicom_port = self.web_port = None
+
+    def _wake_worker(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop ends while the last association does
+            self._loop.call_soon_threadsafe(self.worker.wake.set)
+
+    def _wake_deliverers(self) -> None:
+        for deliverer in self.deliverers:
+            deliverer.wake.set()
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Serve until `stopping` is set.
+
+        Raises
+        ------
+        Unavailable
+            A port is taken.
+        Exception
+            A part failed in a way it does not handle; a supervisor starts the process anew.
+        """
+        self._loop = asyncio.get_running_loop()
+        await asyncio.to_thread(self.store.start)
+        self.intake.draining = await asyncio.to_thread(self.store.is_draining)
+        runner = await self._start_web()
+        try:
+            if self.config.dicom:
+                self._listener = Listener(self.intake, self.deliverers[0].take_commitment)
+                self.dicom_port = self._listener.port
+            parts = [self.worker.run(stopping), self._keep_house(stopping)]
+            parts += [deliverer.run(stopping) for deliverer in self.deliverers]
+            if self.config.folder:
+                parts.append(self._watch(stopping))
+            tasks = [asyncio.create_task(part) for part in parts]
+            self.log("info", "started", dicom_port=self.dicom_port, web_port=self.web_port)
+            try:
+                wait = asyncio.create_task(stopping.wait())
+                done, _ = await asyncio.wait([wait, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                stopping.set()
+                if self._listener:
+                    await asyncio.to_thread(self._listener.stop)
+                await asyncio.wait(tasks, timeout=STOP_S)
+                for task in tasks:
+                    task.cancel()
+            for task in done - {wait}:
+                task.result()
+        finally:
+            if runner:
+                await runner.cleanup()
+            await asyncio.to_thread(self.store.close)
+            self._lock.close()
+            self.log("info", "stopped")
+
+    async def _keep_house(self, stopping: asyncio.Event) -> None:
+        """Signs of life, the drain switch, retention and leftovers."""
+        clean_at = time.monotonic()
+        while not stopping.is_set():
+            try:
+                await asyncio.to_thread(self.store.beat)
+                draining = await asyncio.to_thread(self.store.is_draining)
+                if draining != self.intake.draining:
+                    self.log("info", "draining" if draining else "taking_in")
+                    self.intake.draining = draining
+                if time.monotonic() >= clean_at:
+                    clean_at = time.monotonic() + HOUSEKEEPING_S
+                    await asyncio.to_thread(self._clean)
+            except sqlalchemy.exc.SQLAlchemyError as error:
+                self.log("error", "queue_failed", error=type(error).__name__)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), BEAT_S)
+
+    def _clean(self) -> None:
+        now, keep = time.time(), self.config.retention
+        paths = self.store.purge(now - 3600 * keep.done_h, now - 3600 * keep.dead_h)
+        for path in paths:
+            (self._storage / path).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                if path.startswith("results/"):
+                    (self._storage / path).parent.rmdir()
+        swept = self.intake.sweep()
+        if paths or swept:
+            self.log("info", "cleaned", expired=len(paths), leftovers=swept)
+
+    async def _watch(self, stopping: asyncio.Event) -> None:
+        watcher = await asyncio.to_thread(FolderWatcher, self.intake)
+        while not stopping.is_set():
+            await asyncio.to_thread(watcher.scan)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), self.config.folder.every_s)
+
+    async def _start_web(self) -> web.AppRunner | None:
+        settings = self.config.web
+        if not settings:
+            return None
+        app = web.Application(client_max_size=1 << 20)  # STOW-RS bodies are read part by part and bounded there
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_get("/health/live", self._live)
+        app.router.add_get("/health/ready", self._ready)
+        if settings.stow:
+            token = Path(settings.token_file).read_text().strip() if settings.token_file else None
+
+            async def take(request: web.Request) -> web.Response:
+                return await stow(request, self.intake, token)
+
+            app.router.add_post("/dicom-web/studies", take)
+            app.router.add_post("/dicom-web/studies/{study:[0-9.]{1,64}}", take)
+        runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        await runner.setup()
+        tls = settings.tls.server() if settings.tls else None
+        try:
+            await web.TCPSite(runner, settings.host, settings.port, ssl_context=tls).start()
+        except OSError as error:
+            await runner.cleanup()
+            where = f"{settings.host} port {settings.port}"
+            raise Unavailable(f"web: cannot listen on {where} ({error.strerror}); stop what listens there") from None
+        self.web_port = runner.addresses[0][1]
+        return runner
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        text = await asyncio.to_thread(generate_latest, self.metrics.registry)
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def _live(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _ready(self, request: web.Request) -> web.Response:
+        """503 when an object that came now would not be taken; a reader that is away is said, but does not matter."""
+        trouble = []
+        if self.intake.draining:
+            trouble.append("draining")
+        try:
+            await asyncio.to_thread(self.intake.require_room)
+        except QueueFull:
+            trouble.append("disk")
+        try:
+            await asyncio.to_thread(self.store.beat)
+        except sqlalchemy.exc.SQLAlchemyError:
+            trouble.append("queue")
+        body = {
+            "status": "not ready" if trouble else "ready",
+            "trouble": trouble,
+            "server": self.worker.is_server_ready,
+        }
+        return web.json_response(body, status=503 if trouble else 200)
+
+
+def serve(config: Config) -> None:
+    """Run a gateway until SIGTERM or SIGINT; both end it in order."""
+
+    async def run() -> None:
+        stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+        await Gateway(config).run(stopping)
+
+    asyncio.run(run())
