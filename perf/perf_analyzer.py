@@ -204,8 +204,9 @@ def run(
             wrong = " ".join((done.stderr or done.stdout).split())[-400:]
             raise InternalError(f"perf_analyzer failed with status {done.returncode}: {wrong}")
         printed = read_report(folder / "report.csv")
-        records = read_export(folder / "export.json", items)
-    return records, {"command": ["perf_analyzer", *arguments], "version": tool.version, **printed}
+        records, window_s = read_export(folder / "export.json", items)
+    said = {"command": ["perf_analyzer", *arguments], "version": tool.version, "window_s": window_s, **printed}
+    return records, said
 
 
 def read_report(path: Path) -> dict:
@@ -219,8 +220,9 @@ def read_report(path: Path) -> dict:
     }
 
 
-def read_export(path: Path, items: Sequence[Item]) -> list[Record]:
-    """Records of a profile export.
+def read_export(path: Path, items: Sequence[Item]) -> tuple[list[Record], float]:
+    """Records of a profile export, and the seconds of the window that perf_analyzer divides by: it ends up to a second
+    after the last response.
 
     An export is no JSON as it stands: the bytes of BYTES tensors are written as they are, and requests are copied into
     it whole. So their images are cut out, and each text is read as the bytes that it is.
@@ -244,7 +246,8 @@ def read_export(path: Path, items: Sequence[Item]) -> list[Record]:
                 made.end_s = t
                 with_reading(made, json.loads(text.encode("latin-1")))
         records.append(made)
-    return records
+    first_ns, last_ns = experiment["window_boundaries"]
+    return records, (last_ns - first_ns) / 1e9
 
 
 def _without_images(found: re.Match[bytes]) -> bytes:

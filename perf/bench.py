@@ -1,0 +1,511 @@
+"""A benchmark run: MLPerf's scenarios against a served `cxr_reader`, as one result (docs/bench.schema.json).
+
+`single_stream`: one reading after the other; the 90th percentile of the latency. `offline`: everything at once;
+readings per second. `server`: Poisson arrivals; the highest rate at which the 99th percentile of the latency keeps its
+bound. `interactive`: the same with bounds for the first text and the time between tokens. Then a sweep over
+concurrency, in which our driver and perf_analyzer take turns.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cxr_triton.client import Reader
+from cxr_triton.errors import InvalidRequest
+from cxr_triton.perf import perf_analyzer
+from cxr_triton.perf.environment import environment
+from cxr_triton.perf.load import OVERLOAD, Load, offer
+from cxr_triton.perf.perf_analyzer import PerfAnalyzer
+from cxr_triton.perf.stages import waterfall
+from cxr_triton.perf.summary import Record, columns, over_repeats, summarize
+from cxr_triton.perf.workload import Workload
+
+SCHEMA_VERSION = 1
+MODEL = "cxr_reader"
+METRICS = {"single_stream": "latency_ms.p90", "offline": "readings_per_s", "server": "rate_per_s"}
+METRICS["interactive"] = METRICS["server"]
+SCENARIOS = tuple(METRICS)
+WIDTHS = (12, 10, 9, 9, 10, 9)
+OFFERED_SHARES = (0.5, 0.7, 0.85)
+"""Rates of `server` and `interactive` where none are given, in parts of what `offline` reached."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How long and how often everything is measured.
+
+    Attributes
+    ----------
+    scenarios : tuple of str
+        Of `SCENARIOS`, and in their order.
+    min_seconds, min_requests : float, int
+        Both have to be reached by each repeat.
+    repeats : int
+        Of every point; with two or more there are confidence intervals.
+    warm_up : int
+        Requests before anything counts.
+    offline_concurrency : int
+        Requests under way in `offline`.
+    rates_per_s : tuple of float
+        For `server` and `interactive`, ascending; empty takes `OFFERED_SHARES`.
+    concurrencies : tuple of int
+        Of the sweep.
+    latency_ms, ttft_ms, itl_ms : float
+        Bounds of `server` (the first) and `interactive`.
+    seed : int
+        Of the arrivals.
+    """
+
+    scenarios: tuple[str, ...] = SCENARIOS
+    min_seconds: float = 20.0
+    min_requests: int = 20
+    repeats: int = 3
+    warm_up: int = 4
+    offline_concurrency: int = 16
+    rates_per_s: tuple[float, ...] = ()
+    concurrencies: tuple[int, ...] = (1, 2, 4, 8)
+    latency_ms: float = 12_000.0
+    ttft_ms: float = 500.0
+    itl_ms: float = 30.0
+    seed: int = 0
+    bounds: dict = field(init=False)
+
+    def __post_init__(self):
+        if list(self.rates_per_s) != sorted(self.rates_per_s) or min(self.rates_per_s, default=1) <= 0:
+            raise InvalidRequest(f"rates {self.rates_per_s} have to be over 0 and ascend")
+        for name in ("repeats", "min_requests", "warm_up", "offline_concurrency"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(f"{name} is {getattr(self, name)}, must be at least 1")
+        bounds = {
+            "server": {"latency_ms": self.latency_ms},
+            "interactive": {"ttft_ms": self.ttft_ms, "itl_ms": self.itl_ms},
+        }
+        object.__setattr__(self, "bounds", bounds)
+
+    @property
+    def runs(self) -> int:
+        """Repeats in all, if no point is stopped."""
+        rates = len(self.rates_per_s) or len(OFFERED_SHARES)
+        points = sum(rates if METRICS[name] == "rate_per_s" else 1 for name in self.scenarios)
+        return self.repeats * (points + len(self.concurrencies))
+
+
+class Observer:
+    """What the server counts and takes, read before and after a repeat.
+
+    Parameters
+    ----------
+    url : str
+        Its gRPC endpoint.
+    metrics : str, optional
+        ``HOST:PORT`` of its metrics.
+    pids : callable, optional
+        Gives its processes where they are on this machine.
+    """
+
+    def __init__(self, url: str, metrics: str | None = None, pids: Callable[[], Sequence[int]] | None = None):
+        import grpc
+        from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+
+        self._stub = GRPCInferenceServiceStub(grpc.insecure_channel(url))
+        self._metrics, self._pids = metrics, pids or (lambda: ())
+
+    def triton(self) -> dict[str, dict[str, float]]:
+        """Model to what Triton has counted so far."""
+        from tritonclient.grpc.service_pb2 import ModelStatisticsRequest
+
+        counts = {}
+        for model in self._stub.ModelStatistics(ModelStatisticsRequest(), timeout=30).model_stats:
+            counted = model.inference_stats
+            counts[model.name] = {
+                "requests": counted.success.count,
+                "executions": model.execution_count,
+                "failed": counted.fail.count,
+                "request_ms": counted.success.ns / 1e6,
+                "queue_ms": counted.queue.ns / 1e6,
+                "compute_input_ms": counted.compute_input.ns / 1e6,
+                "compute_infer_ms": counted.compute_infer.ns / 1e6,
+                "compute_output_ms": counted.compute_output.ns / 1e6,
+            }
+        return counts
+
+    def metrics(self) -> dict[str, float]:
+        """Our own metrics and the GPU's, labels added up."""
+        if not self._metrics:
+            return {}
+        with urllib.request.urlopen(f"http://{self._metrics}/metrics", timeout=30) as page:
+            lines = page.read().decode().splitlines()
+        totals = Counter()
+        for line in lines:
+            if line.startswith(("cxr_", "nv_gpu_")):
+                name, _, value = line.rpartition(" ")
+                totals[name.partition("{")[0]] += float(value)
+        return dict(totals)
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Process to resident memory: this client, and the server's where they are known."""
+        totals = Counter({"client": _resident("self")})
+        for pid in self._pids():
+            totals[_process_name(pid)] += _resident(pid)
+        return dict(totals)
+
+
+def _resident(pid: int | str) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # it has ended
+        return 0
+
+
+def _process_name(pid: int) -> str:
+    """The model of a Python backend's process, ``decoding child``, or the program's name."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return "ended"
+    if command[0].endswith("_stub"):
+        return Path(command[1]).parts[-3]
+    return "tritonserver" if command[0].endswith("tritonserver") else "decoding child"
+
+
+class Bench:
+    """Runs a plan against one server.
+
+    Parameters
+    ----------
+    url : str
+        gRPC endpoint of a warm server.
+    workload : Workload
+    plan : Plan
+    observer : Observer
+    tool : PerfAnalyzer, optional
+        Without it our driver sweeps alone.
+    timeout_s : float
+        Limit of one request.
+    on_run : callable
+        Told about each repeat before it begins.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        workload: Workload,
+        plan: Plan,
+        observer: Observer,
+        tool: PerfAnalyzer | None = None,
+        *,
+        timeout_s: float = 600.0,
+        on_run: Callable[[str], None] = lambda what: None,
+    ):
+        self.url, self.workload, self.plan, self.observer, self.tool = url, workload, plan, observer, tool
+        self.timeout_s, self.on_run = timeout_s, on_run
+        self.messages = [item.message(MODEL) for item in workload.items]
+
+    def run(self, command: Sequence[str]) -> dict:
+        """Everything, as a result.
+
+        Raises
+        ------
+        CxrError
+            The first failure that is no overload; nothing is reported then.
+        """
+        environment_ = environment()
+        reading, server = self.warm_up()
+        plan = self.plan
+        scenarios = [self.scenario(name, []) for name in SCENARIOS[:2] if name in plan.scenarios]
+        for name in SCENARIOS[2:]:
+            if name in plan.scenarios:
+                scenarios.append(self.scenario(name, scenarios))
+        sweep = [point for concurrency in plan.concurrencies for point in self.sweep(concurrency)]
+        workload = self.workload.as_json()
+        self._count_prompts(workload, [*(p for s in scenarios for p in s["points"]), *sweep])
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": list(command),
+            "environment": environment_,
+            "server": server,
+            "workload": workload,
+            "model": reading.model,
+            "scenarios": scenarios,
+            "sweep": sweep,
+            "cross_check": cross_check(sweep),
+            "roofline": [],
+            "baselines": [],
+            "notice": reading.notice,
+        }
+
+    def warm_up(self):
+        """A first reading, which names the model, and then what the plan wants; the reading, and the server."""
+        item = self.workload.items[0]
+        self.on_run("warm-up")
+        with Reader(self.url, max_message_mib=1024) as reader:
+            info = reader.server_info()
+            reading = reader.read([image.data for image in item.images], **item.request).result()
+        load = Load("concurrency", min(self.plan.warm_up, 4))
+        _, failure = self._offer(load, min_seconds=0.0, min_requests=self.plan.warm_up, seed=0)
+        if failure:
+            raise failure
+        return reading, {"name": info.name, "version": info.version, "url": self.url, "models": {}}
+
+    def scenario(self, name: str, before: Sequence[dict]) -> dict:
+        """One entry of ``scenarios``; `before` are those that were measured already."""
+        plan, bounds = self.plan, self.plan.bounds.get(name, {})
+        if METRICS[name] == "rate_per_s":
+            arrival = self.workload.spec.arrival
+            loads = [Load("rate_per_s", rate, arrival) for rate in plan.rates_per_s or self._rates(before)]
+        else:
+            loads = [Load("concurrency", 1 if name == "single_stream" else plan.offline_concurrency)]
+        points = []
+        for load in loads:
+            points.append(self.point(name, load, bounds))
+            if METRICS[name] == "rate_per_s" and not meets(points[-1], bounds):
+                break
+        return {
+            "name": name,
+            "driver": "open_loop",
+            "bounds": bounds,
+            "metric": METRICS[name],
+            "points": points,
+            "result": outcome(METRICS[name], points, bounds),
+        }
+
+    def _rates(self, before: Sequence[dict]) -> list[float]:
+        reached = next((s["result"]["value"] for s in before if s["name"] == "offline" and s["result"]["valid"]), None)
+        if reached is None:
+            raise InvalidRequest("no rates for server and interactive: give --rates, or measure offline too")
+        return [float(f"{share * reached:.3g}") for share in OFFERED_SHARES]
+
+    def point(self, name: str, load: Load, bounds: Mapping[str, float]) -> dict:
+        """A load, `Plan.repeats` times by our driver."""
+        runs, stopped = [], None
+        for repeat in range(self.plan.repeats):
+            self.on_run(f"{name}, {load}")
+            run, stopped = self._repeat(load, bounds, repeat)
+            runs.append(run)
+            if stopped:
+                break
+        return point_of("open_loop", load, runs, stopped=stopped)
+
+    def sweep(self, concurrency: int) -> list[dict]:
+        """A concurrency by both drivers, turn by turn, so that a machine whose speed drifts is fair to both."""
+        load, ours, theirs, stopped = Load("concurrency", concurrency), [], [], None
+        for repeat in range(self.plan.repeats):
+            self.on_run(f"sweep, {load}")
+            run, stopped = self._repeat(load, {}, repeat)
+            ours.append(run)
+            if stopped:
+                break
+            if self.tool:
+                rate = run[0]["summary"]["readings_per_s"]
+                theirs.append(
+                    self._perf_analyzer(concurrency, max(concurrency, math.ceil(rate * self.plan.min_seconds)))
+                )
+        points = [point_of("open_loop", load, ours, stopped=stopped)]
+        if theirs:
+            points.append(
+                point_of("perf_analyzer", load, [run for run, _ in theirs], said=[said for _, said in theirs])
+            )
+        return points
+
+    def _offer(self, load: Load, *, min_seconds: float, min_requests: int, seed: int):
+        return offer(
+            self.url,
+            self.messages,
+            load,
+            min_seconds=min_seconds,
+            min_requests=min_requests,
+            seed=seed,
+            timeout_s=self.timeout_s,
+        )
+
+    def _repeat(self, load: Load, bounds: Mapping[str, float], repeat: int):
+        """One repeat by our driver, and the code of the overload that ended it, if one did."""
+        plan = self.plan
+        seed = 1000 * plan.seed + repeat
+        with _Observed(self.observer) as observed:
+            records, failure = self._offer(
+                load, min_seconds=plan.min_seconds, min_requests=plan.min_requests, seed=seed
+            )
+        if failure and failure.code not in OVERLOAD:
+            raise failure
+        return (observed.repeat(records, bounds), records), failure.code if failure else None
+
+    def _perf_analyzer(self, concurrency: int, requests: int):
+        """One repeat by perf_analyzer, and what it printed."""
+        items = self.workload.items
+        requests = min(max(requests, self.plan.min_requests), perf_analyzer.request_limit(items))
+        with _Observed(self.observer) as observed:
+            records, said = perf_analyzer.run(
+                self.tool,
+                self.url,
+                items,
+                concurrency=concurrency,
+                requests=requests,
+                timeout_s=requests * self.timeout_s,
+            )
+        return (observed.repeat(records, {}), records), said
+
+    @staticmethod
+    def _count_prompts(workload: dict, points: Sequence[dict]) -> None:
+        """Note how long the prompt of each item was, where it was read."""
+        for point in points:
+            for run in point["repeats"]:
+                for index, tokens in zip(run["requests"]["item"], run["requests"]["prompt_tokens"], strict=True):
+                    if index is not None and tokens is not None:
+                        workload["items"][index]["prompt_tokens"] = tokens
+
+
+class _Observed:
+    """A repeat with what the server counted in it."""
+
+    def __init__(self, observer: Observer):
+        self._observer = observer
+
+    def __enter__(self):
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._triton, self._metrics = self._observer.triton(), self._observer.metrics()
+        return self
+
+    def __exit__(self, *exception):
+        after, metrics = self._observer.triton(), self._observer.metrics()
+        self.triton = {
+            model: {name: value - self._triton.get(model, {}).get(name, 0) for name, value in counted.items()}
+            for model, counted in after.items()
+        }
+        self.metrics = {name: [self._metrics.get(name, 0.0), value] for name, value in metrics.items()}
+        self.resident_bytes = self._observer.resident_bytes()
+
+    def repeat(self, records: Sequence[Record], bounds: Mapping[str, float]) -> dict:
+        return {
+            "started": self.started,
+            "summary": summarize(records, bounds),
+            "requests": columns(records),
+            "triton": self.triton,
+            "metrics": self.metrics,
+            "resident_bytes": self.resident_bytes,
+        }
+
+
+def point_of(driver: str, load: Load, runs: Sequence, *, stopped: str | None = None, said: Sequence[dict] = ()) -> dict:
+    """``point`` of the schema from its repeats, each with its records."""
+    counted: dict[str, Counter] = {}
+    for run, _ in runs:
+        for model, numbers in run["triton"].items():
+            counted.setdefault(model, Counter()).update(numbers)
+    point = {
+        "driver": driver,
+        "load": load.as_json(),
+        "repeats": [run for run, _ in runs],
+        "summary": over_repeats([run["summary"] for run, _ in runs]),
+        "waterfall": waterfall([record for _, records in runs for record in records], counted),
+    }
+    if stopped:
+        point["stopped"] = stopped
+    if said:
+        latencies = {name: sum(each["latency_ms"][name] for each in said) / len(said) for name in said[0]["latency_ms"]}
+        means = {name: sum(each[name] for each in said) / len(said) for name in ("throughput_per_s", "window_s")}
+        point["perf_analyzer"] = {**said[0], **means, "latency_ms": latencies}
+    return point
+
+
+def meets(point: Mapping, bounds: Mapping[str, float]) -> bool:
+    """The 99th percentile of every bounded latency, meaned over the repeats, keeps its bound."""
+    tails = {name: point["summary"][f"{name}.p99"]["mean"] for name in bounds}
+    return "stopped" not in point and all(tails[name] is not None and tails[name] <= bounds[name] for name in bounds)
+
+
+def outcome(metric: str, points: Sequence[Mapping], bounds: Mapping[str, float]) -> dict:
+    """``result`` of a scenario."""
+    if metric == "rate_per_s":
+        kept = [point["load"]["value"] for point in points if meets(point, bounds)]
+        said = ", ".join(f"p99 {name} {bound:g}" for name, bound in bounds.items())
+        why = "" if kept else f"no rate kept its bounds ({said})"
+        return {"value": max(kept, default=None), "low": None, "high": None, "valid": bool(kept), "why": why}
+    (point,) = points
+    measured = point["summary"][metric]
+    stopped = point.get("stopped")
+    why = f"stopped by {stopped}" if stopped else ""
+    return {
+        "value": measured["mean"],
+        "low": measured["low"],
+        "high": measured["high"],
+        "valid": not stopped,
+        "why": why,
+    }
+
+
+def cross_check(sweep: Sequence[Mapping]) -> list[dict]:
+    """Both drivers on the same load, and perf_analyzer's own numbers beside those of its export."""
+    checks = []
+
+    def check(concurrency, metric: str, a: str, a_value: float, b: str, b_value: float) -> None:
+        names = {"concurrency": int(concurrency), "metric": metric, "a": a, "b": b}
+        checks.append({**names, "a_value": a_value, "b_value": b_value, "relative_difference": a_value / b_value - 1})
+
+    for theirs in (point for point in sweep if point["driver"] == "perf_analyzer"):
+        at = theirs["load"]["value"]
+        ours = next(p for p in sweep if p["driver"] == "open_loop" and p["load"]["value"] == at)
+        printed, exported, measured = theirs["perf_analyzer"], theirs["summary"], ours["summary"]
+        for name in ("mean", "p50", "p90", "p95", "p99"):
+            value = exported[f"latency_ms.{name}"]["mean"]
+            check(at, f"latency_ms.{name}", "printed", printed["latency_ms"][name], "perf_analyzer", value)
+        rate = statistics.fmean(run["summary"]["requests"] for run in theirs["repeats"]) / printed["window_s"]
+        check(at, "requests in its window per s", "printed", printed["throughput_per_s"], "perf_analyzer", rate)
+        for name in (
+            "readings_per_s",
+            "output_tokens_per_s",
+            "latency_ms.p50",
+            "latency_ms.p90",
+            "ttft_ms.p50",
+            "itl_ms.p50",
+        ):
+            check(at, name, "open_loop", measured[name]["mean"], "perf_analyzer", exported[name]["mean"])
+    return checks
+
+
+def served_models(repository: Path) -> dict[str, dict[str, str]]:
+    """Parameters of each model of a repository: slots, threads and so on."""
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    models = {}
+    for file in sorted(repository.glob("*/config.pbtxt")):
+        config = text_format.Parse(file.read_text(), ModelConfig())
+        parameters = {key: value.string_value for key, value in sorted(config.parameters.items())}
+        instances = sum(group.count for group in config.instance_group)
+        models[config.name] = parameters | ({"instances": str(instances)} if instances else {})
+    return models
+
+
+def table(result: Mapping) -> str:
+    """The scenarios for a terminal."""
+    heads = ("readings/s", "tokens/s", "p50 ms", "p99 ms", "TTFT p99", "ITL p99")
+    lines = [
+        f"{'scenario':<14}{'load':<22}" + "".join(f"{head:>{width}}" for head, width in zip(heads, WIDTHS, strict=True))
+    ]
+    points = [(s["name"], p) for s in result["scenarios"] for p in s["points"]]
+    for name, point in [*points, *((f"sweep, {p['driver']}", p) for p in result["sweep"])]:
+        mean = {key: interval["mean"] for key, interval in point["summary"].items()}
+        load = Load(**point["load"])
+        numbers = [mean["readings_per_s"], mean["output_tokens_per_s"]]
+        numbers += [mean[key] for key in ("latency_ms.p50", "latency_ms.p99", "ttft_ms.p99", "itl_ms.p99")]
+        cells = ["-" if number is None else f"{number:.{0 if number >= 100 else 2}f}" for number in numbers]
+        line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+        lines.append(f"{name[:13]:<14}{load!s:<22}{line}" + (f"  {point['stopped']}" if "stopped" in point else ""))
+    for scenario in result["scenarios"]:
+        said = scenario["result"]
+        value = "-" if said["value"] is None else f"{said['value']:.4g}"
+        spread = f" ({said['low']:.4g} to {said['high']:.4g})" if said["low"] is not None else ""
+        lines.append(
+            f"{scenario['name']}: {scenario['metric']} {value}{spread}{'; ' if said['why'] else ''}{said['why']}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,72 @@
+"""The machine and the software that a result was measured with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from cxr_triton import __version__
+
+LIBRARIES = (
+    "numpy",
+    "onnxruntime",
+    "tritonclient",
+    "grpcio",
+    "nvidia-pytriton",
+    "torch",
+    "transformers",
+    "tensorrt_rtx",
+)
+
+
+def environment() -> dict:
+    """What this runs on."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": int(_field("/proc/meminfo", "MemTotal").split()[0]) * 1024,
+        "os": platform.freedesktop_os_release().get("PRETTY_NAME", platform.system()),
+        "python": platform.python_version(),
+        "package": __version__,
+        "revision": _revision(),
+        "versions": versions,
+        "gpus": _gpus(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def _field(file: str, name: str) -> str:
+    lines = Path(file).read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
+
+
+def _said(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _revision() -> str | None:
+    """The commit of the clone that this module lies in."""
+    root = _said("git", "rev-parse", "--show-toplevel")
+    if root is None or Path(root) / "perf" != Path(__file__).resolve().parent:
+        return None
+    changed = _said("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
+    return _said("git", "rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+
+
+def _gpus() -> list[dict]:
+    query = ("name", "memory.total", "driver_version", "power.limit")
+    said = _said("nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader")
+    return [dict(zip(query, line.split(", "), strict=False)) for line in (said or "").splitlines()]
