@@ -1,0 +1,195 @@
+"""The page and the CSV of a benchmark result: complete, harmless, and right when a browser draws them."""
+
+import copy
+import csv
+import io
+import re
+from html import escape
+from html.parser import HTMLParser
+
+import bench_results
+import numpy as np
+import pytest
+from test_page import browser, chromium, is_color, screenshot
+
+from cxr_triton.perf.compare import compare
+from cxr_triton.perf.report import history_page, number, result_page, to_csv
+from cxr_triton.perf.roofline import Ceilings, Work, row
+
+CEILINGS = Ceilings("cpu", 20e9, {"fp32": 2e11, "int4": 1e12})
+
+
+@pytest.fixture(scope="module")
+def result():
+    made = bench_results.result()
+    made["roofline"] = [
+        row("image_decode", Work(0, 1e7), 0.05, CEILINGS, "fp32"),
+        row("vision", Work(4e9, 2e8), 0.04, CEILINGS, "fp32"),
+        row("prefill", Work(8e11, 1e9), 1.0, CEILINGS, "int4"),
+        row("decode", Work(4e9, 1.7e9), 0.17, CEILINGS, "int4"),
+    ]
+    made["baselines"] = [
+        {"name": "transformers.generate", "ratio_output_tokens_per_s": 3.4, "rounds": [{"x": 1}]},
+        {"name": "vLLM", "ratio_output_tokens_per_s": None, "why": "not installed"},
+    ]
+    made["cross_check"] = [
+        {"concurrency": 2, "metric": "throughput", "a": "ours", "b": "printed", "a_value": 2.02, "b_value": 2.0,
+         "relative_difference": 0.01}
+    ]  # fmt: skip
+    return made
+
+
+class Page(HTMLParser):
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.hidden = [], [], [], False
+        self.feed(html)
+        self.close()
+        self.text = " ".join(" ".join(self.texts).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *attr) for attr in attrs]
+        self.hidden = tag == "style"
+
+    def handle_endtag(self, tag):
+        self.hidden = False
+
+    def handle_data(self, data):
+        if not self.hidden:
+            self.texts.append(data)
+
+
+def test_the_page_says_everything_a_benchmarker_needs(result):
+    page = Page(result_page(result))
+    for part in (
+        "Not for diagnosis", result["notice"], "Phantom reader", "single_stream", "offline", "server", "interactive",
+        "latency_ms.p90", "transformers.generate", "3.40 ×", "not installed", "50 % of the copy",
+        "80 % of the gemm int4",
+        "10 GB/s", "0.800 TFLOP/s", "adds up", "prefill", "transport", "Intel(R) Xeon(R) Processor, 2 cores",
+        "0123456789ab", "onnxruntime 1.31.1", "1" * 64, "2500 × 2048", "jpeg_ls", "throughput", "+1.0 %",
+        "cxr-triton bench run repository",
+    ):  # fmt: skip
+        assert part in page.text, part
+    # curve, three bands, four timelines, roofline
+    assert page.tags.count("svg") == 9
+
+
+def test_every_number_of_every_repeat_is_in_the_csv(result):
+    rows = list(csv.DictReader(io.StringIO(to_csv(result))))
+    points = [point for scenario in result["scenarios"] for point in scenario["points"]] + result["sweep"]
+    assert len(rows) == sum(len(point["repeats"]) for point in points)
+    first, summary = rows[0], result["scenarios"][0]["points"][0]["repeats"][0]["summary"]
+    assert (first["scenario"], first["driver"], first["load_kind"], first["load"]) == (
+        "single_stream", "open_loop", "concurrency", "1.0",
+    )  # fmt: skip
+    assert float(first["latency_ms.p99"]) == summary["latency_ms"]["p99"]
+    assert float(first["output_tokens_per_s"]) == summary["output_tokens_per_s"]
+    assert {row["scenario"] for row in rows} == {"single_stream", "offline", "server", "interactive", "sweep"}
+
+
+HOSTILE = ("<script>alert(1)</script>", '"><img src=http://127.0.0.1:9/x onerror=alert(1)>', "</style><svg onload=a()>")
+
+
+def poisoned(value, poison):
+    """A copy in which every text that a server or a user could have written is `poison`."""
+    if isinstance(value, dict):
+        return {key: poisoned(item, poison) for key, item in value.items()}
+    if isinstance(value, list):
+        return [poisoned(item, poison) for item in value]
+    return poison if isinstance(value, str) else value
+
+
+def test_hostile_text_stays_text(result):
+    for poison in HOSTILE:
+        made = copy.deepcopy(result)
+        for key in ("environment", "server", "workload", "model", "baselines", "notice", "command", "created"):
+            made[key] = poisoned(made[key], poison)
+        page, harmless = Page(result_page(made)), Page(result_page(poisoned(made, "harmless")))
+        assert not {"script", "img", "iframe", "link", "object", "form", "a"} & set(page.tags)
+        assert not [name for _, name, *_ in page.attributes if name.startswith("on") or name in ("src", "href")]
+        assert poison in page.text
+        assert set(page.tags) == set(harmless.tags)
+
+
+def test_a_result_with_nothing_in_it_still_gives_a_page(result):
+    bare = copy.deepcopy(result) | {"scenarios": [], "sweep": [], "roofline": [], "baselines": [], "cross_check": []}
+    page = Page(result_page(bare))
+    assert "What was measured" in page.text and "svg" not in page.tags
+    assert to_csv(bare) == ""
+
+
+def test_failed_and_textless_requests_are_drawn(result):
+    made = copy.deepcopy(result)
+    requests = made["scenarios"][0]["points"][0]["repeats"][0]["requests"]
+    requests["status"][0], requests["first_s"][0], requests["tokens"][0] = "QUEUE_FULL", None, None
+    made["scenarios"][0]["points"][0]["repeats"][0]["summary"]["failed"] = {"QUEUE_FULL": 1}
+    html = result_page(made)
+    assert "QUEUE_FULL, None tokens" in html and 'class="area bad"' in html
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "—"), (0, "0"), (12, "12"), (1234.5, "1,234"), (0.01234, "0.0123"), (3.4, "3.40"), (1e-9, "1.00e-09"),
+     (float("inf"), "inf"), ("ok", "ok"), (2.0, "2")],
+)  # fmt: skip
+def test_numbers_keep_three_digits(value, text):
+    assert number(value) == text
+
+
+@pytest.fixture(scope="module")
+def pages(result):
+    """Every page, by name."""
+    slower = bench_results.result(speed=0.8)
+    slower["workload"] = result["workload"]
+    for scenario, other in zip(slower["scenarios"], result["scenarios"], strict=True):
+        for point, like in zip(scenario["points"], other["points"], strict=True):
+            point["load"] = like["load"]
+    told = compare(result, slower)
+    return {
+        "result": result_page(result),
+        "compared": result_page(slower, result, told),
+        "history": history_page([result, slower, result]),
+    }
+
+
+@browser
+@pytest.mark.parametrize("name", ["result", "compared", "history"])
+def test_a_browser_finds_no_fault_and_asks_nobody(tmp_path, pages, name):
+    log, asked = tmp_path / "net.json", "http://127.0.0.1:9/x"
+    hostile = pages[name].replace("Phantom reader", escape(f"<img src={asked}>"))
+    out = chromium(tmp_path, hostile, f"--log-net-log={log}", "--dump-dom")
+    assert "<svg" in out.stdout and "CONSOLE" not in out.stderr
+    requested = set(re.findall(r'"url":"(https?:[^"]*)"', log.read_text()))
+    assert f'"url":"{asked}"' not in log.read_text()
+    # The browser itself may look for updates; the page asks for nothing.
+    assert not [url for url in requested if "127.0.0.1" in url]
+    if name == "result":  # the same checks see a page that does err and does ask
+        out = chromium(tmp_path, f"<script>x</script><img src={asked}>", f"--log-net-log={log}", "--dump-dom")
+        assert "CONSOLE" in out.stderr and f'"url":"{asked}"' in log.read_text()
+
+
+@browser
+def test_bars_have_the_lengths_of_their_numbers(tmp_path, result):
+    blue, made = (47, 116, 181), copy.deepcopy(result) | {"scenarios": [], "sweep": [], "roofline": []}
+    made["baselines"][1]["ratio_output_tokens_per_s"] = 1.7
+    pixels = is_color(screenshot(tmp_path, result_page(made)), blue, tolerance=6)
+    widths = [int(line.sum()) for line in pixels if line.sum() > 30]
+    assert min(widths) / max(widths) == pytest.approx(0.5, abs=0.02)
+
+
+@browser
+def test_pages_fit_a_phone_and_follow_light_and_dark(tmp_path, pages):
+    frames = "".join(
+        f'<iframe width="{width}" height="900" srcdoc="{escape(html)}"></iframe>'
+        for html in pages.values()
+        for width in (360, 1280)
+    )
+    script = "d.textContent = [...document.querySelectorAll('iframe')].map(f => f.contentDocument.body.scrollWidth)"
+    wrapper = f'{frames}<p id="d"></p><script>onload = () => {{ {script} }}</script>'
+    dom = chromium(tmp_path, wrapper, "--dump-dom").stdout
+    found = [int(width) for width in re.search(r'<p id="d">([\d,]+)</p>', dom)[1].split(",")]
+    assert all(0 < width <= frame for width, frame in zip(found, (360, 1280) * 3, strict=True)), found
+    light = screenshot(tmp_path, pages["result"])
+    dark = screenshot(tmp_path, pages["result"].replace("(prefers-color-scheme: dark)", "all"))
+    assert np.mean(light) > 200 and np.mean(dark) < 60
