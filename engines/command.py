@@ -97,15 +97,20 @@ def _print_commands(export_dir: Path, out: Path, recipe, named: str | None, json
     import shlex
 
     from .bundle import read_export
-    from .trtllm_build import TOOL, asked, command, in_container
+    from .trtllm_build import TOOL, asked, command, in_container, located_recipe
 
     if recipe is None or recipe.decoder.compiler != "tensorrt-llm":
         raise click.UsageError("--print needs a recipe whose decoder is for tensorrt-llm, see `cxr-triton recipes`")
     _, geometry = read_export(export_dir, recipe)
+    export_dir, out, source = export_dir.resolve(), out.resolve(), located_recipe(named)
     checkpoint, chosen = asked(export_dir, geometry, recipe)
     line = command(TOOL, checkpoint, out / "tensorrt_llm", chosen, {})
-    mounts = {export_dir: "/export:ro", out.parent: "/out"}
-    docker = in_container(recipe, named, ["build", "/export", "-o", f"/out/{out.name}"], mounts)
+    docker = in_container(
+        recipe,
+        ["build", export_dir, "-o", out, "--recipe", source, "--no-cache"],
+        read=[export_dir, *([source] if isinstance(source, Path) else [])],
+        write=out.parent,
+    )
     if json_path != "-":
         click.echo(f"# the decoder alone, where trtllm-build is on the path\n{shlex.join(line)}")
         click.echo(f"# the whole bundle, in {recipe.container} (deploy/README.md makes the image)\n{docker}")

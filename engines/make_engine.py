@@ -181,6 +181,8 @@ def make_engine(
 
     chosen, model = load_recipe(recipe), load_profile(profile)
     decoder = chosen.decoder
+    if decoder.compiler == "tensorrt-llm":
+        _check_tensorrt_llm(chosen, out, unverified)
     folder, _ = located(source, model)
     sequence = min(chosen.max_sequence, Checkpoint(folder).text.max_position_embeddings)
     with _own(out):
@@ -196,7 +198,7 @@ def make_engine(
 
             quantized = stages.run(
                 "quantized",
-                [made_from, decoder.precision, _fingerprint(images), limit],
+                [made_from, decoder.precision, decoder.kv, _fingerprint(images), limit],
                 lambda path: quantize_checkpoint(
                     source,
                     path,
@@ -204,6 +206,7 @@ def make_engine(
                     scheme=decoder.precision,
                     images=images,
                     limit=limit or DEFAULT_LIMIT,
+                    kv_fp8=decoder.kv == "fp8",
                     device=device,
                     accept_licence=accept_licence,
                 ),
@@ -221,6 +224,8 @@ def make_engine(
             )
 
         types = {"compute": decoder.compute, "head": decoder.head}
+        if decoder.compiler == "tensorrt-llm":
+            types["form"] = "tensorrt-llm"
         graphs = stages.run(
             "export", [made_from, decoder.precision, types, sequence], lambda path: exported(path, **types)
         )
@@ -268,6 +273,19 @@ def make_engine(
         "verified": not unverified,
         "stages": stages.done,
     }
+
+
+def _check_tensorrt_llm(recipe, out: Path, unverified: bool) -> None:
+    """Refuse before the first stage what would fail after hours of quantization."""
+    if recipe.decoder.precision not in QUANTIZED and not unverified:
+        raise InvalidRequest(
+            f"recipe {recipe.name} has {recipe.decoder.precision} weights, for which the gate has no stand-in of a "
+            "tensorrt-llm engine; choose fp8 or int4-awq, or pass --unverified"
+        )
+    if not (out / "bundle").is_dir():
+        from .trtllm_build import check_machine
+
+        check_machine(recipe)
 
 
 def _verify(path, bundle, checkpoint, profile, pictures, recipe, quantized, standin, limit, device, page) -> None:
@@ -386,15 +404,44 @@ def _own(folder: Path) -> Iterator[None]:
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Folder of compiled plans.")
 @click.option("--unverified", is_flag=True, help="Package without the gate; the repository says so.")
 @click.option("--accept-licence", is_flag=True, help="You accept the weights' non-commercial licence.")
+@click.option("--print", "only_print", is_flag=True, help="Of a tensorrt-llm recipe: show `docker run`, do nothing.")
 @json_option
-def command(checkpoint: str, json_path: str | None, **options):
+def command(checkpoint: str, json_path: str | None, only_print: bool, **options):
     """Make a served engine of CHECKPOINT, a folder or a hub id ORG/NAME, for the target of a recipe.
 
     Quantizes, exports, builds, verifies and packages. A run that was stopped goes on where it was; a second run does
-    only what has changed.
+    only what has changed. A tensorrt-llm recipe runs in its container, on its GPU.
     """
+    if only_print:
+        line = _in_container(checkpoint, **options)
+        click.echo(line, err=json_path == "-")
+        write_json({"docker": line}, json_path)
+        return
     started_s = time.monotonic()
     result = make_engine(checkpoint, options.pop("out"), **options, say=lambda line: click.echo(line, err=True))
     result["seconds"] = round(time.monotonic() - started_s, 1)
     click.echo(f"{result['repository']}: {result['recipe']}, digest {result['digest'][:12]}", err=json_path == "-")
     write_json(result, json_path)
+
+
+def _in_container(checkpoint: str, *, recipe: str, profile: str, out: Path, cache: Path | None, **options) -> str:
+    """`docker run` of this verb for a tensorrt-llm recipe; the cache of plans and the hub's lie in `out`."""
+    from .recipe import load_recipe
+    from .trtllm_build import in_container, located_recipe
+
+    chosen = load_recipe(recipe)
+    if chosen.decoder.compiler != "tensorrt-llm":
+        raise click.UsageError("--print is for recipes whose decoder is for tensorrt-llm, see `cxr-triton recipes`")
+    out = out.resolve()
+    source = Path(checkpoint).resolve() if Path(checkpoint).is_dir() else checkpoint
+    model = profile if profile in profile_names() else Path(profile).resolve()
+    arguments = ["make-engine", source, "--recipe", located_recipe(recipe), "--profile", model, "-o", out]
+    arguments += ["--cache", cache.resolve() if cache else out / "plans"]
+    for name, value in options.items():
+        if value is not None and value is not False and (name, value) != ("device", "auto"):
+            given = value.resolve() if isinstance(value, Path) else value
+            arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [given])]
+    read = [
+        argument for argument in arguments if isinstance(argument, Path) and out not in (argument, *argument.parents)
+    ]
+    return in_container(chosen, arguments, read=read, write=out, env={"HF_HOME": out / "hub"})

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from cxr_triton.errors import InvalidRequest
+from cxr_triton.errors import DeviceUnavailable, InvalidRequest
 
 CAPACITY_STEP = 64  # cache positions; the cache grows and shrinks by so many
 
@@ -43,6 +43,11 @@ def open_decoder(bundle, *, slots: int, threads: int | None = None, batch_invari
     """
     if bundle.engine == "onnxruntime":
         return DecoderSession(bundle, slots=slots, threads=threads, batch_invariant=batch_invariant)
+    if bundle.engine == "tensorrt-llm":
+        raise DeviceUnavailable(
+            "an engine of tensorrt-llm runs in Triton's tensorrtllm backend only; package the bundle and serve it in "
+            "its container"
+        )
     if batch_invariant:
         raise InvalidRequest(f"batch-invariant readings were asked for, {bundle.engine} has none; use onnxruntime")
     from .tensorrt_session import TensorRTDecoder

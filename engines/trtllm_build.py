@@ -18,7 +18,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from cxr_triton.profile import load_profile
 
 from .bundle import TENSORRT_LLM_FILES, Geometry, Progress, sha256
 from .plan_cache import PlanCache, plan_key
-from .recipe import TENSORRT_LLM_CONTAINERS, Recipe
+from .recipe import TENSORRT_LLM_CONTAINERS, Recipe, recipe_names
 from .tensorrt import CONTAINER_TENSORRT, Target, load_library, target
 
 TOOL = "trtllm-build"
@@ -155,29 +155,53 @@ def command(tool: str | Path, checkpoint: Path, out: Path, chosen: dict[str, str
     return [str(tool), *(part for name, value in pairs for part in (f"--{name}", str(value)))]
 
 
-def in_container(recipe: Recipe, named: str, verb: list[str], mounts: dict[Path, str]) -> str:
-    """`docker run` of a verb in the recipe's container, as one line for a shell.
+def in_container(recipe: Recipe, arguments: list, *, read: Iterable[Path], write: Path, env: dict | None = None) -> str:
+    """`docker run` of cxr-triton in the recipe's container, as one line for a shell.
 
     The image is that of ``deploy/Dockerfile``, target ``engine``: the recipe's container with cxr-triton in it.
 
     Parameters
     ----------
     recipe : Recipe
-    named : str
-        The recipe as the user named it; a file is mounted.
-    verb : list of str
-        Of `cxr-triton`, with folders as the container sees them.
-    mounts : dict of Path to str
-        Folders of the host, by what they are in the container, as ``/out`` or ``/export:ro``.
+    arguments : list
+        Of `cxr-triton`; paths are the host's, which the container has too.
+    read : iterable of Path
+        Files and folders that it reads.
+    write : Path
+        Folder that it writes in; made by the user, or Docker would make it root's.
+    env : dict, optional
+        Variables of its environment.
     """
-    if Path(named).is_file():
-        mounts, named = {**mounts, Path(named): "/recipe.yaml:ro"}, "/recipe.yaml"
     parts = ["docker", "run", "--rm", "--gpus", "all", "--ipc", "host", "--ulimit", "memlock=-1"]
-    parts += ["--user", f"{os.getuid()}:{os.getgid()}"]
-    for folder, place in mounts.items():
-        parts += ["--volume", f"{folder.resolve()}:{place}"]
+    parts += ["--user", f"{os.getuid()}:{os.getgid()}", "--volume", f"{write}:{write}"]
+    for path in dict.fromkeys(read):
+        parts += ["--volume", f"{path}:{path}:ro"]
+    for name, value in (env or {}).items():
+        parts += ["--env", f"{name}={value}"]
     image = f"cxr-triton-engine:{recipe.container.rpartition(':')[2]}"
-    return shlex.join([*parts, image, *verb, "--recipe", named])
+    return f"{shlex.join(['mkdir', '-p', str(write)])} && {shlex.join([*parts, image, *map(str, arguments)])}"
+
+
+def located_recipe(named: str) -> str | Path:
+    """A recipe as a command can name it anywhere: a bundled one's name, or the whole path of a file."""
+    return named if named in recipe_names() else Path(named).resolve()
+
+
+def check_machine(recipe: Recipe) -> tuple[Tool, Target]:
+    """The tool and the GPU that build for a recipe.
+
+    Raises
+    ------
+    DeviceUnavailable
+        The tool, the GPU or TensorRT's package is missing, or of another version or kind than the recipe's.
+    """
+    tool = find_tool(recipe)
+    if (ours := load_library("tensorrt", "vision").__version__) != tool.tensorrt:
+        raise DeviceUnavailable(
+            f"the vision engine would be built by TensorRT {ours}, the decoder by {tool.tensorrt}; both run in "
+            f"{recipe.container}: install cxr-triton there so that it sees the container's tensorrt package"
+        )
+    return tool, target("tensorrt", recipe)
 
 
 def find_tool(recipe: Recipe) -> Tool:
@@ -272,13 +296,7 @@ class DecoderBuild:
             The tool or the recipe's GPU is missing, or of another version or kind.
         """
         checkpoint, chosen = asked(export, geometry, recipe)
-        tool = find_tool(recipe)
-        if (ours := load_library("tensorrt", "vision").__version__) != tool.tensorrt:
-            raise DeviceUnavailable(
-                f"the vision engine would be built by TensorRT {ours}, the decoder by {tool.tensorrt}; both run in "
-                f"{recipe.container}: install cxr-triton there so that it sees the container's tensorrt package"
-            )
-        return cls(checkpoint, chosen, tool, target("tensorrt", recipe), out.with_name(f"{out.name}.{TOOL}.log"))
+        return cls(checkpoint, chosen, *check_machine(recipe), out.with_name(f"{out.name}.{TOOL}.log"))
 
     def run(self, folder: Path, cache: Path | None, progress: Progress | None = None) -> dict:
         """Put the engine into `folder`, from the cache of plans if it is there; gives the build report.

@@ -298,7 +298,7 @@ def _runnable(bundle: Bundle, standin: Bundle | str | Path | None) -> tuple[Bund
 
 
 def _side_files(bundle: Bundle) -> list[str]:
-    return [name for name in bundle.manifest["files"] if not name.startswith(("vision.", "decoder."))]
+    return [name for name in bundle.manifest["files"] if not name.startswith(("vision.", "decoder.", "tensorrt_llm/"))]
 
 
 def why_not_here(bundle: Bundle) -> str | None:

@@ -129,6 +129,7 @@ def _verification(bundle: Bundle, unverified: bool) -> tuple[str, str]:
 
 
 def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
     try:
         os.link(source, target)
     except OSError:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pytest
 import yaml
@@ -24,7 +25,9 @@ import fake_trtllm_build
 from bundles import TEMPLATE, write_tokenizer
 from checkpoints import random_checkpoint
 from click.testing import CliRunner
+from PIL import Image
 
+from cxr_triton import phantom as phantom_images
 from cxr_triton.cli import main
 from cxr_triton.engines import bundle as bundles
 from cxr_triton.engines import trtllm_build
@@ -34,6 +37,7 @@ from cxr_triton.engines.tensorrt import Target
 from cxr_triton.engines.tensorrt_llm import EngineConfig
 from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle, InvalidRequest
 
+PHANTOM = Path(__file__).resolve().parent.parent / "phantom"
 FAKE = Path(fake_trtllm_build.__file__)
 TENSORRT = "10.14.1.48"
 
@@ -333,10 +337,10 @@ def test_print_shows_both_commands_and_needs_neither_tool_nor_gpu(export, tmp_pa
     assert shown.exit_code == 0, shown.output
     lines = [line for line in shown.stdout.splitlines() if not line.startswith("#")]
     assert lines[0].startswith(f"trtllm-build --checkpoint_dir {export}/decoder --output_dir {tmp_path}/bundle/")
-    assert f"--volume {export}:/export:ro --volume {tmp_path}:/out --volume {path}:/recipe.yaml:ro" in lines[1]
-    assert lines[1].startswith("docker run --rm --gpus all")
+    assert lines[1].startswith(f"mkdir -p {tmp_path} && docker run --rm --gpus all")
+    assert f"--volume {tmp_path}:{tmp_path} --volume {export}:{export}:ro --volume {path}:{path}:ro" in lines[1]
     assert lines[1].endswith(
-        "cxr-triton-engine:26.07-trtllm-python-py3 build /export -o /out/bundle --recipe /recipe.yaml"
+        f"cxr-triton-engine:26.07-trtllm-python-py3 build {export} -o {tmp_path}/bundle --recipe {path} --no-cache"
     )
     result = json.loads(CliRunner().invoke(main, [*arguments, "--json", "-"]).stdout)
     assert result["trtllm_build"][0] == "trtllm-build" and result["docker"] == lines[1]
@@ -388,3 +392,71 @@ def until(holds, process=None):
         assert time.monotonic() < deadline
         assert process is None or process.poll() is None, process.stderr.read()
         time.sleep(0.02)
+
+
+def test_make_engine_refuses_before_the_first_stage_where_the_tool_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    arguments = ["make-engine", str(PHANTOM / "checkpoint"), "--profile", str(PHANTOM / "profile.yaml")]
+    arguments += ["-o", str(tmp_path / "out"), "--recipe", "h100-fp8-trtllm"]
+    refused = CliRunner().invoke(main, arguments)
+    assert (
+        refused.exit_code == 1 and "trtllm-build is not on the path" in refused.stderr and "--print" in refused.stderr
+    )
+    assert not (tmp_path / "out").exists()
+    bf16 = CliRunner().invoke(main, [*arguments[:-1], str(recipe_file(tmp_path))])
+    assert bf16.exit_code == 1 and "no stand-in" in bf16.stderr and "--unverified" in bf16.stderr
+
+
+def test_make_engine_prints_the_container_that_makes_it(tmp_path):
+    recipe = recipe_file(tmp_path)
+    arguments = ["make-engine", "org/model", "--profile", "chexone", "--recipe", str(recipe), "-o", str(tmp_path / "o")]
+    arguments += ["--images", str(tmp_path), "--limit", "7", "--unverified", "--print", "--json", "-"]
+    shown = CliRunner().invoke(main, arguments)
+    assert shown.exit_code == 0, shown.output
+    line = json.loads(shown.stdout)["docker"]
+    out = tmp_path / "o"
+    assert line.startswith(f"mkdir -p {out} && docker run --rm --gpus all --ipc host")
+    assert f"--volume {out}:{out} --volume {recipe}:{recipe}:ro --volume {tmp_path}:{tmp_path}:ro" in line
+    assert line.endswith(
+        f"--env HF_HOME={out}/hub cxr-triton-engine:26.07-trtllm-python-py3 make-engine org/model --recipe {recipe} "
+        f"--profile chexone -o {out} --cache {out}/plans --images {tmp_path} --limit 7 --unverified"
+    )
+    assert not out.exists()
+
+
+def test_make_engine_goes_on_behind_a_failed_build_and_is_verified_by_its_stand_in(tool, gpu, tmp_path, monkeypatch):
+    """The demonstration model in fp8: a build that fails costs neither the calibration nor the export."""
+    pytest.importorskip("modelopt")
+    from cxr_triton.engines.make_engine import make_engine
+
+    # Four phantoms decide nothing.
+    loose = {"images": 4, "label_iou": 0.3, "label_flips": 1, "kl": 5, "top1_agreement": 0.5, "control_iou": 0.3}
+    loose |= {"control_reaction": 1, "reward_drop": 1, "length_drift": 1, "prose_f1": 0.1}
+    pictures, random = tmp_path / "pictures", np.random.default_rng(3)
+    pictures.mkdir()
+    for i, photometric in enumerate(phantom_images.PHOTOMETRICS * 2):
+        Image.fromarray(phantom_images.draw(random).picture("mimic_jpg", photometric)).save(pictures / f"{i}.png")
+
+    def phantom(data):
+        data["decoder"]["precision"] = "fp8"
+        data.update(thresholds=loose, max_sequence=1024)
+
+    said = []
+    options = {"profile": str(PHANTOM / "profile.yaml"), "verify_images": pictures, "limit": 16, "device": "cpu"}
+    options |= {"cache": tmp_path / "cache"}
+    arguments = (str(PHANTOM / "checkpoint"), tmp_path / "out", str(recipe_file(tmp_path, phantom)))
+    monkeypatch.setenv("FAKE_TRTLLM_BUILD", "gpu_memory")
+    with pytest.raises(BuildFailed, match="OutOfMemory"):
+        make_engine(*arguments, **options, say=said.append)
+    assert not (tmp_path / "out" / "bundle").exists()
+    assert "OutOfMemory" in (tmp_path / "out" / "bundle.trtllm-build.log").read_text()
+    monkeypatch.delenv("FAKE_TRTLLM_BUILD")
+    made = make_engine(*arguments, **options, say=said.append)
+    assert [stage["stage"] for stage in made["stages"] if stage["cached"]] == ["quantized", "export"]
+    assert "standin" in [stage["stage"] for stage in made["stages"]] and made["verified"]
+    bundle = Bundle.open(made["bundle"])
+    assert (bundle.engine, bundle.precision) == ("tensorrt-llm", "fp8")
+    assert "run in onnxruntime in its place" in bundle.manifest["verification"]["runtime"]["said"]
+    assert (tmp_path / "out" / "verification.html").is_file()
+    again = make_engine(*arguments, **options)
+    assert all(stage["cached"] for stage in again["stages"]) and again["digest"] == made["digest"]
