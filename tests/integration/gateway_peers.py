@@ -146,11 +146,16 @@ class GatewayProcess(Process):
         command = [*CLI, "gateway", "--config", str(self.config)]
         super().__init__(command, log)
         line = wait_for(
-            lambda: self.process.poll() is not None or next((x for x in self.lines(start) if x["event"] == "started"), 0),
+            lambda: (
+                self.process.poll() is not None or next((x for x in self.lines(start) if x["event"] == "started"), 0)
+            ),
             "the gateway's start",
         )
         assert self.process.poll() is None, log.read_text()[-3000:]
         self.port, self.web = line["dicom_port"], f"http://127.0.0.1:{line['web_port']}"
+
+    def _started(self, start: int) -> dict | None:
+        return next((line for line in self.lines(start) if line["event"] == "started"), None)
 
     def lines(self, start: int = 0) -> list[dict]:
         text = self.log.read_bytes()[start:].decode(errors="replace")
@@ -280,7 +285,9 @@ def phantom_dicom(seed: int, **kwargs) -> bytes:
     return renamed(phantom_file.write_dicom(phantom.draw(np.random.default_rng(seed))), **kwargs)
 
 
-def send(port: int, files: list[bytes], aet: str = "MODALITY", called: str = "CXR_GATEWAY") -> list[int]:
+def send(
+    port: int, files: list[bytes], aet: str = "MODALITY", called: str = "CXR_GATEWAY", timeout_s: float = 60
+) -> list[int]:
     """C-STORE files over one association; the status of each, -1 for none."""
     import io
 
@@ -289,7 +296,7 @@ def send(port: int, files: list[bytes], aet: str = "MODALITY", called: str = "CX
 
     datasets = [pydicom.dcmread(io.BytesIO(file)) for file in files]
     ae = AE(aet)
-    ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 60
+    ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = timeout_s
     for sop_class, syntax in {(d.SOPClassUID, d.file_meta.TransferSyntaxUID) for d in datasets}:
         ae.add_requested_context(sop_class, syntax)
     association = ae.associate("127.0.0.1", port, ae_title=called)
