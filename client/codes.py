@@ -28,30 +28,30 @@ class Concept(NamedTuple):
     ----------
     value, scheme, meaning : str
         At most 16, 16 and 64 characters, as in PS3.3 table 8.8-1.
-    radlex : str
-        RadLex identifier of the same concept, or empty.
+    radlex : tuple of str
+        Identifier and name of the same concept in RadLex, or empty.
     """
 
     value: str
     scheme: str
     meaning: str
-    radlex: str = ""
+    radlex: tuple[str, ...] = ()
 
 
 LABELS = {
-    "Atelectasis": Concept("46621007", "SCT", "Atelectasis", "RID28493"),
+    "Atelectasis": Concept("46621007", "SCT", "Atelectasis", ("RID28493", "atelectasis")),
     "Cardiomegaly": Concept("8186001", "SCT", "Cardiomegaly"),
-    "Consolidation": Concept("95436008", "SCT", "Lung consolidation", "RID43255"),
-    "Edema": Concept("19242006", "SCT", "Pulmonary edema", "RID4866"),
+    "Consolidation": Concept("95436008", "SCT", "Lung consolidation", ("RID43255", "consolidation")),
+    "Edema": Concept("19242006", "SCT", "Pulmonary edema", ("RID4866", "pulmonary edema")),
     "Enlarged Cardiomediastinum": Concept("enl-cardiomedias", PRIVATE_SCHEME, "Enlarged cardiomediastinum"),
-    "Fracture": Concept("125605004", "SCT", "Fracture of bone", "RID4650"),
+    "Fracture": Concept("125605004", "SCT", "Fracture of bone", ("RID4650", "fracture")),
     "Lung Lesion": Concept("lung-lesion", PRIVATE_SCHEME, "Lung lesion"),
     "Lung Opacity": Concept("lung-opacity", PRIVATE_SCHEME, "Lung opacity"),
     "No Finding": Concept("no-finding", PRIVATE_SCHEME, "No finding among the labels"),
-    "Pleural Effusion": Concept("60046008", "SCT", "Pleural effusion", "RID34539"),
+    "Pleural Effusion": Concept("60046008", "SCT", "Pleural effusion", ("RID34539", "pleural effusion")),
     "Pleural Other": Concept("pleural-other", PRIVATE_SCHEME, "Other pleural abnormality"),
-    "Pneumonia": Concept("233604007", "SCT", "Pneumonia", "RID5350"),
-    "Pneumothorax": Concept("36118008", "SCT", "Pneumothorax", "RID5352"),
+    "Pneumonia": Concept("233604007", "SCT", "Pneumonia", ("RID5350", "pneumonia")),
+    "Pneumothorax": Concept("36118008", "SCT", "Pneumothorax", ("RID5352", "pneumothorax")),
     "Support Devices": Concept("support-devices", PRIVATE_SCHEME, "Support devices"),
 }
 NO_FINDING = "No Finding"

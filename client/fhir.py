@@ -140,7 +140,7 @@ def _study_reference(uid: object) -> dict[str, Any]:
 def _concept(concept: Concept) -> dict[str, Any]:
     codings = [_coding(FHIR_SYSTEMS[concept.scheme], concept.value, concept.meaning)]
     if concept.radlex:
-        codings.append(_coding(FHIR_SYSTEMS["RADLEX"], concept.radlex, concept.meaning))
+        codings.append(_coding(FHIR_SYSTEMS["RADLEX"], *concept.radlex))
     return {"coding": codings, "text": concept.meaning}
 
 

@@ -106,7 +106,8 @@ def source_header(file: bytes | str | Path) -> Dataset:
     """
     try:
         stream = io.BytesIO(file) if isinstance(file, bytes) else file
-        return dcmread(stream, stop_before_pixels=True, specific_tags=list(SOURCE))
+        with config.disable_value_validation():
+            return dcmread(stream, stop_before_pixels=True, specific_tags=list(SOURCE))
     except InvalidDicomError:
         raise InvalidImage("the file is not DICOM; objects are made for DICOM images only") from None
     except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, EOFError, RecursionError) as error:
@@ -148,8 +149,9 @@ def result_objects(
     for kind in kinds:
         if kind not in KINDS:
             raise InvalidRequest(f"kinds: {kind!r} is none of {', '.join(KINDS)}")
-    study = Study(reading, sources, options)
-    return [instance for kind in kinds for instance in _instances(kind, study)]
+    with config.disable_value_validation():  # pydicom's warnings would put a header's values into logs
+        study = Study(reading, sources, options)
+        return [instance for kind in kinds for instance in _instances(kind, study)]
 
 
 def _instances(kind: str, study: Study) -> list[Dataset]:
@@ -172,7 +174,8 @@ def diagnostic_report(reading: dict[str, Any], sources: Sequence[Dataset], *, op
     """
     from cxr_triton.client.fhir import report
 
-    return report(Study(reading, sources, options))
+    with config.disable_value_validation():
+        return report(Study(reading, sources, options))
 
 
 class Study:
@@ -352,7 +355,7 @@ def code_item(concept: Concept) -> Dataset:
     item = Dataset()
     item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = concept[:3]
     if concept.radlex:
-        item.EquivalentCodeSequence = [code_item(Concept(concept.radlex, "RADLEX", concept.meaning))]
+        item.EquivalentCodeSequence = [code_item(Concept(concept.radlex[0], "RADLEX", concept.radlex[1]))]
     return item
 
 
