@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from cxr_triton.cli import json_option, write_json
+from cxr_triton.perf.compare import compare_command, history_command
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -64,13 +65,33 @@ def _numbers(kind):
     metavar="find|none|PATH",
     help="Second driver of the sweep; find looks for it and downloads it if need be.",
 )
+@click.option(
+    "--baseline",
+    "baseline",
+    multiple=True,
+    metavar="NAME=CHECKPOINT",
+    help="Beside REPOSITORY: transformers, genai or vllm with the checkpoint's folder; may be repeated.",
+)
+@click.option("--baseline-rounds", default=3, show_default=True, help="Requests that each baseline takes in turn.")
 @click.option("--timeout-s", default=600.0, show_default=True, help="Limit of one request.")
 @click.option("--seed", default=0, show_default=True, help="Of the arrivals.")
 @click.option("--csv", "csv_path", type=FILE, help="Write the requests and summaries as CSV.")
 @click.option("--html", "html_path", type=FILE, help="Write the report page.")
 @json_option
 def run(
-    repository, url, metrics, workload, images, scenarios, tool, timeout_s, csv_path, html_path, json_path, **numbers
+    repository,
+    url,
+    metrics,
+    workload,
+    images,
+    scenarios,
+    tool,
+    baseline,
+    timeout_s,
+    csv_path,
+    html_path,
+    json_path,
+    **numbers,
 ):
     """Measure REPOSITORY, which is served for it on free ports of this machine, or the server at --url.
 
@@ -79,14 +100,20 @@ def run(
     """
     from tqdm import tqdm
 
+    from cxr_triton.engines.bundle import Bundle
     from cxr_triton.errors import InvalidRequest, unknown_key
-    from cxr_triton.perf import perf_analyzer
+    from cxr_triton.perf import baselines, perf_analyzer, roofline
     from cxr_triton.perf.bench import SCENARIOS, Bench, Observer, Plan, served_models, table
+    from cxr_triton.perf.report import extras, result_page, to_csv
     from cxr_triton.perf.workload import load_workload
+    from cxr_triton.triton_repo.package import BUNDLE
     from cxr_triton.triton_repo.serve import Server
 
     if (repository is None) == (url is None):
         raise click.UsageError("give REPOSITORY or --url, one of them")
+    beside = baselines.parse(baseline)
+    if beside and not repository:
+        raise click.UsageError("--baseline runs on the server's own cores: give REPOSITORY, not --url")
     for name in scenarios:
         if name not in SCENARIOS:
             raise InvalidRequest(unknown_key(name, SCENARIOS, "--scenario"))
@@ -114,7 +141,8 @@ def run(
             url, observer = server.grpc, Observer(server.grpc, server.metrics, lambda: server.pids)
         else:
             observer = Observer(url, metrics)
-        bar = stack.enter_context(tqdm(total=1 + plan.runs, unit="run", disable=None))
+        more = bool(beside) * (1 + numbers["baseline_rounds"]) + len(beside)
+        bar = stack.enter_context(tqdm(total=1 + plan.runs + more, unit="run", disable=None))
 
         def on_run(what: str) -> None:
             bar.set_description(what)
@@ -124,13 +152,22 @@ def run(
         result = measured.run(["cxr-triton", *sys.argv[1:]])
         if repository:
             result["server"]["models"] = served_models(repository)
-    click.echo(table(result), err=json_path == "-")
+            bundle, rounds = Bundle.open(repository / BUNDLE, verify=False), numbers["baseline_rounds"]
+            result["roofline"] = roofline.measure(result, bundle)
+            if beside:
+                items = [([image.data for image in item.images], item.request) for item in drawn.items]
+                result["baselines"] = baselines.measure(
+                    url, items, bundle.profile, beside, rounds=rounds, on_round=on_run
+                )
+    click.echo("\n".join([table(result), *extras(result)]), err=json_path == "-")
     click.secho(result["notice"], fg="yellow", err=True)
     if csv_path or html_path:
-        from cxr_triton.perf.report import result_page, to_csv
-
         for path, text in ((csv_path, to_csv), (html_path, result_page)):
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text(result), encoding="utf-8")
     write_json(result, json_path)
+
+
+bench.add_command(compare_command)
+bench.add_command(history_command)

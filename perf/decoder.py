@@ -23,7 +23,7 @@ import click
 import numpy as np
 
 from cxr_triton.cli import json_option, write_json
-from cxr_triton.errors import InvalidRequest
+from cxr_triton.errors import InternalError, InvalidRequest
 from cxr_triton.perf.roofline import copy_bandwidth, step_bytes
 from cxr_triton.triton_repo.serve import HUGE_PAGES
 
@@ -105,6 +105,7 @@ class GenaiEngine:
         import onnxruntime_genai
 
         self.library, self.model = onnxruntime_genai, onnxruntime_genai.Model(folder)
+        self.vocab = json.loads((Path(folder) / "genai_config.json").read_text())["model"]["vocab_size"]
         self.prompt, self.tokens = prompt, tokens
 
     def round(self) -> dict:
@@ -113,7 +114,7 @@ class GenaiEngine:
             max_length=self.prompt + self.tokens + 1, min_length=self.prompt + self.tokens, do_sample=False
         )
         generator = self.library.Generator(self.model, parameters)
-        ids = np.random.default_rng(0).integers(0, 75000, self.prompt).astype(np.int32)
+        ids = np.random.default_rng(0).integers(0, self.vocab // 2, self.prompt).astype(np.int32)
         started_s = time.perf_counter()
         generator.append_tokens(ids[None])
         generator.generate_next_token()
@@ -136,14 +137,15 @@ def resident_bytes(field: str) -> int:
 
 
 def serve(pipe, engine, cpus, *arguments) -> None:
-    """Body of an engine's process: answer each method name with its result."""
+    """Body of an engine's process: answer each call, a method's name and its arguments, with the result."""
     os.sched_setaffinity(0, cpus)
     started_s = time.perf_counter()
     try:
         running = engine(*arguments)
         pipe.send({"load_s": time.perf_counter() - started_s, "loaded_resident_bytes": resident_bytes("VmRSS")})
-        while method := pipe.recv():
-            pipe.send(getattr(running, method)())
+        while call := pipe.recv():
+            method, *given = call
+            pipe.send(getattr(running, method)(*given))
         busy_s = time.process_time()
         time.sleep(1)
         idle = time.process_time() - busy_s
@@ -167,18 +169,30 @@ class Process:
         child.close()
         self.facts = self._receive()
 
-    def call(self, method: str) -> dict:
-        self.pipe.send(method)
+    def call(self, method: str, *arguments) -> dict:
+        self.pipe.send((method, *arguments))
         return self._receive()
 
     def end(self) -> dict:
         """Stop the process; gives what loading and running took."""
-        self.facts |= self.call("")
+        self.pipe.send(())
+        self.facts |= self._receive()
         self.process.join()
         return self.facts
 
+    def kill(self) -> None:
+        """Make sure that the process is gone."""
+        self.process.kill()
+        self.process.join()
+
     def _receive(self) -> dict:
-        answer = self.pipe.recv()
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise InternalError(
+                f"the engine's process ended with {self.process.exitcode}; -9 is the kernel's when memory runs out"
+            ) from None
         if isinstance(answer, Exception):
             raise answer
         return answer

@@ -122,6 +122,22 @@ def history_page(results: Sequence[Mapping]) -> str:
     return _page("Benchmark history", f"{len(results)} runs", notice, sections)
 
 
+def speed(row: Mapping) -> str:
+    """An entry of `roofline` in words."""
+    told = f"{number(100 * row['share'])} % of the {row['ceiling']['kind']} · {number(row['gb_per_s'])} GB/s"
+    return told + (f", {number(row['tflop_per_s'])} TFLOP/s" if row["flops"] else "")
+
+
+def extras(result: Mapping) -> list[str]:
+    """Roofline and baselines of a result for a terminal."""
+    lines = [f"{row['stage']}: {speed(row)}" for row in result["roofline"]]
+    for entry in result["baselines"]:
+        ratio = entry["ratio_output_tokens_per_s"]
+        told = entry.get("why") if ratio is None else f"{number(ratio)} x its output tokens per second"
+        lines.append(f"beside {entry['name']}: {told}")
+    return lines
+
+
 def headline(result: Mapping) -> list[tuple[str, str, float]]:
     """(scenario, metric, value) of each scenario's own number, and of its output tokens per second."""
     told = []
@@ -154,6 +170,12 @@ def _points(result: Mapping) -> Iterable[tuple[str, Mapping]]:
             yield scenario["name"], point
     for point in result["sweep"]:
         yield "sweep", point
+
+
+def _swept(result: Mapping) -> list[Mapping]:
+    """Points of the sweep by our own driver; those of the scenarios where there was no sweep."""
+    own = [point for point in result["sweep"] if point["driver"] == "open_loop"]
+    return own or result["sweep"] or [point for _, point in _points(result)]
 
 
 def _load(point: Mapping) -> str:
@@ -230,8 +252,7 @@ def _curve(result: Mapping, other: Mapping | None) -> str:
     drawn = [("this run", result)] + ([("earlier run", other)] if other else [])
     lines = []
     for (name, each), color in zip(drawn, ("one", "two"), strict=False):
-        points = each["sweep"] or [point for _, point in _points(each)]
-        points = sorted(points, key=lambda point: point["load"]["value"])
+        points = sorted(_swept(each), key=lambda point: point["load"]["value"])
         for p, style in (("p50", ""), ("p99", "dashed")):
             known = [
                 (
@@ -261,8 +282,7 @@ def _curve(result: Mapping, other: Mapping | None) -> str:
 
 
 def _bands(result: Mapping) -> str:
-    points = result["sweep"] or [point for _, point in _points(result)]
-    charts = ""
+    points, charts = _swept(result), ""
     for metric, name in _DISTRIBUTIONS.items():
         known = [
             (index, point, [_mean(point["summary"].get(f"{metric}.{p}")) for p in ("p50", "p90", "p99")])
@@ -346,11 +366,7 @@ def _roofline(rows: Sequence[Mapping]) -> str:
         return ""
     bars = []
     for row in rows:
-        speed = f"{number(row['gb_per_s'])} GB/s"
-        if row["flops"]:
-            speed += f", {number(row['tflop_per_s'])} TFLOP/s"
-        told = f"{number(100 * row['share'])} % of the {row['ceiling']['kind']} · {speed}"
-        bars.append((row["stage"], 0.0, row["share"], told))
+        bars.append((row["stage"], 0.0, row["share"], speed(row)))
     return _section(
         "Distance to the hardware",
         "<p>The least time that the stage's bytes, or its operations, need on this machine over the time it took. "

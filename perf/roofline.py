@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from cxr_triton.errors import InvalidBundle
+from cxr_triton.image import target_size
 
 COPY_BYTES = 512 << 20
 GEMM = (512, 2048, 11008)  # rows of activations, K, N: the 3B's MLP for a prompt
@@ -351,7 +352,7 @@ def rows(result: Mapping, bundle, ceilings: Ceilings) -> list[dict]:
         for repeat in points["single_stream"][0]["repeats"]:
             for request in _done(repeat):
                 item = items[request["item"]] if request["item"] is not None else items[0]
-                for stage, part in _stages(model, item, request).items():
+                for stage, part in _stages(model, bundle.profile, item, request).items():
                     if request["stages_ms"].get(stage):
                         work[stage] = work.get(stage, Work()) + part
                         seconds[stage] = seconds.get(stage, 0.0) + request["stages_ms"][stage] / 1e3
@@ -364,6 +365,11 @@ def rows(result: Mapping, bundle, ceilings: Ceilings) -> list[dict]:
     if "offline" in points:
         found += _crowd(model, points["offline"], ceilings, decoder_type)
     return found
+
+
+def measure(result: Mapping, bundle) -> list[dict]:
+    """`rows` of a result, against ceilings measured now on what the bundle runs on."""
+    return rows(result, bundle, cpu_ceilings() if bundle.engine == "onnxruntime" else gpu_ceilings())
 
 
 def _done(repeat: Mapping):
@@ -379,19 +385,19 @@ def _done(repeat: Mapping):
             }
 
 
-def _stages(model: ModelWork, item: Mapping, request: Mapping) -> dict[str, Work]:
+def _stages(model: ModelWork, profile, item: Mapping, request: Mapping) -> dict[str, Work]:
     images, tokens = item["images"], request["tokens"]
-    prompt = request["prompt_tokens"] or item.get("prompt_tokens") or 0
-    image_tokens = item.get("image_tokens") or 0
+    prompt = request["prompt_tokens"] or 0
     stages = {}
-    if all(image.get("rows") for image in images):
+    if images and all(image.get("rows") for image in images):
+        limits = {"min_pixels": profile.min_pixels, "max_pixels": profile.max_pixels}
+        resized = [math.prod(target_size(image["rows"], image["columns"], **limits)) for image in images]
         stored = sum(image["rows"] * image["columns"] * (1 + ((image.get("bits_stored") or 8) > 8)) for image in images)
-        patches = image_tokens * model.tower.spatial_merge_size**2 * 3 * model.tower.patch_size**2
         # A picture is stored once and read once; a file is read, and what the tower takes is written.
         stages["image_decode"] = Work(0, sum(image["bytes"] for image in images) + stored)
-        stages["preprocess"] = Work(0, stored + patches)
-    if image_tokens:
-        stages["vision"] = model.vision(image_tokens, len(images))
+        stages["preprocess"] = Work(0, stored + 3 * sum(resized))
+        side = model.tower.patch_size * model.tower.spatial_merge_size
+        stages["vision"] = model.vision(sum(resized) // side**2, len(images))
     if prompt:
         stages["prefill"] = model.prefill(prompt)
         if tokens > 1:

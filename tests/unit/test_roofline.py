@@ -89,8 +89,6 @@ def test_a_share_is_the_least_possible_time_over_the_measured_one():
 
 def test_a_result_gets_a_row_for_each_stage(model):
     result = bench_results.result()
-    for item in result["workload"]["items"]:
-        item |= {"prompt_tokens": 80, "image_tokens": 64}
     ceilings = Ceilings("cpu", 20e9, {"fp32": 2e11, "int4": 1e12})
     result["roofline"] = rows(result, model[1], ceilings)
     Draft202012Validator(schema()).validate(result)
@@ -101,6 +99,9 @@ def test_a_result_gets_a_row_for_each_stage(model):
     assert stages["decode"]["seconds"] == pytest.approx(decode_s)
     steps = sum(sum(requests["tokens"]) - len(requests["tokens"]) for requests in done)
     assert stages["decode"]["bytes"] > steps * ModelWork.of(model[1]).step_bytes
+    vision = ModelWork.of(model[1]).vision(18 * 15)  # 2500 x 2048 becomes 504 x 420
+    requests = sum(len(each["tokens"]) for each in done)
+    assert stages["vision"]["flops"] == pytest.approx(requests * vision.flops)
     assert all(entry["share"] > 0 for entry in result["roofline"])
 
 
