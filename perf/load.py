@@ -20,7 +20,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from cxr_triton.client import wire
 from cxr_triton.client.limits import Timeouts
-from cxr_triton.errors import CxrError
+from cxr_triton.errors import CxrError, Unavailable
 from cxr_triton.perf.stages import stages_of
 from cxr_triton.perf.summary import Record
 from cxr_triton.perf.workload import arrivals
@@ -109,14 +109,19 @@ class _Exchange:
 class _Run:
     def __init__(self, url: str, messages: Sequence[bytes], timeout_s: float, on_done: Callable[[], None]):
         self.url, self.messages = url, messages
-        self.timeouts = Timeouts(first_delta_s=None, idle_s=None, total_s=timeout_s)
+        self.timeouts = Timeouts(connect_s=min(5.0, timeout_s), first_delta_s=None, idle_s=None, total_s=timeout_s)
         self.on_done = on_done
         self.exchanges: list[_Exchange] = []
         self.failure: CxrError | None = None
 
     async def run(self, load: Load, min_seconds: float, min_requests: int, seed: int):
         async with grpc.aio.insecure_channel(self.url, wire.channel_options(1024)) as channel:
-            await asyncio.wait_for(channel.channel_ready(), self.timeouts.connect_s)
+            try:
+                await asyncio.wait_for(channel.channel_ready(), self.timeouts.connect_s)
+            except TimeoutError:
+                raise Unavailable(
+                    f"no server at {self.url} within {self.timeouts.connect_s:g} s; start one or give its gRPC port"
+                ) from None
             self._infer = channel.unary_stream(wire.STREAM_INFER)
             gc.collect()
             gc.disable()
@@ -164,13 +169,20 @@ class _Run:
         except grpc.RpcError as error:
             self._fail(exchange, wire.stream_error(error, self.url, self.timeouts))
         exchange.end_s = self._now()
-        # An error arrives as a response; it is looked for at once, so that a load which fails ends.
-        if exchange.responses and not exchange.error:
-            try:
-                wire.parse_response(pb.ModelStreamInferResponse.FromString(exchange.responses[-1]))
-            except CxrError as error:
-                self._fail(exchange, error)
+        if not exchange.error:
+            self._check(exchange)
         self.on_done()
+
+    def _check(self, exchange: _Exchange) -> None:
+        """Look for the reading, or the error in its place, at once: a load that fails has to end."""
+        try:
+            # Triton may send an empty response after the last one.
+            ends = [wire.parse_response(pb.ModelStreamInferResponse.FromString(r)) for r in exchange.responses[-2:]]
+        except CxrError as error:
+            self._fail(exchange, error)
+            return
+        if not any(reading for _, reading in ends):
+            self._fail(exchange, wire.no_reading(self.url))
 
     def _fail(self, exchange: _Exchange, error: CxrError) -> None:
         exchange.error = error
@@ -188,8 +200,8 @@ def record(exchange: _Exchange) -> Record:
             if text:
                 reading, end_s = json.loads(text), at_s
     made = Record(exchange.item, exchange.scheduled_s, exchange.sent_s, end_s, deltas_s, status="")
-    if reading is None:
-        made.status = exchange.error.code if exchange.error else "INTERNAL"
+    if exchange.error:
+        made.status = exchange.error.code
         return made
     return with_reading(made, reading)
 

@@ -188,19 +188,13 @@ def workload_names() -> list[str]:
     return sorted(path.stem for path in WORKLOADS.glob("*.yaml"))
 
 
-def load_workload(name_or_path: str | Path, *, images: Path | None = None) -> Workload:
-    """A bundled workload by name, or a user's own by the path of its YAML file.
-
-    Parameters
-    ----------
-    name_or_path : str or path
-    images : path, optional
-        Folder whose files replace the workload's images.
+def load_spec(name_or_path: str | Path) -> tuple[Spec, Path]:
+    """A bundled workload by name, or a user's own by the path of its YAML file; with the folder that it lies in.
 
     Raises
     ------
     InvalidRequest
-        No such workload, not YAML, a key that is unknown, missing, of the wrong type or out of range, or no image.
+        No such workload, not YAML, or a key that is unknown, missing, of the wrong type or out of range.
     """
     text = str(name_or_path)
     path = WORKLOADS / f"{text}.yaml" if text in workload_names() else Path(text)
@@ -218,7 +212,25 @@ def load_workload(name_or_path: str | Path, *, images: Path | None = None) -> Wo
         raise InvalidRequest(error.message) from None
     if not spec.requests:
         raise InvalidRequest(f"{path.name}.requests: is empty; name at least one kind of request")
-    folder = images or (path.parent / spec.images.folder if spec.images.folder else None)
+    return spec, path.parent
+
+
+def load_workload(name_or_path: str | Path, *, images: Path | None = None) -> Workload:
+    """A workload as `load_spec` finds it, with its images read or drawn.
+
+    Parameters
+    ----------
+    name_or_path : str or path
+    images : path, optional
+        Folder whose files replace the workload's images.
+
+    Raises
+    ------
+    InvalidRequest
+        As `load_spec`; or there is no image.
+    """
+    spec, beside = load_spec(name_or_path)
+    folder = images or (beside / spec.images.folder if spec.images.folder else None)
     pool = list(_files(folder) if folder else _phantoms(spec))
     return Workload(spec, tuple(_items(spec, pool)))
 
@@ -287,9 +299,9 @@ def _items(spec: Spec, pool: Sequence[Image]) -> Iterator[Item]:
 def arrivals(arrival: str, rate_per_s: float, seed: Sequence[int]) -> Iterator[float]:
     """Seconds at which requests are due, from the first at 0 on, without end: Poisson, or evenly spaced."""
     rng, at_s = np.random.default_rng(seed), 0.0
-    while True:
-        yield at_s
-        at_s += float(rng.exponential(1 / rate_per_s)) if arrival == "poisson" else 1 / rate_per_s
+    for index in itertools.count():
+        yield index / rate_per_s if arrival == "constant" else at_s
+        at_s += float(rng.exponential(1 / rate_per_s))
 
 
 def input_data(items: Sequence[Item]) -> dict:
