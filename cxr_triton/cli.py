@@ -33,6 +33,7 @@ VERBS = {
     "make-engine": ("cxr_triton.engines.make_engine:command", "quantize", "All of that for a target GPU, in one go."),
     "package": ("cxr_triton.triton_repo.command:package", "local", "Write a Triton model repository from a bundle."),
     "serve": ("cxr_triton.triton_repo.command:serve", "local", "Run the pip-installed Triton on a model repository."),
+    "golden": ("cxr_triton.engines.golden:golden", "local", "Hold a running server against its reference readings."),
     "read": ("cxr_triton.client.command:read", "client", "Read radiographs through a running server."),
     "sr": ("cxr_triton.client.sr_command:sr", "objects", "Write a reading as DICOM SR and FHIR objects."),
     "gateway": (

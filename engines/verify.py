@@ -546,7 +546,7 @@ class _Gate:
         sets, prose, rewards = [], [], {}
         for detail, ours, theirs, answer in zip(self.details, said, reference, self.answers, strict=True):
             kind, grammar = ours.answer, ours.grammar
-            agreement = _agreement(kind, ours.parsed, theirs)
+            agreement = agreement_of(kind, ours.parsed, theirs)
             (prose if kind in ("prose", "text") else sets).append(agreement)
             gold = gold_of(answer.text, grammar)
             for name, reward in rewards_for(grammar, kind).items():
@@ -606,9 +606,9 @@ class _Gate:
                 before = self._parsed(self.cases[i], self.answers[i])
                 after = self._parsed(case, answer)
                 kind = entry.answer
-                agreements.append(_agreement(kind, entry.parsed, after))
+                agreements.append(agreement_of(kind, entry.parsed, after))
                 changes.append(
-                    (1 - _agreement(kind, after, before), 1 - _agreement(kind, entry.parsed, said[i].parsed))
+                    (1 - agreement_of(kind, after, before), 1 - agreement_of(kind, entry.parsed, said[i].parsed))
                 )
                 self.details[i].setdefault("controls", {})[control] = {
                     "reference": {"status": after.status, "says": _says(kind, after)},
@@ -639,7 +639,7 @@ class _Gate:
 
     def _parsed(self, case: Case, answer: Answer) -> Parsed:
         asked = self.reference.asked(case)
-        return _parse(answer.text, answer.finish_reason, asked.grammar, asked.answer, self.reference.profile)
+        return parse_answer(answer.text, answer.finish_reason, asked.grammar, asked.answer, self.reference.profile)
 
 
 @dataclass(frozen=True, eq=False)
@@ -712,7 +712,7 @@ class _Engine:
             if receiver.error is not None:
                 raise receiver.error
             done = receiver.completion
-            parsed = _parse(done.text, done.finish_reason, context["grammar"], context["answer"], profile)
+            parsed = parse_answer(done.text, done.finish_reason, context["grammar"], context["answer"], profile)
             tokens = done.usage["completion_tokens"]
             said.append(_Said(done.text, tokens, done.finish_reason, context["grammar"], context["answer"], parsed))
         return said
@@ -851,14 +851,14 @@ def _control(kind: str, picture: np.ndarray) -> bytes:
     return png(changed)
 
 
-def _parse(text: str, finish_reason: str, grammar: str, answer: str, profile: ModelProfile) -> Parsed:
+def parse_answer(text: str, finish_reason: str, grammar: str, answer: str, profile: ModelProfile) -> Parsed:
     labels = profile.labels if answer in ("labels", "text") else ()
     return parse(
         text, grammar=grammar, answer=answer, labels=labels, finish_reason=finish_reason, image_sizes=[(100, 100)]
     )
 
 
-def _agreement(kind: str, ours: Parsed, theirs: Parsed) -> float:
+def agreement_of(kind: str, ours: Parsed, theirs: Parsed) -> float:
     """How far two answers agree, 0 to 1: sets of labels or options, first boxes, or words."""
     if kind in ("prose", "text"):
         return _word_f1(ours.answer or ours.text, theirs.answer or theirs.text)
