@@ -152,6 +152,23 @@ class FlakyPacs:
         self._server.shutdown()
 
 
+def start_triton(repository: Path, port: int):
+    """The served model on a port; on a busy machine a model's process sometimes fails as it starts."""
+    from cxr_triton.errors import CxrError
+    from cxr_triton.triton_repo.serve import Server
+
+    for attempt in range(5):
+        server = Server(repository, grpc_port=port, http_port=0, metrics_port=0)
+        try:
+            server.start()
+            return server
+        except CxrError as error:
+            server.stop()
+            if attempt == 4:
+                raise
+            print(f"Triton did not start: {error.message[:200]}", flush=True)
+
+
 def results_in(orthanc: Orthanc) -> dict[str, str]:
     """SOP instance to study of every SR in an Orthanc."""
     studies = {s["ID"]: s["MainDicomTags"]["StudyInstanceUID"] for s in orthanc.get("/studies?expand")}
@@ -176,7 +193,6 @@ def run(
 ) -> dict:
     """The run; what was counted. Raises `AssertionError` when something was lost, twice or left."""
     from cxr_triton.client.gateway.store import Store
-    from cxr_triton.triton_repo.serve import Server
 
     rng = random.Random(seed)
     started = time.monotonic()
@@ -184,8 +200,7 @@ def run(
     files = [renamed(drawn[i % len(drawn)]) for i in range(objects)]
     repository = phantom_repository(folder / "model")
     triton_port = free_port()
-    triton = Server(repository, grpc_port=triton_port, http_port=0, metrics_port=0)
-    triton.start()
+    triton = start_triton(repository, triton_port)
     database = Postgres(folder / "postgres") if postgres else None
     pacs, archive = Orthanc(folder / "pacs"), Orthanc(folder / "archive")
     flaky, to_pacs, to_archive = FlakyPacs(), Proxy(pacs.port), Proxy(int(archive.http.rsplit(":", 1)[1]))
@@ -253,8 +268,7 @@ def run(
                 if what == "triton":
                     os.kill(triton.pid, signal.SIGKILL)
                     triton.stop()
-                    triton = Server(repository, grpc_port=triton_port, http_port=0, metrics_port=0)
-                    triton.start()
+                    triton = start_triton(repository, triton_port)
                 else:
                     running[i].kill()
                     running[i] = GatewayProcess(folder / f"gateway-{i + 1}", configs[i])

@@ -1,0 +1,341 @@
+"""The gateway's parts without a network: its file, its queue, its choices."""
+
+import io
+import json
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("sqlalchemy")
+pytest.importorskip("pynetdicom")
+
+from cxr_triton.cli import main
+from cxr_triton.client.gateway.config import EXAMPLE, Config, load_config
+from cxr_triton.client.gateway.deliver import judge, judge_stow
+from cxr_triton.client.gateway.log import Log
+from cxr_triton.client.gateway.read import choose
+from cxr_triton.client.gateway.store import Received, Result, Store
+from cxr_triton.errors import InvalidConfig
+
+DESTINATION = "destinations: [{name: pacs, aet: PACS, host: 127.0.0.1}]\n"
+
+
+def write(folder, text):
+    path = folder / "gateway.yaml"
+    path.write_text(text)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------- file
+
+
+def test_the_example_is_valid_and_says_the_defaults(tmp_path):
+    example = load_config(EXAMPLE)
+    least = load_config(write(tmp_path, f"storage: {tmp_path}\ndicom: {{}}\n{DESTINATION}"))
+    assert example.group == least.group and example.read == least.read and example.intake == least.intake
+    # Every commented value is the default: with the comment signs taken away the file means the same.
+    for section, line in (("dicom", "max_associations: 32"), ("read", "max_attempts: 20")):
+        assert f"# {line}" in EXAMPLE.read_text()
+        key, value = line.split(": ")
+        assert getattr(getattr(least, section), key) == int(value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("storag: x", "did you mean 'storage'"),
+        (f"storage: /tmp/x\ndicom: {{prt: 1}}\n{DESTINATION}", "gateway.yaml.dicom.*did you mean 'port'"),
+        (f"storage: /tmp/x\n{DESTINATION}", "nothing would come in"),
+        (f"storage: /tmp/x\ndicom: {{host: 0.0.0.0}}\n{DESTINATION}", "peers: is empty"),
+        (f"storage: /tmp/x\ndicom: {{aet: THIS_TITLE_IS_TOO_LONG}}\n{DESTINATION}", "no AE title"),
+        (f"storage: /tmp/x\ndicom: {{port: 70000}}\n{DESTINATION}", "outside 0 to 65535"),
+        (f"storage: /tmp/x\ndicom: {{peers: [{{aet: A, addresses: [10.0.0.300]}}]}}\n{DESTINATION}", "addresses"),
+        ("storage: /tmp/x\ndicom: {}\ndestinations: []\n", "at least one"),
+        ("storage: /tmp/x\ndicom: {}\ndestinations: [{name: a, kind: stow, url: ftp://x}]\n", "http"),
+        (f"storage: /tmp/x\ndicom: {{}}\nresults: {{kinds: [sr]}}\n{DESTINATION}", "'sr' is none of findings_sr"),
+        (f"storage: /tmp/x\ndicom: {{}}\nread: {{retry_s: []}}\n{DESTINATION}", "waits over 0"),
+        (f"storage: /tmp/x\ndicom: {{}}\npriors: {{url: http://x}}\n{DESTINATION}", "no room for a prior"),
+        (f"storage: /tmp/x\nweb: {{stow: true, host: 0.0.0.0}}\n{DESTINATION}", "needs a token"),
+        (
+            "storage: /tmp/x\nfolder: {path: x}\ndestinations: [{name: a, aet: A, host: h, commitment: true}]",
+            "listener",
+        ),
+        ("- a list", "is list"),
+        (":\n\t", "not readable as YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_key(tmp_path, text, message):
+    with pytest.raises(InvalidConfig, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_the_verb_says_what_is_wrong_with_the_file(tmp_path):
+    done = CliRunner().invoke(main, ["gateway", "--config", str(write(tmp_path, "storag: x"))])
+    assert done.exit_code == 1 and "[INVALID_CONFIG]" in done.stderr and "storage" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------- queue
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(f"sqlite:///{tmp_path}/queue.sqlite", "one")
+    yield store
+    store.close()
+
+
+def received(sop="1.2.3", digest="d", study="1.9", kind="image", **more):
+    return Received(
+        **{
+            **dict(kind=kind, sop_instance=sop, digest=digest, sop_class="1.2", study=study, series="1.8"),
+            **dict(transfer_syntax="1.2.840.10008.1.2.1", patient="p", view="PA", taken="2026", number=1, bytes=10),
+            **dict(path=f"objects/{digest}", source="test"),
+            **more,
+        }
+    )
+
+
+def states(store):
+    return {state: count for state, count in store.counts()["jobs"].items() if count}
+
+
+def ready_job(store, **kwargs):
+    store.add(received(**kwargs), quiet_s=0, max_wait_s=0)
+    store.group_due()
+    return store.claim_job(60)
+
+
+def result(kind="findings_sr", sop="2.25.1"):
+    return Result(kind=kind, sop_class="1.2.840.10008.5.1.4.1.1.88.34", sop_instance=sop, path=f"results/1/{kind}")
+
+
+def test_a_study_is_grouped_after_quiet_and_at_the_latest_after_the_wait(store):
+    store.add(received("1.1"), quiet_s=3600, max_wait_s=0.2)
+    assert store.group_due() == 0 and states(store) == {"received": 1}
+    store.add(received("1.2", digest="e"), quiet_s=3600, max_wait_s=0.2)
+    ends = time.monotonic() + 30
+    while not store.group_due() and time.monotonic() < ends:
+        time.sleep(0.02)
+    job = store.claim_job(60)
+    assert len(store.inputs(job.id)) == 2 and states(store) == {"reading": 1}
+
+
+def test_the_same_bytes_again_change_nothing_and_other_bytes_are_kept_beside(store):
+    assert store.add(received(), 0, 0) == "image"
+    assert store.add(received(), 0, 0) == "duplicate"
+    assert store.add(received(digest="other"), 0, 0) == "conflict"
+    assert store.add(received(digest="other"), 0, 0) == "duplicate"
+    store.group_due()
+    assert [image.digest for image in store.inputs(store.claim_job(60).id)] == ["d"]
+    assert store.counts()["objects"] == {"image": 1, "prior": 0, "other": 0, "conflict": 1}
+
+
+def test_a_late_image_makes_a_new_job_of_all_images(store):
+    first = ready_job(store)
+    store.add(received("1.2.4", digest="late"), 0, 0)
+    store.group_due()
+    second = store.claim_job(60)
+    assert second.id != first.id and len(store.inputs(second.id)) == 2 and len(store.inputs(first.id)) == 1
+
+
+def test_what_is_no_radiograph_is_kept_and_makes_no_job(store):
+    assert store.add(received(kind="other"), 0, 0) == "other"
+    assert states(store) == {} and store.counts()["objects"]["other"] == 1
+
+
+def test_a_job_that_reads_the_same_images_as_an_earlier_one_is_told_so(store):
+    first = ready_job(store)
+    assert store.start_reading(first.id, [1]) is None
+    store.deliver(first.id, [result()], {"pacs": {"findings_sr"}}, 1.0)
+    second = ready_job(store, sop="1.2.4", digest="late")
+    assert store.start_reading(second.id, [1, 2]) is None
+    assert store.start_reading(second.id, [1]) == first.id
+
+
+def test_a_job_is_read_by_one_and_taken_over_when_its_lease_has_run_out(store, tmp_path):
+    other = Store(f"sqlite:///{tmp_path}/queue.sqlite", "two")
+    job = ready_job(store)
+    assert other.claim_job(60) is None
+    assert store.renew(job.id, 0.0)
+    time.sleep(0.01)
+    assert other.claim_job(60).id == job.id
+    assert not store.renew(job.id, 60)
+    assert not store.deliver(job.id, [result()], {"pacs": {"findings_sr"}}, 1.0)  # too late: it is the other's
+    assert other.deliver(job.id, [result()], {"pacs": {"findings_sr"}}, 1.0)
+    assert len(other.claim_deliveries("pacs", 60)) == 1
+    other.close()
+
+
+def test_a_restart_takes_back_what_its_own_name_held(store, tmp_path):
+    job = ready_job(store)
+    again = Store(f"sqlite:///{tmp_path}/queue.sqlite", "one")
+    again.start()
+    taken = again.claim_job(60)
+    assert taken.id == job.id and taken.attempts == 1  # the interrupted attempt does not count
+    again.deliver(job.id, [result()], {"pacs": {"findings_sr"}}, 1.0)
+    assert again.claim_deliveries("pacs", 60) and not again.claim_deliveries("pacs", 60)
+    again.start()
+    assert len(again.claim_deliveries("pacs", 60)) == 1
+    again.close()
+
+
+def test_a_job_is_done_when_every_destination_has_everything(store):
+    job = ready_job(store)
+    results = [result("findings_sr", "2.25.1"), result("text_sr", "2.25.2")]
+    kinds = {"findings_sr", "text_sr"}
+    store.deliver(job.id, results, {"a": kinds, "b": kinds}, 1.0)
+    for destination in ("a", "b"):
+        for row in store.claim_deliveries(destination, 60):
+            assert states(store) == {"sending": 1}
+            store.delivered(row.id, final=True)
+    assert states(store) == {"done": 1}
+    assert [step["state"] for step in store.job(job.id)["history"]] == [
+        "received", "grouped", "reading", "sending", "done",
+    ]  # fmt: skip
+
+
+def test_a_postponed_result_comes_back_when_it_is_due(store):
+    job = ready_job(store)
+    store.deliver(job.id, [result()], {"a": {"findings_sr"}}, 1.0)
+    (row,) = store.claim_deliveries("a", 60)
+    store.postpone(row.id, time.time() + 3600, "status 0xA700")
+    assert store.claim_deliveries("a", 60) == []
+    store.postpone(row.id, time.time() - 1, "status 0xA700")
+    (row,) = store.claim_deliveries("a", 60)
+    assert row.attempts == 2 and row.error == "status 0xA700"
+
+
+def test_dead_letters_are_brought_back_where_they_stopped(store):
+    unread, unsent = ready_job(store), None
+    store.bury(unread.id, "[INVALID_IMAGE] no")
+    unsent = ready_job(store, sop="1.5", study="1.5", digest="e")
+    store.deliver(unsent.id, [result()], {"a": {"findings_sr"}}, 1.0)
+    store.undeliverable(store.claim_deliveries("a", 60)[0].id, "status 0xC000")
+    assert states(store) == {"dead": 2} and store.status()["dead"][0]["error"] == "[INVALID_IMAGE] no"
+    assert store.retry([unread.id]) == [unread.id] and states(store) == {"grouped": 1, "dead": 1}
+    assert store.retry() == [unsent.id] and states(store) == {"grouped": 1, "sending": 1}
+    assert len(store.claim_deliveries("a", 60)) == 1
+
+
+def test_a_dropped_job_is_neither_read_nor_sent(store):
+    job = ready_job(store)
+    assert store.drop([job.id]) == [job.id] and store.drop([job.id]) == []
+    assert not store.deliver(job.id, [result()], {"a": {"findings_sr"}}, 1.0)
+    sending = ready_job(store, sop="1.5", study="1.5", digest="e")
+    store.deliver(sending.id, [result()], {"a": {"findings_sr"}}, 1.0)
+    store.drop([sending.id])
+    assert store.claim_deliveries("a", 60) == [] and states(store) == {"dropped": 2}
+
+
+def test_commitment_is_awaited_and_a_lost_result_is_sent_again(store):
+    job = ready_job(store)
+    results = [result("findings_sr", "2.25.1"), result("text_sr", "2.25.2")]
+    store.deliver(job.id, results, {"a": {"findings_sr", "text_sr"}}, 1.0)
+    for row in store.claim_deliveries("a", 60):
+        store.delivered(row.id, final=False)
+    waiting = store.uncommitted("a", older_than=0)
+    assert len(waiting) == 2 and states(store) == {"sending": 1}
+    store.asked_commitment([row.id for row in waiting], "2.25.9")
+    assert store.uncommitted("a", older_than=0) == []
+    assert store.committed("2.25.8", {"2.25.1"}, {}) == (0, 0)  # of another transaction
+    assert store.committed("2.25.9", {"2.25.1"}, {"2.25.2": "commitment failed with 0x0112"}) == (1, 1)
+    (again,) = store.claim_deliveries("a", 60)
+    assert again.sop_instance == "2.25.2" and again.attempts == 1
+    store.delivered(again.id, final=False)
+    store.asked_commitment([again.id], "2.25.10")
+    store.committed("2.25.10", {"2.25.2"}, {})
+    assert states(store) == {"done": 1}
+
+
+def test_retention_forgets_what_ended_and_keeps_what_is_open(store):
+    done = ready_job(store)
+    store.deliver(done.id, [result()], {"a": {"findings_sr"}}, 1.0)
+    store.delivered(store.claim_deliveries("a", 60)[0].id, final=True)
+    ready_job(store, sop="1.5", study="1.5", digest="open")
+    now = time.time()
+    assert store.purge(now - 3600, now - 3600) == []
+    assert sorted(store.purge(now + 1, now + 1)) == ["objects/d", "results/1/findings_sr"]
+    assert states(store) == {"reading": 1} and store.known(["objects/d", "objects/open"]) == {"objects/open"}
+
+
+def test_many_threads_add_and_claim_without_losing_or_doubling(store):
+    taken, lock = [], threading.Lock()
+
+    def work(i):
+        for j in range(10):
+            store.add(received(f"1.{i}.{j}", digest=f"{i}-{j}", study=f"1.{i}.{j}"), 0, 0)
+            store.group_due()
+            if job := store.claim_job(60):
+                with lock:
+                    taken.append(job.id)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    while store.group_due() or (job := store.claim_job(60)):
+        if job:
+            taken.append(job.id)
+    assert len(taken) == len(set(taken)) == 60
+
+
+def test_another_database_is_refused(tmp_path):
+    with pytest.raises(InvalidConfig, match="none of sqlite, postgresql"):
+        Store("mysql://x", "one")
+    with pytest.raises(InvalidConfig, match="check the URL"):
+        Store(f"sqlite:///{tmp_path}/no/such/folder/queue.sqlite", "one")
+
+
+# -------------------------------------------------------------------------------------------------------- choices
+
+
+def test_the_last_frontal_view_stands_last():
+    images = [
+        SimpleNamespace(view=view, name=name)
+        for name, view in (("ap", "AP"), ("pa", "PA"), ("side", "lateral"), ("any", "unknown"))
+    ]
+    assert [image.name for image in choose(images, 1)] == ["pa"]
+    assert [image.name for image in choose(images, 3)] == ["any", "ap", "pa"]
+    assert [image.name for image in choose(images[2:3], 1)] == ["side"]
+
+
+@pytest.mark.parametrize(
+    "status, outcome",
+    [(0x0000, "stored"), (0xB000, "stored"), (0xB007, "stored"), (0x0111, "stored"), (0xA700, "again"),
+     (0x0110, "again"), (0x0124, "again"), (0xA900, "refused"), (0xC000, "refused"), (0x0122, "refused")],
+)  # fmt: skip
+def test_each_status_means_stored_again_or_refused(status, outcome):
+    assert judge(status)[0] == outcome
+
+
+@pytest.mark.parametrize(
+    "status, answer, outcome",
+    [
+        (200, '{"00081199": {"vr": "SQ", "Value": [{}]}}', "stored"),
+        (202, '{"00081198": {"vr": "SQ", "Value": [{"00081197": {"vr": "US", "Value": [42752]}}]}}', "again"),
+        (409, '{"00081198": {"vr": "SQ", "Value": [{"00081197": {"vr": "US", "Value": [49152]}}]}}', "refused"),
+        (409, '{"00081198": {"vr": "SQ", "Value": [{"00081197": {"vr": "US", "Value": [273]}}]}}', "stored"),
+        (409, "<xml/>", "again"),
+        (200, "", "stored"),
+    ],
+)
+def test_a_stow_answer_is_read_for_its_instance(status, answer, outcome):
+    assert judge_stow(status, answer)[0] == outcome
+
+
+def test_a_log_names_a_study_by_a_keyed_hash_that_lasts(tmp_path):
+    config = load_config(write(tmp_path, f"storage: {tmp_path}\ndicom: {{}}\n{DESTINATION}"))
+    assert isinstance(config, Config)
+    stream = io.StringIO()
+    first, again = Log(config, stream), Log(config, stream)
+    assert first.uid("1.2.3") == again.uid("1.2.3") != first.uid("1.2.4")
+    (tmp_path / "log.key").unlink()
+    assert Log(config, stream).uid("1.2.3") != first.uid("1.2.3")
+    first("info", "received", study=first.uid("1.2.3"))
+    first("debug", "not shown")
+    (line,) = stream.getvalue().splitlines()
+    assert json.loads(line)["event"] == "received" and "1.2.3" not in line
