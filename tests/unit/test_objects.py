@@ -1,0 +1,391 @@
+"""The objects of a reading: identity, honesty about what was said, and what comes from the image's header."""
+
+import datetime
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pydicom
+import pytest
+from click.testing import CliRunner
+
+from cxr_triton import cli
+from cxr_triton.client.codes import ABSENT, LABELS, PRESENT, STATUSES, label_concept, presence
+from cxr_triton.client.objects import (
+    KINDS,
+    ObjectOptions,
+    diagnostic_report,
+    file_digest,
+    result_objects,
+    source_header,
+)
+from cxr_triton.errors import InvalidImage, InvalidRequest
+from cxr_triton.reading import STATUSES as READING_STATUSES
+from cxr_triton.reading import Reading
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "integration")]
+from fake_server import FakeServer, response  # noqa: E402
+from sr_case import OPTIONS, file, header, reading, with_boxes  # noqa: E402
+
+
+def data(instance) -> bytes:
+    out = io.BytesIO()
+    instance.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
+def objects(source=None, read=None, kinds=KINDS, options=OPTIONS) -> list:
+    source = header() if source is None else source
+    return result_objects(with_boxes(source) if read is None else read, [source], kinds=kinds, options=options)
+
+
+def said(instance) -> str:
+    """All text values of a report."""
+    texts = [instance.TextValue] if "TextValue" in instance else []
+    return "\n".join(texts + [said(item) for item in instance.get("ContentSequence", ())])
+
+
+def other(options=OPTIONS, **changes) -> ObjectOptions:
+    return ObjectOptions(**{**vars(options), **changes})
+
+
+def test_the_same_input_gives_the_same_bytes_in_another_process():
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); sys.path.insert(0, sys.argv[2]);"
+        "from test_objects import data, objects; import hashlib;"
+        "print(*[hashlib.sha256(data(instance)).hexdigest() for instance in objects()])"
+    )
+    here = Path(__file__).resolve()
+    ran = [
+        subprocess.run(
+            [sys.executable, "-c", code, str(here.parents[1]), str(here.parent)],
+            env={**os.environ, "PYTHONHASHSEED": seed, "TZ": zone},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed, zone in (("1", "UTC"), ("2", "Asia/Tokyo"))
+    ]
+    assert ran[0] == ran[1] and len(ran[0].split()) == len(KINDS)
+
+
+def test_uids_follow_what_was_asked_of_which_images_and_not_the_clock_or_the_text():
+    source = header()
+    base = reading(source)
+
+    def uid(source=source, read=base, options=OPTIONS):
+        (instance,) = objects(source, read, ["text_sr"], options)
+        return instance.SOPInstanceUID
+
+    later = other(made_at=OPTIONS.made_at + datetime.timedelta(hours=1))
+    again = reading(source, text="<think>Other words.</think><answer>Edema</answer>")
+    assert uid() == uid(options=later) == uid(read=again)
+    different = {
+        uid(),
+        uid(header(SOPInstanceUID="1.2.3")),
+        uid(options=other(digests=("cd" * 32,))),
+        uid(read={**base, "prompt": "Another question"}),
+        uid(read={**base, "task": "examine"}),
+        uid(read={**base, "model": {**base["model"], "bundle": "f" * 64}}),
+    }
+    assert len(different) == 6
+    every = objects()
+    assert (
+        len({instance.SOPInstanceUID for instance in every}) == len({i.SeriesInstanceUID for i in every}) == len(KINDS)
+    )
+    assert all(pydicom.uid.UID(i.SOPInstanceUID).is_valid and i.SOPInstanceUID.startswith("2.25.") for i in every)
+
+
+def test_every_object_says_that_it_is_unverified_and_complete_for_storing():
+    source = header()
+    for instance in objects(source):
+        assert "AI, not verified" in instance.SeriesDescription
+        assert instance.StudyInstanceUID == source.StudyInstanceUID
+        assert instance.file_meta.TransferSyntaxUID == pydicom.uid.ExplicitVRLittleEndian
+        assert instance.file_meta.MediaStorageSOPInstanceUID == instance.SOPInstanceUID
+        again = pydicom.dcmread(io.BytesIO(data(instance)))
+        assert again.SOPClassUID == instance.SOPClassUID == again.file_meta.MediaStorageSOPClassUID
+        if instance.Modality == "SR":
+            assert (instance.PreliminaryFlag, instance.VerificationFlag) == ("PRELIMINARY", "UNVERIFIED")
+            assert "VerifyingObserverSequence" not in instance
+            assert "Not for diagnosis" in said(instance) and "A test fixture wrote this." in said(instance)
+
+
+@pytest.mark.parametrize("status", READING_STATUSES)
+def test_a_reading_that_is_not_well_formed_says_so_and_calls_nothing_absent(status):
+    source = header()
+    read = {
+        "ok": reading(source),
+        "malformed": reading(source, text="<answer>Edema</answer>"),
+        "truncated": reading(source, finish_reason="length"),
+        "out_of_vocabulary": reading(source, text="<think>a</think><answer>Edema, Hernia</answer>"),
+    }[status]
+    assert read["status"] == status
+    findings, text = objects(source, read, ["findings_sr", "text_sr"])
+    assert findings.CompletionFlag == text.CompletionFlag == ("COMPLETE" if status == "ok" else "PARTIAL")
+    assert set(READING_STATUSES) == set(STATUSES)
+    assert (ABSENT in presence(read).values()) == (status == "ok")
+    report = json.dumps(diagnostic_report(read, [source], options=OPTIONS))
+    for words in (said(findings), said(text), report):
+        assert ("This reading is" in words) == (status != "ok")
+        assert ("Hernia" in words) == (status == "out_of_vocabulary")
+
+
+def test_nothing_is_invented_where_the_model_listed_nothing():
+    source = header()
+    read = reading(source, text="<think>a</think><answer>The lungs are clear.</answer>", answer="prose")
+    assert presence(read) == {}
+    findings, text = objects(source, read, ["findings_sr", "text_sr"])
+    assert "The lungs are clear." in said(findings) and "The lungs are clear." in said(text)
+    assert diagnostic_report(read, [source], options=OPTIONS).get("conclusionCode") is None
+
+
+def test_presence_follows_the_vocabulary_and_its_hierarchy():
+    source = header()
+
+    def called(answer, **changes):
+        return presence(reading(source, text=f"<think>a</think><answer>{answer}</answer>", **changes))
+
+    assert called("Pneumonia")["Pneumonia"] is PRESENT
+    assert not {"Consolidation", "Lung Opacity"} & called("Pneumonia").keys()
+    assert called("Pneumonia")["Atelectasis"] is ABSENT and "No Finding" not in called("Pneumonia")
+    assert called("No Finding")["Support Devices"] is ABSENT and called("No Finding")["No Finding"] is PRESENT
+    assert set(called("No Finding, Support Devices").values()) == {PRESENT, ABSENT}
+    assert set(called("No Finding, Edema").values()) == {PRESENT}
+    assert set(called("Edema", model={"profile": "of a server that names no vocabulary"}).values()) == {PRESENT}
+    assert called("Edema", model={"labels": ["Edema", "Fracture"]}) == {"Edema": PRESENT, "Fracture": ABSENT}
+
+
+def test_a_label_of_another_vocabulary_gets_a_private_code():
+    concept = label_concept("Hiatus\\hernia " + "x" * 100)
+    assert concept.scheme == "99CXR" and len(concept.value) <= 16 and len(concept.meaning) <= 64
+    assert "\\" not in concept.meaning and concept == label_concept("Hiatus\\hernia " + "x" * 100)
+    assert label_concept(" pneumothorax ") == LABELS["Pneumothorax"]
+
+
+def test_boxes_without_area_or_size_are_told_in_words():
+    source = header()
+    read = with_boxes(source, "<|ref|>line<|/ref|><|box|>(50,10),(50,90)<|/box|>")
+    (findings,) = objects(source, read, ["findings_sr", "gsps"])
+    assert "no area inside the image" in said(findings) and "GraphicData" not in findings.to_json()
+    read["boxes"][0] |= {"pixels": None, "image": None}
+    assert "line, 50 10 50 90 %" in said(objects(source, read, ["findings_sr"])[0])
+
+
+def test_boxes_of_two_images_go_to_their_own():
+    prior = header(SOPInstanceUID="1.2.3.4", StudyInstanceUID="1.2.3", SeriesInstanceUID="1.2.3.9")
+    current = header()
+    read = reading(prior, current)
+    first, second = with_boxes(current)["boxes"]
+    read["boxes"] = [{**first, "image": 0}, {**second, "image": 1}]
+    findings, *states = result_objects(read, [prior, current], kinds=["findings_sr", "gsps"], options=OPTIONS)
+    shown = [s.ReferencedSeriesSequence[0].ReferencedImageSequence[0].ReferencedSOPInstanceUID for s in states]
+    assert shown == ["1.2.3.4", current.SOPInstanceUID] and len({s.SOPInstanceUID for s in states}) == 2
+    assert findings.StudyInstanceUID == current.StudyInstanceUID
+    (own,), (elsewhere,) = findings.CurrentRequestedProcedureEvidenceSequence, findings.PertinentOtherEvidenceSequence
+    assert (own.StudyInstanceUID, elsewhere.StudyInstanceUID) == (current.StudyInstanceUID, "1.2.3")
+    assert "image 1 of 2" in said(result_objects(read, [prior, current], kinds=["text_sr"], options=OPTIONS)[0])
+
+
+def test_a_presentation_state_repeats_the_first_voi_and_the_rescale():
+    source = header(WindowCenter=["40", "50"], WindowWidth=["400", "500"], RescaleSlope="2", RescaleIntercept="-7")
+    source.PhotometricInterpretation = "MONOCHROME1"
+    (state,) = objects(source, kinds=["gsps"])
+    (voi,) = state.SoftcopyVOILUTSequence
+    assert (voi.WindowCenter, voi.WindowWidth) == (40, 400)
+    assert (state.RescaleSlope, state.RescaleIntercept, state.PresentationLUTShape) == (2, -7, "INVERSE")
+    assert list(state.DisplayedAreaSelectionSequence[0].DisplayedAreaBottomRightHandCorner) == [
+        source.Columns,
+        source.Rows,
+    ]
+
+
+def test_dates_are_the_source_s_zone_and_never_the_clock():
+    made = datetime.datetime(2026, 11, 22, 2, 15, tzinfo=datetime.UTC)
+    (eastern,) = objects(header(TimezoneOffsetFromUTC="-0500"), kinds=["findings_sr"], options=other(made_at=made))
+    assert (eastern.ContentDate, eastern.ContentTime, eastern.TimezoneOffsetFromUTC) == ("20261121", "211500", "-0500")
+    zone = datetime.timezone(datetime.timedelta(hours=2))
+    (own,) = objects(kinds=["findings_sr"], options=other(made_at=made.astimezone(zone)))
+    assert (own.ContentDate, own.ContentTime) == ("20261122", "041500") and "TimezoneOffsetFromUTC" not in own
+    assert own.ContributingEquipmentSequence[-1].ContributionDateTime == "20261122041500+0200"
+    with pytest.raises(ValueError, match="time zone"):
+        ObjectOptions(made_at=datetime.datetime(2026, 11, 22))
+    with pytest.raises(ValueError, match="16 characters"):
+        other(station="x" * 17)
+
+
+def test_broken_header_values_are_left_out_and_texts_kept(caplog, recwarn):
+    """Values come out of a file as a modality wrote them; nothing of them goes into a log or a warning."""
+    whole = pydicom.dcmread(io.BytesIO(file()))
+    whole.PatientWeight = "11111"
+    out = io.BytesIO()
+    with pydicom.config.disable_value_validation():
+        whole.PatientSex, whole.PatientBirthDate, whole.StudyTime, whole.PatientAge = "X", "about 1940", "late", "81"
+        whole.PatientName, whole.PatientID = "DOE^JANE" + "x" * 70, "17/18 " + "y" * 70
+        whole.save_as(out, enforce_file_format=True)
+    caplog.set_level(logging.DEBUG)
+    source = source_header(out.getvalue().replace(b"11111", b"heavy"))
+    for instance in objects(source):
+        data(instance)
+        empty = [instance.get(k) or None for k in ("PatientSex", "PatientBirthDate", "StudyTime", "PatientAge")]
+        assert empty == [None] * 4
+        assert "PatientWeight" not in instance and {"PatientSex", "PatientBirthDate", "StudyTime"} <= set(
+            instance.dir()
+        )
+        assert (instance.PatientName, instance.PatientID) == (whole.PatientName, whole.PatientID)
+    assert (
+        diagnostic_report(reading(source), [source], options=OPTIONS)["contained"][1].keys() & {"birthDate", "gender"}
+        == set()
+    )
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING] and not recwarn.list
+    assert "DOE" not in caplog.text
+
+
+def test_texts_of_nested_items_are_decoded_by_the_file_s_character_set():
+    whole = pydicom.dcmread(io.BytesIO(file()))
+    whole.SpecificCharacterSet = ["", "ISO 2022 IR 87"]
+    code = pydicom.Dataset()
+    code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = "X1", "99LOCAL", "胸部正面"
+    whole.ProcedureCodeSequence = [code]
+    whole.PatientName, whole.StudyDescription = "Yamada^Tarou=山田^太郎", "胸部"
+    out = io.BytesIO()
+    whole.save_as(out, enforce_file_format=True)
+    assert "胸部正面".encode("iso2022_jp") in out.getvalue()
+    source = source_header(out.getvalue())
+    for instance in objects(source):
+        again = pydicom.dcmread(io.BytesIO(data(instance)))
+        assert (again.SpecificCharacterSet, str(again.PatientName)) == ("ISO_IR 192", "Yamada^Tarou=山田^太郎")
+        assert again.StudyDescription == "胸部" and again.ProcedureCodeSequence[0].CodeMeaning == "胸部正面"
+    (findings,) = objects(source, kinds=["findings_sr"])
+    procedure = [item for item in findings.ContentSequence if item.ConceptNameCodeSequence[0].CodeValue == "121058"]
+    assert [item.ConceptCodeSequence[0].CodeValue for item in procedure] == ["X1"]
+
+
+def test_what_cannot_become_an_object_is_refused():
+    source = header()
+    read = reading(source)
+
+    def refused(error, match, *sources, read=read, **changes):
+        with pytest.raises(error, match=match):
+            result_objects(read, list(sources), **{"options": OPTIONS, **changes})
+
+    refused(InvalidRequest, "no source")
+    refused(InvalidRequest, "'sr' is none of", source, kinds=["sr"])
+    refused(InvalidRequest, "1 images, 2 sources", source, source)
+    refused(InvalidRequest, "rows and", header(Rows=7))
+    refused(InvalidImage, "no Rows", header(Rows=None), read={**read, "images": [{}]})
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"):
+        refused(InvalidImage, f"no valid {keyword}", header(**{keyword: ""}))
+    two = header(PatientID="1"), header(PatientID="2")
+    refused(InvalidRequest, "2 different Patient IDs", *two, read=reading(*two))
+    refused(InvalidImage, "Patient ID is not of", header(PatientID="1\ufffd2"))
+    for content, match in ((b"no DICOM", "not DICOM"), (b"\0" * 128 + b"DICM" + b"\2\0\0\0UL\4\0\1", "damaged")):
+        with pytest.raises(InvalidImage, match=match):
+            source_header(content)
+
+
+def test_a_deeply_nested_header_is_a_typed_error():
+    whole = pydicom.dcmread(io.BytesIO(file()), stop_before_pixels=True)
+    out = io.BytesIO()
+    whole.save_as(out, enforce_file_format=True)
+    # Sequence and item of undefined length, 5,000 deep; pydicom walks them by recursion.
+    nested = b"\x40\x00\x75\xa3SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff" * 5000
+    with pytest.raises(InvalidImage, match="damaged"):
+        source_header(out.getvalue() + nested)
+
+
+def run(*args):
+    return CliRunner().invoke(cli.main, ["sr", *map(str, args)])
+
+
+@pytest.fixture
+def image(tmp_path) -> Path:
+    path = tmp_path / "chest.dcm"
+    path.write_bytes(file())
+    return path
+
+
+def test_sr_writes_every_kind_of_a_stored_reading(image, tmp_path):
+    source = source_header(image)
+    stored = tmp_path / "case.json"
+    stored.write_text(json.dumps(with_boxes(source)))
+    os.utime(stored, (1_800_000_000, 1_800_000_000))
+    contents = []
+    for folder in ("one", "two"):
+        ran = run(
+            image, "--reading", stored, "-o", tmp_path / folder, "--kinds", ",".join((*KINDS, "fhir")), "--json", "-"
+        )
+        assert ran.exit_code == 0, ran.output
+        result = json.loads(ran.stdout)
+        assert [item["kind"] for item in result["objects"]] == [*KINDS, "fhir"] and result["status"] == "ok"
+        contents.append([Path(item["path"]).read_bytes() for item in result["objects"]])
+        for item in result["objects"][:-1]:
+            assert pydicom.dcmread(item["path"]).SOPInstanceUID == item["sop_instance_uid"]
+        assert {Path(item["path"]).name for item in result["objects"]} == {
+            *(f"case-{kind}.dcm" for kind in KINDS), "case-fhir.json"}  # fmt: skip
+    assert contents[0] == contents[1]
+
+
+def test_sr_reads_through_a_server_and_tells_a_reading_that_is_not_well_formed(image, tmp_path):
+    source = source_header(image)
+    answer = json.dumps(reading(source, finish_reason="length"))
+
+    def server(request, context):
+        yield response("", answer, final=True)
+
+    with FakeServer(server) as fake:
+        ran = run(image, "--url", fake.url, "-o", tmp_path / "out")
+    assert ran.exit_code == 3 and "Not for diagnosis" in ran.output
+    assert pydicom.dcmread(tmp_path / "out" / "chest-findings_sr.dcm").CompletionFlag == "PARTIAL"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "chest-findings_sr.dcm", "chest-text_sr.dcm", "chest-fhir.json"}  # fmt: skip
+
+
+def test_sr_refuses_what_does_not_fit(image, tmp_path):
+    stored = tmp_path / "case.json"
+    stored.write_text(json.dumps(reading(source_header(image))))
+    png = tmp_path / "picture.png"
+    png.write_bytes(b"\x89PNG\r\n\x1a\n")
+    out = ("-o", tmp_path / "out")
+    for args, code, words in (
+        ((png, "--reading", stored, *out), 1, "[INVALID_IMAGE] the file is not DICOM"),
+        ((image, image, "--reading", stored, *out), 1, "1 images, 2 sources"),
+        ((image, "--reading", image, *out), 1, "chest.dcm: READING"),
+        ((image, "--reading", stored, "--kinds", "sr", *out), 2, "'sr' is none of"),
+        ((image, "--reading", stored, "--task", "findings", *out), 2, "give one of them"),
+        ((image, "--reading", stored), 2, "--output"),
+        (("--reading", stored, *out), 2, "FILE"),
+    ):
+        ran = run(*args)
+        assert ran.exit_code == code and words in ran.output, ran.output
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_digests_are_sha256_of_the_file():
+    assert file_digest(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_a_served_reading_names_its_vocabulary(tmp_path):
+    """`presence` depends on it: without the key nothing is called absent."""
+    from served import write_paper_bundle
+
+    from cxr_triton.pipeline import Preprocessor
+
+    stage = Preprocessor(write_paper_bundle(tmp_path / "bundle"))
+    try:
+        context = json.loads(stage.prepare([], json.dumps({"task": "quiz"})).context)
+    finally:
+        stage.close()
+    assert context["model"]["labels"] == sorted(LABELS)
+
+
+def test_readings_of_older_servers_still_become_objects():
+    source = header()
+    read = reading(source, model={})
+    assert Reading.from_json(json.dumps(read)).model == {}
+    for instance in objects(source, read):
+        assert instance.ManufacturerModelName == "unnamed model" and instance.DeviceSerialNumber == "unknown"
