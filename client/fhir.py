@@ -31,6 +31,7 @@ def report(study: Study) -> dict[str, Any]:
     conclusion = "\n".join([notice(reading), *findings, *impression])
     resource = {
         "resourceType": "DiagnosticReport",
+        "id": study.uid("fhir"),
         "meta": {"security": [_coding("http://terminology.hl7.org/CodeSystem/v3-ActReason", "HRESCH")]},
         "text": {
             "status": "generated",
