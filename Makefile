@@ -28,6 +28,12 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[local,test]'
 	touch $(VENV)/.local $@
 
+# Kills and breaks everything around the gateway; about ten minutes on two cores. GATEWAYS=2 shares a PostgreSQL queue.
+GATEWAYS ?= 1
+.PHONY: faults
+faults: $(VENV)/.test debian
+	$(BIN)/python tests/integration/gateway_faults.py --gateways $(GATEWAYS)
+
 # Reference decoders and a browser that only the tests use; what is missing is skipped visibly when apt cannot install it.
 .PHONY: debian
 debian:

@@ -383,6 +383,11 @@ class Config(Section):
             raise InvalidProfile("read.max_images: is 1, which leaves no room for a prior; raise it or drop priors")
 
     @property
+    def own_aet(self) -> str:
+        """AE title under which this gateway calls others."""
+        return self.dicom.aet if self.dicom else "CXR_GATEWAY"
+
+    @property
     def queue_url(self) -> str:
         return self.queue or f"sqlite:///{Path(self.storage).absolute()}/queue.sqlite"
 

@@ -22,7 +22,7 @@ from pynetdicom.sop_class import StorageCommitmentPushModel, StorageCommitmentPu
 from cxr_triton.client.gateway.config import Config, Destination
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.read import POLL_S, either, spread
-from cxr_triton.client.gateway.receive import Receiver, quieten, take_commitment
+from cxr_triton.client.gateway.receive import Receiver, take_commitment
 from cxr_triton.client.gateway.store import Store
 
 STORED = (0x0000, 0xB000, 0xB006, 0xB007, 0x0111)
@@ -45,48 +45,58 @@ def is_permanent(status: int) -> bool:
     )
 
 
+def associate(to, aet: str, contexts: dict[str, list], handlers: Sequence = (), roles: Sequence = ()):
+    """An association with a peer, for SOP classes with their transfer syntaxes.
+
+    Parameters
+    ----------
+    to : Destination or Priors
+        Its `aet`, `host`, `port`, `tls` and `timeout_s`.
+    aet : str
+        Of this gateway.
+
+    Raises
+    ------
+    Unreachable
+        No connection, no answer in time, or a refusal.
+    """
+    ae = AE(aet)
+    ae.maximum_pdu_size = 131_072
+    ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = to.timeout_s
+    for sop_class, syntaxes in contexts.items():
+        ae.add_requested_context(sop_class, syntaxes)
+
+    def bound(event) -> None:
+        wire = event.assoc.dul.socket
+        wire.recv = Receiver(wire, pdu_limit=1 << 20, pdu_s=to.timeout_s, max_message=1 << 28)
+        wire.socket.settimeout(to.timeout_s)
+
+    association = ae.associate(
+        to.host,
+        to.port,
+        ae_title=to.aet,
+        tls_args=(to.tls.client(), to.host) if to.tls else None,
+        evt_handlers=[(evt.EVT_CONN_OPEN, bound), *handlers],
+        ext_neg=list(roles),
+    )
+    if not association.is_established:
+        why = "rejected the association" if association.is_rejected else "is not reachable"
+        raise Unreachable(f"{to.aet} at {to.host} port {to.port} {why}")
+    return association
+
+
 class DicomSender:
     """C-STORE SCU, and SCU of storage commitment."""
 
     def __init__(self, destination: Destination, config: Config, on_commitment):
         self._destination, self._storage = destination, Path(config.storage)
-        self._aet = config.dicom.aet if config.dicom else "CXR_GATEWAY"
+        self._aet = config.own_aet
         self._on_commitment = on_commitment
-        quieten()
-
-    def associate(self, contexts: dict[str, list], handlers: Sequence = ()):
-        """An association for SOP classes with their transfer syntaxes.
-
-        Raises
-        ------
-        Unreachable
-            No connection, no answer in time, or a refusal.
-        """
-        to = self._destination
-        ae = AE(self._aet)
-        ae.maximum_pdu_size = 131_072
-        ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = to.timeout_s
-        for sop_class, syntaxes in contexts.items():
-            ae.add_requested_context(sop_class, syntaxes)
-
-        def bound(event) -> None:
-            wire = event.assoc.dul.socket
-            wire.recv = Receiver(wire, pdu_limit=1 << 20, pdu_s=to.timeout_s, max_message=1 << 28)
-            wire.socket.settimeout(to.timeout_s)
-
-        tls = (to.tls.client(), to.host) if to.tls else None
-        association = ae.associate(
-            to.host, to.port, ae_title=to.aet, tls_args=tls, evt_handlers=[(evt.EVT_CONN_OPEN, bound), *handlers]
-        )
-        if not association.is_established:
-            why = "rejected the association" if association.is_rejected else "is not reachable"
-            raise Unreachable(f"{to.name} {why}")
-        return association
 
     def send(self, batch: Sequence[sa.Row], report: Report) -> None:
         """Send results over one association, and report each as soon as its answer is there."""
         syntaxes = [ExplicitVRLittleEndian, ImplicitVRLittleEndian]
-        association = self.associate({row.sop_class: syntaxes for row in batch})
+        association = associate(self._destination, self._aet, {row.sop_class: syntaxes for row in batch})
         try:
             for row in batch:
                 try:
@@ -113,7 +123,9 @@ class DicomSender:
             answered.append(True)
             return 0x0000, None
 
-        association = self.associate(
+        association = associate(
+            self._destination,
+            self._aet,
             {StorageCommitmentPushModel: [ExplicitVRLittleEndian, ImplicitVRLittleEndian]},
             [(evt.EVT_N_EVENT_REPORT, on_report)],
         )

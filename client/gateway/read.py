@@ -205,7 +205,7 @@ class ReadWorker:
             # A time that is the same at every attempt, so that the objects are.
             made_at=datetime.datetime.fromtimestamp(job.first_at).astimezone(),
             digests=tuple(image.digest for image in chosen),
-            station=self._config.dicom.aet if self._config.dicom else "CXR_TRITON",
+            station=self._config.own_aet,
         )
         folder = self._storage / "results" / f"{job.id}-{secrets.token_hex(4)}"
         folder.mkdir(parents=True)

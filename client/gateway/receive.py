@@ -70,6 +70,7 @@ class Intake:
             (self._objects / f"{i:02x}").mkdir(parents=True, exist_ok=True)
         for folder in (self._objects, self._objects.parent):
             _sync(folder)
+        _prepare_pynetdicom(self.incoming)
 
     @property
     def max_bytes(self) -> int:
@@ -88,7 +89,15 @@ class Intake:
         """An open file in the incoming folder."""
         return tempfile.NamedTemporaryFile(dir=self.incoming, suffix=".dcm", delete=False)
 
-    def take(self, path: Path, door: str, source: str, expect: Callable[[Identity], None] | None = None) -> Identity:
+    def take(
+        self,
+        path: Path,
+        door: str,
+        source: str,
+        expect: Callable[[Identity], None] | None = None,
+        *,
+        is_prior: bool = False,
+    ) -> Identity:
         """Move a file of the incoming folder into the queue; when this returns it survives a loss of power.
 
         Parameters
@@ -99,6 +108,8 @@ class Intake:
             How it came, and from whom.
         expect : callable, optional
             Raises when the object is not what was announced.
+        is_prior : bool
+            Fetched to be read beside another study; makes no job, and comes in while the gateway drains.
 
         Raises
         ------
@@ -109,13 +120,13 @@ class Intake:
         """
         verdict = "failed"
         try:
-            if self.draining:
+            if self.draining and not is_prior:
                 raise QueueFull("the gateway takes nothing in while it drains; send it again later")
             self.require_room()
             identity, digest = self._identify(path)
             if expect:
                 expect(identity)
-            verdict = self._queue(path, identity, digest, f"{door} {source}")
+            verdict = self._queue(path, identity, digest, f"{door} {source}", is_prior)
             self.log(
                 "info", "received", door=door, source=source, verdict=verdict, sop=self.log.uid(identity.sop_instance),
                 study=self.log.uid(identity.study), syntax=identity.transfer_syntax,
@@ -150,7 +161,7 @@ class Intake:
             os.fsync(file.fileno())
         return identity, digest.hexdigest()
 
-    def _queue(self, path: Path, identity: Identity, digest: str, source: str) -> str:
+    def _queue(self, path: Path, identity: Identity, digest: str, source: str, is_prior: bool) -> str:
         # A name of its own for each arrival: what retention deletes is never what has just come in again.
         folder = self._objects / digest[:2]
         place = folder / f"{digest}-{secrets.token_hex(4)}.dcm"
@@ -158,7 +169,7 @@ class Intake:
         os.rename(path, place)
         _sync(folder)
         received = Received(
-            kind="image" if identity.is_radiograph else "other",
+            kind="other" if not identity.is_radiograph else "prior" if is_prior else "image",
             sop_instance=identity.sop_instance,
             digest=digest,
             sop_class=identity.sop_class,
@@ -237,12 +248,6 @@ class Listener:
     def __init__(self, intake: Intake, on_commitment: Callable[[str, set[str], dict[str, str]], None]):
         self._intake, self._on_commitment = intake, on_commitment
         config = self.config = intake.config.dicom
-        quieten()
-        # pynetdicom has no setting for the folder of its temporary files, and a rename needs the same file system.
-        pynetdicom.dimse_messages.NamedTemporaryFile = functools.partial(
-            tempfile.NamedTemporaryFile, dir=intake.incoming
-        )
-        _config.STORE_RECV_CHUNKED_DATASET = True
         ae = self._ae = AE(config.aet)
         ae.maximum_pdu_size = config.max_pdu_bytes
         ae.maximum_associations = 1 << 16  # counted here, see `_Server`
@@ -371,8 +376,11 @@ def _is_in(address: str, networks) -> bool:
     return any(ip in network for network in networks)
 
 
-def quieten() -> None:
-    """pynetdicom and pydicom write parts of data sets into their logs."""
+def _prepare_pynetdicom(incoming: Path) -> None:
+    """Have objects written to the incoming folder as they come, and nothing of them into logs."""
+    # There is no setting for the folder, and a rename needs the same file system.
+    pynetdicom.dimse_messages.NamedTemporaryFile = functools.partial(tempfile.NamedTemporaryFile, dir=incoming)
+    _config.STORE_RECV_CHUNKED_DATASET = True
     _config.LOG_HANDLER_LEVEL = "none"
     _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
     for name in ("pynetdicom", "pydicom"):

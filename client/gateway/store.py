@@ -503,6 +503,7 @@ class Store:
         return {
             **{key: getattr(row, key) for key in ("id", "study", "state", "attempts", "error", "first_at", "due_at")},
             "inputs": row.inputs or [],
+            "read_objects": row.read_objects or [],
             "history": [{"at": s.at, "gateway": s.gateway, "state": s.state, "note": s.note} for s in steps],
             "deliveries": [
                 {key: getattr(s, key) for key in ("destination", "kind", "state", "sop_instance", "attempts", "error")}

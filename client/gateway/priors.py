@@ -1,0 +1,229 @@
+"""The patient's last earlier radiograph, from a PACS (C-FIND, C-GET) or a DICOMweb server (QIDO-RS, WADO-RS)."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import sqlalchemy as sa
+from pydicom import Dataset
+from pynetdicom import build_role, evt
+from pynetdicom.sop_class import (
+    ComputedRadiographyImageStorage,
+    DigitalXRayImageStorageForPresentation,
+    SecondaryCaptureImageStorage,
+    StudyRootQueryRetrieveInformationModelFind,
+    StudyRootQueryRetrieveInformationModelGet,
+)
+
+from cxr_triton.client.gateway.config import Config
+from cxr_triton.client.gateway.deliver import Unreachable, associate
+from cxr_triton.client.gateway.read import choose
+from cxr_triton.client.gateway.receive import SUCCESS, Intake
+from cxr_triton.client.gateway.store import Store
+from cxr_triton.client.objects import source_header
+from cxr_triton.codestream import TRANSFER_SYNTAXES
+from cxr_triton.errors import InvalidImage, Unavailable
+
+MODALITIES = ("CR", "DX")
+MOST_STUDIES = 5
+"""Earlier studies that are looked into, the last first."""
+PENDING = (0xFF00, 0xFF01)
+IMAGES = (ComputedRadiographyImageStorage, DigitalXRayImageStorageForPresentation, SecondaryCaptureImageStorage)
+
+
+class PriorFinder:
+    """Finds and fetches; what it fetches is filed as a prior and makes no job.
+
+    A prior is only taken when the PACS says that it is of the same Patient ID, and its own header does.
+    """
+
+    def __init__(self, config: Config, store: Store, intake: Intake):
+        self._settings, self._storage, self._aet = config.priors, Path(config.storage), config.own_aet
+        self._store, self._intake = store, intake
+
+    def fetch(self, current: sa.Row) -> list[sa.Row]:
+        """The row of at most one earlier image.
+
+        Raises
+        ------
+        Unavailable
+            The PACS cannot be reached or does not answer as it should: the study is read later rather than without.
+        """
+        header = source_header(self._storage / current.path)
+        patient, date = str(header.get("PatientID") or ""), str(header.get("StudyDate") or "")
+        if not patient or set(patient) & set("*?\\"):  # they would match other patients
+            return []
+        until = _date(date) or datetime.date.today()
+        since = until - datetime.timedelta(days=self._settings.max_age_days)
+        between = f"{since:%Y%m%d}-{until:%Y%m%d}"
+        way = self._of_web if self._settings.url else self._of_pacs
+        try:
+            for study, series in way(patient, between, str(header.StudyInstanceUID), date):
+                rows = [self._store.object_of(sop_instance) for sop_instance in self._bring(study, series)]
+                rows = [
+                    row for row in rows if row and row.kind in ("prior", "image") and row.patient == current.patient
+                ]
+                if rows:
+                    return choose(sorted(rows, key=lambda row: (row.taken, row.number)), 1)
+        except Unreachable as error:
+            raise Unavailable(f"priors: {error}; the study waits, see read.retry_s") from None
+        return []
+
+    def _bring(self, study: str, series: str) -> list[str]:
+        return (self._wado if self._settings.url else self._get)(study, series)
+
+    def _take(self, path: Path, source: str) -> str | None:
+        try:
+            return self._intake.take(path, "prior", source, is_prior=True).sop_instance
+        except InvalidImage:
+            return None
+
+    # ----------------------------------------------------------------------------------------------------- DIMSE
+
+    def _of_pacs(self, patient: str, between: str, current: str, date: str) -> Iterator[tuple[str, str]]:
+        """Study and series of earlier radiographs, the last study first."""
+        query = {"PatientID": patient, "StudyDate": between, "StudyInstanceUID": "", "StudyTime": ""}
+        studies = self._find("STUDY", query)
+        studies = [s for s in studies if str(s.get("PatientID", "")) == patient and str(s.get("StudyInstanceUID", ""))]
+        for study in _earlier(studies, current, date):
+            uid = str(study.StudyInstanceUID)
+            for series in self._find("SERIES", {"StudyInstanceUID": uid, "SeriesInstanceUID": "", "Modality": ""}):
+                if series.get("Modality") in MODALITIES:
+                    yield uid, str(series.SeriesInstanceUID)
+
+    def _find(self, level: str, query: dict[str, str]) -> list[Dataset]:
+        identifier = Dataset()
+        identifier.QueryRetrieveLevel = level
+        for keyword, value in query.items():
+            setattr(identifier, keyword, value)
+        model = StudyRootQueryRetrieveInformationModelFind
+        association = associate(self._settings, self._aet, {model: ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2"]})
+        found = []
+        try:
+            for status, answer in association.send_c_find(identifier, model):
+                if status.get("Status") in PENDING and answer is not None:
+                    found.append(answer)
+                elif status.get("Status") != SUCCESS:
+                    raise Unreachable(f"C-FIND ended with status {status.get('Status', 'none')}")
+        except (ValueError, RuntimeError) as error:
+            raise Unreachable(f"C-FIND: {type(error).__name__}") from None
+        finally:
+            if association.is_established:
+                association.release()
+        return found
+
+    def _get(self, study: str, series: str) -> list[str]:
+        taken: list[str] = []
+
+        def on_store(event) -> int:
+            event.assoc.dul.socket.recv.message_ends()
+            if sop_instance := self._take(Path(event.dataset_path), self._settings.aet):
+                taken.append(sop_instance)
+            return SUCCESS
+
+        model = StudyRootQueryRetrieveInformationModelGet
+        contexts = {
+            model: ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2"],
+            **{uid: [*TRANSFER_SYNTAXES] for uid in IMAGES},
+        }
+        roles = [build_role(sop_class, scp_role=True) for sop_class in IMAGES]
+        handlers = [(evt.EVT_C_STORE, on_store)]
+        association = associate(self._settings, self._aet, contexts, handlers, roles)
+        identifier = Dataset()
+        identifier.QueryRetrieveLevel = "SERIES"
+        identifier.StudyInstanceUID, identifier.SeriesInstanceUID = study, series
+        try:
+            for status, _ in association.send_c_get(identifier, model):
+                if status.get("Status") not in (*PENDING, SUCCESS, 0xB000):
+                    raise Unreachable(f"C-GET ended with status {status.get('Status', 'none')}")
+        except (ValueError, RuntimeError) as error:
+            raise Unreachable(f"C-GET: {type(error).__name__}") from None
+        finally:
+            if association.is_established:
+                association.release()
+        return taken
+
+    # -------------------------------------------------------------------------------------------------- DICOMweb
+
+    def _of_web(self, patient: str, between: str, current: str, date: str) -> Iterator[tuple[str, str]]:
+        query = {"PatientID": patient, "StudyDate": between, "includefield": "00100020"}
+        found = [_model(study) for study in self._qido(f"studies?{urllib.parse.urlencode(query)}")]
+        for study in _earlier([s for s in found if str(s.get("PatientID", "")) == patient], current, date):
+            uid = str(study.StudyInstanceUID)
+            for series in map(_model, self._qido(f"studies/{uid}/series?includefield=00080060")):
+                if series.get("Modality") in MODALITIES:
+                    yield uid, str(series.SeriesInstanceUID)
+
+    def _wado(self, study: str, series: str) -> list[str]:
+        taken = []
+        for instance in map(_model, self._qido(f"studies/{study}/series/{series}/instances")):
+            path = f"studies/{study}/series/{series}/instances/{instance.SOPInstanceUID}"
+            kind, body = self._ask(path, 'multipart/related; type="application/dicom"; transfer-syntax=*')
+            with self._intake.new_file() as file:
+                file.write(_first_part(kind, body))
+            if sop_instance := self._take(Path(file.name), "dicomweb"):
+                taken.append(sop_instance)
+        return taken
+
+    def _qido(self, path: str) -> list[dict]:
+        _, body = self._ask(path, "application/dicom+json")
+        try:
+            return json.loads(body or b"[]")
+        except ValueError:
+            raise Unreachable("QIDO-RS answered no JSON") from None
+
+    def _ask(self, path: str, accept: str) -> tuple[str, bytes]:
+        settings = self._settings
+        headers = {"Accept": accept}
+        if settings.token_file:
+            headers["Authorization"] = f"Bearer {Path(settings.token_file).read_text().strip()}"
+        request = urllib.request.Request(f"{settings.url.rstrip('/')}/{path}", headers=headers)
+        context = settings.tls.client() if settings.tls else None
+        limit = self._intake.max_bytes + (1 << 20)
+        try:
+            with urllib.request.urlopen(request, timeout=settings.timeout_s, context=context) as answer:
+                body = answer.read(limit + 1)
+                if len(body) > limit:
+                    raise Unreachable(f"DICOMweb answer is over {limit} bytes")
+                return answer.headers.get("Content-Type", ""), body
+        except urllib.error.HTTPError as error:
+            raise Unreachable(f"DICOMweb answers HTTP {error.code}") from None
+        except OSError as error:
+            raise Unreachable(f"DICOMweb: {type(error).__name__}") from None
+
+
+def _earlier(studies: list[Dataset], current: str, date: str) -> list[Dataset]:
+    """Studies other than the current one that are not later, the last first."""
+    others = [s for s in studies if str(s.StudyInstanceUID) != current]
+    others = [s for s in others if not date or str(s.get("StudyDate") or "") <= date]
+    others.sort(key=lambda s: (str(s.get("StudyDate") or ""), str(s.get("StudyTime") or "")), reverse=True)
+    return others[:MOST_STUDIES]
+
+
+def _date(text: str) -> datetime.date | None:
+    try:
+        return datetime.datetime.strptime(text, "%Y%m%d").date()
+    except ValueError:
+        return None
+
+
+def _model(item: dict) -> Dataset:
+    try:
+        return Dataset.from_json(item)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise Unreachable("QIDO-RS answered what is not the DICOM JSON model") from None
+
+
+def _first_part(kind: str, body: bytes) -> bytes:
+    """The first part of a multipart/related answer, or the body where it is a bare object."""
+    marker = next((p.split("=", 1)[1].strip('"') for p in kind.split(";") if p.strip().startswith("boundary=")), None)
+    if marker is None:
+        return body
+    _, _, part = body.partition(b"\r\n\r\n")
+    return part.partition(f"\r\n--{marker}".encode())[0]

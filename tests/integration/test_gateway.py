@@ -1,0 +1,359 @@
+"""The gateway whole: Orthanc to gateway to Triton with the phantom model, and the results back; kills in between."""
+
+import io
+import json
+import signal
+import subprocess
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pynetdicom")
+pytest.importorskip("sqlalchemy")
+pytest.importorskip("pytriton")
+
+import gateway_faults
+import pydicom
+from gateway_peers import (
+    GatewayProcess,
+    Orthanc,
+    Postgres,
+    free_port,
+    gateway_config,
+    orthanc_dicom,
+    phantom_dicom,
+    phantom_repository,
+    renamed,
+    require,
+    send,
+    wait_for,
+)
+
+from cxr_triton.client.gateway.store import Received, Result, Store
+
+TEXT, FINDINGS = "AI, not verified: report", "AI, not verified: findings"
+
+
+@pytest.fixture(scope="module")
+def triton(tmp_path_factory):
+    """The served phantom model."""
+    repository = phantom_repository(tmp_path_factory.mktemp("phantom"))
+    server = gateway_faults.start_triton(repository, free_port())
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def site(triton, tmp_path_factory):
+    """A PACS that forwards to a gateway, which delivers back to it by C-STORE and to an archive by STOW-RS."""
+    folder = tmp_path_factory.mktemp("site")
+    port = free_port()
+    # What Orthanc's index lacks it does not send as commitment; see its own configuration.
+    with Orthanc(folder / "pacs", gateway_port=port) as pacs, Orthanc(folder / "archive") as archive:
+        destinations = [
+            orthanc_dicom(pacs, commitment=True, commitment_s=5.0),
+            {"name": "archive", "kind": "stow", "url": archive.stow},
+        ]
+        config = gateway_config(folder / "storage", triton.grpc, destinations, dicom={"port": port})
+        with GatewayProcess(folder / "gateway", config) as gateway:
+            gateway.pacs, gateway.archive = pacs, archive
+            yield gateway
+
+
+def forward(pacs: Orthanc, file: bytes) -> str:
+    """Have the PACS store a file and send it on to the gateway; its study UID."""
+    identifier = pacs.upload(file)
+    assert pacs.post("/modalities/gateway/store", identifier)["FailedInstancesCount"] == 0
+    return str(pydicom.dcmread(io.BytesIO(file), stop_before_pixels=True).StudyInstanceUID)
+
+
+def reports(orthanc: Orthanc, study: str) -> dict[str, pydicom.Dataset]:
+    """SRs of a study by series description, once both are there."""
+    query = f"{orthanc.stow}/studies/{study}/series?Modality=SR&includefield=0008103E"
+
+    def series():
+        with urllib.request.urlopen(query) as answer:
+            found = json.loads(answer.read() or b"[]")
+        return found if len(found) == 2 else None
+
+    found = {}
+    for one in wait_for(series, "two reports"):
+        root = f"{orthanc.stow}/studies/{study}/series/{one['0020000E']['Value'][0]}"
+        with urllib.request.urlopen(f"{root}/instances") as answer:
+            (instance,) = json.loads(answer.read())
+        request = urllib.request.Request(
+            f"{root}/instances/{instance['00080018']['Value'][0]}",
+            headers={"Accept": 'multipart/related; type="application/dicom"'},
+        )
+        with urllib.request.urlopen(request) as answer:
+            body = answer.read()
+        start = body.index(b"\r\n\r\n") + 4
+        dataset = pydicom.dcmread(io.BytesIO(body[start : body.rindex(b"\r\n--")]))
+        found[str(dataset.SeriesDescription)] = dataset
+    return found
+
+
+def test_a_study_goes_round_and_its_results_are_committed_and_equal_everywhere(site, tmp_path):
+    file = phantom_dicom(50_001)
+    study = forward(site.pacs, file)
+    image = pydicom.dcmread(io.BytesIO(file))
+    at_pacs, at_archive = reports(site.pacs, study), reports(site.archive, study)
+    assert set(at_pacs) == {TEXT, FINDINGS} and at_pacs == at_archive
+    for name, report in at_pacs.items():
+        assert report.StudyInstanceUID == image.StudyInstanceUID and report.PatientID == image.PatientID
+        assert (report.PreliminaryFlag, report.VerificationFlag) == ("PRELIMINARY", "UNVERIFIED"), name
+        path = tmp_path / "sr.dcm"
+        report.save_as(path, enforce_file_format=True)
+        subprocess.run([require("dsrdump"), str(path)], check=True, capture_output=True)
+        check = subprocess.run([require("dciodvfy"), str(path)], capture_output=True, text=True)
+        assert "Error" not in check.stderr, check.stderr
+    wait_for(lambda: site.ask("status")["deliveries"]["pacs"]["sent"] == 0, "storage commitment")
+    answered = [line for line in site.lines() if line["event"] == "commitment"]
+    assert sum(line["kept"] for line in answered) == 2 and not any(line["failed"] for line in answered)
+
+
+SYNTAXES = {
+    "dicom": ("NIH_DX_SC_8bit_implicitLE", "RG1_J2K_lossless", "RG1_J2K_lossy", "RG1_JPEGLS_near", "RG1_UNC_explicitLE",
+              "RG2_J2K_lossless", "RG2_J2K_lossy", "RG2_JPEGLS_lossless", "RG2_JPEGLS_near", "RG2_JPEG_extended12",
+              "RG2_JPEG_lossless_SV1", "RG2_RLE", "RG2_UNC_explicitLE"),
+    "dicom_derived": ("NIH_DX_JPEG_baseline", "NIH_DX_bigendian", "NIH_DX_deflated", "RG1_HTJ2K_lossless",
+                      "RG1_JPEGLS_lossless", "RG1_JPEG_lossless_SV1"),
+}  # fmt: skip
+ORTHANC_CANNOT_SEND = ("RG1_HTJ2K_lossless",)
+"""Orthanc 1.10 does not know HTJ2K as a transfer syntax of an association."""
+
+
+def test_every_transfer_syntax_comes_back_as_two_reports_over_both_ways(site, shared_data):
+    """Each file goes once through Orthanc by C-STORE (HTJ2K: from a peer of our own) and once by STOW-RS."""
+    by_study = {}
+    for folder, names in SYNTAXES.items():
+        for name in names:
+            original = shared_data / folder / f"{name}.dcm"
+            syntax = pydicom.dcmread(original, stop_before_pixels=True).file_meta.TransferSyntaxUID
+            for way in ("c-store", "stow"):
+                file = renamed(original)
+                copy = pydicom.dcmread(io.BytesIO(file), stop_before_pixels=True)
+                assert copy.file_meta.TransferSyntaxUID == syntax
+                if way == "stow":
+                    stow(site, file)
+                elif name in ORTHANC_CANNOT_SEND:
+                    assert send(site.port, [file]) == [0]
+                else:
+                    forward(site.pacs, file)
+                by_study[str(copy.StudyInstanceUID)] = (name, way, str(syntax), str(copy.SOPInstanceUID))
+    received = {line["study"]: line["syntax"] for line in site.lines() if line["event"] == "received"}
+    assert {syntax for _, _, syntax, _ in by_study.values()} <= set(received.values())  # nothing was transcoded
+    wait_for(lambda: not site.ask("status")["oldest_open_s"], "all readings", 300)
+    for study, (name, way, _, image) in by_study.items():
+        at_pacs = reports(site.pacs, study)
+        assert set(at_pacs) == {TEXT, FINDINGS} and at_pacs == reports(site.archive, study), (name, way)
+        evidence = at_pacs[FINDINGS].CurrentRequestedProcedureEvidenceSequence[0]
+        assert evidence.ReferencedSeriesSequence[0].ReferencedSOPSequence[0].ReferencedSOPInstanceUID == image
+
+
+def stow(gateway, file: bytes) -> None:
+    body = b"--xyz\r\nContent-Type: application/dicom\r\n\r\n" + file + b"\r\n--xyz--"
+    headers = {"Content-Type": 'multipart/related; type="application/dicom"; boundary=xyz'}
+    request = urllib.request.Request(f"{gateway.web}/dicom-web/studies", body, headers)
+    with urllib.request.urlopen(request) as answer:
+        assert answer.status == 200
+
+
+def test_a_late_image_is_read_and_a_repeat_is_not(site):
+    first = phantom_dicom(50_002, number=1)
+    study = forward(site.pacs, first)
+    reports(site.pacs, study)
+    done = site.ask("status")["jobs"]["done"]
+    assert send(site.port, [first]) == [0]
+    assert send(site.port, [phantom_dicom(50_003, study=study, number=2)]) == [0]
+    wait_for(lambda: site.ask("status")["jobs"]["done"] == done + 1, "the new reading")
+    series = wait_for(
+        lambda: (found := [i for i in site.pacs.instances("SR").values()]) and len(found) >= 4 and found, "four reports"
+    )
+    assert len({one["SOPInstanceUID"] for one in series}) == len(series)
+
+
+def test_what_will_never_be_read_is_a_dead_letter_and_says_why(site):
+    file = pydicom.dcmread(io.BytesIO(phantom_dicom(50_004)))
+    file.NumberOfFrames = 2
+    file.PixelData = file.PixelData * 2
+    out = io.BytesIO()
+    file.save_as(out, enforce_file_format=True)
+    assert send(site.port, [out.getvalue()]) == [0]
+    letters = wait_for(lambda: site.ask("status")["dead"], "a dead letter")
+    assert "[MULTI_FRAME]" in letters[-1]["error"] and letters[-1]["attempts"] == 1
+    job = letters[-1]["job"]
+    assert site.ask("retry", str(job))["jobs"] == [job]
+    wait_for(lambda: site.ask("status")["dead"], "the dead letter again")
+    site.ask("drop", str(job))
+    assert site.ask("status", str(job))["state"] == "dropped"
+
+
+def test_images_of_two_patients_under_one_study_are_not_read(site):
+    study = pydicom.uid.generate_uid()
+    files = [phantom_dicom(50_005, study=study, patient=patient) for patient in ("A", "B")]
+    assert send(site.port, files) == [0, 0]
+    letters = wait_for(lambda: site.ask("status")["dead"], "a dead letter")
+    assert "several Patient IDs" in letters[-1]["error"]
+    site.ask("drop", str(letters[-1]["job"]))
+
+
+def test_sigterm_ends_it_in_order_and_the_next_start_goes_on(triton, tmp_path):
+    """Two studies wait for a server that is away; after a restart with the server's address they are read."""
+    with Orthanc(tmp_path / "pacs") as pacs:
+        away = gateway_config(tmp_path / "storage", f"127.0.0.1:{free_port()}", [orthanc_dicom(pacs)])
+        with GatewayProcess(tmp_path / "gateway", away) as gateway:
+            assert send(gateway.port, [phantom_dicom(50_006), phantom_dicom(50_007)]) == [0, 0]
+            wait_for(lambda: gateway.ask("status")["jobs"]["grouped"] == 2, "two grouped studies")
+            assert gateway.stop(signal.SIGTERM) == 0
+        assert gateway.lines()[-1]["event"] == "stopped"
+        here = gateway_config(tmp_path / "storage", triton.grpc, [orthanc_dicom(pacs)])
+        with GatewayProcess(tmp_path / "gateway", here) as gateway:
+            wait_for(lambda: gateway.ask("status")["jobs"]["done"] == 2, "both readings")
+            assert len(pacs.instances("SR")) == 4
+
+
+def test_faults_lose_nothing_and_double_nothing(tmp_path):
+    """A small fault run; the large one is `make faults`, recorded in docs/results."""
+    require("Orthanc")
+    found = gateway_faults.run(tmp_path, objects=12, triton_kills=1, gateway_kills=2, timeout_s=400)
+    assert found["killed"] == {"triton": 1, "gateway": 2} and found["studies"] == 12
+
+
+# ------------------------------------------------------------------------------------------------------ PostgreSQL
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory):
+    with Postgres(tmp_path_factory.mktemp("postgres")) as postgres:
+        yield postgres
+
+
+def received(i: int, j: int = 0) -> Received:
+    return Received(
+        kind="image", sop_instance=f"1.{i}.{j}", digest=f"{i}-{j}", sop_class="1.2", study=f"1.{i}", series="1.8",
+        transfer_syntax="1.2.840.10008.1.2.1", patient="p", view="PA", taken="2026", number=1, bytes=10,
+        path=f"objects/{i}-{j}", source="test",
+    )  # fmt: skip
+
+
+def test_two_gateways_on_postgresql_share_the_work_and_never_the_same(postgres):
+    stores = [Store(postgres.url, name) for name in ("one", "two")]
+    for store in stores:
+        store.start()
+
+    def add(i: int) -> str:  # every image comes to both gateways at once
+        return stores[i % 2].add(received(i // 2), 0, 60)
+
+    def work(i: int) -> list[int]:
+        store, sent = stores[i % 2], []
+        for _ in range(40):
+            store.group_due()
+            if job := store.claim_job(60):
+                result = Result(kind="k", sop_class="1.2", sop_instance=f"2.25.{job.id}", path="r")
+                assert store.deliver(job.id, [result], {"a": {"k"}, "b": {"k"}}, 1.0)
+            for destination in ("a", "b"):
+                for row in store.claim_deliveries(destination, 60, 2):
+                    sent.append((destination, row.sop_instance))
+                    store.delivered(row.id, final=True)
+        return sent
+
+    with ThreadPoolExecutor(8) as pool:
+        verdicts = list(pool.map(add, range(60)))
+        sent = [one for part in pool.map(work, range(8)) for one in part]
+    assert verdicts.count("image") == 30 and verdicts.count("duplicate") == 30
+    assert len(sent) == len(set(sent)) == 60
+    assert stores[0].counts()["jobs"]["done"] == 30
+    for store in stores:
+        store.close()
+
+
+def test_two_gateways_on_postgresql_read_every_study_once(triton, postgres, tmp_path):
+    psycopg = pytest.importorskip("psycopg")
+    with psycopg.connect(postgres.url.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE shared")
+    url = postgres.url.rpartition("/")[0] + "/shared"
+    with Orthanc(tmp_path / "pacs") as pacs:
+        configs = [
+            gateway_config(tmp_path / "storage", triton.grpc, [orthanc_dicom(pacs)], name=name, queue=url)
+            for name in ("one", "two")
+        ]
+        with GatewayProcess(tmp_path / "1", configs[0]) as one, GatewayProcess(tmp_path / "2", configs[1]) as two:
+            files = [phantom_dicom(50_100 + i) for i in range(6)]
+            assert send(one.port, files[:4]) == [0] * 4 and send(two.port, files[2:]) == [0] * 4
+            wait_for(lambda: one.ask("status")["jobs"]["done"] == 6, "all readings")
+            assert {g["name"] for g in two.ask("status")["gateways"]} == {"one", "two"}
+            read = [line["study"] for gateway in (one, two) for line in gateway.lines() if line["event"] == "read"]
+            assert len(read) == 6
+            assert len(pacs.instances("SR")) == 12
+
+
+def test_the_example_runs_as_it_is_written(tmp_path):
+    """The packaged example, with the ports and the folder of this test."""
+    import yaml
+
+    from cxr_triton.client.gateway.config import EXAMPLE
+
+    config = yaml.safe_load(Path(EXAMPLE).read_text())
+    config["storage"], config["dicom"]["port"], config["web"]["port"] = str(tmp_path / "storage"), 0, 0
+    with GatewayProcess(tmp_path / "gateway", config) as gateway:
+        assert urllib.request.urlopen(f"{gateway.web}/health/live").status == 200
+
+
+@pytest.mark.parametrize("way", ["dicom", "web"])
+def test_the_patients_last_earlier_radiograph_is_read_first(way, triton, tmp_path):
+    """Two priors of the patient, one of another patient whose ID would match a wildcard, and a CT of the patient."""
+
+    def made(seed: int, date: str, patient: str = "P-1", modality: str = "DX") -> bytes:
+        dataset = pydicom.dcmread(io.BytesIO(phantom_dicom(seed, patient=patient)))
+        dataset.StudyDate, dataset.StudyTime, dataset.Modality = date, "120000", modality
+        dataset.PatientName, dataset.AccessionNumber, dataset.StudyID = "A^B", "", ""
+        out = io.BytesIO()
+        dataset.save_as(out, enforce_file_format=True)
+        return out.getvalue()
+
+    def uid(file: bytes) -> str:
+        return str(pydicom.dcmread(io.BytesIO(file), stop_before_pixels=True).SOPInstanceUID)
+
+    with Orthanc(tmp_path / "pacs") as pacs:
+        old, last = made(1, "20200101"), made(2, "20230101")
+        for file in (old, last, made(3, "20240101", patient="P-12"), made(4, "20240201", modality="CT")):
+            pacs.upload(file)
+        current = made(5, "20240301")
+        pacs.upload(current)
+        priors = {"url": pacs.stow} if way == "web" else {"aet": "ORTHANC", "host": "127.0.0.1", "port": pacs.port}
+        config = gateway_config(
+            tmp_path / "storage", triton.grpc, [orthanc_dicom(pacs)], priors=priors,
+            read={"max_images": 2, "task": "two", "max_attempts": 1},
+        )  # fmt: skip
+        with GatewayProcess(tmp_path / "gateway", config) as gateway:
+            assert send(gateway.port, [current]) == [0]
+            # The phantom's profile has no task of two images: what was asked is seen in the queue.
+            wait_for(lambda: gateway.ask("status")["dead"], "the end of the job")
+            store = Store(f"sqlite:///{tmp_path}/storage/queue.sqlite", "watcher")
+            job = store.job(gateway.ask("status")["dead"][0]["job"])
+            read = [store.object_of(sop) for sop in (uid(last), uid(current))]
+            assert job["read_objects"] == [row.id for row in read]
+            assert store.counts()["objects"]["prior"] == 1
+            assert store.counts()["jobs"]["dead"] == 1 and "[INVALID_REQUEST]" in job["error"]
+            store.close()
+
+
+def test_a_study_waits_for_a_pacs_with_priors_that_is_away(tmp_path):
+    from fake_server import FakeServer, failure
+
+    def never(request, context):
+        yield failure("[INTERNAL] not to be asked")
+
+    with FakeServer(never) as server:
+        config = gateway_config(
+            tmp_path / "storage", server.url, [{"name": "x", "aet": "X", "host": "127.0.0.1", "port": 1}],
+            priors={"aet": "PACS", "host": "127.0.0.1", "port": 1}, read={"max_images": 2, "max_attempts": 2},
+        )  # fmt: skip
+        with GatewayProcess(tmp_path / "gateway", config) as gateway:
+            assert send(gateway.port, [phantom_dicom(6)]) == [0]
+            (letter,) = wait_for(lambda: gateway.ask("status")["dead"], "a dead letter")
+            assert letter["error"].startswith("[UNAVAILABLE] priors: PACS") and letter["attempts"] == 2
+            assert not server.requests
