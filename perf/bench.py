@@ -8,6 +8,7 @@ concurrency, in which our driver and perf_analyzer take turns.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import statistics
@@ -21,7 +22,7 @@ from pathlib import Path
 from cxr_triton.client import Reader
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.perf import perf_analyzer
-from cxr_triton.perf.environment import environment
+from cxr_triton.perf.environment import environment, nvidia_smi
 from cxr_triton.perf.load import OVERLOAD, Load, offer
 from cxr_triton.perf.perf_analyzer import PerfAnalyzer
 from cxr_triton.perf.stages import waterfall
@@ -34,6 +35,7 @@ METRICS = {"single_stream": "latency_ms.p90", "offline": "readings_per_s", "serv
 METRICS["interactive"] = METRICS["server"]
 SCENARIOS = tuple(METRICS)
 WIDTHS = (12, 10, 9, 9, 10, 9)
+GPU_COUNTERS = ("utilization.gpu", "memory.used", "power.draw", "clocks.sm", "temperature.gpu")
 OFFERED_SHARES = (0.5, 0.7, 0.85)
 """Rates of `server` and `interactive` where none are given, in parts of what `offline` reached."""
 
@@ -138,16 +140,19 @@ class Observer:
         return counts
 
     def metrics(self) -> dict[str, float]:
-        """Our own metrics and the GPU's, labels added up."""
-        if not self._metrics:
-            return {}
-        with urllib.request.urlopen(f"http://{self._metrics}/metrics", timeout=30) as page:
-            lines = page.read().decode().splitlines()
+        """Our own metrics, labels added up, and the counters of each GPU."""
         totals = Counter()
-        for line in lines:
-            if line.startswith(("cxr_", "nv_gpu_")):
-                name, _, value = line.rpartition(" ")
-                totals[name.partition("{")[0]] += float(value)
+        if self._metrics:
+            with urllib.request.urlopen(f"http://{self._metrics}/metrics", timeout=30) as page:
+                lines = page.read().decode().splitlines()
+            for line in lines:
+                if line.startswith("cxr_"):
+                    name, _, value = line.rpartition(" ")
+                    totals[name.partition("{")[0]] += float(value)
+        for index, gpu in enumerate(nvidia_smi(*GPU_COUNTERS)):
+            for name, value in gpu.items():
+                with contextlib.suppress(ValueError):  # [N/A]
+                    totals[f"gpu{index}.{name}"] = float(value)
         return dict(totals)
 
     def resident_bytes(self) -> dict[str, int]:

@@ -12,14 +12,8 @@ from pathlib import Path
 from cxr_triton import __version__
 
 LIBRARIES = (
-    "numpy",
-    "onnxruntime",
-    "tritonclient",
-    "grpcio",
-    "nvidia-pytriton",
-    "torch",
-    "transformers",
-    "tensorrt_rtx",
+    *("numpy", "onnxruntime", "tritonclient", "grpcio", "nvidia-pytriton", "torch", "transformers"),
+    *("onnxruntime-genai", "tensorrt-cu13", "tensorrt-rtx-cu13", "vllm"),
 )
 
 
@@ -40,7 +34,7 @@ def environment() -> dict:
         "package": __version__,
         "revision": _revision(),
         "versions": versions,
-        "gpus": _gpus(),
+        "gpus": nvidia_smi("name", "memory.total", "driver_version", "power.limit", "compute_cap"),
         "load_average": os.getloadavg()[0],
     }
 
@@ -66,7 +60,7 @@ def _revision() -> str | None:
     return _said("git", "rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
 
 
-def _gpus() -> list[dict]:
-    query = ("name", "memory.total", "driver_version", "power.limit")
-    said = _said("nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader")
-    return [dict(zip(query, line.split(", "), strict=False)) for line in (said or "").splitlines()]
+def nvidia_smi(*query: str) -> list[dict[str, str]]:
+    """One entry a GPU, without units; none where there is no driver."""
+    said = _said("nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader,nounits")
+    return [dict(zip(query, line.split(", "), strict=True)) for line in (said or "").splitlines()]

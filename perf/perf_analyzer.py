@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ REMEDY = (
     "package index, unzip perf_analyzer out of the wheel, and name it with --perf-analyzer PATH; or leave it out with "
     "--perf-analyzer none"
 )
-_REQUEST = re.compile(rb'"request_inputs":\{(.*?)\},"response_timestamps":', re.DOTALL)
+_INPUTS, _AFTER = b'"request_inputs":{', b'},"response_timestamps":'  # a quote inside a value is escaped
 _ASKED = re.compile(rb'"REQUEST":("(?:[^"\\]|\\.)*")', re.DOTALL)
 
 
@@ -205,6 +205,10 @@ def run(
             raise InternalError(f"perf_analyzer failed with status {done.returncode}: {wrong}")
         printed = read_report(folder / "report.csv")
         records, window_s = read_export(folder / "export.json", items)
+    if failed := sum(record.failed for record in records):
+        raise InternalError(
+            f"{failed} of perf_analyzer's {len(records)} requests ended without a reading; see the server's log"
+        )
     said = {"command": ["perf_analyzer", *arguments], "version": tool.version, "window_s": window_s, **printed}
     return records, said
 
@@ -229,7 +233,7 @@ def read_export(path: Path, items: Sequence[Item]) -> tuple[list[Record], float]
     """
     asked = {json.dumps(item.request).encode(): index for index, item in enumerate(items)}
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-        small = _REQUEST.sub(_without_images, whole)
+        small = b"".join(_without_images(whole))
     experiment = json.loads(small.decode("latin-1"), strict=False)["experiments"][0]
     requests = sorted(experiment["requests"], key=lambda request: request["timestamp"])
     began_ns = requests[0]["timestamp"] if requests else 0
@@ -250,6 +254,14 @@ def read_export(path: Path, items: Sequence[Item]) -> tuple[list[Record], float]
     return records, (last_ns - first_ns) / 1e9
 
 
-def _without_images(found: re.Match[bytes]) -> bytes:
-    request = _ASKED.search(found[1])
-    return b'"request_inputs":{"REQUEST":' + (request[1] if request else b'""') + b'},"response_timestamps":'
+def _without_images(whole: mmap.mmap) -> Iterator[bytes]:
+    """The export with REQUEST alone left of every request's inputs."""
+    copied = 0
+    while (start := whole.find(_INPUTS, copied)) >= 0:
+        start += len(_INPUTS)
+        end = whole.find(_AFTER, start)
+        yield whole[copied:start]
+        request = _ASKED.search(whole, start, end)
+        yield request[0] if request else b'"REQUEST":""'
+        copied = end
+    yield whole[copied:]

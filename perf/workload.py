@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from cxr_triton.errors import InvalidProfile, InvalidRequest, unknown_key
+from cxr_triton.errors import InvalidImage, InvalidProfile, InvalidRequest, unknown_key
 from cxr_triton.profile import Checked, build, in_range, one_of
 
 WORKLOADS = Path(__file__).with_name("workloads")
@@ -228,6 +228,8 @@ def load_workload(name_or_path: str | Path, *, images: Path | None = None) -> Wo
     ------
     InvalidRequest
         As `load_spec`; or there is no image.
+    InvalidImage
+        A file of the folder is no radiograph.
     """
     spec, beside = load_spec(name_or_path)
     folder = images or (beside / spec.images.folder if spec.images.folder else None)
@@ -241,8 +243,23 @@ def _files(folder: Path) -> Iterator[Image]:
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     if not files:
         raise InvalidRequest(f"{folder} has no files; give a folder with DICOM, PNG or JPEG files")
-    # A file's name may be a patient's, and results are passed on.
-    return (Image(f"file-{i}", path.read_bytes()) for i, path in enumerate(files))
+    return (_file(f"file-{i}", path) for i, path in enumerate(files))
+
+
+def _file(name: str, path: Path) -> Image:
+    """A file under another name: its own may be a patient's, and results are passed on."""
+    from cxr_triton.dicom import read_image
+    from cxr_triton.phantom_file import SYNTAXES
+
+    data = path.read_bytes()
+    try:
+        found = read_image(data).metadata
+    except InvalidImage as error:
+        raise type(error)(f"{path}: {error.message}") from None
+    short = {uid: syntax for syntax, uid in SYNTAXES.items()}
+    syntax = short.get(found.transfer_syntax, found.transfer_syntax_name) or found.format
+    facts = {"syntax": syntax, "rows": found.rows, "columns": found.columns, "bits_stored": found.bits_stored}
+    return Image(name, data, facts)
 
 
 def _phantoms(spec: Spec) -> Iterator[Image]:

@@ -175,6 +175,24 @@ def test_the_environment_is_that_of_this_machine():
     assert said["cores"] >= 1 and said["memory_bytes"] > 1 << 28 and said["versions"]["numpy"] == np.__version__
 
 
+def test_gpus_are_named_and_read(tmp_path, monkeypatch):
+    """Against a stand-in for nvidia-smi: no GPU is here."""
+    tool = tmp_path / "nvidia-smi"
+    facts, counters = "NVIDIA H100, 81559, 580.1, 700.00, 9.0", "97, 4096, 512.5, 1980, [N/A]"
+    tool.write_text(f"#!/bin/sh\ncase $1 in *name*) echo '{facts}';; *) echo '{counters}';; esac\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (gpu,) = bench.environment()["gpus"]
+    assert (gpu["name"], gpu["memory.total"], gpu["compute_cap"]) == ("NVIDIA H100", "81559", "9.0")
+    read = bench.Observer("127.0.0.1:1").metrics()
+    assert read == {
+        "gpu0.utilization.gpu": 97,
+        "gpu0.memory.used": 4096,
+        "gpu0.power.draw": 512.5,
+        "gpu0.clocks.sm": 1980,
+    }
+
+
 def test_the_table_has_a_line_for_every_point_and_scenario():
     result = bench_results.result()
     lines = bench.table(result).splitlines()

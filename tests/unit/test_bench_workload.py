@@ -6,11 +6,12 @@ import json
 import math
 
 import numpy as np
+import PIL.Image
 import pytest
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
 from cxr_triton import dicom, phantom
-from cxr_triton.errors import InvalidRequest
+from cxr_triton.errors import InvalidImage, InvalidRequest
 from cxr_triton.perf import workload
 from cxr_triton.perf.workload import Output, arrivals, input_data, load_spec, load_workload
 from cxr_triton.profile import load_profile
@@ -108,12 +109,21 @@ def test_names_that_are_none_are_refused(tmp_path):
         load_workload("phantom", images=tmp_path)
 
 
-def test_a_folder_of_images_is_used_without_its_names(tmp_path):
-    for name in ("DOE^JANE.dcm", "B.png"):
-        (tmp_path / name).write_bytes(name.encode())
-    drawn = load_workload("phantom", images=tmp_path)
-    assert {image.data for item in drawn.items for image in item.images} == {b"DOE^JANE.dcm", b"B.png"}
-    assert "DOE" not in json.dumps(drawn.as_json())
+def test_a_folder_of_images_is_used_without_its_names(mine, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    drawn = {image.name: image.data for item in load_workload(mine).items for image in item.images}
+    (folder / "DOE^JANE.dcm").write_bytes(drawn["phantom-1"])
+    PIL.Image.new("L", (30, 40)).save(folder / "A.png")
+    used = load_workload("phantom", images=folder)
+    first, second = used.items[0].images[0], used.items[1].images[0]
+    assert first.facts == {"syntax": "png", "rows": 40, "columns": 30, "bits_stored": 8}
+    assert second.data == drawn["phantom-1"]
+    assert second.facts == {"syntax": "explicit", "rows": 80, "columns": 96, "bits_stored": 14}
+    assert "DOE" not in json.dumps(used.as_json()) and len(used.items) == 20
+    (folder / "notes.txt").write_text("no picture")
+    with pytest.raises(InvalidImage, match=r"notes\.txt"):
+        load_workload("phantom", images=folder)
 
 
 @pytest.mark.parametrize(
