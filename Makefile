@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEBIAN_PACKAGES := dcmtk dicom3tools chromium orthanc orthanc-dicomweb postgresql
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 demo: $(VENV)/.local
 	$(BIN)/cxr-triton demo --dir build/demo
@@ -11,6 +11,12 @@ demo: $(VENV)/.local
 test: $(VENV)/.test debian
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+# Each stage by itself, beside what it replaces; takes minutes and belongs on a quiet machine.
+bench: $(VENV)/.test
+	mkdir -p build
+	$(BIN)/python -m pytest tests/bench -o python_files='bench_*.py' -q --benchmark-json=build/bench.json
+	$(BIN)/python tests/bench/ratios.py build/bench.json build/bench-ratios.json
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
