@@ -1,8 +1,9 @@
-"""Continuous batching over the slots of a decoder session: prompts in, coalesced chunks of text out.
+"""Streams of a decoder: prompts in, coalesced chunks of text out, and continuous batching over a session's slots.
 
-One thread owns the session. Each turn it runs one chunk of one prompt, then one step for all streams that decode,
-so requests join and leave between steps. The streams that decode hold the first rows of the cache, the one that is in
-prefill the row after them; a row that becomes free is filled with the last one.
+`Runtime` queues, cancels and sends for whatever decodes. `DecoderRuntime` is the one over a decoder session: one thread
+owns the session. Each turn it runs one chunk of one prompt, then one step for all streams that decode, so requests join
+and leave between steps. The streams that decode hold the first rows of the cache, the one that is in prefill the row
+after them; a row that becomes free is filled with the last one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cxr_triton.errors import CxrError, InternalError, InvalidRequest, PromptToo
 
 from .sampling import Sampler, Sampling
 
-__all__ = ["Chunk", "Completion", "DecoderRuntime", "Generation", "Sampling"]
+__all__ = ["Chunk", "Completion", "DecoderRuntime", "Generation", "Runtime", "Sampling"]
 
 log = logging.getLogger(__name__)
 
@@ -113,8 +114,8 @@ class Chunk:
     error: CxrError | None = None
 
 
-class _Stream:
-    """A request on its way through queue, prefill and decode."""
+class Stream:
+    """A request on its way through queue, prefill and decode: its tokens in, chunks of text out."""
 
     def __init__(self, generation: Generation, on_chunk, is_cancelled, detokenizer, max_new_tokens: int):
         self.id = uuid.uuid4().hex
@@ -212,70 +213,55 @@ def held_back(text: str, stop: tuple[str, ...]) -> int:
     return 0
 
 
-class DecoderRuntime:
-    """Serves many generations from one decoder session.
+class Runtime:
+    """Serves many generations; what decodes them, a subclass says.
 
     Parameters
     ----------
-    bundle : Bundle
-        Engine bundle; its folder holds the tokenizer.
-    slots : int
-        Streams that decode at the same time.
+    tokenizer : ChatTokenizer
+    vocab, hidden : int
+        Ids that the decoder takes, and values of an image embedding.
+    max_sequence : int
+        Tokens of prompt and answer.
     queue_size : int
         Requests that may wait for a slot.
-    prefill_chunk : int
-        Prompt tokens per turn, so the longest pause of the running streams. It is the same whatever else runs: the
-        numbers that a prompt gives must not depend on its neighbours.
     coalesce_tokens, coalesce_ms : int, float
         A chunk is sent when it holds so many tokens, or would be older than this after another step. The first token
         is sent at once.
     heartbeat_ms : float
         Silence after which a stream that waits or is in prefill gets an empty chunk.
-    threads : int, optional
-        CPU threads of the session; all cores if None.
-    session : DecoderSession, optional
-        Used instead of one on the bundle.
-    tokenizer : ChatTokenizer, optional
-        Used instead of the bundle's.
+
+    Attributes
+    ----------
+    steps : int or None
+        Decode steps made so far; None where the engine does not tell.
     """
+
+    steps: int | None = None
 
     def __init__(
         self,
-        bundle,
+        tokenizer,
         *,
-        slots: int = 4,
-        queue_size: int = 64,
-        prefill_chunk: int = 128,
+        vocab: int,
+        hidden: int,
+        max_sequence: int,
+        queue_size: int,
         coalesce_tokens: int = 8,
         coalesce_ms: float = 30.0,
         heartbeat_ms: float = 500.0,
-        threads: int | None = None,
-        session=None,
-        tokenizer=None,
     ):
-        if session is None:
-            from .session import open_decoder
-
-            session = open_decoder(bundle, slots=slots, threads=threads)
-        if tokenizer is None:
-            from cxr_triton.chat import ChatTokenizer
-
-            tokenizer = ChatTokenizer(bundle.path)
-        self._session = session
         self._tokenizer = tokenizer
-        self._slots = session.slots
+        self._vocab, self._hidden, self._max_sequence = vocab, hidden, max_sequence
         self._queue_size = queue_size
-        self._prefill_chunk = prefill_chunk
         self._coalesce_tokens = coalesce_tokens
         self._coalesce_s = coalesce_ms / 1e3
         self._heartbeat_s = heartbeat_ms / 1e3
         self._step_s = 0.0  # of the last step: how long a chunk that is not sent now would still wait
         self._wake = threading.Condition()
         self._closing = False
-        self._streams: dict[str, _Stream] = {}  # guarded by _wake, as _waiting is
-        self._waiting: deque[_Stream] = deque()
-        self._prefilling: _Stream | None = None
-        self._decoding: list[_Stream] = []
+        self._streams: dict[str, Stream] = {}  # guarded by _wake, as _waiting is
+        self._waiting: deque[Stream] = deque()
         self._thread = threading.Thread(target=self._run, name="decoder-runtime", daemon=True)
         self._thread.start()
 
@@ -312,20 +298,20 @@ class DecoderRuntime:
         Unavailable
             The runtime is closed.
         """
-        ids, vocab, hidden = generation.input_ids, self._session.vocab, self._session.hidden
+        ids, vocab, hidden = generation.input_ids, self._vocab, self._hidden
         if ids.min() < 0 or ids.max() >= vocab:
             raise InvalidRequest(f"input_ids run from {ids.min()} to {ids.max()}, must stay within 0 and {vocab - 1}")
         if generation.image_embeddings.shape[1] != hidden:
             width = generation.image_embeddings.shape[1]
             raise InvalidRequest(f"image_embeddings has rows of {width} values, this decoder takes {hidden}")
-        prompt, context = len(ids), self._session.max_sequence
+        prompt, context = len(ids), self._max_sequence
         if prompt >= context:
             raise PromptTooLong(
                 f"the prompt has {prompt} tokens, the decoder's context holds {context} with at least 1 of the answer; "
                 "shorten the prompt or the history, send fewer images, or export with a larger context"
             )
         limit = min(generation.sampling.max_new_tokens, context - prompt)
-        stream = _Stream(generation, on_chunk, is_cancelled, self._tokenizer.stream(), limit)
+        stream = Stream(generation, on_chunk, is_cancelled, self._tokenizer.stream(), limit)
         with self._wake:
             if self._closing:
                 raise Unavailable("the decoder is shut down; send the request again later")
@@ -366,9 +352,7 @@ class DecoderRuntime:
         try:
             while self._wait():
                 self._drop_cancelled()
-                self._admit()
-                self._prefill()
-                self._decode()
+                self._turn()
                 self._beat()
         except Exception:
             log.exception("the decoder's scheduler failed")
@@ -378,16 +362,29 @@ class DecoderRuntime:
             streams = list(self._streams.values())
             self._streams.clear()
             self._waiting.clear()
-        self._prefilling, self._decoding = None, []
+        self._end()
         for stream in streams:
             self._send(stream, Chunk(error=error))
 
     def _wait(self) -> bool:
         """Sleep until there is work; False when the runtime closes."""
-        with self._wake:
-            while not (self._closing or self._waiting or self._prefilling or self._decoding):
-                self._wake.wait()
-            return not self._closing
+        raise NotImplementedError
+
+    def _turn(self) -> None:
+        """Give waiting streams free slots, let the running ones go on, and `_emit` what they have."""
+        raise NotImplementedError
+
+    def _silent(self) -> list[Stream]:
+        """Streams in prefill."""
+        raise NotImplementedError
+
+    def _release(self, stream: Stream) -> None:
+        """Free what a stream that ends holds; it is not among `_streams` any more."""
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        """Let go of all running streams and of the engine."""
+        raise NotImplementedError
 
     def _drop_cancelled(self) -> None:
         with self._wake:
@@ -397,12 +394,129 @@ class DecoderRuntime:
                 self._leave(stream)
                 self._send(stream, stream.complete("cancelled"))
 
-    def _asks_to_cancel(self, stream: _Stream) -> bool:
+    def _asks_to_cancel(self, stream: Stream) -> bool:
         try:
             return bool(stream.is_cancelled and stream.is_cancelled())
         except Exception:
             log.exception("the cancellation check of stream %s failed; the stream ends", stream.id)
             return True
+
+    def _emit(self, stream: Stream) -> None:
+        """Send what a stream has, if it ended, is due, or has just got its first token."""
+        if stream.id not in self._streams:
+            return  # sampling failed
+        if stream.finish_reason:
+            self._leave(stream)
+            self._send(stream, stream.complete(stream.finish_reason))
+        elif (
+            stream.generated == 1
+            or stream.unsent >= self._coalesce_tokens
+            or time.monotonic() + self._step_s > stream.unsent_since_s + self._coalesce_s
+        ):
+            self._send(stream, stream.take())
+
+    def _beat(self) -> None:
+        with self._wake:
+            silent = [*self._waiting]
+        silent += self._silent()
+        now_s = time.monotonic()
+        for stream in silent:
+            if now_s - stream.sent_s >= self._heartbeat_s:
+                self._send(stream, Chunk())
+
+    def _send(self, stream: Stream, chunk: Chunk) -> None:
+        stream.sent_s = time.monotonic()
+        try:
+            stream.on_chunk(chunk)
+        except Exception:
+            log.exception("the receiver of stream %s failed; the stream ends", stream.id)
+            self._leave(stream)
+
+    def _fail(self, streams: list[Stream], phase: str) -> None:
+        """End the streams that a failed run of the engine touched."""
+        log.exception("the engine failed in %s of %d stream(s)", phase, len(streams))
+        error = InternalError(f"the engine failed in {phase} of the request; see the server's log")
+        for stream in streams:
+            self._leave(stream)
+            self._send(stream, Chunk(error=error))
+
+    def _leave(self, stream: Stream) -> None:
+        """Forget a stream. It may leave twice."""
+        with self._wake:
+            if self._streams.pop(stream.id, None) is None:
+                return
+            if stream in self._waiting:
+                self._waiting.remove(stream)
+                return
+        self._release(stream)
+
+
+class DecoderRuntime(Runtime):
+    """Serves many generations from one decoder session.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        Engine bundle; its folder holds the tokenizer.
+    slots : int
+        Streams that decode at the same time.
+    prefill_chunk : int
+        Prompt tokens per turn, so the longest pause of the running streams. It is the same whatever else runs: the
+        numbers that a prompt gives must not depend on its neighbours.
+    threads : int, optional
+        CPU threads of the session; all cores if None.
+    session : DecoderSession, optional
+        Used instead of one on the bundle.
+    tokenizer : ChatTokenizer, optional
+        Used instead of the bundle's.
+    queue_size, coalesce_tokens, coalesce_ms, heartbeat_ms
+        As in `Runtime`.
+    """
+
+    def __init__(
+        self,
+        bundle,
+        *,
+        slots: int = 4,
+        prefill_chunk: int = 128,
+        threads: int | None = None,
+        session=None,
+        tokenizer=None,
+        queue_size: int = 64,
+        **pace: float,
+    ):
+        if session is None:
+            from .session import open_decoder
+
+            session = open_decoder(bundle, slots=slots, threads=threads)
+        if tokenizer is None:
+            from cxr_triton.chat import ChatTokenizer
+
+            tokenizer = ChatTokenizer(bundle.path)
+        self._session = session
+        self._slots = session.slots
+        self._prefill_chunk = prefill_chunk
+        self._prefilling: Stream | None = None
+        self._decoding: list[Stream] = []
+        self.steps = 0
+        sizes = {"vocab": session.vocab, "hidden": session.hidden, "max_sequence": session.max_sequence}
+        super().__init__(tokenizer, **sizes, queue_size=queue_size, **pace)
+
+    # Everything below runs in the scheduler thread.
+
+    def _wait(self) -> bool:
+        with self._wake:
+            while not (self._closing or self._waiting or self._prefilling or self._decoding):
+                self._wake.wait()
+            return not self._closing
+
+    def _turn(self) -> None:
+        self._admit()
+        self._prefill()
+        self._decode()
+
+    def _end(self) -> None:
+        self._prefilling, self._decoding = None, []
 
     def _admit(self) -> None:
         if self._prefilling or len(self._decoding) >= self._slots:
@@ -456,6 +570,7 @@ class DecoderRuntime:
         except Exception:
             self._fail(streams, "a step")
             return
+        self.steps += 1
         for stream, row in zip(streams, logits, strict=True):
             stream.next_position += 1
             self._accept(stream, row)
@@ -463,60 +578,17 @@ class DecoderRuntime:
         for stream in streams:
             self._emit(stream)
 
-    def _accept(self, stream: _Stream, logits: np.ndarray) -> None:
+    def _accept(self, stream: Stream, logits: np.ndarray) -> None:
         try:
             stream.accept(stream.sampler.sample(logits), time.monotonic())
         except Exception:
             self._fail([stream], "sampling")
 
-    def _emit(self, stream: _Stream) -> None:
-        """Send what a stream has, if it ended, is due, or has just got its first token."""
-        if stream.id not in self._streams:
-            return  # sampling failed
-        if stream.finish_reason:
-            self._leave(stream)
-            self._send(stream, stream.complete(stream.finish_reason))
-        elif (
-            stream.generated == 1
-            or stream.unsent >= self._coalesce_tokens
-            or time.monotonic() + self._step_s > stream.unsent_since_s + self._coalesce_s
-        ):
-            self._send(stream, stream.take())
+    def _silent(self) -> list[Stream]:
+        return [self._prefilling] if self._prefilling else []
 
-    def _beat(self) -> None:
-        with self._wake:
-            silent = list(self._waiting)
-        if self._prefilling:
-            silent.append(self._prefilling)
-        now_s = time.monotonic()
-        for stream in silent:
-            if now_s - stream.sent_s >= self._heartbeat_s:
-                self._send(stream, Chunk())
-
-    def _send(self, stream: _Stream, chunk: Chunk) -> None:
-        stream.sent_s = time.monotonic()
-        try:
-            stream.on_chunk(chunk)
-        except Exception:
-            log.exception("the receiver of stream %s failed; the stream ends", stream.id)
-            self._leave(stream)
-
-    def _fail(self, streams: list[_Stream], phase: str) -> None:
-        """End the streams that a failed run of the engine touched."""
-        log.exception("the engine failed in %s of %d stream(s)", phase, len(streams))
-        error = InternalError(f"the engine failed in {phase} of the request; see the server's log")
-        for stream in streams:
-            self._leave(stream)
-            self._send(stream, Chunk(error=error))
-
-    def _leave(self, stream: _Stream) -> None:
-        """Forget a stream, and keep the active rows of the cache the first ones. A stream may leave twice."""
-        with self._wake:
-            if self._streams.pop(stream.id, None) is None:
-                return
-            if stream in self._waiting:
-                self._waiting.remove(stream)
-                return
+    def _release(self, stream: Stream) -> None:
+        """Keep the active rows of the cache the first ones."""
         if stream is self._prefilling:
             self._prefilling = None
             self._session.free(len(self._decoding))

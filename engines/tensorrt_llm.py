@@ -6,7 +6,9 @@ here: tests hold the tensors against a reader of its rules.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,10 +39,16 @@ class EngineConfig:
     rotary_base : float
     mrope_section : tuple of int
         Frequencies that turn with time, height and width.
+    max_batch : int
+        Streams that run at the same time.
     max_sequence : int
         Prompt and answer, in tokens.
+    max_prompt : int
+        Prompt, in tokens: a whole one has to fit into a step of the engine, and to leave room for an answer.
     max_prompt_rows : int
         Rows of a request's prompt table.
+    hidden : int
+        Values of a row.
     """
 
     dtype: str
@@ -49,8 +57,11 @@ class EngineConfig:
     rotary_dim: int
     rotary_base: float
     mrope_section: tuple[int, ...]
+    max_batch: int
     max_sequence: int
+    max_prompt: int
     max_prompt_rows: int
+    hidden: int
 
     @classmethod
     def read(cls, path: str | Path) -> EngineConfig:
@@ -75,6 +86,8 @@ class EngineConfig:
                 raise ValueError(f"dtype {model['dtype']}, mrope_section {section}")
             if build["max_seq_len"] > model["max_position_embeddings"]:
                 raise ValueError(f"max_seq_len {build['max_seq_len']} is more than max_position_embeddings")
+            if str(build.get("kv_cache_type", "paged")).lower().rpartition(".")[2] != "paged":
+                raise ValueError(f"kv_cache_type {build['kv_cache_type']}, in-flight batching needs paged")
             return cls(
                 dtype=model["dtype"],
                 vocab_size=int(model["vocab_size"]),
@@ -82,7 +95,10 @@ class EngineConfig:
                 rotary_dim=int(model["rotary_embedding_dim"]),
                 rotary_base=float(model["rotary_base"]),
                 mrope_section=section,
+                max_batch=int(build["max_batch_size"]),
                 max_sequence=int(build["max_seq_len"]),
+                max_prompt=min(int(build["max_seq_len"]) - 1, int(build["max_num_tokens"])),
+                hidden=int(model["hidden_size"]),
                 max_prompt_rows=int(build["max_prompt_embedding_table_size"]) // int(build["max_batch_size"]),
             )
         except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
@@ -91,7 +107,33 @@ class EngineConfig:
             ) from None
 
 
-def request_tensors(generation: Generation, config: EngineConfig) -> dict[str, np.ndarray]:
+def check_request(generation: Generation, config: EngineConfig) -> None:
+    """Refuse what the engine would refuse.
+
+    Raises
+    ------
+    PromptTooLong
+        The prompt does not fit into a step, or leaves no room for an answer.
+    InvalidRequest
+        More image tokens than the engine was built for.
+    """
+    length, rows = len(generation.input_ids), int((generation.image_index >= 0).sum())
+    if length > config.max_prompt:
+        raise PromptTooLong(
+            f"the prompt has {length} tokens, the engine takes {config.max_prompt} (one step, or its context of "
+            f"{config.max_sequence} less 1 for the answer); shorten the prompt or the history, send fewer images, or "
+            "build for more"
+        )
+    if rows > config.max_prompt_rows:
+        raise InvalidRequest(
+            f"the images take {rows} tokens, the engine was built for {config.max_prompt_rows}; send fewer or smaller "
+            "images, or build with more"
+        )
+
+
+def request_tensors(
+    generation: Generation, config: EngineConfig, *, prefix_reuse: bool = False
+) -> dict[str, np.ndarray]:
     """Inputs of the model `tensorrt_llm` for one streamed request, each with its batch axis of 1.
 
     Stop strings are text and stay with whoever reads the tokens.
@@ -100,6 +142,8 @@ def request_tensors(generation: Generation, config: EngineConfig) -> dict[str, n
     ----------
     generation : Generation
     config : EngineConfig
+    prefix_reuse : bool
+        The engine keeps KV blocks for prompts that begin alike, and has to be told which image an image token is of.
 
     Returns
     -------
@@ -109,17 +153,11 @@ def request_tensors(generation: Generation, config: EngineConfig) -> dict[str, n
 
     Raises
     ------
-    PromptTooLong
-        No room for an answer.
-    InvalidRequest
-        More image tokens than the engine was built for.
+    PromptTooLong, InvalidRequest
+        As `check_request`.
     """
+    check_request(generation, config)
     sampling, length = generation.sampling, len(generation.input_ids)
-    if length >= config.max_sequence:
-        raise PromptTooLong(
-            f"the prompt has {length} tokens, the engine's context holds {config.max_sequence} with at least 1 of the "
-            "answer; shorten the prompt or the history, send fewer images, or build with a larger max_sequence"
-        )
     ids, table = _fake_ids(generation, config)
     ends = sampling.eos_token_ids
     tensors = {
@@ -140,25 +178,57 @@ def request_tensors(generation: Generation, config: EngineConfig) -> dict[str, n
     else:
         tensors["temperature"] = np.array([sampling.temperature], np.float32)
         tensors["runtime_top_p"] = np.array([sampling.top_p], np.float32)
-    if sampling.seed is not None:
-        tensors["seed"] = np.array([sampling.seed], np.uint64)
+        # Without one the engine would draw the same for every request.
+        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed % (1 << 64)
+        tensors["seed"] = np.array([seed], np.uint64)
     if len(table):
         tensors["prompt_embedding_table"] = table
+        if prefix_reuse:
+            tensors["prompt_table_extra_ids"] = extra_ids(generation, table)
     return {name: value[None] for name, value in tensors.items()}
 
 
 def _fake_ids(generation: Generation, config: EngineConfig) -> tuple[np.ndarray, np.ndarray]:
     """Ids whose image tokens count on from the vocabulary, and the rows that they name in their order."""
     is_image = generation.image_index >= 0
-    rows = int(is_image.sum())
-    if rows > config.max_prompt_rows:
-        raise InvalidRequest(
-            f"the images take {rows} tokens, the engine was built for {config.max_prompt_rows}; send fewer or smaller "
-            "images, or build with more"
-        )
     ids = generation.input_ids.copy()
-    ids[is_image] = config.vocab_size + np.arange(rows)
+    ids[is_image] = config.vocab_size + np.arange(int(is_image.sum()))
     return ids, generation.image_embeddings[generation.image_index[is_image]].astype(DTYPES[config.dtype])
+
+
+def extra_ids(generation: Generation, table: np.ndarray) -> np.ndarray:
+    """What tells the image tokens of different images apart in the engine's hashes of KV blocks.
+
+    An id is made of what the keys of an image's tokens depend on besides the tokens before them: its embeddings and its
+    grid, so equal ids at equal places mean equal keys.
+
+    Parameters
+    ----------
+    generation : Generation
+    table : (rows, hidden) array
+        The request's prompt table.
+
+    Returns
+    -------
+    (S,) uint64 array
+        0 for text, one positive number for all tokens of an image.
+    """
+    is_image = generation.image_index >= 0
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], is_image, [False]])))
+    ids, row = np.zeros(len(is_image), np.uint64), 0
+    for start, end in edges.reshape(-1, 2):  # an image is a run of image tokens, framed by its two control tokens
+        grid = generation.position_ids[:, start:end] - generation.position_ids[:, start : start + 1]
+        content = hashlib.blake2b(np.ascontiguousarray(grid, np.int64).tobytes(), digest_size=8)
+        content.update(table[row : row + end - start].tobytes())
+        ids[start:end] = int.from_bytes(content.digest(), "little") or 1
+        row += end - start
+    return ids
+
+
+def stop_tensors() -> dict[str, np.ndarray]:
+    """Inputs that cancel the request whose id they are sent under; the three others only have to be there."""
+    nothing = {name: np.zeros((1, 1), np.int32) for name in ("input_ids", "input_lengths", "request_output_len")}
+    return {**nothing, "stop": np.array([[True]])}
 
 
 def rotary_table(position_ids: np.ndarray, config: EngineConfig) -> np.ndarray:
@@ -177,6 +247,8 @@ def rotary_table(position_ids: np.ndarray, config: EngineConfig) -> np.ndarray:
     half = config.rotary_dim // 2
     frequencies = (1 / np.float32(config.rotary_base) ** (np.arange(half, dtype=np.float32) / half)).astype(np.float32)
     axes = np.repeat(np.arange(3), config.mrope_section)
-    angles = np.zeros((config.max_positions, half), np.float32)
-    angles[: position_ids.shape[1]] = position_ids[axes].T.astype(np.float32) * frequencies
-    return np.stack([np.cos(angles), np.sin(angles)], axis=-1).ravel()
+    angles = position_ids[axes].T.astype(np.float32) * frequencies
+    table = np.zeros((config.max_positions, half, 2), np.float32)
+    table[:, :, 0] = 1
+    table[: len(angles)] = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    return table.ravel()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
+import math
+import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from cxr_triton.pipeline import wire_error
+from cxr_triton.triton_repo.serve import GRPC_ADDRESS
 
 
 def parameters(args: dict) -> dict[str, str]:
@@ -26,10 +31,76 @@ def parameters(args: dict) -> dict[str, str]:
     return values
 
 
-def array(request, name: str):
-    """An input as an array that outlives the request, or None when it was not sent."""
+def open_runtime(bundle, values: dict[str, str]):
+    """The `Runtime` of a bundle's decoder engine, as the parameters of `decoder` ask for it."""
+    slots, queue_size = int(values["slots"]), int(values["queue_size"])
+    if bundle.engine == "tensorrt-llm":
+        from cxr_triton.chat import ChatTokenizer
+        from cxr_triton.engines.tensorrt_llm import EngineConfig
+        from cxr_triton.engines.tensorrt_llm_backend import TensorRTLLMBackend
+        from cxr_triton.engines.tensorrt_llm_runtime import TensorRTLLMRuntime
+
+        return TensorRTLLMRuntime(
+            EngineConfig.read(bundle.path / "tensorrt_llm"),
+            TensorRTLLMBackend(os.environ.get(GRPC_ADDRESS, "127.0.0.1:8001")),
+            ChatTokenizer(bundle.path),
+            slots=slots,
+            queue_size=queue_size,
+            prefix_reuse=values["prefix_reuse"] == "1",
+        )
+    from cxr_triton.engines.runtime import DecoderRuntime
+    from cxr_triton.engines.session import open_decoder
+
+    session = open_decoder(
+        bundle,
+        slots=slots,
+        threads=int(values["threads"]) or None,
+        batch_invariant=values["batch_invariant"] == "1",
+    )
+    return DecoderRuntime(bundle, session=session, queue_size=queue_size)
+
+
+def input_types(args: dict) -> dict[str, str]:
+    """Type of each input of a model, as ``TYPE_FP32``."""
+    return {tensor["name"]: tensor["data_type"] for tensor in json.loads(args["model_config"])["input"]}
+
+
+def array(request, name: str, kind: str):
+    """An input of a type as an array that outlives the request, or None when it was not sent."""
     tensor = pb_utils.get_input_tensor_by_name(request, name)
-    return None if tensor is None else tensor.as_numpy().copy()
+    if tensor is None:
+        return None
+    return _bfloat16(tensor) if kind == "TYPE_BF16" else tensor.as_numpy().copy()
+
+
+class _DLTensor(ctypes.Structure):
+    """Head of a DLPack tensor (dmlc/dlpack, version 0)."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+def _bfloat16(tensor) -> np.ndarray:
+    """A BF16 tensor in host memory; the backend gives numpy none, only DLPack."""
+    import ml_dtypes
+
+    capsule = tensor.to_dlpack()
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    head = _DLTensor.from_address(pointer(capsule, b"dltensor"))
+    shape = head.shape[: head.ndim]
+    words = (ctypes.c_uint16 * math.prod(shape)).from_address(head.data + head.byte_offset)
+    return np.frombuffer(words, ml_dtypes.bfloat16).reshape(shape).copy()
 
 
 def text(request, name: str) -> str:

@@ -18,11 +18,14 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.command()
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("-o", "--out", required=True, type=FOLDER, help="Folder of the repository; must be new or empty.")
-@click.option("--slots", default=4, show_default=True, help="Readings that decode at the same time.")
+@click.option(
+    "--slots", type=int, help="Readings that decode at the same time.  [default: 4; all of a TensorRT-LLM engine]"
+)
 @click.option("--preprocess-instances", default=2, show_default=True, help="Processes that decode images.")
 @click.option("--threads", default=0, help="CPU threads of each graph.  [default: all cores]")
 @click.option("--queue-size", default=64, show_default=True, help="Requests that may wait before each step.")
 @click.option("--batch-invariant", is_flag=True, help="Readings never depend on what else runs; int4 alone is slower.")
+@click.option("--prefix-reuse", is_flag=True, help="TensorRT-LLM: keep KV blocks of equal prompts; not proved.")
 @click.option("--force", is_flag=True, help="Replace an older repository.")
 @click.option("--unverified", is_flag=True, help="Take a bundle that did not pass `verify`; the repository says so.")
 @json_option
@@ -31,7 +34,7 @@ def package(bundle: Path, out: Path, force: bool, unverified: bool, json_path: s
 
     It holds everything it needs and may be moved; the bundle's files are hard-linked where possible.
     """
-    from .package import BUNDLE, ENSEMBLE, MODELS, VERIFICATION, Settings, write_repository
+    from .package import BUNDLE, ENSEMBLE, VERIFICATION, Settings, write_repository
 
     packaged = write_repository(bundle, out, Settings(**settings), force=force, unverified=unverified)
     verification, said = (out / ENSEMBLE / "1" / VERIFICATION).read_text().splitlines()[:2]
@@ -41,7 +44,7 @@ def package(bundle: Path, out: Path, force: bool, unverified: bool, json_path: s
     click.secho(said, fg=None if verification == "passed" else "yellow", err=True)
     result = {
         "repository": str(out),
-        "models": [*MODELS, ENSEMBLE],
+        "models": sorted(path.parent.name for path in out.glob("*/config.pbtxt")),
         "bundle": BUNDLE,
         "digest": packaged.digest,
         "profile": packaged.profile.name,

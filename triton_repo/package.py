@@ -3,6 +3,9 @@
 `config.pbtxt` is made from Triton's own protobuf messages, so it is valid by construction. The bundle lies in
 ``decoder/1/bundle``, where Triton takes it for no model; all models find it by a path relative to the repository, which
 can therefore be moved.
+
+For a bundle with TensorRT-LLM's engine two models run in NVIDIA's backends: `tensorrt_llm`, which `decoder` calls, and
+`vision_encoder` as a TensorRT plan. Such a server has to be started in the repository's folder.
 """
 
 from __future__ import annotations
@@ -13,15 +16,18 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from cxr_triton.engines.bundle import MANIFEST, Bundle, Geometry
+from cxr_triton.engines.bundle import MANIFEST, Bundle
 from cxr_triton.engines.record import require_verified
-from cxr_triton.errors import InvalidRequest, NotVerified
+from cxr_triton.engines.tensorrt_llm import EngineConfig
+from cxr_triton.errors import InvalidBundle, InvalidRequest, NotVerified
 
 BUNDLE = "decoder/1/bundle"
 ENSEMBLE = "cxr_reader"
 VERIFICATION = "VERIFICATION"
 VISION_BATCH = 8  # images
 MODELS = ("dicom_preprocess", "vision_encoder", "decoder", "report")
+ENGINE = "tensorrt_llm"
+SLOTS = 4
 _ADAPTERS = Path(__file__).parent
 
 
@@ -31,8 +37,9 @@ class Settings:
 
     Parameters
     ----------
-    slots : int
-        Streams that decode at the same time; each takes a KV cache of the bundle's whole context.
+    slots : int, optional
+        Streams that decode at the same time; each takes a KV cache of the bundle's whole context. By default 4, and
+        with TensorRT-LLM as many as its engine was built for.
     preprocess_instances : int
         Processes that decode images, each with a sandboxed child.
     threads : int
@@ -41,18 +48,21 @@ class Settings:
         Requests that may wait before each of preprocessing, vision encoder and decoder; one more is QUEUE_FULL.
     batch_invariant : bool
         A reading never depends on what else runs, to the last bit; see `engines.session.DecoderSession`.
+    prefix_reuse : bool
+        TensorRT-LLM keeps KV blocks for prompts that begin alike, images included. Not proved with M-RoPE.
     """
 
-    slots: int = 4
+    slots: int | None = None
     preprocess_instances: int = 2
     threads: int = 0
     queue_size: int = 64
     batch_invariant: bool = False
+    prefix_reuse: bool = False
 
     def __post_init__(self):
         for name, least in (("slots", 1), ("preprocess_instances", 1), ("threads", 0), ("queue_size", 1)):
-            if getattr(self, name) < least:
-                raise InvalidRequest(f"{name} is {getattr(self, name)}, must be at least {least}")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise InvalidRequest(f"{name} is {value}, must be at least {least}")
 
 
 def write_repository(
@@ -79,14 +89,16 @@ def write_repository(
     Raises
     ------
     InvalidRequest
-        `out` is in use.
+        `out` is in use, or the bundle's engine does not do what `settings` ask for.
     InvalidBundle
-        The bundle is damaged.
+        The bundle is damaged, or its engine is too small for its profile.
     NotVerified
         It has no passing record of the verification gate, and `unverified` is false.
     """
     source, out = Bundle.open(bundle, verify=False), Path(out).resolve()
     verification = _verification(source, unverified)
+    from google.protobuf import text_format
+
     used = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if used and not force:
         raise InvalidRequest(f"{out} is not an empty folder; choose another one or replace a repository with --force")
@@ -96,13 +108,15 @@ def write_repository(
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         new = partial / "new"
-        for name, text in configs(source, settings, verification[0]).items():
-            (new / name / "1").mkdir(parents=True)
-            (new / name / "config.pbtxt").write_text(text)
-        for name in MODELS:
-            shutil.copyfile(_ADAPTERS / name / "1" / "model.py", new / name / "1" / "model.py")
-        # Triton wants a version folder of an ensemble too, and an empty one gets lost in copies and version control.
-        (new / ENSEMBLE / "1" / "README").write_text("The ensemble has no file of its own; see config.pbtxt.\n")
+        for model in models(source, settings, verification[0]):
+            (new / model.name / "1").mkdir(parents=True)
+            (new / model.name / "config.pbtxt").write_text(text_format.MessageToString(model))
+            if model.backend == "python":
+                shutil.copyfile(_ADAPTERS / model.name / "1" / "model.py", new / model.name / "1" / "model.py")
+            elif model.platform == "tensorrt_plan":
+                _link(source.path / "vision.plan", new / model.name / "1" / "model.plan")
+            else:  # Triton wants a version folder all the same, and an empty one gets lost in copies
+                (new / model.name / "1" / "README").write_text("No file of its own; see config.pbtxt.\n")
         (new / ENSEMBLE / "1" / VERIFICATION).write_text("\n".join(verification) + "\n")
         (new / BUNDLE).mkdir()
         for file in (MANIFEST, *source.manifest["files"]):
@@ -136,34 +150,44 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def configs(bundle: Bundle, settings: Settings, verification: str) -> dict[str, str]:
-    """Text of ``config.pbtxt`` for each model and the ensemble; each says how the bundle was verified."""
-    from google.protobuf import text_format
-
-    tensors, threads, queue_size = _tensors(bundle.geometry), settings.threads, settings.queue_size
+def models(bundle: Bundle, settings: Settings, verification: str) -> list:
+    """``ModelConfig`` of each model and, last, the ensemble; each says how the bundle was verified."""
+    on_tensorrt_llm = bundle.engine == "tensorrt-llm"
+    if settings.prefix_reuse and not on_tensorrt_llm:
+        raise InvalidRequest(f"prefix reuse was asked for, {bundle.engine} has none; use tensorrt-llm")
+    tensors, threads, queue_size = _tensors(bundle), settings.threads, settings.queue_size
     preprocess = _python("dicom_preprocess", tensors, instances=settings.preprocess_instances, bundle=BUNDLE)
-    vision = _python("vision_encoder", tensors, bundle=BUNDLE, threads=threads)
-    decoder = _python(
-        "decoder",
-        tensors,
-        bundle=BUNDLE,
-        slots=settings.slots,
-        threads=threads,
-        queue_size=queue_size,
-        batch_invariant=int(settings.batch_invariant),
-    )
+    if _has_plan(bundle):
+        vision = _vision_plan(bundle, tensors)
+    else:
+        vision = _python("vision_encoder", tensors, bundle=BUNDLE, threads=threads)
+        # A request's images arrive together and have to fit into one batch.
+        vision.max_batch_size = max(bundle.profile.max_images, VISION_BATCH)
+    if on_tensorrt_llm:
+        engine = _engine(bundle, settings)
+        chosen = {"slots": engine.max_batch_size, "prefix_reuse": int(settings.prefix_reuse)}
+    else:
+        chosen = {
+            "slots": settings.slots or SLOTS,
+            "threads": threads,
+            "batch_invariant": int(settings.batch_invariant),
+        }
+    decoder = _python("decoder", tensors, bundle=BUNDLE, queue_size=queue_size, **chosen)
     report = _python("report", tensors)  # one instance: chunks have to stay in order
     for model in (preprocess, vision):
         model.dynamic_batching.default_queue_policy.max_queue_size = queue_size
-    # A request's images arrive together and have to fit into one batch.
-    vision.max_batch_size = max(bundle.profile.max_images, VISION_BATCH)
     for tensor in decoder.input:  # STOP comes alone
         tensor.optional = True
     decoder.model_transaction_policy.decoupled = True
-    models = (preprocess, vision, decoder, report, _ensemble(tensors))
-    for model in models:
+    result = [preprocess, vision, decoder, report, *([engine] if on_tensorrt_llm else []), _ensemble(bundle, tensors)]
+    for model in result:
         model.parameters["verification"].string_value = verification
-    return {model.name: text_format.MessageToString(model) for model in models}
+    return result
+
+
+def _has_plan(bundle: Bundle) -> bool:
+    """The vision encoder runs in Triton's TensorRT backend, and not in a session of ours."""
+    return bundle.engine == "tensorrt-llm" and bundle.vision_engine == "tensorrt"
 
 
 STEPS = {
@@ -190,9 +214,11 @@ STEPS = {
 """Tensors that each step takes and gives, in the order of the ensemble."""
 
 
-def _tensors(geometry: Geometry) -> dict[str, tuple[str, list[int]]]:
+def _tensors(bundle: Bundle) -> dict[str, tuple[str, list[int]]]:
     """Type and shape of every tensor between the steps; images are the batch of `vision_encoder`."""
+    geometry = bundle.geometry
     windows, tokens = geometry.window_budget, geometry.token_budget
+    embeddings = geometry.compute.upper() if _has_plan(bundle) else "FP32"
     text = ("TYPE_STRING", [1])
     return {
         "IMAGES": ("TYPE_STRING", [-1]),
@@ -204,7 +230,10 @@ def _tensors(geometry: Geometry) -> dict[str, tuple[str, list[int]]]:
         "INPUT_IDS": ("TYPE_INT64", [-1]),
         "IMAGE_INDEX": ("TYPE_INT64", [-1]),
         "POSITION_IDS": ("TYPE_INT64", [3, -1]),
-        "IMAGE_EMBEDDINGS": ("TYPE_FP32", [-1, tokens, geometry.hidden]),
+        "IMAGE_EMBEDDINGS": (
+            f"TYPE_{geometry.compute.upper() if _has_plan(bundle) else 'FP32'}",
+            [-1, tokens, geometry.hidden],
+        ),
         "CONTEXT": text,
         "STOP": text,
         "TEXT": text,
@@ -232,7 +261,130 @@ def _python(name: str, tensors: dict, *, instances: int = 1, **parameters):
     return model
 
 
-def _ensemble(tensors: dict):
+def _vision_plan(bundle: Bundle, tensors: dict):
+    """The plan as Triton's TensorRT backend serves it, run for one image and for a full batch before it is ready."""
+    from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
+
+    model = ModelConfig(name="vision_encoder", platform="tensorrt_plan", max_batch_size=_image_budget(bundle))
+    model.instance_group.add(count=1, kind=ModelInstanceGroup.KIND_GPU)
+    inputs, outputs = STEPS["vision_encoder"]
+    _declare(model, inputs, outputs, tensors, skip=1, name_of=str.lower)
+    for batch_size in sorted({1, model.max_batch_size}):
+        warm_up = model.model_warmup.add(name=f"{batch_size} images", batch_size=batch_size)
+        for tensor in model.input:
+            blank = warm_up.inputs[tensor.name]
+            blank.data_type, blank.zero_data = tensor.data_type, True
+            blank.dims.extend(tensor.dims)
+    return model
+
+
+def _image_budget(bundle: Bundle) -> int:
+    """Most images in one run of the plan; those of a request arrive together and have to fit."""
+    budget, images = bundle.manifest["recipe"]["image_budget"], bundle.profile.max_images
+    if budget < images:
+        raise InvalidBundle(
+            f"the vision engine takes {budget} images, profile {bundle.profile.name} allows {images} in a request; "
+            "build with a larger image_budget"
+        )
+    return budget
+
+
+ENGINE_INPUTS = {
+    "input_ids": ("TYPE_INT32", [-1]),
+    "input_lengths": ("TYPE_INT32", None),
+    "request_output_len": ("TYPE_INT32", None),
+    "end_id": ("TYPE_INT32", None),
+    "pad_id": ("TYPE_INT32", None),
+    "stop_words_list": ("TYPE_INT32", [2, -1]),
+    "temperature": ("TYPE_FP32", None),
+    "runtime_top_k": ("TYPE_INT32", None),
+    "runtime_top_p": ("TYPE_FP32", None),
+    "repetition_penalty": ("TYPE_FP32", None),
+    "seed": ("TYPE_UINT64", None),
+    "streaming": ("TYPE_BOOL", None),
+    "stop": ("TYPE_BOOL", None),
+    "prompt_embedding_table": ("", [-1, -1]),
+    "prompt_table_extra_ids": ("TYPE_UINT64", [-1]),
+    "mrope_rotary_cos_sin": ("TYPE_FP32", [-1]),
+    "mrope_position_deltas": ("TYPE_INT64", [1]),
+}
+"""What `engines.tensorrt_llm` sends of the inputs that TensorRT-LLM's backend knows; None is a scalar in its batch."""
+ENGINE_OUTPUTS = {"output_ids": ("TYPE_INT32", [-1, -1]), "sequence_length": ("TYPE_INT32", [-1])}
+_REQUIRED = {"input_lengths", "request_output_len"}
+_RAGGED = {"input_ids", "prompt_embedding_table", "prompt_table_extra_ids"}
+_TABLE_TYPES = {"bfloat16": "TYPE_BF16", "float16": "TYPE_FP16", "float32": "TYPE_FP32"}
+
+
+def _engine(bundle: Bundle, settings: Settings):
+    """TensorRT-LLM's engine as its C++ backend serves it."""
+    from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
+
+    config = EngineConfig.read(bundle.path / ENGINE)
+    _check_engine(bundle, settings, config)
+    model = ModelConfig(name=ENGINE, backend="tensorrtllm", max_batch_size=settings.slots or config.max_batch)
+    model.instance_group.add(count=1, kind=ModelInstanceGroup.KIND_CPU)
+    model.dynamic_batching.SetInParent()
+    model.model_transaction_policy.decoupled = True
+    for name, (kind, dims) in ENGINE_INPUTS.items():
+        if name == "prompt_table_extra_ids" and not settings.prefix_reuse:
+            continue
+        tensor = model.input.add(name=name, dims=dims or [1], optional=name not in _REQUIRED)
+        tensor.data_type = DataType.Value(kind or _TABLE_TYPES[config.dtype])
+        tensor.allow_ragged_batch = name in _RAGGED
+        if dims is None:
+            tensor.reshape.SetInParent()
+    for name, (kind, dims) in ENGINE_OUTPUTS.items():
+        model.output.add(name=name, data_type=DataType.Value(kind), dims=dims)
+    for key, value in _engine_parameters(bundle, settings, config).items():
+        model.parameters[key].string_value = value
+    return model
+
+
+def _engine_parameters(bundle: Bundle, settings: Settings, config: EngineConfig) -> dict[str, str]:
+    parameters = {
+        "gpt_model_type": "inflight_fused_batching",
+        "gpt_model_path": f"{BUNDLE}/{ENGINE}",  # from the folder in which the server was started
+        "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
+        "executor_worker_path": "/opt/tritonserver/backends/tensorrtllm/trtllmExecutorWorker",
+        "batch_scheduler_policy": "guaranteed_no_evict",
+        "max_beam_width": "1",
+        "enable_kv_cache_reuse": "true" if settings.prefix_reuse else "false",  # the backend's default is on
+        "enable_chunked_context": "false",
+        "exclude_input_in_output": "true",
+        # The backend reads these three without a default, and does not start where one is missing.
+        **dict.fromkeys(("tokenizer_dir", "xgrammar_tokenizer_info_path", "guided_decoding_backend"), ""),
+    }
+    if recipe := bundle.manifest.get("recipe"):
+        tokens = int(recipe["decoder"]["kv_share"] * config.max_batch * config.max_sequence)
+        parameters["max_tokens_in_paged_kv_cache"] = str(tokens)
+    return parameters
+
+
+def _check_engine(bundle: Bundle, settings: Settings, config: EngineConfig) -> None:
+    if settings.batch_invariant:
+        raise InvalidRequest("batch-invariant readings were asked for, tensorrt-llm has none; use onnxruntime")
+    if settings.slots and settings.slots > config.max_batch:
+        raise InvalidRequest(
+            f"{settings.slots} slots were asked for, the engine was built for {config.max_batch}; ask for no more, or "
+            "build with more"
+        )
+    geometry, profile = bundle.geometry, bundle.profile
+    needs = {
+        "values in an image embedding": (geometry.hidden, config.hidden, geometry.hidden == config.hidden),
+        "ids in the vocabulary": (geometry.vocab, config.vocab_size, geometry.vocab == config.vocab_size),
+        "tokens of context": (geometry.max_sequence, config.max_sequence, geometry.max_sequence <= config.max_sequence),
+        f"image tokens of {profile.max_images} images": (
+            rows := profile.max_images * geometry.token_budget,
+            config.max_prompt_rows,
+            rows <= config.max_prompt_rows,
+        ),
+    }
+    for what, (wanted, has, holds) in needs.items():
+        if not holds:
+            raise InvalidBundle(f"the engine has {has} {what}, the bundle needs {wanted}; build the bundle again")
+
+
+def _ensemble(bundle: Bundle, tensors: dict):
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
     ensemble = ModelConfig(name=ENSEMBLE, platform="ensemble")
@@ -241,16 +393,17 @@ def _ensemble(tensors: dict):
     for name in MODELS:
         step = ensemble.ensemble_scheduling.step.add(model_name=name, model_version=-1)
         inputs, outputs = STEPS[name]
-        step.input_map.update({tensor: tensor for tensor in inputs})
+        own = str.lower if name == "vision_encoder" and _has_plan(bundle) else str
+        step.input_map.update({own(tensor): tensor for tensor in inputs})
         # Triton refuses a tensor that no step takes.
-        step.output_map.update({tensor: tensor for tensor in outputs if tensor in used})
+        step.output_map.update({own(tensor): tensor for tensor in outputs if tensor in used})
     return ensemble
 
 
-def _declare(model, inputs, outputs, tensors: dict, skip: int = 0) -> None:
+def _declare(model, inputs, outputs, tensors: dict, skip: int = 0, name_of=str) -> None:
     from tritonclient.grpc.model_config_pb2 import DataType
 
     for tensors_of_model, names in ((model.input, inputs), (model.output, outputs)):
         for name in names:
             kind, shape = tensors[name]
-            tensors_of_model.add(name=name, data_type=DataType.Value(kind), dims=shape[skip:])
+            tensors_of_model.add(name=name_of(name), data_type=DataType.Value(kind), dims=shape[skip:])

@@ -29,6 +29,7 @@ from cxr_triton.errors import CxrError, InternalError, InvalidRequest, ServerMis
 # A decode step reads all weights; from pages of 2 MiB it does so faster. Set it for your own server too.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 HOST = "127.0.0.1"
+GRPC_ADDRESS = "CXR_TRITON_GRPC"  # tells the models the server's own gRPC endpoint
 SHM = Path("/dev/shm")
 EXIT_TIMEOUT_S = 5
 _NOISE = re.compile("CudaDriverHelper|CUDA driver version|pinned")  # said on every machine without a GPU
@@ -150,6 +151,7 @@ class Server:
             # The last folder holds no library: it marks the processes, see `pids`.
             "LD_LIBRARY_PATH": os.pathsep.join(map(str, [*libraries, self._backends])),
             "PYTHONUNBUFFERED": "1",
+            GRPC_ADDRESS: self.grpc,
         }
         environment.pop("PYTHONHOME", None)
         command = [
@@ -171,6 +173,7 @@ class Server:
             self._process = subprocess.Popen(
                 command,
                 env=environment,
+                cwd=self.repository,  # paths in config.pbtxt are relative to it
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

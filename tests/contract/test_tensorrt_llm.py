@@ -103,7 +103,12 @@ def engine(written, tmp_path):
 
 def engine_config(written, folder, **changes):
     model = json.loads((written / "config.json").read_text()) | changes
-    build = {"max_seq_len": CONTEXT, "max_batch_size": 4, "max_prompt_embedding_table_size": 4 * 100}
+    build = {
+        "max_seq_len": CONTEXT,
+        "max_num_tokens": CONTEXT,
+        "max_batch_size": 4,
+        "max_prompt_embedding_table_size": 4 * 100,
+    }
     (folder / "config.json").write_text(json.dumps({"pretrained_config": model, "build_config": build}))
     return EngineConfig.read(folder)
 
@@ -216,8 +221,8 @@ def test_limits_of_the_engine(reference, engine):
     generation = reference["two_images"][0]
     with pytest.raises(InvalidRequest, match="66 tokens, the engine was built for 65"):
         request_tensors(generation, dataclasses.replace(engine, max_prompt_rows=65))
-    with pytest.raises(PromptTooLong, match="engine's context holds 90"):
-        request_tensors(generation, dataclasses.replace(engine, max_sequence=90))
+    with pytest.raises(PromptTooLong, match="95 tokens, the engine takes 94"):
+        request_tensors(generation, dataclasses.replace(engine, max_prompt=94))
 
 
 @pytest.mark.parametrize(

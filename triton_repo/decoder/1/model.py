@@ -1,4 +1,4 @@
-"""Prompt and image embeddings to a stream of text chunks, from `cxr_triton.engines.runtime.DecoderRuntime`.
+"""Prompt and image embeddings to a stream of text chunks, from a `Runtime` of `cxr_triton.engines`.
 
 All that goes back to Triton leaves from one thread: Triton 2.51 corrupts its shared memory when several threads of a
 model send (triton-inference-server/server#8882). A stream that has begun never ends in an error response, which would
@@ -15,30 +15,14 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from cxr_triton.engines.bundle import Bundle
-from cxr_triton.engines.runtime import Chunk, DecoderRuntime, Generation
-from cxr_triton.engines.session import open_decoder
+from cxr_triton.engines.runtime import Chunk, Generation
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.pipeline import completion_json, sampling_of, wire_error
-from cxr_triton.triton_repo.adapter import array, parameters, text
+from cxr_triton.triton_repo.adapter import array, input_types, open_runtime, parameters, text
 
 log = logging.getLogger(__name__)
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 INPUTS = ("INPUT_IDS", "IMAGE_INDEX", "POSITION_IDS", "IMAGE_EMBEDDINGS", "CONTEXT")
-
-
-class CountingSession:
-    """A decoder session that counts its steps, so that a metric can tell how many a cancelled stream still took."""
-
-    def __init__(self, session):
-        self._session, self.steps = session, 0
-
-    def __getattr__(self, name):
-        return getattr(self._session, name)
-
-    def step(self, *args):
-        logits = self._session.step(*args)
-        self.steps += 1
-        return logits
 
 
 class Stream:
@@ -56,26 +40,24 @@ class Stream:
 class TritonPythonModel:
     def initialize(self, args):
         values = parameters(args)
-        bundle = Bundle.open(values["bundle"])
-        session = open_decoder(
-            bundle,
-            slots=int(values["slots"]),
-            threads=int(values["threads"]) or None,
-            batch_invariant=values["batch_invariant"] == "1",
-        )
-        self.session = CountingSession(session)
-        self.runtime = DecoderRuntime(bundle, session=self.session, queue_size=int(values["queue_size"]))
+        self.runtime = open_runtime(Bundle.open(values["bundle"]), values)
+        self.types = input_types(args)
         self.streams = {}
         gauge, counter = pb_utils.MetricFamily.GAUGE, pb_utils.MetricFamily.COUNTER
+        families = [
+            ("streams", "Streams that wait, are in prefill or decode", gauge),
+            ("cancelled_total", "Streams that were cancelled", counter),
+        ]
+        self.counts_steps = self.runtime.steps is not None
+        if self.counts_steps:
+            families += [
+                ("steps_total", "Decode steps, each for all active streams", counter),
+                ("steps_after_cancel_total", "Decode steps between cancellation and free slot", counter),
+            ]
         # A metric dies with its family.
         self.families = {
             name: pb_utils.MetricFamily(name=f"cxr_decoder_{name}", description=description, kind=kind)
-            for name, description, kind in (
-                ("streams", "Streams that wait, are in prefill or decode", gauge),
-                ("steps_total", "Decode steps, each for all active streams", counter),
-                ("cancelled_total", "Streams that were cancelled", counter),
-                ("steps_after_cancel_total", "Decode steps between cancellation and free slot", counter),
-            )
+            for name, description, kind in families
         }
         self.metrics = {name: family.Metric(labels={}) for name, family in self.families.items()}
         self.counted_steps = 0
@@ -113,7 +95,7 @@ class TritonPythonModel:
             return
         stream = Stream(sender, "{}")
         try:
-            arrays = {name: array(request, name) for name in INPUTS}
+            arrays = {name: array(request, name, self.types[name]) for name in INPUTS}
             if missing := [name for name in INPUTS if arrays[name] is None]:
                 raise InvalidRequest(f"{', '.join(missing)}: missing; send every input, or STOP alone")
             stream.context = arrays["CONTEXT"].reshape(-1)[0].decode()
@@ -127,18 +109,18 @@ class TritonPythonModel:
             )
             stream.id = self.runtime.submit(
                 generation,
-                lambda chunk: self.outbox.put((self.send, stream, chunk, self.session.steps)),
+                lambda chunk: self.outbox.put((self.send, stream, chunk, self.runtime.steps)),
                 lambda: stream.is_gone,
             )
         except Exception as error:
-            self.send(stream, Chunk(error=error), self.session.steps)
+            self.send(stream, Chunk(error=error), self.runtime.steps)
             return
         self.streams[stream.id] = stream
         self.metrics["streams"].set(len(self.streams))
 
     def cancel(self, stream):
-        if stream.stopped_at_step is None:
-            stream.stopped_at_step = self.session.steps
+        if not stream.is_gone:
+            stream.stopped_at_step = self.runtime.steps
             stream.is_gone = True
 
     def send(self, stream, chunk, step):
@@ -159,18 +141,19 @@ class TritonPythonModel:
             if stream.sender.is_cancelled():
                 self.cancel(stream)
             return
-        if stream.stopped_at_step is None:
+        if not stream.is_gone:
             stream.sender.send(pb_utils.InferenceResponse(outputs), flags=FINAL)
         else:
             stream.sender.send(flags=FINAL)
         self.streams.pop(stream.id, None)
-        was_cancelled = chunk.completion is not None and chunk.completion.finish_reason == "cancelled"
-        self.measure(step, step - stream.stopped_at_step if was_cancelled else None)
+        self.measure(stream, step, chunk.completion is not None and chunk.completion.finish_reason == "cancelled")
 
-    def measure(self, step, steps_after_cancel):
+    def measure(self, stream, step, was_cancelled):
         self.metrics["streams"].set(len(self.streams))
-        self.metrics["steps_total"].increment(step - self.counted_steps)
-        self.counted_steps = step
-        if steps_after_cancel is not None:
+        if was_cancelled:
             self.metrics["cancelled_total"].increment(1)
-            self.metrics["steps_after_cancel_total"].increment(steps_after_cancel)
+        if self.counts_steps:
+            self.metrics["steps_total"].increment(step - self.counted_steps)
+            self.counted_steps = step
+            if was_cancelled:
+                self.metrics["steps_after_cancel_total"].increment(step - stream.stopped_at_step)

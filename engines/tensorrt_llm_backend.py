@@ -1,0 +1,142 @@
+"""The served model `tensorrt_llm` over the server's own gRPC endpoint: tensors in, tokens as they come.
+
+All requests share one stream of `ModelStreamInfer`. Triton's Python backend could call the model itself (BLS), but with
+48 such calls at a time Triton 2.51 hung in stress runs, and a fault of the kind is open upstream
+(triton-inference-server/server#8882).
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+import grpc
+import ml_dtypes
+import numpy as np
+from tritonclient.grpc import service_pb2 as pb
+
+from cxr_triton.client.wire import STREAM_INFER, STREAM_INFER_TYPES, channel_options
+from cxr_triton.errors import CxrError, InternalError, Unavailable
+
+from .tensorrt_llm import stop_tensors
+
+log = logging.getLogger(__name__)
+MODEL = "tensorrt_llm"
+OUTPUTS = ("output_ids", "sequence_length")  # the backend wants both to be asked for
+DATATYPES = {
+    np.dtype(np.bool_): "BOOL",
+    np.dtype(np.int32): "INT32",
+    np.dtype(np.int64): "INT64",
+    np.dtype(np.uint64): "UINT64",
+    np.dtype(np.float16): "FP16",
+    np.dtype(np.float32): "FP32",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+}
+MAX_MESSAGE_MIB = 2047
+
+Listener = Callable[[str, np.ndarray, bool, CxrError | None], None]
+"""Called with request id, new tokens, whether they are the last, and an error, which is the last too."""
+
+
+class TensorRTLLMBackend:
+    """Client of the model `tensorrt_llm`.
+
+    Parameters
+    ----------
+    address : str
+        gRPC endpoint of the server, ``host:port``. It is called first when a request is, not before.
+    """
+
+    def __init__(self, address: str):
+        self._channel = grpc.insecure_channel(address, channel_options(MAX_MESSAGE_MIB))
+        self._lock = threading.Lock()
+        self._listeners: dict[str, Listener] = {}  # guarded by _lock, as the two streams are
+        self._streams: dict[str, queue.SimpleQueue] = {}
+        self._closed = False
+
+    def start(self, request_id: str, tensors: dict[str, np.ndarray], listener: Listener) -> None:
+        """Send a request; its tokens go to `listener`, which must not block, on a thread of this client."""
+        message = infer_request(request_id, tensors)
+        with self._lock:
+            self._listeners[request_id] = listener
+            self._queue("requests").put(message)
+
+    def stop(self, request_id: str) -> None:
+        """Cancel a request; the listener hears of its end. One that has ended is ignored."""
+        # On a stream of their own: what answers a stop has the id of the request that it stops.
+        with self._lock:
+            self._queue("stops").put(infer_request(request_id, stop_tensors()))
+
+    def close(self) -> None:
+        """Drop what runs and the connection."""
+        with self._lock:
+            self._closed = True
+            for requests in self._streams.values():
+                requests.put(None)
+            self._streams.clear()
+        self._channel.close()
+
+    def _queue(self, name: str) -> queue.SimpleQueue:
+        """Where a stream's requests go; opens the stream."""
+        if self._closed:
+            raise Unavailable("the decoder is shut down; send the request again later")
+        if name not in self._streams:
+            requests = self._streams[name] = queue.SimpleQueue()
+            call = self._channel.stream_stream(STREAM_INFER, **STREAM_INFER_TYPES)(iter(requests.get, None))
+            threading.Thread(target=self._read, args=(name, requests, call), name=f"engine-{name}", daemon=True).start()
+        return self._streams[name]
+
+    def _read(self, name: str, requests: queue.SimpleQueue, call) -> None:
+        try:
+            for message in call:
+                if name == "requests":
+                    self._hear(message)
+                elif message.error_message:
+                    log.error("the engine did not stop a request: %s", message.error_message)
+            reason = "it was closed"
+        except grpc.RpcError as error:
+            reason = f"{error.code().name}: {error.details()}"
+        except Exception as error:  # nobody else would tell those who wait
+            reason = f"{type(error).__name__}: {error}"
+            call.cancel()
+        with self._lock:
+            if self._closed:
+                return
+            if self._streams.get(name) is requests:
+                del self._streams[name]  # the next request opens another
+            requests.put(None)
+            lost = [] if name == "stops" else list(self._listeners.items())
+            if lost:
+                self._listeners.clear()
+        log.error("the stream of %s to the engine ended (%s), %d requests with it", name, reason, len(lost))
+        for request_id, listener in lost:
+            error = Unavailable("the connection to the decoder's engine broke; send the request again")
+            listener(request_id, np.empty(0, np.int32), True, error)
+
+    def _hear(self, message: pb.ModelStreamInferResponse) -> None:
+        response, error, token_ids = message.infer_response, None, np.empty(0, np.int32)
+        is_last = bool(message.error_message) or response.parameters["triton_final_response"].bool_param
+        if message.error_message:
+            log.error("the engine failed: %s", message.error_message)
+            error = InternalError("the engine refused the request or failed in it; see the server's log")
+        for output, content in zip(response.outputs, response.raw_output_contents, strict=True):
+            if output.name == "output_ids":  # [1, 1, new tokens]
+                token_ids = np.frombuffer(content, np.int32)
+        with self._lock:
+            listener = (self._listeners.pop if is_last else self._listeners.get)(response.id, None)
+        if listener and (is_last or len(token_ids)):
+            listener(response.id, token_ids, is_last, error)
+
+
+def infer_request(request_id: str, tensors: dict[str, np.ndarray]) -> pb.ModelInferRequest:
+    """A KServe v2 request of the model."""
+    message = pb.ModelInferRequest(model_name=MODEL, id=request_id)
+    message.parameters["triton_enable_empty_final_response"].bool_param = True
+    for name, value in tensors.items():
+        message.inputs.add(name=name, datatype=DATATYPES[value.dtype], shape=value.shape)
+        message.raw_input_contents.append(value.tobytes())
+    for name in OUTPUTS:
+        message.outputs.add(name=name)
+    return message
