@@ -511,6 +511,13 @@ class Store:
             ],
         }
 
+    def times(self, job: int) -> dict:
+        """When a job's first image came, when its last result was delivered, and the seconds its reading took."""
+        with self._begin() as c:
+            last = sa.select(sa.func.max(deliveries.c.sent_at)).where(deliveries.c.job == job).scalar_subquery()
+            row = c.execute(sa.select(jobs.c.first_at, jobs.c.reading_s, last).where(jobs.c.id == job)).one()
+        return dict(zip(("first_at", "reading_s", "delivered_at"), row, strict=True))
+
     def retry(self, ids: Sequence[int] = ()) -> list[int]:
         """Bring dead letters back to life, all of them without `ids`; which."""
         now = time.time()
