@@ -58,7 +58,8 @@ SOURCE = (
     "SeriesInstanceUID", "Rows", "Columns", "PhotometricInterpretation", "Manufacturer",
     "ManufacturerModelName", "SoftwareVersions", "DeviceSerialNumber", "StationName", "InstitutionName",
     "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "WindowCenter", "WindowWidth",
-    "VOILUTFunction", "VOILUTSequence", "PixelRepresentation", "BitsStored",
+    "VOILUTFunction", "VOILUTSequence", "PixelRepresentation", "BitsStored", "PixelSpacing", "ImagerPixelSpacing",
+    "PixelAspectRatio",
 )  # fmt: skip
 CHECKED_VRS = {"AS", "CS", "DA", "DS", "DT", "IS", "TM", "UI"}
 _UID = re.compile(r"[0-9.]{1,64}")

@@ -1,11 +1,12 @@
 """Boxes of a reading as Grayscale Softcopy Presentation States (PS3.3 A.33.1), for viewers that show no SR.
 
 A presentation state replaces the image's own grey scale transformations, so it repeats them: modality LUT, first VOI,
-polarity.
+polarity, shape of a pixel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydicom.dataset import Dataset
@@ -44,7 +45,13 @@ def _state(study: Study, source: Dataset, boxes: list[dict[str, Any]], number: i
     area = Dataset()
     area.DisplayedAreaTopLeftHandCorner = [1, 1]
     area.DisplayedAreaBottomRightHandCorner = [int(source.Columns), int(source.Rows)]
-    area.PresentationSizeMode, area.PresentationPixelAspectRatio = "SCALE TO FIT", [1, 1]
+    area.PresentationSizeMode = "SCALE TO FIT"
+    spacings = (source.get("PixelSpacing"), source.get("ImagerPixelSpacing"))
+    spacing = next((s for s in spacings if isinstance(s, Sequence) and len(s) == 2 and min(s) > 0), None)
+    if spacing:
+        area.PresentationPixelSpacing = spacing
+    else:
+        area.PresentationPixelAspectRatio = source.get("PixelAspectRatio") or [1, 1]
     area.ReferencedImageSequence = [reference(source)]
     state.DisplayedAreaSelectionSequence = [area]
     layer = Dataset()

@@ -202,6 +202,21 @@ def test_a_presentation_state_repeats_the_first_voi_and_the_rescale():
     ]
 
 
+def test_a_presentation_state_keeps_the_shape_of_a_pixel():
+    for attributes, keyword, expected in (
+        ({"PixelSpacing": ["0.2", "0.1"]}, "PresentationPixelSpacing", [0.2, 0.1]),
+        (
+            {"PixelSpacing": ["0", "0"], "ImagerPixelSpacing": ["0.15", "0.15"]},
+            "PresentationPixelSpacing",
+            [0.15, 0.15],
+        ),
+        ({"PixelAspectRatio": ["2", "1"]}, "PresentationPixelAspectRatio", [2, 1]),
+        ({}, "PresentationPixelAspectRatio", [1, 1]),
+    ):
+        (state,) = objects(header(**attributes), kinds=["gsps"])
+        assert state.DisplayedAreaSelectionSequence[0].get(keyword) == expected
+
+
 def test_dates_are_the_source_s_zone_and_never_the_clock():
     made = datetime.datetime(2026, 11, 22, 2, 15, tzinfo=datetime.UTC)
     (eastern,) = objects(header(TimezoneOffsetFromUTC="-0500"), kinds=["findings_sr"], options=other(made_at=made))
