@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import click
+import highdicom  # noqa: F401  # here, so that an install without it is told which extra to take
 
 from cxr_triton.cli import EXIT_NOT_AS_ASKED, json_option, printable, write_json
 from cxr_triton.client.command import FILE, connect, connection

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import time
@@ -79,9 +80,12 @@ def run(folder: Path, model: Path = PHANTOM) -> dict:
         readings = {name: _read(name, file, folder, server.grpc) for name, file in files.items()}
         done("read", f"{len(readings)} radiographs")
     done("stop", "server and all its processes ended")
-    for name, file in files.items():
-        readings[name]["objects"] = _objects(name, file, folder)
-    done("sr", f"DICOM and FHIR objects in {folder}")
+    if importlib.util.find_spec("highdicom"):
+        for name, file in files.items():
+            readings[name]["objects"] = _objects(name, file, folder)
+        done("sr", f"DICOM and FHIR objects in {folder}")
+    else:
+        click.echo("sr       not run: no highdicom here; install it with pip install 'cxr-triton[objects]'")
     readings["phantom"]["drawn"] = drawn
     click.echo(f"The phantom was drawn with: {', '.join(drawn)}. Read: {', '.join(readings['phantom']['labels'])}.")
     for name in files:
