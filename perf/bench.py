@@ -15,7 +15,7 @@ import statistics
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -78,7 +78,6 @@ class Plan:
     ttft_ms: float = 500.0
     itl_ms: float = 30.0
     seed: int = 0
-    bounds: dict = field(init=False)
 
     def __post_init__(self):
         if list(self.rates_per_s) != sorted(self.rates_per_s) or min(self.rates_per_s, default=1) <= 0:
@@ -86,11 +85,14 @@ class Plan:
         for name in ("repeats", "min_requests", "warm_up", "offline_concurrency"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}, must be at least 1")
-        bounds = {
+
+    @property
+    def bounds(self) -> dict[str, dict[str, float]]:
+        """Scenario to what its readings have to keep."""
+        return {
             "server": {"latency_ms": self.latency_ms},
             "interactive": {"ttft_ms": self.ttft_ms, "itl_ms": self.itl_ms},
         }
-        object.__setattr__(self, "bounds", bounds)
 
     @property
     def runs(self) -> int:
@@ -355,7 +357,7 @@ class Bench:
                 items,
                 concurrency=concurrency,
                 requests=requests,
-                timeout_s=requests * self.timeout_s,
+                timeout_s=60 + math.ceil(requests / concurrency) * self.timeout_s,
             )
         return (observed.repeat(records, {}), records), said
 

@@ -25,6 +25,7 @@ from cxr_triton.perf.stages import stages_of
 from cxr_triton.perf.summary import Record
 from cxr_triton.perf.workload import arrivals
 
+TIMER_S = 0.002
 OVERLOAD = ("QUEUE_FULL", "DEADLINE_EXCEEDED")
 """Errors that a load may be too high for; every other one is a fault."""
 
@@ -145,10 +146,16 @@ class _Run:
         for turn, scheduled_s in enumerate(due):
             if self.failure or (scheduled_s >= min_seconds and turn >= min_requests):
                 break
-            if (wait_s := scheduled_s - self._now()) > 0:
-                await asyncio.sleep(wait_s)
+            await self._until(scheduled_s)
             tasks.append(asyncio.create_task(self._send(turn % len(self.messages), scheduled_s)))
         await asyncio.gather(*tasks)
+
+    async def _until(self, due_s: float) -> None:
+        """Wait; the last `TIMER_S` actively, because the event loop's timers are late by a millisecond or two."""
+        if (wait_s := due_s - self._now() - TIMER_S) > 0:
+            await asyncio.sleep(wait_s)
+        while self._now() < due_s:
+            await asyncio.sleep(0)
 
     async def _closed_loop(self, turns: Iterator[int], min_seconds: float, min_requests: int) -> None:
         """One of the requests that are always under way."""

@@ -128,7 +128,7 @@ def install(folder: Path) -> None:
             (new / "perf_analyzer").write_bytes(wheel.read(name))
         (new / "perf_analyzer").chmod(0o755)
         for name, library in _libraries().items():
-            (new / name).symlink_to(library)
+            shutil.copyfile(library, new / name)
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
 
