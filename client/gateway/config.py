@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,7 +118,7 @@ class Dicom(Section):
         _require_aet("aet", self.aet)
         if self.tls and not self.tls.cert:
             raise InvalidProfile("tls.cert: is missing; a listener needs a certificate and its key")
-        if not self.peers and ipaddress.ip_address(socket.gethostbyname(self.host)) not in LOOPBACK[0]:
+        if not self.peers and not _is_loopback(self.host):
             raise InvalidProfile(f"peers: is empty and host is {self.host}; name who may send")
 
     @property
@@ -145,8 +144,7 @@ class Web(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        loopback = ipaddress.ip_address(socket.gethostbyname(self.host)) in LOOPBACK[0]
-        if self.stow and not loopback and not self.token_file:
+        if self.stow and not _is_loopback(self.host) and not self.token_file:
             raise InvalidProfile(f"token_file: is missing and host is {self.host}; STOW-RS there needs a token")
 
 
@@ -409,6 +407,14 @@ def load_config(path: str | os.PathLike) -> Config:
         return build(Config, data, path.name)
     except InvalidProfile as error:
         raise InvalidConfig(error.message) from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    return any(address in network for network in LOOPBACK)
 
 
 def _require_aet(name: str, aet: str) -> None:

@@ -6,6 +6,7 @@ silent connections as associations. `Listener` puts limits under it, where bytes
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import contextlib
 import errno
@@ -42,6 +43,8 @@ from cxr_triton.dicom import Identity, Limits, read_identity
 from cxr_triton.errors import InvalidImage, LimitExceeded, QueueFull, Unavailable
 
 SUCCESS, OUT_OF_RESOURCES, WRONG_CLASS, CANNOT_UNDERSTAND, PROCESSING_FAILURE = 0x0000, 0xA700, 0xA900, 0xC000, 0x0110
+STOW_IDLE_S = 30.0
+"""How long a STOW-RS client may say nothing in the middle of a request."""
 STALE_S = 3600
 """After so long a file in the incoming folder belongs to no transfer any more."""
 _MIB = 1 << 20
@@ -547,8 +550,6 @@ async def stow(request: web.Request, intake: Intake, token: str | None) -> web.R
 
     200 when all instances are durable and queued, 202 when some are, 409 when none is, 507 when there was no room.
     """
-    import asyncio
-
     if token is not None:
         given = request.headers.get("Authorization", "")
         if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), f"Bearer {token}".encode()):
@@ -565,7 +566,7 @@ async def stow(request: web.Request, intake: Intake, token: str | None) -> web.R
 
     try:
         parts = await request.multipart()
-        while (part := await parts.next()) is not None:
+        while (part := await asyncio.wait_for(parts.next(), STOW_IDLE_S)) is not None:
             path = None
             try:
                 if part.headers.get("Content-Type", "application/dicom").split(";")[0].strip() != "application/dicom":
@@ -573,7 +574,7 @@ async def stow(request: web.Request, intake: Intake, token: str | None) -> web.R
                 await asyncio.to_thread(intake.require_room)
                 with intake.new_file() as file:
                     path, size = Path(file.name), 0
-                    while chunk := await part.read_chunk(_CHUNK):
+                    while chunk := await asyncio.wait_for(part.read_chunk(_CHUNK), STOW_IDLE_S):
                         size += len(chunk)
                         if size > intake.max_bytes:
                             raise LimitExceeded(f"object is over {intake.max_bytes} bytes; send a smaller one")
@@ -585,11 +586,15 @@ async def stow(request: web.Request, intake: Intake, token: str | None) -> web.R
                 failed.append(_item(reason=OUT_OF_RESOURCES))
             except InvalidImage as error:
                 failed.append(_item(reason=WRONG_CLASS if isinstance(error, _Mismatch) else CANNOT_UNDERSTAND))
+            except TimeoutError:
+                raise
             except (OSError, sqlalchemy.exc.SQLAlchemyError):
                 failed.append(_item(reason=PROCESSING_FAILURE))
             finally:
                 if path is not None:
                     path.unlink(missing_ok=True)
+    except TimeoutError:
+        return web.json_response({"error": f"nothing came for {STOW_IDLE_S:g} s"}, status=408)
     except ValueError as error:
         return web.json_response({"error": f"not multipart/related: {type(error).__name__}"}, status=400)
     answer = {}

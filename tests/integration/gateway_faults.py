@@ -43,8 +43,8 @@ from gateway_peers import (
 )
 
 KINDS = ("findings_sr", "text_sr")
+TIMEOUT_S = 2.0
 PHASES = ("pass", "refuse", "pass", "silent", "pass", "cut", "pass", "full")
-PHASE_S = 2.5
 
 
 class Proxy:
@@ -138,7 +138,7 @@ class FlakyPacs:
             return 0xA700
         if self.mode == "silent":
             self.broken += 1
-            time.sleep(2 * PHASE_S)
+            time.sleep(2 * TIMEOUT_S)
         dataset = event.dataset
         digest = hashlib.sha256(event.request.DataSet.getvalue()).hexdigest()
         with self._lock:
@@ -189,6 +189,7 @@ def run(
     gateways: int = 1,
     postgres: bool = False,
     seed: int = 0,
+    phase_s: float = 2.5,
     timeout_s: float = 3600,
 ) -> dict:
     """The run; what was counted. Raises `AssertionError` when something was lost, twice or left."""
@@ -210,7 +211,7 @@ def run(
         {"name": "flaky", "kind": "dicom", "aet": "FLAKY", "host": "127.0.0.1", "port": flaky.port},
         {"name": "archive", "kind": "stow", "url": f"http://127.0.0.1:{to_archive.port}/dicom-web"},
     ]
-    destinations = [{**to, "timeout_s": 2.0, "give_up_s": 86400.0} for to in destinations]
+    destinations = [{**to, "timeout_s": TIMEOUT_S, "give_up_s": 86400.0} for to in destinations]
     ports = [free_port() for _ in range(gateways)]
     configs = []
     for i, port in enumerate(ports):
@@ -244,7 +245,7 @@ def run(
             for i, one in enumerate(faulty):
                 one.mode = PHASES[(step[i]) % len(PHASES)]
                 step[i] += 1
-            over.wait(PHASE_S)
+            over.wait(phase_s)
         for one in faulty:
             one.mode = "pass"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -164,6 +165,14 @@ class GatewayProcess(Process):
             with contextlib.suppress(ValueError):
                 found.append(json.loads(line))
         return found
+
+    @functools.cached_property
+    def queue(self):
+        """The gateway's queue, to look into."""
+        from cxr_triton.client.gateway.config import load_config
+        from cxr_triton.client.gateway.store import Store
+
+        return Store(load_config(self.config).queue_url, "watcher")
 
     def ask(self, *arguments: str, code: int = 0) -> dict:
         """What an operator's verb says."""

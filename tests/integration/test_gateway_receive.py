@@ -31,8 +31,6 @@ from gateway_peers import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cxr_triton.client.gateway.store import Store
-
 NOWHERE = [{"name": "nowhere", "kind": "dicom", "aet": "NOWHERE", "host": "127.0.0.1", "port": 1}]
 LIMIT_MIB = 4
 
@@ -53,9 +51,7 @@ def gateway(tmp_path_factory):
     )  # fmt: skip
     with GatewayProcess(folder / "gateway", config) as gateway:
         gateway.inbox, gateway.storage = folder / "in", folder / "storage"
-        gateway.queue = Store(f"sqlite:///{folder}/storage/queue.sqlite", "watcher")
         yield gateway
-        gateway.queue.close()
 
 
 @pytest.fixture(autouse=True)
