@@ -1,0 +1,222 @@
+"""deploy/: linters, the smoke test's flow with a stand-in of Docker, what the served models import."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cxr_triton.engines.recipe import load_recipe, recipe_names
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
+TAG = "26.07-trtllm-python-py3"
+DIGEST = "sha256:" + "0" * 64
+
+
+def lint(tool, *arguments):
+    path = shutil.which(tool, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if path is None:
+        pytest.skip(f"{tool} is not here; install it with pip install 'cxr-triton[test]'")
+    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_dockerfile_passes_hadolint():
+    lint("hadolint", str(DEPLOY / "Dockerfile"))
+
+
+def test_the_script_passes_shellcheck():
+    lint("shellcheck", str(DEPLOY / "smoke.sh"))
+
+
+def test_the_compose_file_is_of_the_compose_schema():
+    lint("check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yaml"))
+
+
+def stages():
+    text = (DEPLOY / "Dockerfile").read_text()
+    return {part.split("\n")[0].split()[-1]: part for part in re.split(r"^(?=FROM )", text, flags=re.MULTILINE)[1:]}
+
+
+def test_what_serves_is_pinned_by_digest_and_is_no_root():
+    parts = stages()
+    assert parts["base"].startswith("FROM ${IMAGE}@${DIGEST} AS base")
+    for name in ("engine", "serve"):
+        assert parts[name].startswith(f"FROM base AS {name}")
+        assert re.findall(r"^USER (.*)$", parts[name], re.MULTILINE)[-1] == "10001:10001"
+    assert "ARG DIGEST\n" in (DEPLOY / "Dockerfile").read_text(), "a default would be one that nobody checked"
+    assert "[serve]" in parts["serve"] and "[quantize]" not in parts["serve"]
+
+
+def test_every_image_and_container_is_of_one_tag():
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    assert compose["services"]["server"]["image"] == f"cxr-triton-serve:{TAG}"
+    assert f"tag={TAG}" in (DEPLOY / "smoke.sh").read_text()
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        if recipe.decoder.compiler == "tensorrt-llm":
+            assert recipe.container == f"nvcr.io/nvidia/tritonserver:{TAG}"
+
+
+def test_everything_listens_on_loopback_and_nothing_may_gain_privileges():
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    for name, service in services.items():
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"]), name
+        assert service["cap_drop"] == ["ALL"] and "no-new-privileges:true" in service["security_opt"], name
+    mounted = {mount.split(":")[0] for name in ("prometheus", "grafana") for mount in services[name]["volumes"]}
+    for path in mounted:
+        assert not path.startswith("./") or (DEPLOY / path).is_file(), path
+    scraped = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["scrape_configs"][0]["static_configs"]
+    assert scraped == [{"targets": ["server:8002"]}]
+
+
+def test_the_dashboards_panels_lie_beside_each_other_and_ask_the_provisioned_source():
+    board = json.loads((DEPLOY / "grafana" / "cxr-triton.json").read_text())
+    source = yaml.safe_load((DEPLOY / "grafana" / "datasources.yml").read_text())["datasources"][0]
+    assert "research" in board["description"]
+    cells = set()
+    for panel in board["panels"]:
+        place = panel["gridPos"]
+        covered = {(place["x"] + i, place["y"] + j) for i in range(place["w"]) for j in range(place["h"])}
+        assert not covered & cells and place["x"] + place["w"] <= 24, panel["title"]
+        cells |= covered
+        for asked in (panel, *panel["targets"]):
+            assert asked["datasource"] == {"type": source["type"], "uid": source["uid"]}
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+
+
+DOCKER = """#!/bin/sh
+echo "docker $*" >> {log}
+case "$*" in
+    *imagetools*) echo {digest} ;;
+    *make-engine*) mkdir -p {out}/repository; echo '{{"stages": []}}' > {out}/make-engine.json ;;
+    *"up --detach"*) exit {up} ;;
+    *" golden "*) echo '{{"passed": false}}' > {out}/golden.json; exit {golden} ;;
+esac
+"""
+
+
+def smoke(folder, *more, up=0, golden=0, tools=True, **env):
+    """Run the script with a stand-in of Docker; gives its result and the calls."""
+    binaries, log, out = folder / "bin", folder / "log", folder / "out"
+    binaries.mkdir()
+    log.touch()
+    if tools:
+        (binaries / "docker").write_text(DOCKER.format(log=log, out=out, up=up, golden=golden, digest=DIGEST))
+        (binaries / "nvidia-smi").write_text("#!/bin/sh\necho 'Paper GPU, 590.44.01, 80 GiB, 9.0'\n")
+        for file in binaries.iterdir():
+            file.chmod(0o755)
+    for name in ("bash", "dirname", "mkdir", "id", "date", "cat", "git", "basename"):
+        (binaries / name).symlink_to(shutil.which(name))
+    environment = {"PATH": str(binaries), "HOME": str(folder), **env}
+    command = ["bash", str(DEPLOY / "smoke.sh"), str(out), *map(str, more)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=folder)
+    return done, log.read_text().splitlines()
+
+
+def test_the_smoke_test_builds_starts_judges_and_clears_up(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    done, calls = smoke(tmp_path, "org/model", "chexone", "h100-fp8-trtllm", "pictures", ACCEPT_LICENCE="1")
+    assert done.returncode == 0, done.stderr
+    out, pictures = tmp_path / "out", tmp_path / "pictures"
+    builds = [call for call in calls if call.startswith("docker build ")]
+    assert [re.search(r"--target (\w+) --tag (\S+)", call).groups() for call in builds] == [
+        (name, f"cxr-triton-{name}:{TAG}") for name in ("engine", "serve")
+    ]
+    assert all(f"--build-arg DIGEST={DIGEST}" in call for call in builds)
+    (made,) = [call for call in calls if " make-engine " in call]
+    assert f"--volume {out}:{out} --volume {pictures}:{pictures}:ro --gpus all" in made
+    assert made.endswith(
+        f"make-engine org/model --recipe h100-fp8-trtllm --out {out} --cache {out}/plans --json {out}/make-engine.json "
+        f"--profile chexone --images {pictures} --accept-licence"
+    )
+    (judged,) = [call for call in calls if " golden " in call]
+    assert judged.endswith(f"golden {out} --images {pictures} --json {out}/golden.json")
+    assert calls.index(made) < calls.index(judged) and " down " in calls[-1]
+    report = done.stdout.partition("report to paste")[2]
+    assert "verdict:    passed" in report and DIGEST in report and "Paper GPU, 590.44.01" in report
+
+
+def test_the_verbs_take_what_the_script_gives_them(tmp_path):
+    from cxr_triton.engines.golden import golden
+    from cxr_triton.engines.make_engine import command
+
+    (tmp_path / "pictures").mkdir()
+    _, calls = smoke(tmp_path, "org/model", "chexone", "h100-fp8-trtllm", "pictures", ACCEPT_LICENCE="1")
+    for verb, called in (("make-engine", command), ("golden", golden)):
+        (line,) = [call for call in calls if f" {verb} " in call]
+        called.make_context(verb, line.partition(f" {verb} ")[2].split())
+
+
+def test_local_files_are_mounted_where_they_are(tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "own.yaml").write_text("")
+    done, calls = smoke(tmp_path, "weights", "own.yaml", "h100-fp8-trtllm")
+    assert done.returncode == 0, done.stderr
+    (made,) = [call for call in calls if " make-engine " in call]
+    weights, profile = tmp_path / "weights", tmp_path / "own.yaml"
+    assert f"--volume {weights}:{weights}:ro --volume {profile}:{profile}:ro" in made
+    assert f"make-engine {weights} " in made and f"--profile {profile}" in made
+    assert "--images" not in made and "--accept-licence" not in made
+
+
+def test_a_mismatch_a_dead_server_and_a_bare_host_fail(tmp_path):
+    for name in ("mismatch", "dead", "bare"):
+        (tmp_path / name).mkdir()
+    arguments = ("org/model", "chexone", "h100-fp8-trtllm")
+    done, calls = smoke(tmp_path / "mismatch", *arguments, golden=1)
+    assert done.returncode == 1 and "verdict:    REFUSED" in done.stdout and " down " in calls[-1]
+    done, calls = smoke(tmp_path / "dead", *arguments, up=1)
+    assert done.returncode == 1 and "did not become ready" in done.stderr
+    assert any(" logs --tail 100 server" in call for call in calls) and " down " in calls[-1]
+    assert not any(" golden " in call for call in calls)
+    done, calls = smoke(tmp_path / "bare", *arguments, tools=False)
+    assert done.returncode == 1 and "docker is not on the path" in done.stderr and not calls
+
+
+def test_wrong_usage_is_status_2(tmp_path):
+    done, calls = smoke(tmp_path, "org/model")
+    assert done.returncode == 2 and "usage: deploy/smoke.sh" in done.stderr and not calls
+    assert not (tmp_path / "out").exists()
+
+
+IMPORTS = """
+import importlib.abc, importlib.util, sys, types
+from pathlib import Path
+
+ALLOWED = {allowed!r}
+
+class OnlyWhatTheImageHas(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top in sys.stdlib_module_names or top in ALLOWED:
+            return None
+        raise ModuleNotFoundError(f"the serving image has no {{top}}", name=name)
+
+utils = types.ModuleType("triton_python_backend_utils")
+utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
+utils.TritonError = type("TritonError", (Exception,), {{}})
+sys.modules["triton_python_backend_utils"] = utils
+sys.meta_path.insert(0, OnlyWhatTheImageHas())
+for model in {models!r}:
+    spec = importlib.util.spec_from_file_location("model", Path({root!r}) / "triton_repo" / model / "1" / "model.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+import cxr_triton.engines.tensorrt_llm_runtime, cxr_triton.engines.tensorrt_llm_backend, cxr_triton.sandbox
+import imagecodecs, jinja2, tokenizers
+"""
+# Import names of the base dependencies and of the extra `serve`, and of what those stand on.
+SERVED = {"click", "imagecodecs", "jinja2", "markupsafe", "numpy", "PIL", "yaml", "tokenizers", "huggingface_hub"}
+SERVED |= {"ml_dtypes", "tritonclient", "grpc", "google", "packaging", "rapidjson", "typing_extensions", "urllib3"}
+
+
+def test_the_served_models_import_nothing_that_the_image_lacks():
+    allowed = {*SERVED, "cxr_triton", "triton_python_backend_utils", "_cffi_backend", "_yaml"}
+    code = IMPORTS.format(allowed=allowed, models=("dicom_preprocess", "decoder", "report"), root=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
