@@ -288,7 +288,8 @@ def compile_graph(
     for ranges in profiles:
         _add_profile(what, builder, config, network, ranges)
     if engine == "tensorrt-rtx":
-        name = f"SM{target.compute_capability.replace('.', '')}"
+        capability = target.compute_capability  # or "current": of the GPU that is here
+        name = "CURRENT" if capability == "current" else f"SM{capability.replace('.', '')}"
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.__members__[name], 0)
     if timing_cache is not None:
