@@ -341,6 +341,11 @@ def asked(export: Path, geometry: Geometry, recipe: Recipe) -> tuple[Path, dict[
     checkpoint = export / "decoder"
     check_checkpoint(read_checkpoint(checkpoint), recipe)
     images = load_profile(export / "profile.yaml").max_images
+    if recipe.image_budget < images:
+        raise InvalidRequest(
+            f"recipe {recipe.name} has an image_budget of {recipe.image_budget}, the profile allows {images} images in "
+            "a request, which go through the vision engine together; raise image_budget"
+        )
     return checkpoint, flags(recipe, max_sequence=geometry.max_sequence, image_rows=images * geometry.token_budget)
 
 

@@ -39,6 +39,16 @@ def test_the_compose_file_is_of_the_compose_schema():
     lint("check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yaml"))
 
 
+def test_compose_itself_takes_the_file(tmp_path):
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode:
+        pytest.skip("docker compose is not here; it reads compose.yaml without a daemon")
+    command = [docker, "compose", "--file", str(DEPLOY / "compose.yaml"), "config", "--quiet"]
+    environment = {**os.environ, "REPOSITORY": str(tmp_path), "GRAFANA_PASSWORD": "x"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def stages():
     text = (DEPLOY / "Dockerfile").read_text()
     return {part.split("\n")[0].split()[-1]: part for part in re.split(r"^(?=FROM )", text, flags=re.MULTILINE)[1:]}

@@ -31,7 +31,7 @@ from cxr_triton import phantom as phantom_images
 from cxr_triton.cli import main
 from cxr_triton.engines import bundle as bundles
 from cxr_triton.engines import trtllm_build
-from cxr_triton.engines.bundle import Bundle, build_bundle
+from cxr_triton.engines.bundle import Bundle, build_bundle, read_export
 from cxr_triton.engines.recipe import RECIPES, load_recipe
 from cxr_triton.engines.tensorrt import Target
 from cxr_triton.engines.tensorrt_llm import EngineConfig
@@ -218,6 +218,14 @@ def test_one_slot_does_not_ask_for_more_tokens_than_it_can_have(tmp_path):
     assert trtllm_build.flags(recipe, max_sequence=2560, image_rows=289)["max_num_tokens"] == "2560"
 
 
+def test_the_bar_says_what_the_tool_does(export, recipe, tool, gpu, tmp_path, capfd):
+    build = trtllm_build.DecoderBuild.prepare(export, tmp_path / "bundle", read_export(export, recipe)[1], recipe)
+    trtllm_build.build_engine(build.tool, build.checkpoint, tmp_path / "e", build.flags, log=build.log, progress=True)
+    shown = capfd.readouterr().err
+    assert all(f"trtllm-build {name}" in shown for name, _ in trtllm_build.PHASES)
+    assert f"{len(trtllm_build.PHASES)}/{len(trtllm_build.PHASES)}" in shown
+
+
 @pytest.mark.parametrize(
     "failure, error, words",
     [
@@ -308,6 +316,12 @@ def test_a_second_build_takes_the_engine_from_the_cache(export, recipe, tool, gp
 def test_an_export_that_the_recipe_does_not_build_is_refused(export, tool, gpu, tmp_path, change, words):
     with pytest.raises(InvalidRequest, match=words):
         build_bundle(export, tmp_path / "bundle", recipe=load_recipe(recipe_file(tmp_path, change)))
+
+
+def test_a_vision_engine_that_is_too_small_for_a_request_is_refused(export, tool, gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(trtllm_build, "load_profile", lambda path: SimpleNamespace(max_images=17))
+    with pytest.raises(InvalidRequest, match="image_budget of 16, the profile allows 17 images"):
+        build_bundle(export, tmp_path / "bundle", recipe=load_recipe(recipe_file(tmp_path)))
 
 
 def test_a_cache_type_that_was_not_calibrated_is_refused(export, tool, gpu, tmp_path):
@@ -405,6 +419,24 @@ def test_make_engine_refuses_before_the_first_stage_where_the_tool_is_missing(tm
     assert not (tmp_path / "out").exists()
     bf16 = CliRunner().invoke(main, [*arguments[:-1], str(recipe_file(tmp_path))])
     assert bf16.exit_code == 1 and "no stand-in" in bf16.stderr and "--unverified" in bf16.stderr
+
+
+def test_make_engine_calibrates_the_cache_that_the_recipe_asks_for(tool, gpu, tmp_path, monkeypatch):
+    pytest.importorskip("modelopt")
+    from cxr_triton.engines import make_engine
+    from cxr_triton.export import quantize
+
+    def seen(*arguments, **options):
+        raise KeyboardInterrupt(options["scheme"], options["kv_fp8"])
+
+    monkeypatch.setattr(quantize, "quantize_checkpoint", seen)
+    for kv in ("bf16", "fp8"):
+        recipe = recipe_file(tmp_path, lambda data, kv=kv: data["decoder"].update(precision="fp8", kv=kv))
+        with pytest.raises(KeyboardInterrupt) as caught:
+            make_engine.make_engine(
+                str(PHANTOM / "checkpoint"), tmp_path / kv, str(recipe), profile=str(PHANTOM / "profile.yaml")
+            )
+        assert caught.value.args == ("fp8", kv == "fp8")
 
 
 def test_make_engine_prints_the_container_that_makes_it(tmp_path):
