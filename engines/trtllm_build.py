@@ -18,6 +18,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -418,8 +419,9 @@ def build_engine(
     Returns
     -------
     dict
-        ``command``, ``seconds``, ``phases_s`` (by what the tool did), ``bytes`` of the engine, ``changed`` (settings
-        that the tool changed of its own: name, asked and built).
+        ``command`` (with folders as in export and bundle; the log has them in full), ``seconds``, ``phases_s`` (by what
+        the tool did), ``bytes`` of the engine, ``changed`` (settings that the tool changed of its own: name, asked and
+        built).
 
     Raises
     ------
@@ -452,7 +454,7 @@ def build_engine(
         shutil.rmtree(out, ignore_errors=True)
         raise
     return {
-        "command": line,
+        "command": command(TOOL, Path("decoder"), Path("tensorrt_llm"), chosen, {}),
         "seconds": round(time.monotonic() - started_s, 1),
         "phases_s": phases_s,
         "bytes": (out / "rank0.engine").stat().st_size,
@@ -466,7 +468,7 @@ def _run(line: list[str], log: Path, progress: bool | None) -> tuple[int, dict[s
 
     libc = ctypes.CDLL(None)
     bar = tqdm(total=len(PHASES), desc=TOOL, unit="phase", disable=None if progress is None else not progress)
-    phases_s, tail, phase, since_s = {}, [], -1, time.monotonic()
+    phases_s, tail, phase, since_s = {}, deque(maxlen=_TAIL_LINES), -1, time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with _stopped_by_sigterm(), bar, open(log, "w", encoding="utf-8") as file:
         file.write(shlex.join(line) + "\n")
@@ -484,7 +486,7 @@ def _run(line: list[str], log: Path, progress: bool | None) -> tuple[int, dict[s
             for said in process.stdout:
                 file.write(said)
                 file.flush()
-                tail = [*tail[1 - _TAIL_LINES :], said.rstrip()]
+                tail.append(said.rstrip())
                 reached = next((i for i, (_, sign) in enumerate(PHASES) if i > phase and sign.search(said)), None)
                 if reached is not None:
                     if phase >= 0:
@@ -492,7 +494,7 @@ def _run(line: list[str], log: Path, progress: bool | None) -> tuple[int, dict[s
                     bar.update(reached - phase)
                     phase, since_s = reached, time.monotonic()
                     bar.set_description(f"{TOOL} {PHASES[phase][0]}")
-            return process.wait(), phases_s, tail
+            return process.wait(), phases_s, list(tail)
         finally:
             _stop(process)
 
