@@ -28,7 +28,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 from pydicom.valuerep import validate_value
 
 from cxr_triton import __version__
-from cxr_triton.client.codes import FHIR_SYSTEMS, PRIVATE_SCHEME, Concept
+from cxr_triton.client.codes import FHIR_SYSTEMS, PRIVATE_SCHEME, STATUSES, Concept
 from cxr_triton.errors import InvalidImage, InvalidRequest
 
 KINDS = ("findings_sr", "text_sr", "gsps", "pdf")
@@ -206,6 +206,7 @@ class Study:
                 f"the reading is of {len(reading['images'])} images, {len(sources)} sources were given; "
                 "give the files that were read"
             )
+        _check_reading(reading)
         for i, (source, facts) in enumerate(zip(sources, reading["images"], strict=True)):
             _check_source(source, facts, f"source {i + 1} of {len(sources)}")
         patients = {str(source.get("PatientID") or "").strip() for source in sources} - {""}
@@ -376,14 +377,29 @@ def reference(source: Dataset) -> Dataset:
 
 
 def free_text(text: object) -> str:
-    """Text that a UT or ST value can hold: CR LF line ends, no control characters, no lone surrogates."""
+    """Text that a UT or ST value can hold: CR LF line ends, no control characters or lone surrogates, never empty.
+
+    Spaces at the end are padding there (PS3.5 section 6.2), so they go.
+    """
     text = re.sub(r"\r\n?", "\n", str(text)).encode("utf-8", "replace").decode("utf-8")
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", text).replace("\n", "\r\n")
+    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", text).replace("\n", "\r\n")
+    return text.rstrip(" ") or "(empty)"
 
 
 def long_string(text: object) -> str:
     """Text that an LO value can hold: one line, no backslash, at most 64 characters."""
     return " ".join(free_text(text).replace("\\", "/").split())[:64]
+
+
+def _check_reading(reading: dict[str, Any]) -> None:
+    if reading["status"] not in STATUSES:
+        raise InvalidRequest(f"the reading's status is {reading['status']!r}, expected one of {', '.join(STATUSES)}")
+    for number, box in enumerate(reading["boxes"], 1):
+        if box["image"] is not None and not 0 <= box["image"] < len(reading["images"]):
+            raise InvalidRequest(
+                f"box {number} is on image {box['image']}, the reading has images 0 to {len(reading['images']) - 1}; "
+                "give a reading as the server wrote it"
+            )
 
 
 def _check_source(source: Dataset, facts: dict[str, Any], name: str) -> None:

@@ -192,7 +192,7 @@ def _parameters(study: Study) -> list[str]:
     presets = dict.fromkeys(str(facts["preset"]) for facts in reading["images"] if facts.get("preset"))
     return [
         f"Engine bundle: {study.bundle}",
-        f"Verification gate: {reading['model'].get('verification') or 'unknown'}",
+        f"Engine checked against the unquantized model: {reading['model'].get('verification') or 'unknown'}",
         f"Task: {reading['task'] or 'free prompt'}",
         f"Prompt: {reading['prompt']}",
         *([f"Pixel preset: {', '.join(presets)}"] if presets else []),

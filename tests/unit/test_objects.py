@@ -7,11 +7,15 @@ import logging
 import os
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pydicom
 import pytest
 from click.testing import CliRunner
+from fhir.resources.R4B.diagnosticreport import DiagnosticReport
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cxr_triton import cli
 from cxr_triton.client.codes import ABSENT, LABELS, PRESENT, STATUSES, label_concept, presence
@@ -293,6 +297,10 @@ def test_what_cannot_become_an_object_is_refused():
     refused(InvalidImage, "no Rows", header(Rows=None), read={**read, "images": [{}]})
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"):
         refused(InvalidImage, f"no valid {keyword}", header(**{keyword: ""}))
+    refused(InvalidRequest, "status is 'good'", source, read={**read, "status": "good"})
+    elsewhere = with_boxes(source)
+    elsewhere["boxes"][0]["image"] = 1
+    refused(InvalidRequest, "box 1 is on image 1", source, read=elsewhere)
     two = header(PatientID="1"), header(PatientID="2")
     refused(InvalidRequest, "2 different Patient IDs", *two, read=reading(*two))
     refused(InvalidImage, "Patient ID is not of", header(PatientID="1\ufffd2"))
@@ -309,6 +317,54 @@ def test_a_deeply_nested_header_is_a_typed_error():
     nested = b"\x40\x00\x75\xa3SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff" * 5000
     with pytest.raises(InvalidImage, match="damaged"):
         source_header(out.getvalue() + nested)
+
+
+words = st.text(st.characters(), max_size=80)
+boxes = st.builds(
+    lambda label, corners, whole: {
+        "label": label,
+        "percent": corners,
+        "pixels": [0.0, 0.0, 9.0, 9.0] if whole else [min(corners), min(corners), max(corners), max(corners)],
+        "image": 0,
+    },
+    st.none() | words,
+    st.lists(st.floats(0, 100, width=32), min_size=4, max_size=4),
+    st.booleans(),
+)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    said_words=words,
+    prose=words,
+    label=words,
+    name=words,
+    patient=words,
+    box=boxes,
+    status=st.sampled_from(READING_STATUSES),
+)
+def test_any_text_is_written_and_read_back(said_words, prose, label, name, patient, box, status):
+    """Whatever a model, a profile or a header says becomes valid objects, and the texts come back from the bytes."""
+    source = header()
+    with pydicom.config.disable_value_validation():
+        source.PatientName, source.StudyDescription = name, patient
+    read = reading(source, prompt=prose, notice=prose or "n")
+    read |= {
+        "reasoning": said_words,
+        "report": prose or None,
+        "status": status,
+        "boxes": [box],
+        "unknown_labels": [label or "x"],
+    }
+    read["findings"] = [{"label": label or "x", "written": "x"}]
+    for instance in objects(source, read):
+        again = pydicom.dcmread(io.BytesIO(data(instance)))
+        if instance.Modality == "SR":
+            assert said(again) == said(instance)
+            assert "This reading is" in said(again) or status == "ok"
+    report = diagnostic_report(read, [source], options=OPTIONS)
+    DiagnosticReport.model_validate_json(json.dumps(report))
+    ET.fromstring(report["text"]["div"])
 
 
 def run(*args):
