@@ -215,7 +215,7 @@ def read_identity(data, limits: Limits | None = None) -> Identity:
     Raises
     ------
     InvalidImage
-        Not DICOM, damaged, or without one of the UIDs.
+        Not DICOM, damaged, without one of the UIDs, or a radiograph that is cut off.
     LimitExceeded
         Nested, long or inflated beyond the limits.
     """
@@ -247,6 +247,12 @@ def read_identity(data, limits: Limits | None = None) -> Identity:
         is_radiograph = True
     except InvalidImage:
         is_radiograph = False
+    pixels = dataset.elements.get(_Tag.PIXELS)
+    if is_radiograph and pixels:
+        if pixels.length != _UNDEFINED:
+            dataset.end_of(pixels, len(data))
+        elif data.rfind(b"\xfe\xff\xdd\xe0\0\0\0\0", pixels.start) < 0:
+            raise InvalidImage("pixel data has no end; send the complete file")
     return Identity(
         *uids.values(),
         transfer_syntax=uid,

@@ -15,6 +15,7 @@ import aiohttp
 import sqlalchemy as sa
 import sqlalchemy.exc
 from pydicom import Dataset, dcmread
+from pydicom.errors import InvalidDicomError
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import StorageCommitmentPushModel, StorageCommitmentPushModelInstance
@@ -28,6 +29,7 @@ from cxr_triton.client.gateway.store import Store
 STORED = (0x0000, 0xB000, 0xB006, 0xB007, 0x0111)
 """Success, the three warnings of PS3.4 B.2.3, and a duplicate SOP instance: it is there."""
 LEASE_S = 300.0
+UNREADABLE = "its file in the storage folder cannot be read"
 SAME_ASSOCIATION_S = 2.0
 """How long an association stays open for an answer to storage commitment."""
 
@@ -100,7 +102,12 @@ class DicomSender:
         try:
             for row in batch:
                 try:
-                    status = association.send_c_store(dcmread(self._storage / row.path))
+                    result = dcmread(self._storage / row.path)
+                except (OSError, InvalidDicomError):
+                    report(row, "refused", UNREADABLE)
+                    continue
+                try:
+                    status = association.send_c_store(result)
                 except ValueError:
                     report(row, "refused", "no presentation context was accepted for its SOP class")
                     continue
@@ -181,7 +188,11 @@ class WebSender:
         try:
             async with self._session() as session:
                 for row in batch:
-                    content = await asyncio.to_thread((self._storage / row.path).read_bytes)
+                    try:
+                        content = await asyncio.to_thread((self._storage / row.path).read_bytes)
+                    except OSError:
+                        await asyncio.to_thread(report, row, "refused", UNREADABLE)
+                        continue
                     one = self._fhir if self._destination.kind == "fhir" else self._stow
                     await asyncio.to_thread(report, row, *await one(session, row, content))
         except (aiohttp.ClientError, TimeoutError) as error:

@@ -45,9 +45,10 @@ from cxr_triton.errors import InvalidImage, LimitExceeded, QueueFull, Unavailabl
 SUCCESS, OUT_OF_RESOURCES, WRONG_CLASS, CANNOT_UNDERSTAND, PROCESSING_FAILURE = 0x0000, 0xA700, 0xA900, 0xC000, 0x0110
 STOW_IDLE_S = 30.0
 """How long a STOW-RS client may say nothing in the middle of a request."""
-STALE_S = 3600
+STALE_S = 900
 """After so long a file in the incoming folder belongs to no transfer any more."""
 _MIB = 1 << 20
+_DAY_S = 86400
 _CHUNK = 1 << 18
 
 
@@ -204,7 +205,7 @@ class Intake:
                     path.unlink()
                     removed += 1
         for pattern in ("objects/*/*.dcm", "results/*/*"):
-            old = [p for p in Path(self.config.storage).glob(pattern) if _age_s(p, now) > 24 * STALE_S]
+            old = [p for p in Path(self.config.storage).glob(pattern) if _age_s(p, now) > _DAY_S]
             for start in range(0, len(old), 500):
                 paths = {str(p.relative_to(self.config.storage)): p for p in old[start : start + 500]}
                 for name in set(paths) - self._store.known(list(paths)):
@@ -433,6 +434,9 @@ class _Server(ThreadedAssociationServer):
             association = _Handler(request, client_address, self).association
             association.join()
             association.dul.join(config.pdu_s)
+            # An object that broke off in the middle.
+            if rest := getattr(association.dimse.message, "_data_set_path", None):
+                Path(rest).unlink(missing_ok=True)
         except OSError as error:
             self._listener._intake.log("warning", "connection_failed", address=client_address[0], error=str(error)[:80])
         finally:

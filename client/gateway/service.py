@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import sqlalchemy.exc
@@ -94,6 +95,8 @@ class Gateway:
             A part failed in a way it does not handle; a supervisor starts the process anew.
         """
         self._loop = asyncio.get_running_loop()
+        # A destination that hangs holds a thread; the default pool of a small machine has six.
+        self._loop.set_default_executor(ThreadPoolExecutor(16 + 2 * len(self.deliverers)))
         await asyncio.to_thread(self.store.start)
         self.intake.draining = await asyncio.to_thread(self.store.is_draining)
         runner = await self._start_web()
@@ -139,8 +142,8 @@ class Gateway:
                 if time.monotonic() >= clean_at:
                     clean_at = time.monotonic() + HOUSEKEEPING_S
                     await asyncio.to_thread(self._clean)
-            except sqlalchemy.exc.SQLAlchemyError as error:
-                self.log("error", "queue_failed", error=type(error).__name__)
+            except (sqlalchemy.exc.SQLAlchemyError, OSError) as error:
+                self.log("error", "housekeeping_failed", error=type(error).__name__)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopping.wait(), BEAT_S)
 
@@ -159,7 +162,10 @@ class Gateway:
     async def _watch(self, stopping: asyncio.Event) -> None:
         watcher = await asyncio.to_thread(FolderWatcher, self.intake)
         while not stopping.is_set():
-            await asyncio.to_thread(watcher.scan)
+            try:
+                await asyncio.to_thread(watcher.scan)
+            except OSError as error:
+                self.log("error", "folder_failed", error=type(error).__name__)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopping.wait(), self.config.folder.every_s)
 

@@ -18,6 +18,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
+
+from cxr_triton.cli import main
 
 PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
 DICOM_WEB = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
@@ -176,9 +179,8 @@ class GatewayProcess(Process):
 
     def ask(self, *arguments: str, code: int = 0) -> dict:
         """What an operator's verb says."""
-        command = [*CLI, "gateway", *arguments, "--config", str(self.config)]
-        done = subprocess.run([*command, "--json", "-"], capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
+        done = CliRunner().invoke(main, ["gateway", *arguments, "--config", str(self.config), "--json", "-"])
+        assert done.exit_code == code, done.output
         return json.loads(done.stdout)
 
     def kill(self) -> None:

@@ -6,19 +6,23 @@ import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
+import pydicom
 import pytest
 from click.testing import CliRunner
 
 pytest.importorskip("sqlalchemy")
 pytest.importorskip("pynetdicom")
 
+from cxr_triton import phantom, phantom_file
 from cxr_triton.cli import main
 from cxr_triton.client.gateway.config import EXAMPLE, Config, load_config
 from cxr_triton.client.gateway.deliver import judge, judge_stow
 from cxr_triton.client.gateway.log import Log
 from cxr_triton.client.gateway.read import choose
 from cxr_triton.client.gateway.store import Received, Result, Store
-from cxr_triton.errors import InvalidConfig
+from cxr_triton.dicom import read_identity
+from cxr_triton.errors import InvalidConfig, InvalidImage
 
 DESTINATION = "destinations: [{name: pacs, aet: PACS, host: 127.0.0.1}]\n"
 
@@ -339,3 +343,35 @@ def test_a_log_names_a_study_by_a_keyed_hash_that_lasts(tmp_path):
     first("debug", "not shown")
     (line,) = stream.getvalue().splitlines()
     assert json.loads(line)["event"] == "received" and "1.2.3" not in line
+
+
+# ------------------------------------------------------------------------------------------------------- objects
+
+
+@pytest.mark.parametrize("name, written", [("explicit", "DX"), ("jpeg_ls", "DX"), ("deflated", "DX")])
+def test_an_object_is_named_without_decoding_it(name, written):
+    data = phantom_file.write_dicom(phantom.draw(np.random.default_rng(1)), syntax=name)
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    identity = read_identity(data)
+    assert identity.sop_instance == dataset.SOPInstanceUID and identity.study == dataset.StudyInstanceUID
+    assert identity.transfer_syntax == dataset.file_meta.TransferSyntaxUID and identity.modality == written
+    assert identity.is_radiograph and identity.view == "PA" and identity.patient_id == "PHANTOM"
+
+
+def test_what_cannot_be_filed_is_refused():
+    data = phantom_file.write_dicom(phantom.draw(np.random.default_rng(1)))
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    for keyword in ("SOPInstanceUID", "StudyInstanceUID"):
+        changed = pydicom.dcmread(io.BytesIO(data))
+        delattr(changed, keyword)
+        out = io.BytesIO()
+        pydicom.dcmwrite(out, changed, enforce_file_format=False)
+        with pytest.raises(InvalidImage, match="UID is missing"):
+            read_identity(out.getvalue())
+    for broken, message in ((data[:-100], "remain"), (b"#!" + data[2:], "program"), (b"x" * 200, "no DICOM")):
+        with pytest.raises(InvalidImage, match=message):
+            read_identity(broken)
+    dataset.Modality = "CT"
+    out = io.BytesIO()
+    dataset.save_as(out)
+    assert not read_identity(out.getvalue()).is_radiograph
