@@ -33,10 +33,16 @@ class Decoder:
         self.excluded = config["quantization"].get("exclude_modules") or []
         self.tensors = load_file(folder / "rank0.safetensors")
         self.read = set()
+        self.plain: dict[str, torch.Tensor] = {}  # weights in float32
 
     def tensor(self, name: str) -> torch.Tensor:
         self.read.add(name)
         return self.tensors[name]
+
+    def float_of(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        if name not in self.plain:
+            self.plain[name] = weight.float()
+        return self.plain[name]
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         bias = self.tensor(f"{name}.bias").float() if f"{name}.bias" in self.tensors else None
@@ -44,7 +50,7 @@ class Decoder:
         plain = any(fnmatch.fnmatchcase(name, pattern) for pattern in self.excluded)
         if plain or self.algorithm in (None, "W4A16"):  # W4A16 is rounded while the engine is built
             assert weight.dtype == torch.bfloat16
-            return torch.nn.functional.linear(x, weight.float(), bias)
+            return torch.nn.functional.linear(x, self.float_of(name, weight), bias)
         if self.algorithm == "FP8":
             assert weight.dtype == torch.float8_e4m3fn
             scale, activation = (self.tensor(f"{name}.{part}_scaling_factor") for part in ("weights", "activation"))
@@ -61,33 +67,18 @@ class Decoder:
 
     def embed(self, ids: torch.Tensor, table: torch.Tensor | None) -> torch.Tensor:
         """Ids from the vocabulary's size on are rows of the prompt table."""
-        vocab, embedding = self.config["vocab_size"], self.tensor("transformer.vocab_embedding.weight").float()
+        vocab, embedding = self.config["vocab_size"], self.tensor("transformer.vocab_embedding.weight")
         assert embedding.shape[0] == vocab
-        rows = [embedding[i] if i < vocab else table[i - vocab].float() for i in ids.tolist()]
+        rows = [embedding[i].float() if i < vocab else table[i - vocab].float() for i in ids.tolist()]
         return torch.stack(rows)
 
     def generate(self, inputs: dict, count: int) -> tuple[list[int], torch.Tensor]:
         """Greedy tokens, and the logits of the prompt's last one, from the backend's input tensors."""
-        ids = torch.as_tensor(inputs["input_ids"][0].astype("int64"))
-        assert inputs["input_lengths"].tolist() == [[len(ids)]]
-        table = inputs.get("prompt_embedding_table")
-        if table is not None:
-            assert str(table.dtype) == self.config["dtype"]
-            table = torch.as_tensor(table[0].astype("float32"))
-        flat = torch.as_tensor(inputs["mrope_rotary_cos_sin"][0])
-        positions, dim = self.config["max_position_embeddings"], self.config["rotary_embedding_dim"]
-        assert flat.shape == (positions * dim,) and flat.dtype == torch.float32
-        rotary = flat.reshape(positions, dim // 2, 2)
-        delta = int(inputs["mrope_position_deltas"][0, 0])
-        frequencies = self.config["rotary_base"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        cache: list = [None] * self.config["num_hidden_layers"]
-        logits = first = self.forward(self.embed(ids, table), rotary[: len(ids)], cache)
-        tokens = []
+        stream = Stream(self, inputs)
+        first, tokens = stream.logits, []
         while len(tokens) < count:
-            tokens.append(int(logits.argmax()))
-            angle = (cache[0][0].shape[1] + delta) * frequencies  # ordinary rotation from here on
-            step = torch.stack([angle.cos(), angle.sin()], dim=-1).float()[None]
-            logits = self.forward(self.embed(torch.tensor(tokens[-1:]), None), step, cache)
+            tokens.append(int(stream.logits.argmax()))
+            stream.append(tokens[-1])
         return tokens, first
 
     def forward(self, x: torch.Tensor, rotary: torch.Tensor, cache: list) -> torch.Tensor:
@@ -120,6 +111,32 @@ class Decoder:
     def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         scaled = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config["norm_epsilon"])
         return scaled * self.tensor(f"{name}.weight").float()
+
+
+class Stream:
+    """One request: its prompt read, and logits for the token that comes next."""
+
+    def __init__(self, decoder: Decoder, inputs: dict):
+        config = decoder.config
+        ids = torch.as_tensor(inputs["input_ids"][0].astype("int64"))
+        assert inputs["input_lengths"].tolist() == [[len(ids)]]
+        table = inputs.get("prompt_embedding_table")
+        if table is not None:
+            assert str(table.dtype) == config["dtype"]
+            table = torch.as_tensor(table[0].astype("float32"))
+        flat = torch.as_tensor(inputs["mrope_rotary_cos_sin"][0])
+        positions, dim = config["max_position_embeddings"], config["rotary_embedding_dim"]
+        assert flat.shape == (positions * dim,) and flat.dtype == torch.float32
+        rotary = flat.reshape(positions, dim // 2, 2)
+        self.decoder, self.cache = decoder, [None] * config["num_hidden_layers"]
+        self.delta = int(inputs["mrope_position_deltas"][0, 0])
+        self.frequencies = config["rotary_base"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        self.logits = decoder.forward(decoder.embed(ids, table), rotary[: len(ids)], self.cache)
+
+    def append(self, token: int) -> None:
+        angle = (self.cache[0][0].shape[1] + self.delta) * self.frequencies  # ordinary rotation from here on
+        step = torch.stack([angle.cos(), angle.sin()], dim=-1).float()[None]
+        self.logits = self.decoder.forward(self.decoder.embed(torch.tensor([token]), None), step, self.cache)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -230,10 +230,7 @@ def _tensors(bundle: Bundle) -> dict[str, tuple[str, list[int]]]:
         "INPUT_IDS": ("TYPE_INT64", [-1]),
         "IMAGE_INDEX": ("TYPE_INT64", [-1]),
         "POSITION_IDS": ("TYPE_INT64", [3, -1]),
-        "IMAGE_EMBEDDINGS": (
-            f"TYPE_{geometry.compute.upper() if _has_plan(bundle) else 'FP32'}",
-            [-1, tokens, geometry.hidden],
-        ),
+        "IMAGE_EMBEDDINGS": (f"TYPE_{embeddings}", [-1, tokens, geometry.hidden]),
         "CONTEXT": text,
         "STOP": text,
         "TEXT": text,

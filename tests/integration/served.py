@@ -119,7 +119,7 @@ class Raw:
         self._channel = grpc.insecure_channel(server.grpc, [("grpc.max_send_message_length", -1)])
         self.stub = GRPCInferenceServiceStub(self._channel)
 
-    def call(self, images=(), raw_images: bytes | None = None, **asked):
+    def call(self, images=(), raw_images: bytes | None = None, timeout_s: float = 60, **asked):
         """A running `ModelStreamInfer` call; `raw_images` is sent in place of the packed `images`."""
         from tritonclient.grpc.service_pb2 import ModelInferRequest
 
@@ -129,7 +129,7 @@ class Raw:
             request.raw_input_contents.append(b"".join(struct.pack("<I", len(e)) + e for e in elements))
         if raw_images is not None:
             request.raw_input_contents[0] = raw_images
-        return self.stub.ModelStreamInfer(iter([request]), timeout=60)
+        return self.stub.ModelStreamInfer(iter([request]), timeout=timeout_s)
 
     def read(self, images=(), raw_images: bytes | None = None, **asked) -> dict:
         """READING of a whole request, with the ``deltas`` that led to it; the error text as ``RuntimeError``."""
