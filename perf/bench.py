@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import statistics
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ MODEL = "cxr_reader"
 METRICS = {"single_stream": "latency_ms.p90", "offline": "readings_per_s", "server": "rate_per_s"}
 METRICS["interactive"] = METRICS["server"]
 SCENARIOS = tuple(METRICS)
+SETTLE_S = 10.0
 WIDTHS = (12, 10, 9, 9, 10, 9)
 GPU_COUNTERS = ("utilization.gpu", "memory.used", "power.draw", "clocks.sm", "temperature.gpu")
 OFFERED_SHARES = (0.5, 0.7, 0.85)
@@ -254,13 +256,15 @@ class Bench:
         """A first reading, which names the model, and then what the plan wants; the reading, and the server."""
         item = self.workload.items[0]
         self.on_run("warm-up")
+        observed = _Observed(self.observer)
         with Reader(self.url, max_message_mib=1024) as reader:
             info = reader.server_info()
             reading = reader.read([image.data for image in item.images], **item.request).result()
         load = Load("concurrency", min(self.plan.warm_up, 4))
-        _, failure = self._offer(load, min_seconds=0.0, min_requests=self.plan.warm_up, seed=0)
+        records, failure = self._offer(load, min_seconds=0.0, min_requests=self.plan.warm_up, seed=0)
         if failure:
             raise failure
+        observed.counted(1 + len(records))
         return reading, {"name": info.name, "version": info.version, "url": self.url, "models": {}}
 
     def scenario(self, name: str, before: Sequence[dict]) -> dict:
@@ -338,10 +342,8 @@ class Bench:
         """One repeat by our driver, and the code of the overload that ended it, if one did."""
         plan = self.plan
         seed = 1000 * plan.seed + repeat
-        with _Observed(self.observer) as observed:
-            records, failure = self._offer(
-                load, min_seconds=plan.min_seconds, min_requests=plan.min_requests, seed=seed
-            )
+        observed = _Observed(self.observer)
+        records, failure = self._offer(load, min_seconds=plan.min_seconds, min_requests=plan.min_requests, seed=seed)
         if failure and failure.code not in OVERLOAD:
             raise failure
         return (observed.repeat(records, bounds), records), failure.code if failure else None
@@ -350,15 +352,15 @@ class Bench:
         """One repeat by perf_analyzer, and what it printed."""
         items = self.workload.items
         requests = min(max(requests, self.plan.min_requests), perf_analyzer.request_limit(items))
-        with _Observed(self.observer) as observed:
-            records, said = perf_analyzer.run(
-                self.tool,
-                self.url,
-                items,
-                concurrency=concurrency,
-                requests=requests,
-                timeout_s=60 + math.ceil(requests / concurrency) * self.timeout_s,
-            )
+        observed = _Observed(self.observer)
+        records, said = perf_analyzer.run(
+            self.tool,
+            self.url,
+            items,
+            concurrency=concurrency,
+            requests=requests,
+            timeout_s=60 + math.ceil(requests / concurrency) * self.timeout_s,
+        )
         return (observed.repeat(records, {}), records), said
 
     @staticmethod
@@ -372,33 +374,36 @@ class Bench:
 
 
 class _Observed:
-    """A repeat with what the server counted in it."""
+    """What the server counts from here to `repeat`."""
 
     def __init__(self, observer: Observer):
         self._observer = observer
-
-    def __enter__(self):
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
-        self._triton, self._metrics = self._observer.triton(), self._observer.metrics()
-        return self
+        self._triton, self._metrics = observer.triton(), observer.metrics()
 
-    def __exit__(self, *exception):
-        after, metrics = self._observer.triton(), self._observer.metrics()
-        self.triton = {
-            model: {name: value - self._triton.get(model, {}).get(name, 0) for name, value in counted.items()}
-            for model, counted in after.items()
-        }
-        self.metrics = {name: [self._metrics.get(name, 0.0), value] for name, value in metrics.items()}
-        self.resident_bytes = self._observer.resident_bytes()
+    def counted(self, requests: int) -> dict[str, dict[str, float]]:
+        """``triton`` of the schema, once all requests are in it: Triton counts one after its last response has gone."""
+        deadline_s = time.monotonic() + SETTLE_S
+        while True:
+            after = self._observer.triton()
+            counted = {
+                model: {name: value - self._triton.get(model, {}).get(name, 0) for name, value in numbers.items()}
+                for model, numbers in after.items()
+            }
+            if counted[MODEL]["requests"] + counted[MODEL]["failed"] >= requests or time.monotonic() > deadline_s:
+                return counted
+            time.sleep(0.02)
 
     def repeat(self, records: Sequence[Record], bounds: Mapping[str, float]) -> dict:
+        """``repeat`` of the schema."""
+        triton, metrics = self.counted(len(records)), self._observer.metrics()
         return {
             "started": self.started,
             "summary": summarize(records, bounds),
             "requests": columns(records),
-            "triton": self.triton,
-            "metrics": self.metrics,
-            "resident_bytes": self.resident_bytes,
+            "triton": triton,
+            "metrics": {name: [self._metrics.get(name, 0.0), value] for name, value in metrics.items()},
+            "resident_bytes": self._observer.resident_bytes(),
         }
 
 

@@ -73,6 +73,7 @@ def _numbers(kind):
     help="Beside REPOSITORY: transformers, genai or vllm with the checkpoint's folder; may be repeated.",
 )
 @click.option("--baseline-rounds", default=3, show_default=True, help="Requests that each baseline takes in turn.")
+@click.option("--ready-timeout-s", default=600.0, show_default=True, help="For REPOSITORY to be loaded and warm.")
 @click.option("--timeout-s", default=600.0, show_default=True, help="Limit of one request.")
 @click.option("--seed", default=0, show_default=True, help="Of the arrivals.")
 @click.option("--csv", "csv_path", type=FILE, help="Write the requests and summaries as CSV.")
@@ -137,7 +138,8 @@ def run(
     drawn = load_workload(workload, images=images)
     with contextlib.ExitStack() as stack:
         if repository:
-            server = stack.enter_context(Server(repository, grpc_port=0, http_port=0, metrics_port=0))
+            ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
+            server = stack.enter_context(Server(repository, **ports, ready_timeout_s=numbers["ready_timeout_s"]))
             url, observer = server.grpc, Observer(server.grpc, server.metrics, lambda: server.pids)
         else:
             observer = Observer(url, metrics)
