@@ -501,13 +501,15 @@ def _run(line: list[str], log: Path, progress: bool | None) -> tuple[int, dict[s
 
 def _stop(process: subprocess.Popen) -> None:
     """End the tool with everything that it started."""
-    if process.poll() is None:
+    try:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_TIMEOUT_S)
+    finally:  # whoever is in a hurry presses Ctrl-C again
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_TIMEOUT_S)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
 
