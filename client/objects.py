@@ -55,7 +55,7 @@ TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDa
           "ReferringPhysicianName", "StudyID", "AccessionNumber")  # fmt: skip
 SOURCE = (
     *PATIENT_AND_STUDY, "SpecificCharacterSet", "TimezoneOffsetFromUTC", "SOPClassUID", "SOPInstanceUID",
-    "SeriesInstanceUID", "Rows", "Columns", "PhotometricInterpretation", "Manufacturer",
+    "SeriesInstanceUID", "Modality", "Rows", "Columns", "PhotometricInterpretation", "Manufacturer",
     "ManufacturerModelName", "SoftwareVersions", "DeviceSerialNumber", "StationName", "InstitutionName",
     "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "WindowCenter", "WindowWidth",
     "VOILUTFunction", "VOILUTSequence", "PixelRepresentation", "BitsStored", "PixelSpacing", "ImagerPixelSpacing",

@@ -9,7 +9,7 @@ import numpy as np
 from highdicom import sr
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
-from pydicom.uid import Comprehensive3DSRStorage, EnhancedSRStorage
+from pydicom.uid import Comprehensive3DSRStorage, ComputedRadiographyImageStorage, EnhancedSRStorage
 
 from cxr_triton.client.codes import (
     ABSENT,
@@ -87,6 +87,7 @@ def findings_report(study: Study) -> list[Dataset]:
         title=codes.DCM.ImagingMeasurementReport,
         language_of_content_item_and_descendants=_english(),
     )
+    report[0].ContentSequence.insert(len(report[0].ContentSequence) - 1, _image_library(study))
     return [_document(study, "findings_sr", Comprehensive3DSRStorage, "findings", report[0])]
 
 
@@ -212,6 +213,34 @@ def _comments(study: Study) -> list[str]:
         texts.append(reading["report"])
     texts += [f"Box: {box_text(box, len(reading['images']))}" for box in reading["boxes"] if not has_area(box)]
     return texts + flags(reading)
+
+
+def _image_library(study: Study) -> sr.ContainerContentItem:
+    """TID 1600: the images that were read, in their order."""
+    pixels = sr.CodedConcept("{pixels}", "UCUM", "Pixels")
+    group = sr.ContainerContentItem(codes.DCM.ImageLibraryGroup, relationship_type=RELATION.CONTAINS)
+    group.ContentSequence = sr.ContentSequence()
+    for source in study.sources:
+        entry = sr.ImageContentItem(
+            sr.CodedConcept("260753009", "SCT", "Source"),
+            source.SOPClassUID,
+            source.SOPInstanceUID,
+            relationship_type=RELATION.CONTAINS,
+        )
+        is_cr = source.get("Modality", "CR" if source.SOPClassUID == ComputedRadiographyImageStorage else "DX") == "CR"
+        modality = codes.DCM.ComputedRadiography if is_cr else codes.DCM.DigitalRadiography
+        context = {"relationship_type": RELATION.HAS_ACQ_CONTEXT}
+        entry.ContentSequence = sr.ContentSequence(
+            [
+                sr.CodeContentItem(codes.DCM.Modality, modality, **context),
+                sr.NumContentItem(codes.DCM.PixelDataRows, source.Rows, pixels, **context),
+                sr.NumContentItem(codes.DCM.PixelDataColumns, source.Columns, pixels, **context),
+            ]
+        )
+        group.ContentSequence.append(entry)
+    library = sr.ContainerContentItem(codes.DCM.ImageLibrary, template_id="1600", relationship_type=RELATION.CONTAINS)
+    library.ContentSequence = sr.ContentSequence([group])
+    return library
 
 
 def _document(study: Study, kind: str, sop_class: str, description: str, root: Dataset) -> Dataset:

@@ -77,6 +77,11 @@ def tree(item) -> list:
     return [own, [tree(child) for child in item.get("ContentSequence", ())]]
 
 
+def find(item, code: str):
+    """The child whose concept name has a code."""
+    return next(child for child in item.ContentSequence if child.ConceptNameCodeSequence[0].CodeValue == code)
+
+
 def document(folder: Path, instance):
     """The instance as highdicom reads its file."""
     return highdicom.sr.srread(write(instance, folder))
@@ -130,6 +135,14 @@ def test_findings_are_coded(tmp_path):
     not_said = {label_concept(label)[:2] for label in ("Enlarged Cardiomediastinum", "Lung Opacity", "No Finding")}
     every = {concept[:2] for concept in LABELS.values()}
     assert {code for code, value in found.items() if value == "272519000"} == every - present - not_said
+    library = find(instance, "111028").ContentSequence[0]
+    assert [entry.ReferencedSOPSequence[0].ReferencedSOPInstanceUID for entry in library.ContentSequence] == [
+        source.SOPInstanceUID
+    ]
+    described = {item.ConceptNameCodeSequence[0].CodeValue: item for item in library.ContentSequence[0].ContentSequence}
+    assert described["121139"].ConceptCodeSequence[0].CodeValue == "DX"
+    sizes = [described[code].MeasuredValueSequence[0].NumericValue for code in ("110910", "110911")]
+    assert sizes == [source.Rows, source.Columns]
     (image,) = group.source_images
     assert image.referenced_sop_instance_uid == source.SOPInstanceUID
     assert [uids[2] for uids in document(tmp_path, instance).get_evidence()] == [source.SOPInstanceUID]
