@@ -316,7 +316,7 @@ def row(stage: str, work: Work, seconds: float, ceilings: Ceilings, precision: s
     }
 
 
-def _gemm(ceilings: Ceilings, *wanted: str) -> str:
+def gemm_kind(ceilings: Ceilings, *wanted: str) -> str:
     """The first of the wanted precisions of which a product was measured."""
     return next((name for name in wanted if name in ceilings.gemm_flops), next(iter(ceilings.gemm_flops)))
 
@@ -340,8 +340,8 @@ def rows(result: Mapping, bundle, ceilings: Ceilings) -> list[dict]:
     model = ModelWork.of(bundle)
     compute = bundle.geometry.compute
     vision_type, decoder_type = (
-        _gemm(ceilings, compute),
-        _gemm(ceilings, bundle.precision.removesuffix("-awq"), compute),
+        gemm_kind(ceilings, compute),
+        gemm_kind(ceilings, bundle.precision.removesuffix("-awq"), compute),
     )
     items = result["workload"]["items"]
     points = {scenario["name"]: scenario["points"] for scenario in result["scenarios"]}
