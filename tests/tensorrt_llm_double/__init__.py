@@ -105,13 +105,15 @@ def install(repository: Path, weights: Path, log: Path, **parameters: str) -> No
 
 
 def swap(repository: Path, name: str, code: Path, *, backend: str, platform: str, **parameters: str) -> None:
-    """Give a packaged model another backend."""
+    """Give a packaged model another backend, one that needs no GPU."""
     from google.protobuf import text_format
-    from tritonclient.grpc.model_config_pb2 import ModelConfig
+    from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
     path = repository / name / "config.pbtxt"
     config = text_format.Parse(path.read_text(), ModelConfig())
     config.backend, config.platform = backend, platform
+    for group in config.instance_group:
+        group.kind = ModelInstanceGroup.KIND_CPU
     for key, value in parameters.items():
         config.parameters[key].string_value = value
     path.write_text(text_format.MessageToString(config))
