@@ -423,9 +423,17 @@ def point_of(driver: str, load: Load, runs: Sequence, *, stopped: str | None = N
     if stopped:
         point["stopped"] = stopped
     if said:
-        latencies = {name: sum(each["latency_ms"][name] for each in said) / len(said) for name in said[0]["latency_ms"]}
-        means = {name: sum(each[name] for each in said) / len(said) for name in ("throughput_per_s", "window_s")}
-        point["perf_analyzer"] = {**said[0], **means, "latency_ms": latencies}
+        latencies = {
+            name: statistics.fmean(each["latency_ms"][name] for each in said) for name in said[0]["latency_ms"]
+        }
+        rates = [run["summary"]["requests"] / each["window_s"] for (run, _), each in zip(runs, said, strict=True)]
+        point["perf_analyzer"] = {
+            **said[0],
+            "throughput_per_s": statistics.fmean(each["throughput_per_s"] for each in said),
+            "window_s": statistics.fmean(each["window_s"] for each in said),
+            "requests_per_window_s": statistics.fmean(rates),
+            "latency_ms": latencies,
+        }
     return point
 
 
@@ -470,7 +478,7 @@ def cross_check(sweep: Sequence[Mapping]) -> list[dict]:
         for name in ("mean", "p50", "p90", "p95", "p99"):
             value = exported[f"latency_ms.{name}"]["mean"]
             check(at, f"latency_ms.{name}", "printed", printed["latency_ms"][name], "perf_analyzer", value)
-        rate = statistics.fmean(run["summary"]["requests"] for run in theirs["repeats"]) / printed["window_s"]
+        rate = printed["requests_per_window_s"]
         check(at, "requests in its window per s", "printed", printed["throughput_per_s"], "perf_analyzer", rate)
         for name in (
             "readings_per_s",

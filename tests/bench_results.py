@@ -76,6 +76,7 @@ def point(rng, kind: str, value: float, bounds: dict, speed: float, repeats: int
             "version": "2.51.0",
             "window_s": made["repeats"][0]["summary"]["seconds"],
             "throughput_per_s": made["repeats"][0]["summary"]["readings_per_s"],
+            "requests_per_window_s": made["repeats"][0]["summary"]["readings_per_s"],
             "latency_ms": {name: latency[name] for name in ("mean", "p50", "p90", "p95", "p99")},
         }
     return made
