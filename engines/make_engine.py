@@ -165,6 +165,8 @@ def make_engine(
 
     Raises
     ------
+    DeviceUnavailable
+        Of a tensorrt-llm recipe, before the first stage: `trtllm-build` or the recipe's GPU is not here.
     NotVerified
         The gate refused the bundle; `verification.html` says why.
     CxrError

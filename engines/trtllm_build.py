@@ -241,11 +241,16 @@ def _check_versions(tool: Tool, recipe: Recipe, remedy: str) -> None:
         ("TensorRT-LLM", tool.tensorrt_llm, TENSORRT_LLM_CONTAINERS[tag]),
         ("TensorRT", tool.tensorrt, CONTAINER_TENSORRT[tag]),
     ):
-        if has.split("+")[0] != wanted:
+        if _released(has) != wanted:
             raise DeviceUnavailable(
                 f"{tool.path} is of {name} {has}, {tag} has {wanted}, and an engine runs in the version that built it "
                 f"only; {remedy}"
             )
+
+
+def _released(version: str) -> str:
+    """A version without what says how it was packed, as in ``1.2.1+cu13`` and ``10.14.1.48.post1``."""
+    return re.sub(r"(\+|\.post).*", "", version)
 
 
 def _interpreter(script: Path) -> list[str]:
@@ -577,11 +582,11 @@ def _check_engine(out: Path, chosen: dict[str, str], tool: Tool, log: Path) -> l
         raise BuildFailed(f"{TOOL} built something else than was asked for: {', '.join(other)}; see {log}")
     if not mrope:
         raise BuildFailed(f"{TOOL} built an engine without M-RoPE; export again; see {log}")
-    if version != tool.tensorrt_llm:
+    if _released(version) != _released(tool.tensorrt_llm):
         raise BuildFailed(f"the engine is of TensorRT-LLM {version}, {tool.path} of {tool.tensorrt_llm}; see {log}")
     changed = []
     for name, asked in chosen.items():
-        if name in plugins and asked in ("enable", "disable") and name != "gemm_plugin":
+        if name in plugins and asked in ("enable", "disable"):
             is_on = plugins[name] not in (False, None, "disable")
             if is_on != (asked == "enable"):
                 changed.append({"name": name, "asked": asked, "built": "enable" if is_on else "disable"})

@@ -292,6 +292,12 @@ def test_no_tool_and_tools_of_other_versions_are_refused_before_anything_is_buil
     assert not (tmp_path / "bundle").exists() and not list(tmp_path.glob("*.log"))
 
 
+def test_how_a_version_was_packed_does_not_matter(export, recipe, gpu, tmp_path, monkeypatch):
+    install(tmp_path / "tool", monkeypatch, tensorrt_llm="1.2.1+cu13")
+    bundle = build_bundle(export, tmp_path / "bundle", recipe=recipe)
+    assert bundle.manifest["versions"]["tensorrt-llm"] == "1.2.1+cu13"
+
+
 def test_a_second_build_takes_the_engine_from_the_cache(export, recipe, tool, gpu, tmp_path):
     first = build_bundle(export, tmp_path / "first", recipe=recipe, cache=tmp_path / "cache")
     again = build_bundle(export, tmp_path / "second", recipe=recipe, cache=tmp_path / "cache")
