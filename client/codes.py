@@ -74,6 +74,7 @@ STATUSES = {
 }
 NAMED_REGION = Concept("named-region", PRIVATE_SCHEME, "Region that the algorithm named in words")
 REASONING = Concept("reasoning", PRIVATE_SCHEME, "Reasoning of the algorithm")
+UNTOUCHED = Concept("text", PRIVATE_SCHEME, "Text of the algorithm, untouched")
 NOTICE = Concept("notice", PRIVATE_SCHEME, "Notice")
 ALGORITHM = Concept("algorithm", PRIVATE_SCHEME, "Algorithm")
 

@@ -12,10 +12,10 @@ from pydicom.dataset import Dataset
 from pydicom.uid import EncapsulatedPDFStorage
 
 from cxr_triton import __version__
-from cxr_triton.client.codes import Concept
+from cxr_triton.client.codes import UNTOUCHED, Concept
 from cxr_triton.client.objects import UNVERIFIED, Study, code_item, reference
 from cxr_triton.client.page import NOT_FOR_DIAGNOSIS
-from cxr_triton.client.report_sr import flags, notice, statements
+from cxr_triton.client.report_sr import flags, notice, statements, untouched
 
 FONT = Path(fontpkg_noto_sans.__file__).parent / "files" / "NotoSans[wdth,wght].ttf"
 TITLE = f"Machine reading of a chest radiograph ({UNVERIFIED})"
@@ -73,7 +73,13 @@ def _paragraphs(reading: dict[str, Any], study: Study):
     yield 11, notice(reading)
     findings, impression = statements(reading)
     reasoning = [reading["reasoning"]] if reading["reasoning"] else []
-    for heading, texts in (("Findings", findings), ("Impression", impression), ("Reasoning", reasoning)):
+    sections = {
+        "Findings": findings,
+        "Impression": impression,
+        "Reasoning": reasoning,
+        UNTOUCHED.meaning: untouched(reading),
+    }
+    for heading, texts in sections.items():
         if texts:
             yield 13, heading
             for text in texts:

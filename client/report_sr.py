@@ -21,6 +21,7 @@ from cxr_triton.client.codes import (
     REASONING,
     STATUS,
     STATUSES,
+    UNTOUCHED,
     Concept,
     label_concept,
     presence,
@@ -107,6 +108,7 @@ def text_report(study: Study) -> list[Dataset]:
         (codes.LN.Findings, codes.DCM.Finding, findings),
         (codes.LN.Impressions, codes.DCM.Impression, impression),
         (_concept(REASONING), _concept(REASONING), [reading["reasoning"]] if reading["reasoning"] else []),
+        (_concept(UNTOUCHED), _concept(UNTOUCHED), untouched(reading)),
         (_concept(ALGORITHM), COMMENT, about),
     )
     for heading, element, texts in sections:
@@ -147,6 +149,11 @@ def statements(reading: dict[str, Any]) -> tuple[list[str], list[str]]:
     elif reading["answer"] and not reading["boxes"]:
         impression.append(reading["answer"])
     return findings or ["None stated."], impression
+
+
+def untouched(reading: dict[str, Any]) -> list[str]:
+    """The model's own text where the reading is not well formed, so that nothing of it is lost."""
+    return [reading["text"]] if reading["status"] != "ok" and reading["text"].strip() else []
 
 
 def box_text(box: dict[str, Any], images: int) -> str:

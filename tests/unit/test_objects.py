@@ -135,6 +135,7 @@ def test_a_reading_that_is_not_well_formed_says_so_and_calls_nothing_absent(stat
     for words in (said(findings), said(text), report):
         assert ("This reading is" in words) == (status != "ok")
         assert ("Hernia" in words) == (status == "out_of_vocabulary")
+    assert ("<answer>" in said(text)) == (status != "ok")
 
 
 def test_nothing_is_invented_where_the_model_listed_nothing():
