@@ -41,6 +41,57 @@ def passing(bundle: Bundle) -> dict:
     }
 
 
+ENGINE_CONFIG = {
+    "pretrained_config": {
+        "qwen_type": "qwen2_vl",
+        "position_embedding_type": "mrope",
+        "dtype": "bfloat16",
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "max_position_embeddings": 4096,
+        "rotary_embedding_dim": 16,
+        "rotary_base": 1e6,
+        "rotary_scaling": {"mrope_section": [2, 3, 3]},
+    },
+    "build_config": {
+        "max_batch_size": 32,
+        "max_num_tokens": 4096,
+        "max_seq_len": 4096,
+        "max_prompt_embedding_table_size": 32 * 256,
+        "kv_cache_type": "paged",
+    },
+}
+
+
+def entry(path: Path) -> dict:
+    return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def write_engine_bundle(folder: Path, image_budget: int = 6, **build) -> Path:
+    """A paper bundle as built for a tensorrt-llm recipe."""
+    write_paper_bundle(folder)
+    for file in folder.glob("*.onnx*"):
+        file.unlink()
+    (folder / "tensorrt_llm").mkdir()
+    whole = ENGINE_CONFIG | {"build_config": ENGINE_CONFIG["build_config"] | build}
+    contents = {"tensorrt_llm/config.json": json.dumps(whole), "tensorrt_llm/rank0.engine": "engine", "vision.plan": ""}
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = {name: e for name, e in manifest["files"].items() if ".onnx" not in name}
+    manifest["files"] |= {name: entry(folder / name) for name in contents}
+    manifest |= {"engine": "tensorrt-llm", "vision_engine": "tensorrt"}
+    manifest["recipe"] = {"image_budget": image_budget, "decoder": {"kv_share": 0.5}}
+    manifest["geometry"]["compute"] = "bf16"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def engine_bundle(tmp_path):
+    return write_engine_bundle(tmp_path / "engine")
+
+
 def config(repository: Path, model: str):
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
@@ -59,14 +110,18 @@ def test_every_model_has_what_triton_wants(bundle, tmp_path):
 
 def test_the_ensemble_joins_tensors_of_one_type_and_shape(bundle, tmp_path):
     write_repository(bundle, tmp_path / "repository", Settings())
-    ensemble = config(tmp_path / "repository", ENSEMBLE)
+    joined(tmp_path / "repository")
+
+
+def joined(repository: Path) -> None:
+    ensemble = config(repository, ENSEMBLE)
 
     def signature(tensor, batched):
         return tensor.data_type, ([-1] if batched else []) + list(tensor.dims)
 
     known = {tensor.name: signature(tensor, False) for tensor in ensemble.input}
     for step in ensemble.ensemble_scheduling.step:
-        model = config(tmp_path / "repository", step.model_name)
+        model = config(repository, step.model_name)
         batched = model.max_batch_size > 0
         takes = {tensor.name: signature(tensor, batched) for tensor in model.input}
         gives = {tensor.name: signature(tensor, batched) for tensor in model.output}
@@ -242,3 +297,127 @@ def test_a_reading_says_whether_its_bundle_was_verified(bundle, tmp_path):
         finally:
             preprocessor.close()
         assert context["model"]["verification"] == expected
+
+
+def packaged(bundle: Path, repository: Path, **settings) -> Path:
+    write_repository(bundle, repository, Settings(**settings), unverified=True)
+    return repository
+
+
+def test_a_tensorrt_llm_bundle_brings_its_two_models(engine_bundle, tmp_path):
+    repository = packaged(engine_bundle, tmp_path / "repository")
+    assert {path.name for path in repository.iterdir()} == {*MODELS, ENSEMBLE, "tensorrt_llm"}
+    assert (repository / "vision_encoder/1/model.plan").samefile(repository / BUNDLE / "vision.plan")
+    assert not (repository / "vision_encoder/1/model.py").exists()
+    engine = config(repository, "tensorrt_llm")
+    values = {key: value.string_value for key, value in engine.parameters.items()}
+    folder = repository / values["gpt_model_path"]
+    assert (folder / "rank0.engine").read_text() == "engine" and (folder / "config.json").is_file()
+    assert (engine.backend, engine.max_batch_size) == ("tensorrtllm", 32)
+    assert engine.model_transaction_policy.decoupled and engine.HasField("dynamic_batching")
+    assert not engine.dynamic_batching.HasField("default_queue_policy"), "the engine's queue is ours: see `decoder`"
+    assert (engine.instance_group[0].count, engine.instance_group[0].kind) == (1, 2)  # KIND_CPU
+    assert {
+        "gpt_model_type": "inflight_fused_batching",
+        "batch_scheduler_policy": "guaranteed_no_evict",
+        "enable_kv_cache_reuse": "false",
+        "enable_chunked_context": "false",
+        "exclude_input_in_output": "true",
+        "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
+        "max_tokens_in_paged_kv_cache": str(32 * 4096 // 2),
+        "tokenizer_dir": "",
+        "xgrammar_tokenizer_info_path": "",
+        "guided_decoding_backend": "",
+    }.items() <= values.items()
+
+
+def test_the_engine_declares_what_is_sent(engine_bundle, tmp_path):
+    """Every tensor that the front end may send is declared with its type and shape, and no other."""
+    import numpy as np
+
+    from cxr_triton.engines.runtime import Generation, Sampling
+    from cxr_triton.engines.tensorrt_llm import EngineConfig, request_tensors, stop_tensors
+    from cxr_triton.engines.tensorrt_llm_backend import DATATYPES
+
+    repository = packaged(engine_bundle, tmp_path / "repository", prefix_reuse=True)
+    engine_config = EngineConfig.read(repository / BUNDLE / "tensorrt_llm")
+    sent = stop_tensors()
+    for sampling in ({"temperature": 1.0, "eos_token_ids": (1, 2)}, {"temperature": 0.0, "seed": 3}):
+        generation = Generation(
+            input_ids=np.arange(4),
+            position_ids=np.tile(np.arange(4), (3, 1)),
+            image_index=np.array([-1, 0, 1, -1]),
+            image_embeddings=np.zeros((2, 64), np.float32),
+            sampling=Sampling(max_new_tokens=5, **sampling),
+        )
+        sent |= request_tensors(generation, engine_config, prefix_reuse=True)
+    from tritonclient.grpc.model_config_pb2 import DataType
+
+    declared = {tensor.name: tensor for tensor in config(repository, "tensorrt_llm").input}
+    assert set(declared) == set(sent)
+    for name, value in sent.items():
+        tensor = declared[name]
+        assert DataType.Name(tensor.data_type) == f"TYPE_{DATATYPES[value.dtype]}", name
+        assert len(tensor.dims) == value.ndim - 1, name
+        assert all(size in (-1, got) for size, got in zip(tensor.dims, value.shape[1:], strict=True)), name
+        assert tensor.optional == (name not in ("input_lengths", "request_output_len")), name
+
+
+def test_vision_is_a_plan_with_a_warm_up(engine_bundle, tmp_path):
+    vision = config(packaged(engine_bundle, tmp_path / "repository", queue_size=9), "vision_encoder")
+    assert (vision.platform, vision.max_batch_size) == ("tensorrt_plan", 6)
+    assert vision.dynamic_batching.default_queue_policy.max_queue_size == 9
+    assert [tensor.name for tensor in vision.input] == ["pixel_windows", "patch_rows_cols", "valid", "merge_order"]
+    assert [tensor.name for tensor in vision.output] == ["image_embeddings"]
+    assert [warm_up.batch_size for warm_up in vision.model_warmup] == [1, 6]
+    for warm_up in vision.model_warmup:
+        for tensor in vision.input:
+            assert list(warm_up.inputs[tensor.name].dims) == list(tensor.dims)
+            assert warm_up.inputs[tensor.name].data_type == tensor.data_type
+
+
+def test_the_ensemble_of_an_engine_joins_tensors_too(engine_bundle, tmp_path):
+    packaged(engine_bundle, tmp_path / "repository")
+    joined(tmp_path / "repository")
+    takes = {tensor.name: tensor.data_type for tensor in config(tmp_path / "repository", "decoder").input}
+    assert takes["IMAGE_EMBEDDINGS"] == 14  # TYPE_BF16, as the plan gives it
+
+
+def test_slots_and_prefix_reuse_reach_the_engine(engine_bundle, tmp_path):
+    repository = packaged(engine_bundle, tmp_path / "repository", slots=8, prefix_reuse=True)
+    engine, decoder = (config(repository, name) for name in ("tensorrt_llm", "decoder"))
+    assert engine.max_batch_size == 8 and decoder.parameters["slots"].string_value == "8"
+    assert engine.parameters["enable_kv_cache_reuse"].string_value == "true"
+    assert decoder.parameters["prefix_reuse"].string_value == "1"
+    plain = config(packaged(engine_bundle, tmp_path / "plain"), "tensorrt_llm")
+    assert "prompt_table_extra_ids" not in {tensor.name for tensor in plain.input}
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [({"slots": 33}, "33 slots were asked for, the engine was built for 32"), ({"batch_invariant": True}, "none")],
+)
+def test_what_an_engine_does_not_do_is_refused(engine_bundle, tmp_path, settings, match):
+    with pytest.raises(InvalidRequest, match=match):
+        packaged(engine_bundle, tmp_path / "repository", **settings)
+    assert not (tmp_path / "repository").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"max_seq_len": 2048}, "2048 tokens of context, the bundle needs 4096"),
+        ({"max_prompt_embedding_table_size": 32 * 8}, "8 image tokens of 2 images"),
+        ({"image_budget": 1}, "takes 1 images"),
+        ({"kv_cache_type": "continuous"}, "needs paged"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_engine_that_is_too_small_is_refused(tmp_path, changes, match):
+    with pytest.raises(InvalidBundle, match=match):
+        packaged(write_engine_bundle(tmp_path / "engine", **changes), tmp_path / "repository")
+
+
+def test_prefix_reuse_needs_an_engine_that_has_it(bundle, tmp_path):
+    with pytest.raises(InvalidRequest, match="use tensorrt-llm"):
+        write_repository(bundle, tmp_path / "out", Settings(prefix_reuse=True))
