@@ -66,8 +66,7 @@ _FAILURES = (
         "TensorRT and TensorRT-LLM with its plugins do not belong together; use the recipe's container as it is",
     ),
     (
-        r"not supported on SM|[Uu]nsupported SM|Unknown SM|no kernel image is available|Unsupported (?:GPU )?arch"
-        r"|only supported on (?:Ada|Hopper|Blackwell)",
+        r"not supported on SM|[Uu]nsupported SM|Unknown SM|no kernel image is available|Unsupported (?:GPU )?arch",
         BuildFailed,
         "this GPU has no kernels for the recipe's precision; choose another precision, or a recipe for this GPU",
     ),
@@ -100,6 +99,7 @@ _FAILURES = (
     ),
 )
 """Pattern in the log, error, and what to do; the first that matches."""
+_NO_ERROR = re.compile(r"\] \[[VIW]\] ")  # TensorRT warns of every tactic that it has no memory for, and goes on
 
 
 @dataclass(frozen=True)
@@ -537,7 +537,7 @@ def _stopped_by_sigterm() -> Iterator[None]:
 
 
 def _failure(code: int, tail: list[str], log: Path) -> BuildFailed | DeviceUnavailable:
-    text = "\n".join(tail)
+    text = "\n".join(line for line in tail if not _NO_ERROR.search(line))
     for pattern, error, remedy in _FAILURES:
         if found := re.search(f"^.*(?:{pattern}).*$", text, re.MULTILINE):
             return error(f"{TOOL} failed: {_shortened(found[0])}; {remedy}; the log is {log}")
