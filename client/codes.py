@@ -43,7 +43,7 @@ LABELS = {
     "Cardiomegaly": Concept("8186001", "SCT", "Cardiomegaly"),
     "Consolidation": Concept("95436008", "SCT", "Lung consolidation", ("RID43255", "consolidation")),
     "Edema": Concept("19242006", "SCT", "Pulmonary edema", ("RID4866", "pulmonary edema")),
-    "Enlarged Cardiomediastinum": Concept("enl-cardiomedias", PRIVATE_SCHEME, "Enlarged cardiomediastinum"),
+    "Enlarged Cardiomediastinum": Concept("cardiomediastin", PRIVATE_SCHEME, "Enlarged cardiomediastinum"),
     "Fracture": Concept("125605004", "SCT", "Fracture of bone", ("RID4650", "fracture")),
     "Lung Lesion": Concept("lung-lesion", PRIVATE_SCHEME, "Lung lesion"),
     "Lung Opacity": Concept("lung-opacity", PRIVATE_SCHEME, "Lung opacity"),
@@ -70,7 +70,7 @@ STATUSES = {
     "ok": Concept("ok", PRIVATE_SCHEME, "Well formed"),
     "malformed": Concept("malformed", PRIVATE_SCHEME, "Malformed: a part of the expected form is missing"),
     "truncated": Concept("truncated", PRIVATE_SCHEME, "Truncated: the token limit came before the end"),
-    "out_of_vocabulary": Concept("out-of-vocabular", PRIVATE_SCHEME, "Out of vocabulary: lists unknown labels"),
+    "out_of_vocabulary": Concept("out-of-vocab", PRIVATE_SCHEME, "Out of vocabulary: lists unknown labels"),
 }
 NAMED_REGION = Concept("named-region", PRIVATE_SCHEME, "Region that the algorithm named in words")
 REASONING = Concept("reasoning", PRIVATE_SCHEME, "Reasoning of the algorithm")

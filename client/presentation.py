@@ -19,19 +19,20 @@ LAYER = "AI"
 
 
 def presentation_states(study: Study) -> list[Dataset]:
-    """One presentation state for each image with a box that has an area."""
+    """One presentation state for each image of the current study with a box that has an area.
+
+    A presentation state may only be of images of its own study (PS3.3 C.11.11), so a prior of another one has none.
+    """
     states = []
     for index, source in enumerate(study.sources):
         boxes = [box for box in study.reading["boxes"] if box["image"] == index and has_area(box)]
-        if boxes:
+        if boxes and source.StudyInstanceUID == study.current.StudyInstanceUID:
             states.append(_state(study, source, boxes, len(states) + 1))
     return states
 
 
 def _state(study: Study, source: Dataset, boxes: list[dict[str, Any]], number: int) -> Dataset:
-    state = study.instance(
-        "gsps", GrayscaleSoftcopyPresentationStateStorage, "PR", "boxes", part=str(source.SOPInstanceUID)
-    )
+    state = study.instance("gsps", GrayscaleSoftcopyPresentationStateStorage, "PR", "boxes", part=str(number))
     state.InstanceNumber = number
     state.PresentationCreationDate, state.PresentationCreationTime = state.ContentDate, state.ContentTime
     del state.ContentDate, state.ContentTime

@@ -179,19 +179,28 @@ def test_boxes_without_area_or_size_are_told_in_words():
     assert "line, 50 10 50 90 %" in said(objects(source, read, ["findings_sr"])[0])
 
 
-def test_boxes_of_two_images_go_to_their_own():
-    prior = header(SOPInstanceUID="1.2.3.4", StudyInstanceUID="1.2.3", SeriesInstanceUID="1.2.3.9")
+@pytest.mark.parametrize("study", ["1.2.3", None])
+def test_boxes_of_two_images_go_to_their_own(study):
+    """A prior of another study is evidence, and has no presentation state in this one."""
     current = header()
+    prior = header(
+        SOPInstanceUID="1.2.3.4", SeriesInstanceUID="1.2.3.9", StudyInstanceUID=study or current.StudyInstanceUID
+    )
     read = reading(prior, current)
     first, second = with_boxes(current)["boxes"]
     read["boxes"] = [{**first, "image": 0}, {**second, "image": 1}]
-    findings, *states = result_objects(read, [prior, current], kinds=["findings_sr", "gsps"], options=OPTIONS)
+    findings, text, *states = result_objects(read, [prior, current], kinds=KINDS[:3], options=OPTIONS)
     shown = [s.ReferencedSeriesSequence[0].ReferencedImageSequence[0].ReferencedSOPInstanceUID for s in states]
-    assert shown == ["1.2.3.4", current.SOPInstanceUID] and len({s.SOPInstanceUID for s in states}) == 2
-    assert findings.StudyInstanceUID == current.StudyInstanceUID
-    (own,), (elsewhere,) = findings.CurrentRequestedProcedureEvidenceSequence, findings.PertinentOtherEvidenceSequence
-    assert (own.StudyInstanceUID, elsewhere.StudyInstanceUID) == (current.StudyInstanceUID, "1.2.3")
-    assert "image 1 of 2" in said(result_objects(read, [prior, current], kinds=["text_sr"], options=OPTIONS)[0])
+    assert shown == ([] if study else ["1.2.3.4"]) + [current.SOPInstanceUID]
+    assert len({state.SOPInstanceUID for state in states}) == len(states)
+    assert {i.StudyInstanceUID for i in (findings, text, *states)} == {current.StudyInstanceUID}
+    own, elsewhere = (
+        findings.CurrentRequestedProcedureEvidenceSequence,
+        findings.get("PertinentOtherEvidenceSequence", ()),
+    )
+    assert [item.StudyInstanceUID for item in own] == [current.StudyInstanceUID]
+    assert [item.StudyInstanceUID for item in elsewhere] == ([study] if study else [])
+    assert json.dumps(findings.to_json_dict()).count('"1.2.3.4"') >= 3 and "image 1 of 2" in said(text)
 
 
 def test_a_presentation_state_repeats_the_first_voi_and_the_rescale():
