@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 import unicodedata
 from pathlib import Path
@@ -63,11 +64,20 @@ json_option = click.option(
 )
 
 
+_SHORT = r'(?:[-+.\w]+|"[-. \w]{0,20}")'
+_SHORT_LIST = re.compile(rf"\[\n\s*({_SHORT}(?:,\n\s*{_SHORT})*)\n\s*\]")
+
+
+def _one_line(found: re.Match[str]) -> str:
+    """A list of numbers and short words in one line; inside a JSON string there is no line feed."""
+    return "[" + re.sub(r",\n\s*", ", ", found[1]) + "]"
+
+
 def write_json(result: dict, path: str | None) -> None:
     """Write a verb's result where `json_option` says; nothing when it was not given."""
     if path is None:
         return
-    text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+    text = _SHORT_LIST.sub(_one_line, json.dumps(result, indent=2, ensure_ascii=False)) + "\n"
     if path == "-":
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -1,6 +1,7 @@
 """The command line: how every verb fails, and what `read` prints, writes and ends with."""
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -18,6 +19,8 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from cxr_triton import cli
@@ -322,3 +325,18 @@ def test_html_shows_the_picture_and_no_file_name(png, tmp_path):
     (data,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     shown = Image.open(io.BytesIO(base64.b64decode(data)))
     assert np.array_equal(np.asarray(shown), np.asarray(Image.open(png)))
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+        max_leaves=20,
+    )
+)
+def test_json_says_what_it_was_given_and_keeps_short_lists_in_a_line(value):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        cli.write_json({"value": value, "times": [0.5, -1e-07, None, "ok"]}, "-")
+    assert json.loads(out.getvalue()) == {"value": value, "times": [0.5, -1e-07, None, "ok"]}
+    assert '"times": [0.5, -1e-07, null, "ok"]' in out.getvalue()
