@@ -15,7 +15,7 @@ from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START, random_check
 from tensorrt_llm_reader import Decoder
 
 from cxr_triton.engines.runtime import Generation, Sampling
-from cxr_triton.engines.tensorrt_llm import EngineConfig, request_tensors
+from cxr_triton.engines.tensorrt_llm import EngineConfig, extra_ids, request_tensors, stop_tensors
 from cxr_triton.errors import InvalidBundle, InvalidRequest, PromptTooLong
 from cxr_triton.export.checkpoint import Checkpoint
 from cxr_triton.export.tensorrt_llm import write_tensorrt_llm
@@ -217,6 +217,40 @@ def test_a_request_carries_what_the_backend_takes(reference, engine):
     assert rows.tolist() == list(range(320, 320 + len(rows)))
 
 
+def test_a_request_without_a_seed_gets_one_of_its_own(reference, engine):
+    warm = dataclasses.replace(reference["text"][0], sampling=Sampling(max_new_tokens=3, temperature=0.7))
+    seeds = [request_tensors(warm, engine)["seed"] for _ in range(2)]
+    assert seeds[0].dtype == np.uint64 and seeds[0] != seeds[1], "the engine's default is one seed for all"
+
+
+def test_extra_ids_tell_images_apart_by_content_and_grid(reference, engine):
+    """Equal ids at equal places have to mean equal keys, and different images different ids."""
+    generation = reference["two_images"][0]
+    tensors = request_tensors(generation, engine, prefix_reuse=True)
+    ids = tensors["prompt_table_extra_ids"]
+    assert ids.dtype == np.uint64 and ids.shape == tensors["input_ids"].shape
+    is_image = generation.image_index >= 0
+    assert not ids[0][~is_image].any() and len(set(ids[0][is_image].tolist())) == 2 and ids[0][is_image].all()
+    table = tensors["prompt_embedding_table"][0]
+    assert np.array_equal(extra_ids(generation, table), ids[0])
+    first = np.flatnonzero(is_image)[0]
+    shifted = dataclasses.replace(generation, position_ids=generation.position_ids + 5)
+    assert np.array_equal(extra_ids(shifted, table), ids[0]), "the place is in the tokens before, not in the image"
+    changed, grid = table.copy(), generation.position_ids.copy()
+    changed[0, 0] += 1
+    grid[1, first + 1] += 1
+    for other in (extra_ids(generation, changed), extra_ids(dataclasses.replace(generation, position_ids=grid), table)):
+        assert other[first] != ids[0, first] and other[is_image][-1] == ids[0][is_image][-1]
+    assert "prompt_table_extra_ids" not in request_tensors(generation, engine)
+    assert "prompt_table_extra_ids" not in request_tensors(reference["text"][0], engine, prefix_reuse=True)
+
+
+def test_a_stop_has_what_the_backend_demands_of_every_request():
+    stop = stop_tensors()
+    assert stop["stop"].dtype == bool and stop["stop"].all() and set(stop) > {"input_lengths", "request_output_len"}
+    assert all(value.shape == (1, 1) for value in stop.values())
+
+
 def test_limits_of_the_engine(reference, engine):
     generation = reference["two_images"][0]
     with pytest.raises(InvalidRequest, match="66 tokens, the engine was built for 65"):
@@ -227,7 +261,13 @@ def test_limits_of_the_engine(reference, engine):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"qwen_type": "qwen2"}, {"dtype": "int8"}, {"max_position_embeddings": 4}, {"rotary_scaling": None}],
+    [
+        {"qwen_type": "qwen2"},
+        {"dtype": "int8"},
+        {"hidden_size": None},
+        {"max_position_embeddings": 4},
+        {"rotary_scaling": None},
+    ],
     ids=str,
 )
 def test_another_engine_is_refused(written, tmp_path, changes):
