@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -363,7 +364,10 @@ if __name__ == "__main__":
             Path(name), objects=asked.objects, triton_kills=asked.triton_kills, gateway_kills=asked.gateway_kills,
             gateways=asked.gateways, postgres=asked.gateways > 1, seed=asked.seed,
         )  # fmt: skip
-    result = {"command": " ".join(["python", *sys.argv]), "machine": machine(), **result}
+    command = f"python {sys.argv[0]} --objects {asked.objects} --triton-kills {asked.triton_kills}"
+    command += f" --gateway-kills {asked.gateway_kills} --gateways {asked.gateways} --seed {asked.seed}"
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    result = {"command": command, "date": date, "load_average": os.getloadavg()[2], "machine": machine(), **result}
     print(json.dumps(result, indent=2))
     if asked.json:
         asked.json.write_text(json.dumps(result, indent=2) + "\n")
