@@ -7,7 +7,7 @@ if [[ $# -lt 4 || $# -gt 5 ]]; then
     cat >&2 << 'USAGE'
 usage: deploy/smoke.sh OUT CHECKPOINT PROFILE RECIPE [IMAGES]
 
-  OUT         folder for the engine, 40 GB free; what an earlier run left there is used
+  OUT         folder for weights and engine; what an earlier run left there is used
   CHECKPOINT  folder, or ORG/NAME on the hub
   PROFILE     name or YAML file, as nv-reason-cxr-3b
   RECIPE      name of a tensorrt-llm recipe, as h100-fp8-trtllm
