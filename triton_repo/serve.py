@@ -223,6 +223,8 @@ class Server:
             causes = dict.fromkeys(line.strip()[:300] for line in wrong[-3:])
         if "No space left on device" in text or "shared memory pool" in text:
             causes[f"the models exchange tensors in {SHM}: make it larger (docker run --shm-size=1g)"] = None
+        if "unable to find backend library for backend 'tensorrt" in text:
+            causes["this repository is for NVIDIA's container with TensorRT-LLM, see deploy/README.md"] = None
         return "".join(f"; {cause}" for cause in causes) + f"; see {self.log}"
 
     def _check_shm(self) -> None:

@@ -334,5 +334,6 @@ def test_the_generated_models_load_up_to_the_missing_backends(plan_bundle, tmp_p
         pass
     assert "unable to find backend library for backend 'tensorrtllm'" in caught.value.message
     assert "unable to find backend library for backend 'tensorrt'" in caught.value.message
+    assert "deploy/README.md" in caught.value.message
     failed = set(re.findall(r"failed to load '(\w+)'", server.log.read_text()))
     assert failed == {"tensorrt_llm", "vision_encoder"}
