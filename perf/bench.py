@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cxr_triton.client import Reader
+from cxr_triton.client import Reader, Timeouts
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.perf import perf_analyzer
 from cxr_triton.perf.environment import environment, nvidia_smi
@@ -257,7 +257,8 @@ class Bench:
         item = self.workload.items[0]
         self.on_run("warm-up")
         observed = _Observed(self.observer)
-        with Reader(self.url, max_message_mib=1024) as reader:
+        timeouts = Timeouts(first_delta_s=None, idle_s=None, total_s=self.timeout_s)
+        with Reader(self.url, timeouts=timeouts, max_message_mib=1024) as reader:
             info = reader.server_info()
             reading = reader.read([image.data for image in item.images], **item.request).result()
         load = Load("concurrency", min(self.plan.warm_up, 4))
