@@ -118,7 +118,7 @@ class Stream:
     """A request on its way through queue, prefill and decode: its tokens in, chunks of text out."""
 
     def __init__(self, generation: Generation, on_chunk, is_cancelled, detokenizer, max_new_tokens: int):
-        self.id = uuid.uuid4().hex
+        self.id = f"s{uuid.uuid4().hex}"  # a letter first: TensorRT-LLM takes leading digits for a number
         self.generation = generation
         self.on_chunk = on_chunk
         self.is_cancelled = is_cancelled
