@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageDraw
 from pydicom.data import get_charset_files
 
-from cxr_triton.client.codes import LABELS, label_concept
+from cxr_triton.client.codes import ABSENT, LABELS, PLAIN_RADIOGRAPHY, PRESENT, STATUSES, label_concept
 from cxr_triton.client.objects import KINDS, diagnostic_report, result_objects, source_header
 from cxr_triton.dicom import read_identity
 from cxr_triton.errors import CxrError
@@ -158,7 +158,10 @@ def test_codes_are_those_of_the_standard():
         ("Pneumothorax", codes.SCT.Pneumothorax),
     ):
         assert LABELS[label][:3] == (code.value, code.scheme_designator, code.meaning)
-    for concept in LABELS.values():
+    ours = [concept[:2] for concept in (PRESENT, ABSENT, PLAIN_RADIOGRAPHY)]
+    theirs = (codes.cid241.Present, codes.cid241.Absent, codes.SCT.PlainRadiography)
+    assert ours == [(code.value, code.scheme_designator) for code in theirs]
+    for concept in (*LABELS.values(), *STATUSES.values()):
         assert len(concept.value) <= 16 and len(concept.meaning) <= 64
         if concept.scheme == "SCT":
             assert verhoeff(concept.value)
