@@ -120,6 +120,8 @@ class TensorRTLLMBackend:
         is_last = bool(message.error_message) or response.parameters["triton_final_response"].bool_param
         if message.error_message:
             log.error("the engine failed: %s", message.error_message)
+            if not response.id:
+                raise RuntimeError("an error of no request in particular")
             error = InternalError("the engine refused the request or failed in it; see the server's log")
         for output, content in zip(response.outputs, response.raw_output_contents, strict=True):
             if output.name == "output_ids":  # [1, 1, new tokens]

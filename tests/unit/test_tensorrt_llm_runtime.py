@@ -330,9 +330,12 @@ def test_an_error_ends_its_request_and_keeps_its_details(engine, caplog):
     assert "/opt/x broke" in caplog.text
 
 
-def test_a_broken_stream_fails_all_its_requests_and_the_next_one_opens_another(engine):
+@pytest.mark.parametrize(
+    "how", ["break", pb.ModelStreamInferResponse(error_message="of no request")], ids=["broken", "unnamed"]
+)
+def test_a_broken_stream_fails_all_its_requests_and_the_next_one_opens_another(engine, how):
     service, backend = engine
-    service.answers = {"b": ["break"], "c": [tokens("c", 5), final("c")]}
+    service.answers = {"b": [how], "c": [tokens("c", 5), final("c")]}
     first, second, third = listener(), listener(), listener()
     backend.start("a", {}, first[1])
     backend.start("b", {}, second[1])
