@@ -619,7 +619,7 @@ def main():
     "--plans", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Bundles that were built elsewhere."
 )
 @click.option("--step", "steps", multiple=True, type=click.Choice(list(STEPS)), help="Only this; may be repeated.")
-@click.option("--limit-s", type=int, help="For each step.  [default: its own]")
+@click.option("--limit-s", type=click.IntRange(1), help="For each step.  [default: its own]")
 @click.option("--dry-run", "is_dry", is_flag=True, help="On a CPU, with a small model.")
 @json_option
 def run(out, work, tokenizer, plans, steps, limit_s, is_dry, json_path):
