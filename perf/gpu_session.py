@@ -194,10 +194,11 @@ class Session:
             "head": held["head"],
             "kv": "bf16",
         }
-        least = "8.9" if held["precision"] == "fp8" else "8.0"
+        if engine == "tensorrt-rtx" and (held["precision"] == "fp8" or capability in (None, "current")):
+            capability = "8.9" if held["precision"] == "fp8" else "8.0"
         return dataclasses.replace(
             base,
-            compute_capability=least if capability in (None, "current") and engine == "tensorrt-rtx" else capability,
+            compute_capability=capability,
             vision=dataclasses.replace(base.vision, compiler=engine, precision="bf16"),
             decoder=dataclasses.replace(base.decoder, **types),
             slots=max(STREAMS),
@@ -685,6 +686,20 @@ def step(name, out, work, tokenizer, plans, is_dry):
         FUNCTIONS[name](Session(out, work, tokenizer, plans, is_dry))
     except CxrError as error:
         raise click.ClickException(error.wire()) from None
+
+
+@main.command()
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--tokenizer", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
+def plans(out, tokenizer):
+    """Build the small model's TensorRT-RTX plans without a GPU, for --plans of a session elsewhere."""
+    from cxr_triton.engines.bundle import build_bundle
+
+    session = Session(out / "work", out / "work", tokenizer, None, is_dry=False)
+    export = session.export(session.scales["small"], "bf16", "bf16")
+    for capability in ("8.0", "8.9"):
+        build_bundle(export, out / "plans" / capability, recipe=session.recipe("tensorrt-rtx", export, capability))
+        click.echo(out / "plans" / capability)
 
 
 @main.command()
