@@ -511,17 +511,17 @@ def table(result: Mapping) -> str:
     """The scenarios for a terminal."""
     heads = ("readings/s", "tokens/s", "p50 ms", "p99 ms", "TTFT p99", "ITL p99")
     lines = [
-        f"{'scenario':<14}{'load':<22}" + "".join(f"{head:>{width}}" for head, width in zip(heads, WIDTHS, strict=True))
+        f"{'scenario':<21}{'load':<22}" + "".join(f"{head:>{width}}" for head, width in zip(heads, WIDTHS, strict=True))
     ]
     points = [(s["name"], p) for s in result["scenarios"] for p in s["points"]]
-    for name, point in [*points, *((f"sweep, {p['driver']}", p) for p in result["sweep"])]:
+    for name, point in [*points, *((f"sweep {p['driver']}", p) for p in result["sweep"])]:
         mean = {key: interval["mean"] for key, interval in point["summary"].items()}
         load = Load(**point["load"])
         numbers = [mean["readings_per_s"], mean["output_tokens_per_s"]]
         numbers += [mean[key] for key in ("latency_ms.p50", "latency_ms.p99", "ttft_ms.p99", "itl_ms.p99")]
         cells = ["-" if number is None else f"{number:.{0 if number >= 100 else 2}f}" for number in numbers]
         line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
-        lines.append(f"{name[:13]:<14}{load!s:<22}{line}" + (f"  {point['stopped']}" if "stopped" in point else ""))
+        lines.append(f"{name:<21}{load!s:<22}{line}" + (f"  {point['stopped']}" if "stopped" in point else ""))
     for scenario in result["scenarios"]:
         said = scenario["result"]
         value = "-" if said["value"] is None else f"{said['value']:.4g}"
