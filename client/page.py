@@ -84,18 +84,7 @@ def reading_page(reading: Reading, pictures: Sequence[bytes] = ()) -> str:
     """
     title = f"{reading.model.get('title') or reading.model.get('profile') or 'Chest X-ray'} reading"
     figures = "".join(_figure(reading, i, png, len(pictures)) for i, png in enumerate(pictures))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="robots" content="noindex">
-<title>{_text(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
+    body = f"""\
 <aside class="notice" role="note"><strong>{NOT_FOR_DIAGNOSIS}</strong> {_text(reading.notice)}</aside>
 <header>
 <h1>{_text(title)}</h1>
@@ -116,7 +105,25 @@ def reading_page(reading: Reading, pictures: Sequence[bytes] = ()) -> str:
 {_images(reading)}
 </div>
 <details class="raw"><summary>The model's text, untouched</summary><pre>{_text(reading.text)}</pre></details>
-<footer>cxr-triton {__version__}</footer>
+"""
+    return document(title, _STYLE, body)
+
+
+def document(title: str, style: str, body: str) -> str:
+    """A self-contained HTML page that fetches nothing and runs no script; `style` and `body` are trusted."""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="robots" content="noindex">
+<title>{_text(title)}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}<footer>cxr-triton {__version__}</footer>
 </body>
 </html>
 """

@@ -5,9 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 
-from cxr_triton import __version__
 from cxr_triton.client.page import _STYLE as BASE_STYLE
-from cxr_triton.client.page import NOT_FOR_DIAGNOSIS
+from cxr_triton.client.page import NOT_FOR_DIAGNOSIS, document
 from cxr_triton.client.page import _text as text
 
 from .verify import THRESHOLDS
@@ -37,18 +36,7 @@ def verification_page(record: dict) -> str:
     images = "".join(_image(i, image) for i, image in enumerate(details.get("images", ())))
     runtime = record["runtime"]
     standin = f'<p class="why">{text(runtime["said"])}</p>' if runtime.get("said") else ""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="robots" content="noindex">
-<title>{text(title)}</title>
-<style>{BASE_STYLE}{_STYLE}</style>
-</head>
-<body>
+    body = f"""\
 <aside class="notice" role="note"><strong>{NOT_FOR_DIAGNOSIS}</strong> {text(details.get("notice", ""))}
 That an engine agrees with its checkpoint does not mean that the checkpoint is right.</aside>
 <header>
@@ -64,10 +52,8 @@ That an engine agrees with its checkpoint does not mean that the checkpoint is r
 <section><h2>What was run on what</h2>{_facts(record)}</section>
 <h2 class="readings">Readings, reference and engine</h2>
 {images or '<p class="none">The record in a manifest holds no readings.</p>'}
-<footer>cxr-triton {__version__}</footer>
-</body>
-</html>
 """
+    return document(title, BASE_STYLE + _STYLE, body)
 
 
 def _badge(passed: bool) -> str:

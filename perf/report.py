@@ -12,9 +12,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from cxr_triton import __version__
 from cxr_triton.cli import printable
-from cxr_triton.client.page import NOT_FOR_DIAGNOSIS, duration
+from cxr_triton.client.page import NOT_FOR_DIAGNOSIS, document, duration
 
 STAGES = ("image_decode", "preprocess", "vision", "queue", "prefill", "decode", "report", "transport")
 TIMELINE_REQUESTS = 48
@@ -592,18 +591,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _page(title: str, subtitle: str, notice: str, sections: Sequence[str]) -> str:
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="robots" content="noindex">
-<title>{_text(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
+    body = f"""\
 <header>
 <h1>{_text(title)}</h1>
 <p>{_text(subtitle)}</p>
@@ -612,10 +600,8 @@ def _page(title: str, subtitle: str, notice: str, sections: Sequence[str]) -> st
 <main>
 {"".join(sections)}
 </main>
-<footer>cxr-triton {__version__}</footer>
-</body>
-</html>
 """
+    return document(title, _STYLE, body)
 
 
 _STYLE = """
