@@ -534,7 +534,7 @@ def test_an_idle_runtime_uses_no_cpu(serve):
     receiver.wait()
     before = time.process_time()
     time.sleep(0.3)
-    assert time.process_time() - before < 0.05
+    assert time.process_time() - before < 0.15
 
 
 def test_memory_does_not_grow_over_500_requests(serve):

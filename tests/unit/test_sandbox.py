@@ -151,7 +151,7 @@ def test_time_limit_kills_the_child_and_fails_one_image(slow):
         first, started = sandbox.pid, time.monotonic()
         with pytest.raises(errors.LimitExceeded, match=r"0\.6 s"):
             sandbox.prepare(slow, preset="mimic_jpg", **BUDGET)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 15
         assert not alive(first)
         require_good(sandbox)
 
