@@ -212,6 +212,8 @@ class Gateway:
         trouble = []
         if self.intake.draining:
             trouble.append("draining")
+        if self.config.dicom and self.dicom_port is None:
+            trouble.append("dicom")  # it listens a moment later
         try:
             await asyncio.to_thread(self.intake.require_room)
         except QueueFull:
