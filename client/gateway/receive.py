@@ -29,6 +29,7 @@ from pathlib import Path
 import pynetdicom
 import sqlalchemy.exc
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from pydicom import Dataset
 from pydicom.uid import UID
 from pynetdicom import AE, AllStoragePresentationContexts, _config, evt
@@ -599,7 +600,7 @@ async def stow(request: web.Request, intake: Intake, token: str | None) -> web.R
                     path.unlink(missing_ok=True)
     except TimeoutError:
         return web.json_response({"error": f"nothing came for {STOW_IDLE_S:g} s"}, status=408)
-    except ValueError as error:
+    except (ValueError, HttpProcessingError) as error:
         return web.json_response({"error": f"not multipart/related: {type(error).__name__}"}, status=400)
     answer = {}
     if stored:

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import urllib.error
 import urllib.request
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,7 +79,15 @@ def objects(gateway) -> dict:
 
 def post(gateway, parts: list[bytes], path="/dicom-web/studies", kind='multipart/related; type="application/dicom"'):
     """Status and answer of a STOW-RS request."""
-    body = b"".join(b"--xyz\r\nContent-Type: application/dicom\r\n\r\n" + part + b"\r\n" for part in parts) + b"--xyz--"
+    return post_body(gateway, framed(parts), path, kind)
+
+
+def framed(parts: list[bytes]) -> bytes:
+    """multipart/related with the boundary xyz."""
+    return b"".join(b"--xyz\r\nContent-Type: application/dicom\r\n\r\n" + part + b"\r\n" for part in parts) + b"--xyz--"
+
+
+def post_body(gateway, body: bytes, path="/dicom-web/studies", kind="multipart/related"):
     headers = {"Content-Type": f"{kind}; boundary=xyz"}
     request = urllib.request.Request(gateway.web + path, body, headers)
     try:
@@ -434,6 +443,29 @@ def test_mutated_objects_get_an_answer(gateway, seed):
     if rng.random() < 0.3:
         del data[rng.randrange(len(data)) :]
     assert post(gateway, [bytes(data)])[0] in (200, 202, 409)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.binary(max_size=400), st.integers(0, 2**31), st.sampled_from(["raw", "inside", "frame"]))
+def test_malformed_stow_bodies_get_an_answer(gateway, noise, seed, kind):
+    """Bytes that are no multipart, those in the place of its parts, and one whose frame is damaged."""
+    rng = random.Random(seed)
+    body = bytearray(noise if kind == "raw" else framed([noise] if kind == "inside" else [friendly()]))
+    if kind == "frame":
+        for _ in range(rng.randint(1, 4)):
+            body[rng.choice([*range(46), *range(len(body) - 9, len(body))])] = rng.randrange(256)
+    assert post_body(gateway, bytes(body))[0] in (200, 202, 400, 409)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.binary(max_size=2000), st.booleans())
+def test_malformed_files_of_the_folder_are_set_aside(gateway, noise, is_part10):
+    path = gateway.inbox / f"{uuid.uuid4().hex}.dcm"  # hypothesis seeds `random`
+    partial = gateway.storage / path.name
+    partial.write_bytes((bytes(128) + b"DICM" if is_part10 else b"") + noise)
+    partial.rename(path)
+    wait_for(lambda: (gateway.inbox / "rejected" / path.name).exists(), "the file among the rejected")
+    assert not path.exists()
 
 
 def test_threads_end_with_their_connections(gateway):
