@@ -5,12 +5,11 @@ import csv
 import io
 import re
 from html import escape
-from html.parser import HTMLParser
 
 import bench_results
 import numpy as np
 import pytest
-from test_page import browser, chromium, is_color, screenshot
+from test_page import Page, browser, chromium, is_color, screenshot
 
 from cxr_triton.perf.compare import compare
 from cxr_triton.perf.report import history_page, number, result_page, to_csv
@@ -37,27 +36,6 @@ def result():
          "relative_difference": 0.01}
     ]  # fmt: skip
     return made
-
-
-class Page(HTMLParser):
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags, self.attributes, self.texts, self.hidden = [], [], [], False
-        self.feed(html)
-        self.close()
-        self.text = " ".join(" ".join(self.texts).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, *attr) for attr in attrs]
-        self.hidden = tag == "style"
-
-    def handle_endtag(self, tag):
-        self.hidden = False
-
-    def handle_data(self, data):
-        if not self.hidden:
-            self.texts.append(data)
 
 
 def test_the_page_says_everything_a_benchmarker_needs(result):
