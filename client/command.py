@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
+import queue
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,10 +118,10 @@ def read(
             temperature=temperature,
             seed=seed,
         )
-        with _ended_by_ctrl_c(stream):
-            for delta in stream:
+        with contextlib.closing(received(reader, stream)) as deltas:
+            for delta in deltas:
                 click.echo(click.style(printable(delta), dim=True) if out.isatty() else printable(delta), out, nl=False)
-            reading = stream.result()
+        reading = stream.result()
     click.echo("\n", out)
     for name, lines in _summary(reading):
         for i, line in enumerate(lines):
@@ -133,28 +134,39 @@ def read(
         sys.exit(EXIT_NOT_AS_ASKED)
 
 
-@contextlib.contextmanager
-def _ended_by_ctrl_c(stream: ReadingStream):
-    """Ctrl-C closes the stream even where Python drops what a signal handler raises: in a callback or a destructor."""
-    pressed = False
+def received(reader: Reader, stream: ReadingStream) -> Iterator[str]:
+    """The text of `stream`, received by a thread so that Ctrl-C never interrupts gRPC, whose state that breaks.
 
-    def close(*_):
-        nonlocal pressed
-        pressed = True
-        stream.close()
-        raise KeyboardInterrupt
+    However the generator ends, it closes `reader`, which cancels the request on the server. Put it in
+    `contextlib.closing`.
+    """
+    texts: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
 
-    previous = signal.signal(signal.SIGINT, close)
+    def receive() -> None:
+        try:
+            for text in stream:
+                texts.put(text)
+            texts.put(None)
+        except BaseException as error:
+            texts.put(error)
+
+    thread = threading.Thread(target=receive, name="cxr-received", daemon=True)
+    thread.start()
     try:
-        yield
-    except BaseException:
-        if pressed:
-            raise KeyboardInterrupt from None
-        raise
+        while True:
+            try:
+                text = texts.get(timeout=0.2)  # a signal just before a wait does not end it
+            except queue.Empty:
+                continue
+            if text is None:
+                return
+            if isinstance(text, BaseException):
+                raise text
+            yield text
     finally:
-        signal.signal(signal.SIGINT, previous)
-    if pressed:
-        raise KeyboardInterrupt
+        stream.close()
+        reader.close()
+        thread.join()
 
 
 def _variables(pairs: tuple[str, ...]) -> dict[str, str | list[str]]:

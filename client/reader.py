@@ -309,8 +309,10 @@ class _Watchdog:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        thread = self._thread
+        # One that an interrupt caught in its start is not alive yet, cannot be joined, and ends by `_closed`.
+        if thread is not None and thread is not threading.current_thread() and thread.is_alive():
+            thread.join()
 
     def _run(self) -> None:
         with self._changed:

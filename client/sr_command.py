@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import sys
@@ -11,7 +12,7 @@ import click
 import highdicom  # noqa: F401  # here, so that an install without it is told which extra to take
 
 from cxr_triton.cli import EXIT_NOT_AS_ASKED, json_option, printable, write_json
-from cxr_triton.client.command import FILE, connect, connection
+from cxr_triton.client.command import FILE, connect, connection, received
 from cxr_triton.client.objects import (
     KINDS,
     ObjectOptions,
@@ -63,7 +64,7 @@ def sr(files, reading_path, output, kinds, task, url, timeout_s, tls_ca, tls_cer
 
     Exit status: 0 when the reading is well formed; 3 when it is malformed, truncated or out of vocabulary (the objects
     are written all the same, and say it); 1 when there is none; 75 when the server is busy or out of reach; 2 for wrong
-    usage.
+    usage; 130 after Ctrl-C.
     """
     images = [file.read_bytes() for file in files]
     sources = [source_header(data) for data in images]
@@ -74,7 +75,11 @@ def sr(files, reading_path, output, kinds, task, url, timeout_s, tls_ca, tls_cer
         made_at = datetime.datetime.fromtimestamp(int(reading_path.stat().st_mtime)).astimezone()
     else:
         with connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) as reader:
-            reading = json.loads(reader.read(images, task=task).result().to_json())
+            stream = reader.read(images, task=task)
+            with contextlib.closing(received(reader, stream)) as deltas:
+                for _ in deltas:
+                    pass
+            reading = json.loads(stream.result().to_json())
         made_at = datetime.datetime.now().astimezone().replace(microsecond=0)
     options = ObjectOptions(made_at=made_at, digests=tuple(file_digest(data) for data in images))
     stem = (reading_path or files[-1]).stem
