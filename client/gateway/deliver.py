@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import secrets
 import time
@@ -247,6 +248,8 @@ class Deliverer:
             self._sender = WebSender(destination, config)
         self.wake = asyncio.Event()
         self._failures = 0
+        self._untold: list[Callable[[], None]] = []  # outcomes that the queue has not taken yet
+        self._is_unsettled = False
 
     def take_commitment(self, transaction_uid: str, kept: set[str], failed: dict[str, str]) -> None:
         """An answer to storage commitment, from whatever association."""
@@ -272,14 +275,24 @@ class Deliverer:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(stopping.wait(), wait_s)
             except sqlalchemy.exc.SQLAlchemyError as error:
+                self._is_unsettled = True
                 self._log("error", "queue_failed", error=type(error).__name__)
                 await either(stopping, self.wake, 4 * POLL_S)
+
+    def _tell(self) -> None:
+        while self._untold:
+            self._untold[0]()
+            self._untold.pop(0)
 
     def _wait_s(self, failures: int) -> float:
         return spread(self._to.retry_s[min(failures, len(self._to.retry_s)) - 1])
 
     async def _round(self) -> bool:
         """One batch; False when nothing was due."""
+        if self._is_unsettled:  # the queue failed in the middle of a batch
+            await asyncio.to_thread(self._tell)
+            await asyncio.to_thread(self._store.release, self._to.name)
+            self._is_unsettled = False
         batch = await asyncio.to_thread(self._store.claim_deliveries, self._to.name, LEASE_S)
         if not batch:
             return await self._ask_commitment() if self._to.commitment else False
@@ -292,12 +305,15 @@ class Deliverer:
             self._log(level, outcome, destination=self._to.name, job=row.job, sop=sop, kind=row.kind, answer=text)
             open_.pop(row.id)
             if outcome == "stored":
-                self._store.delivered(row.id, final=not self._to.commitment)
                 self._metrics.turnaround_s.labels(self._to.name).observe(time.time() - row.first_at)
+                change = functools.partial(self._store.delivered, row.id, final=not self._to.commitment)
             elif outcome == "again" and time.time() < row.created_at + self._to.give_up_s:
-                self._store.postpone(row.id, time.time() + self._wait_s(row.attempts + 1), text)
+                wait_s = self._wait_s(row.attempts + 1)
+                change = functools.partial(self._store.postpone, row.id, time.time() + wait_s, text)
             else:
-                self._store.undeliverable(row.id, text)
+                change = functools.partial(self._store.undeliverable, row.id, text)
+            self._untold.append(change)
+            self._tell()
 
         try:
             if self._to.kind == "dicom":

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import sqlalchemy.exc
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 
@@ -100,8 +101,12 @@ class Metrics:
         self.registry.register(self)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Gauges of the queue, for prometheus_client."""
-        counts = self._counts()
+        """Gauges of the disk and the queue, for prometheus_client; without the latter's while it cannot be reached."""
+        yield GaugeMetricFamily("cxr_gateway_disk_free_bytes", "Room left for objects.", self._free_bytes())
+        try:
+            counts = self._counts()
+        except sqlalchemy.exc.SQLAlchemyError:
+            return
         jobs = GaugeMetricFamily("cxr_gateway_jobs", "Jobs in the queue, by state.", labels=["state"])
         for state, count in counts["jobs"].items():
             jobs.add_metric([state], count)
@@ -120,4 +125,3 @@ class Metrics:
         yield GaugeMetricFamily(
             "cxr_gateway_oldest_open_seconds", "Age of the oldest open job.", counts["oldest_open_s"]
         )
-        yield GaugeMetricFamily("cxr_gateway_disk_free_bytes", "Room left for objects.", self._free_bytes())

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sqlalchemy as sa
+import sqlalchemy.exc
 from pydicom import Dataset
 from pynetdicom import build_role, evt
 from pynetdicom.sop_class import (
@@ -24,11 +25,11 @@ from pynetdicom.sop_class import (
 from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.deliver import Unreachable, associate
 from cxr_triton.client.gateway.read import choose
-from cxr_triton.client.gateway.receive import SUCCESS, Intake
+from cxr_triton.client.gateway.receive import OUT_OF_RESOURCES, SUCCESS, IncomingFile, Intake
 from cxr_triton.client.gateway.store import Store
 from cxr_triton.client.objects import source_header
 from cxr_triton.codestream import TRANSFER_SYNTAXES
-from cxr_triton.errors import InvalidImage, Unavailable
+from cxr_triton.errors import InvalidImage, QueueFull, Unavailable
 
 MODALITIES = ("CR", "DX")
 MOST_STUDIES = 5
@@ -78,9 +79,9 @@ class PriorFinder:
     def _bring(self, study: str, series: str) -> list[str]:
         return (self._wado if self._settings.url else self._get)(study, series)
 
-    def _take(self, path: Path, source: str) -> str | None:
+    def _take(self, file: IncomingFile, source: str) -> str | None:
         try:
-            return self._intake.take(path, "prior", source, is_prior=True).sop_instance
+            return self._intake.take(file, "prior", source, is_prior=True).sop_instance
         except InvalidImage:
             return None
 
@@ -120,11 +121,16 @@ class PriorFinder:
 
     def _get(self, study: str, series: str) -> list[str]:
         taken: list[str] = []
+        failed: list[Exception] = []
 
         def on_store(event) -> int:
             event.assoc.dul.socket.recv.message_ends()
-            if sop_instance := self._take(Path(event.dataset_path), self._settings.aet):
-                taken.append(sop_instance)
+            try:
+                if sop_instance := self._take(event.request._dataset_file, self._settings.aet):
+                    taken.append(sop_instance)
+            except (QueueFull, OSError, sqlalchemy.exc.SQLAlchemyError) as error:
+                failed.append(error)  # pynetdicom would keep it from `fetch`
+                return OUT_OF_RESOURCES
             return SUCCESS
 
         model = StudyRootQueryRetrieveInformationModelGet
@@ -147,6 +153,8 @@ class PriorFinder:
         finally:
             if association.is_established:
                 association.release()
+        if failed:
+            raise failed[0]
         return taken
 
     # -------------------------------------------------------------------------------------------------- DICOMweb
@@ -167,7 +175,7 @@ class PriorFinder:
             kind, body = self._ask(path, 'multipart/related; type="application/dicom"; transfer-syntax=*')
             with self._intake.new_file() as file:
                 file.write(_first_part(kind, body))
-            if sop_instance := self._take(Path(file.name), "dicomweb"):
+            if sop_instance := self._take(file, "dicomweb"):
                 taken.append(sop_instance)
         return taken
 

@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import io
 import json
 import os
 import random
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import sqlalchemy as sa
 import sqlalchemy.exc
+from pydicom import Dataset
 
 from cxr_triton.client.aio import AsyncReader
 from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.log import Log, Metrics
-from cxr_triton.client.gateway.store import Result, Store
+from cxr_triton.client.gateway.store import Result, Store, is_full
 from cxr_triton.client.objects import ObjectOptions, diagnostic_report, result_objects, source_header
 from cxr_triton.errors import (
     Cancelled,
@@ -143,6 +146,7 @@ class ReadWorker:
                     asyncio.to_thread(self._store.put_back, job.id, time.time(), "the gateway stopped", counts=False)
                 )
         except Exception as error:
+            is_ours = is_full(error) or isinstance(error, sqlalchemy.exc.SQLAlchemyError)
             code, text = getattr(error, "code", type(error).__name__), str(error)
             if isinstance(error, CxrError):
                 text = error.wire()
@@ -152,16 +156,23 @@ class ReadWorker:
             if isinstance(error, Unavailable | Cancelled | InternalError | ServerMismatch):
                 self.is_server_ready = False
             self._metrics.readings.labels(code).inc()
-            again = passing and job.attempts < settings.max_attempts
+            again = is_ours or (passing and job.attempts < settings.max_attempts)
             self._log("warning", "not_read", job=job.id, study=name, error=code, attempt=job.attempts, again=again)
-            with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):  # then the lease runs out
-                if again:
-                    wait_s = spread(settings.retry_s[min(job.attempts, len(settings.retry_s)) - 1])
-                    await asyncio.to_thread(self._store.put_back, job.id, time.time() + wait_s, text)
-                else:
-                    await asyncio.to_thread(self._store.bury, job.id, text)
+            if again:
+                wait_s = spread(settings.retry_s[min(job.attempts, len(settings.retry_s)) - 1])
+                await self._tell(self._store.put_back, job.id, time.time() + wait_s, text, counts=not is_ours)
+            else:
+                await self._tell(self._store.bury, job.id, text)
         finally:
             lease.cancel()
+
+    async def _tell(self, change: Callable[..., None], *args, **kwargs) -> None:
+        """Have the queue change, as soon as it can; the lease is kept until then."""
+        while True:
+            try:
+                return await asyncio.to_thread(change, *args, **kwargs)
+            except sqlalchemy.exc.SQLAlchemyError:
+                await asyncio.sleep(4 * POLL_S)
 
     async def _keep_lease(self, job: int, attempt: asyncio.Task) -> None:
         while True:
@@ -209,22 +220,27 @@ class ReadWorker:
         )
         folder = self._storage / "results" / f"{job.id}-{secrets.token_hex(4)}"
         folder.mkdir(parents=True)
+        try:
+            return self._write_to(folder, content, sources, options)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _write_to(self, folder: Path, content: dict, sources: list[Dataset], options: ObjectOptions) -> list[Result]:
         results = []
         for kind in self._config.results.kinds:
             for instance in result_objects(content, sources, kinds=(kind,), options=options):
                 path = folder / f"{len(results)}-{kind}.dcm"
-                with open(path, "wb") as file:
-                    instance.save_as(file, enforce_file_format=True)
-                    _flush(file)
+                data = io.BytesIO()  # pydicom's writing hides what went wrong with a file
+                instance.save_as(data, enforce_file_format=True)
+                _write_file(path, data.getvalue())
                 place = str(path.relative_to(self._storage))
                 uids = {"sop_class": str(instance.SOPClassUID), "sop_instance": str(instance.SOPInstanceUID)}
                 results.append(Result(kind=kind, path=place, **uids))
         if any(destination.kind == "fhir" for destination in self._config.destinations):
             report = diagnostic_report(content, sources, options=options)
             path = folder / "report.json"
-            with open(path, "wb") as file:
-                file.write(json.dumps(report, ensure_ascii=False).encode())
-                _flush(file)
+            _write_file(path, json.dumps(report, ensure_ascii=False).encode())
             place = str(path.relative_to(self._storage))
             results.append(Result(kind="fhir", path=place, sop_class="", sop_instance=_short_id(report)))
         for name in (folder, folder.parent):
@@ -238,9 +254,11 @@ def _short_id(report: dict) -> str:
     return str(report["id"])[:64]
 
 
-def _flush(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _write_file(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 async def either(stopping: asyncio.Event, wake: asyncio.Event, timeout_s: float) -> None:

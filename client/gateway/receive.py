@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import errno
-import functools
 import hashlib
 import hmac
 import ipaddress
@@ -20,7 +18,6 @@ import os
 import secrets
 import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -39,7 +36,7 @@ from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 
 from cxr_triton.client.gateway.config import LOOPBACK, Config
 from cxr_triton.client.gateway.log import Log, Metrics
-from cxr_triton.client.gateway.store import Received, Store
+from cxr_triton.client.gateway.store import CommitInDoubt, Received, Store, is_full
 from cxr_triton.dicom import Identity, Limits, read_identity
 from cxr_triton.errors import InvalidImage, LimitExceeded, QueueFull, Unavailable
 
@@ -51,6 +48,54 @@ STALE_S = 900
 _MIB = 1 << 20
 _DAY_S = 86400
 _CHUNK = 1 << 18
+
+
+class IncomingFile:
+    """A file that an object is written to as it comes, also by pynetdicom, in place of its temporary file.
+
+    Writing never raises: pynetdicom's thread would end of it, without an answer to the peer. What is written after a
+    failure is let go by, the file is removed at once, and `Intake.take` raises `error`.
+
+    Attributes
+    ----------
+    path : Path
+    error : OSError or None
+        Why the file is not whole.
+    """
+
+    def __init__(self, folder: Path):
+        self.path, self.error = folder / f"{secrets.token_hex(8)}.dcm", None
+        self.name, self.file = str(self.path), self  # as `tempfile` has them
+        try:
+            self._file = open(self.path, "xb")
+        except OSError as error:
+            self._file, self.error = None, error
+
+    def write(self, data: bytes) -> None:
+        self._try(lambda: self._file.write(data))
+
+    def flush(self) -> None:
+        self._try(lambda: self._file.flush())
+
+    def close(self) -> None:
+        self._try(lambda: self._file.close())
+
+    def _try(self, step: Callable[[], object]) -> None:
+        if self.error:
+            return
+        try:
+            step()
+        except OSError as error:
+            self.error = error
+            with contextlib.suppress(OSError):
+                self._file.close()  # it fails again, but closes
+            self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> IncomingFile:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
 
 
 class Intake:
@@ -90,13 +135,13 @@ class Intake:
         if free < least:
             raise QueueFull(f"{free // _MIB} MiB free for objects, {least // _MIB} have to stay; send it again later")
 
-    def new_file(self):
+    def new_file(self) -> IncomingFile:
         """An open file in the incoming folder."""
-        return tempfile.NamedTemporaryFile(dir=self.incoming, suffix=".dcm", delete=False)
+        return IncomingFile(self.incoming)
 
     def take(
         self,
-        path: Path,
+        file: IncomingFile,
         door: str,
         source: str,
         expect: Callable[[Identity], None] | None = None,
@@ -107,8 +152,8 @@ class Intake:
 
         Parameters
         ----------
-        path : Path
-            A whole Part 10 file; it is gone afterwards, whatever happens.
+        file : IncomingFile
+            Of `new_file`, with a whole Part 10 file in it; it is gone afterwards, whatever happens.
         door, source : str
             How it came, and from whom.
         expect : callable, optional
@@ -122,9 +167,14 @@ class Intake:
             It is no DICOM object that can be filed.
         QueueFull
             No room, or the gateway drains.
+        OSError, sqlalchemy.exc.SQLAlchemyError
+            The disk or the queue failed.
         """
-        verdict = "failed"
+        verdict, path = "failed", file.path
         try:
+            file.close()
+            if file.error:
+                raise file.error
             if self.draining and not is_prior:
                 raise QueueFull("the gateway takes nothing in while it drains; send it again later")
             self.require_room()
@@ -138,10 +188,11 @@ class Intake:
             )  # fmt: skip
             return identity
         except (InvalidImage, QueueFull, OSError, sqlalchemy.exc.SQLAlchemyError) as error:
-            verdict = "refused" if isinstance(error, InvalidImage) else "no_room" if _is_full(error) else "failed"
+            is_out_of_room = isinstance(error, QueueFull) or is_full(error)
+            verdict = "refused" if isinstance(error, InvalidImage) else "no_room" if is_out_of_room else "failed"
             code = getattr(error, "code", type(error).__name__)
             self.log("warning", "not_received", door=door, source=source, verdict=verdict, error=code)
-            if _is_full(error) and not isinstance(error, QueueFull):
+            if is_full(error):
                 raise QueueFull("the disk for objects is full; send it again later") from None
             raise
         finally:
@@ -189,8 +240,13 @@ class Intake:
             path=str(place.relative_to(self.config.storage)),
             source=source[:200],
         )
-        # Whether a commit that failed was carried out is not known: the file stays, and `sweep` asks the rows.
-        verdict = self._store.add(received, self.config.group.quiet_s, self.config.group.max_wait_s)
+        try:
+            verdict = self._store.add(received, self.config.group.quiet_s, self.config.group.max_wait_s)
+        except CommitInDoubt:
+            raise  # a row may point to the file: it stays, and `sweep` asks the rows
+        except sqlalchemy.exc.SQLAlchemyError:
+            place.unlink()  # or each attempt of a peer would leave one
+            raise
         if verdict == "duplicate":
             place.unlink(missing_ok=True)
         elif verdict == "image":
@@ -229,12 +285,6 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _is_full(error: BaseException) -> bool:
-    if isinstance(error, sqlalchemy.exc.OperationalError):
-        return "disk is full" in str(error.orig)
-    return isinstance(error, QueueFull) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 # ----------------------------------------------------------------------------------------------------------- DICOM
@@ -338,7 +388,7 @@ class Listener:
         answer = Dataset()
         answer.Status = SUCCESS
         try:
-            self._intake.take(Path(event.dataset_path), "dicom", source, expect)
+            self._intake.take(request._dataset_file, "dicom", source, expect)
         except QueueFull as error:
             answer.Status, answer.ErrorComment = OUT_OF_RESOURCES, error.message[:64]
         except _Mismatch as error:
@@ -384,7 +434,7 @@ def _is_in(address: str, networks) -> bool:
 def _prepare_pynetdicom(incoming: Path) -> None:
     """Have objects written to the incoming folder as they come, and nothing of them into logs."""
     # There is no setting for the folder, and a rename needs the same file system.
-    pynetdicom.dimse_messages.NamedTemporaryFile = functools.partial(tempfile.NamedTemporaryFile, dir=incoming)
+    pynetdicom.dimse_messages.NamedTemporaryFile = lambda **_: IncomingFile(incoming)
     _config.STORE_RECV_CHUNKED_DATASET = True
     _config.LOG_HANDLER_LEVEL = "none"
     _config.LOG_REQUEST_IDENTIFIERS = _config.LOG_RESPONSE_IDENTIFIERS = False
@@ -533,9 +583,9 @@ class FolderWatcher:
     def _take(self, path: Path) -> int:
         try:
             self._intake.require_room()
-            with self._intake.new_file() as copy, open(path, "rb") as file:
+            with open(path, "rb") as file, self._intake.new_file() as copy:
                 shutil.copyfileobj(file, copy, _MIB)
-            self._intake.take(Path(copy.name), "folder", "folder")
+            self._intake.take(copy, "folder", "folder")
         except InvalidImage:
             rejected = self.folder / "rejected"
             rejected.mkdir(exist_ok=True)
@@ -563,7 +613,7 @@ async def stow(request: web.Request, intake: Intake, token: str | None) -> web.R
     if kind != "multipart/related":
         return web.json_response({"error": f"{kind} is not multipart/related"}, status=415)
     study = request.match_info.get("study")
-    stored, failed, full = [], [], False
+    stored, failed, is_out_of_room = [], [], False
 
     def expect(identity: Identity) -> None:
         if study and identity.study != study:
@@ -572,22 +622,21 @@ async def stow(request: web.Request, intake: Intake, token: str | None) -> web.R
     try:
         parts = await request.multipart()
         while (part := await asyncio.wait_for(parts.next(), STOW_IDLE_S)) is not None:
-            path = None
+            file = None
             try:
                 if part.headers.get("Content-Type", "application/dicom").split(";")[0].strip() != "application/dicom":
                     raise InvalidImage("part is not application/dicom")
                 await asyncio.to_thread(intake.require_room)
-                with intake.new_file() as file:
-                    path, size = Path(file.name), 0
-                    while chunk := await asyncio.wait_for(part.read_chunk(_CHUNK), STOW_IDLE_S):
-                        size += len(chunk)
-                        if size > intake.max_bytes:
-                            raise LimitExceeded(f"object is over {intake.max_bytes} bytes; send a smaller one")
-                        file.write(chunk)
-                identity = await asyncio.to_thread(intake.take, path, "stow", request.remote or "", expect)
+                file, size = intake.new_file(), 0
+                while chunk := await asyncio.wait_for(part.read_chunk(_CHUNK), STOW_IDLE_S):
+                    size += len(chunk)
+                    if size > intake.max_bytes:
+                        raise LimitExceeded(f"object is over {intake.max_bytes} bytes; send a smaller one")
+                    file.write(chunk)
+                identity = await asyncio.to_thread(intake.take, file, "stow", request.remote or "", expect)
                 stored.append(_item(identity.sop_class, identity.sop_instance))
             except QueueFull:
-                full = True
+                is_out_of_room = True
                 failed.append(_item(reason=OUT_OF_RESOURCES))
             except InvalidImage as error:
                 failed.append(_item(reason=WRONG_CLASS if isinstance(error, _Mismatch) else CANNOT_UNDERSTAND))
@@ -596,8 +645,9 @@ async def stow(request: web.Request, intake: Intake, token: str | None) -> web.R
             except (OSError, sqlalchemy.exc.SQLAlchemyError):
                 failed.append(_item(reason=PROCESSING_FAILURE))
             finally:
-                if path is not None:
-                    path.unlink(missing_ok=True)
+                if file is not None:
+                    file.close()
+                    file.path.unlink(missing_ok=True)
     except TimeoutError:
         return web.json_response({"error": f"nothing came for {STOW_IDLE_S:g} s"}, status=408)
     except (ValueError, HttpProcessingError) as error:
@@ -607,7 +657,7 @@ async def stow(request: web.Request, intake: Intake, token: str | None) -> web.R
         answer["00081199"] = {"vr": "SQ", "Value": stored}
     if failed:
         answer["00081198"] = {"vr": "SQ", "Value": failed}
-    status = 200 if stored and not failed else 202 if stored else 507 if full else 409 if failed else 400
+    status = 200 if stored and not failed else 202 if stored else 507 if is_out_of_room else 409 if failed else 400
     return web.json_response(answer, status=status, content_type="application/dicom+json")
 
 

@@ -9,6 +9,7 @@ not.
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -140,6 +141,10 @@ class Result:
     path: str
 
 
+class CommitInDoubt(sa.exc.SQLAlchemyError):
+    """The connection was lost while a commit was under way: whether it was carried out is not known."""
+
+
 class Store:
     """The queue as one gateway sees it; usable from any thread.
 
@@ -164,6 +169,8 @@ class Store:
                 raise InvalidConfig(f"queue: {parsed.get_backend_name()} is none of sqlite, postgresql")
             self._is_sqlite = parsed.get_backend_name() == "sqlite"
             options = {"connect_args": {"timeout": 60}} if self._is_sqlite else {"pool_pre_ping": True}
+            if not self._is_sqlite:  # libpq waits without limit for a host that went away
+                parsed = parsed.set(query={"connect_timeout": "10", "tcp_user_timeout": "30000", **parsed.query})
             self._engine = sa.create_engine(parsed, **options)
             if self._is_sqlite:
                 sa.event.listen(self._engine, "connect", _prepare_sqlite)
@@ -184,8 +191,15 @@ class Store:
 
     @contextlib.contextmanager
     def _begin(self) -> Iterator[sa.Connection]:
-        with self._turn, self._engine.begin() as connection:
-            yield connection
+        is_written = False
+        try:
+            with self._turn, self._engine.begin() as connection:
+                yield connection
+                is_written = True
+        except sa.exc.DBAPIError as error:
+            if is_written and not is_full(error):
+                raise CommitInDoubt(str(error.orig)) from error
+            raise
 
     # ------------------------------------------------------------------------------------------------- objects
 
@@ -197,6 +211,13 @@ class Store:
         str
             Its kind; or ``duplicate`` when the same bytes of this SOP instance are there already, or ``conflict`` when
             other bytes are, which keep their place: the new ones are stored and flagged, and not read.
+
+        Raises
+        ------
+        CommitInDoubt
+            It may be queued.
+        sqlalchemy.exc.SQLAlchemyError
+            It is not.
         """
         now = time.time()
         with self._begin() as c:
@@ -360,6 +381,12 @@ class Store:
             lease = {"owner": self.gateway, "lease_until": now + lease_s}
             c.execute(sa.update(deliveries).where(d.id.in_(ids)).values(lease))
             return c.execute(sa.select(deliveries).where(d.id.in_(ids)).order_by(d.id)).all()
+
+    def release(self, destination: str) -> None:
+        """Free what this gateway holds for a destination, when nothing of it is under way."""
+        mine = (deliveries.c.destination == destination) & (deliveries.c.owner == self.gateway)
+        with self._begin() as c:
+            c.execute(sa.update(deliveries).where(mine).values(owner=None, lease_until=None))
 
     def delivered(self, delivery: int, *, final: bool) -> None:
         """A destination has a result; not `final` while its commitment is awaited."""
@@ -582,6 +609,13 @@ class Store:
     def _note(self, c: sa.Connection, job: int, state: str, note: str) -> None:
         row = {"job": job, "at": time.time(), "gateway": self.gateway, "state": state, "note": note}
         c.execute(sa.insert(history).values(row))
+
+
+def is_full(error: BaseException) -> bool:
+    """The disk is full, as a file or SQLite says it."""
+    if isinstance(error, sa.exc.OperationalError):
+        return "disk is full" in str(error.orig)
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 _AS_TAKEN = (objects.c.taken, objects.c.number, objects.c.sop_instance)

@@ -3,8 +3,9 @@
     python tests/integration/gateway_faults.py --objects 500 --triton-kills 10 --gateway-kills 20 --json OUT
 
 A sender stores phantoms, one study each, and sends again what was not answered with success. Meanwhile the served
-phantom model and the gateway are killed with SIGKILL and started again, and the destinations go through phases: they
-refuse connections, accept and stay silent, cut connections in the middle of an object, answer that their disk is full.
+phantom model and the gateway are killed with SIGKILL and started again, PostgreSQL, where there is one, is crashed and
+started again, and the destinations go through phases: they refuse connections, accept and stay silent, cut connections
+in the middle of an object, answer that their disk is full.
 At the end every study has to have exactly one set of results at each destination, and the queue has to be empty.
 """
 
@@ -188,7 +189,7 @@ def run(
     triton_kills: int,
     gateway_kills: int,
     gateways: int = 1,
-    postgres: bool = False,
+    database_crashes: int = 0,
     seed: int = 0,
     phase_s: float = 2.5,
     timeout_s: float = 3600,
@@ -203,7 +204,7 @@ def run(
     repository = phantom_repository(folder / "model")
     triton_port = free_port()
     triton = start_triton(repository, triton_port)
-    database = Postgres(folder / "postgres") if postgres else None
+    database = Postgres(folder / "postgres") if gateways > 1 else None
     pacs, archive = Orthanc(folder / "pacs"), Orthanc(folder / "archive")
     flaky, to_pacs, to_archive = FlakyPacs(), Proxy(pacs.port), Proxy(int(archive.http.rsplit(":", 1)[1]))
     faulty = (flaky, to_pacs, to_archive)
@@ -254,8 +255,9 @@ def run(
     kills = sorted(
         [(rng.uniform(0.02, 0.95), "triton", 0) for _ in range(triton_kills)]
         + [(rng.uniform(0.02, 0.95), "gateway", i % gateways) for i in range(gateway_kills)]
+        + [(rng.uniform(0.02, 0.95), "database", 0) for _ in range(database_crashes)]
     )
-    killed = {"triton": 0, "gateway": 0}
+    killed = {"triton": 0, "gateway": 0, "database": 0}
     try:
         for thread in threads:
             thread.start()
@@ -271,6 +273,10 @@ def run(
                     os.kill(triton.pid, signal.SIGKILL)
                     triton.stop()
                     triton = start_triton(repository, triton_port)
+                elif what == "database":
+                    database.crash()
+                    time.sleep(rng.uniform(0.5, 5))
+                    database.start()
                 else:
                     running[i].kill()
                     running[i] = GatewayProcess(folder / f"gateway-{i + 1}", configs[i])
@@ -356,16 +362,19 @@ if __name__ == "__main__":
     parser.add_argument("--triton-kills", type=int, default=10)
     parser.add_argument("--gateway-kills", type=int, default=20)
     parser.add_argument("--gateways", type=int, default=1, help="two or more share a queue in PostgreSQL")
+    parser.add_argument("--database-crashes", type=int, default=10, help="with two or more gateways")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
+    crashes = asked.database_crashes if asked.gateways > 1 else 0
     with tempfile.TemporaryDirectory(prefix="cxr-faults-") as name:
         result = run(
             Path(name), objects=asked.objects, triton_kills=asked.triton_kills, gateway_kills=asked.gateway_kills,
-            gateways=asked.gateways, postgres=asked.gateways > 1, seed=asked.seed,
+            gateways=asked.gateways, database_crashes=crashes, seed=asked.seed,
         )  # fmt: skip
     command = f"python {sys.argv[0]} --objects {asked.objects} --triton-kills {asked.triton_kills}"
     command += f" --gateway-kills {asked.gateway_kills} --gateways {asked.gateways} --seed {asked.seed}"
+    command += f" --database-crashes {crashes}" if crashes else ""
     date = datetime.now(UTC).isoformat(timespec="seconds")
     result = {"command": command, "date": date, "load_average": os.getloadavg()[2], "machine": machine(), **result}
     print(json.dumps(result, indent=2))

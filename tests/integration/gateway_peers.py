@@ -149,12 +149,7 @@ class GatewayProcess(Process):
         start = log.stat().st_size if log.exists() else 0
         command = [*CLI, "gateway", "--config", str(self.config)]
         super().__init__(command, log)
-        line = wait_for(
-            lambda: (
-                self.process.poll() is not None or next((x for x in self.lines(start) if x["event"] == "started"), 0)
-            ),
-            "the gateway's start",
-        )
+        line = wait_for(lambda: self.process.poll() is not None or self._started(start), "the gateway's start")
         assert self.process.poll() is None, log.read_text()[-3000:]
         self.port, self.web = line["dicom_port"], f"http://127.0.0.1:{line['web_port']}"
 
@@ -232,9 +227,17 @@ class Postgres(Process):
         subprocess.run(init, check=True, capture_output=True, **as_user)
         settings = [f"port={port}", "listen_addresses=127.0.0.1", f"unix_socket_directories={folder}"]
         command = [str(programs[-1] / "postgres"), "-D", str(folder / "data")]
-        super().__init__(command + [x for s in settings for x in ("-c", s)], folder / "postgres.log", **as_user)
+        self._command, self._as_user = command + [x for s in settings for x in ("-c", s)], as_user
         self.url = f"postgresql+psycopg://gateway@127.0.0.1:{port}/postgres"
+        self.start()
+
+    def start(self) -> None:
+        super().__init__(self._command, self.folder / "postgres.log", **self._as_user)
         wait_for(self._is_up, "PostgreSQL's start")
+
+    def crash(self) -> None:
+        """End at once, as from a loss of power: the next start recovers from the log."""
+        super().stop(signal.SIGQUIT)
 
     def _is_up(self) -> bool:
         import psycopg

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import resource
 import shutil
@@ -46,16 +45,16 @@ def timestamp_errors_ms(url: str, script: dict, *, streams: int, requests: int) 
     The way through Triton and gRPC is part of it, so the client's own error is less.
     """
     messages = [item.message("cxr_reader") for item in workload(1 << 10, **script).items]
-    run = load._Run(url, messages, 600.0, lambda: None)
-    _, failure = asyncio.run(run.run(load.Load("concurrency", streams), 0.0, requests, 0))
-    if failure:
-        raise failure
+    run = load._Run(url, messages, load.Load("concurrency", streams), 0.0, requests, 0, 600.0)
+    run.run()
+    if run.failure:
+        raise run.failure
     errors = []
     for exchange in run.exchanges:
         for at_s, response in zip(exchange.arrived_s, exchange.responses, strict=True):
             sent, _ = wire.parse_response(pb.ModelStreamInferResponse.FromString(response))
             if sent:
-                errors.append(1e3 * (run._began_s + at_s - float(sent)))
+                errors.append(1e3 * (run.began_s + at_s - float(sent)))
     return errors
 
 

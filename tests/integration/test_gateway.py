@@ -1,10 +1,12 @@
 """The gateway whole: Orthanc to gateway to Triton with the phantom model, and the results back; kills in between."""
 
+import collections
 import io
 import json
 import signal
 import subprocess
 import threading
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -127,28 +129,26 @@ ORTHANC_CANNOT_SEND = ("dicom_derived/RG1_HTJ2K_lossless",)
 
 
 def test_every_transfer_syntax_comes_back_as_two_reports_over_both_ways(site, shared_data):
-    """Each file goes through Orthanc by C-STORE (HTJ2K: from a peer of our own), every third by STOW-RS too.
-
-    All of them by STOW-RS were run once; that way does not look at the syntax.
-    """
+    """Each file goes through Orthanc by C-STORE (HTJ2K: from a peer of our own), and by STOW-RS."""
     by_study = {}
-    for i, name in enumerate(SYNTAXES):
+    for name in SYNTAXES:
         original = shared_data / f"{name}.dcm"
         syntax = pydicom.dcmread(original, stop_before_pixels=True).file_meta.TransferSyntaxUID
-        for way in ("c-store", "stow") if i % 3 == 0 else ("c-store",):
+        for way in ("c-store", "stow"):
             file = renamed(original)
             copy = pydicom.dcmread(io.BytesIO(file), stop_before_pixels=True)
             assert copy.file_meta.TransferSyntaxUID == syntax
             if way == "stow":
-                stow(site, file)
+                assert stow(site, file)[0] == 200
             elif name in ORTHANC_CANNOT_SEND:
                 assert send(site.port, [file]) == [0]
             else:
                 forward(site.pacs, file)
             by_study[str(copy.StudyInstanceUID)] = (name, way, str(syntax), str(copy.SOPInstanceUID))
-    received = {line["study"]: line["syntax"] for line in site.lines() if line["event"] == "received"}
-    sent = {syntax for _, _, syntax, _ in by_study.values()}
-    assert len(sent) == len(SYNTAXES) and sent <= set(received.values())  # nothing was transcoded
+    received = {(line["door"], line["syntax"]) for line in site.lines() if line["event"] == "received"}
+    for door, way in (("dicom", "c-store"), ("stow", "stow")):
+        sent = {(door, syntax) for _, by, syntax, _ in by_study.values() if by == way}
+        assert len(sent) == len(SYNTAXES) and sent <= received  # nothing was transcoded
     wait_for(lambda: not site.queue.counts()["oldest_open_s"], "all readings", 300)
     for study, (name, way, _, image) in by_study.items():
         at_pacs = reports(site.pacs, study)
@@ -157,12 +157,16 @@ def test_every_transfer_syntax_comes_back_as_two_reports_over_both_ways(site, sh
         assert evidence.ReferencedSeriesSequence[0].ReferencedSOPSequence[0].ReferencedSOPInstanceUID == image
 
 
-def stow(gateway, file: bytes) -> None:
+def stow(gateway, file: bytes) -> tuple[int, dict]:
+    """Status and answer of a STOW-RS request with one instance."""
     body = b"--xyz\r\nContent-Type: application/dicom\r\n\r\n" + file + b"\r\n--xyz--"
     headers = {"Content-Type": 'multipart/related; type="application/dicom"; boundary=xyz'}
     request = urllib.request.Request(f"{gateway.web}/dicom-web/studies", body, headers)
-    with urllib.request.urlopen(request) as answer:
-        assert answer.status == 200
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
 
 
 def test_a_late_image_is_read_and_a_repeat_is_not(site):
@@ -217,6 +221,67 @@ def test_sigterm_ends_it_in_order_and_the_next_start_goes_on(triton, tmp_path):
         with GatewayProcess(tmp_path / "gateway", here) as gateway:
             wait_for(lambda: gateway.queue.counts()["jobs"]["done"] == 2, "both readings")
             assert len(pacs.instances("SR")) == 4
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 32 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(
+        [require("mount"), "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], capture_output=True
+    ).returncode:
+        pytest.skip("no right to mount a small file system here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_disk_that_fills_in_the_middle_of_anything_is_waited_for(triton, small_disk, tmp_path):
+    """Objects that are larger than the disk by each door; then no room for the results of a study that was taken in."""
+    storage, inbox = small_disk / "storage", tmp_path / "in"
+    inbox.mkdir()
+    dataset = pydicom.dcmread(io.BytesIO(phantom_dicom(50_300)))
+    dataset.PixelData = bytes(40 << 20)
+    out = io.BytesIO()
+    dataset.save_as(out, enforce_file_format=True)
+    large = out.getvalue()
+    pacs = gateway_faults.FlakyPacs()
+    config = gateway_config(
+        storage, triton.grpc, [flaky(pacs)], intake={"min_free_mib": 0}, group={"quiet_s": 2, "max_wait_s": 2},
+        folder={"path": str(inbox), "every_s": 0.1},
+    )  # fmt: skip
+    with GatewayProcess(tmp_path / "gateway", config) as gateway:
+        assert send(gateway.port, [large]) == [0xA700]
+        status, answer = stow(gateway, large)
+        assert status == 507 and answer["00081198"]["Value"][0]["00081197"]["Value"] == [0xA700]
+        (inbox / "large.dcm").write_bytes(large)
+        wait_for(lambda: any(line.get("door") == "folder" for line in gateway.lines()), "the folder's turn")
+        (inbox / "large.dcm").unlink()
+        refused = [(line["door"], line["verdict"]) for line in gateway.lines() if line["event"] == "not_received"]
+        assert set(refused) == {(door, "no_room") for door in ("dicom", "stow", "folder")}
+        wait_for(lambda: not list(storage.glob("incoming/*")), "the end of the folder's last turn")
+        assert not list(storage.glob("objects/*/*"))
+        assert send(gateway.port, [phantom_dicom(50_301)]) == [0]
+        start, ballast = gateway.log.stat().st_size, small_disk / "ballast"
+        with open(ballast, "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+            while True:
+                file.write(bytes(4096))
+        troubles = ("not_read", "queue_failed", "housekeeping_failed")
+        wait_for(lambda: any(line["event"] in troubles for line in gateway.lines(start)), "trouble")
+        assert send(gateway.port, [phantom_dicom(50_302)]) == [0xA700]
+        ballast.unlink()
+        assert send(gateway.port, [phantom_dicom(50_302)]) == [0]
+        wait_for(lambda: gateway.queue.counts()["jobs"]["done"] == 2, "both readings")
+        assert gateway.ask("status", "1")["attempts"] == 1  # the disk is not held against a study
+    pacs.close()
+    assert sorted(collections.Counter(study for study, _ in pacs.stored.values()).values()) == [2, 2]
+    assert (
+        not pacs.repeats and len(list(storage.glob("objects/*/*"))) == 2 and len(list(storage.glob("results/*/*"))) == 4
+    )
+
+
+def flaky(pacs: gateway_faults.FlakyPacs) -> dict:
+    return {"name": "flaky", "kind": "dicom", "aet": "FLAKY", "host": "127.0.0.1", "port": pacs.port}
 
 
 def test_faults_lose_nothing_and_double_nothing(tmp_path):
@@ -294,6 +359,49 @@ def test_two_gateways_on_postgresql_read_every_study_once(triton, postgres, tmp_
             assert len(pacs.instances("SR")) == 12
 
 
+def test_gateways_wait_for_a_database_that_crashed_and_recover_by_themselves(triton, postgres, tmp_path):
+    psycopg = pytest.importorskip("psycopg")
+    with psycopg.connect(postgres.url.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE crashing")
+    url = postgres.url.rpartition("/")[0] + "/crashing"
+    pacs = gateway_faults.FlakyPacs()
+    configs = [
+        gateway_config(tmp_path / "storage", triton.grpc, [flaky(pacs)], name=name, queue=url)
+        for name in ("one", "two")
+    ]
+    with GatewayProcess(tmp_path / "1", configs[0]) as one, GatewayProcess(tmp_path / "2", configs[1]) as two:
+        queue = one.queue
+        before, meanwhile = ([phantom_dicom(seed + i) for i in range(4)] for seed in (50_400, 50_500))
+        assert send(one.port, before[:2]) == [0, 0] and send(two.port, before[2:]) == [0, 0]
+        postgres.crash()
+        try:
+            assert send(one.port, meanwhile[:2]) == [0x0110] * 2 and send(two.port, meanwhile[2:]) == [0x0110] * 2
+            status, answer = stow(one, meanwhile[0])
+            assert status == 409 and answer["00081198"]["Value"][0]["00081197"]["Value"] == [0x0110]
+            with pytest.raises(urllib.error.HTTPError) as error:
+                urllib.request.urlopen(f"{one.web}/health/ready", timeout=60)
+            assert error.value.code == 503 and json.loads(error.value.read())["trouble"] == ["queue"]
+            assert b"cxr_gateway_disk_free_bytes" in urllib.request.urlopen(f"{one.web}/metrics", timeout=60).read()
+            failed = ("queue_failed", "housekeeping_failed")
+            for gateway in (one, two):
+                wait_for(lambda g=gateway: any(line["event"] in failed for line in g.lines()), "the queue's failure")
+        finally:
+            postgres.start()
+        assert send(one.port, meanwhile[:2]) == [0, 0] and send(two.port, meanwhile[2:]) == [0, 0]
+        wait_for(lambda: queue.counts()["jobs"]["done"] == 8, "all readings")
+        assert queue.counts()["jobs"]["dead"] == 0 and one.process.poll() is two.process.poll() is None
+    pacs.close()
+    assert collections.Counter(study for study, _ in pacs.stored.values()) == {
+        uid(file): 2 for file in before + meanwhile
+    }
+    assert not pacs.repeats  # what was delivered when the database went away is not sent again
+    assert len(list(tmp_path.glob("storage/objects/*/*"))) == 8  # the refused ones left nothing
+
+
+def uid(file: bytes, keyword: str = "StudyInstanceUID") -> str:
+    return str(pydicom.dcmread(io.BytesIO(file), stop_before_pixels=True)[keyword].value)
+
+
 @pytest.mark.parametrize("way", ["dicom", "web"])
 def test_the_patients_last_earlier_radiograph_is_read_first(way, triton, tmp_path):
     """Two priors of the patient, one of another patient whose ID would match a wildcard, and a CT of the patient."""
@@ -305,9 +413,6 @@ def test_the_patients_last_earlier_radiograph_is_read_first(way, triton, tmp_pat
         out = io.BytesIO()
         dataset.save_as(out, enforce_file_format=True)
         return out.getvalue()
-
-    def uid(file: bytes) -> str:
-        return str(pydicom.dcmread(io.BytesIO(file), stop_before_pixels=True).SOPInstanceUID)
 
     with Orthanc(tmp_path / "pacs") as pacs:
         old, last = made(1, "20200101"), made(2, "20230101")
@@ -326,7 +431,7 @@ def test_the_patients_last_earlier_radiograph_is_read_first(way, triton, tmp_pat
             wait_for(lambda: gateway.queue.status()["dead"], "the end of the job")
             store = gateway.queue
             job = store.job(store.status()["dead"][0]["job"])
-            read = [store.object_of(sop) for sop in (uid(last), uid(current))]
+            read = [store.object_of(sop) for sop in (uid(last, "SOPInstanceUID"), uid(current, "SOPInstanceUID"))]
             assert job["read_objects"] == [row.id for row in read]
             assert store.counts()["objects"]["prior"] == 1
             assert store.counts()["jobs"]["dead"] == 1 and "[INVALID_REQUEST]" in job["error"]
