@@ -2,10 +2,9 @@
 
     python tests/integration/instant_server.py [--responses 300] [--first-ms 100 --gap-ms 10]
 
-For measuring a client that would saturate first against any server of gRPC's own. Without delays all responses were made
-before and leave in one write. With delays each leaves when it is due, and its text is two times of CLOCK_MONOTONIC in
-seconds: at which it was handed to the socket, and at which it was due. Prints its port. HTTP/2 as one gRPC client on
-the same machine needs it, and no more.
+For measuring a client, whatever gRPC's own servers cost. Without delays all responses were made before and leave in one
+write. With delays each leaves when it is due, and its text is two times of CLOCK_MONOTONIC in seconds: at which it was
+handed to the socket, and at which it was due. Prints its port. It speaks HTTP/2 as far as a gRPC client needs it.
 """
 
 from __future__ import annotations

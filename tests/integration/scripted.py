@@ -39,45 +39,45 @@ def workload(image_bytes: int, **script) -> Workload:
     return Workload(spec, (Item((image,), {"prompt": json.dumps(script)}),))
 
 
-def timestamp_errors_ms(url: str, script: dict, *, streams: int, requests: int) -> list[float]:
-    """How much later than the server sent it the client says that each text came; both read the same clock.
-
-    The way through Triton and gRPC is part of it, so the client's own error is less.
-    """
-    messages = [item.message("cxr_reader") for item in workload(1 << 10, **script).items]
-    run = load._Run(url, messages, load.Load("concurrency", streams), 0.0, requests, 0, 600.0)
+def offered(url: str, messages: list[bytes], concurrency: int, *, seconds: float = 0.0, requests: int = 1) -> load._Run:
+    """A closed loop that ended without a failure."""
+    run = load._Run(url, messages, load.Load("concurrency", concurrency), seconds, requests, 0, 600.0)
     run.run()
     if run.failure:
         raise run.failure
-    errors = []
+    return run
+
+
+def timestamps_ms(url: str, script: dict, *, streams: int, requests: int) -> dict[str, list[float]]:
+    """How much later than the server sent it the client says that each text came; both read the same clock.
+
+    ``late`` has that, ``server_late`` how much later than it was due the server sent it, if it says so.
+    """
+    messages = [item.message("cxr_reader") for item in workload(1 << 10, **script).items]
+    run = offered(url, messages, streams, requests=requests)
+    late, server_late = [], []
     for exchange in run.exchanges:
         for at_s, response in zip(exchange.arrived_s, exchange.responses, strict=True):
-            sent, _ = wire.parse_response(pb.ModelStreamInferResponse.FromString(response))
-            if sent:
-                errors.append(1e3 * (run.began_s + at_s - float(sent)))
-    return errors
+            text, _ = wire.parse_response(pb.ModelStreamInferResponse.FromString(response))
+            if text:
+                sent_s, *due_s = map(float, text.split())
+                late.append(1e3 * (run.began_s + at_s - sent_s))
+                server_late += [1e3 * (sent_s - each) for each in due_s]
+    return {"late": late, "server_late": server_late}
 
 
 def overhead(url: str, *, image_bytes: int, responses: int, concurrency: int, seconds: float) -> dict:
-    """What the client spends on a request, beside what a server that does no work takes for it."""
+    """Requests a second that were answered, and the client's processor time for each while the load was offered."""
     messages = [item.message("cxr_reader") for item in workload(image_bytes, responses=responses).items]
     before = resource.getrusage(resource.RUSAGE_SELF)
-    records, failure = load.offer(
-        url, messages, load.Load("concurrency", concurrency), min_seconds=seconds, min_requests=3
-    )
+    run = offered(url, messages, concurrency, seconds=seconds, requests=3)
     after = resource.getrusage(resource.RUSAGE_SELF)
-    if failure:
-        raise failure
+    records = [load.record(exchange) for exchange in run.exchanges]
     assert all(len(record.deltas_s) == responses for record in records)
-    cpu_s = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / len(records)
-    served_per_s = summarize(records, {})["readings_per_s"]
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {
-        "image_bytes": image_bytes,
-        "responses": responses,
         "concurrency": concurrency,
         "requests": len(records),
-        "served_per_s": served_per_s,
-        "client_cpu_s_per_request": cpu_s,
-        "client_could_offer_per_s": 1 / cpu_s,
-        "ratio": 1 / cpu_s / served_per_s,
+        "per_s": summarize(records, {})["readings_per_s"],
+        "client_cpu_s_per_request": cpu_s / len(records),
     }
