@@ -308,19 +308,22 @@ class Bench:
         return point_of("open_loop", load, runs, stopped=stopped)
 
     def sweep(self, concurrency: int) -> list[dict]:
-        """A concurrency by both drivers, turn by turn, so that a machine whose speed drifts is fair to both."""
+        """A concurrency by both drivers, turn by turn.
+
+        Who goes first alternates: a machine that gets slower would favour the one that always does.
+        """
         load, ours, theirs, stopped = Load("concurrency", concurrency), [], [], None
         for repeat in range(self.plan.repeats):
             self.on_run(f"sweep, {load}")
+            if self.tool and repeat % 2:
+                theirs.append(self._perf_analyzer(concurrency, requests))
             run, stopped = self._repeat(load, {}, repeat)
             ours.append(run)
             if stopped:
                 break
-            if self.tool:
-                rate = run[0]["summary"]["readings_per_s"]
-                theirs.append(
-                    self._perf_analyzer(concurrency, max(concurrency, math.ceil(rate * self.plan.min_seconds)))
-                )
+            requests = max(concurrency, math.ceil(run[0]["summary"]["readings_per_s"] * self.plan.min_seconds))
+            if self.tool and not repeat % 2:
+                theirs.append(self._perf_analyzer(concurrency, requests))
         points = [point_of("open_loop", load, ours, stopped=stopped)]
         if theirs:
             points.append(

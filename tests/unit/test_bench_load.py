@@ -151,7 +151,8 @@ def test_a_lost_connection_is_a_failure():
 
     with FakeServer(lost) as server:
         records, error = run(server, Load("concurrency", 2), requests=2)
-    assert isinstance(error, Unavailable) and {record.status for record in records} == {"UNAVAILABLE"}
+    ends = {"UNAVAILABLE", "CANCELLED"}  # a server that stops may reset a stream before it closes the connection
+    assert error.code in ends and records and {record.status for record in records} <= ends
 
 
 def test_no_server_is_said():
