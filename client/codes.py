@@ -1,9 +1,9 @@
 """Coded concepts of the objects that a reading becomes: the 14 labels, and what no public scheme has a code for.
 
-A code stands here only where its concept is the label's own. SNOMED CT: Pulmonary edema, Pleural effusion and
-Pneumothorax as in DICOM PS3.16; the others by their SNOMED CT names. RadLex 4.3 equivalents have the same name there. A
-label that is wider or vaguer than any concept (Lung Opacity, Lung Lesion, Pleural Other, Enlarged Cardiomediastinum,
-Support Devices, No Finding) has a code of the private scheme 99CXR.
+A code stands here only where its concept, at its finding site, is the label's own. Pulmonary edema, Pleural effusion,
+Pneumothorax, Opacity, Lesion, Enlarged and the sites are as in DICOM PS3.16 (context groups 4, 6100, 6102, 6104, 6107,
+6335); the others by their SNOMED CT names. RadLex equivalents have the same name there. Pleural Other is what remains
+of a class, for which no scheme has a code: it is of the private scheme 99CXR.
 """
 
 from __future__ import annotations
@@ -30,29 +30,35 @@ class Concept(NamedTuple):
         At most 16, 16 and 64 characters, as in PS3.3 table 8.8-1.
     radlex : tuple of str
         Identifier and name of the same concept in RadLex, or empty.
+    site : Concept or None
+        Finding site without which the concept is wider than what is meant.
     """
 
     value: str
     scheme: str
     meaning: str
     radlex: tuple[str, ...] = ()
+    site: Concept | None = None
 
 
+CHEST = Concept("816094009", "SCT", "Chest")
+LUNG = Concept("39607008", "SCT", "Lung")
+MEDIASTINUM = Concept("72410000", "SCT", "Mediastinum")
 LABELS = {
     "Atelectasis": Concept("46621007", "SCT", "Atelectasis", ("RID28493", "atelectasis")),
     "Cardiomegaly": Concept("8186001", "SCT", "Cardiomegaly"),
     "Consolidation": Concept("95436008", "SCT", "Lung consolidation", ("RID43255", "consolidation")),
     "Edema": Concept("19242006", "SCT", "Pulmonary edema", ("RID4866", "pulmonary edema")),
-    "Enlarged Cardiomediastinum": Concept("cardiomediastin", PRIVATE_SCHEME, "Enlarged cardiomediastinum"),
+    "Enlarged Cardiomediastinum": Concept("260376009", "SCT", "Enlarged", ("RID5791", "enlarged"), MEDIASTINUM),
     "Fracture": Concept("125605004", "SCT", "Fracture of bone", ("RID4650", "fracture")),
-    "Lung Lesion": Concept("lung-lesion", PRIVATE_SCHEME, "Lung lesion"),
-    "Lung Opacity": Concept("lung-opacity", PRIVATE_SCHEME, "Lung opacity"),
-    "No Finding": Concept("no-finding", PRIVATE_SCHEME, "No finding among the labels"),
+    "Lung Lesion": Concept("52988006", "SCT", "Lesion", ("RID38780", "lesion"), LUNG),
+    "Lung Opacity": Concept("112001", "DCM", "Opacity", ("RID28530", "opacity"), LUNG),
+    "No Finding": Concept("281900007", "SCT", "No abnormality detected", (), CHEST),
     "Pleural Effusion": Concept("60046008", "SCT", "Pleural effusion", ("RID34539", "pleural effusion")),
     "Pleural Other": Concept("pleural-other", PRIVATE_SCHEME, "Other pleural abnormality"),
     "Pneumonia": Concept("233604007", "SCT", "Pneumonia", ("RID5350", "pneumonia")),
     "Pneumothorax": Concept("36118008", "SCT", "Pneumothorax", ("RID5352", "pneumothorax")),
-    "Support Devices": Concept("support-devices", PRIVATE_SCHEME, "Support devices"),
+    "Support Devices": Concept("49062001", "SCT", "Device", ("RID29033", "medical device"), CHEST),
 }
 NO_FINDING = "No Finding"
 IMPLIED = {

@@ -48,7 +48,9 @@ def report(study: Study) -> dict[str, Any]:
         "imagingStudy": [_study_reference(uid) for uid in dict.fromkeys(s.StudyInstanceUID for s in study.sources)],
         "conclusion": conclusion,
         "conclusionCode": [
-            _concept(label_concept(label)) for label, value in presence(reading).items() if value is PRESENT
+            {**_concept(label_concept(label)), "text": _text(label)}
+            for label, value in presence(reading).items()
+            if value is PRESENT
         ],
         "presentedForm": [
             {
@@ -87,8 +89,11 @@ def _observations(study: Study) -> list[dict[str, Any]]:
     status["note"] = [{"text": _text(text)} for text in (notice(reading), *flags(reading))]
     observations = [status]
     for label, value in presence(reading).items():
-        concept = {**_concept(label_concept(label)), "text": _text(label)}
-        observations.append({**common, "code": concept, "valueCodeableConcept": _concept(value)})
+        finding = label_concept(label)
+        observation = {**common, "code": {**_concept(finding), "text": _text(label)}}
+        if finding.site:
+            observation["bodySite"] = _concept(finding.site)
+        observations.append({**observation, "valueCodeableConcept": _concept(value)})
     for box in reading["boxes"]:
         label = _text(box["label"] or "unnamed region")
         text = box_text(box, len(reading["images"]))

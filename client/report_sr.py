@@ -57,10 +57,7 @@ def findings_report(study: Study) -> list[Dataset]:
         ],
         qualitative_evaluations=[
             sr.QualitativeEvaluation(_concept(STATUS), _concept(STATUSES[reading["status"]])),
-            *(
-                sr.QualitativeEvaluation(_concept(label_concept(label)), _concept(value))
-                for label, value in presence(reading).items()
-            ),
+            *(_evaluation(label_concept(label), value) for label, value in presence(reading).items()),
         ],
     )
     whole[0].ContentSequence.extend(_text(COMMENT, text) for text in _comments(study))
@@ -69,7 +66,7 @@ def findings_report(study: Study) -> list[Dataset]:
         if not has_area(box):
             continue
         source = study.sources[box["image"]]
-        label = free_text(box["label"] or "unnamed region")
+        label, concept = free_text(box["label"] or "unnamed region"), _box_concept(box)
         region = sr.PlanarROIMeasurementsAndQualitativeEvaluations(
             tracking_identifier=sr.TrackingIdentifier(study.uid("tracking", f"box {number}"), label),
             referenced_region=sr.ImageRegion(
@@ -77,7 +74,8 @@ def findings_report(study: Study) -> list[Dataset]:
                 np.array(corners(box)),
                 sr.SourceImageForRegion(source.SOPClassUID, source.SOPInstanceUID),
             ),
-            finding_type=_concept(_box_concept(box)),
+            finding_type=_concept(concept),
+            finding_sites=[sr.FindingSite(_concept(concept.site))] if concept.site else None,
             algorithm_id=sr.AlgorithmIdentification(**algorithm),
         )
         groups.append(region)
@@ -193,6 +191,15 @@ def flags(reading: dict[str, Any]) -> list[str]:
 def _box_concept(box: dict[str, Any]) -> Concept:
     concept = label_concept(box["label"] or "")
     return concept if concept in KNOWN_LABELS.values() else NAMED_REGION
+
+
+def _evaluation(concept: Concept, value: Concept) -> sr.QualitativeEvaluation:
+    """Whether a finding is present; its site is a modifier of the finding, since a group's sites are of all of it."""
+    evaluation = sr.QualitativeEvaluation(_concept(concept), _concept(value))
+    if concept.site:
+        site = sr.CodeContentItem(codes.SCT.FindingSite, _concept(concept.site), RELATION.HAS_CONCEPT_MOD)
+        evaluation[0].ContentSequence = sr.ContentSequence([site])
+    return evaluation
 
 
 def _parameters(study: Study) -> list[str]:

@@ -16,7 +16,17 @@ import pytest
 from PIL import Image, ImageDraw
 from pydicom.data import get_charset_files
 
-from cxr_triton.client.codes import ABSENT, LABELS, PLAIN_RADIOGRAPHY, PRESENT, STATUSES, label_concept
+from cxr_triton.client.codes import (
+    ABSENT,
+    CHEST,
+    LABELS,
+    LUNG,
+    MEDIASTINUM,
+    PLAIN_RADIOGRAPHY,
+    PRESENT,
+    STATUSES,
+    label_concept,
+)
 from cxr_triton.client.objects import KINDS, diagnostic_report, result_objects, source_header
 from cxr_triton.dicom import read_identity
 from cxr_triton.errors import CxrError
@@ -135,6 +145,11 @@ def test_findings_are_coded(tmp_path):
     not_said = {label_concept(label)[:2] for label in ("Enlarged Cardiomediastinum", "Lung Opacity", "No Finding")}
     every = {concept[:2] for concept in LABELS.values()}
     assert {code for code, value in found.items() if value == "272519000"} == every - present - not_said
+    measured = find(find(report[0], "126010"), "125007")
+    for label in set(LABELS) - {"Lung Opacity", "Enlarged Cardiomediastinum", "No Finding"}:
+        concept = label_concept(label)
+        said = [tree(item)[0][2:4] for item in find(measured, concept.value).get("ContentSequence", ())]
+        assert said == ([["363698007", concept.site.value]] if concept.site else []), label
     library = find(instance, "111028").ContentSequence[0]
     assert [entry.ReferencedSOPSequence[0].ReferencedSOPInstanceUID for entry in library.ContentSequence] == [
         source.SOPInstanceUID
@@ -156,12 +171,19 @@ def test_codes_are_those_of_the_standard():
         ("Edema", codes.SCT.PulmonaryEdema),
         ("Pleural Effusion", codes.SCT.PleuralEffusion),
         ("Pneumothorax", codes.SCT.Pneumothorax),
+        ("Lung Opacity", codes.cid6104.Opacity),
+        ("Lung Lesion", codes.SCT.Lesion),
+        ("Enlarged Cardiomediastinum", codes.cid6107.Enlarged),
     ):
         assert LABELS[label][:3] == (code.value, code.scheme_designator, code.meaning)
+    sites = {concept.site[:3] for concept in LABELS.values() if concept.site}
+    theirs = (codes.cid6100.Lung, codes.cid6100.Mediastinum, codes.SCT.Chest)
+    assert sites == {(code.value, code.scheme_designator, code.meaning) for code in theirs}
+    assert [label for label, concept in LABELS.items() if concept.scheme == "99CXR"] == ["Pleural Other"]
     ours = [concept[:2] for concept in (PRESENT, ABSENT, PLAIN_RADIOGRAPHY)]
     theirs = (codes.cid241.Present, codes.cid241.Absent, codes.SCT.PlainRadiography)
     assert ours == [(code.value, code.scheme_designator) for code in theirs]
-    for concept in (*LABELS.values(), *STATUSES.values()):
+    for concept in (*LABELS.values(), *STATUSES.values(), CHEST, LUNG, MEDIASTINUM):
         assert len(concept.value) <= 16 and len(concept.meaning) <= 64
         if concept.scheme == "SCT":
             assert verhoeff(concept.value)
@@ -336,3 +358,9 @@ def test_fhir_is_valid_r4():
         assert DiagnosticReport.model_validate(report).status == "partial", name
         assert "Not for diagnosis" in report["conclusion"] and "AI, not verified" in report["conclusion"]
         json.dumps(report, allow_nan=False).encode("utf-8")
+    read = reading(source, text="<think>a</think><answer>Lung Lesion, Support Devices</answer>")
+    report = diagnostic_report(read, [source], options=OPTIONS)
+    observed = {item["code"]["text"]: item for item in report["contained"] if item["resourceType"] == "Observation"}
+    assert observed["Lung Lesion"]["bodySite"]["coding"][0]["code"] == "39607008"
+    assert "bodySite" not in observed["Pneumothorax"]
+    assert [concept["text"] for concept in report["conclusionCode"]] == ["Lung Lesion", "Support Devices"]
