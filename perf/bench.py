@@ -312,7 +312,7 @@ class Bench:
 
         Who goes first alternates: a machine that gets slower would favour the one that always does.
         """
-        load, ours, theirs, stopped = Load("concurrency", concurrency), [], [], None
+        load, ours, theirs, stopped, requests = Load("concurrency", concurrency), [], [], None, concurrency
         for repeat in range(self.plan.repeats):
             self.on_run(f"sweep, {load}")
             if self.tool and repeat % 2:
