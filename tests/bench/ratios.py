@@ -1,63 +1,62 @@
-"""What `make bench` measured, small: `python tests/bench/ratios.py PYTEST_BENCHMARK_JSON RESULT_JSON`.
+"""What `make bench` measured, as a record: `python tests/bench/ratios.py PYTEST_BENCHMARK_JSON RESULT_JSON`.
 
-Median milliseconds of every measurement, and within a group the others' over ours.
+Milliseconds of every measurement, and the others' over ours: of the medians, and of the best rounds.
 """
 
 import json
-import os
 import sys
-from collections import defaultdict
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+
+from cxr_triton.perf.environment import environment
+
 PACKAGES = (
-    "imagecodecs",
-    "numpy",
-    "pillow",
-    "pydicom",
-    "pylibjpeg",
-    "pylibjpeg-libjpeg",
-    "pylibjpeg-openjpeg",
-    "transformers",
+    *("imagecodecs", "pydicom", "pylibjpeg", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle"),
+    *("pillow", "opencv-python-headless", "torchvision"),
 )
 
 
-def ratios(measured: dict) -> dict:
-    """Groups of `pytest-benchmark`'s JSON with their medians and ratios; who and where is left out."""
-    groups: dict[str, dict[str, dict]] = defaultdict(dict)
-    for entry in measured["benchmarks"]:
-        name = entry["name"].rpartition("[")[2].rstrip("]") if "[" in entry["name"] else entry["name"]
-        parts = [part for part in name.split("-") if part in ("cxr_triton", "pydicom")]
-        who = parts[0] if parts else ("cxr_triton" if not entry["name"].endswith("transformers") else "transformers")
-        stats = entry["stats"]
-        groups[entry["group"]][who] = {
-            "median_ms": round(1e3 * stats["median"], 4),
-            "min_ms": round(1e3 * stats["min"], 4),
-            "iqr_ms": round(1e3 * stats["iqr"], 4),
-            "rounds": stats["rounds"],
-        }
-    table = {}
-    for group, rows in groups.items():
-        ours = rows.get("cxr_triton")
-        table[group] = dict(rows)
-        for who, row in rows.items():
-            if ours and who != "cxr_triton":
-                table[group][f"ratio_to_{who}"] = round(row["median_ms"] / ours["median_ms"], 2)
+def milliseconds(low_s: float, p25_s: float, p50_s: float, p75_s: float) -> dict:
+    times = {"best_ms": low_s, "p25_ms": p25_s, "p50_ms": p50_s, "p75_ms": p75_s}
+    return {name: round(1e3 * seconds, 4) for name, seconds in times.items()}
+
+
+def row(entry: dict) -> dict:
+    """One measurement of `pytest-benchmark`'s JSON."""
+    stats, extra = entry["stats"], entry["extra_info"]
+    ours = milliseconds(stats["min"], stats["q1"], stats["median"], stats["q3"])
+    made = {"rounds": stats["rounds"], "cxr_triton": ours}
+    for name, seconds in extra["others_s"].items():
+        theirs = milliseconds(*np.percentile(seconds, (0, 25, 50, 75)))
+        made[name] = theirs
+        made[f"ratio_p50_{name}"] = round(theirs["p50_ms"] / ours["p50_ms"], 2)
+        made[f"ratio_best_{name}"] = round(theirs["best_ms"] / ours["best_ms"], 2)
+    if "pydicom" in extra:
+        made["pydicom"] = extra["pydicom"]
+    return made
+
+
+def record(measured: dict) -> dict:
+    """All of it; who and where is left out."""
+    described = environment()
+    described["versions"] |= {
+        name: metadata.version(name) for name in PACKAGES if any(metadata.distributions(name=name))
+    }
     return {
         "schema": 1,
-        "date": measured["datetime"],
-        "cpu": measured["machine_info"]["cpu"].get("brand_raw"),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-        "groups": table,
+        "created": measured["datetime"],
+        "command": ["make", "bench"],
+        "environment": described,
+        "groups": {entry["group"]: row(entry) for entry in measured["benchmarks"]},
     }
 
 
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
-    result = ratios(json.loads(source.read_text()))
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    for group, rows in result["groups"].items():
-        ours = rows.get("cxr_triton", {}).get("median_ms")
-        told = ", ".join(f"{key.removeprefix('ratio_to_')} {value} x" for key, value in rows.items() if "ratio" in key)
-        print(f"{group}: {ours} ms{f'; {told} as long' if told else ''}")
+    result = record(json.loads(source.read_text()))
+    target.write_text(json.dumps(result, indent=2) + "\n")
+    for group, measured in result["groups"].items():
+        told = "".join(f"; {key[10:]} {value} x as long" for key, value in measured.items() if "ratio_p50" in key)
+        print(f"{group}: {measured['cxr_triton']['p50_ms']} ms{told}")
