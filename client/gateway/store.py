@@ -141,6 +141,10 @@ class Result:
     path: str
 
 
+_PATIENCE = {"connect_timeout": "10", "keepalives_idle": "10", "tcp_user_timeout": "30000"}
+"""libpq's settings in s, s and ms; without them it waits without limit for a host that went away."""
+
+
 class CommitInDoubt(sa.exc.SQLAlchemyError):
     """The connection was lost while a commit was under way: whether it was carried out is not known."""
 
@@ -169,8 +173,8 @@ class Store:
                 raise InvalidConfig(f"queue: {parsed.get_backend_name()} is none of sqlite, postgresql")
             self._is_sqlite = parsed.get_backend_name() == "sqlite"
             options = {"connect_args": {"timeout": 60}} if self._is_sqlite else {"pool_pre_ping": True}
-            if not self._is_sqlite:  # libpq waits without limit for a host that went away
-                parsed = parsed.set(query={"connect_timeout": "10", "tcp_user_timeout": "30000", **parsed.query})
+            if not self._is_sqlite:
+                parsed = parsed.set(query={**_PATIENCE, **parsed.query})
             self._engine = sa.create_engine(parsed, **options)
             if self._is_sqlite:
                 sa.event.listen(self._engine, "connect", _prepare_sqlite)
