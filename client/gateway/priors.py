@@ -175,8 +175,8 @@ class PriorFinder:
             kind, body = self._ask(path, 'multipart/related; type="application/dicom"; transfer-syntax=*')
             with self._intake.new_file() as file:
                 file.write(_first_part(kind, body))
-            if sop_instance := self._take(file, "dicomweb"):
-                taken.append(sop_instance)
+                if sop_instance := self._take(file, "dicomweb"):
+                    taken.append(sop_instance)
         return taken
 
     def _qido(self, path: str) -> list[dict]:

@@ -54,7 +54,8 @@ class IncomingFile:
     """A file that an object is written to as it comes, also by pynetdicom, in place of its temporary file.
 
     Writing never raises: pynetdicom's thread would end of it, without an answer to the peer. What is written after a
-    failure is let go by, the file is removed at once, and `Intake.take` raises `error`.
+    failure is let go by, the file is removed at once, and `Intake.take` raises `error`. A `with` block removes what it
+    did not give to `Intake.take`. Only the gateway's own user may read the file.
 
     Attributes
     ----------
@@ -67,7 +68,7 @@ class IncomingFile:
         self.path, self.error = folder / f"{secrets.token_hex(8)}.dcm", None
         self.name, self.file = str(self.path), self  # as `tempfile` has them
         try:
-            self._file = open(self.path, "xb")
+            self._file = open(self.path, "xb", opener=lambda path, flags: os.open(path, flags, 0o600))
         except OSError as error:
             self._file, self.error = None, error
 
@@ -96,6 +97,7 @@ class IncomingFile:
 
     def __exit__(self, *exc) -> None:
         self.close()
+        self.path.unlink(missing_ok=True)
 
 
 class Intake:
@@ -585,7 +587,7 @@ class FolderWatcher:
             self._intake.require_room()
             with open(path, "rb") as file, self._intake.new_file() as copy:
                 shutil.copyfileobj(file, copy, _MIB)
-            self._intake.take(copy, "folder", "folder")
+                self._intake.take(copy, "folder", "folder")
         except InvalidImage:
             rejected = self.folder / "rejected"
             rejected.mkdir(exist_ok=True)
@@ -622,18 +624,18 @@ async def stow(request: web.Request, intake: Intake, token: str | None) -> web.R
     try:
         parts = await request.multipart()
         while (part := await asyncio.wait_for(parts.next(), STOW_IDLE_S)) is not None:
-            file = None
             try:
                 if part.headers.get("Content-Type", "application/dicom").split(";")[0].strip() != "application/dicom":
                     raise InvalidImage("part is not application/dicom")
                 await asyncio.to_thread(intake.require_room)
-                file, size = intake.new_file(), 0
-                while chunk := await asyncio.wait_for(part.read_chunk(_CHUNK), STOW_IDLE_S):
-                    size += len(chunk)
-                    if size > intake.max_bytes:
-                        raise LimitExceeded(f"object is over {intake.max_bytes} bytes; send a smaller one")
-                    file.write(chunk)
-                identity = await asyncio.to_thread(intake.take, file, "stow", request.remote or "", expect)
+                with intake.new_file() as file:
+                    size = 0
+                    while chunk := await asyncio.wait_for(part.read_chunk(_CHUNK), STOW_IDLE_S):
+                        size += len(chunk)
+                        if size > intake.max_bytes:
+                            raise LimitExceeded(f"object is over {intake.max_bytes} bytes; send a smaller one")
+                        file.write(chunk)
+                    identity = await asyncio.to_thread(intake.take, file, "stow", request.remote or "", expect)
                 stored.append(_item(identity.sop_class, identity.sop_instance))
             except QueueFull:
                 is_out_of_room = True
@@ -644,10 +646,6 @@ async def stow(request: web.Request, intake: Intake, token: str | None) -> web.R
                 raise
             except (OSError, sqlalchemy.exc.SQLAlchemyError):
                 failed.append(_item(reason=PROCESSING_FAILURE))
-            finally:
-                if file is not None:
-                    file.close()
-                    file.path.unlink(missing_ok=True)
     except TimeoutError:
         return web.json_response({"error": f"nothing came for {STOW_IDLE_S:g} s"}, status=408)
     except (ValueError, HttpProcessingError) as error:

@@ -127,6 +127,7 @@ def test_an_object_is_stored_as_it_came_and_a_repeat_is_no_second_one(gateway):
     (path,) = [path for path in gateway.storage.glob("objects/*/*.dcm") if path not in known]
     assert objects(gateway)["image"] == before + 1
     sent, kept = pydicom.dcmread(io.BytesIO(file)), pydicom.dcmread(path)
+    assert path.stat().st_mode & 0o777 == 0o600
     assert sent == kept and sent.file_meta.TransferSyntaxUID == kept.file_meta.TransferSyntaxUID
 
 
