@@ -6,10 +6,12 @@ Requests of 8 MB with 300 responses: how many a second the client completes agai
 (`instant_server.py`, in another process), beside how many a real Triton takes whose model does no work, turn by turn,
 the best turn of either. Then what the client could offer Triton by its processor time on one core, and with
 --repository what a served reader takes of radiographs. Timestamps are held against the server's own, on the same clock.
+Our driver and perf_analyzer ask, turn by turn, a Triton whose answers take a fixed time.
 """
 
 from __future__ import annotations
 
+import resource
 import statistics
 import sys
 import tempfile
@@ -25,7 +27,7 @@ import scripted
 from instant_server import InstantServer
 
 from cxr_triton.cli import json_option, write_json
-from cxr_triton.perf import load
+from cxr_triton.perf import load, perf_analyzer
 from cxr_triton.perf.environment import environment
 from cxr_triton.perf.summary import distribution, summarize
 from cxr_triton.perf.workload import arrivals, load_workload
@@ -36,6 +38,8 @@ SCRIPT = {"responses": 100, "first_ms": 100, "gap_ms": 10}
 SCRIPT_S = 1.1
 HEAVY = {"image_bytes": 8 << 20, "responses": 300}
 STREAMS = (1, 4, 8, 16)
+PACED = {"responses": 20, "first_ms": 40, "gap_ms": 20}
+PACED_S = 0.42
 ROUNDS = 4
 
 
@@ -83,6 +87,55 @@ def timestamps(triton: str, streams: int, seconds: float) -> dict:
     }
 
 
+def drivers(triton: str, concurrency: int, seconds: float) -> dict:
+    """Our driver and perf_analyzer on the same load, with answers that take a fixed time."""
+    tool, asked = perf_analyzer.find(), scripted.workload(1 << 20, **PACED)
+    messages = [item.message("cxr_reader") for item in asked.items]
+    requests = max(concurrency, int(concurrency * seconds / ROUNDS / PACED_S))
+    turns = {"ours": [], "perf_analyzer": []}
+    for turn in range(ROUNDS):
+        for name in list(turns)[:: 1 if turn % 2 else -1]:
+            before = cpu_s()
+            if name == "ours":
+                records = [
+                    load.record(exchange)
+                    for exchange in scripted.offered(triton, messages, concurrency, requests=requests).exchanges
+                ]
+            else:
+                timeout_s = 60 + 10 * seconds
+                records, _ = perf_analyzer.run(
+                    tool, triton, asked.items, concurrency=concurrency, requests=requests, timeout_s=timeout_s
+                )
+            summary = summarize(records, {})
+            turns[name].append(
+                {
+                    "requests": len(records),
+                    "readings_per_s": summary["readings_per_s"],
+                    "latency_p50_ms": summary["latency_ms"]["p50"],
+                    "ttft_p50_ms": summary["ttft_ms"]["p50"],
+                    "itl_p50_ms": summary["itl_ms"]["p50"],
+                    "cpu_s_per_request": (cpu_s() - before) / len(records),
+                }
+            )
+    medians = {
+        name: {key: statistics.median(turn[key] for turn in measured) for key in measured[0]}
+        for name, measured in turns.items()
+    }
+    ours, theirs = medians.values()
+    return {
+        "concurrency": concurrency,
+        **PACED,
+        **medians,
+        "relative_difference": {key: ours[key] / theirs[key] - 1 for key in ours if key != "requests"},
+    }
+
+
+def cpu_s() -> float:
+    """Processor time of this process and of the children that ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
 @click.command()
 @click.option("--repository", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Of a served reader.")
 @click.option("--seconds", default=20.0, show_default=True, help="Of each measurement.")
@@ -101,6 +154,7 @@ def main(repository: Path | None, seconds: float, json_path: str | None):
             result["overhead"] = overhead(server.grpc, seconds)
             for streams in STREAMS:
                 result["timestamps"].append(timestamps(server.grpc, streams, seconds))
+            result["drivers"] = [drivers(server.grpc, concurrency, seconds) for concurrency in (1, 4, 8)]
             messages = [item.message("cxr_reader") for item in scripted.workload(1 << 10, **SCRIPT).items]
             open_loop = load.Load("rate_per_s", 5.0, "poisson")
             records, _ = load.offer(server.grpc, messages, open_loop, min_seconds=seconds, min_requests=5)
@@ -129,6 +183,13 @@ def main(repository: Path | None, seconds: float, json_path: str | None):
             click.echo(
                 f"{measured['streams']} streams, {server}: p50 {error['p50']:.2f}, p99 {error['p99']:.2f} ms late"
             )
+    for compared in result["drivers"]:
+        by = compared["relative_difference"]
+        click.echo(
+            f"{compared['concurrency']} at once, ours over perf_analyzer: readings/s {by['readings_per_s']:+.2%}, "
+            f"latency {by['latency_p50_ms']:+.2%}, first text {by['ttft_p50_ms']:+.2%}, "
+            f"processor time {by['cpu_s_per_request']:+.0%}"
+        )
     click.echo(f"open loop: sent p99 {result['lateness_ms']['p99']:.2f} ms after it was due")
     if repository:
         reader = result["reader"]
