@@ -1,5 +1,6 @@
 """The gateway's parts without a network: its file, its queue, its choices."""
 
+import asyncio
 import io
 import json
 import threading
@@ -14,13 +15,15 @@ from click.testing import CliRunner
 pytest.importorskip("sqlalchemy")
 pytest.importorskip("pynetdicom")
 
+import sqlalchemy.exc
+
 from cxr_triton import phantom, phantom_file
 from cxr_triton.cli import main
 from cxr_triton.client.gateway.config import EXAMPLE, Config, load_config
-from cxr_triton.client.gateway.deliver import judge, judge_stow
-from cxr_triton.client.gateway.log import Log
+from cxr_triton.client.gateway.deliver import Deliverer, judge, judge_stow
+from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.read import choose
-from cxr_triton.client.gateway.store import Received, Result, Store
+from cxr_triton.client.gateway.store import CommitInDoubt, Received, Result, Store
 from cxr_triton.dicom import read_identity
 from cxr_triton.errors import InvalidConfig, InvalidImage
 
@@ -292,6 +295,66 @@ def test_another_database_is_refused(tmp_path):
         Store("mysql://x", "one")
     with pytest.raises(InvalidConfig, match="check the URL"):
         Store(f"sqlite:///{tmp_path}/no/such/folder/queue.sqlite", "one")
+
+
+# ------------------------------------------------------------------------------------------------------- failures
+
+
+def test_outcomes_that_the_queue_could_not_take_are_told_later_and_nothing_is_sent_again(tmp_path, monkeypatch):
+    """The queue fails, twice, as the first of two results was sent; both are in one batch under a lease of minutes."""
+    config = load_config(write(tmp_path, f"storage: {tmp_path}\nfolder: {{path: {tmp_path}/in}}\n{DESTINATION}"))
+    store = Store(config.queue_url, config.name)
+    job = ready_job(store)
+    results = [result("findings_sr", "2.25.1"), result("text_sr", "2.25.2")]
+    store.deliver(job.id, results, {"pacs": {"findings_sr", "text_sr"}}, 1.0)
+    failures, sent = iter("ab"), []
+
+    class FailingStore(Store):
+        def delivered(self, *args, **kwargs):
+            if next(failures, None):
+                raise sqlalchemy.exc.OperationalError("UPDATE", None, Exception("the database is away"))
+            super().delivered(*args, **kwargs)
+
+    def send(batch, report):
+        for row in batch:
+            sent.append(row.sop_instance)
+            report(row, "stored", "")
+
+    failing = FailingStore(config.queue_url, config.name)
+    metrics = Metrics(store.counts, lambda: 0)
+    deliverer = Deliverer(config.destinations[0], config, failing, Log(config, io.StringIO()), metrics)
+    monkeypatch.setattr(deliverer, "_sender", SimpleNamespace(send=send))
+
+    async def run():
+        stopping = asyncio.Event()
+        task = asyncio.create_task(deliverer.run(stopping))
+        ends = time.monotonic() + 60
+        while states(store) != {"done": 1} and time.monotonic() < ends:
+            await asyncio.sleep(0.05)
+        stopping.set()
+        await task
+
+    asyncio.run(run())
+    assert states(store) == {"done": 1} and sent == ["2.25.1", "2.25.2"]
+    store.close()
+    failing.close()
+
+
+def test_a_commit_that_broke_off_is_in_doubt_and_a_statement_is_not(store, monkeypatch):
+    def failing(what):
+        def fail(*args):
+            raise sqlalchemy.exc.OperationalError(what, None, Exception("server closed the connection"))
+
+        return fail
+
+    dialect = store._engine.dialect
+    monkeypatch.setattr(dialect, "do_commit", failing("COMMIT"))
+    with pytest.raises(CommitInDoubt):
+        store.add(received(), 0, 0)
+    monkeypatch.undo()
+    monkeypatch.setattr(dialect, "do_execute", failing("INSERT"))
+    with pytest.raises(sqlalchemy.exc.OperationalError):
+        store.add(received(), 0, 0)
 
 
 # -------------------------------------------------------------------------------------------------------- choices
