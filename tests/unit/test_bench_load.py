@@ -155,6 +155,16 @@ def test_a_lost_connection_is_a_failure():
     assert error.code in ends and records and {record.status for record in records} <= ends
 
 
+def test_a_fault_of_the_client_ends_the_load(monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("cxr_triton.perf.load._Run._check", broken)
+    for load in (Load("concurrency", 2), Load("rate_per_s", 50.0)):
+        with FakeServer(answer) as server, pytest.raises(ZeroDivisionError):
+            run(server, load, seconds=DEADLINE_S)
+
+
 def test_no_server_is_said():
     with pytest.raises(Unavailable, match="no server at"):
         offer("127.0.0.1:1", messages(), Load("concurrency", 1), min_seconds=0, min_requests=1, timeout_s=0.5)
