@@ -257,7 +257,7 @@ def run(
         + [(rng.uniform(0.02, 0.95), "gateway", i % gateways) for i in range(gateway_kills)]
         + [(rng.uniform(0.02, 0.95), "database", 0) for _ in range(database_crashes)]
     )
-    killed = {"triton": 0, "gateway": 0, "database": 0}
+    killed = {"triton": 0, "gateway": 0} | ({"database": 0} if database else {})
     try:
         for thread in threads:
             thread.start()
