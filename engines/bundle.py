@@ -21,7 +21,7 @@ from cxr_triton.profile import ModelProfile, load_profile
 
 from .compiler import compile_decoder
 from .plan_cache import PlanCache, plan_key
-from .recipe import DECODER_ENGINES, ENGINES, Recipe
+from .recipe import CPU_ENGINES, DECODER_ENGINES, ENGINES, Recipe
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -135,6 +135,12 @@ class Bundle:
     def precision(self) -> str:
         return self.manifest["precision"]
 
+    @property
+    def vision_precision(self) -> str:
+        """What the vision graph computes in."""
+        recipe = self.manifest.get("recipe")
+        return recipe["vision"]["precision"] if recipe else self.geometry.compute
+
     @cached_property
     def profile(self) -> ModelProfile:
         """The bundle's `ModelProfile`."""
@@ -214,7 +220,8 @@ def graph_files(graph: str, engine: str) -> tuple[str, ...]:
     """Names of the files that hold a graph for an engine."""
     if engine == "tensorrt-llm":
         return _TENSORRT_LLM_PATHS
-    return (f"{graph}.onnx", f"{graph}.onnx.data") if engine == "onnxruntime" else (f"{graph}.plan",)
+    suffixes = {"onnxruntime": ("onnx", "onnx.data"), "openvino": ("xml", "bin")}.get(engine, ("plan",))
+    return tuple(f"{graph}.{suffix}" for suffix in suffixes)
 
 
 def _check_files(path: Path, manifest: dict, verify: bool, progress: Progress | None) -> None:
@@ -247,18 +254,17 @@ def _present(path: Path) -> set[str]:
 
 def _check_runtime(manifest: dict) -> None:
     """Newer runtimes read graphs of older ones, not the other way round."""
-    if "onnxruntime" not in (manifest["engine"], manifest["vision_engine"]):
-        return
-    try:
-        installed = metadata.version("onnxruntime")
-    except metadata.PackageNotFoundError:
-        return  # a machine that only packages a bundle has none
-    built = manifest["versions"].get("onnxruntime")
-    if not isinstance(built, str) or _major_minor(installed) < _major_minor(built):
-        raise InvalidBundle(
-            f"the bundle was built with onnxruntime {built}, {installed} is installed; "
-            f"install onnxruntime {built} or newer, or build the bundle again here"
-        )
+    for engine in sorted({manifest["engine"], manifest["vision_engine"]}.intersection(CPU_ENGINES)):
+        try:
+            installed = metadata.version(engine)
+        except metadata.PackageNotFoundError:
+            continue  # a machine that only packages a bundle has none
+        built = manifest["versions"].get(engine)
+        if not isinstance(built, str) or _major_minor(installed) < _major_minor(built):
+            raise InvalidBundle(
+                f"the bundle was built with {engine} {built}, {installed} is installed; "
+                f"install {engine} {built} or newer, or build the bundle again here"
+            )
 
 
 def _major_minor(version: str) -> tuple[int, ...]:
@@ -345,9 +351,15 @@ def build_bundle(
                 plans[graph] = llm.run(partial / TENSORRT_LLM, cache, progress)
                 versions |= {"tensorrt-llm": llm.tool.tensorrt_llm, "tensorrt": llm.tool.tensorrt}
                 continue
-            if engine != "onnxruntime":
+            if engine not in CPU_ENGINES:
                 plans[graph] = _build_plan(source, partial, graph, engine, export, recipe, cache, progress)
                 versions[engine] = plans[graph]["version"]
+                continue
+            if engine == "openvino":
+                from .openvino import compile_graph
+
+                precision = recipe.vision.precision if graph == "vision" else "fp32"
+                versions[engine] = compile_graph(source / f"{graph}.onnx", partial, precision)
                 continue
             versions[engine] = metadata.version("onnxruntime")
             if graph == "decoder":
@@ -477,9 +489,9 @@ def _read_export(source: Path, engines: dict[str, str]) -> dict:
             f"the export has its decoder in format {has}, {engines['decoder']} takes {form}; name a recipe for {has}, "
             f"see `cxr-triton recipes`, or export with --format {form}"
         )
-    if "onnxruntime" in engines.values() and geometry.compute != "fp32":
+    if on_cpu := [engine for engine in engines.values() if engine in CPU_ENGINES and geometry.compute != "fp32"]:
         raise InvalidBundle(
-            f"the graphs compute in {geometry.compute}, onnxruntime on a CPU runs fp32; "
+            f"the graphs compute in {geometry.compute}, {on_cpu[0]} on a CPU runs fp32; "
             "export with precision fp32, or int4 with fp32 compute, or name a recipe for this type"
         )
     graphs = ("vision",) if form == "tensorrt-llm" else GRAPHS

@@ -1,4 +1,4 @@
-"""Rewrites of the decoder graph for ONNX Runtime's CPU kernels; the function stays the same.
+"""Rewrites of the decoder graph for the kernels of CPU engines; the function stays the same.
 
 Weights stream from the export's data file to the bundle's, a few tensors at a time.
 """
@@ -20,7 +20,9 @@ _CHUNK_BYTES = 32 << 20
 _INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference reads them
 
 
-def compile_decoder(source: Path, target: Path) -> None:
+def compile_decoder(
+    source: Path, target: Path, rewrite_attention: Callable[[GraphProto, Weights], None] | None = None
+) -> None:
     """Rewrite a decoder graph and its data file.
 
     Parameters
@@ -29,12 +31,14 @@ def compile_decoder(source: Path, target: Path) -> None:
         `decoder.onnx` of an export; its `.data` file lies beside it.
     target : Path
         `decoder.onnx` of the bundle.
+    rewrite_attention : callable, optional
+        How the engine attends over the cache; `fuse_attention`, which is ONNX Runtime's, if None.
     """
     import onnx
 
     model = onnx.load(source, load_external_data=False)
     weights = Weights(model.graph, source.with_name(source.name + ".data"))
-    fuse_attention(model.graph, weights)
+    (rewrite_attention or fuse_attention)(model.graph, weights)
     fuse_int4(model.graph, weights)
     merge_projections(model.graph, weights)
     with open(target.with_name(target.name + ".data"), "wb") as file:
@@ -63,9 +67,9 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors or name in self._values
 
-    def tensor(self, name: str) -> TensorProto:
-        """An initializer as the export wrote it."""
-        return self._tensors[name]
+    def tensor(self, name: str) -> TensorProto | None:
+        """An initializer as the export wrote it; None if it wrote none of this name."""
+        return self._tensors.get(name)
 
     def value(self, name: str) -> np.ndarray:
         """Values of an initializer; bytes where numpy has no such type."""
@@ -173,7 +177,7 @@ def fuse_attention(graph: GraphProto, weights: Weights) -> None:
                 scale=head_dim**-0.5,
             )
         nodes.append(node)
-    _replace(graph, nodes)
+    replace_nodes(graph, nodes)
 
 
 def fuse_int4(graph: GraphProto, weights: Weights) -> None:
@@ -184,7 +188,8 @@ def fuse_int4(graph: GraphProto, weights: Weights) -> None:
     from onnx import TensorProto, helper
 
     def is_int4(name: str) -> bool:
-        return name in weights and weights.tensor(name).data_type == TensorProto.INT4
+        tensor = weights.tensor(name)
+        return tensor is not None and tensor.data_type == TensorProto.INT4
 
     dequantized = {node.output[0]: node for node in graph.node if node.input and is_int4(node.input[0])}
     nodes = []
@@ -212,7 +217,7 @@ def fuse_int4(graph: GraphProto, weights: Weights) -> None:
             )
         if node.output[0] not in dequantized:
             nodes.append(node)
-    _replace(graph, nodes)
+    replace_nodes(graph, nodes)
 
 
 def merge_projections(graph: GraphProto, weights: Weights) -> None:
@@ -261,7 +266,8 @@ def merge_projections(graph: GraphProto, weights: Weights) -> None:
             ),
         ]
         gone |= {node.name for node in group}
-    _replace(graph, [new for node in graph.node for new in merged.get(node.name, [] if node.name in gone else [node])])
+    kept = [merged.get(node.name, [] if node.name in gone else [node]) for node in graph.node]
+    replace_nodes(graph, [node for nodes in kept for node in nodes])
 
 
 def _bias(nodes: list[NodeProto], weights: Weights) -> tuple[NodeProto, str] | None:
@@ -301,7 +307,7 @@ def pack_int4(packed: np.ndarray, k: int, n: int) -> np.ndarray:
     return result
 
 
-def _replace(graph: GraphProto, nodes: list[NodeProto]) -> None:
+def replace_nodes(graph: GraphProto, nodes: list[NodeProto]) -> None:
     """Give a graph the nodes, less those whose result nobody reads."""
     needed, live = {value.name for value in graph.output}, []
     for node in reversed(nodes):

@@ -19,7 +19,8 @@ from cxr_triton.errors import CxrError, InvalidRecipe, unknown_key
 from cxr_triton.profile import Checked, in_range, load_profile, one_of, profile_names
 
 RECIPES = Path(__file__).with_name("recipes")
-ENGINES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+CPU_ENGINES = ("onnxruntime", "openvino")
+ENGINES = (*CPU_ENGINES, "tensorrt", "tensorrt-rtx")
 DECODER_ENGINES = (*ENGINES, "tensorrt-llm")
 PRECISIONS = ("fp32", "fp16", "bf16", "int4", "fp8", "int4-awq")
 COMPUTES = ("fp32", "fp16", "bf16")
@@ -72,7 +73,10 @@ class _Checked(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class VisionRecipe(_Checked):
-    """Compiler of the vision graph, and the type that its weights have and it computes in."""
+    """Compiler of the vision graph, and the type that its weights have and it computes in.
+
+    openvino computes in bf16 from weights and to embeddings in fp32, on a CPU that multiplies bf16; on another in fp32.
+    """
 
     compiler: str = one_of(ENGINES)
     precision: str = one_of(COMPUTES)
@@ -141,7 +145,8 @@ class Recipe(_Checked):
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", self.name):
             raise InvalidRecipe(f"name: {self.name!r} is not lower-case letters, digits, dot, dash and underscore")
         decoder, compute = self.decoder, self.decoder.compute
-        if self.vision.precision != compute:
+        by_openvino = (self.vision.compiler, self.vision.precision, compute) == ("openvino", "bf16", "fp32")
+        if self.vision.precision != compute and not by_openvino:
             raise InvalidRecipe(
                 f"vision.precision: {self.vision.precision} is not decoder.compute {compute}; image embeddings go from "
                 "one graph to the other in one type: make them equal"
@@ -200,14 +205,16 @@ class Recipe(_Checked):
             )
 
     def _check_engine(self, compiler: str) -> None:
-        compute, on_cpu = self.decoder.compute, compiler == "onnxruntime"
+        compute, on_cpu = self.decoder.compute, compiler in CPU_ENGINES
         if on_cpu != (compute == "fp32"):
             raise InvalidRecipe(
-                f"decoder.compute: {compute} on {compiler}; onnxruntime on a CPU computes in fp32, TensorRT fuses "
-                "attention in fp16 and bf16 only"
+                f"decoder.compute: {compute} on {compiler}; {' and '.join(CPU_ENGINES)} on a CPU compute in fp32, "
+                "TensorRT fuses attention in fp16 and bf16 only"
             )
         if on_cpu and (self.gpu or self.compute_capability):
             raise InvalidRecipe(f"gpu: {self.gpu!r} is given, but {compiler} runs on the CPU; leave gpu out")
+        if compiler == "openvino" and self.decoder.precision == "fp8":
+            raise InvalidRecipe("decoder.precision: fp8 on openvino; choose fp32, int4 or int4-awq")
         if on_cpu:
             return
         if not self.gpu or not re.fullmatch(r"\d{1,2}\.\d", self.compute_capability or ""):

@@ -1,4 +1,4 @@
-"""Sessions of a bundle's two graphs: those of ONNX Runtime, and the choice between them and TensorRT's.
+"""Sessions of a bundle's two graphs: those of ONNX Runtime, and the choice between them and the other engines'.
 
 ONNX Runtime is imported here only, so reading a bundle stays cheap.
 """
@@ -31,6 +31,10 @@ def open_vision(bundle, *, threads: int | None = None):
     """
     if bundle.vision_engine == "onnxruntime":
         return VisionSession(bundle, threads=threads)
+    if bundle.vision_engine == "openvino":
+        from .openvino import OpenVINOVision
+
+        return OpenVINOVision(bundle, threads=threads)
     from .tensorrt_session import TensorRTVision
 
     return TensorRTVision(bundle)
@@ -39,7 +43,7 @@ def open_vision(bundle, *, threads: int | None = None):
 def open_decoder(bundle, *, slots: int, threads: int | None = None, batch_invariant: bool = False):
     """A `DecoderSession`, or its like for the bundle's engine; arguments as there, errors as `open_vision`.
 
-    `batch_invariant` is not to be had from TensorRT, which chooses kernels by the number of rows.
+    `batch_invariant` is to be had from ONNX Runtime only; the others choose kernels by the number of rows.
     """
     if bundle.engine == "onnxruntime":
         return DecoderSession(bundle, slots=slots, threads=threads, batch_invariant=batch_invariant)
@@ -50,6 +54,10 @@ def open_decoder(bundle, *, slots: int, threads: int | None = None, batch_invari
         )
     if batch_invariant:
         raise InvalidRequest(f"batch-invariant readings were asked for, {bundle.engine} has none; use onnxruntime")
+    if bundle.engine == "openvino":
+        from .openvino import OpenVINODecoder
+
+        return OpenVINODecoder(bundle, slots=slots, threads=threads)
     from .tensorrt_session import TensorRTDecoder
 
     return TensorRTDecoder(bundle, slots=slots)
@@ -81,7 +89,13 @@ class VisionSession:
     """
 
     def __init__(self, bundle, *, threads: int | None = None):
+        self._open(bundle, threads)
+
+    def _open(self, bundle, threads: int | None) -> None:
         self._session = open_graph(bundle.path / "vision.onnx", threads)
+
+    def _run(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+        return self._session.run(["image_embeddings"], feeds)[0]
 
     def encode(
         self, pixel_windows: np.ndarray, patch_rows_cols: np.ndarray, valid: np.ndarray, merge_order: np.ndarray
@@ -109,8 +123,7 @@ class VisionSession:
             "valid": valid[:, :used],
             "merge_order": merge_order,
         }
-        (embeddings,) = self._session.run(["image_embeddings"], feeds)
-        return embeddings.astype(np.float32, copy=False)
+        return self._run(feeds).astype(np.float32, copy=False)
 
 
 class DecoderSession:
@@ -148,15 +161,18 @@ class DecoderSession:
         self._least_rows = 2 if batch_invariant and bundle.precision.startswith("int4") else 1
         rows = max(slots, self._least_rows)
         self.lengths = np.zeros(rows, np.int64)
-        self._session = open_graph(bundle.path / "decoder.onnx", threads)
+        self._open(bundle, threads)
         self._names = [f"{part}.{layer}" for layer in range(geometry.layers) for part in ("key", "value")]
         self._row = (geometry.kv_heads, geometry.head_dim)
         self._logits = np.zeros((rows, 1, geometry.vocab), np.float32)
         self._text_only = np.zeros((1, geometry.hidden), np.float32)
         self._capacity = 0
         self._cache: dict[str, np.ndarray] = {}
-        self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
+        self._bindings: dict[tuple[int, int], object] = {}  # of the engine to cache rows
         self._reserve(1)
+
+    def _open(self, bundle, threads: int | None) -> None:
+        self._session = open_graph(bundle.path / "decoder.onnx", threads)
 
     def prefill(
         self,

@@ -23,8 +23,9 @@ import click
 import numpy as np
 
 from cxr_triton.cli import json_option, write_json
+from cxr_triton.engines.bundle import Bundle, graph_files
 from cxr_triton.errors import InternalError, InvalidRequest
-from cxr_triton.perf.roofline import copy_bandwidth, step_bytes
+from cxr_triton.perf.roofline import copy_bandwidth, run_bytes, step_bytes
 from cxr_triton.triton_repo.serve import HUGE_PAGES
 
 SCHEMA = 1
@@ -35,7 +36,6 @@ class BundleEngine:
     """A bundle behind its own decoder runtime."""
 
     def __init__(self, folder: str, prompt: int, tokens: int):
-        from cxr_triton.engines.bundle import Bundle
         from cxr_triton.engines.runtime import DecoderRuntime
 
         self.bundle = Bundle.open(folder, verify=False)
@@ -228,23 +228,26 @@ def measure(bundle: Path, genai: Path | None, prompt: int, tokens: int, rounds: 
     """All numbers of one run, as `--json` writes them."""
     cpus = sorted(os.sched_getaffinity(0))[:threads]
     os.sched_setaffinity(0, cpus)
+    opened = Bundle.open(bundle, verify=False)
     result = {
         "schema": SCHEMA,
+        "engine": opened.engine,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_name(),
         "threads": len(cpus),
         "load_average_before": os.getloadavg()[0],
-        "versions": {name: metadata.version(name) for name in ("onnxruntime", "numpy")},
+        "versions": {name: metadata.version(name) for name in (opened.engine, "numpy")},
         "prompt_tokens": prompt,
         "new_tokens": tokens,
         "engines": {},
     }
-    folders = {"bundle": (BundleEngine, bundle, bundle / "decoder.onnx")}
+    data = bundle / graph_files("decoder", opened.engine)[-1]
+    engines = {"bundle": (BundleEngine, bundle, data, run_bytes(opened, "decoder"))}
     if genai:
         result["versions"]["onnxruntime-genai"] = metadata.version("onnxruntime-genai")
-        folders["genai"] = (GenaiEngine, genai, genai / "model.onnx")
+        engines["genai"] = (GenaiEngine, genai, genai / "model.onnx.data", step_bytes(genai / "model.onnx"))
     os.environ.update(HUGE_PAGES | os.environ)  # for every engine, as `serve` sets it
-    processes = {name: Process(engine, cpus, str(path), prompt, tokens) for name, (engine, path, _) in folders.items()}
+    processes = {name: Process(engine, cpus, str(path), prompt, tokens) for name, (engine, path, *_) in engines.items()}
     for process in processes.values():
         process.call("round")  # warm up
     runs: dict[str, list[dict]] = {name: [] for name in processes}
@@ -257,19 +260,18 @@ def measure(bundle: Path, genai: Path | None, prompt: int, tokens: int, rounds: 
     copies.append(copy_bandwidth(len(cpus)))
     bandwidth = statistics.median(copies)
     crowd = processes["bundle"].call("crowd")
-    for name, (_, _, graph) in folders.items():
-        size = step_bytes(graph)
+    for name, (_, _, data, size) in engines.items():
         rates = medians(runs[name])
-        data = graph.with_name(graph.name + ".data").stat().st_size
+        weights = data.stat().st_size
         facts = processes[name].end()
         result["engines"][name] = {
             **rates,
-            "weights_bytes": data,
+            "weights_bytes": weights,
             "step_weights_bytes": size,
             "decode_bytes_per_s": size * rates["decode_tokens_per_s"],
             "share_of_copy_bandwidth": size * rates["decode_tokens_per_s"] / bandwidth,
             **facts,
-            "peak_resident_to_weights": facts["peak_resident_bytes"] / data,
+            "peak_resident_to_weights": facts["peak_resident_bytes"] / weights,
             "rounds": runs[name],
         }
     result["engines"]["bundle"]["crowd"] = crowd

@@ -12,7 +12,7 @@ from pathlib import Path
 from cxr_triton import __version__
 
 LIBRARIES = (
-    *("numpy", "onnxruntime", "tritonclient", "grpcio", "nvidia-pytriton", "torch", "transformers"),
+    *("numpy", "onnxruntime", "openvino", "tritonclient", "grpcio", "nvidia-pytriton", "torch", "transformers"),
     *("onnxruntime-genai", "tensorrt-cu13", "tensorrt-rtx-cu13", "vllm"),
 )
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cxr_triton.engines.recipe import CPU_ENGINES
 from cxr_triton.errors import InvalidBundle
 from cxr_triton.image import target_size
 
@@ -79,18 +80,18 @@ def copy_bandwidth(threads: int) -> float:
     return 2 * COPY_BYTES * threads / (time.perf_counter() - started_s)
 
 
-def gemm_speed(precision: str, threads: int, shape: tuple[int, int, int] = GEMM) -> float:
-    """Operations per second of one large product in ONNX Runtime, as the engines run it on a CPU.
+def gemm_speed(precision: str, threads: int, shape: tuple[int, int, int] = GEMM, engine: str = "onnxruntime") -> float:
+    """Operations per second of one large product, as an engine runs it on a CPU.
 
     Parameters
     ----------
-    precision : {"fp32", "int4"}
-        Type of the weights; int4 is computed in int8, like the decoder's layers.
+    precision : {"fp32", "bf16", "int4"}
+        Type of the weights; int4 is computed in int8, like the decoder's layers. bf16 in openvino only.
     threads : int
     shape : (int, int, int)
         M, K and N.
+    engine : {"onnxruntime", "openvino"}
     """
-    import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
     (m, k, n), rng = shape, np.random.default_rng(0)
@@ -122,16 +123,27 @@ def gemm_speed(precision: str, threads: int, shape: tuple[int, int, int] = GEMM)
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(
-        helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString(),
-        options,
-        providers=["CPUExecutionProvider"],
-    )
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     feeds = {"x": rng.standard_normal((m, k), np.float32)}
-    session.run(None, feeds)
-    return 2.0 * m * k * n / statistics.median(_timed(lambda: session.run(None, feeds)))
+    if engine == "openvino":
+        from cxr_triton.engines.openvino import open_request
+
+        request = open_request(model, threads, "bf16" if precision == "bf16" else "fp32")
+
+        def run() -> None:
+            request.infer(feeds, share_inputs=True)
+    else:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+        def run() -> None:
+            session.run(None, feeds)
+
+    run()
+    return 2.0 * m * k * n / statistics.median(_timed(run))
 
 
 def _timed(run) -> list[float]:
@@ -143,11 +155,12 @@ def _timed(run) -> list[float]:
     return seconds
 
 
-def cpu_ceilings() -> Ceilings:
-    """Medians of `ROUNDS` on all cores that this process may use."""
+def cpu_ceilings(engine: str = "onnxruntime") -> Ceilings:
+    """Medians of `ROUNDS` on all cores that this process may use; products as `engine` runs them."""
     threads = len(os.sched_getaffinity(0))
     copies = [copy_bandwidth(threads) for _ in range(ROUNDS)]
-    gemm = {precision: gemm_speed(precision, threads) for precision in ("fp32", "int4")}
+    precisions = ("fp32", "bf16", "int4") if engine == "openvino" else ("fp32", "int4")
+    gemm = {precision: gemm_speed(precision, threads, engine=engine) for precision in precisions}
     return Ceilings("cpu", statistics.median(copies), gemm)
 
 
@@ -185,6 +198,33 @@ def gpu_seconds(run, rounds: int = 20) -> float:
         ended.synchronize()
         seconds.append(began.elapsed_time(ended) / 1e3)
     return statistics.median(seconds)
+
+
+def run_bytes(bundle, graph: str) -> int:
+    """Weights that one run of a bundle's ``vision`` or ``decoder`` reads: all but the tables of which it takes a row.
+
+    Raises
+    ------
+    InvalidBundle
+        The manifest does not say how large the weights of a plan are.
+    """
+    engine = bundle.engine if graph == "decoder" else bundle.vision_engine
+    if engine == "onnxruntime":
+        return step_bytes(bundle.path / f"{graph}.onnx")
+    if engine == "openvino":
+        size = (bundle.path / f"{graph}.bin").stat().st_size
+    else:
+        try:
+            size = int(bundle.manifest["plans"][graph]["weights_bytes"])
+        except (KeyError, TypeError, ValueError):
+            raise InvalidBundle(
+                f"manifest.json: plans.{graph}.weights_bytes is missing, so the bytes of a step are not known; "
+                "build the bundle again"
+            ) from None
+    if graph == "decoder" and bundle.manifest.get("head") not in (None, "compute"):
+        # The table that tokens are looked up in stands beside a head of its own, and takes 2 bytes a value.
+        size -= 2 * bundle.geometry.vocab * bundle.geometry.hidden
+    return size
 
 
 def step_bytes(graph: Path) -> int:
@@ -243,23 +283,9 @@ class ModelWork:
             The manifest does not say how large the weights of a plan are.
         """
         config = json.loads((bundle.path / "config.json").read_text("utf-8"))
-        sizes = {}
-        for graph, engine in (("vision", bundle.vision_engine), ("decoder", bundle.engine)):
-            if engine == "onnxruntime":
-                sizes[graph] = step_bytes(bundle.path / f"{graph}.onnx")
-                continue
-            try:
-                sizes[graph] = int(bundle.manifest["plans"][graph]["weights_bytes"])
-            except (KeyError, TypeError, ValueError):
-                raise InvalidBundle(
-                    f"manifest.json: plans.{graph}.weights_bytes is missing, so the bytes of a step are not known; "
-                    "build the bundle again"
-                ) from None
-            if graph == "decoder" and bundle.manifest.get("head") not in (None, "compute"):
-                # The table that tokens are looked up in stands beside a head of its own, and takes 2 bytes a value.
-                sizes[graph] -= 2 * bundle.geometry.vocab * bundle.geometry.hidden
         item = ITEM_BYTES[bundle.geometry.compute]
-        return cls(config, vision_bytes=sizes["vision"], step_bytes=sizes["decoder"], cache_item=item)
+        vision, decoder = (run_bytes(bundle, graph) for graph in ("vision", "decoder"))
+        return cls(config, vision_bytes=vision, step_bytes=decoder, cache_item=item)
 
     def vision(self, tokens: int, images: int = 1) -> Work:
         """Images with so many merged tokens together, in one run."""
@@ -340,7 +366,7 @@ def rows(result: Mapping, bundle, ceilings: Ceilings) -> list[dict]:
     model = ModelWork.of(bundle)
     compute = bundle.geometry.compute
     vision_type, decoder_type = (
-        gemm_kind(ceilings, compute),
+        gemm_kind(ceilings, bundle.vision_precision, compute),
         gemm_kind(ceilings, bundle.precision.removesuffix("-awq"), compute),
     )
     items = result["workload"]["items"]
@@ -369,7 +395,7 @@ def rows(result: Mapping, bundle, ceilings: Ceilings) -> list[dict]:
 
 def measure(result: Mapping, bundle) -> list[dict]:
     """`rows` of a result, against ceilings measured now on what the bundle runs on."""
-    return rows(result, bundle, cpu_ceilings() if bundle.engine == "onnxruntime" else gpu_ceilings())
+    return rows(result, bundle, cpu_ceilings(bundle.engine) if bundle.engine in CPU_ENGINES else gpu_ceilings())
 
 
 def _done(repeat: Mapping):

@@ -84,3 +84,16 @@ def write_export(
     }
     (folder / "export.json").write_text(json.dumps(export))
     return folder
+
+
+def build_openvino(export: Path, out: Path, precision: str = "fp32", vision: str = "fp32"):
+    """An openvino bundle of an export; `precision` as there, `vision` what its vision graph computes in."""
+    from dataclasses import replace
+
+    from cxr_triton.engines.bundle import build_bundle
+    from cxr_triton.engines.recipe import load_recipe
+
+    recipe = load_recipe("cpu-int4-openvino")
+    decoder = replace(recipe.decoder, precision=precision, head="int4" if precision == "int4" else "compute")
+    recipe = replace(recipe, vision=replace(recipe.vision, precision=vision), decoder=decoder)
+    return build_bundle(export, out, recipe=recipe)

@@ -11,13 +11,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bundles import TOKEN_BUDGET, WINDOW_BUDGET, write_export
+from bundles import TOKEN_BUDGET, WINDOW_BUDGET, build_openvino, write_export
 from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START, random_checkpoint
 
 from cxr_triton import image
 from cxr_triton.engines.bundle import build_bundle
 from cxr_triton.engines.runtime import DecoderRuntime, Generation, Sampling
-from cxr_triton.engines.session import DecoderSession, VisionSession
+from cxr_triton.engines.session import DecoderSession, open_vision
 
 NEW_TOKENS = 80
 PENALTY = 1.05
@@ -63,22 +63,27 @@ def cases():
 
 
 @pytest.fixture(scope="module")
-def model_and_bundle(tmp_path_factory):
+def model_and_export(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     model = random_checkpoint(folder / "checkpoint", tied=False)
-    bundle = build_bundle(write_export(folder / "export", folder / "checkpoint"), folder / "bundle")
-    return model, bundle
+    return model, write_export(folder / "export", folder / "checkpoint")
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+def bundle(request, model_and_export, tmp_path_factory):
+    build = build_bundle if request.param == "onnxruntime" else build_openvino
+    return build(model_and_export[1], tmp_path_factory.mktemp("generate") / "bundle")
 
 
 @pytest.fixture(scope="module")
-def reference(model_and_bundle):
+def reference(model_and_export):
     """Tokens of `transformers.generate` by case and penalty, and the M-RoPE positions that it used."""
     import torch
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    model, bundle = model_and_bundle
+    model, export = model_and_export
     model.generation_config.eos_token_id = None  # run to the end
-    processor = Qwen2VLImageProcessorPil.from_pretrained(bundle.path)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(export)
     tokens, positions = {}, {}
     for name, case in cases().items():
         ids = torch.tensor([case.input_ids])
@@ -101,10 +106,9 @@ def reference(model_and_bundle):
 
 
 @pytest.fixture(scope="module")
-def generations(model_and_bundle, reference):
+def generations(bundle, reference):
     """The same requests for the runtime, image embeddings by the vision session."""
-    _, bundle = model_and_bundle
-    vision = VisionSession(bundle, threads=1)
+    vision = open_vision(bundle, threads=1)
     result = {}
     for name, case in cases().items():
         ids = np.array(case.input_ids, np.int64)
@@ -146,8 +150,8 @@ class Receiver:
 
 @pytest.mark.parametrize("penalty", [1.0, PENALTY])
 @pytest.mark.parametrize("slots", [1, 4])
-def test_greedy_tokens_alone_are_those_of_transformers(model_and_bundle, reference, generations, slots, penalty):
-    with DecoderRuntime(model_and_bundle[1], slots=slots, prefill_chunk=64, threads=1) as runtime:
+def test_greedy_tokens_alone_are_those_of_transformers(bundle, reference, generations, slots, penalty):
+    with DecoderRuntime(bundle, slots=slots, prefill_chunk=64, threads=1) as runtime:
         for name in cases():
             receiver = Receiver()
             runtime.submit(generations[name, penalty], receiver)
@@ -156,8 +160,8 @@ def test_greedy_tokens_alone_are_those_of_transformers(model_and_bundle, referen
 
 
 @pytest.mark.parametrize("slots", [3, 8])
-def test_greedy_tokens_of_eight_in_flight_are_those_of_transformers(model_and_bundle, reference, generations, slots):
-    with DecoderRuntime(model_and_bundle[1], slots=slots, prefill_chunk=16, threads=1) as runtime:
+def test_greedy_tokens_of_eight_in_flight_are_those_of_transformers(bundle, reference, generations, slots):
+    with DecoderRuntime(bundle, slots=slots, prefill_chunk=16, threads=1) as runtime:
         running = {}
         for index, name in enumerate(cases()):
             key = (name, (1.0, PENALTY)[index % 2])
@@ -167,26 +171,26 @@ def test_greedy_tokens_of_eight_in_flight_are_those_of_transformers(model_and_bu
             assert receiver.wait().tokens == reference[0][key], key
 
 
-def test_image_embeddings_do_not_depend_on_the_batch(model_and_bundle):
+def test_image_embeddings_do_not_depend_on_the_batch(bundle):
     """Bit by bit, or a stream's greedy tokens would depend on whose images the server batched with its own."""
     inputs = [
         image.windows(picture(seed, height, width), window_budget=WINDOW_BUDGET, token_budget=TOKEN_BUDGET)
         for seed, (height, width) in enumerate([(196, 168), (28, 28), (56, 336), (224, 224)])
     ]
-    vision = VisionSession(model_and_bundle[1], threads=2)
+    vision = open_vision(bundle, threads=2)
     batch = vision.encode(**image.stack(inputs))
-    assert batch.shape == (4, TOKEN_BUDGET, model_and_bundle[1].geometry.hidden)
+    assert batch.shape == (4, TOKEN_BUDGET, bundle.geometry.hidden)
     for each, together in zip(inputs, batch, strict=True):
         alone = vision.encode(**image.stack([each]))[0]
         np.testing.assert_array_equal(together[: each.tokens], alone[: each.tokens])
 
 
-def test_an_end_token_stops_as_in_transformers(model_and_bundle, reference, generations):
+def test_an_end_token_stops_as_in_transformers(bundle, reference, generations):
     expected = reference[0]["one_image", PENALTY]
     end = next(token for k, token in enumerate(expected) if k >= 20 and token not in expected[:k])
     generation = generations["one_image", PENALTY]
     sampling = dataclasses.replace(generation.sampling, eos_token_ids=(END, end))
-    with DecoderRuntime(model_and_bundle[1], threads=1) as runtime:
+    with DecoderRuntime(bundle, threads=1) as runtime:
         receiver = Receiver()
         runtime.submit(dataclasses.replace(generation, sampling=sampling), receiver)
         assert receiver.wait().tokens == expected[: expected.index(end) + 1]
@@ -198,7 +202,7 @@ def test_batch_invariant_int4_tokens_do_not_depend_on_the_crowd(tmp_path, genera
     """Sampled at temperature 1, so a last bit that differs would show soon."""
     random_checkpoint(tmp_path / "checkpoint", tied=False)
     export = write_export(tmp_path / "export", tmp_path / "checkpoint", precision="int4")
-    bundle = build_bundle(export, tmp_path / "bundle")
+    built = build_bundle(export, tmp_path / "bundle")
     sampled = {
         name: dataclasses.replace(
             generations[name, 1.0],
@@ -206,8 +210,8 @@ def test_batch_invariant_int4_tokens_do_not_depend_on_the_crowd(tmp_path, genera
         )
         for seed, name in enumerate(cases())
     }
-    session = DecoderSession(bundle, slots=8, threads=1, batch_invariant=True)
-    with DecoderRuntime(bundle, session=session) as runtime:
+    session = DecoderSession(built, slots=8, threads=1, batch_invariant=True)
+    with DecoderRuntime(built, session=session) as runtime:
         alone = {}
         for name in ("text_only", "two_images", "follow_up"):
             alone[name] = Receiver()
