@@ -149,7 +149,7 @@ class DecoderSession:
         Positions of a slot.
     vocab, hidden : int
     lengths : (slots,) int64 array
-        Positions in use; one row more where `slots` is 1 and a step takes two.
+        Positions in use; one row more where `slots` is odd and a step takes pairs.
     """
 
     def __init__(self, bundle, *, slots: int, threads: int | None = None, batch_invariant: bool = False):
@@ -157,9 +157,9 @@ class DecoderSession:
         self.slots = slots
         self.max_sequence = geometry.max_sequence
         self.vocab, self.hidden = geometry.vocab, geometry.hidden
-        # The int4 kernel sums one row in another order than two or more, which agree with each other bit by bit.
-        self._least_rows = 2 if batch_invariant and bundle.precision.startswith("int4") else 1
-        rows = max(slots, self._least_rows)
+        # The int4 kernel takes rows in pairs, and sums one that is left over in another order.
+        self._together = 2 if batch_invariant and bundle.precision.startswith("int4") else 1
+        rows = self._rounded(slots)
         self.lengths = np.zeros(rows, np.int64)
         self._open(bundle, threads)
         self._names = [f"{part}.{layer}" for layer in range(geometry.layers) for part in ("key", "value")]
@@ -229,9 +229,9 @@ class DecoderSession:
             Valid until the next call.
         """
         active = len(input_ids)
-        rows = max(active, self._least_rows)
-        if rows > active:  # what the second row writes lies beyond its length
-            input_ids, positions = np.repeat(input_ids, rows), np.repeat(positions, rows)
+        rows = self._rounded(active)
+        if rows > active:  # what the row more writes lies beyond its length
+            input_ids, positions = np.append(input_ids, input_ids[-1]), np.append(positions, positions[-1])
         self._reserve(int(self.lengths[:rows].max()) + 1)
         logits = self._run(
             slice(0, rows),
@@ -256,6 +256,9 @@ class DecoderSession:
         longest = int(self.lengths.max())
         if longest < self._capacity // 2:
             self._allocate(longest + 1)
+
+    def _rounded(self, rows: int) -> int:
+        return -(-rows // self._together) * self._together
 
     def _reserve(self, positions: int) -> None:
         if positions > self._capacity:

@@ -224,3 +224,22 @@ def test_batch_invariant_int4_tokens_do_not_depend_on_the_crowd(tmp_path, genera
             receiver.wait()
     for name, receiver in alone.items():
         assert crowd[name].tokens == receiver.tokens, name
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_batch_invariant_int4_steps_give_every_row_the_same_bits(tmp_path, slots):
+    """Whatever the number of rows, and whichever of them it is: the kernel takes them in pairs."""
+    random_checkpoint(tmp_path / "checkpoint", tied=False)
+    export = write_export(tmp_path / "export", tmp_path / "checkpoint", precision="int4")
+    session = DecoderSession(build_bundle(export, tmp_path / "bundle"), slots=slots, threads=1, batch_invariant=True)
+    ids, none = np.arange(10, 60), np.zeros((0, session.hidden), np.float32)
+    for slot in range(slots):
+        session.prefill(slot, ids, np.full(50, -1), none, np.tile(np.arange(50), (3, 1)), is_last=True)
+    held, expected = session.lengths.copy(), None
+    for rows in range(1, slots + 1):
+        session.lengths[:] = held
+        logits = session.step(np.full(rows, 7), np.full(rows, 50)).copy()
+        assert logits.shape == (rows, session.vocab)
+        expected = logits[0] if expected is None else expected
+        for row in logits:
+            np.testing.assert_array_equal(row, expected)
