@@ -49,19 +49,22 @@ def test_another_picture_gets_another_answer(profile, reference):
     assert len(set(answers)) > 8
 
 
-@pytest.fixture(scope="module", params=["fp32", "int4"])
+@pytest.fixture(scope="module", params=["fp32", "int4", "int4-openvino"])
 def served(request, tmp_path_factory):
-    """A warm server on the phantom model, and its precision."""
+    """A warm server on the phantom model, and its precision with the engine."""
     pytest.importorskip("pytriton")
     from cxr_triton.engines.bundle import build_bundle
+    from cxr_triton.engines.recipe import load_recipe
     from cxr_triton.export.command import export_checkpoint
     from cxr_triton.triton_repo.package import Settings, write_repository
     from cxr_triton.triton_repo.serve import Server
 
     folder = tmp_path_factory.mktemp(f"phantom-{request.param}")
     profile = load_profile(PHANTOM / "profile.yaml")
-    export_checkpoint(str(PHANTOM / "checkpoint"), folder / "export", profile, precision=request.param, progress=False)
-    bundle = build_bundle(folder / "export", folder / "bundle")
+    precision, _, engine = request.param.partition("-")
+    export_checkpoint(str(PHANTOM / "checkpoint"), folder / "export", profile, precision=precision, progress=False)
+    recipe = load_recipe(f"cpu-{request.param}") if engine else None
+    bundle = build_bundle(folder / "export", folder / "bundle", recipe=recipe)
     write_repository(bundle.path, folder / "repository", Settings(threads=1), unverified=True)
     ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
     with Server(folder / "repository", **ports, ready_timeout_s=120) as server:

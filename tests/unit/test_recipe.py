@@ -25,7 +25,7 @@ def written(tmp_path, change, base="rtx4090-int4"):
 
 
 def test_the_recipes_that_were_asked_for_are_there():
-    assert {*ASKED_FOR, "cpu-int4"} <= set(recipe_names())
+    assert {*ASKED_FOR, "cpu-int4", "cpu-int4-openvino"} <= set(recipe_names())
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -116,8 +116,20 @@ def test_a_cpu_computes_in_fp32_only(tmp_path):
     def to_bf16(data):
         data["vision"]["precision"] = data["decoder"]["compute"] = data["decoder"]["kv"] = "bf16"
 
-    with pytest.raises(InvalidRecipe, match="onnxruntime on a CPU computes in fp32"):
+    with pytest.raises(InvalidRecipe, match="on a CPU compute in fp32"):
         load_recipe(written(tmp_path, to_bf16, "cpu-int4"))
+
+
+def test_openvino_alone_may_run_the_vision_graph_in_bf16_beside_a_decoder_in_fp32(tmp_path):
+    def set_to(part, **values):
+        return lambda data: data[part].update(values)
+
+    assert load_recipe("cpu-int4-openvino").vision.precision == "bf16"
+    with pytest.raises(InvalidRecipe, match=r"vision\.precision: bf16 is not decoder\.compute fp32"):
+        load_recipe(written(tmp_path, set_to("vision", precision="bf16"), "cpu-int4"))
+    assert load_recipe(written(tmp_path, set_to("decoder", compiler="onnxruntime"), "cpu-int4-openvino"))
+    with pytest.raises(InvalidRecipe, match="fp8 on openvino"):
+        load_recipe(written(tmp_path, set_to("decoder", precision="fp8", head="compute"), "cpu-int4-openvino"))
 
 
 def test_a_recipe_that_does_not_fit_its_card_names_what_takes_most(tmp_path):

@@ -1,0 +1,145 @@
+"""OpenVINO's sessions against those of ONNX Runtime on the same export, and what goes wrong around them.
+
+That its greedy tokens are those of transformers is in test_generate.py.
+"""
+
+import sys
+from dataclasses import replace
+from importlib import metadata
+
+import numpy as np
+import pytest
+from bundles import TOKEN_BUDGET, WINDOW_BUDGET, build_openvino, write_export
+from checkpoints import random_checkpoint
+
+from cxr_triton import image
+from cxr_triton.engines.bundle import Bundle, build_bundle
+from cxr_triton.engines.session import open_decoder, open_vision
+from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle, InvalidRequest
+
+GRIDS = [(196, 168), (28, 28), (56, 336), (224, 224), (84, 28)]
+BF16 = 2**-8  # relative distance of its values
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("openvino")
+    random_checkpoint(folder / "checkpoint", tied=False)
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="module", params=["fp32", "int4"])
+def pair(request, checkpoint, tmp_path_factory):
+    """The bundle of ONNX Runtime and OpenVINO's of one export, and its precision."""
+    folder = tmp_path_factory.mktemp(request.param)
+    export = write_export(folder / "export", checkpoint, precision=request.param)
+    vision = "fp32" if request.param == "fp32" else "bf16"
+    theirs = build_openvino(export, folder / "openvino", request.param, vision)
+    return build_bundle(export, folder / "onnxruntime"), theirs, request.param
+
+
+def pictures(seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        image.windows(
+            rng.integers(0, 256, (*size, 3), np.uint8), window_budget=WINDOW_BUDGET, token_budget=TOKEN_BUDGET
+        )
+        for size in GRIDS
+    ]
+
+
+def test_image_embeddings_are_those_of_onnxruntime(pair):
+    inputs, (onnxruntime, openvino, precision) = pictures(), pair
+    expected, actual = (open_vision(each, threads=1).encode(**image.stack(inputs)) for each in (onnxruntime, openvino))
+    assert actual.dtype == np.float32 and actual.shape == expected.shape
+    for each, ours, theirs in zip(inputs, expected, actual, strict=True):
+        rows = slice(each.tokens)
+        error = np.abs(ours[rows] - theirs[rows]).max() / np.abs(ours[rows]).max()
+        assert error <= (1e-4 if precision == "fp32" else 8 * BF16)
+
+
+def test_logits_are_those_of_onnxruntime_with_slots_in_use_moved_and_freed(pair):
+    results = []
+    for bundle in pair[:2]:
+        decoder = open_decoder(bundle, slots=4, threads=1)
+        rng, found = np.random.default_rng(1), []
+        embeddings = rng.standard_normal((12, decoder.hidden)).astype(np.float32)
+        for slot, count in enumerate((70, 9, 130, 33)):
+            ids, index = rng.integers(0, 256, count), np.full(count, -1)
+            index[1:9] = np.arange(8)
+            for piece in (slice(0, 5), slice(5, count)):
+                logits = decoder.prefill(
+                    slot,
+                    ids[piece],
+                    index[piece],
+                    embeddings,
+                    np.tile(np.arange(count), (3, 1))[:, piece],
+                    is_last=piece.stop == count,
+                )
+            found.append(logits.copy())
+        for rows in (4, 1, 3):
+            found.append(decoder.step(np.arange(rows) + 20, decoder.lengths[:rows].copy()).copy())
+        decoder.move(3, 0)
+        decoder.free(3)
+        decoder.free(2)  # the longest: the cache shrinks
+        found.append(decoder.step(np.array([5, 6]), decoder.lengths[:2].copy()).copy())
+        results.append((found, decoder.lengths.copy()))
+    (expected, lengths), (actual, its_lengths) = results
+    np.testing.assert_array_equal(its_lengths, lengths)
+    for ours, theirs in zip(expected, actual, strict=True):
+        # int4: activations are rounded to int8, where a last bit decides between two values now and then.
+        assert np.abs(ours - theirs).max() / np.abs(ours).max() <= (1e-4 if pair[2] == "fp32" else 0.03)
+
+
+def test_weights_are_stored_once_in_their_own_size(pair):
+    """No dequantized copy of a layer: the files are about as large as ONNX Runtime's, the tower's half of them."""
+    for name, shares in (("decoder", (0.95, 1.05)), ("vision", (0.95, 1.05) if pair[2] == "fp32" else (0.45, 0.6))):
+        ours = (pair[0].path / f"{name}.onnx.data").stat().st_size
+        theirs = (pair[1].path / f"{name}.bin").stat().st_size
+        assert shares[0] <= theirs / ours <= shares[1]
+
+
+def test_the_bundle_says_what_runs_it(pair):
+    bundle = Bundle.open(pair[1].path)
+    assert (bundle.engine, bundle.vision_engine) == ("openvino", "openvino")
+    assert bundle.vision_precision == ("fp32" if pair[2] == "fp32" else "bf16")
+    assert bundle.manifest["versions"]["openvino"] == metadata.version("openvino")
+
+
+def test_without_openvino_the_error_says_what_to_install(pair, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(DeviceUnavailable, match=r"cxr-triton\[openvino\]"):
+        open_vision(pair[1])
+    with pytest.raises(DeviceUnavailable, match=r"cxr-triton\[openvino\]"):
+        open_decoder(pair[1], slots=1)
+
+
+def test_an_older_openvino_than_the_builders_is_refused(pair, monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "2025.0.0")
+    with pytest.raises(InvalidBundle, match=r"built with openvino .*2025\.0\.0 is installed"):
+        Bundle.open(pair[1].path, verify=False)
+
+
+def test_a_damaged_graph_is_named(pair, tmp_path):
+    damaged = replace(pair[1], path=tmp_path)
+    (tmp_path / "decoder.bin").write_bytes(b"")
+    (tmp_path / "decoder.xml").write_text((pair[1].path / "decoder.xml").read_text()[:5000])
+    with pytest.raises(InvalidBundle, match=r"openvino cannot load decoder\.xml"):
+        open_decoder(damaged, slots=1)
+
+
+def test_a_graph_that_openvino_does_not_take_leaves_nothing(checkpoint, tmp_path):
+    import onnx
+
+    export = write_export(tmp_path / "export", checkpoint)
+    model = onnx.load(export / "vision.onnx", load_external_data=False)
+    model.graph.node[0].op_type = "Unheard"
+    onnx.save(model, export / "vision.onnx")
+    with pytest.raises(BuildFailed, match=r"openvino does not take vision\.onnx.*Unheard"):
+        build_openvino(export, tmp_path / "bundle")
+    assert [item.name for item in tmp_path.iterdir()] == ["export"]
+
+
+def test_batch_invariance_is_not_promised(pair):
+    with pytest.raises(InvalidRequest, match="openvino has none"):
+        open_decoder(pair[1], slots=2, batch_invariant=True)
