@@ -188,7 +188,7 @@ def open_request(model: Path | bytes, threads: int | None, precision: str):
     return core.compile_model(core.read_model(model), "CPU", properties).create_infer_request()
 
 
-def _open(path: Path, threads: int | None, precision: str):
+def _request(path: Path, threads: int | None, precision: str):
     try:
         return open_request(path, threads, precision)
     except RuntimeError as error:
@@ -207,7 +207,7 @@ class OpenVINOVision(VisionSession):
     """
 
     def _open(self, bundle, threads):
-        self._request = _open(bundle.path / "vision.xml", threads, bundle.vision_precision)
+        self._request = _request(bundle.path / "vision.xml", threads, bundle.vision_precision)
 
     def _run(self, feeds):
         return self._request.infer(feeds, share_inputs=True)["image_embeddings"]
@@ -226,7 +226,7 @@ class OpenVINODecoder(DecoderSession):
 
     def _open(self, bundle, threads):
         self._tensor = load_library().Tensor
-        self._request = _open(bundle.path / "decoder.xml", threads, "fp32")
+        self._request = _request(bundle.path / "decoder.xml", threads, "fp32")
 
     def _run(self, rows, **inputs):
         self._bind(rows)
