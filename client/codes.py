@@ -2,8 +2,8 @@
 
 A code stands here only where its concept, at its finding site, is the label's own. Pulmonary edema, Pleural effusion,
 Pneumothorax, Opacity, Lesion, Enlarged and the sites are as in DICOM PS3.16 (context groups 4, 6100, 6102, 6104, 6107,
-6335); the others by their SNOMED CT names. RadLex equivalents have the same name there. Pleural Other is what remains
-of a class, for which no scheme has a code: it is of the private scheme 99CXR.
+6335); the others by their SNOMED CT names. RadLex equivalents have the same name there. What is no finding has a code
+of the private scheme 99CXR.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Concept(NamedTuple):
 CHEST = Concept("816094009", "SCT", "Chest")
 LUNG = Concept("39607008", "SCT", "Lung")
 MEDIASTINUM = Concept("72410000", "SCT", "Mediastinum")
+PLEURA = Concept("3120008", "SCT", "Pleural structure")
 LABELS = {
     "Atelectasis": Concept("46621007", "SCT", "Atelectasis", ("RID28493", "atelectasis")),
     "Cardiomegaly": Concept("8186001", "SCT", "Cardiomegaly"),
@@ -55,7 +56,7 @@ LABELS = {
     "Lung Opacity": Concept("112001", "DCM", "Opacity", ("RID28530", "opacity"), LUNG),
     "No Finding": Concept("281900007", "SCT", "No abnormality detected", (), CHEST),
     "Pleural Effusion": Concept("60046008", "SCT", "Pleural effusion", ("RID34539", "pleural effusion")),
-    "Pleural Other": Concept("pleural-other", PRIVATE_SCHEME, "Other pleural abnormality"),
+    "Pleural Other": Concept("74964007", "SCT", "Other", (), PLEURA),
     "Pneumonia": Concept("233604007", "SCT", "Pneumonia", ("RID5350", "pneumonia")),
     "Pneumothorax": Concept("36118008", "SCT", "Pneumothorax", ("RID5352", "pneumothorax")),
     "Support Devices": Concept("49062001", "SCT", "Device", ("RID29033", "medical device"), CHEST),

@@ -23,6 +23,7 @@ from cxr_triton.client.codes import (
     LUNG,
     MEDIASTINUM,
     PLAIN_RADIOGRAPHY,
+    PLEURA,
     PRESENT,
     STATUSES,
     label_concept,
@@ -177,13 +178,13 @@ def test_codes_are_those_of_the_standard():
     ):
         assert LABELS[label][:3] == (code.value, code.scheme_designator, code.meaning)
     sites = {concept.site[:3] for concept in LABELS.values() if concept.site}
-    theirs = (codes.cid6100.Lung, codes.cid6100.Mediastinum, codes.SCT.Chest)
+    theirs = (codes.cid6100.Lung, codes.cid6100.Mediastinum, codes.cid6100.PleuralStructure, codes.SCT.Chest)
     assert sites == {(code.value, code.scheme_designator, code.meaning) for code in theirs}
-    assert [label for label, concept in LABELS.items() if concept.scheme == "99CXR"] == ["Pleural Other"]
+    assert {concept.scheme for concept in LABELS.values()} == {"SCT", "DCM"}
     ours = [concept[:2] for concept in (PRESENT, ABSENT, PLAIN_RADIOGRAPHY)]
     theirs = (codes.cid241.Present, codes.cid241.Absent, codes.SCT.PlainRadiography)
     assert ours == [(code.value, code.scheme_designator) for code in theirs]
-    for concept in (*LABELS.values(), *STATUSES.values(), CHEST, LUNG, MEDIASTINUM):
+    for concept in (*LABELS.values(), *STATUSES.values(), CHEST, LUNG, MEDIASTINUM, PLEURA):
         assert len(concept.value) <= 16 and len(concept.meaning) <= 64
         if concept.scheme == "SCT":
             assert verhoeff(concept.value)
