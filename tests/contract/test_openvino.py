@@ -106,7 +106,7 @@ def test_the_bundle_says_what_runs_it(pair):
     assert bundle.manifest["versions"]["openvino"] == metadata.version("openvino")
 
 
-def test_without_openvino_the_error_says_what_to_install(pair, tmp_path, monkeypatch):
+def test_without_openvino_the_error_says_what_to_install(pair, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(DeviceUnavailable, match=r"cxr-triton\[openvino\]"):
         open_vision(pair[1])
