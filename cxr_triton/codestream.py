@@ -87,14 +87,14 @@ class Codestream:
     lossy: bool | None = None
 
 
-def inspect(syntax: str, codestream: bytes) -> Codestream:
+def inspect(syntax: str, codestream: bytes | memoryview) -> Codestream:
     """Read the header of `codestream` and check that it is whole and of a kind that `syntax` allows.
 
     Parameters
     ----------
     syntax : str
         Transfer syntax UID.
-    codestream : bytes
+    codestream : bytes or memoryview
         Joined fragments of one frame.
 
     Raises
@@ -113,7 +113,7 @@ def inspect(syntax: str, codestream: bytes) -> Codestream:
         return _inspect_rle(codestream)
     if codestream[:3] == b"\xff\xd8\xff":
         header = inspect_jpeg(codestream)
-        if not codestream.rstrip(b"\0\xff").endswith(b"\xff\xd9"):
+        if not _stripped(codestream, b"\0\xff").endswith(b"\xff\xd9"):
             raise InvalidImage("codestream has no end-of-image marker: it is truncated; send the complete file")
     else:
         header = _inspect_jpeg2000(codestream)
@@ -136,7 +136,13 @@ _SOF_OTHER = {0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 _MAX_SEGMENTS = 4096
 
 
-def inspect_jpeg(codestream: bytes) -> Codestream:
+def _stripped(codestream: bytes | memoryview, padding: bytes) -> bytes:
+    """The end of a codestream without its padding; two bytes or more, or all there is."""
+    end = bytes(codestream[-64:]).rstrip(padding)
+    return end if len(end) > 1 else bytes(codestream).rstrip(padding)
+
+
+def inspect_jpeg(codestream: bytes | memoryview) -> Codestream:
     """Read the one frame header and the first scan header of a JPEG or JPEG-LS stream (T.81 B.2, T.87 C.2)."""
     frame = None
     position = 2
@@ -191,9 +197,9 @@ def inspect_jpeg(codestream: bytes) -> Codestream:
 _JP2_SIGNATURE = b"\0\0\0\x0cjP  \r\n\x87\n"
 
 
-def unwrap_jp2(codestream: bytes) -> bytes:
+def unwrap_jp2(codestream: bytes | memoryview) -> bytes | memoryview:
     """Contiguous codestream of a JP2 file (T.800 annex I), which some writers store where DICOM wants the bare one."""
-    if not codestream.startswith(_JP2_SIGNATURE):
+    if codestream[: len(_JP2_SIGNATURE)] != _JP2_SIGNATURE:
         return codestream
     position = 0
     for _ in range(_MAX_SEGMENTS):
@@ -211,7 +217,7 @@ def unwrap_jp2(codestream: bytes) -> bytes:
     raise InvalidImage("JP2 wrapper holds no codestream; the file is damaged")
 
 
-def _inspect_jpeg2000(codestream: bytes) -> Codestream:
+def _inspect_jpeg2000(codestream: bytes | memoryview) -> Codestream:
     """Read SIZ, CAP and COD (T.800 A.5.1, A.6.1; T.814 A.3) and walk the tile-parts to the end marker."""
     data = unwrap_jp2(codestream)
     if data[:4] != b"\xff\x4f\xff\x51":
@@ -260,14 +266,14 @@ def _inspect_jpeg2000(codestream: bytes) -> Codestream:
     )
 
 
-def _walk_tile_parts(data: bytes, position: int, tiles: int) -> None:
+def _walk_tile_parts(data: bytes | memoryview, position: int, tiles: int) -> None:
     """Follow the tile-part lengths (T.800 A.4.2): every tile has to come, and the last one has to be whole."""
     seen = set()
     while data[position : position + 2] == b"\xff\x90":
         seen.add(data[position + 4 : position + 6])
         length = int.from_bytes(data[position + 6 : position + 10], "big")
         if length == 0:
-            if data.rstrip(b"\0")[-2:] != b"\xff\xd9":
+            if not _stripped(data, b"\0").endswith(b"\xff\xd9"):
                 raise InvalidImage("JPEG 2000 stream has no end marker: it is truncated; send the complete file")
             break
         if length < 14 or position + length > len(data):
@@ -281,7 +287,7 @@ def _walk_tile_parts(data: bytes, position: int, tiles: int) -> None:
         raise InvalidImage(f"JPEG 2000 stream has {len(seen)} of {tiles} tiles; send the complete file")
 
 
-def _inspect_rle(codestream: bytes) -> Codestream:
+def _inspect_rle(codestream: bytes | memoryview) -> Codestream:
     """Read the segment table (PS3.5 G.5); one segment per byte of a grayscale sample."""
     table = np.frombuffer(codestream[:64], "<u4")
     segments = int(table[0]) if table.size == 16 else 0
@@ -300,13 +306,13 @@ def _inspect_rle(codestream: bytes) -> Codestream:
     )
 
 
-def decode(header: Codestream, codestream: bytes, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+def decode(header: Codestream, codestream: bytes | memoryview, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
     """Decode a one-component codestream that `inspect` accepted.
 
     Parameters
     ----------
     header : Codestream
-    codestream : bytes
+    codestream : bytes or memoryview
     shape : (int, int)
         Rows and columns that the result has to have.
     dtype : dtype

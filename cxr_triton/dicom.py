@@ -861,10 +861,10 @@ def _native(dataset: _DataSet, shape: tuple[int, int], dtype: np.dtype) -> np.nd
     return words.view(np.uint8)[:expected].reshape(shape)
 
 
-def _join_fragments(dataset: _DataSet) -> bytes:
-    """Codestream of the one frame; a frame may come in several fragments (PS3.5 A.4)."""
+def _join_fragments(dataset: _DataSet) -> bytes | memoryview:
+    """Codestream of the one frame, copied only if it comes in several fragments (PS3.5 A.4)."""
     data, position = dataset.data, dataset.elements[_Tag.PIXELS].start
-    fragments: list[bytes] = []
+    fragments: list[memoryview] = []
     while position < len(data):
         # a fragment of odd length may be followed by a padding byte that it did not count
         if data[position : position + 1] == b"\0" and data[position + 1 : position + 3] == b"\xfe\xff":
@@ -875,12 +875,12 @@ def _join_fragments(dataset: _DataSet) -> bytes:
         if item.tag != _ITEM or item.length == _UNDEFINED:
             raise InvalidImage(f"pixel data have {_name(item.tag)} at byte {position} where a fragment has to start")
         position = dataset.end_of(item, len(data))
-        fragments.append(data[item.start : position])
+        fragments.append(memoryview(data)[item.start : position])
     if len(fragments) < 2:
         raise NoPixels("pixel data hold no fragment; send the image object")
     if len(fragments[0]) > 4:
         raise MultiFrame(f"offset table lists {len(fragments[0]) // 4} frames, allowed 1; send one frame per file")
-    return b"".join(fragments[1:])
+    return fragments[1] if len(fragments) == 2 else b"".join(fragments[1:])
 
 
 def _to_stored(raw: np.ndarray, bits_stored: int, signed: bool, lossy: bool, flags: set[str]) -> np.ndarray:

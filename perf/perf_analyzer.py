@@ -20,10 +20,11 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cxr_triton.errors import InternalError, InvalidRequest, Unavailable
-from cxr_triton.perf.load import with_reading
+from cxr_triton.perf.load import be_prompt, with_reading
 from cxr_triton.perf.summary import Record
 from cxr_triton.perf.workload import Item, input_data
 
@@ -197,6 +198,7 @@ def run(
                 text=True,
                 errors="replace",
                 timeout=timeout_s,
+                preexec_fn=partial(be_prompt, inherit=True),  # as our own driver's threads
             )
         except subprocess.TimeoutExpired:
             raise InternalError(f"perf_analyzer did not end within {timeout_s:g} s; see the server's log") from None

@@ -435,6 +435,7 @@ def _facts(result: Mapping) -> str:
         ("model", ", ".join(f"{key} {value}" for key, value in result["model"].items() if value)),
         ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.1f} GiB"),
         ("load before", machine["load_average"]),
+        ("priority of the client", machine.get("client_priority", "normal")),
         ("system", f"{machine['os']}, Python {machine['python']}"),
         ("cxr-triton", f"{machine['package']}, revision {machine['revision'] or 'unknown'}"),
         ("versions", ", ".join(f"{key} {value}" for key, value in machine["versions"].items())),

@@ -6,13 +6,12 @@ Requests of 8 MB with 300 responses: how many a second the client completes agai
 (`instant_server.py`, in another process), beside how many a real Triton takes whose model does no work, turn by turn,
 the best turn of either. Then what the client could offer Triton by its processor time on one core, and with
 --repository what a served reader takes of radiographs. Timestamps are held against the server's own, on the same clock.
-Our driver and perf_analyzer ask, turn by turn, a Triton whose answers take a fixed time. On a machine that does other
-things, `chrt -f 20 python ...` keeps them out; the record says it.
+Our driver and perf_analyzer ask, turn by turn, a Triton whose answers take a fixed time. The client and the instant server
+have real-time priority where the system allows it; the record says whether they had.
 """
 
 from __future__ import annotations
 
-import os
 import resource
 import statistics
 import sys
@@ -148,8 +147,7 @@ def main(repository: Path | None, seconds: float, json_path: str | None):
         "schema": 1,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": ["python", *sys.argv],
-        "environment": environment(),
-        "real_time_priority": os.sched_getscheduler(0) == os.SCHED_FIFO,
+        "environment": {**environment(), "client_priority": load.client_priority()},
         "timestamps": [],
     }
     with tempfile.TemporaryDirectory() as folder:

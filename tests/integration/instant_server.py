@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fake_server import response
 
+from cxr_triton.perf.load import be_prompt
+
 DATA, HEADERS, SETTINGS, PING, WINDOW_UPDATE = 0, 1, 4, 6, 8
 END_STREAM = ACK = 1
 END_HEADERS = 4
@@ -120,6 +122,7 @@ class Connection:
 
 
 def serve(responses: int, first_s: float, gap_s: float) -> None:
+    be_prompt()
     listening = socket.create_server(("127.0.0.1", 0))
     print(listening.getsockname()[1], flush=True)
     poll = selectors.SelectSelector()  # epoll's time limit is in whole milliseconds

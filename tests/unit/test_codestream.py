@@ -77,7 +77,7 @@ def test_every_truncation_is_refused(syntax):
 @pytest.mark.parametrize("syntax", STREAMS)
 def test_padding_after_the_end_marker_is_allowed(syntax):
     header = inspect(syntax, STREAMS[syntax])
-    for padding in (b"\0", b"\xff", b"\0\0\0"):
+    for padding in (b"\0", b"\xff", b"\0\0\0", *(b"\0" * count for count in (61, 62, 63, 64, 65, 1000))):
         padded = STREAMS[syntax] + padding
         assert inspect(syntax, padded) == header
         np.testing.assert_array_equal(decode(header, padded, VALUES.shape, VALUES.dtype), VALUES)
