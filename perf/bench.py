@@ -23,8 +23,8 @@ from pathlib import Path
 from cxr_triton.client import Reader, Timeouts
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.perf import perf_analyzer
-from cxr_triton.perf.environment import environment, nvidia_smi
-from cxr_triton.perf.load import OVERLOAD, Load, client_priority, offer
+from cxr_triton.perf.environment import Stolen, environment, nvidia_smi
+from cxr_triton.perf.load import OVERLOAD, Load, offer, prompt_threads
 from cxr_triton.perf.perf_analyzer import PerfAnalyzer
 from cxr_triton.perf.stages import waterfall
 from cxr_triton.perf.summary import Record, columns, over_repeats, summarize
@@ -226,7 +226,9 @@ class Bench:
         CxrError
             The first failure that is no overload; nothing is reported then.
         """
-        environment_ = {**environment(), "client_priority": client_priority()}
+        stolen = Stolen()
+        with prompt_threads() as priority:
+            environment_ = {**environment(), "client_priority": priority}
         reading, server = self.warm_up()
         plan = self.plan
         scenarios = [self.scenario(name, []) for name in SCENARIOS[:2] if name in plan.scenarios]
@@ -240,7 +242,7 @@ class Bench:
             "schema_version": SCHEMA_VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": list(command),
-            "environment": environment_,
+            "environment": {**environment_, "stolen_share": stolen.share()},
             "server": server,
             "workload": workload,
             "model": reading.model,

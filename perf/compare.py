@@ -186,7 +186,10 @@ def _differences(a: Mapping, b: Mapping) -> list[str]:
     """What else is not the same, so that a change is not put down to the wrong cause."""
     found = []
     for part, keys in (
-        ("environment", ("cpu", "cores", "memory_bytes", "os", "python", "package", "revision", "gpus", "client_priority")),
+        (
+            "environment",
+            ("cpu", "cores", "memory_bytes", "os", "python", "package", "revision", "gpus", "client_priority"),
+        ),
         ("model", ("profile", "engine", "precision", "bundle")),
         ("server", ("version",)),
     ):

@@ -25,6 +25,7 @@ import numpy as np
 from cxr_triton.cli import json_option, write_json
 from cxr_triton.engines.bundle import Bundle, graph_files
 from cxr_triton.errors import InternalError, InvalidRequest
+from cxr_triton.perf.environment import Stolen
 from cxr_triton.perf.roofline import copy_bandwidth, run_bytes, step_bytes
 from cxr_triton.triton_repo.serve import HUGE_PAGES
 
@@ -251,7 +252,7 @@ def measure(bundle: Path, genai: Path | None, prompt: int, tokens: int, rounds: 
     for process in processes.values():
         process.call("round")  # warm up
     runs: dict[str, list[dict]] = {name: [] for name in processes}
-    copies = []
+    copies, stolen = [], Stolen()
     for index in range(rounds):
         copies.append(copy_bandwidth(len(cpus)))
         for name, process in processes.items():
@@ -280,7 +281,7 @@ def measure(bundle: Path, genai: Path | None, prompt: int, tokens: int, rounds: 
         result["ratio_to_genai"] = medians(
             [{key: ours[key] / theirs[key] for key in ours} for ours, theirs in zip(*runs.values(), strict=True)]
         )
-    result["load_average_after"] = os.getloadavg()[0]
+    result |= {"load_average_after": os.getloadavg()[0], "stolen_share": stolen.share()}
     return result
 
 
@@ -312,6 +313,7 @@ def main(bundle, genai, checkpoint, prompt, tokens, rounds, threads, json_path):
         build_genai(checkpoint, genai)
     result = measure(bundle, genai, prompt, tokens, rounds, threads)
     click.echo(f"{result['cpu']}, {result['threads']} cores, load {result['load_average_before']:.1f} before")
+    click.echo(f"the hypervisor gave {result['stolen_share']:.1%} of the cores' time to others")
     click.echo(f"copy: {result['copy_bytes_per_s'] / 1e9:.1f} GB/s read and written")
     for name, engine in result["engines"].items():
         click.echo(

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 from cxr_triton import __version__
@@ -37,6 +38,25 @@ def environment() -> dict:
         "gpus": nvidia_smi("name", "memory.total", "driver_version", "power.limit", "compute_cap"),
         "load_average": os.getloadavg()[0],
     }
+
+
+class Stolen:
+    """Share of the cores' time that the hypervisor gave to others since this was made.
+
+    A virtual machine's numbers are worth as much as this is small: what it took shows as latency of whatever ran.
+    """
+
+    def __init__(self):
+        self._began_s, self._stolen_s = time.monotonic(), self._so_far_s()
+
+    def share(self) -> float:
+        cores_s = (time.monotonic() - self._began_s) * os.cpu_count()
+        return (self._so_far_s() - self._stolen_s) / cores_s
+
+    @staticmethod
+    def _so_far_s() -> float:
+        """`steal` of all cores since the system started, proc(5)."""
+        return int(Path("/proc/stat").read_text().split(maxsplit=9)[8]) / os.sysconf("SC_CLK_TCK")
 
 
 def _field(file: str, name: str) -> str:

@@ -3,8 +3,8 @@
 Open loop: every request has a time at which it is due, whatever the server does, and latencies count from it. What can
 wait is left out of the measured time: requests are serialized before, responses are parsed after, and the garbage
 collector pauses meanwhile. Each request under way has a thread that blocks on its stream: nothing lies between gRPC and
-the clock, and a response costs half of what it costs in an event loop. Where the system allows it these threads have
-real-time priority: a server on the same cores would keep a response waiting for its clock by milliseconds.
+the clock, and a response costs half of what it costs in an event loop. Where the system allows it this process has
+real-time priority meanwhile: a server on the same cores would keep a response waiting for its time by milliseconds.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import grpc
@@ -34,31 +34,35 @@ OVERLOAD = ("QUEUE_FULL", "DEADLINE_EXCEEDED")
 """Errors that a load may be too high for; every other one is a fault."""
 
 
+@contextmanager
+def prompt_threads() -> Iterator[str]:
+    """All threads of this process, gRPC's too, at the lowest real-time priority meanwhile, if the system allows it.
 
-def be_prompt(*, inherit: bool = False) -> str:
-    """Give the calling thread the lowest real-time priority, if the system allows it.
+    What they start meanwhile has it too: processes keep it.
 
-    Parameters
-    ----------
-    inherit : bool
-        Threads and processes that it starts get it too.
-
-    Returns
-    -------
+    Yields
+    ------
     str
-        The priority that it has then: ``real-time`` or ``normal``.
+        The priority that they have: ``real-time`` or ``normal``.
     """
     try:
-        os.sched_setscheduler(0, os.SCHED_FIFO | (0 if inherit else os.SCHED_RESET_ON_FORK), os.sched_param(1))
+        if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):
+            yield "real-time"  # as it was started
+            return
+        _schedule_threads(os.SCHED_FIFO, 1)
     except (AttributeError, OSError):  # another system than Linux, or not permitted
-        return "normal"
-    return "real-time"
+        yield "normal"
+        return
+    try:
+        yield "real-time"
+    finally:
+        _schedule_threads(os.SCHED_OTHER, 0)
 
 
-def client_priority() -> str:
-    """Which priority `be_prompt` gets a thread here."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(be_prompt).result()
+def _schedule_threads(policy: int, priority: int) -> None:
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has ended
+            os.sched_setscheduler(int(thread), policy, os.sched_param(priority))
 
 
 @dataclass(frozen=True)
@@ -178,12 +182,13 @@ class _Run:
             gc.collect()
             gc.disable()
             try:
-                self.began_s = time.monotonic()
-                for _ in range(self._at_first):
-                    self._start()
-                for thread in self._threads:  # grows meanwhile
-                    while thread.is_alive():
-                        thread.join(0.2)
+                with prompt_threads():
+                    self.began_s = time.monotonic()
+                    for _ in range(self._at_first):
+                        self._start()
+                    for thread in self._threads:  # grows meanwhile
+                        while thread.is_alive():
+                            thread.join(0.2)
             finally:
                 gc.enable()
                 self._ended.set()
@@ -200,7 +205,6 @@ class _Run:
 
     def _work(self) -> None:
         """One request after the other, until none is due any more."""
-        be_prompt()
         try:
             while turn := self._turn():
                 self._send(*turn)

@@ -20,11 +20,10 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from cxr_triton.errors import InternalError, InvalidRequest, Unavailable
-from cxr_triton.perf.load import be_prompt, with_reading
+from cxr_triton.perf.load import prompt_threads, with_reading
 from cxr_triton.perf.summary import Record
 from cxr_triton.perf.workload import Item, input_data
 
@@ -190,16 +189,16 @@ def run(
         arguments += ["--concurrency-range", str(concurrency), "--max-threads", str(min(concurrency, 16))]
         arguments += ["--profile-export-file", "export.json", "-f", "report.csv", "--verbose-csv"]
         try:
-            done = subprocess.run(
-                [tool.path, *arguments],
-                cwd=folder,
-                env=tool.environment,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=timeout_s,
-                preexec_fn=partial(be_prompt, inherit=True),  # as our own driver's threads
-            )
+            with prompt_threads():  # as our own driver
+                done = subprocess.run(
+                    [tool.path, *arguments],
+                    cwd=folder,
+                    env=tool.environment,
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    timeout=timeout_s,
+                )
         except subprocess.TimeoutExpired:
             raise InternalError(f"perf_analyzer did not end within {timeout_s:g} s; see the server's log") from None
         if done.returncode or not (folder / "export.json").is_file():

@@ -436,6 +436,7 @@ def _facts(result: Mapping) -> str:
         ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.1f} GiB"),
         ("load before", machine["load_average"]),
         ("priority of the client", machine.get("client_priority", "normal")),
+        ("taken by the hypervisor", f"{machine['stolen_share']:.1%}" if "stolen_share" in machine else "unknown"),
         ("system", f"{machine['os']}, Python {machine['python']}"),
         ("cxr-triton", f"{machine['package']}, revision {machine['revision'] or 'unknown'}"),
         ("versions", ", ".join(f"{key} {value}" for key, value in machine["versions"].items())),

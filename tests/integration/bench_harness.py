@@ -6,8 +6,9 @@ Requests of 8 MB with 300 responses: how many a second the client completes agai
 (`instant_server.py`, in another process), beside how many a real Triton takes whose model does no work, turn by turn,
 the best turn of either. Then what the client could offer Triton by its processor time on one core, and with
 --repository what a served reader takes of radiographs. Timestamps are held against the server's own, on the same clock.
-Our driver and perf_analyzer ask, turn by turn, a Triton whose answers take a fixed time. The client and the instant server
-have real-time priority where the system allows it; the record says whether they had.
+Our driver and perf_analyzer ask, turn by turn, a Triton whose answers take a fixed time. The client and the instant
+server have real-time priority where the system allows it. The record says whether they had, and how much of each turn
+the hypervisor gave to others, which shows as errors too.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from instant_server import InstantServer
 
 from cxr_triton.cli import json_option, write_json
 from cxr_triton.perf import load, perf_analyzer
-from cxr_triton.perf.environment import environment
+from cxr_triton.perf.environment import Stolen, environment
 from cxr_triton.perf.summary import distribution, summarize
 from cxr_triton.perf.workload import arrivals, load_workload
 from cxr_triton.triton_repo.serve import Server
@@ -42,6 +43,8 @@ STREAMS = (1, 4, 8, 16)
 PACED = {"responses": 20, "first_ms": 40, "gap_ms": 20}
 PACED_S = 0.42
 ROUNDS = 4
+LEFT_ALONE = 0.005
+"""Most of a turn that the hypervisor may have given to others."""
 
 
 def overhead(triton: str, seconds: float) -> dict:
@@ -68,24 +71,40 @@ def overhead(triton: str, seconds: float) -> dict:
 
 def timestamps(triton: str, streams: int, seconds: float) -> dict:
     """Errors of the client's timestamps, turn by turn against both servers."""
-    late = {"instant server": [], "instant server, from when it was due": [], "triton": []}
-    server_late = []
     requests = max(streams, int(streams * seconds / ROUNDS / SCRIPT_S))
+    turns = []
     with InstantServer(**SCRIPT) as instant:
         for _ in range(ROUNDS):
+            stolen = Stolen()
             ours = scripted.timestamps_ms(instant.url, SCRIPT, streams=streams, requests=requests)
-            late["instant server"] += ours["late"]
-            late["instant server, from when it was due"] += map(
-                sum, zip(ours["late"], ours["server_late"], strict=True)
-            )
-            server_late += ours["server_late"]
-            late["triton"] += scripted.timestamps_ms(triton, SCRIPT, streams=streams, requests=requests)["late"]
+            late = {
+                "instant server": ours["late"],
+                "instant server, from when it was due": list(map(sum, zip(*ours.values(), strict=True))),
+            }
+            turns.append((stolen.share(), late))
+            stolen = Stolen()
+            ours = scripted.timestamps_ms(triton, SCRIPT, streams=streams, requests=requests)
+            turns.append((stolen.share(), {"triton": ours["late"]}))
     return {
         "streams": streams,
         **SCRIPT,
-        "error_ms": {name: distribution(errors) for name, errors in late.items()},
-        "instant_server_late_ms": distribution(server_late),
+        "error_ms": errors(turns),
+        "error_ms_left_alone": errors([turn for turn in turns if turn[0] <= LEFT_ALONE]),
+        "turns": [
+            {"server": name, "stolen_share": share, "p99_ms": distribution(late)["p99"]}
+            for share, each in turns
+            for name, late in each.items()
+        ],
     }
+
+
+def errors(turns: list[tuple[float, dict[str, list[float]]]]) -> dict:
+    """Of all turns together, for each server."""
+    late = {}
+    for _, each in turns:
+        for name, values in each.items():
+            late[name] = late.get(name, []) + values
+    return {name: distribution(values) for name, values in late.items()}
 
 
 def drivers(triton: str, concurrency: int, seconds: float) -> dict:
@@ -143,11 +162,13 @@ def cpu_s() -> float:
 @json_option
 def main(repository: Path | None, seconds: float, json_path: str | None):
     """Measure the load client."""
+    with load.prompt_threads() as priority:
+        environment_ = {**environment(), "client_priority": priority}
     result = {
         "schema": 1,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": ["python", *sys.argv],
-        "environment": {**environment(), "client_priority": load.client_priority()},
+        "environment": environment_,
         "timestamps": [],
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -181,8 +202,10 @@ def main(repository: Path | None, seconds: float, json_path: str | None):
     )
     for measured in result["timestamps"]:
         for server, error in measured["error_ms"].items():
+            alone = measured["error_ms_left_alone"].get(server)
             click.echo(
                 f"{measured['streams']} streams, {server}: p50 {error['p50']:.2f}, p99 {error['p99']:.2f} ms late"
+                + (f"; left alone {alone['p50']:.2f}, {alone['p99']:.2f} ms ({alone['n']} texts)" if alone else "")
             )
     for compared in result["drivers"]:
         by = compared["relative_difference"]

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fake_server import response
 
-from cxr_triton.perf.load import be_prompt
+from cxr_triton.perf.load import prompt_threads
 
 DATA, HEADERS, SETTINGS, PING, WINDOW_UPDATE = 0, 1, 4, 6, 8
 END_STREAM = ACK = 1
@@ -122,7 +122,6 @@ class Connection:
 
 
 def serve(responses: int, first_s: float, gap_s: float) -> None:
-    be_prompt()
     listening = socket.create_server(("127.0.0.1", 0))
     print(listening.getsockname()[1], flush=True)
     poll = selectors.SelectSelector()  # epoll's time limit is in whole milliseconds
@@ -191,4 +190,5 @@ if __name__ == "__main__":
     parser.add_argument("--first-ms", type=float, default=0.0)
     parser.add_argument("--gap-ms", type=float, default=0.0)
     given = parser.parse_args()
-    serve(given.responses, given.first_ms / 1e3, given.gap_ms / 1e3)
+    with prompt_threads():
+        serve(given.responses, given.first_ms / 1e3, given.gap_ms / 1e3)
