@@ -129,6 +129,8 @@ def result(speed: float = 1.0, seed: int = 0, repeats: int = 3) -> dict:
             "versions": {"onnxruntime": "1.31.1", "numpy": "1.26.4"},
             "gpus": [],
             "load_average": 0.1,
+            "client_priority": "real-time",
+            "stolen_share": 0.012,
         },
         "server": {
             "name": "triton",

@@ -44,7 +44,7 @@ PACED = {"responses": 20, "first_ms": 40, "gap_ms": 20}
 PACED_S = 0.42
 ROUNDS = 4
 LEFT_ALONE = 0.005
-"""Most of a turn's processor time that the hypervisor may have given to others; turns are repeated for it, to a limit."""
+"""Most of the cores' time that the hypervisor may have given to others in a turn; then there are more turns."""
 
 
 def overhead(triton: str, seconds: float) -> dict:

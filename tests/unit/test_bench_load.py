@@ -1,6 +1,7 @@
 """The load driver against a server whose answers the test writes."""
 
 import json
+import os
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from fake_server import FakeServer, empty_final, failure, pause, response
 
 from cxr_triton.client.wire import infer_request
 from cxr_triton.errors import Unavailable
-from cxr_triton.perf.load import Load, offer
+from cxr_triton.perf.load import Load, offer, prompt_threads
 from cxr_triton.perf.workload import arrivals
 
 DEADLINE_S = 60
@@ -168,3 +169,35 @@ def test_a_fault_of_the_client_ends_the_load(monkeypatch):
 def test_no_server_is_said():
     with pytest.raises(Unavailable, match="no server at"):
         offer("127.0.0.1:1", messages(), Load("concurrency", 1), min_seconds=0, min_requests=1, timeout_s=0.5)
+
+
+def policies() -> set[int]:
+    return {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")}
+
+
+def test_every_thread_has_the_priority_and_gives_it_back():
+    ended, inner = threading.Event(), []
+    waiting = threading.Thread(target=ended.wait)
+    waiting.start()
+    before = policies()
+    with prompt_threads() as priority:
+        started = threading.Thread(target=lambda: inner.append(os.sched_getscheduler(0)))
+        started.start()
+        started.join()
+        expected = os.SCHED_FIFO if priority == "real-time" else os.SCHED_OTHER
+        assert policies() == {expected} and inner == [expected]
+    assert policies() == before
+    ended.set()
+    waiting.join()
+
+
+def test_a_load_goes_on_where_priority_is_not_permitted(monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    with FakeServer(answer) as server:
+        records, failure = offer(server.url, messages(), Load("concurrency", 1), min_seconds=0, min_requests=2)
+    assert failure is None and len(records) == 2
+    with prompt_threads() as priority:
+        assert priority == "normal"

@@ -1,8 +1,10 @@
 """The result of a benchmark: its schema, summaries, intervals, waterfalls and what the scenarios conclude."""
 
 import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import numpy as np
@@ -16,6 +18,7 @@ import bench_results  # noqa: E402
 from cxr_triton.errors import InvalidRequest  # noqa: E402
 from cxr_triton.perf import bench  # noqa: E402
 from cxr_triton.perf.bench import Plan, cross_check, meets, outcome  # noqa: E402
+from cxr_triton.perf.environment import Stolen  # noqa: E402
 from cxr_triton.perf.stages import STAGES, stages_of, triton_times, waterfall  # noqa: E402
 from cxr_triton.perf.summary import Record, columns, interval, over_repeats, summarize  # noqa: E402
 
@@ -173,6 +176,14 @@ def test_the_environment_is_that_of_this_machine():
     said = bench.environment()
     jsonschema.validate(said, SCHEMA["properties"]["environment"])
     assert said["cores"] >= 1 and said["memory_bytes"] > 1 << 28 and said["versions"]["numpy"] == np.__version__
+
+
+def test_what_the_hypervisor_took_is_a_share_of_all_cores(monkeypatch):
+    assert Stolen().share() >= 0
+    monkeypatch.setattr(Stolen, "_so_far_s", staticmethod(iter([10.0, 11.0]).__next__))
+    clock = SimpleNamespace(monotonic=iter([100.0, 105.0]).__next__)
+    monkeypatch.setattr("cxr_triton.perf.environment.time", clock)
+    assert Stolen().share() == pytest.approx(1 / (5 * os.cpu_count()))
 
 
 def test_gpus_are_named_and_read(tmp_path, monkeypatch):
