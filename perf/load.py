@@ -46,17 +46,17 @@ def prompt_threads() -> Iterator[str]:
         The priority that they have: ``real-time`` or ``normal``.
     """
     try:
-        if os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR):
-            yield "real-time"  # as it was started
-            return
-        _schedule_threads(os.SCHED_FIFO, 1)
+        started_so = os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR)
+        if not started_so:
+            _schedule_threads(os.SCHED_FIFO, 1)
     except (AttributeError, OSError):  # another system than Linux, or not permitted
         yield "normal"
         return
     try:
         yield "real-time"
     finally:
-        _schedule_threads(os.SCHED_OTHER, 0)
+        if not started_so:
+            _schedule_threads(os.SCHED_OTHER, 0)
 
 
 def _schedule_threads(policy: int, priority: int) -> None:

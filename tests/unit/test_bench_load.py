@@ -186,6 +186,10 @@ def test_every_thread_has_the_priority_and_gives_it_back():
         started.join()
         expected = os.SCHED_FIFO if priority == "real-time" else os.SCHED_OTHER
         assert policies() == {expected} and inner == [expected]
+        with pytest.raises(OSError, match="of the body"), prompt_threads() as inherited:
+            assert inherited == priority
+            raise OSError("of the body")
+        assert policies() == {expected}
     assert policies() == before
     ended.set()
     waiting.join()
