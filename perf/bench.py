@@ -226,9 +226,9 @@ class Bench:
         CxrError
             The first failure that is no overload; nothing is reported then.
         """
-        stolen = Stolen()
-        with prompt_threads() as priority:
-            environment_ = {**environment(), "client_priority": priority}
+        environment_, stolen = environment(), Stolen()
+        with prompt_threads() as environment_["client_priority"]:
+            pass  # asked only: each load has it for itself
         reading, server = self.warm_up()
         plan = self.plan
         scenarios = [self.scenario(name, []) for name in SCENARIOS[:2] if name in plan.scenarios]

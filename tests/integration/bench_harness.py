@@ -166,8 +166,9 @@ def cpu_s() -> float:
 @json_option
 def main(repository: Path | None, seconds: float, json_path: str | None):
     """Measure the load client."""
-    with load.prompt_threads() as priority:
-        environment_ = {**environment(), "client_priority": priority}
+    environment_ = environment()
+    with load.prompt_threads() as environment_["client_priority"]:
+        pass  # asked only: each load has it for itself
     result = {
         "schema": 1,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -184,12 +184,12 @@ def test_every_thread_has_the_priority_and_gives_it_back():
         started = threading.Thread(target=lambda: inner.append(os.sched_getscheduler(0)))
         started.start()
         started.join()
-        expected = os.SCHED_FIFO if priority == "real-time" else os.SCHED_OTHER
-        assert policies() == {expected} and inner == [expected]
+        expected = {os.SCHED_FIFO} if priority == "real-time" else before
+        assert policies() == expected and set(inner) <= expected and inner
         with pytest.raises(OSError, match="of the body"), prompt_threads() as inherited:
             assert inherited == priority
             raise OSError("of the body")
-        assert policies() == {expected}
+        assert policies() == expected
     assert policies() == before
     ended.set()
     waiting.join()
