@@ -468,7 +468,7 @@ def test_a_program_may_end_in_the_middle_of_a_reading(kind):
 
 
 LEAK = """
-import asyncio, gc, os, sys, threading
+import asyncio, gc, os, sys, threading, time
 import psutil
 from cxr_triton.client.limits import DEFAULT_TIMEOUTS
 from cxr_triton.client import AsyncReader, Reader
@@ -476,8 +476,12 @@ from cxr_triton.errors import CxrError
 
 me, image, url = psutil.Process(), bytes(100_000), sys.argv[1]
 
-def state():
+def state(fds=0, patience=1):
+    # gRPC closes the pollers and the socket of a closed channel from a thread of its own, some 40 ms later.
     gc.collect()
+    end = time.monotonic() + patience
+    while me.num_fds() > fds and time.monotonic() < end:
+        time.sleep(0.01)
     return me.num_fds(), threading.active_count(), me.memory_info().rss / 2**20
 
 def blocking(n):
@@ -514,7 +518,7 @@ run = {"reader": blocking, "aio": lambda n: asyncio.run(asynchronous(n)), "opene
 run(int(sys.argv[3]))
 before = state()
 run(int(sys.argv[4]))
-print(*before, *state())
+print(*before, *state(before[0], patience=10))
 """
 
 
@@ -534,6 +538,6 @@ def test_a_thousand_readings_leave_no_thread_no_descriptor_and_no_memory(kind, w
         )
     assert out.stderr == ""
     fds, threads, mib, fds_after, threads_after, mib_after = map(float, out.stdout.split())
-    assert fds_after <= fds + 1 and threads_after <= threads
+    assert fds_after <= fds and threads_after <= threads
     # 1,000 requests carry 95 MiB; a leak of one message in twenty would show.
     assert mib_after < mib + 4.5
