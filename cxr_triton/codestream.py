@@ -235,7 +235,8 @@ def _inspect_jpeg2000(codestream: bytes | memoryview) -> Codestream:
     components = number(40, 2)
     if width <= 0 or height <= 0 or not components or not tile_width or not tile_height:
         raise InvalidImage(f"JPEG 2000 header declares {height}x{width}x{components}; the file is damaged")
-    if len({data[42 + 3 * i : 45 + 3 * i] for i in range(components)}) != 1 or number(43, 2) != 0x0101:
+    # bytes, because the hash of a view is that of the whole file
+    if len({bytes(data[42 + 3 * i : 45 + 3 * i]) for i in range(components)}) != 1 or number(43, 2) != 0x0101:
         raise InvalidImage("JPEG 2000 components differ in depth or are subsampled; send one full-size component")
     tiles = -(-(width + number(16, 4)) // tile_width) * -(-(height + number(20, 4)) // tile_height)
     if tiles > 65535:
@@ -270,7 +271,7 @@ def _walk_tile_parts(data: bytes | memoryview, position: int, tiles: int) -> Non
     """Follow the tile-part lengths (T.800 A.4.2): every tile has to come, and the last one has to be whole."""
     seen = set()
     while data[position : position + 2] == b"\xff\x90":
-        seen.add(data[position + 4 : position + 6])
+        seen.add(bytes(data[position + 4 : position + 6]))
         length = int.from_bytes(data[position + 6 : position + 10], "big")
         if length == 0:
             if not _stripped(data, b"\0").endswith(b"\xff\xd9"):

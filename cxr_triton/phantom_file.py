@@ -46,6 +46,19 @@ def encode(stored: np.ndarray, bits: int, syntax: str) -> bytes:
     raise ValueError(f"no encoder for {syntax}")
 
 
+def store(dataset: FileDataset, stored: np.ndarray, syntax: str) -> None:
+    """Give a data set its [rows, cols] unsigned stored values in a syntax of `SYNTAXES`; the other elements stay."""
+    dataset.file_meta.TransferSyntaxUID = SYNTAXES[syntax]
+    if syntax in ("implicit", "explicit", "deflated"):
+        dataset.PixelData = stored.astype(f"<u{dataset.BitsAllocated // 8}").tobytes()
+        dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OW", False
+    elif syntax == "rle":
+        dataset.compress(SYNTAXES["rle"], stored, generate_instance_uid=False)
+    else:
+        dataset.PixelData = encapsulate([encode(stored, dataset.BitsStored, syntax)])
+        dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
+
+
 def write_dicom(
     phantom: Phantom, *, photometric: str = "MONOCHROME2", syntax: str = "explicit", seed: str | None = None
 ) -> bytes:
@@ -91,14 +104,7 @@ def write_dicom(
         dataset.WindowCenter, dataset.WindowWidth = window
     if syntax in LOSSY_BITS:
         dataset.LossyImageCompression, dataset.LossyImageCompressionMethod = "01", "ISO_10918_1"
-    if syntax in ("implicit", "explicit", "deflated"):
-        dataset.PixelData = stored.astype("<u2").tobytes()
-        dataset["PixelData"].VR = "OW"
-    elif syntax == "rle":
-        dataset.compress(SYNTAXES["rle"], stored, generate_instance_uid=False)
-    else:
-        dataset.PixelData = encapsulate([encode(stored, bits, syntax)])
-        dataset["PixelData"].VR, dataset["PixelData"].is_undefined_length = "OB", True
+    store(dataset, stored, syntax)
     buffer = io.BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()

@@ -1,6 +1,7 @@
 """What `make bench` measured, as a record: `python tests/bench/ratios.py PYTEST_BENCHMARK_JSON RESULT_JSON`.
 
-Milliseconds of every measurement, and the others' over ours: of the medians, and of the best rounds.
+Milliseconds of every measurement, and the others' over ours: of the medians, and of the best rounds. Of a syntax also
+for all its pictures one after the other, each at its own median, with the range of the pictures' ratios.
 """
 
 import json
@@ -18,24 +19,47 @@ PACKAGES = (
 )
 
 
-def milliseconds(low_s: float, p25_s: float, p50_s: float, p75_s: float) -> dict:
-    times = {"best_ms": low_s, "p25_ms": p25_s, "p50_ms": p50_s, "p75_ms": p75_s}
-    return {name: round(1e3 * seconds, 4) for name, seconds in times.items()}
+def milliseconds(seconds: list[float]) -> dict:
+    names = ("best_ms", "p25_ms", "p50_ms", "p75_ms")
+    return {name: round(1e3 * s, 4) for name, s in zip(names, np.percentile(seconds, (0, 25, 50, 75)), strict=True)}
 
 
 def row(entry: dict) -> dict:
     """One measurement of `pytest-benchmark`'s JSON."""
-    stats, extra = entry["stats"], entry["extra_info"]
-    ours = milliseconds(stats["min"], stats["q1"], stats["median"], stats["q3"])
-    made = {"rounds": stats["rounds"], "cxr_triton": ours}
+    extra = entry["extra_info"]
+    ours = milliseconds(entry["stats"]["data"])
+    made = {"rounds": entry["stats"]["rounds"], "stolen_share": round(extra["stolen_share"], 4), "cxr_triton": ours}
     for name, seconds in extra["others_s"].items():
-        theirs = milliseconds(*np.percentile(seconds, (0, 25, 50, 75)))
-        made[name] = theirs
+        made[name] = theirs = milliseconds(seconds)
         made[f"ratio_p50_{name}"] = round(theirs["p50_ms"] / ours["p50_ms"], 2)
         made[f"ratio_best_{name}"] = round(theirs["best_ms"] / ours["best_ms"], 2)
     if "pydicom" in extra:
         made["pydicom"] = extra["pydicom"]
     return made
+
+
+def total(rows: list[dict]) -> dict:
+    """Several pictures of one syntax."""
+    ours_ms, theirs_ms = (sum(row[who]["p50_ms"] for row in rows) for who in ("cxr_triton", "pydicom"))
+    ratios = [row["ratio_p50_pydicom"] for row in rows]
+    return {
+        "pictures": len(rows),
+        "stolen_share": max(row["stolen_share"] for row in rows),
+        "cxr_triton": {"p50_ms": round(ours_ms, 4)},
+        "pydicom": {"p50_ms": round(theirs_ms, 4)},
+        "ratio_p50_pydicom": round(theirs_ms / ours_ms, 2),
+        "range_pydicom": [min(ratios), max(ratios)],
+    }
+
+
+def groups(entries: list[dict]) -> dict:
+    """The syntaxes of several pictures, then every measurement."""
+    rows = {entry["group"]: row(entry) for entry in entries}
+    syntaxes: dict[str, list[dict]] = {}
+    for entry in entries:
+        if syntax := entry["extra_info"].get("syntax"):
+            syntaxes.setdefault(syntax, []).append(rows[entry["group"]])
+    return {f"decode {syntax}": total(of) for syntax, of in syntaxes.items() if len(of) > 1} | rows
 
 
 def record(measured: dict) -> dict:
@@ -49,7 +73,7 @@ def record(measured: dict) -> dict:
         "created": measured["datetime"],
         "command": ["make", "bench"],
         "environment": described,
-        "groups": {entry["group"]: row(entry) for entry in measured["benchmarks"]},
+        "groups": groups(measured["benchmarks"]),
     }
 
 

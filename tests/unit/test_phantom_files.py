@@ -40,6 +40,35 @@ def test_files_hold_the_stored_values(syntax):
         assert 0 < np.abs(error).mean() < 0.02 * 2**bits
 
 
+@pytest.mark.parametrize("syntax", phantom_file.SYNTAXES)
+def test_reading_does_not_hash_the_file(syntax):
+    """As the hash of a view of a few bytes would: it is that of the whole file."""
+
+    class File(bytes):
+        def __hash__(self):
+            raise AssertionError("hashed")
+
+    dicom.read_image(File(phantom_file.write_dicom(phantoms_of_each_depth()[0], syntax=syntax)))
+
+
+@pytest.mark.parametrize(
+    "syntax", [syntax for syntax in phantom_file.SYNTAXES if syntax not in phantom_file.LOSSY_BITS]
+)
+def test_a_file_is_stored_in_another_syntax(syntax):
+    source = phantoms_of_each_depth()[-1]
+    for earlier, width in itertools.product(("htj2k", "explicit"), (8, 16)):
+        dataset = pydicom.dcmread(io.BytesIO(phantom_file.write_dicom(source, syntax=earlier)))
+        stored = dataset.pixel_array
+        if width == 8:
+            stored = (stored >> source.bits_stored - 8).astype(np.uint8)
+            dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8, 8, 7
+        phantom_file.store(dataset, stored, syntax)
+        file = io.BytesIO()
+        dataset.save_as(file, enforce_file_format=True)
+        np.testing.assert_array_equal(pydicom.dcmread(io.BytesIO(file.getvalue())).pixel_array, stored)
+        np.testing.assert_array_equal(dicom.read_image(file.getvalue()).stored, stored)
+
+
 @pytest.mark.parametrize("preset", phantom.PRESETS)
 def test_twins_and_files_give_the_picture_that_training_saw(preset):
     for source in phantoms_of_each_depth():
