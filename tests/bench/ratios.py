@@ -39,7 +39,7 @@ def row(entry: dict) -> dict:
 
 
 def total(rows: list[dict]) -> dict:
-    """Several pictures of one syntax."""
+    """Several pictures of one syntax, which pydicom decodes."""
     ours_ms, theirs_ms = (sum(row[who]["p50_ms"] for row in rows) for who in ("cxr_triton", "pydicom"))
     ratios = [row["ratio_p50_pydicom"] for row in rows]
     return {
@@ -57,7 +57,8 @@ def groups(entries: list[dict]) -> dict:
     rows = {entry["group"]: row(entry) for entry in entries}
     syntaxes: dict[str, list[dict]] = {}
     for entry in entries:
-        if syntax := entry["extra_info"].get("syntax"):
+        syntax = entry["extra_info"].get("syntax")
+        if syntax and entry["extra_info"]["others_s"]:
             syntaxes.setdefault(syntax, []).append(rows[entry["group"]])
     return {f"decode {syntax}": total(of) for syntax, of in syntaxes.items() if len(of) > 1} | rows
 

@@ -476,10 +476,10 @@ from cxr_triton.errors import CxrError
 
 me, image, url = psutil.Process(), bytes(100_000), sys.argv[1]
 
-def state(fds=0, patience=1):
+def state(fds=0, within_s=1):
     # gRPC closes the pollers and the socket of a closed channel from a thread of its own, some 40 ms later.
     gc.collect()
-    end = time.monotonic() + patience
+    end = time.monotonic() + within_s
     while me.num_fds() > fds and time.monotonic() < end:
         time.sleep(0.01)
     return me.num_fds(), threading.active_count(), me.memory_info().rss / 2**20
@@ -518,7 +518,7 @@ run = {"reader": blocking, "aio": lambda n: asyncio.run(asynchronous(n)), "opene
 run(int(sys.argv[3]))
 before = state()
 run(int(sys.argv[4]))
-print(*before, *state(before[0], patience=10))
+print(*before, *state(before[0], within_s=10))
 """
 
 
