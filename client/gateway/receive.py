@@ -317,6 +317,7 @@ class Listener:
         ae.add_supported_context(Verification)
         ae.add_supported_context(StorageCommitmentPushModel, scu_role=False, scp_role=True)
         handlers = [
+            (evt.EVT_CONN_CLOSE, self._on_close),
             (evt.EVT_REQUESTED, self._on_request),
             (evt.EVT_C_STORE, self._on_store),
             (evt.EVT_C_ECHO, self._on_echo),
@@ -372,6 +373,12 @@ class Listener:
             association.acse.send_reject(*why)
             association.is_rejected = True
             association.kill()
+
+    def _on_close(self, event) -> None:
+        """End a connection that never became an association, which pynetdicom would go on waiting for."""
+        dul = event.assoc.dul
+        if dul.state_machine.current_state in ("Sta2", "Sta13"):  # no request yet; after an abort of ours
+            dul.to_user_queue.put(None)
 
     def _on_echo(self, event) -> int:
         event.assoc.dul.socket.recv.message_ends()
@@ -508,6 +515,20 @@ class _Handler(RequestHandler):
         wire.recv = Receiver(
             wire, pdu_limit=config.pdu_limit, pdu_s=config.pdu_s, max_message=listener._intake.max_bytes + _MIB
         )
+        take = self.association.dimse.receive_primitive
+
+        def take_or_abort(data) -> None:
+            """Without this, data that are no message would end pynetdicom's thread instead of the association."""
+            try:
+                take(data)
+            except Exception as error:
+                # its text may quote the data
+                listener._intake.log(
+                    "warning", "not_a_message", address=self.client_address[0], error=type(error).__name__
+                )
+                self.association.dul.event_queue.put("Evt19")  # as an invalid PDU: A-ABORT
+
+        self.association.dimse.receive_primitive = take_or_abort
         self.association.start()
 
 

@@ -346,6 +346,33 @@ def test_a_slow_loris_is_cut_off(gateway):
             thread.join()
 
 
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n"], ids=["nothing", "junk"])
+def test_connections_that_ended_do_not_count(gateway, said):
+    """A load balancer that looks whether the port is open shuts nobody out."""
+    for _ in range(30):  # 20 at once are allowed
+        with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
+            connection.sendall(said)
+            connection.shutdown(socket.SHUT_WR)
+            assert ends(connection, 20)
+    with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
+        connection.settimeout(20)
+        connection.sendall(associate_request())
+        assert connection.recv(1) == b"\2"
+
+
+def test_data_that_are_no_message_are_answered_by_an_abort(gateway):
+    for body in (struct.pack(">IB", 1, 1), struct.pack(">IBB", 6, 1, 3) + b"junk"):
+        with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
+            connection.settimeout(20)
+            connection.sendall(associate_request())
+            head = connection.recv(6, socket.MSG_WAITALL)
+            assert head[0] == 2
+            connection.recv(struct.unpack(">I", head[2:])[0], socket.MSG_WAITALL)
+            connection.sendall(struct.pack(">BBI", 4, 0, len(body)) + body)
+            assert connection.recv(1) == b"\7"
+    assert "Traceback" not in gateway.log.read_text()
+
+
 @pytest.mark.parametrize("before", [b"", associate_request()], ids=["before association", "after association"])
 def test_a_pdu_of_four_gib_is_refused_at_its_header(gateway, before):
     at_first = rss_mib(gateway)
