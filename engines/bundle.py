@@ -21,7 +21,7 @@ from cxr_triton.profile import ModelProfile, load_profile
 
 from .compiler import compile_decoder
 from .plan_cache import PlanCache, plan_key
-from .recipe import CPU_ENGINES, DECODER_ENGINES, ENGINES, Recipe
+from .recipe import CPU_ENGINES, DECODER_ENGINES, ENGINES, GRAPH_ENGINES, Recipe
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -220,7 +220,8 @@ def graph_files(graph: str, engine: str) -> tuple[str, ...]:
     """Names of the files that hold a graph for an engine."""
     if engine == "tensorrt-llm":
         return _TENSORRT_LLM_PATHS
-    suffixes = {"onnxruntime": ("onnx", "onnx.data"), "openvino": ("xml", "bin")}.get(engine, ("plan",))
+    onnx = ("onnx", "onnx.data")
+    suffixes = {"onnxruntime": onnx, "onnxruntime-cuda": onnx, "openvino": ("xml", "bin")}.get(engine, ("plan",))
     return tuple(f"{graph}.{suffix}" for suffix in suffixes)
 
 
@@ -351,7 +352,7 @@ def build_bundle(
                 plans[graph] = llm.run(partial / TENSORRT_LLM, cache, progress)
                 versions |= {"tensorrt-llm": llm.tool.tensorrt_llm, "tensorrt": llm.tool.tensorrt}
                 continue
-            if engine not in CPU_ENGINES:
+            if engine not in GRAPH_ENGINES:
                 plans[graph] = _build_plan(source, partial, graph, engine, export, recipe, cache, progress)
                 versions[engine] = plans[graph]["version"]
                 continue
@@ -360,6 +361,11 @@ def build_bundle(
 
                 precision = recipe.vision.precision if graph == "vision" else "fp32"
                 versions[engine] = compile_graph(source / f"{graph}.onnx", partial, precision)
+                continue
+            if engine == "onnxruntime-cuda":
+                from .onnxruntime_cuda import compile_graph
+
+                compile_graph(source / f"{graph}.onnx", partial, geometry.max_sequence)
                 continue
             versions[engine] = metadata.version("onnxruntime")
             if graph == "decoder":

@@ -1,4 +1,4 @@
-"""Rewrites of the decoder graph for the kernels of CPU engines; the function stays the same.
+"""Rewrites of the graphs for the kernels of ONNX Runtime and OpenVINO; the function stays the same.
 
 Weights stream from the export's data file to the bundle's, a few tensors at a time.
 """
@@ -34,13 +34,17 @@ def compile_decoder(
     rewrite_attention : callable, optional
         How the engine attends over the cache; `fuse_attention`, which is ONNX Runtime's, if None.
     """
+    rewrite(source, target, rewrite_attention or fuse_attention, fuse_int4, merge_projections)
+
+
+def rewrite(source: Path, target: Path, *steps: Callable[[GraphProto, Weights], None]) -> None:
+    """Write what `steps` make, one after the other, of a graph, with the data that it then uses beside it."""
     import onnx
 
     model = onnx.load(source, load_external_data=False)
     weights = Weights(model.graph, source.with_name(source.name + ".data"))
-    (rewrite_attention or fuse_attention)(model.graph, weights)
-    fuse_int4(model.graph, weights)
-    merge_projections(model.graph, weights)
+    for step in steps:
+        step(model.graph, weights)
     with open(target.with_name(target.name + ".data"), "wb") as file:
         weights.write(file, target.name + ".data")
     if "com.microsoft" not in {opset.domain for opset in model.opset_import}:
@@ -72,17 +76,19 @@ class Weights:
         return self._tensors.get(name)
 
     def value(self, name: str) -> np.ndarray:
-        """Values of an initializer; bytes where numpy has no such type."""
+        """Values of an initializer; bytes where they are packed or in float8."""
         if name in self._values:
             return self._values[name]()
-        from onnx import TensorProto, numpy_helper
+        from onnx import TensorProto, helper, numpy_helper
 
         tensor = self._tensors[name]
         if not tensor.external_data:
             return numpy_helper.to_array(tensor)
         where = {entry.key: entry.value for entry in tensor.external_data}
         value = self._data[int(where["offset"]) :][: int(where["length"])]
-        return value.view(np.float32).reshape(tensor.dims) if tensor.data_type == TensorProto.FLOAT else value
+        if tensor.data_type not in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16):
+            return value
+        return value.view(helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tensor.dims)
 
     def add(self, name: str, make: Callable[[], np.ndarray]) -> str:
         """A new initializer, of whatever `make` gives when it is written."""
@@ -105,7 +111,7 @@ class Weights:
             if value.nbytes > _INLINE_BYTES:
                 file.write(b"\0" * (-file.tell() % _PAGE_BYTES))
                 facts = {"location": location, "offset": file.tell(), "length": value.nbytes}
-                file.write(value.data)
+                file.write(value.view(np.uint8).data)  # numpy has no buffers of bf16
                 tensor.ClearField("raw_data")
                 tensor.data_location = TensorProto.EXTERNAL
                 del tensor.external_data[:]
@@ -152,9 +158,9 @@ def fuse_attention(graph: GraphProto, weights: Weights) -> None:
         helper.make_node("Sub", ["lengths_int32", one], ["last_index"], "last_index"),
         helper.make_node("ReduceMax", ["lengths_int32"], ["longest"], "longest", keepdims=0),
     ]
-    joined = set()  # heads put side by side again, as the fused node gives them
+    rejoined = set()  # heads put side by side again, as the fused node gives them
     for node in graph.node:
-        if node.op_type == "TensorScatter" or node.output[0] in joined:
+        if node.op_type == "TensorScatter" or node.output[0] in rejoined:
             continue
         if node.op_type == "Attention":
             inputs = []
@@ -165,7 +171,7 @@ def fuse_attention(graph: GraphProto, weights: Weights) -> None:
             caches = [made_by[name] for name in node.input[1:3]]
             inputs += [cache.input[0] for cache in caches]
             result = used_by[used_by[node.output[0]].output[0]].output[0]  # of Transpose and Reshape
-            joined.add(result)
+            rejoined.add(result)
             node = helper.make_node(
                 "GroupQueryAttention",
                 [*inputs, "last_index", "longest"],
@@ -242,13 +248,13 @@ def merge_projections(graph: GraphProto, weights: Weights) -> None:
         inputs = [
             x,
             *(
-                _joined(weights, f"{x}.{part}", [node.input[i] for node in group])
+                joined(weights, f"{x}.{part}", [node.input[i] for node in group])
                 for i, part in ((1, "weights"), (2, "scales"))
             ),
         ]
         outputs = [node.output[0] for node in group]
         if all(adds):
-            inputs += ["", "", _joined(weights, f"{x}.bias", [bias for _, bias in adds])]
+            inputs += ["", "", joined(weights, f"{x}.bias", [bias for _, bias in adds])]
             outputs = [add.output[0] for add, _ in adds]
             gone |= {add.name for add, _ in adds}
         counts = [size["N"] for size in sizes]
@@ -277,8 +283,9 @@ def _bias(nodes: list[NodeProto], weights: Weights) -> tuple[NodeProto, str] | N
     return None
 
 
-def _joined(weights: Weights, name: str, parts: list[str]) -> str:
-    return weights.add(name, lambda: np.concatenate([weights.value(part) for part in parts]))
+def joined(weights: Weights, name: str, parts: list[str], axis: int = 0) -> str:
+    """A new initializer: others side by side."""
+    return weights.add(name, lambda: np.concatenate([weights.value(part) for part in parts], axis))
 
 
 def pack_int4(packed: np.ndarray, k: int, n: int) -> np.ndarray:

@@ -20,7 +20,9 @@ from cxr_triton.profile import Checked, in_range, load_profile, one_of, profile_
 
 RECIPES = Path(__file__).with_name("recipes")
 CPU_ENGINES = ("onnxruntime", "openvino")
-ENGINES = (*CPU_ENGINES, "tensorrt", "tensorrt-rtx")
+GRAPH_ENGINES = (*CPU_ENGINES, "onnxruntime-cuda")
+"""Engines whose bundles hold graphs, which are compiled when they are opened."""
+ENGINES = (*GRAPH_ENGINES, "tensorrt", "tensorrt-rtx")
 DECODER_ENGINES = (*ENGINES, "tensorrt-llm")
 PRECISIONS = ("fp32", "fp16", "bf16", "int4", "fp8", "int4-awq")
 COMPUTES = ("fp32", "fp16", "bf16")
@@ -209,12 +211,14 @@ class Recipe(_Checked):
         if on_cpu != (compute == "fp32"):
             raise InvalidRecipe(
                 f"decoder.compute: {compute} on {compiler}; {' and '.join(CPU_ENGINES)} on a CPU compute in fp32, "
-                "TensorRT fuses attention in fp16 and bf16 only"
+                "attention on a GPU has fused kernels in fp16 and bf16 only"
             )
         if on_cpu and (self.gpu or self.compute_capability):
             raise InvalidRecipe(f"gpu: {self.gpu!r} is given, but {compiler} runs on the CPU; leave gpu out")
         if compiler == "openvino" and self.decoder.precision == "fp8":
             raise InvalidRecipe("decoder.precision: fp8 on openvino; choose fp32, int4 or int4-awq")
+        if compiler == "onnxruntime-cuda" and "fp8" in (self.decoder.precision, self.decoder.head):
+            raise InvalidRecipe("decoder.precision: fp8 on onnxruntime-cuda; choose bf16, int4 or int4-awq")
         if on_cpu:
             return
         if not self.gpu or not re.fullmatch(r"\d{1,2}\.\d", self.compute_capability or ""):

@@ -297,6 +297,35 @@ class Reference:
             out = self._model(**inputs, logits_to_keep=len(answer.ids))
         return out.logits[0].float().cpu().numpy()
 
+    def forced(self, ids: np.ndarray, pixels: np.ndarray | None, count: int) -> np.ndarray:
+        """Logits that predict the token after each of the last `count` of a sequence: (count, vocab) float32.
+
+        Parameters
+        ----------
+        ids : (S,) int64 array
+        pixels : (rows, cols) or (rows, cols, 3) uint8 array or None
+            Picture of the sequence's image tokens.
+        count : int
+        """
+        torch = self._torch
+        tokens = torch.from_numpy(ids[None]).to(self.device)
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        if pixels is not None:
+            values, grid = self._patches(pixels, True)
+            inputs |= self._pictures_of(tokens, [values], [grid])
+        with torch.inference_mode():
+            out = self._model(**inputs, logits_to_keep=count)
+        return out.logits[0].float().cpu().numpy()
+
+    def _pictures_of(self, ids, pixel_values: Sequence, grids: Sequence[tuple[int, int]]) -> dict:
+        """What the model takes beside token ids where some stand for pictures."""
+        torch = self._torch
+        return {
+            "mm_token_type_ids": (ids == self.source.image_token_id).int(),
+            "pixel_values": torch.cat(list(pixel_values)).to(self.device, self._model.dtype),
+            "image_grid_thw": torch.tensor([[1, *grid] for grid in grids], device=self.device),
+        }
+
     def _input(self, case: Case) -> _Input:
         pixels = self.picture(case.image)
         values, grid = self._patches(pixels, True)
@@ -324,14 +353,8 @@ class Reference:
         if answer is not None:
             rows = [np.concatenate([row, answer]) for row in rows]
         ids = torch.from_numpy(np.stack(rows)).to(self.device)
-        pixels = torch.cat([entry.pixel_values for entry in entries]).to(self.device, self._model.dtype)
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": (ids == self.source.image_token_id).int(),
-            "pixel_values": pixels,
-            "image_grid_thw": torch.tensor([[1, *entry.grid] for entry in entries], device=self.device),
-        }
+        pictures = self._pictures_of(ids, [e.pixel_values for e in entries], [e.grid for e in entries])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pictures}
 
 
 def _rounded_int4(stored: np.ndarray) -> np.ndarray:

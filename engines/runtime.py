@@ -494,6 +494,7 @@ class DecoderRuntime(Runtime):
 
             tokenizer = ChatTokenizer(bundle.path)
         self._session = session
+        self._step = getattr(session, "step_top", session.step)
         self._slots = session.slots
         self._prefill_chunk = prefill_chunk
         self._prefilling: Stream | None = None
@@ -563,7 +564,7 @@ class DecoderRuntime(Runtime):
             return
         started_s = time.monotonic()
         try:
-            logits = self._session.step(
+            logits = self._step(
                 np.array([stream.last_token for stream in streams], np.int64),
                 np.array([stream.next_position for stream in streams], np.int64),
             )

@@ -6,6 +6,7 @@ Order and arithmetic are those of the logits processors of `transformers.generat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +66,27 @@ class Sampling:
                 raise InvalidRequest(f"sampling: {name} is {getattr(self, name)!r}, must be {allowed}")
 
 
+@dataclass(frozen=True)
+class TopLogits:
+    """The best part of a row of logits, where the row lies on a device that is slow to read.
+
+    Attributes
+    ----------
+    ids : (k,) int64 array
+        Those beyond the vocabulary have logits of minus infinity.
+    logits : (k,) float32 array
+    bound : float
+        No other id has a larger logit.
+    all : callable
+        Gives the (vocab,) float32 row.
+    """
+
+    ids: np.ndarray
+    logits: np.ndarray
+    bound: float
+    all: Callable[[], np.ndarray]
+
+
 class Sampler:
     """State of one request's sampling: its generator and the ids that it has seen.
 
@@ -83,27 +105,48 @@ class Sampler:
         self._greedy = sampling.temperature < GREEDY_BELOW_TEMPERATURE
         self._generator = None if self._greedy else np.random.default_rng(sampling.seed)
 
-    def sample(self, logits: np.ndarray) -> int:
+    def sample(self, logits: np.ndarray | TopLogits) -> int:
         """The next token id.
 
         Parameters
         ----------
-        logits : (vocab,) float32 array
-            Overwritten where the repetition penalty applies.
+        logits : (vocab,) float32 array or TopLogits
+            An array is overwritten where the repetition penalty applies.
 
         Raises
         ------
         InternalError
             The largest logit is not a finite number.
         """
+        if isinstance(logits, TopLogits):
+            token = self._best(logits)
+            if token is not None:
+                return self._see(token)
+            logits = logits.all()
         if self._seen is not None:
-            scores = logits[self._seen_ids]
-            logits[self._seen_ids] = np.where(scores < 0, scores * self._penalty, scores / self._penalty)
+            logits[self._seen_ids] = self._penalized(logits[self._seen_ids])
         token = int(logits.argmax())
         if not np.isfinite(logits[token]):
             raise InternalError(f"the decoder's largest logit is {logits[token]}, not a number; verify the bundle")
         if not self._greedy:
             token = self._draw(logits)
+        return self._see(token)
+
+    def _best(self, top: TopLogits) -> int | None:
+        """The likeliest id, if greedy decoding can tell it from the best logits alone."""
+        if not self._greedy or self._penalty < 1:
+            return None
+        logits = top.logits
+        if self._seen is not None:
+            logits = np.where(np.isin(top.ids, self._seen_ids), self._penalized(logits), logits)
+        best = logits.max()
+        # A penalty only lowers a logit: what is not among these stays below the bound.
+        return int(top.ids[logits == best].min()) if np.isfinite(best) and best > top.bound else None
+
+    def _penalized(self, logits: np.ndarray) -> np.ndarray:
+        return np.where(logits < 0, logits * self._penalty, logits / self._penalty)
+
+    def _see(self, token: int) -> int:
         if self._seen is not None and token not in self._seen:
             self._seen.add(token)
             self._seen_ids = np.append(self._seen_ids, token)

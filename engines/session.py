@@ -35,6 +35,10 @@ def open_vision(bundle, *, threads: int | None = None):
         from .openvino import OpenVINOVision
 
         return OpenVINOVision(bundle, threads=threads)
+    if bundle.vision_engine == "onnxruntime-cuda":
+        from .onnxruntime_cuda_session import CudaVision
+
+        return CudaVision(bundle)
     from .tensorrt_session import TensorRTVision
 
     return TensorRTVision(bundle)
@@ -58,6 +62,10 @@ def open_decoder(bundle, *, slots: int, threads: int | None = None, batch_invari
         from .openvino import OpenVINODecoder
 
         return OpenVINODecoder(bundle, slots=slots, threads=threads)
+    if bundle.engine == "onnxruntime-cuda":
+        from .onnxruntime_cuda_session import CudaDecoder
+
+        return CudaDecoder(bundle, slots=slots)
     from .tensorrt_session import TensorRTDecoder
 
     return TensorRTDecoder(bundle, slots=slots)

@@ -1,17 +1,18 @@
 """One session on a GPU machine without internet: which engines run there, whether they agree, how fast they are.
 
-    python -m cxr_triton.perf.gpu_session parts           what has to travel, and what is here already
-    python -m cxr_triton.perf.gpu_session run OUT         checks, then every step in a process of its own
-    python -m cxr_triton.perf.gpu_session run OUT --dry-run   the same on a CPU, with a small model
+    python -m cxr_triton.perf.gpu_session pack WHEELS -o LOADS    what travels, in loads, with one GPU's kernels only
+    python -m cxr_triton.perf.gpu_session unpack LOAD TARGET      there
+    python -m cxr_triton.perf.gpu_session run OUT                 checks, then every step in a process of its own
+    python -m cxr_triton.perf.gpu_session run OUT --dry-run       the same on a CPU, with a small model
 
-A step writes each row as it is measured, so that one that runs out of time leaves what it had. docs/gpu-session.md
-has the plan.
+A step writes each row as it is measured, so that one that runs out of time leaves what it had; what a step leaves of
+its seconds is not given to the others. docs/gpu-session.md has the plan.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import fcntl
 import importlib
 import json
 import os
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -32,37 +34,38 @@ import click
 import numpy as np
 
 from cxr_triton.cli import json_option, write_json
-from cxr_triton.errors import CxrError, InvalidRequest
+from cxr_triton.errors import CxrError
+from cxr_triton.perf.loads import pack, unpack
 
-SCHEMA = 1
-STEPS = {"runtime": 300, "parity": 480, "speed": 540, "stack": 540}
+SCHEMA = 2
+STEPS = {"prepare": 150, "providers": 60, "parity": 120, "speed": 240, "stack": 120}
 """Seconds that each step may take."""
-PARTS = {  # distribution: (module, steps that need it, MiB of its wheel)
-    "torch": ("torch", "runtime parity speed stack", None),
+PARTS = {  # distribution: (module, steps that need it, MiB of its wheel for Python 3.12)
+    "torch": ("torch", "prepare providers parity speed stack", None),
     "transformers": ("transformers", "parity speed", None),
-    "onnx": ("onnx", "runtime parity speed stack", None),
-    "onnxruntime": ("onnxruntime", "runtime parity speed stack", None),
-    "ml-dtypes": ("ml_dtypes", "runtime parity speed stack", None),
-    "tokenizers": ("tokenizers", "parity speed stack", None),
-    "click": ("click", "runtime parity speed stack", None),
-    "tqdm": ("tqdm", "runtime parity speed stack", None),
-    "cuda-bindings": ("cuda.bindings.runtime", "runtime parity speed stack", None),
-    "tensorrt-rtx-cu13": ("tensorrt_rtx", "runtime parity speed stack", 0.1),
-    "tensorrt-rtx-cu13-bindings": ("tensorrt_rtx_bindings", "runtime parity speed stack", 1.2),
-    "tensorrt-rtx-cu13-libs": ("tensorrt_rtx_libs", "runtime parity speed stack", 90.7),
-    "imagecodecs": ("imagecodecs", "parity stack", 27.0),
+    "onnx": ("onnx", "prepare providers parity speed stack", None),
+    "onnxruntime-gpu": ("onnxruntime", "providers parity speed stack", 243.7),
+    "ml-dtypes": ("ml_dtypes", "prepare providers parity speed stack", None),
+    "tokenizers": ("tokenizers", "prepare parity speed stack", None),
+    "click": ("click", "prepare providers parity speed stack", None),
+    "tqdm": ("tqdm", "prepare providers parity speed stack", None),
+    "cuda-bindings": ("cuda.bindings.runtime", "providers parity speed stack", None),
+    "imagecodecs": ("imagecodecs", "stack", 27.0),
     "pydicom": ("pydicom", "stack", 2.3),
     "tritonclient": ("tritonclient", "stack", 13.3),
     "nvidia-pytriton": ("pytriton", "stack", 52.8),
     "scipy": ("scipy", "stack", None),
 }
-"""Sizes are those of the wheels for Python 3.12; None where a machine with torch is expected to have it."""
-OPTIONAL = ("tensorrt", "onnxruntime-gpu", "vllm")
-STREAMS = (1, 8, 32, 128)
-VISION_BATCHES = (1, 8, 32)
+"""Sizes are None where a machine with torch is expected to have it."""
+OPTIONAL = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Engines that are tried where they are installed."""
+PRECISIONS = ("bf16", "int4-awq")
+STREAMS = (1, 8, 32, 64)
+IMAGES = (1, 8, 32)
 PROMPTS = (350, 1400)
 CONTEXT = 350
 MAX_SEQUENCE = 2560
+ANSWER = 24
 ROUNDS = 20
 
 
@@ -78,12 +81,11 @@ class Scale:
 def scales(is_dry: bool) -> dict[str, Scale]:
     from cxr_triton.engines.recipe import TEXT_3B, VISION_3B
 
-    head = {"rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}}
-    text = TEXT_3B | head | {
-        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+    text = TEXT_3B | {
+        "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 4,
     }  # fmt: skip
     vision = VISION_3B | {
-        "hidden_size": 128, "intermediate_size": 256, "num_heads": 2, "depth": 2, "out_hidden_size": 256,
+        "hidden_size": 128, "intermediate_size": 256, "num_heads": 2, "depth": 2, "out_hidden_size": 512,
         "fullatt_block_indexes": [1],
     }  # fmt: skip
     small = Scale("small", text, vision)
@@ -101,15 +103,14 @@ class Session:
         Checkpoints, exports and bundles; kept between steps.
     tokenizer : Path
         Folder with ``tokenizer.json`` and ``chat_template.jinja`` of the real vocabulary.
-    plans : Path, optional
-        Bundles that were built elsewhere, for the first step.
     is_dry : bool
-        Small shapes on a CPU with ONNX Runtime in the engines' place.
+        Small shapes on a CPU, in fp32 and int4.
     """
 
-    def __init__(self, out: Path, work: Path, tokenizer: Path, plans: Path | None, is_dry: bool):
-        self.out, self.work, self.tokenizer, self.plans, self.is_dry = out, work, tokenizer, plans, is_dry
+    def __init__(self, out: Path, work: Path, tokenizer: Path, is_dry: bool):
+        self.out, self.work, self.tokenizer, self.is_dry = out, work, tokenizer, is_dry
         self.scales = scales(is_dry)
+        self.precisions = ("fp32", "int4") if is_dry else PRECISIONS
         out.mkdir(parents=True, exist_ok=True)
         work.mkdir(parents=True, exist_ok=True)
 
@@ -140,113 +141,120 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------------- models
 
+    @contextmanager
+    def _making(self, name: str) -> Iterator[Path | None]:
+        """A new folder's path while nobody else makes it, or None if it is there already."""
+        folder = self.work / name
+        with open(self.work / f".{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield None if folder.exists() else folder
+
     def checkpoint(self, scale: Scale, scheme: str | None = None) -> Path:
         """Random weights, written once."""
         from cxr_triton.perf.shape import write_shape
 
-        folder = self.work / f"{scale.name}-{scheme or 'bf16'}"
-        if not (folder / "model.safetensors.index.json").exists():
-            write_shape(folder, self.tokenizer, scheme=scheme, text_values=scale.text, vision_values=scale.vision)
-        return folder
+        name = f"{scale.name}-{scheme or 'bf16'}"
+        with self._making(name) as folder:
+            if folder:
+                partial = folder.with_name(f".{name}")
+                write_shape(
+                    partial, self.tokenizer, scheme=scheme, text_values=scale.text, vision_values=scale.vision,
+                    normal=None if self.is_dry else _gpu_normal,
+                )  # fmt: skip
+                os.replace(partial, folder)
+        return self.work / name
 
     def export(self, scale: Scale, precision: str, compute: str) -> Path:
         """An export folder, written once."""
         from cxr_triton.export.command import export_checkpoint
         from cxr_triton.profile import load_profile
 
-        folder = self.work / f"export-{scale.name}-{precision}-{compute}"
-        if not folder.exists():
-            source = self.checkpoint(scale, "fp8" if precision == "fp8" else None)
-            export_checkpoint(
-                str(source), folder, load_profile("nv-reason-cxr-3b"), precision=precision, compute=compute,
-                max_sequence=MAX_SEQUENCE, accept_licence=True, progress=False,
-            )  # fmt: skip
-        return folder
+        source = self.checkpoint(scale, precision if precision == "int4-awq" else None)
+        name = f"export-{scale.name}-{precision}-{compute}"
+        with self._making(name) as folder:
+            if folder:
+                export_checkpoint(
+                    str(source), folder, load_profile("nv-reason-cxr-3b"), precision=precision, compute=compute,
+                    head="int4" if precision == "int4-awq" else None, max_sequence=MAX_SEQUENCE, accept_licence=True,
+                    progress=False,
+                )  # fmt: skip
+        return self.work / name
 
-    def bundle(self, scale: Scale, engine: str, precision: str, capability: str | None):
-        """A bundle for an engine, built once; plans of another target than this GPU are let through."""
+    def bundle(self, scale: Scale, precision: str, engine: str = "onnxruntime-cuda"):
+        """A bundle for an engine, built once."""
         from cxr_triton.engines.bundle import Bundle, build_bundle
 
-        name = f"bundle-{scale.name}-{engine}-{precision}-{capability}"
-        if engine == "onnxruntime":
-            precision = "fp32" if precision == "bf16" else precision
-        compute = "fp32" if engine == "onnxruntime" else "bf16"
-        folder, export = self.work / name, self.export(scale, precision, compute)
-        if folder.exists():
-            bundle = Bundle.open(folder, verify=False)
-        elif engine == "onnxruntime":
-            bundle = build_bundle(export, folder)
-        else:
-            bundle = build_bundle(export, folder, recipe=self.recipe(engine, export, capability))
-            if capability == "current":
-                bundle = self._recompile(bundle, export)
-        return self.adopted(bundle)
+        compute = "fp32" if self.is_dry or engine == "onnxruntime" else "bf16"
+        if engine == "onnxruntime" and precision == "bf16":
+            precision = "fp32"
+        name = f"bundle-{scale.name}-{engine}-{precision}"
+        export = self.export(scale, precision, compute)
+        with self._making(name) as folder:
+            if folder and self.is_dry and engine != "onnxruntime":
+                self._host_bundle(scale, precision, export, folder)
+            elif folder:
+                build_bundle(export, folder, recipe=None if engine == "onnxruntime" else self._recipe(engine, export))
+        if self.is_dry and engine != "onnxruntime":
+            return dataclasses.replace(self.bundle(scale, precision, "onnxruntime"), path=self.work / name)
+        return Bundle.open(self.work / name, verify=False)
 
-    def recipe(self, engine: str, export: Path, capability: str | None):
-        """Recipe of the H100 with another compiler and target; TensorRT-RTX has no name for compute capability 9.0."""
+    def _host_bundle(self, scale: Scale, precision: str, export: Path, folder: Path) -> None:
+        """The GPU's graphs in fp32, which a CPU runs; no recipe has them."""
+        from cxr_triton.engines.onnxruntime_cuda import compile_graph
+
+        plain, partial = self.bundle(scale, precision, "onnxruntime"), folder.with_name(f".{folder.name}")
+        shutil.copytree(plain.path, partial)
+        for graph in ("vision", "decoder"):
+            compile_graph(export / f"{graph}.onnx", partial, plain.geometry.max_sequence)
+        os.replace(partial, folder)
+
+    def _recipe(self, engine: str, export: Path):
+        """Recipe of the H100 with another compiler, for the GPU that is here."""
         from cxr_triton.engines.recipe import load_recipe
 
-        base, held = load_recipe("h100-fp8"), json.loads((export / "export.json").read_bytes())
-        types = {
-            "compiler": engine,
-            "precision": held["precision"],
-            "compute": "bf16",
-            "head": held["head"],
-            "kv": "bf16",
-        }
-        if engine == "tensorrt-rtx" and (held["precision"] == "fp8" or capability in (None, "current")):
-            capability = "8.9" if held["precision"] == "fp8" else "8.0"
+        base, held = load_recipe("h100-int4-ort"), json.loads((export / "export.json").read_bytes())
         return dataclasses.replace(
             base,
-            compute_capability=capability,
-            vision=dataclasses.replace(base.vision, compiler=engine, precision="bf16"),
-            decoder=dataclasses.replace(base.decoder, **types),
-            slots=max(STREAMS),
+            compute_capability=_gpu()["compute_capability"],
+            vision=dataclasses.replace(base.vision, compiler=engine),
+            decoder=dataclasses.replace(base.decoder, compiler=engine, precision=held["precision"], head=held["head"]),
             max_sequence=MAX_SEQUENCE,
-            image_budget=max(VISION_BATCHES),
+            image_budget=max(IMAGES),
             thresholds={},
         )
 
-    def _recompile(self, bundle, export: Path):
-        """Plans for the GPU that is here, in the place of those for a named capability."""
-        from cxr_triton.engines.tensorrt import Target, compile_graph, shape_ranges
+    def decoder(self, bundle, slots: int):
+        """A decoder session; in a dry run that of the GPU's graph has the host's memory."""
+        from cxr_triton.engines.onnxruntime_cuda_session import CudaDecoder, Host
+        from cxr_triton.engines.session import open_decoder
 
-        recipe = self.recipe(bundle.engine, export, None)
-        for graph in ("vision", "decoder"):
-            plan = bundle.path / f"{graph}.plan"
-            plan.unlink()
-            ranges = shape_ranges(graph, bundle.geometry, recipe, bundle.profile.max_images)
-            bundle.manifest["plans"][graph] = compile_graph(
-                bundle.engine, export / f"{graph}.onnx", plan, ranges,
-                max_sequence=bundle.geometry.max_sequence, target=Target("current", None), progress=False,
-            )  # fmt: skip
-        return bundle
+        if self.is_dry and "onnxruntime-cuda" in bundle.path.name:
+            return CudaDecoder(bundle, slots=slots, memory=Host())
+        return open_decoder(bundle, slots=slots)
 
-    @staticmethod
-    def adopted(bundle):
-        """The bundle as one for this GPU, so that sessions try to load what was built for another."""
-        if bundle.engine == "onnxruntime":
-            return bundle
-        from cxr_triton.engines.cuda import device
+    def vision(self, bundle):
+        """A vision session, likewise."""
+        from cxr_triton.engines.onnxruntime_cuda_session import CudaVision, Host
+        from cxr_triton.engines.session import open_vision
 
-        here, manifest = device().compute_capability, json.loads(json.dumps(bundle.manifest))
-        for plan in manifest["plans"].values():
-            plan["built_for"], plan["compute_capability"] = plan["compute_capability"], here
-        return dataclasses.replace(bundle, manifest=manifest)
+        if self.is_dry and "onnxruntime-cuda" in bundle.path.name:
+            return CudaVision(bundle, memory=Host())
+        return open_vision(bundle)
 
     @property
-    def chosen(self) -> tuple[str, str | None]:
-        """Engine and target that the first step found to run.
+    def arguments(self) -> list[str]:
+        """Of a command that works on the same folders."""
+        folders = ["--out", str(self.out), "--work", str(self.work), "--tokenizer", str(self.tokenizer)]
+        return folders + ["--dry-run"] * self.is_dry
 
-        Raises
-        ------
-        InvalidRequest
-            None ran.
-        """
-        for row in self.rows("runtime"):
-            if row["ok"] and row.get("agrees"):
-                return row["engine"], row.get("target")
-        raise InvalidRequest("no engine ran in step runtime; the speed of transformers is all that can be measured")
+
+def _gpu_normal(rows: int, columns: int, scale: float):
+    """Values drawn on the GPU, bf16 [rows, columns]."""
+    import ml_dtypes
+    import torch
+
+    drawn = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16).mul_(scale)
+    return drawn.view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16)
 
 
 def _line(row: dict) -> str:
@@ -265,8 +273,7 @@ def check(is_dry: bool) -> dict:
         if found:
             present[name] = _version(name)
             continue
-        needed = not (is_dry and name.startswith(("tensorrt-rtx", "cuda")))
-        for step in steps.split() if needed else ():
+        for step in steps.split() if not (is_dry and name.startswith("cuda")) else ():
             missing.setdefault(step, []).append(f"{name} ({why})")
     gpu = _gpu()
     if gpu is None and not is_dry:
@@ -276,7 +283,7 @@ def check(is_dry: bool) -> dict:
         "machine": {"python": platform.python_version(), "cores": os.cpu_count(), "gpu": gpu},
         "free_gib": round(shutil.disk_usage(".").free / 2**30, 1),
         "present": present,
-        "optional": {name: _version(name) for name in OPTIONAL},
+        "optional": {name: _version(f"{name}-cu13") or _version(name) for name in OPTIONAL},
         "providers": _providers(),
         "missing": missing,
     }
@@ -298,8 +305,10 @@ def _version(name: str) -> str | None:
 
 
 def _gpu() -> dict | None:
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        return None
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
@@ -308,163 +317,187 @@ def _gpu() -> dict | None:
         "compute_capability": f"{properties.major}.{properties.minor}",
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "cuda": torch.version.cuda,
+        "driver": _driver(),
     }
 
 
-def _providers() -> list[str]:
-    import onnxruntime
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
+
+def _providers() -> list[str]:
+    try:
+        import onnxruntime
+    except ImportError:
+        return []
     return onnxruntime.get_available_providers()
 
 
 # --------------------------------------------------------------------------------------------------------------- steps
 
 
-def step_runtime(session: Session) -> None:
-    """Does a small engine load, run and agree with the same weights in ONNX Runtime in fp32?"""
+def step_prepare(session: Session) -> None:
+    """Checkpoints, exports and bundles, those of each scale and precision in a process of their own."""
+    makers = {}
+    for scale in session.scales:
+        for precision in session.precisions:
+            command = [sys.executable, "-m", "cxr_triton.perf.gpu_session", "bundle", scale, precision]
+            makers[scale, precision] = subprocess.Popen([*command, *session.arguments])
+    started_s = time.perf_counter()
+    for (scale, precision), maker in makers.items():
+        with session.noting("prepare", scale=scale, precision=precision) as row:
+            row["ok"] = maker.wait() == 0
+            row["since_start_s"] = round(time.perf_counter() - started_s, 2)
+
+
+def step_providers(session: Session) -> None:
+    """Does a small engine load, run and agree with the same weights in ONNX Runtime on a CPU in fp32?"""
     small = session.scales["small"]
-    expected = _probe(session.bundle(small, "onnxruntime", "bf16", None))
-    if session.is_dry:
-        candidates = [("onnxruntime", None, "here")]
-    else:
-        here = _gpu()["compute_capability"]
-        candidates = [("tensorrt-rtx", capability, "here") for capability in ("8.0", "8.9", "current")]
-        candidates.append(("tensorrt", here, "here"))
-    for folder in sorted(session.plans.iterdir()) if session.plans else ():
-        with session.noting("runtime", engine="tensorrt-rtx", target=folder.name, built="elsewhere") as row:
-            from cxr_triton.engines.bundle import Bundle
-
-            row |= _agreement(expected, _probe(session.adopted(Bundle.open(folder, verify=False))))
-    for engine, target, built in candidates:
-        with session.noting("runtime", engine=engine, target=target, built=built) as row:
-            row |= _agreement(expected, _probe(session.bundle(small, engine, "bf16", target)))
+    others = [engine for engine, module in OPTIONAL.items() if not session.is_dry and _importable(module)[0]]
+    for precision in session.precisions:
+        expected = _probe(session, session.bundle(small, precision, "onnxruntime"))
+        for engine in ("onnxruntime-cuda", *others):
+            with session.noting("providers", engine=engine, precision=precision) as row:
+                row |= _agreement(expected, _probe(session, session.bundle(small, precision, engine)))
 
 
-def _probe(bundle) -> dict[str, np.ndarray]:
-    """Vision embeddings of two pictures, logits of a prompt and of three steps after it."""
-    from cxr_triton.engines.session import open_decoder, open_vision
-
-    geometry, rng = bundle.geometry, np.random.default_rng(0)
-    embeddings = open_vision(bundle).encode(**_pictures(geometry, 2))
-    decoder, logits = open_decoder(bundle, slots=2), []
-    ids = rng.integers(1000, 100_000, 24)
-    index = np.full(24, -1, np.int64)
+def _probe(session: Session, bundle) -> dict[str, np.ndarray]:
+    """Image embeddings of two pictures, logits of a prompt in two pieces and of three steps after it."""
+    vision, decoder = session.vision(bundle), session.decoder(bundle, 3)
+    rng = np.random.default_rng(0)
+    embeddings = vision.encode(**_pictures(bundle.geometry, 2))
+    ids, index = rng.integers(1000, 100_000, 24), np.full(24, -1, np.int64)
     index[4:20] = np.arange(16)
     positions = np.tile(np.arange(24), (3, 1))
-    logits.append(decoder.prefill(0, ids, index, embeddings[0], positions, is_last=True).copy())
-    for step in range(3):
-        logits.append(decoder.step(ids[step : step + 1], np.array([24 + step]))[0].copy())
+    positions[1:, 4:20] = 4 + np.stack([np.arange(16) // 4, np.arange(16) % 4])
+    logits = []
+    for slot in range(3):
+        for piece in (slice(0, 10), slice(10, 24)):
+            found = decoder.prefill(
+                slot, ids[piece], index[piece], embeddings[0], positions[:, piece], is_last=piece.stop == 24
+            )
+        logits.append(found.copy())
+    for streams in (1, 3, 2):
+        tokens, at = np.arange(streams) + 2000, decoder.lengths[:streams].copy()
+        logits += [row.copy() for row in decoder.step(tokens, at)]
     return {"embeddings": embeddings[:, :16], "logits": np.stack(logits)}
 
 
-def _pictures(geometry, count: int) -> dict[str, np.ndarray]:
+def _pictures(geometry, count: int, side: int = 448) -> dict[str, np.ndarray]:
     from cxr_triton import image
 
     rng = np.random.default_rng(1)
-    drawn = [rng.integers(0, 256, (448, 448), np.uint8) for _ in range(count)]
+    drawn = [rng.integers(0, 256, (side, side), np.uint8) for _ in range(count)]
     budgets = {"window_budget": geometry.window_budget, "token_budget": geometry.token_budget}
     return image.stack([image.windows(picture, **budgets) for picture in drawn])
 
 
 def _agreement(expected: dict, found: dict) -> dict:
     """Least cosine of any row; bf16 of random weights stays over 0.99."""
-    told = {}
-    for name, values in expected.items():
-        a, b = (part.reshape(-1, part.shape[-1]).astype(np.float64) for part in (values, found[name]))
-        cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-        told[f"{name}_cosine"] = float(cosine.min())
+    told = {f"{name}_cosine": float(_cosines(values, found[name]).min()) for name, values in expected.items()}
     return told | {"agrees": all(np.isfinite(v) and v > 0.99 for v in told.values())}
 
 
+def _cosines(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
+    a, b = (part.reshape(-1, part.shape[-1]).astype(np.float64) for part in (expected, found))
+    return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+
+
 def step_parity(session: Session) -> None:
-    """The gate's own comparison with transformers, which runs on the GPU, for each size and precision."""
-    import io
-
-    from PIL import Image
-
+    """Both graphs against transformers on the same weights, on the GPU, for each size and precision."""
     from cxr_triton.engines.reference import Reference
-    from cxr_triton.engines.verify import verify_bundle
+    from cxr_triton.export.checkpoint import Checkpoint
     from cxr_triton.profile import load_profile
 
-    engine, target = session.chosen
-    rng, images = np.random.default_rng(2), []
-    for size in ((448, 448), (420, 504))[: 1 if session.is_dry else 2]:
-        out = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(out, "PNG")
-        images.append(out.getvalue())
-    profile = load_profile("nv-reason-cxr-3b")
     for scale in session.scales.values():
-        with Reference(session.checkpoint(scale), profile) as reference:
-            for precision in ("bf16", "int4") if session.is_dry else ("bf16", "fp8", "int4"):
-                with session.noting("parity", scale=scale.name, precision=precision, engine=engine) as row:
-                    bundle = session.bundle(scale, engine, precision, target)
-                    quantized = session.checkpoint(scale, "fp8") if precision == "fp8" else None
-                    record = verify_bundle(
-                        bundle, reference, profile, images, requests=({"max_new_tokens": 8},), quantized=quantized
-                    )
-                    for part in ("vision", "decoder"):
-                        row |= _scalars(record["parts"][part], part)
+        with Reference(session.checkpoint(scale), load_profile("nv-reason-cxr-3b")) as reference:
+            for precision in session.precisions:
+                with session.noting("parity", scale=scale.name, precision=precision) as row:
+                    bundle, weights = session.bundle(scale, precision), reference.source
+                    if precision == "int4-awq":
+                        weights = Checkpoint(session.checkpoint(scale, precision))
+                    head = "int4" if precision.startswith("int4") else "compute"
+                    with reference.storing(weights, precision, head):
+                        # Of a quantized checkpoint, which is drawn anew, the reference has the decoder only.
+                        row |= _parity(session, bundle, reference, with_picture=precision != "int4-awq")
 
 
-def _scalars(part: dict, name: str) -> dict:
-    """Measured values and whether the part passed."""
-    told = {f"{name}_passed": part["passed"]}
-    if part.get("error"):
-        told[f"{name}_error"] = str(part["error"])[:300]
-    for entry in part.get("checks", ()):
-        told[f"{name}_{entry['name']}"] = entry.get("value")
-    return told
+def _parity(session: Session, bundle, reference, *, with_picture: bool) -> dict:
+    """Cosines of image embeddings and of logits after a prompt and each token of a given answer."""
+    from cxr_triton import image
+    from cxr_triton.chat import ChatTokenizer
+
+    geometry, rng, told = bundle.geometry, np.random.default_rng(3), {}
+    picture, embeddings = None, np.zeros((0, geometry.hidden), np.float32)
+    parts = [{"type": "text", "text": "Is there a pneumothorax? " * 40}]
+    if with_picture:
+        picture = rng.integers(0, 256, (448, 476), np.uint8)
+        windows = image.windows(picture, window_budget=geometry.window_budget, token_budget=geometry.token_budget)
+        embeddings = session.vision(bundle).encode(**image.stack([windows]))[0]
+        expected = reference.encode(picture, resize=False)
+        told["embeddings_cosine"] = float(_cosines(expected, embeddings[: len(expected)]).min())
+        parts.insert(0, {"type": "image"})
+    grids = [(448 // 14, 476 // 14)] * with_picture
+    prompt = ChatTokenizer(bundle.path).encode([{"role": "user", "content": parts}], grids)
+    answer = rng.integers(1000, 100_000, ANSWER)
+    tokens = len(prompt.input_ids)
+    decoder, index = session.decoder(bundle, 1), prompt.image_index(geometry.token_budget)
+    for start in range(0, tokens, 200):
+        piece, is_last = slice(start, start + 200), start + 200 >= tokens
+        rows = decoder.prefill(
+            0, prompt.input_ids[piece], index[piece], embeddings, prompt.position_ids[:, piece], is_last=is_last
+        )
+    found = [rows.copy()]
+    for number, token in enumerate(answer):
+        found.append(decoder.step(np.array([token]), np.array([tokens + prompt.delta + number]))[0].copy())
+    expected = reference.forced(np.concatenate([prompt.input_ids, answer]), picture, ANSWER + 1)
+    cosines, same = _cosines(expected, np.stack(found)), expected.argmax(1) == np.stack(found).argmax(1)
+    told |= {
+        "prompt_tokens": tokens,
+        "logits_cosine": float(cosines.min()),
+        "logits_cosine_mean": float(cosines.mean()),
+    }
+    return told | {"same_token_share": float(same.mean()), "ok": bool(cosines.min() > 0.99)}
 
 
 def step_speed(session: Session) -> None:
-    """Vision, prefill and decode steps beside the ceilings of this run, and transformers on the same weights."""
+    """Tower, prefill and decode steps beside the ceilings of this run, and transformers on the same weights."""
     from cxr_triton.perf import roofline
 
     ceilings = roofline.cpu_ceilings() if session.is_dry else roofline.gpu_ceilings()
     session.add("speed", what="ceilings", **ceilings.to_json())
     scale = list(session.scales.values())[-1]
-    try:
-        engine, target = session.chosen
-    except InvalidRequest as error:
-        session.add("speed", what="engine", ok=False, error=error.message)
-    else:
-        for precision in ("bf16", "int4") if session.is_dry else ("bf16", "fp8", "int4"):
-            with session.noting("speed", what="engine", scale=scale.name, precision=precision, engine=engine):
-                bundle = session.bundle(scale, engine, precision, target)
-                _speed_of(session, bundle, ceilings, with_vision=precision == "bf16")
-    for mode in ("eager",) if session.is_dry else ("eager", "compiled"):
-        with session.noting("speed", what=f"transformers {mode}", scale=scale.name, precision="bf16") as row:
-            row |= _transformers_speed(session.checkpoint(scale), mode, *((4, 1) if session.is_dry else (64, 3)))
+    for precision in session.precisions:
+        with session.noting("speed", what="engine", scale=scale.name, precision=precision):
+            _speed_of(session, session.bundle(scale, precision), ceilings, with_vision=precision in ("bf16", "fp32"))
+    with session.noting("speed", what="transformers", scale=scale.name, precision="bf16") as row:
+        row |= _transformers_speed(session.checkpoint(scale), *((4, 1) if session.is_dry else (64, 3)))
 
 
 def _speed_of(session: Session, bundle, ceilings, *, with_vision: bool) -> None:
-    from cxr_triton.engines.session import open_decoder, open_vision
     from cxr_triton.perf import roofline
 
     work, compute = roofline.ModelWork.of(bundle), bundle.geometry.compute
     weights = bundle.precision.removesuffix("-awq")
     kinds = [roofline.gemm_kind(ceilings, compute), roofline.gemm_kind(ceilings, weights, compute)]
-    rounds, about = 2 if session.is_dry else ROUNDS, {"precision": bundle.precision, "engine": bundle.engine}
+    rounds, about = 2 if session.is_dry else ROUNDS, {"precision": bundle.precision}
 
     def told(what: str, amount, seconds: float, kind: str, **more) -> None:
         session.add("speed", what=what, **about, **roofline.row(what, amount, seconds, ceilings, kind, **more))
 
-    if with_vision:
-        vision, grid = open_vision(bundle), (448 // 28) ** 2
-        for batch in VISION_BATCHES[:1] if session.is_dry else VISION_BATCHES:
-            feeds = _pictures(bundle.geometry, batch)
-            seconds = _median_s(lambda feeds=feeds: vision.encode(**feeds), rounds)
-            images = roofline.Work(batch * work.vision(grid).flops, work.vision(grid, 1).bytes)
-            told("vision", images, seconds, kinds[0], images=batch)
-        del vision
-    slots = (1, 2) if session.is_dry else STREAMS
-    decoder, rng = open_decoder(bundle, slots=max(slots)), np.random.default_rng(3)
+    started_s = time.perf_counter()
+    slots = STREAMS[:2] if session.is_dry else STREAMS
+    decoder, rng = session.decoder(bundle, max(slots)), np.random.default_rng(3)
+    session.add("speed", what="open decoder", **about, seconds=time.perf_counter() - started_s)
 
     def prompt(slot: int, tokens: int) -> None:
         decoder.free(slot)
         ids, text = rng.integers(1000, 100_000, tokens), np.full(tokens, -1, np.int64)
-        positions = np.tile(np.arange(tokens), (3, 1))
-        nothing = np.zeros((0, bundle.geometry.hidden), np.float32)
+        positions, nothing = np.tile(np.arange(tokens), (3, 1)), np.zeros((0, bundle.geometry.hidden), np.float32)
         decoder.prefill(slot, ids, text, nothing, positions, is_last=True)
 
     for tokens in PROMPTS[:1] if session.is_dry else PROMPTS:
@@ -474,24 +507,70 @@ def _speed_of(session: Session, bundle, ceilings, *, with_vision: bool) -> None:
         for slot in range(streams):
             prompt(slot, CONTEXT)
         ids, at = rng.integers(1000, 100_000, streams), np.full(streams, CONTEXT)
-        seconds = _median_s(lambda ids=ids, at=at: decoder.step(ids, at), rounds)
+        seconds = _median_s(lambda ids=ids, at=at: decoder.step_top(ids, at), rounds)
         step = work.decode(CONTEXT + rounds / 2, streams)
         told("decode step", step, seconds, kinds[1], streams=streams, tokens_per_s=streams / seconds)
         if not session.is_dry:
-            device_s = _device_step_s(decoder, streams, rounds)
-            told("decode step, device alone", step, device_s, kinds[1], streams=streams)
+            with session.noting("speed", what="kernels of a decode step", **about, streams=streams) as row:
+                row |= _kernels(lambda ids=ids, at=at: decoder.step_top(ids, at), 5)
+    if not with_vision:
+        return
+    vision = session.vision(bundle)
+    for images in IMAGES[:1] if session.is_dry else IMAGES:
+        feeds = _pictures(bundle.geometry, images)
+        seconds = _median_s(lambda feeds=feeds: vision.encode(**feeds), rounds)
+        amount = work.vision((448 // 28) ** 2, 1)
+        amount = roofline.Work(images * amount.flops, amount.bytes)
+        told("tower", amount, seconds, kinds[0], images=images)
+    _first_token(session, bundle, vision, decoder, rounds, told=lambda **row: session.add("speed", **about, **row))
 
 
-def _device_step_s(decoder, streams: int, rounds: int) -> float:
-    """A captured step by itself: no upload, no download of the logits."""
-    from cxr_triton.engines.cuda import call
+def _first_token(session: Session, bundle, vision, decoder, rounds: int, told) -> None:
+    """From a picture's patches to the first token of its reading: 476 x 476, so 289 tokens, and 61 of text."""
+    feeds, tokens = _pictures(bundle.geometry, 1, 476), CONTEXT
+    ids, index = np.arange(tokens) + 2000, np.full(tokens, -1, np.int64)
+    index[10:299] = np.arange(289)
+    positions = np.tile(np.arange(tokens), (3, 1))
+    stages: dict[str, list[float]] = {"tower_s": [], "prefill_s": []}
+    for _ in range(rounds + 2):
+        decoder.free(0)
+        at = [time.perf_counter()]
+        embeddings = vision.encode(**feeds)[0]
+        at.append(time.perf_counter())
+        decoder.prefill(0, ids, index, embeddings, positions, is_last=True).argmax()
+        at.append(time.perf_counter())
+        for name, first, last in zip(stages, at, at[1:], strict=False):
+            stages[name].append(last - first)
+    medians = {name: statistics.median(values[2:]) for name, values in stages.items()}
+    told(what="first token", seconds=sum(medians.values()), **medians, image="476x476", tokens=tokens)
+    if not session.is_dry:
+        with session.noting("speed", what="kernels of a tower", precision=bundle.precision) as row:
+            row |= _kernels(lambda: vision.encode(**feeds), 3)
 
-    plan, graph = decoder._plan, decoder._graphs[streams]
-    started_s = time.perf_counter()
-    for _ in range(rounds):
-        call("cudaGraphLaunch", graph, plan.stream)
-    plan.synchronize()
-    return (time.perf_counter() - started_s) / rounds
+
+def _kernels(run: Callable[[], object], rounds: int) -> dict:
+    """The GPU's time by kernel, milliseconds and launches of one round, the largest first."""
+    import torch
+
+    activity = torch.profiler.ProfilerActivity.CUDA
+    run()
+    with torch.profiler.profile(activities=[activity]) as profile:
+        for _ in range(rounds):
+            run()
+        torch.cuda.synchronize()
+    total_us, launches = defaultdict(float), defaultdict(int)
+    for event in profile.events():
+        if event.device_type.name == "CUDA":
+            total_us[event.name] += event.device_time
+            launches[event.name] += 1
+    best = sorted(total_us, key=total_us.get, reverse=True)
+    return {
+        "kernels_ms": sum(total_us.values()) / rounds / 1e3,
+        "launches": sum(launches.values()) / rounds,
+        "kernels": [
+            [name[:110], round(total_us[name] / rounds / 1e3, 4), launches[name] / rounds] for name in best[:24]
+        ],
+    }
 
 
 def _median_s(run: Callable[[], object], rounds: int) -> float:
@@ -506,7 +585,7 @@ def _median_s(run: Callable[[], object], rounds: int) -> float:
     return statistics.median(seconds)
 
 
-def _transformers_speed(checkpoint: Path, mode: str, tokens: int, rounds: int) -> dict:
+def _transformers_speed(checkpoint: Path, tokens: int, rounds: int) -> dict:
     """`generate` of one stream in bf16: time to the first token, and tokens per second after it."""
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -514,35 +593,33 @@ def _transformers_speed(checkpoint: Path, mode: str, tokens: int, rounds: int) -
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16).eval().to(device)
     ids = torch.randint(1000, 100_000, (1, CONTEXT), device=device)
-    # A static cache makes `generate` compile the decoding forward, with CUDA graphs.
-    cache = {"cache_implementation": "static"} if mode == "compiled" else {}
 
     def generate(count: int) -> None:
         model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=count,
-            max_new_tokens=count, **cache,
+            max_new_tokens=count,
         )  # fmt: skip
         if device == "cuda":
             torch.cuda.synchronize()
 
     first_s, all_s = _median_s(lambda: generate(1), rounds), _median_s(lambda: generate(tokens), rounds)
-    return {"time_to_first_token_s": first_s, "tokens_per_s": (tokens - 1) / (all_s - first_s)}
+    return {
+        "version": _version("transformers"), "time_to_first_token_s": first_s,
+        "tokens_per_s": (tokens - 1) / (all_s - first_s),
+    }  # fmt: skip
 
 
 def step_stack(session: Session) -> None:
     """DICOM in, text out, through Triton: one stream and a sweep, by the project's own benchmark."""
-    engine, target = session.chosen
-    scale = list(session.scales.values())[-1]
-    precision = "bf16" if session.is_dry else "fp8"
-    with session.noting("stack", scale=scale.name, precision=precision, engine=engine) as row:
-        bundle = session.bundle(scale, engine, precision, target)
-        if engine != "onnxruntime" and bundle.manifest["plans"]["decoder"].get("built_for"):
-            _write_manifest(bundle)
+    scale, precision = list(session.scales.values())[-1], session.precisions[-1]
+    with session.noting("stack", scale=scale.name, precision=precision) as row:
+        # A CPU serves the bundle of the CPU's engine: the GPU's has no session that the server could open.
+        bundle = session.bundle(scale, precision, "onnxruntime" if session.is_dry else "onnxruntime-cuda")
         repository, result = session.work / "repository", session.out / "bench.json"
         slots = "2" if session.is_dry else "32"
         _cxr_triton("package", str(bundle.path), "-o", str(repository), "--unverified", "--force", "--slots", slots)
         sizes = ["--seconds", "1", "--requests", "2", "--repeats", "1", "--warm-up", "1", "--sweep", "2"]
-        full = ["--seconds", "15", "--repeats", "3", "--sweep", "1,8,32"]
+        full = ["--seconds", "8", "--repeats", "1", "--sweep", "1,8,32"]
         _cxr_triton(
             "bench", "run", str(repository), "--workload", "short" if session.is_dry else "chexone",
             "--scenario", "single_stream", "--perf-analyzer", "none", *(sizes if session.is_dry else full),
@@ -558,11 +635,6 @@ def step_stack(session: Session) -> None:
         }
 
 
-def _write_manifest(bundle) -> None:
-    """The served sessions read the manifest from disk: let it name this GPU."""
-    (bundle.path / "manifest.json").write_text(json.dumps(bundle.manifest))
-
-
 def _cxr_triton(*arguments: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", "from cxr_triton.cli import main; main()", *arguments], capture_output=True, text=True
@@ -571,7 +643,13 @@ def _cxr_triton(*arguments: str) -> None:
         raise RuntimeError(f"cxr-triton {arguments[0]} ended with {done.returncode}: {done.stderr[-1500:]}")
 
 
-FUNCTIONS = {"runtime": step_runtime, "parity": step_parity, "speed": step_speed, "stack": step_stack}
+FUNCTIONS = {
+    "prepare": step_prepare,
+    "providers": step_providers,
+    "parity": step_parity,
+    "speed": step_speed,
+    "stack": step_stack,
+}
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -616,14 +694,11 @@ def main():
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder with tokenizer.json and chat_template.jinja of the models.",
 )
-@click.option(
-    "--plans", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Bundles that were built elsewhere."
-)
 @click.option("--step", "steps", multiple=True, type=click.Choice(list(STEPS)), help="Only this; may be repeated.")
 @click.option("--limit-s", type=click.IntRange(1), help="For each step.  [default: its own]")
 @click.option("--dry-run", "is_dry", is_flag=True, help="On a CPU, with a small model.")
 @json_option
-def run(out, work, tokenizer, plans, steps, limit_s, is_dry, json_path):
+def run(out, work, tokenizer, steps, limit_s, is_dry, json_path):
     """Check the machine, run the steps, and write OUT/session.json and OUT/session.md.
 
     A step whose parts are missing is left out, and the result says which. Exit status 3 if a step did not succeed.
@@ -637,12 +712,11 @@ def run(out, work, tokenizer, plans, steps, limit_s, is_dry, json_path):
         "steps": {},
     }
     out.mkdir(parents=True, exist_ok=True)
-    common = ["--out", str(out), "--work", str(work or out / "work"), "--tokenizer", str(tokenizer)]
-    common += ["--plans", str(plans)] * bool(plans) + ["--dry-run"] * is_dry
+    session = Session(out, work or out / "work", tokenizer, is_dry)
     for step in steps or STEPS:
         (out / f"{step}.json").unlink(missing_ok=True)
         started_s, missing = time.perf_counter(), checked["missing"].get(step)
-        status = f"not run: {', '.join(missing)}" if missing else _child(step, common, limit_s or STEPS[step])
+        status = f"not run: {', '.join(missing)}" if missing else _child(step, session, limit_s or STEPS[step])
         rows = json.loads((out / f"{step}.json").read_text()) if (out / f"{step}.json").exists() else []
         if status == "done" and not all(row.get("ok", True) for row in rows):
             status = "done, with errors"
@@ -656,9 +730,9 @@ def run(out, work, tokenizer, plans, steps, limit_s, is_dry, json_path):
         click.get_current_context().exit(3)
 
 
-def _child(step: str, common: list[str], limit_s: float) -> str:
+def _child(step: str, session: Session, limit_s: float) -> str:
     """Run a step in a process group of its own; what is left of it is ended."""
-    command = [sys.executable, "-m", "cxr_triton.perf.gpu_session", "step", step, *common]
+    command = [sys.executable, "-m", "cxr_triton.perf.gpu_session", "step", step, *session.arguments]
     process = subprocess.Popen(command, start_new_session=True)
     try:
         code = process.wait(limit_s)
@@ -673,33 +747,32 @@ def _child(step: str, common: list[str], limit_s: float) -> str:
         process.wait()
 
 
+def _session_options(function):
+    """Folders of a session that runs already."""
+    for name in ("out", "work", "tokenizer"):
+        function = click.option(f"--{name}", type=click.Path(path_type=Path), required=True)(function)
+    return click.option("--dry-run", "is_dry", is_flag=True)(function)
+
+
 @main.command(hidden=True)
 @click.argument("name", type=click.Choice(list(STEPS)))
-@click.option("--out", type=click.Path(path_type=Path), required=True)
-@click.option("--work", type=click.Path(path_type=Path), required=True)
-@click.option("--tokenizer", type=click.Path(path_type=Path), required=True)
-@click.option("--plans", type=click.Path(path_type=Path))
-@click.option("--dry-run", "is_dry", is_flag=True)
-def step(name, out, work, tokenizer, plans, is_dry):
+@_session_options
+def step(name, out, work, tokenizer, is_dry):
     """One step, in this process."""
     try:
-        FUNCTIONS[name](Session(out, work, tokenizer, plans, is_dry))
+        FUNCTIONS[name](Session(out, work, tokenizer, is_dry))
     except CxrError as error:
         raise click.ClickException(error.wire()) from None
 
 
-@main.command()
-@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--tokenizer", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
-def plans(out, tokenizer):
-    """Build the small model's TensorRT-RTX plans without a GPU, for --plans of a session elsewhere."""
-    from cxr_triton.engines.bundle import build_bundle
-
-    session = Session(out / "work", out / "work", tokenizer, None, is_dry=False)
-    export = session.export(session.scales["small"], "bf16", "bf16")
-    for capability in ("8.0", "8.9"):
-        build_bundle(export, out / "plans" / capability, recipe=session.recipe("tensorrt-rtx", export, capability))
-        click.echo(out / "plans" / capability)
+@main.command(hidden=True)
+@click.argument("scale")
+@click.argument("precision")
+@_session_options
+def bundle(scale, precision, out, work, tokenizer, is_dry):
+    """Make what the steps need of one model."""
+    session = Session(out, work, tokenizer, is_dry)
+    session.bundle(session.scales[scale], precision)
 
 
 @main.command()
@@ -719,63 +792,8 @@ def parts(json_path):
     write_json({"schema": SCHEMA, "parts": rows}, json_path)
 
 
-@main.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(file_okay=False, path_type=Path))
-@click.option("--limit-mib", default=48, show_default=True, help="Largest load.")
-@json_option
-def pack(files, out, limit_mib, json_path):
-    """Split FILES into loads of a least size that travel one by one: OUT/load-N, each with a list of its pieces."""
-    loads = _loads(files, limit_mib << 20)
-    for number, pieces in enumerate(loads):
-        folder = out / f"load-{number}"
-        folder.mkdir(parents=True)
-        for piece in pieces:
-            with open(piece["source"], "rb") as source:
-                source.seek(piece["offset"])
-                (folder / piece["piece"]).write_bytes(source.read(piece["bytes"]))
-        listed = [{key: value for key, value in piece.items() if key != "source"} for piece in pieces]
-        (folder / "pieces.json").write_text(json.dumps(listed, indent=1))
-        click.echo(f"load-{number}: {sum(piece['bytes'] for piece in pieces) / 2**20:.1f} MiB", err=json_path == "-")
-    write_json({"schema": SCHEMA, "loads": [[piece["piece"] for piece in pieces] for pieces in loads]}, json_path)
-
-
-def _loads(files, limit: int) -> list[list[dict]]:
-    loads: list[list[dict]] = [[]]
-    room = limit
-    for path in files:
-        digest, size, offset = hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size, 0
-        while offset < size:
-            if not room:
-                loads.append([])
-                room = limit
-            take = min(room, size - offset)
-            loads[-1].append(
-                {
-                    "file": path.name, "file_bytes": size, "sha256": digest, "offset": offset, "bytes": take,
-                    "piece": f"{path.name}.{offset}", "source": str(path),
-                }
-            )  # fmt: skip
-            offset, room = offset + take, room - take
-    return loads
-
-
-@main.command()
-@click.argument("load", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("target", type=click.Path(file_okay=False, path_type=Path))
-def unpack(load, target):
-    """Put the pieces of LOAD where they belong in TARGET; a file that is complete is checked."""
-    target.mkdir(parents=True, exist_ok=True)
-    for piece in json.loads((load / "pieces.json").read_text()):
-        path = target / f"{piece['file']}.partial"
-        with open(path, "r+b" if path.exists() else "w+b") as file:
-            file.seek(piece["offset"])
-            file.write((load / piece["piece"]).read_bytes())
-        if hashlib.sha256(path.read_bytes()).hexdigest() == piece["sha256"]:
-            path.rename(target / piece["file"])
-            click.echo(f"{piece['file']}: complete")
-        else:
-            click.echo(f"{piece['file']}: not whole yet")
+main.add_command(pack)
+main.add_command(unpack)
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def run_bytes(bundle, graph: str) -> int:
         The manifest does not say how large the weights of a plan are.
     """
     engine = bundle.engine if graph == "decoder" else bundle.vision_engine
-    if engine == "onnxruntime":
+    if engine.startswith("onnxruntime"):
         return step_bytes(bundle.path / f"{graph}.onnx")
     if engine == "openvino":
         size = (bundle.path / f"{graph}.bin").stat().st_size
