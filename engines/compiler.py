@@ -37,8 +37,13 @@ def compile_decoder(
     rewrite(source, target, rewrite_attention or fuse_attention, fuse_int4, merge_projections)
 
 
-def rewrite(source: Path, target: Path, *steps: Callable[[GraphProto, Weights], None]) -> None:
-    """Write what `steps` make, one after the other, of a graph, with the data that it then uses beside it."""
+def rewrite(
+    source: Path, target: Path, *steps: Callable[[GraphProto, Weights], None], opset: int | None = None
+) -> None:
+    """Write what `steps` make, one after the other, of a graph, with the data that it then uses beside it.
+
+    `opset` is the version of the standard operators that the steps use; the graph's own if None.
+    """
     import onnx
 
     model = onnx.load(source, load_external_data=False)
@@ -49,6 +54,8 @@ def rewrite(source: Path, target: Path, *steps: Callable[[GraphProto, Weights], 
         weights.write(file, target.name + ".data")
     if "com.microsoft" not in {opset.domain for opset in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    if opset:
+        model.opset_import[0].version = opset
     onnx.save(model, target)
 
 

@@ -20,13 +20,15 @@ from .compiler import Weights, joined, pack_int4, replace_nodes, rewrite
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
 
-BLOCK = 128
-"""Logits of neighbouring ids of which the largest stands for all."""
 INT4_BLOCK = 32
-"""Weights that share one scale: the provider's kernels that read each weight once, whatever the number of rows, are
-built for this number only. Larger blocks of an export are repeated, so values stay the same."""
-TOP_BLOCKS = 16
-"""Blocks with the largest logits, which a step gives in full."""
+"""Weights that share one scale: the provider's fastest kernels are built for this number only. Larger blocks of an
+export are repeated, so values stay the same. A product of few columns and many rows keeps its own: those kernels give a
+column to one block of threads, and leave most of the GPU idle."""
+TOP_BLOCKS = 8
+"""Blocks of neighbouring ids with the largest logits, which a step gives in full."""
+MOST_BLOCKS = 256
+"""TopK sorts so many at once; for more the provider takes ten times as long."""
+MLP_MULTIPLE = 64
 _TABLE = "language_model.embed_tokens.weight"
 _MICROSOFT = "com.microsoft"
 
@@ -51,7 +53,7 @@ def compile_graph(source: Path, folder: Path, max_sequence: int) -> None:
     if source.stem == "decoder":
         rewrite(source, target, lambda graph, weights: _Decoder(graph, weights, max_sequence).write())
     else:
-        rewrite(source, target, fuse_norms, fuse_silu, fp32_embeddings)
+        rewrite(source, target, fuse_norms, fuse_silu, fuse_rotary, pad_mlp, fp32_embeddings, opset=23)
 
 
 class _Decoder:
@@ -65,8 +67,8 @@ class _Decoder:
     rotary_index   [B, S] int64        0 to B · S - 1: a token's row among those of this run
     logits_index   [B] int64           row among all B · S tokens, in the place of the export's [B, P]
     logits         [B, vocab] fp32
-    top_blocks     [B, 16] int64       blocks with the largest logits, the best first
-    top_logits     [B, 16, 128] fp32   their logits
+    top_blocks     [B, 8] int64        blocks of ids with the largest logits, the best first
+    top_logits     [B, 8, block] fp32  their logits
     =============  ==================  =========================================================================
     """
 
@@ -81,6 +83,8 @@ class _Decoder:
         self.heads = self.hidden // self.head_dim
         self.layers = sum(name.startswith("past_key.") for name in inputs)
         self.vocab = next(v.type.tensor_type.shape.dim[2].dim_value for v in graph.output if v.name == "logits")
+        self.block = 128 * -(-self.vocab // (128 * MOST_BLOCKS))
+        self.top = min(TOP_BLOCKS, -(-self.vocab // self.block))
         self.kind = inputs["image_embeddings"].elem_type
         self.dtype = helper.tensor_dtype_to_np_dtype(self.kind)
         self.float, self.int64, self.int32 = TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT32
@@ -202,17 +206,18 @@ class _Decoder:
         (block,) = {a.i for a in self.dequantized[f"{names[0]}.int4"].attribute if a.name == "block_size"}
         sizes = [tuple(weights.tensor(f"{name}.int4").dims) for name in names]
         k, n = sizes[0][0], sum(size[1] for size in sizes)
+        shared = block if k >= 4 * n else INT4_BLOCK
 
         def packed() -> np.ndarray:
             parts = [pack_int4(weights.value(f"{name}.int4"), *size) for name, size in zip(names, sizes, strict=True)]
-            return np.concatenate(parts).reshape(n, k // INT4_BLOCK, INT4_BLOCK // 2)
+            return np.concatenate(parts).reshape(n, k // shared, shared // 2)
 
         def scales() -> np.ndarray:
             by_column = np.concatenate([weights.value(f"{name}.scale").T.ravel() for name in names])
-            return np.repeat(by_column, block // INT4_BLOCK)
+            return np.repeat(by_column, block // shared)
 
         inputs = [x, weights.add(f"{names[0]}.packed", packed), weights.add(f"{names[0]}.scales", scales)]
-        return self._node("MatMulNBits", *inputs, domain=_MICROSOFT, K=k, N=n, bits=4, block_size=INT4_BLOCK)
+        return self._node("MatMulNBits", *inputs, domain=_MICROSOFT, K=k, N=n, bits=4, block_size=shared)
 
     def _head(self, y: str) -> None:
         """Logits of one token of each sequence, and those of the blocks that hold the largest."""
@@ -224,13 +229,12 @@ class _Decoder:
             table = "lm_head.weight" if "lm_head.weight" in self.weights else _TABLE
             logits = self._node("Gemm", rows, table, transB=1)
         logits = self._node("Cast", logits, to=self.float, name="logits")
-        if beyond := -self.vocab % BLOCK:
+        if beyond := -self.vocab % self.block:
             least = self.weights.add("least", lambda: np.full((), -np.inf, np.float32))
             logits = self._node("Pad", logits, self._ints(0, 0, 0, beyond), least)
-        blocks = self._node("Reshape", logits, self._ints(0, -1, BLOCK))
+        blocks = self._node("Reshape", logits, self._ints(0, -1, self.block))
         largest = self._node("ReduceMax", blocks, self._ints(-1), keepdims=0)
-        count = min(TOP_BLOCKS, -(-self.vocab // BLOCK))
-        self._node("TopK", largest, self._ints(count), outputs=["top_values", "top_blocks"], axis=-1)
+        self._node("TopK", largest, self._ints(self.top), outputs=["top_values", "top_blocks"], axis=-1)
         index = self._node("Unsqueeze", "top_blocks", self._ints(-1))
         self._node("GatherND", blocks, index, name="top_logits", batch_dims=1)
 
@@ -250,11 +254,10 @@ class _Decoder:
         for value in (*kept, *caches):
             if value.name.startswith(("past_", "present_")):
                 value.type.tensor_type.shape.dim[2].dim_value = self.max_sequence
-        count = min(TOP_BLOCKS, -(-self.vocab // BLOCK))
         results = {
             "logits": (self.float, ["B", self.vocab]),
-            "top_blocks": (self.int64, ["B", count]),
-            "top_logits": (self.float, ["B", count, BLOCK]),
+            "top_blocks": (self.int64, ["B", self.top]),
+            "top_logits": (self.float, ["B", self.top, self.block]),
         }
         outputs = [helper.make_tensor_value_info(name, *value) for name, value in results.items()] + caches
         for field, values in ((graph.input, kept), (graph.output, outputs)):
@@ -293,6 +296,56 @@ def fuse_silu(graph: GraphProto, weights: Weights) -> None:
             node = helper.make_node("QuickGelu", node.input[:1], node.output, node.name, domain=_MICROSOFT, alpha=1.0)
         nodes.append(node)
     replace_nodes(graph, nodes)
+
+
+def fuse_rotary(graph: GraphProto, weights: Weights) -> None:
+    """Halves, four products, sum, difference and their joining become one `RotaryEmbedding` of opset 23."""
+    from onnx import helper
+
+    made_by = {name: node for node in graph.node for name in node.output}
+    tables: dict[str, str] = {}
+    nodes = []
+
+    def table(name: str) -> str:
+        """cos or sin [N, 1, L, D / 2] without its axis of heads."""
+        if name not in tables:
+            tables[name] = f"{name}.rows"
+            axis = weights.add("axis_1", lambda: np.array([1], np.int64))
+            nodes.append(helper.make_node("Squeeze", [name, axis], [tables[name]], tables[name]))
+        return tables[name]
+
+    for node in graph.node:
+        parts = [made_by.get(name) for name in node.input] if node.op_type == "Concat" else []
+        if [part and part.op_type for part in parts] == ["Sub", "Add"]:
+            by_cos, by_sin = (made_by[name] for name in parts[0].input)
+            x = made_by[by_cos.input[0]].input[0]  # of the Split
+            tables_of = [table(product.input[1]) for product in (by_cos, by_sin)]
+            node = helper.make_node("RotaryEmbedding", [x, *tables_of], node.output, node.name)
+        nodes.append(node)
+    replace_nodes(graph, nodes)
+
+
+def pad_mlp(graph: GraphProto, weights: Weights) -> None:
+    """Widen the MLPs to a multiple of 64 by zeros: 3,420 columns have no kernel for tensor cores but the slowest."""
+    columns = {node.input[1] for node in graph.node if node.op_type in ("MatMul", "Add")}
+    for name in sorted(columns):
+        if ".mlp." not in name or "merger" in name or name not in weights:
+            continue
+        axis = 0 if "down_proj.weight" in name else -1
+        if "down_proj.bias" in name or not (more := -weights.tensor(name).dims[axis] % MLP_MULTIPLE):
+            continue
+
+        def widened(name=name, axis=axis, more=more) -> np.ndarray:
+            value = weights.value(name)
+            width = [(0, 0)] * value.ndim
+            width[axis] = (0, more)
+            return np.pad(value, width)
+
+        padded = weights.add(f"{name}.padded", widened)
+        for node in graph.node:
+            for index, used in enumerate(node.input):
+                if used == name:
+                    node.input[index] = padded
 
 
 def fp32_embeddings(graph: GraphProto, weights: Weights) -> None:

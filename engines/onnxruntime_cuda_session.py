@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 from pathlib import Path
 
 import ml_dtypes
@@ -16,7 +17,6 @@ import numpy as np
 from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRequest
 
 from .cuda import call, device, runtime
-from .onnxruntime_cuda import BLOCK, TOP_BLOCKS
 from .sampling import TopLogits
 from .session import VisionSession
 
@@ -63,8 +63,16 @@ class Gpu:
     def free(self, pointer: int) -> None:
         call("cudaFree", pointer)
 
+    def array(self, shape: tuple[int, ...], dtype) -> np.ndarray:
+        """Zeroed memory of the host that the GPU copies from and to directly."""
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        memory = (ctypes.c_byte * nbytes).from_address(int(call("cudaHostAlloc", nbytes, 0)))
+        value = np.frombuffer(memory, dtype).reshape(shape)
+        value[...] = 0
+        return value
+
     def upload(self, pointer: int, value: np.ndarray) -> None:
-        """Copy a contiguous array to the GPU; it may be changed when this returns."""
+        """Copy a contiguous array to the GPU; it must stay as it is until `synchronize`."""
         call(
             "cudaMemcpyAsync",
             pointer,
@@ -111,6 +119,9 @@ class Host:
 
     def free(self, pointer: int) -> None:
         del self._held[pointer]
+
+    def array(self, shape: tuple[int, ...], dtype) -> np.ndarray:
+        return np.zeros(shape, dtype)
 
     def upload(self, pointer: int, value: np.ndarray) -> None:
         ctypes.memmove(pointer, value.ctypes.data, value.nbytes)
@@ -217,19 +228,21 @@ class CudaDecoder:
             for layer in range(geometry.layers)
             for part in ("key", "value")
         }
-        blocks = min(TOP_BLOCKS, -(-self.vocab // BLOCK))
+        shapes = {output.name: output.shape for output in self._session.get_outputs()}
+        blocks, size = shapes["top_logits"][1:]
+        self._has_all = blocks * size >= self.vocab  # in the blocks of a step
         self._results = {
-            "logits": np.zeros((rows, self.vocab), np.float32),
-            "top_blocks": np.zeros((rows, blocks), np.int64),
-            "top_logits": np.zeros((rows, blocks, BLOCK), np.float32),
+            "logits": self._memory.array((rows, self.vocab), np.float32),
+            "top_blocks": self._memory.array((rows, blocks), np.int64),
+            "top_logits": self._memory.array((rows, blocks, size), np.float32),
         }
         self._result_pointers = {n: self._memory.allocate(value.nbytes) for n, value in self._results.items()}
-        self._feed_bytes, self._feed_pointer = 0, 0
-        self._reserve_feed(_Feed(rows, 1).nbytes)
+        self._feeds: dict[tuple[int, int], _Feed] = {}  # by batch and tokens; a captured step reads its where it lies
         self._text_only = self._memory.allocate(self.hidden * self._dtype.itemsize)
         self._embeddings, self._embeddings_bytes = 0, 0
         self._held: np.ndarray | None = None  # the prompt's embeddings that are on the GPU
         self._steps: dict[int, object] = {}  # binding of a step of so many sequences
+        self._options: dict[int, object] = {}  # of a run, by the number of its graph
 
     def prefill(
         self,
@@ -245,16 +258,21 @@ class CudaDecoder:
         tokens, rows = len(input_ids), len(image_embeddings)
         if rows and image_embeddings is not self._held:  # the pieces of a prompt come with the same array
             self._hold(image_embeddings)
-        feed = _Feed(1, tokens)
-        if feed.nbytes > self._feed_bytes:
-            self._reserve_feed(feed.nbytes)
-            self._steps.clear()  # they read the feed from where it was
-        length = int(self.lengths[slot])
-        self._upload(feed, input_ids, image_index, position_ids, [tokens - 1], [length + tokens - 1])
+        feed, length = self._feed(1, tokens), int(self.lengths[slot])
+        feed.upload(
+            input_ids=input_ids,
+            image_index=image_index,
+            position_ids=position_ids[:, None],
+            logits_index=tokens - 1,
+            last_index=length + tokens - 1,
+        )
         binding = self._bind(feed, slot, self._embeddings if rows else self._text_only, max(rows, 1), length + tokens)
         self._run(binding, -1)
         self.lengths[slot] += tokens
-        return self._download("logits", 1)[0] if is_last else None
+        if is_last:
+            return self._download("logits", 1)[0]
+        self._memory.synchronize()
+        return None
 
     def step(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Append one generated token to each of the first n slots; see `session.DecoderSession.step`."""
@@ -273,14 +291,12 @@ class CudaDecoder:
         for name, value in (("top_blocks", blocks), ("top_logits", logits)):
             self._memory.download(value, self._result_pointers[name])
         self._memory.synchronize()
-        ids = blocks[..., None] * BLOCK + np.arange(BLOCK)
-        is_all = blocks.shape[1] * BLOCK >= self.vocab
         return [
             TopLogits(
-                ids=ids[row].ravel(),
-                logits=logits[row].ravel(),
+                blocks=blocks[row],
+                logits=logits[row],
                 # Whatever is in another block is no larger than the least of these blocks' largest.
-                bound=-np.inf if is_all else float(logits[row, -1].max()),
+                bound=-np.inf if self._has_all else float(logits[row, -1].max()),
                 all=lambda row=row: self._download("logits", 1, row)[0],
             )
             for row in range(active)
@@ -308,11 +324,15 @@ class CudaDecoder:
     def _step(self, input_ids: np.ndarray, positions: np.ndarray) -> int:
         active = len(input_ids)
         rows = next(batch for batch in BATCHES if batch >= active)
-        feed = _Feed(rows, 1)
+        feed = self._feed(rows, 1)
         # What the rows more write lies beyond their lengths.
-        ids, at = (np.resize(value, rows) for value in (input_ids, positions))
-        last = np.minimum(self.lengths[:rows], self.max_sequence - 1)
-        self._upload(feed, ids, np.full(rows, -1), np.broadcast_to(at, (3, rows)), np.arange(rows), last)
+        feed.upload(
+            input_ids=np.resize(input_ids, rows)[:, None],
+            image_index=-1,
+            logits_index=np.arange(rows),
+            position_ids=np.resize(positions, rows)[:, None],
+            last_index=np.minimum(self.lengths[:rows], self.max_sequence - 1),
+        )
         if rows not in self._steps:
             self._steps[rows] = self._bind(feed, 0, self._text_only, 1, self.max_sequence)
         self._run(self._steps[rows], rows)
@@ -327,31 +347,19 @@ class CudaDecoder:
                 self._memory.free(self._embeddings)
             self._embeddings, self._embeddings_bytes = self._memory.allocate(value.nbytes), value.nbytes
         self._memory.upload(self._embeddings, value)
+        self._memory.synchronize()
         self._held = image_embeddings
 
-    def _reserve_feed(self, nbytes: int) -> None:
-        if self._feed_pointer:
-            self._memory.synchronize()
-            self._memory.free(self._feed_pointer)
-        self._feed_pointer, self._feed_bytes = self._memory.allocate(nbytes), nbytes
-
-    def _upload(self, feed: _Feed, input_ids, image_index, position_ids, logits_index, last_index) -> None:
-        """Put all that a run is told into one copy."""
-        values = {
-            "input_ids": input_ids,
-            "image_index": image_index,
-            "position_ids": position_ids,
-            "rotary_index": np.arange(feed.batch * feed.tokens),
-            "logits_index": logits_index,
-            "last_index": last_index,
-        }
-        self._memory.upload(self._feed_pointer, feed.packed(values))
+    def _feed(self, batch: int, tokens: int) -> _Feed:
+        if (batch, tokens) not in self._feeds:
+            self._feeds[batch, tokens] = _Feed(self._memory, batch, tokens)
+        return self._feeds[batch, tokens]
 
     def _bind(self, feed: _Feed, slot: int, embeddings: int, rows: int, longest: int):
         """Addresses of a run; past and present of a layer are one, so that attention updates the cache."""
         binding, kind, batch = self._session.io_binding(), self._memory.kind, feed.batch
         for name, (dtype, shape, offset) in feed.fields.items():
-            binding.bind_input(name, kind, 0, dtype, shape, self._feed_pointer + offset)
+            binding.bind_input(name, kind, 0, dtype, shape, feed.pointer + offset)
         element = _element(self._dtype)
         binding.bind_input("image_embeddings", kind, 0, element, (rows, self.hidden), embeddings)
         binding.bind_cpu_input("longest", np.array([longest], np.int32))
@@ -369,11 +377,12 @@ class CudaDecoder:
         """Run, as the captured graph of this number where there is one; -1 is never captured."""
         import onnxruntime as ort
 
-        options = ort.RunOptions()
-        if self._memory.kind == "cuda":
-            options.add_run_config_entry("gpu_graph_id", str(graph))
-            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self._session.run_with_iobinding(binding, options)
+        if graph not in self._options:
+            options = self._options[graph] = ort.RunOptions()
+            if self._memory.kind == "cuda":
+                options.add_run_config_entry("gpu_graph_id", str(graph))
+                options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._session.run_with_iobinding(binding, self._options[graph])
 
     def _download(self, name: str, count: int, start: int = 0) -> np.ndarray:
         value = self._results[name][start : start + count]
@@ -383,11 +392,19 @@ class CudaDecoder:
 
 
 class _Feed:
-    """Where each input of a run lies in one buffer, for a batch of so many tokens each."""
+    """Inputs of a run of `batch` sequences of `tokens` each, in one buffer that one copy takes to the GPU.
 
-    def __init__(self, batch: int, tokens: int):
-        self.batch, self.tokens = batch, tokens
-        fields = {
+    Attributes
+    ----------
+    fields : dict
+        Type, shape and offset of each input.
+    pointer : int
+        The buffer on the GPU; it stays where it is.
+    """
+
+    def __init__(self, memory: Gpu | Host, batch: int, tokens: int):
+        self.batch, self.tokens, self._memory = batch, tokens, memory
+        shapes = {
             "input_ids": (np.int64, (batch, tokens)),
             "image_index": (np.int64, (batch, tokens)),
             "position_ids": (np.int64, (3, batch, tokens)),
@@ -395,17 +412,22 @@ class _Feed:
             "logits_index": (np.int64, (batch,)),
             "last_index": (np.int32, (batch,)),
         }
-        self.fields, self.nbytes = {}, 0
-        for name, (dtype, shape) in fields.items():
-            self.fields[name] = (dtype, shape, self.nbytes)
-            self.nbytes += -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
-
-    def packed(self, values: dict) -> np.ndarray:
-        buffer = np.zeros(self.nbytes, np.uint8)
+        self.fields, nbytes = {}, 0
+        for name, (dtype, shape) in shapes.items():
+            self.fields[name] = (dtype, shape, nbytes)
+            nbytes += -(-math.prod(shape) * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
+        self._buffer, self.pointer = memory.array((nbytes,), np.uint8), memory.allocate(nbytes)
+        self._views = {}
         for name, (dtype, shape, offset) in self.fields.items():
-            value = np.asarray(values[name]).astype(dtype).reshape(shape)
-            buffer[offset : offset + value.nbytes] = value.reshape(-1).view(np.uint8)
-        return buffer
+            part = self._buffer[offset : offset + math.prod(shape) * np.dtype(dtype).itemsize]
+            self._views[name] = part.view(dtype).reshape(shape)
+        self._views["rotary_index"][...] = np.arange(batch * tokens).reshape(batch, tokens)
+
+    def upload(self, **values) -> None:
+        """Set inputs, and copy all of them; earlier runs have ended."""
+        for name, value in values.items():
+            self._views[name][...] = value
+        self._memory.upload(self.pointer, self._buffer)
 
 
 def _element(dtype: np.dtype):

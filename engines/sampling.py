@@ -72,16 +72,17 @@ class TopLogits:
 
     Attributes
     ----------
-    ids : (k,) int64 array
-        Those beyond the vocabulary have logits of minus infinity.
-    logits : (k,) float32 array
+    blocks : (k,) int64 array
+        Numbers of the blocks of neighbouring ids that hold the k largest logits of all blocks, the best first.
+    logits : (k, size) float32 array
+        Logits of their ids; minus infinity beyond the vocabulary.
     bound : float
-        No other id has a larger logit.
+        No id outside these blocks has a larger logit.
     all : callable
         Gives the (vocab,) float32 row.
     """
 
-    ids: np.ndarray
+    blocks: np.ndarray
     logits: np.ndarray
     bound: float
     all: Callable[[], np.ndarray]
@@ -136,12 +137,18 @@ class Sampler:
         """The likeliest id, if greedy decoding can tell it from the best logits alone."""
         if not self._greedy or self._penalty < 1:
             return None
-        logits = top.logits
+        logits, size = top.logits, top.logits.shape[1]
         if self._seen is not None:
-            logits = np.where(np.isin(top.ids, self._seen_ids), self._penalized(logits), logits)
+            logits, seen = logits.copy(), self._seen_ids // size
+            for row, block in zip(logits, top.blocks, strict=True):
+                index = self._seen_ids[seen == block] - block * size
+                row[index] = self._penalized(row[index])
         best = logits.max()
         # A penalty only lowers a logit: what is not among these stays below the bound.
-        return int(top.ids[logits == best].min()) if np.isfinite(best) and best > top.bound else None
+        if not np.isfinite(best) or best <= top.bound:
+            return None
+        rows, columns = np.nonzero(logits == best)
+        return int((top.blocks[rows] * size + columns).min())
 
     def _penalized(self, logits: np.ndarray) -> np.ndarray:
         return np.where(logits < 0, logits * self._penalty, logits / self._penalty)

@@ -65,6 +65,8 @@ def repack(wheel: Path, target: Path, capability: int) -> Path:
     with zipfile.ZipFile(wheel) as source, lzma.open(path, "wb", preset=6) as packed:
         with tarfile.open(fileobj=packed, mode="w|") as archive:
             for item in source.infolist():
+                if item.is_dir():
+                    continue
                 data = source.read(item)
                 if ".so" in item.filename.rpartition("/")[2]:
                     data = keep_capability(data, capability)
