@@ -181,6 +181,11 @@ def test_a_plan_for_another_card_or_a_damaged_one_is_refused(paper, tmp_path):
         open_decoder(paper[0], slots=1)
 
 
+def test_a_plan_loads_where_the_same_tensorrt_was_packed_again(paper):
+    paper[0].manifest["plans"]["vision"]["version"] += ".post1"
+    open_vision(paper[0])
+
+
 def test_a_driver_that_is_too_old_for_the_library_is_named(paper):
     paper[1].is_too_old = True
     with pytest.raises(DeviceUnavailable, match=r"does not start on this Paper GPU \(.+ 35\); update the GPU's driver"):
