@@ -31,6 +31,8 @@ LEAST_VERSION = {"tensorrt": (10, 15), "tensorrt-rtx": (1, 7)}
 """First TensorRT with `KV_CACHE_UPDATE`, `ATTENTION` and `ROTARY_EMBEDDING` layers; the TensorRT-RTX that is tested."""
 LEAST_FOR_VISION = {**LEAST_VERSION, "tensorrt": (10, 14)}
 """The vision graph has none of those layers: the TensorRT beside TensorRT-LLM's last engines builds it too."""
+LAST_MAJOR = {"tensorrt": 11, "tensorrt-rtx": 1}
+"""Last major version whose interface is known to have what is called here; the next one may remove it."""
 CONTAINER_TENSORRT = {
     **dict.fromkeys((f"26.0{month}-trtllm-python-py3" for month in (3, 4, 5, 6, 7)), "10.14.1.48"),
     **dict.fromkeys(("25.11-trtllm-python-py3", "25.12-trtllm-python-py3"), "10.13.3.9"),
@@ -66,12 +68,12 @@ _REMEDIES = (
 
 
 def load_library(engine: str, graph: str = "decoder"):
-    """The module `tensorrt` or `tensorrt_rtx`, new enough for a graph.
+    """The module `tensorrt` or `tensorrt_rtx`, of a version that compiles a graph.
 
     Raises
     ------
     DeviceUnavailable
-        It is not installed, its libraries do not load, or it is too old.
+        It is not installed, its libraries do not load, or it is too old or too new.
     """
     module, extra = MODULES[engine]
     try:
@@ -89,7 +91,17 @@ def load_library(engine: str, graph: str = "decoder"):
             f"{engine} {library.__version__} is installed, {least} is the least that has the {graph}'s layers; "
             f"run `pip install --upgrade 'cxr-triton[{extra}]'`"
         )
+    if version[0] > LAST_MAJOR[engine]:
+        raise DeviceUnavailable(
+            f"{engine} {library.__version__} is installed, {LAST_MAJOR[engine]}.x is the last that is supported; "
+            f"run `pip install 'cxr-triton[{extra}]'`"
+        )
     return library
+
+
+def released(version: str) -> str:
+    """A version without what says how it was packed, as in ``1.2.1+cu13`` and ``10.14.1.48.post1``."""
+    return re.sub(r"(\+|\.post).*", "", version)
 
 
 def container_match(container: str | None, version: str) -> dict:
@@ -104,7 +116,7 @@ def container_match(container: str | None, version: str) -> dict:
         ``container``, ``tensorrt`` (None if the table does not know it), ``matches`` (None if not known) and ``said``.
     """
     tag = (container or "").rpartition(":")[2]
-    known = CONTAINER_TENSORRT.get(tag)
+    known, version = CONTAINER_TENSORRT.get(tag), released(version)
     if known is None:
         said = (
             f"TensorRT of {container or 'the container'} is not known here: for tensorrt_plan it has to be {version}; "
@@ -246,7 +258,7 @@ def compile_graph(
         Length of the KV cache.
     target : Target
     timing_cache : Path, optional
-        Kernel times of TensorRT, read if present and written back.
+        Kernel times of TensorRT, read if present and of this GPU, and written back.
     progress : bool, optional
         Show a bar on standard error; by default on a terminal.
 
@@ -277,7 +289,7 @@ def compile_graph(
             f"{engine} {trt.__version__} finds no GPU to build on ({log.last() or 'no message'}); build on a machine "
             "with the recipe's GPU and driver"
         ) from None
-    # Types are those of the graph: nothing is cast behind its back.
+    # Types are those of the graph: nothing is cast behind its back. From TensorRT 11 on there is no other way.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     model = adapt(onnx.load(graph, load_external_data=False), max_sequence)
@@ -292,9 +304,7 @@ def compile_graph(
         name = "CURRENT" if capability == "current" else f"SM{capability.replace('.', '')}"
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.__members__[name], 0)
-    if timing_cache is not None:
-        known = timing_cache.read_bytes() if timing_cache.is_file() else b""
-        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+    times = None if timing_cache is None else _attach_times(config, timing_cache)
     with open(plan, "wb") as file, _monitor(trt, plan.name, progress) as monitor:
         config.progress_monitor = monitor
         done = builder.build_serialized_network_to_stream(network, config, _writer(trt, file))
@@ -302,9 +312,9 @@ def compile_graph(
         raise KeyboardInterrupt
     if not done or not plan.stat().st_size:
         raise _builder_error(what, graph.name, log.errors, model)
-    if timing_cache is not None:
+    if times is not None:
         timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        timing_cache.write_bytes(config.get_timing_cache().serialize())
+        timing_cache.write_bytes(times.serialize())
     return {
         "engine": engine,
         "version": trt.__version__,
@@ -329,6 +339,15 @@ def weights_bytes(model: ModelProto) -> int:
         lengths = [int(entry.value) for entry in tensor.external_data if entry.key == "length"]
         total += lengths[0] if lengths else len(tensor.raw_data)
     return total
+
+
+def _attach_times(config, path: Path):
+    """Kernel times of earlier builds; where the builder refuses them (damaged, of another card) an empty cache."""
+    for known in (path.read_bytes() if path.is_file() else b"", b""):
+        times = config.create_timing_cache(known)
+        if times is not None and config.set_timing_cache(times, ignore_mismatch=False):
+            return times
+    return None
 
 
 def _cache_bytes(network, ranges: Ranges) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRequest
 from .cuda import call, device, runtime
 from .plan_cache import default_folder
 from .recipe import PREFILL_TOKENS
-from .tensorrt import load_library
+from .tensorrt import load_library, released
 
+log = logging.getLogger(__name__)
 DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 PREFILL, DECODE = 0, 1  # optimization profiles, see `tensorrt.shape_ranges`
 
@@ -79,7 +81,7 @@ class Plan:
 
     def __init__(self, path: Path, engine: str, version: str, compute_capability: str):
         trt = load_library(engine)
-        if trt.__version__ != version:
+        if released(trt.__version__) != released(version):
             raise InvalidBundle(
                 f"{path.name} was built with {engine} {version}, {trt.__version__} is installed; "
                 f"install {engine} {version}, or build the bundle again here"
@@ -91,7 +93,13 @@ class Plan:
                 f"with {found.compute_capability}; build the bundle for it with another recipe"
             )
         self._log = _quiet(trt)
-        self._runtime = trt.Runtime(self._log)
+        try:
+            self._runtime = trt.Runtime(self._log)
+        except (TypeError, RuntimeError):
+            raise DeviceUnavailable(
+                f"{engine} {trt.__version__} does not start on this {found.name} ({self._log.last or 'no message'}); "
+                "update the GPU's driver"
+            ) from None
         # Mapped, so that the file is not in memory a second time.
         self.engine = self._runtime.deserialize_cuda_engine(np.memmap(path, np.uint8, "r"))
         if self.engine is None:
@@ -107,6 +115,7 @@ class Plan:
         profiles = range(self.engine.num_optimization_profiles)
         self._scratch = Buffer(max(self.engine.get_device_memory_size_for_profile_v2(p) for p in profiles))
         self._contexts: dict[tuple[int, int], object] = {}
+        self._is_capturable = True
 
     def context(self, profile: int, number: int = 0):
         """An execution context; what was captured from one must not see it change, so each capture has its own."""
@@ -142,6 +151,28 @@ class Plan:
     def enqueue(self, context) -> None:
         if not context.execute_async_v3(self.stream):
             raise RuntimeError(f"the engine failed: {self._log.last or 'no message'}")
+
+    def capture(self, context):
+        """A run of a context as an executable CUDA graph, which nothing runs yet; None where it cannot be captured.
+
+        TensorRT-RTX says beforehand whether it can be. TensorRT does not, and is tried once, as trtexec does.
+        """
+        if not self._is_capturable or (self._kernels and not context.is_stream_capturable(self.stream)):
+            return None
+        mode = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        call("cudaStreamBeginCapture", self.stream, mode)
+        was_recorded = context.execute_async_v3(self.stream)
+        status, graph = runtime().cudaStreamEndCapture(self.stream)
+        if was_recorded and not int(status):
+            executable = call("cudaGraphInstantiate", graph, 0)
+            call("cudaGraphDestroy", graph)
+            return executable
+        self._is_capturable = False
+        if not int(status):  # what TensorRT refused may have left a graph of a part
+            call("cudaGraphDestroy", graph)
+        runtime().cudaGetLastError()  # forgets the error
+        log.warning("steps of this plan are launched kernel by kernel, no CUDA graph takes them: %s", self._log.last)
+        return None
 
     def keep(self) -> None:
         """Write down what TensorRT-RTX compiled for this GPU, so that the next start finds it."""
@@ -354,7 +385,8 @@ class TensorRTDecoder:
             context = self._plan.context(DECODE, active)
             self._bind(context, active, 1, 0, self._text_only, 1)
             self._plan.enqueue(context)  # once as it is: kernels are chosen and loaded now, which a capture forbids
-            self._capture(active, context)  # records, and runs nothing
+            if (graph := self._plan.capture(context)) is not None:
+                self._graphs[active] = graph
         self._plan.download(self._logits[:active], self._device_logits.pointer)
         self.lengths[:active] += 1
         if not self._is_warm:
@@ -398,19 +430,6 @@ class TensorRTDecoder:
             for end in ("past", "present"):
                 context.set_tensor_address(f"{end}_{name}", cache.pointer + slot * self._slot_bytes)
         context.set_tensor_address("logits", self._device_logits.pointer)
-
-    def _capture(self, active: int, context) -> None:
-        """Capture a decode step for so many sequences, if the engine allows it."""
-        if not context.is_stream_capturable(self._plan.stream):
-            return
-        mode = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        call("cudaStreamBeginCapture", self._plan.stream, mode)
-        try:
-            self._plan.enqueue(context)
-        finally:
-            graph = call("cudaStreamEndCapture", self._plan.stream)
-        self._graphs[active] = call("cudaGraphInstantiate", graph, 0)
-        call("cudaGraphDestroy", graph)
 
 
 _DECODER_INPUTS = ("input_ids", "image_index", "position_ids", "write_index", "logits_index")

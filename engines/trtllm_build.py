@@ -29,7 +29,7 @@ from cxr_triton.profile import load_profile
 from .bundle import TENSORRT_LLM_FILES, Geometry, Progress, sha256
 from .plan_cache import PlanCache, plan_key
 from .recipe import TENSORRT_LLM_CONTAINERS, Recipe, recipe_names
-from .tensorrt import CONTAINER_TENSORRT, Target, load_library, target
+from .tensorrt import CONTAINER_TENSORRT, Target, load_library, released, target
 
 TOOL = "trtllm-build"
 TOKENS_PER_BLOCK = 32  # of the paged KV cache
@@ -197,7 +197,7 @@ def check_machine(recipe: Recipe) -> tuple[Tool, Target]:
         The tool, the GPU or TensorRT's package is missing, or of another version or kind than the recipe's.
     """
     tool = find_tool(recipe)
-    if (ours := load_library("tensorrt", "vision").__version__) != tool.tensorrt:
+    if released(ours := load_library("tensorrt", "vision").__version__) != released(tool.tensorrt):
         raise DeviceUnavailable(
             f"the vision engine would be built by TensorRT {ours}, the decoder by {tool.tensorrt}; both run in "
             f"{recipe.container}: install cxr-triton there so that it sees the container's tensorrt package"
@@ -241,16 +241,11 @@ def _check_versions(tool: Tool, recipe: Recipe, remedy: str) -> None:
         ("TensorRT-LLM", tool.tensorrt_llm, TENSORRT_LLM_CONTAINERS[tag]),
         ("TensorRT", tool.tensorrt, CONTAINER_TENSORRT[tag]),
     ):
-        if _released(has) != wanted:
+        if released(has) != wanted:
             raise DeviceUnavailable(
                 f"{tool.path} is of {name} {has}, {tag} has {wanted}, and an engine runs in the version that built it "
                 f"only; {remedy}"
             )
-
-
-def _released(version: str) -> str:
-    """A version without what says how it was packed, as in ``1.2.1+cu13`` and ``10.14.1.48.post1``."""
-    return re.sub(r"(\+|\.post).*", "", version)
 
 
 def _interpreter(script: Path) -> list[str]:
@@ -582,7 +577,7 @@ def _check_engine(out: Path, chosen: dict[str, str], tool: Tool, log: Path) -> l
         raise BuildFailed(f"{TOOL} built something else than was asked for: {', '.join(other)}; see {log}")
     if not mrope:
         raise BuildFailed(f"{TOOL} built an engine without M-RoPE; export again; see {log}")
-    if _released(version) != _released(tool.tensorrt_llm):
+    if released(version) != released(tool.tensorrt_llm):
         raise BuildFailed(f"the engine is of TensorRT-LLM {version}, {tool.path} of {tool.tensorrt_llm}; see {log}")
     changed = []
     for name, asked in chosen.items():

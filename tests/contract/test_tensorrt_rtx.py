@@ -313,6 +313,7 @@ def test_tensorrt_is_refused_where_it_cannot_be_loaded_or_has_no_gpu(tmp_path):
     "container, version, matches",
     [
         ("nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3", "10.14.1.48", True),
+        ("nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3", "10.14.1.48.post1", True),
         ("nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3", "11.4.0.106", False),
         ("nvcr.io/nvidia/tritonserver:26.07-py3", "11.4.0.106", None),
         (None, "11.4.0.106", None),
@@ -320,7 +321,7 @@ def test_tensorrt_is_refused_where_it_cannot_be_loaded_or_has_no_gpu(tmp_path):
 )
 def test_a_plan_says_whether_the_containers_tensorrt_takes_it(container, version, matches):
     found = tensorrt.container_match(container, version)
-    assert found["matches"] is matches and version in found["said"]
+    assert found["matches"] is matches and version.removesuffix(".post1") in found["said"]
 
 
 @pytest.mark.gpu

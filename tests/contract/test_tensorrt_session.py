@@ -1,4 +1,7 @@
-"""TensorRT sessions over a device of paper: the same numbers as the ONNX Runtime sessions give, slot by slot."""
+"""TensorRT's compiler and sessions over a device of paper, in each generation of its interface.
+
+The numbers are those that the ONNX Runtime sessions give, slot by slot.
+"""
 
 import dataclasses
 import json
@@ -11,17 +14,18 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fake_tensorrt
+import tensorrt_api
 from bundles import MAX_SEQUENCE, TOKEN_BUDGET, WINDOW_BUDGET, write_export
 from checkpoints import random_checkpoint
 
-from cxr_triton.engines import cuda, tensorrt_session
+from cxr_triton.engines import cuda, tensorrt, tensorrt_session
 from cxr_triton.engines.bundle import Bundle, Geometry, build_bundle
 from cxr_triton.engines.recipe import PREFILL_TOKENS, load_recipe
 from cxr_triton.engines.session import DecoderSession, VisionSession, open_decoder, open_vision
-from cxr_triton.engines.tensorrt import shape_ranges
-from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRequest
+from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle, InvalidRequest
 
 SLOTS, VOCAB = 3, 320
+LIBRARIES = ("tensorrt-rtx 1.7.1.116", "tensorrt 10.15.1.29", "tensorrt 11.0.0.114", "tensorrt 11.4.0.106")
 
 
 @pytest.fixture(scope="module")
@@ -31,28 +35,42 @@ def bundle(tmp_path_factory):
     return build_bundle(write_export(root / "export", root / "checkpoint"), root / "bundle")
 
 
-@pytest.fixture
-def paper(bundle, tmp_path, monkeypatch):
-    """A plan bundle that runs `bundle`'s graphs on the fake device, and that device."""
-    device, graphs = fake_tensorrt.Cuda(), {}
-    geometry = Geometry.from_json(bundle.manifest["geometry"], "")
-    recipe = dataclasses.replace(load_recipe("rtx4090-int4"), slots=SLOTS, image_budget=2)
-    plans = {}
-    for graph in ("vision", "decoder"):
-        (tmp_path / f"{graph}.plan").write_bytes(graph.encode())
-        # The exported graph: ONNX Runtime's own rewrite takes one sequence at a time.
-        graphs[graph.encode()] = (
-            bundle.path.parent / "export" / f"{graph}.onnx",
-            shape_ranges(graph, geometry, recipe, 2),
-        )
-        plans[graph] = {"version": fake_tensorrt.VERSION, "compute_capability": "8.9"}
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.fixture(params=LIBRARIES)
+def installed(request, tmp_path, monkeypatch):
+    """Engine, library and device of paper, in place of TensorRT of a version."""
+    engine, version = request.param.split()
+    device = fake_tensorrt.Cuda()
+    library = fake_tensorrt.library(version, device)
+    monkeypatch.setitem(sys.modules, tensorrt.MODULES[engine][0], library)
     monkeypatch.setattr(cuda, "runtime", lambda: device)
     monkeypatch.setattr(tensorrt_session, "runtime", lambda: device)
-    monkeypatch.setattr(tensorrt_session, "load_library", lambda engine: fake_tensorrt.library(device, graphs))
-    # The graph's cache length is free here; a plan's is max_sequence.
-    manifest = bundle.manifest | {"engine": "tensorrt-rtx", "vision_engine": "tensorrt-rtx", "plans": plans}
-    return Bundle(tmp_path, manifest, bundle.digest, geometry), device
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return engine, library, device
+
+
+def compile_paper(bundle, folder, engine, graph, **options):
+    geometry = Geometry.from_json(bundle.manifest["geometry"], "")
+    recipe = dataclasses.replace(load_recipe("rtx4090-int4"), slots=SLOTS, image_budget=2)
+    return tensorrt.compile_graph(
+        engine,
+        # The exported graph: ONNX Runtime's own rewrite takes one sequence at a time.
+        bundle.path.parent / "export" / f"{graph}.onnx",
+        folder / f"{graph}.plan",
+        tensorrt.shape_ranges(graph, geometry, recipe, 2),
+        max_sequence=geometry.max_sequence,
+        target=tensorrt.target(engine, recipe),
+        progress=False,
+        **options,
+    )
+
+
+@pytest.fixture
+def paper(bundle, installed, tmp_path):
+    """A plan bundle that runs `bundle`'s graphs on the fake device, and that device."""
+    engine, _, device = installed
+    plans = {graph: compile_paper(bundle, tmp_path, engine, graph) for graph in ("vision", "decoder")}
+    manifest = bundle.manifest | {"engine": engine, "vision_engine": engine, "plans": plans}
+    return Bundle(tmp_path, manifest, bundle.digest, Geometry.from_json(bundle.manifest["geometry"], "")), device
 
 
 def prompt(rng, tokens, images=0):
@@ -79,6 +97,20 @@ def test_prefill_and_steps_of_several_slots_are_those_of_onnx_runtime(bundle, pa
         np.testing.assert_allclose(actual, expected, atol=2e-4)
     np.testing.assert_array_equal(session.lengths, reference.lengths)
     assert paper[1].launched == 3
+
+
+def test_an_engine_that_forbids_capture_is_launched_step_by_step(bundle, paper, caplog):
+    paper[1].forbids_capture = True
+    reference, session = DecoderSession(bundle, slots=1), open_decoder(paper[0], slots=1)
+    given = prompt(np.random.default_rng(4), 6)
+    for engine in (reference, session):
+        engine.prefill(0, **given, is_last=True)
+    for token in range(3):
+        expected, actual = (e.step(np.array([token]), np.array([6 + token])).copy() for e in (reference, session))
+        np.testing.assert_allclose(actual, expected, atol=2e-4)
+    is_asked = paper[0].engine == "tensorrt-rtx"  # before it is captured; TensorRT fails once
+    assert (paper[1].launched, paper[1].captures) == (0, 0 if is_asked else 1)
+    assert ("kernel by kernel" in caplog.text) != is_asked
 
 
 def test_a_prompt_in_chunks_a_moved_slot_and_a_freed_one(bundle, paper):
@@ -145,13 +177,97 @@ def test_a_plan_for_another_card_or_a_damaged_one_is_refused(paper, tmp_path):
     ):
         open_vision(paper[0])
     (tmp_path / "decoder.plan").write_bytes(b"damaged")
-    with pytest.raises(InvalidBundle, match=r"tensorrt-rtx cannot load decoder\.plan"):
+    with pytest.raises(InvalidBundle, match=r"tensorrt\S* cannot load decoder\.plan \(Serialization assertion"):
         open_decoder(paper[0], slots=1)
 
 
+def test_a_plan_loads_where_the_same_tensorrt_was_packed_again(paper):
+    paper[0].manifest["plans"]["vision"]["version"] += ".post1"
+    open_vision(paper[0])
+
+
+def test_a_driver_that_is_too_old_for_the_library_is_named(paper):
+    paper[1].is_too_old = True
+    with pytest.raises(DeviceUnavailable, match=r"does not start on this Paper GPU \(.+ 35\); update the GPU's driver"):
+        open_vision(paper[0])
+
+
+def test_networks_are_strongly_typed(paper):
+    for graph in ("vision", "decoder"):
+        assert json.loads((paper[0].path / f"{graph}.plan").read_text())["is_strongly_typed"]
+
+
+@pytest.mark.parametrize("installed", LIBRARIES[1:], indirect=True)
+@pytest.mark.parametrize("found", [None, b"times of Paper GPU", b"times of another card", b"damaged"])
+def test_kernel_times_are_kept_and_those_of_another_card_give_way(bundle, installed, tmp_path, found):
+    times = tmp_path / "cache" / "timing"
+    if found is not None:
+        times.parent.mkdir()
+        times.write_bytes(found)
+    compile_paper(bundle, tmp_path, installed[0], "vision", timing_cache=times)
+    assert times.read_bytes() == b"times of Paper GPU"
+
+
+@pytest.mark.parametrize("installed", ["tensorrt 10.14.1.48.post1"], indirect=True)
+def test_the_tensorrt_beside_tensorrt_llm_compiles_the_vision_graph_only(bundle, installed, tmp_path):
+    assert compile_paper(bundle, tmp_path, "tensorrt", "vision")["version"] == "10.14.1.48.post1"
+    with pytest.raises(DeviceUnavailable, match=r"10\.14\.1\.48\.post1 is installed, 10\.15 is the least.*decoder"):
+        compile_paper(bundle, tmp_path, "tensorrt", "decoder")
+
+
+@pytest.mark.parametrize("installed", ["tensorrt 10.14.1.48.post1"], indirect=True)
+def test_the_least_version_is_the_first_with_the_decoders_layers(bundle, installed, tmp_path, monkeypatch):
+    monkeypatch.setitem(tensorrt.LEAST_VERSION, "tensorrt", (10, 14))
+    with pytest.raises(BuildFailed, match=r"refuses node \S+ \((RotaryEmbedding|TensorScatter)\) of decoder\.onnx"):
+        compile_paper(bundle, tmp_path, "tensorrt", "decoder")
+
+
+def test_a_major_version_that_is_not_known_is_refused(installed):
+    engine, library, _ = installed
+    library.__version__ = "12.0.0.1"
+    with pytest.raises(DeviceUnavailable, match=r"12\.0\.0\.1 is installed, (11|1)\.x is the last.*pip install 'cxr"):
+        tensorrt.load_library(engine)
+
+
+@pytest.mark.parametrize("installed", LIBRARIES[:1], indirect=True)
 def test_compiled_kernels_are_kept_for_the_next_start(paper, tmp_path):
     session = open_decoder(paper[0], slots=1)
     session.prefill(0, **prompt(np.random.default_rng(3), 4), is_last=True)
     session.step(np.array([1]), np.array([4]))
     (kept,) = (tmp_path / "cache" / "cxr-triton" / "kernels").iterdir()
     assert kept.read_bytes() == b"kernels" and json.dumps(kept.name)
+
+
+REMOVED = {  # by TensorRT 11: NVIDIA's "Removed Python APIs and Replacements", as far as it concerns these classes
+    "BuilderFlag": {"FP16", "INT8", "FP8", "BF16", "INT4", "FP4", "OBEY_PRECISION_CONSTRAINTS"},
+    "IBuilderConfig": {"int8_calibrator", "set_calibration_profile", "set_quantization_flag", "quantization_flags"},
+    "ICudaEngine": {"device_memory_size", "get_device_memory_size_for_profile"},
+    "NetworkDefinitionCreationFlag": {"EXPLICIT_BATCH"},
+}
+
+
+def test_what_tensorrt_11_removed_is_in_the_record_of_10_only():
+    rtx, least, *newer = (tensorrt_api.read()[name.split()[1]] for name in LIBRARIES)
+    for name, gone in REMOVED.items():
+        assert gone <= least[name] and not any(gone & version[name] for version in (rtx, *newer))
+
+
+def test_using_what_a_version_has_not_fails_in_the_fake():
+    of_rtx, _, _, latest = (fake_tensorrt.library(name.split()[1], fake_tensorrt.Cuda()) for name in LIBRARIES)
+    with pytest.raises(AttributeError):
+        latest.BuilderFlag.FP16  # noqa: B018
+    with pytest.raises(AttributeError):
+        latest.ComputeCapability  # noqa: B018
+    with pytest.raises(AttributeError):
+        latest.IExecutionContext.is_stream_capturable  # noqa: B018
+    with pytest.raises(AttributeError):
+        latest.IBuilderConfig().num_compute_capabilities = 1
+    of_rtx.IBuilderConfig().num_compute_capabilities = 1
+
+
+def test_the_record_is_what_the_installed_bindings_have():
+    module = pytest.importorskip("tensorrt_rtx")
+    recorded = tensorrt_api.read().get(module.__version__)
+    if recorded is None:
+        pytest.skip(f"no record of {module.__version__}: run tests/tensorrt_api.py")
+    assert {name: set(found) for name, found in tensorrt_api.names(module).items()} == recorded

@@ -293,7 +293,7 @@ def test_no_tool_and_tools_of_other_versions_are_refused_before_anything_is_buil
 
 
 def test_how_a_version_was_packed_does_not_matter(export, recipe, gpu, tmp_path, monkeypatch):
-    install(tmp_path / "tool", monkeypatch, tensorrt_llm="1.2.1+cu13")
+    install(tmp_path / "tool", monkeypatch, tensorrt_llm="1.2.1+cu13", tensorrt=f"{TENSORRT}.post1")
     bundle = build_bundle(export, tmp_path / "bundle", recipe=recipe)
     assert bundle.manifest["versions"]["tensorrt-llm"] == "1.2.1+cu13"
 
