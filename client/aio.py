@@ -13,6 +13,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from cxr_triton.client import wire
 from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Clock, Timeouts, Tls
 from cxr_triton.errors import Cancelled, Unavailable
+from cxr_triton.identity import sha256
 from cxr_triton.reading import Reading
 
 
@@ -59,6 +60,7 @@ class AsyncReader:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         stop: Sequence[str] | None = None,
+        identifiers: str | None = None,
     ) -> AsyncReadingStream:
         """One reading of one patient's pictures; see `Reader.read`."""
         request = {
@@ -73,9 +75,11 @@ class AsyncReader:
             "repetition_penalty": repetition_penalty,
             "seed": seed,
             "stop": stop,
+            "identifiers": identifiers,
         }
         contents = wire.image_bytes(images)
-        return AsyncReadingStream(self, wire.infer_request(self.model, contents, request, self.max_message_mib))
+        message = wire.infer_request(self.model, contents, request, self.max_message_mib)
+        return AsyncReadingStream(self, message, [sha256(content) for content in contents])
 
     async def server_info(self) -> wire.ServerInfo:
         """What answers at the URL, once it is ready and serves the contract; see `Reader.server_info`."""
@@ -143,10 +147,11 @@ class AsyncReadingStream:
         Complete once the iteration has ended.
     """
 
-    def __init__(self, reader: AsyncReader, request: pb.ModelInferRequest):
+    def __init__(self, reader: AsyncReader, request: pb.ModelInferRequest, sent: Sequence[str]):
         self.reading: Reading | None = None
         self._reader = reader
         self._request: pb.ModelInferRequest | None = request
+        self._sent = sent
         self._call: grpc.aio.UnaryStreamCall | None = None
         self._clock: Clock | None = None
         self._ended = False
@@ -218,6 +223,6 @@ class AsyncReadingStream:
             return ""
         delta, reading = wire.parse_response(message)
         if reading:
-            self.reading = Reading.from_json(reading)
+            self.reading = wire.own_reading(reading, self._sent, url)
         self._clock.heard(delta)
         return delta

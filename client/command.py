@@ -7,7 +7,7 @@ import json
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -18,8 +18,10 @@ from cxr_triton.client.page import NOT_FOR_DIAGNOSIS, STATUSES, decode_rate, dra
 from cxr_triton.client.reader import Reader, ReadingStream
 from cxr_triton.dicom import FLAGS as IMAGE_FLAGS
 from cxr_triton.errors import InvalidRequest
+from cxr_triton.identity import IDENTIFIERS, require_same_images
 from cxr_triton.reading import FLAGS as READING_FLAGS
 from cxr_triton.reading import Reading
+from cxr_triton.sandbox import identify
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -60,6 +62,37 @@ def connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) -> Reader:
     return Reader(url, timeouts=Timeouts(first_delta_s=None, total_s=timeout_s), tls=tls)
 
 
+unchecked_reading_option = click.option(
+    "--unchecked-reading",
+    is_flag=True,
+    help="Take a reading that does not say which images it is of, as older servers wrote them.",
+)
+
+
+def require_readings_of(
+    files: Sequence[Path], images: Sequence[bytes], readings: Sequence[tuple[str, Reading]], *, unchecked_reading: bool
+) -> None:
+    """Refuse stored readings, each after the name of its file, that are not of `files`; `images` are their contents.
+
+    Raises
+    ------
+    ReadingMismatch
+        See `cxr_triton.identity.require_same_images`.
+    """
+    are_known = any("identity" in facts for _, reading in readings for facts in reading.images)
+    given = identify(images) if are_known else [{} for _ in images]
+    names = [file.name for file in files]
+    for stored, reading in readings:
+        changed = require_same_images(
+            reading.images, given, names=names, reading=stored, unchecked_reading=unchecked_reading
+        )
+        for name in changed:
+            message = (
+                f"warning: {name} has other bytes than the file of {stored}; its UIDs and stored pixels are the same"
+            )
+            click.echo(printable(message), err=True)
+
+
 @click.command(short_help="Read radiographs through a running server.")
 @click.argument("files", metavar="[FILE]...", nargs=-1, type=FILE)
 @click.option("--task", metavar="NAME", help="What to ask, a task of the served profile; its default task if left out.")
@@ -77,11 +110,15 @@ def connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) -> Reader:
     metavar="FILE.json",
     multiple=True,
     type=FILE,
-    help="Earlier turns, oldest file first: a list of {role, content}, or a reading that --json wrote.",
+    help="Earlier turns, oldest file first: a list of {role, content}, or what --json wrote about the same FILEs.",
 )
+@unchecked_reading_option
 @click.option("--max-new-tokens", type=click.IntRange(1), metavar="N", help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0), metavar="T", help="0 takes the likeliest token each time.")
 @click.option("--seed", type=click.IntRange(0), metavar="N", help="Makes an answer with a temperature repeatable.")
+@click.option(
+    "--identifiers", type=click.Choice(IDENTIFIERS), help="How the reading names its images' UIDs; plain if left out."
+)
 @connection
 @click.option(
     "--html",
@@ -92,8 +129,8 @@ def connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) -> Reader:
 )
 @json_option
 def read(
-    files, url, task, prompt, mode, variables, history, max_new_tokens, temperature, seed, timeout_s,
-    tls_ca, tls_cert, tls_key, html_path, json_path,
+    files, url, task, prompt, mode, variables, history, unchecked_reading, max_new_tokens, temperature, seed,
+    identifiers, timeout_s, tls_ca, tls_cert, tls_key, html_path, json_path,
 ):  # fmt: skip
     """Read one patient's radiographs and stream the model's reasoning.
 
@@ -105,6 +142,8 @@ def read(
     reach; 2 for wrong usage; 130 after Ctrl-C, which also cancels the request on the server.
     """
     images = [file.read_bytes() for file in files]
+    turns, readings = _history(history)
+    require_readings_of(files, images, readings, unchecked_reading=unchecked_reading)
     out = sys.stderr if json_path == "-" else sys.stdout
     with connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) as reader:
         stream = reader.read(
@@ -112,11 +151,12 @@ def read(
             task=task,
             prompt=prompt,
             mode=mode,
-            history=_history(history) or None,
+            history=turns or None,
             variables=_variables(variables) or None,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
+            identifiers=identifiers,
         )
         with contextlib.closing(received(reader, stream)) as deltas:
             for delta in deltas:
@@ -128,8 +168,9 @@ def read(
             click.echo(f"{'' if i else name:<9} {printable(line)}", out)
     write_json(json.loads(reading.to_json()), json_path)
     if html_path:
+        pictures = draw(images, reading, unchecked_reading=unchecked_reading)
         html_path.parent.mkdir(parents=True, exist_ok=True)
-        html_path.write_text(reading_page(reading, draw(images, reading)), encoding="utf-8")
+        html_path.write_text(reading_page(reading, pictures), encoding="utf-8")
     if reading.status != "ok":
         sys.exit(EXIT_NOT_AS_ASKED)
 
@@ -182,8 +223,9 @@ def _variables(pairs: tuple[str, ...]) -> dict[str, str | list[str]]:
     return values
 
 
-def _history(files: tuple[Path, ...]) -> list[dict]:
-    turns = []
+def _history(files: tuple[Path, ...]) -> tuple[list[dict], list[tuple[str, Reading]]]:
+    """The turns of all files, and the readings among them after their names."""
+    turns, readings = [], []
     for file in files:
         text = file.read_bytes()
         try:
@@ -192,11 +234,12 @@ def _history(files: tuple[Path, ...]) -> list[dict]:
             raise InvalidRequest(f"{file.name} of --history is not JSON: {error}; give turns or a reading") from None
         if isinstance(data, dict):
             reading = Reading.from_json(text)
+            readings.append((file.name, reading))
             data = [{"role": "user", "content": reading.prompt}, {"role": "assistant", "content": reading.text}]
         if not isinstance(data, list):
             raise InvalidRequest(f"{file.name} of --history is a {type(data).__name__}; give turns or a reading")
         turns += data
-    return turns
+    return turns, readings
 
 
 def _summary(reading: Reading) -> Iterator[tuple[str, list[str]]]:

@@ -30,6 +30,7 @@ from pydicom.valuerep import validate_value
 from cxr_triton import __version__
 from cxr_triton.client.codes import FHIR_SYSTEMS, PRIVATE_SCHEME, STATUSES, Concept
 from cxr_triton.errors import InvalidImage, InvalidRequest
+from cxr_triton.identity import UIDS, require_same_images
 
 KINDS = ("findings_sr", "text_sr", "gsps", "pdf")
 MANUFACTURER = "cxr-triton"
@@ -79,11 +80,14 @@ class ObjectOptions:
         UID give other objects; leave them out where sources are known by their UIDs alone.
     station : str
         Name of the device that made the reading, at most 16 characters.
+    unchecked_reading : bool
+        Take a reading that does not say which images it is of, see `cxr_triton.identity.require_same_images`.
     """
 
     made_at: datetime.datetime
     digests: tuple[str, ...] = ()
     station: str = "CXR_TRITON"
+    unchecked_reading: bool = False
 
     def __post_init__(self) -> None:
         if self.made_at.tzinfo is None:
@@ -151,7 +155,9 @@ def result_objects(
     Raises
     ------
     InvalidRequest
-        An unknown kind; the reading is of other images than `sources`; the sources are of several patients.
+        An unknown kind; the sources are of several patients.
+    ReadingMismatch
+        The reading is of other images than `sources`, by their UIDs; or does not say of which.
     InvalidImage
         A source lacks a UID, or its Patient ID cannot be decoded.
     """
@@ -201,14 +207,12 @@ class Study:
     def __init__(self, reading: dict[str, Any], sources: Sequence[Dataset], options: ObjectOptions):
         if not sources:
             raise InvalidRequest("no source image: objects are made for readings of DICOM images")
-        if len(reading["images"]) != len(sources):
-            raise InvalidRequest(
-                f"the reading is of {len(reading['images'])} images, {len(sources)} sources were given; "
-                "give the files that were read"
-            )
         _check_reading(reading)
-        for i, (source, facts) in enumerate(zip(sources, reading["images"], strict=True)):
-            _check_source(source, facts, f"source {i + 1} of {len(sources)}")
+        names = [f"source {i + 1} of {len(sources)}" for i in range(len(sources))]
+        for source, facts, name in zip(sources, reading["images"], names, strict=False):
+            _check_source(source, facts, name)
+        given = [{key: str(source.get(name.replace(" ", ""))) for key, name in UIDS.items()} for source in sources]
+        require_same_images(reading["images"], given, names=names, unchecked_reading=options.unchecked_reading)
         patients = {str(source.get("PatientID") or "").strip() for source in sources} - {""}
         if len(patients) > 1:
             raise InvalidRequest(f"the sources have {len(patients)} different Patient IDs; send one patient's images")

@@ -14,6 +14,7 @@ from html import escape
 from cxr_triton import __version__
 from cxr_triton.cli import printable
 from cxr_triton.dicom import FLAGS as IMAGE_FLAGS
+from cxr_triton.identity import require_same_images
 from cxr_triton.image import PATCH
 from cxr_triton.reading import FLAGS as READING_FLAGS
 from cxr_triton.reading import Box, Reading
@@ -49,27 +50,33 @@ _IMAGE = {
 }
 
 
-def draw(images: Sequence[bytes], reading: Reading) -> list[bytes]:
+def draw(images: Sequence[bytes], reading: Reading, *, unchecked_reading: bool = False) -> list[bytes]:
     """PNG of each image with the greys that the model saw, at most 1024 * 1024 pixels.
 
     Raises
     ------
     InvalidImage
         An image cannot be read here; see `cxr_triton.errors`.
+    ReadingMismatch
+        The reading is of other images, or does not say of which; see `cxr_triton.identity.require_same_images`.
     """
     from PIL import Image
 
     from cxr_triton.sandbox import Sandbox
 
-    pictures = []
+    pictures, identities = [], []
     with Sandbox() as sandbox:
-        for data, facts in zip(images, reading.images, strict=True):
+        for i, data in enumerate(images):
+            facts = reading.images[i] if i < len(reading.images) else {}
             # A display-ready file stays as it is whatever the preset.
             preset = "voi_display" if facts.get("preset") == "voi_display" else "mimic_jpg"
             prepared = sandbox.prepare(data, preset=preset, min_pixels=1, max_pixels=MAX_PICTURE_PIXELS, factor=1)
             png = io.BytesIO()
             Image.fromarray(prepared.pixels).save(png, "PNG")
             pictures.append(png.getvalue())
+            identities.append(prepared.facts["identity"])
+    names = [f"image {number}" for number in range(1, len(images) + 1)]
+    require_same_images(reading.images, identities, names=names, unchecked_reading=unchecked_reading)
     return pictures
 
 

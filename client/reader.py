@@ -14,6 +14,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from cxr_triton.client import wire
 from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Clock, Timeouts, Tls
 from cxr_triton.errors import Cancelled, Unavailable
+from cxr_triton.identity import sha256
 from cxr_triton.reading import Reading
 
 
@@ -77,6 +78,7 @@ class Reader:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         stop: Sequence[str] | None = None,
+        identifiers: str | None = None,
     ) -> ReadingStream:
         """One reading of one patient's pictures; what is None is left to the server's profile.
 
@@ -84,7 +86,8 @@ class Reader:
         ----------
         images : bytes, path, or a sequence of these
             DICOM Part 10, PNG or JPEG; prior first, current last; none for a text-only task. Paths are read here.
-        task, prompt, mode, history, variables, max_new_tokens, temperature, top_p, repetition_penalty, seed, stop
+        task, prompt, mode, history, variables, max_new_tokens, temperature, top_p, repetition_penalty, seed, stop,
+        identifiers
             Keys of the request, see `cxr_triton.request.ReadRequest`.
 
         Returns
@@ -111,9 +114,11 @@ class Reader:
             "repetition_penalty": repetition_penalty,
             "seed": seed,
             "stop": stop,
+            "identifiers": identifiers,
         }
         contents = wire.image_bytes(images)
-        return ReadingStream(self, wire.infer_request(self.model, contents, request, self.max_message_mib))
+        message = wire.infer_request(self.model, contents, request, self.max_message_mib)
+        return ReadingStream(self, message, [sha256(content) for content in contents])
 
     def server_info(self) -> wire.ServerInfo:
         """What answers at the URL, once it is ready and serves the contract.
@@ -184,10 +189,11 @@ class ReadingStream:
         Complete once the iteration has ended.
     """
 
-    def __init__(self, reader: Reader, request: pb.ModelInferRequest):
+    def __init__(self, reader: Reader, request: pb.ModelInferRequest, sent: Sequence[str]):
         self.reading: Reading | None = None
         self._reader = reader
         self._request: pb.ModelInferRequest | None = request
+        self._sent = sent
         self._call: grpc.Call | None = None
         self._clock: Clock | None = None
         self._ended = False
@@ -201,8 +207,8 @@ class ReadingStream:
         Raises
         ------
         CxrError
-            The server's refusal by its code; `DeadlineExceeded`, `Unavailable`, `ServerMismatch` or `Cancelled` as the
-            client finds them.
+            The server's refusal by its code; `DeadlineExceeded`, `Unavailable`, `ServerMismatch`, `ReadingMismatch` or
+            `Cancelled` as the client finds them.
         """
         try:
             if self._call is None and not self._ended:
@@ -269,7 +275,7 @@ class ReadingStream:
             return ""
         delta, reading = wire.parse_response(message)
         if reading:
-            self.reading = Reading.from_json(reading)
+            self.reading = wire.own_reading(reading, self._sent, url)
         self._clock.heard(delta)
         return delta
 

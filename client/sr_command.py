@@ -12,7 +12,14 @@ import click
 import highdicom  # noqa: F401  # here, so that an install without it is told which extra to take
 
 from cxr_triton.cli import EXIT_NOT_AS_ASKED, json_option, printable, write_json
-from cxr_triton.client.command import FILE, connect, connection, received
+from cxr_triton.client.command import (
+    FILE,
+    connect,
+    connection,
+    received,
+    require_readings_of,
+    unchecked_reading_option,
+)
 from cxr_triton.client.objects import (
     KINDS,
     ObjectOptions,
@@ -43,6 +50,7 @@ def _kinds(context, parameter, value: str) -> tuple[str, ...]:
     metavar="READING.json",
     help="What `read --json` wrote about these files; the server reads them where it is left out.",
 )
+@unchecked_reading_option
 @click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), required=True, metavar="DIR")
 @click.option(
     "--kinds",
@@ -55,7 +63,9 @@ def _kinds(context, parameter, value: str) -> tuple[str, ...]:
 @click.option("--task", metavar="NAME", help="What to ask the server.")
 @connection
 @json_option
-def sr(files, reading_path, output, kinds, task, url, timeout_s, tls_ca, tls_cert, tls_key, json_path):
+def sr(
+    files, reading_path, unchecked_reading, output, kinds, task, url, timeout_s, tls_ca, tls_cert, tls_key, json_path
+):  # fmt: skip
     """Write the objects of a reading into a folder: structured reports, presentation state, PDF, FHIR report.
 
     FILEs are the DICOM images that were read, in their order: prior first, current last. The objects belong to the
@@ -71,7 +81,9 @@ def sr(files, reading_path, output, kinds, task, url, timeout_s, tls_ca, tls_cer
     if reading_path:
         if task:
             raise click.UsageError("--task asks a server, --reading takes what one answered; give one of them")
-        reading = _stored(reading_path)
+        stored = _stored(reading_path)
+        require_readings_of(files, images, [(reading_path.name, stored)], unchecked_reading=unchecked_reading)
+        reading = json.loads(stored.to_json())
         made_at = datetime.datetime.fromtimestamp(int(reading_path.stat().st_mtime)).astimezone()
     else:
         with connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) as reader:
@@ -81,7 +93,11 @@ def sr(files, reading_path, output, kinds, task, url, timeout_s, tls_ca, tls_cer
                     pass
             reading = json.loads(stream.result().to_json())
         made_at = datetime.datetime.now().astimezone().replace(microsecond=0)
-    options = ObjectOptions(made_at=made_at, digests=tuple(file_digest(data) for data in images))
+    options = ObjectOptions(
+        made_at=made_at,
+        digests=tuple(file_digest(data) for data in images),
+        unchecked_reading=unchecked_reading,
+    )
     stem = (reading_path or files[-1]).stem
     output.mkdir(parents=True, exist_ok=True)
     written = []
@@ -107,8 +123,8 @@ def sr(files, reading_path, output, kinds, task, url, timeout_s, tls_ca, tls_cer
         sys.exit(EXIT_NOT_AS_ASKED)
 
 
-def _stored(path: Path) -> dict:
+def _stored(path: Path) -> Reading:
     try:
-        return json.loads(Reading.from_json(path.read_bytes()).to_json())
+        return Reading.from_json(path.read_bytes())
     except ServerMismatch as error:
         raise InvalidRequest(f"{path.name}: {error.message}") from None

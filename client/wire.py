@@ -30,6 +30,8 @@ from cxr_triton.errors import (
     Unavailable,
     from_wire,
 )
+from cxr_triton.identity import require_same_images
+from cxr_triton.reading import Reading
 
 STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
 STREAM_INFER_TYPES = {
@@ -139,6 +141,29 @@ def parse_response(message: pb.ModelStreamInferResponse) -> tuple[str, str]:
         if output.name in texts:
             texts[output.name] = b"".join(unpack(raw)).decode("utf-8", "replace")
     return texts["DELTA"], texts["READING"]
+
+
+def own_reading(text: str, sent: Sequence[str], url: str) -> Reading:
+    """The reading of a final response, of the images that this request sent.
+
+    Parameters
+    ----------
+    sent : sequence of str
+        SHA-256 of each image. A server before identities says nothing of them, which is left to who uses the reading.
+
+    Raises
+    ------
+    ServerMismatch
+        The text is no reading.
+    ReadingMismatch
+        It is one of other images.
+    """
+    reading = Reading.from_json(text)
+    if any("identity" in facts for facts in reading.images):
+        names = [f"image {number} of the request" for number in range(1, len(sent) + 1)]
+        given = [{"file_sha256": digest} for digest in sent]
+        require_same_images(reading.images, given, names=names, reading=f"the reading from {url}")
+    return reading
 
 
 def check_contract(metadata: pb.ModelMetadataResponse, url: str) -> None:

@@ -1,8 +1,9 @@
 """Bytes of a DICOM, PNG or JPEG file to stored pixel values, with what is needed to display them.
 
 The data set is walked once without recursion, every length is checked against what remains, and only the elements
-that describe the pixels are read: names, dates and identifiers never leave `read_image`. Whatever would have to be
-guessed is a flag; whatever is not a single-frame chest-style radiograph is refused with a typed error.
+that describe the pixels are read, and the three UIDs that say which image it is: names, dates and Patient IDs never
+leave `read_image`. Whatever would have to be guessed is a flag; whatever is not a single-frame chest-style radiograph
+is refused with a typed error.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ FLAGS: dict[str, str] = {
 
 @dataclass(frozen=True, eq=False)
 class Metadata:
-    """What describes the pixels; nothing in here identifies a person, a study or a device.
+    """What describes the pixels, and the UIDs of the image; nothing in here names a person or a device.
 
     Attributes
     ----------
@@ -130,6 +131,8 @@ class Metadata:
         Directions of rows and columns, empty if absent.
     laterality : str
         L, R, U, B or empty.
+    sop_instance_uid, series_instance_uid, study_instance_uid : str
+        Empty for PNG and JPEG, and where missing or malformed.
     """
 
     format: str
@@ -148,6 +151,9 @@ class Metadata:
     view: str = "unknown"
     patient_orientation: tuple[str, ...] = ()
     laterality: str = ""
+    sop_instance_uid: str = ""
+    series_instance_uid: str = ""
+    study_instance_uid: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,8 +239,8 @@ def read_identity(data, limits: Limits | None = None) -> Identity:
     explicit = data[position + 4 : position + 6] in _VRS
     wanted = _WANTED | frozenset(_IdentityTag)
     dataset = _DataSet(data, explicit, syntax.little, wanted=wanted).walk(position, len(data))
-    tags = {"SOP class": _Tag.SOP_CLASS, "SOP instance": _IdentityTag.SOP_INSTANCE}
-    tags |= {"study": _IdentityTag.STUDY, "series": _IdentityTag.SERIES}
+    tags = {"SOP class": _Tag.SOP_CLASS, "SOP instance": _Tag.SOP_INSTANCE}
+    tags |= {"study": _Tag.STUDY, "series": _Tag.SERIES}
     uids = {name: (dataset.texts(tag) or [""])[0] for name, tag in tags.items()}
     for name, value in uids.items():
         if not _UID.fullmatch(value):
@@ -267,6 +273,12 @@ def read_identity(data, limits: Limits | None = None) -> Identity:
 
 
 _UID = re.compile(r"[0-9][0-9.]{0,63}")
+
+
+def _uid(dataset: _DataSet, tag: _Tag) -> str:
+    """Empty where it is missing or malformed."""
+    uid = (dataset.texts(tag) or [""])[0]
+    return uid if _UID.fullmatch(uid) else ""
 
 
 def _taken(dataset: _DataSet) -> str:
@@ -348,11 +360,14 @@ class _Tag(IntEnum):
 
     TRANSFER_SYNTAX = 0x00020010
     SOP_CLASS = 0x00080016
+    SOP_INSTANCE = 0x00080018
     MODALITY = 0x00080060
     INTENT = 0x00080068
     CODE_VALUE = 0x00080100
     SHUTTER_SHAPE = 0x00181600
     VIEW_POSITION = 0x00185101
+    STUDY = 0x0020000D
+    SERIES = 0x0020000E
     ORIENTATION = 0x00200020
     LATERALITY = 0x00200060
     IMAGE_LATERALITY = 0x00200062
@@ -395,7 +410,6 @@ _WANTED = frozenset(_Tag)
 class _IdentityTag(IntEnum):
     """What `read_identity` reads besides."""
 
-    SOP_INSTANCE = 0x00080018
     STUDY_DATE = 0x00080020
     ACQUISITION_DATE = 0x00080022
     CONTENT_DATE = 0x00080023
@@ -404,8 +418,6 @@ class _IdentityTag(IntEnum):
     ACQUISITION_TIME = 0x00080032
     CONTENT_TIME = 0x00080033
     PATIENT_ID = 0x00100020
-    STUDY = 0x0020000D
-    SERIES = 0x0020000E
     INSTANCE_NUMBER = 0x00200013
 
     def __str__(self) -> str:
@@ -676,6 +688,9 @@ def _read_dicom(data: bytes, start: int, limits: Limits) -> Radiograph:
         view=view,
         patient_orientation=orientation,
         laterality=laterality if laterality in ("L", "R", "U", "B") else "",
+        sop_instance_uid=_uid(dataset, _Tag.SOP_INSTANCE),
+        series_instance_uid=_uid(dataset, _Tag.SERIES),
+        study_instance_uid=_uid(dataset, _Tag.STUDY),
     )
     return Radiograph(stored, metadata, tuple(sorted(flags)))
 

@@ -2,7 +2,8 @@
 
     CxrError
     ├── InvalidRequest        INVALID_REQUEST
-    │   └── PromptTooLong     PROMPT_TOO_LONG
+    │   ├── PromptTooLong     PROMPT_TOO_LONG
+    │   └── ReadingMismatch   READING_MISMATCH       a reading of other images than those it is put with
     ├── InvalidImage          INVALID_IMAGE          unreadable, truncated or inconsistent
     │   ├── NotARadiograph    NOT_A_RADIOGRAPH
     │   ├── ForProcessing     FOR_PROCESSING
@@ -67,6 +68,10 @@ class InvalidRequest(CxrError):
 
 class PromptTooLong(InvalidRequest):
     code = "PROMPT_TOO_LONG"
+
+
+class ReadingMismatch(InvalidRequest):
+    code = "READING_MISMATCH"
 
 
 class InvalidImage(CxrError):

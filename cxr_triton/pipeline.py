@@ -25,6 +25,7 @@ from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.record import is_verified
 from cxr_triton.engines.sampling import Sampling
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, PromptTooLong
+from cxr_triton.identity import hashed
 from cxr_triton.reading import Reading, parse
 from cxr_triton.request import ReadRequest
 from cxr_triton.sandbox import Sandbox
@@ -124,6 +125,7 @@ class Preprocessor:
             )
         tensors = image.stack(inputs or [image.blank(**budgets)])
         prepared_s = time.monotonic()
+        identify = hashed if asked.identifiers == "hashed" else dict
         image_decode_ms = sum(picture.decode_ms for picture in pictures)
         context = {
             "task": asked.task,
@@ -141,7 +143,7 @@ class Preprocessor:
                 "eos_token_ids": list(geometry.eos_token_ids),
             },
             "images": [
-                {**picture.facts, "grid": [vision.rows, vision.cols]}
+                {**picture.facts, "identity": identify(picture.facts["identity"]), "grid": [vision.rows, vision.cols]}
                 for picture, vision in zip(pictures, inputs, strict=True)
             ],
             "model": self._model,

@@ -120,7 +120,8 @@ class Reading(Parsed):
     model : dict
         Profile, revision, engine, precision, bundle digest.
     images : tuple of dict
-        Per image: syntax, photometric interpretation, preset that ran, size, grid, flags.
+        Per image: identity (see `cxr_triton.identity`), syntax, photometric interpretation, preset that ran, size,
+        grid, flags.
     usage : dict of str to int
     timings_ms : dict of str to float
     notice : str
@@ -457,6 +458,8 @@ def _typed(name: str, value: Any) -> Any:
         for key, number in value.items():
             if not isinstance(number, int | float) or isinstance(number, bool):
                 raise TypeError(f"{name}.{key} is {type(number).__name__}")
+    if name == "images" and not all(isinstance(facts, dict) for facts in value):
+        raise TypeError("images has an item that is no object")
     if name == "findings":
         return tuple(Finding(label=item["label"], written=item["written"]) for item in value)
     if name == "boxes":

@@ -2,7 +2,8 @@
 
 Keys, all optional: ``task`` (a task of the profile), ``prompt`` (free text in place of the task's prompt),
 ``variables`` (values of the prompt's placeholders; a list becomes lettered options), ``mode``, ``history`` (earlier
-turns), ``max_new_tokens``, ``temperature``, ``top_p``, ``repetition_penalty``, ``seed``, ``stop``.
+turns), ``max_new_tokens``, ``temperature``, ``top_p``, ``repetition_penalty``, ``seed``, ``stop``, ``identifiers``
+(``plain``, or ``hashed`` for a reading that carries digests in place of UIDs).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 from dataclasses import dataclass
 
 from cxr_triton.errors import InvalidRequest, unknown_key
+from cxr_triton.identity import IDENTIFIERS
 from cxr_triton.profile import PLACEHOLDER, Decoding, ModelProfile
 
 MAX_REQUEST_BYTES = 256 * 1024
@@ -34,6 +36,7 @@ _KEYS = (
     "repetition_penalty",
     "seed",
     "stop",
+    "identifiers",
 )
 _RANGES = {f.name: f.metadata["range"] for f in dataclasses.fields(Decoding)}
 
@@ -54,6 +57,8 @@ class ReadRequest:
         Earlier turns, ``user`` first, ``assistant`` last.
     seed : int or None
         None lets the decoder draw one.
+    identifiers : str
+        Of `cxr_triton.identity.IDENTIFIERS`.
     """
 
     task: str | None
@@ -68,6 +73,7 @@ class ReadRequest:
     repetition_penalty: float
     seed: int | None
     stop: tuple[str, ...]
+    identifiers: str
     min_images: int
     max_images: int
     system_prompt: str | None
@@ -117,6 +123,7 @@ class ReadRequest:
             **{key: _number(data, key, getattr(profile.decoding, key), *limits[key]) for key in limits},
             seed=_number(data, "seed", None, 0, MAX_SEED),
             stop=_stop(data.get("stop", [])),
+            identifiers=_identifiers(data),
             min_images=task.min_images if task else 0,
             max_images=task.max_images if task else profile.max_images,
             system_prompt=profile.system_prompt,
@@ -197,6 +204,13 @@ def _checked(value: object, where: str) -> str:
 
 def _text(data: dict, key: str, default: str | None) -> str | None:
     return _checked(data[key], f"REQUEST.{key}") if data.get(key) is not None else default
+
+
+def _identifiers(data: dict) -> str:
+    value = _text(data, "identifiers", "plain")
+    if value not in IDENTIFIERS:
+        raise InvalidRequest(f"REQUEST.identifiers: {value[:60]!r} is none of {', '.join(IDENTIFIERS)}")
+    return value
 
 
 def _number(data: dict, key: str, default, low, high):

@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ class Prepared:
     source_size : (int, int)
         Rows and columns of the file's image.
     facts : dict
-        What the reading reports about the image; JSON-serialisable and free of patient data.
+        What the reading reports about the image; JSON-serialisable. The UIDs of its `cxr_triton.identity` are the only
+        patient data.
     decode_ms, preprocess_ms : float
         Reading the file; rendering and resizing.
     """
@@ -254,6 +255,19 @@ class Sandbox:
         return b"".join(parts)
 
 
+def identify(images: Sequence[bytes]) -> list[dict[str, str]]:
+    """The identity of each file, see `cxr_triton.identity`.
+
+    Raises
+    ------
+    InvalidImage
+        Or one of its subclasses, as `Sandbox.prepare` does.
+    """
+    with Sandbox() as sandbox:
+        smallest = {"preset": "mimic_jpg", "min_pixels": 1, "max_pixels": 28 * 28, "factor": 1}
+        return [sandbox.prepare(data, **smallest).facts["identity"] for data in images]
+
+
 def _wait(fd: int, event: int, deadline: float) -> None:
     poll = select.poll()
     poll.register(fd, event)
@@ -322,6 +336,7 @@ def _answer(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
 def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
     from cxr_triton.dicom import read_image
     from cxr_triton.display import render
+    from cxr_triton.identity import identity_of
     from cxr_triton.image import resize, target_size
 
     started = time.perf_counter()
@@ -353,6 +368,7 @@ def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
         "percentiles": list(picture.percentiles),
         "padding_share": round(picture.padding_share, 4),
         "flags": list(picture.flags),
+        "identity": identity_of(data, radiograph),
     }
     answer = {
         "shape": list(pixels.shape),
@@ -368,6 +384,7 @@ def _warm_up() -> None:
     """Import and touch everything that an image needs, so that the first one is not slow."""
     import imagecodecs
 
+    import cxr_triton.identity  # noqa: F401
     from cxr_triton.dicom import Metadata, Radiograph
     from cxr_triton.display import render
     from cxr_triton.image import resize

@@ -11,6 +11,8 @@ from pydicom.dataset import Dataset
 from cxr_triton import phantom, phantom_file
 from cxr_triton.client.codes import LABELS
 from cxr_triton.client.objects import ObjectOptions, source_header
+from cxr_triton.dicom import read_image
+from cxr_triton.identity import UIDS, identity_of
 from cxr_triton.reading import Reading, parse
 
 TEXT = (
@@ -32,6 +34,15 @@ def header(**attributes) -> Dataset:
     for keyword, value in attributes.items():
         setattr(source, keyword, value)
     return source
+
+
+def identity(source: Dataset) -> dict:
+    """What a server records of `file` under the UIDs of `source`."""
+    data = file()
+    return {
+        **identity_of(data, read_image(data)),
+        **{k: str(source[n.replace(" ", "")].value) for k, n in UIDS.items()},
+    }
 
 
 def reading(*sources: Dataset, text: str = TEXT, answer: str = "labels", **changes) -> dict:
@@ -56,7 +67,14 @@ def reading(*sources: Dataset, text: str = TEXT, answer: str = "labels", **chang
         "labels": list(LABELS),
     }
     images = tuple(
-        {"rows": rows, "columns": columns, "preset": "mimic_jpg", "flags": ["lossy"]} for rows, columns in sizes
+        {
+            "rows": source.Rows,
+            "columns": source.Columns,
+            "preset": "mimic_jpg",
+            "flags": ["view_unknown"],
+            "identity": identity(source),
+        }
+        for source in sources
     )
     facts = {"task": "findings", "prompt": "Find abnormalities.", "model": model, "images": images}
     return json.loads(Reading.of(parsed, **{**facts, "notice": "A test fixture wrote this.", **changes}).to_json())

@@ -199,6 +199,8 @@ class Reading(Section):
         Waits between attempts, the last one repeated; each is spread by a third.
     lease_s : float
         After so long without a sign of life of a gateway another one takes its study.
+    unchecked_reading : bool
+        Take readings of a server that does not say which images they are of.
     """
 
     url: str = "127.0.0.1:8001"
@@ -213,6 +215,7 @@ class Reading(Section):
     max_attempts: int = in_range(1, 1000, default=20)
     retry_s: tuple[float, ...] = (1.0, 5.0, 15.0, 60.0)
     lease_s: float = in_range(1.0, 3600.0, default=60.0)
+    unchecked_reading: bool = False
 
     def __post_init__(self):
         super().__post_init__()

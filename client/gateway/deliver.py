@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import io
 import json
 import secrets
 import time
@@ -26,6 +27,8 @@ from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.read import POLL_S, either, spread
 from cxr_triton.client.gateway.receive import Receiver, take_commitment
 from cxr_triton.client.gateway.store import Store
+from cxr_triton.dicom import read_identity
+from cxr_triton.errors import InvalidImage, ReadingMismatch
 
 STORED = (0x0000, 0xB000, 0xB006, 0xB007, 0x0111)
 """Success, the three warnings of PS3.4 B.2.3, and a duplicate SOP instance: it is there."""
@@ -103,9 +106,14 @@ class DicomSender:
         try:
             for row in batch:
                 try:
-                    result = dcmread(self._storage / row.path)
+                    content = (self._storage / row.path).read_bytes()
+                    require_result(content, row)
+                    result = dcmread(io.BytesIO(content))
                 except (OSError, InvalidDicomError):
                     report(row, "refused", UNREADABLE)
+                    continue
+                except ReadingMismatch as error:
+                    report(row, "refused", error.wire())
                     continue
                 try:
                     status = association.send_c_store(result)
@@ -166,6 +174,22 @@ def judge(status: int) -> tuple[str, str]:
     return ("stored" if status in STORED else "refused" if is_permanent(status) else "again"), text
 
 
+def require_result(content: bytes, row: sa.Row) -> None:
+    """Refuse a file that is not the result written for this delivery, by the UID that was made of its images.
+
+    Raises
+    ------
+    ReadingMismatch
+        Its text names the file; UIDs stay out of the log, which will hold it.
+    """
+    try:
+        found = json.loads(content)["id"] if row.kind == "fhir" else read_identity(content).sop_instance
+    except (InvalidImage, ValueError, KeyError, TypeError):
+        found = None
+    if found != row.sop_instance:
+        raise ReadingMismatch(f"{row.path} in the storage folder is not the result that was written there; restore it")
+
+
 def _hex(status: Dataset) -> str:
     return f"0x{status.Status:04X}" if "Status" in status else "no answer"
 
@@ -191,8 +215,12 @@ class WebSender:
                 for row in batch:
                     try:
                         content = await asyncio.to_thread((self._storage / row.path).read_bytes)
+                        require_result(content, row)
                     except OSError:
                         await asyncio.to_thread(report, row, "refused", UNREADABLE)
+                        continue
+                    except ReadingMismatch as error:
+                        await asyncio.to_thread(report, row, "refused", error.wire())
                         continue
                     one = self._fhir if self._destination.kind == "fhir" else self._stow
                     await asyncio.to_thread(report, row, *await one(session, row, content))

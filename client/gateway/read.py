@@ -24,6 +24,7 @@ from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.store import Result, Store, is_full
 from cxr_triton.client.objects import ObjectOptions, diagnostic_report, result_objects, source_header
+from cxr_triton.dicom import read_identity
 from cxr_triton.errors import (
     Cancelled,
     CxrError,
@@ -31,6 +32,7 @@ from cxr_triton.errors import (
     InternalError,
     InvalidRequest,
     QueueFull,
+    ReadingMismatch,
     ServerMismatch,
     Unavailable,
 )
@@ -192,7 +194,7 @@ class ReadWorker:
         if same is not None:
             await asyncio.to_thread(self._store.finish, job.id, f"reads the same images as job {same}")
             return "same_images"
-        files = await asyncio.to_thread(lambda: [(self._storage / image.path).read_bytes() for image in chosen])
+        files = await asyncio.to_thread(lambda: [self._file(image) for image in chosen])
         task = self._config.priors.task if priors and self._config.priors.task else settings.task
         started = time.monotonic()
         reading = await reader.read(files, task=task, mode=settings.mode).result()
@@ -208,6 +210,17 @@ class ReadWorker:
         self._on_results()
         return reading.status
 
+    def _file(self, image: sa.Row) -> bytes:
+        """An object's file, which has to be of the image that came in."""
+        data = (self._storage / image.path).read_bytes()
+        found = read_identity(data)
+        if (found.study, found.series, found.sop_instance) != (image.study, image.series, image.sop_instance):
+            raise ReadingMismatch(
+                f"{image.path} in the storage folder is SOP instance {found.sop_instance} of study {found.study}, "
+                f"received was {image.sop_instance} of {image.study}; restore the folder, or send the image again"
+            )
+        return data
+
     def _write(self, job: sa.Row, chosen: Sequence[sa.Row], reading: Reading) -> list[Result]:
         """Result files of a reading, on the disk for good."""
         content = json.loads(reading.to_json())
@@ -217,6 +230,7 @@ class ReadWorker:
             made_at=datetime.datetime.fromtimestamp(job.first_at).astimezone(),
             digests=tuple(image.digest for image in chosen),
             station=self._config.own_aet,
+            unchecked_reading=self._config.read.unchecked_reading,
         )
         folder = self._storage / "results" / f"{job.id}-{secrets.token_hex(4)}"
         folder.mkdir(parents=True)

@@ -35,6 +35,7 @@ from hypothesis import strategies as st
 from cxr_triton.cli import main
 from cxr_triton.client.gateway.config import Destination, TlsFiles
 from cxr_triton.client.gateway.deliver import DicomSender, Unreachable
+from cxr_triton.dicom import read_identity
 
 NOWHERE = [{"name": "nowhere", "kind": "dicom", "aet": "NOWHERE", "host": "127.0.0.1", "port": 1}]
 LIMIT_MIB = 4
@@ -262,8 +263,9 @@ def test_tls_is_spoken_and_asks_for_a_certificate(tmp_path):
     config = gateway_config(tmp_path / "s", "127.0.0.1:1", NOWHERE, dicom={"port": 0, "tls": files, "first_pdu_s": 3})
     with GatewayProcess(tmp_path / "g", config) as secure:
         silent = [socket.create_connection(("127.0.0.1", secure.port)) for _ in range(12)]  # no handshake ever
-        (tmp_path / "a.dcm").write_bytes(friendly())
-        row = SimpleNamespace(path="a.dcm", sop_class="1.2.840.10008.5.1.4.1.1.1.1")
+        (tmp_path / "a.dcm").write_bytes(data := friendly())
+        uids = {"sop_class": "1.2.840.10008.5.1.4.1.1.1.1", "sop_instance": read_identity(data).sop_instance}
+        row = SimpleNamespace(path="a.dcm", kind="findings_sr", **uids)
 
         def deliver(**tls) -> list[str]:
             """What the gateway's own sender meets."""

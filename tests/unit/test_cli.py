@@ -26,6 +26,7 @@ from PIL import Image
 from cxr_triton import cli
 from cxr_triton.errors import CODES
 from cxr_triton.reading import Reading, parse
+from cxr_triton.sandbox import identify
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fake_server import FakeServer, failure, pause, response
@@ -261,12 +262,26 @@ def test_the_time_limit_cancels_on_the_server(png):
 def test_options_become_the_request(png, tmp_path):
     turns, earlier, other = tmp_path / "turns.json", tmp_path / "earlier.json", tmp_path / "prior.png"
     turns.write_text(json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]))
-    earlier.write_text(reading().to_json())
-    other.write_bytes(b"prior")
+    Image.linear_gradient("L").save(other)
+    facts = [{"identity": identity} for identity in identify([other.read_bytes(), png.read_bytes()])]
+    earlier.write_text(reading(images=facts).to_json())
     with FakeServer(answering(reading())) as server:
         options = ["--task", "vqa", "--mode", "instruct", "--var", "question=Which?", "--var", "options=A=1"]
         options += ["--var", "options=B", "--history", turns, "--history", earlier, "--max-new-tokens", 7]
-        result = run("read", other, png, "--url", server.url, *options, "--temperature", 0.5, "--seed", 3)
+        result = run(
+            "read",
+            other,
+            png,
+            "--url",
+            server.url,
+            *options,
+            "--temperature",
+            0.5,
+            "--seed",
+            3,
+            "--identifiers",
+            "hashed",
+        )
         assert result.exit_code == 0
         assert server.asked == {
             "task": "vqa",
@@ -281,9 +296,10 @@ def test_options_become_the_request(png, tmp_path):
             "max_new_tokens": 7,
             "temperature": 0.5,
             "seed": 3,
+            "identifiers": "hashed",
         }
         images = server.requests[-1].raw_input_contents[0]
-        assert images.index(b"prior") < images.index(b"PNG")
+        assert images.index(other.read_bytes()) < images.index(png.read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -317,7 +333,8 @@ def test_a_distant_server_without_encryption_is_warned_of(png):
 
 def test_html_shows_the_picture_and_no_file_name(png, tmp_path):
     out = tmp_path / "new" / "page.html"
-    with FakeServer(answering(reading())) as server:
+    facts = [{**reading().images[0], "identity": identity} for identity in identify([png.read_bytes()])]
+    with FakeServer(answering(reading(images=facts))) as server:
         assert run("read", png, "--url", server.url, "--html", out).exit_code == 0
     page = out.read_text()
     assert "DOE" not in page and "Cardiomegaly" in page and "Not for diagnosis" in page

@@ -27,7 +27,7 @@ from cxr_triton.client.objects import (
     result_objects,
     source_header,
 )
-from cxr_triton.errors import InvalidImage, InvalidRequest
+from cxr_triton.errors import InvalidImage, InvalidRequest, ReadingMismatch
 from cxr_triton.reading import STATUSES as READING_STATUSES
 from cxr_triton.reading import Reading
 
@@ -88,7 +88,7 @@ def test_uids_follow_what_was_asked_of_which_images_and_not_the_clock_or_the_tex
     assert uid() == uid(options=later) == uid(read=again)
     different = {
         uid(),
-        uid(header(SOPInstanceUID="1.2.3")),
+        uid(header(SOPInstanceUID="1.2.3"), reading(header(SOPInstanceUID="1.2.3"))),
         uid(options=other(digests=("cd" * 32,))),
         uid(read={**base, "prompt": "Another question"}),
         uid(read={**base, "task": "examine"}),
@@ -302,7 +302,7 @@ def test_what_cannot_become_an_object_is_refused():
 
     refused(InvalidRequest, "no source")
     refused(InvalidRequest, "'sr' is none of", source, kinds=["sr"])
-    refused(InvalidRequest, "1 images, 2 sources", source, source)
+    refused(ReadingMismatch, "1 images, 2 were given", source, source)
     refused(InvalidRequest, "rows and", header(Rows=7))
     refused(InvalidImage, "no Rows", header(Rows=None), read={**read, "images": [{}]})
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID"):
@@ -432,7 +432,7 @@ def test_sr_refuses_what_does_not_fit(image, tmp_path):
     out = ("-o", tmp_path / "out")
     for args, code, words in (
         ((png, "--reading", stored, *out), 1, "[INVALID_IMAGE] the file is not DICOM"),
-        ((image, image, "--reading", stored, *out), 1, "1 images, 2 sources"),
+        ((image, image, "--reading", stored, *out), 1, "case.json is of 1 images, 2 were given"),
         ((image, "--reading", image, *out), 1, "chest.dcm: READING"),
         ((image, "--reading", stored, "--kinds", "sr", *out), 2, "'sr' is none of"),
         ((image, "--reading", stored, "--task", "findings", *out), 2, "give one of them"),

@@ -1,5 +1,7 @@
 """The stages of a reading without Triton: tensors of a request, and the reading of a completion."""
 
+import hashlib
+import io
 import json
 import logging
 import subprocess
@@ -9,7 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jsonschema import Draft202012Validator
+from PIL import Image
+from pydicom import dcmread
 
+from cxr_triton import phantom, phantom_file
 from cxr_triton.engines.runtime import Completion
 from cxr_triton.errors import InvalidImage, InvalidRequest, PromptTooLong, QueueFull, from_wire
 from cxr_triton.pipeline import Preprocessor, build_reading, completion_json, sampling_of, wire_error
@@ -17,6 +23,8 @@ from cxr_triton.pipeline import Preprocessor, build_reading, completion_json, sa
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("integration", ".")]
 
 from served import radiograph, write_paper_bundle  # noqa: E402
+
+SCHEMA = json.loads((Path(__file__).resolve().parents[2] / "docs" / "reading.schema.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +120,32 @@ def test_a_completion_becomes_a_reading(preprocessor):
     assert reading.usage["completion_tokens"] == 6
     assert "research" in reading.notice.lower()
     assert type(reading).from_json(reading.to_json()) == reading
+
+
+def test_a_reading_says_which_images_it_is_of(preprocessor):
+    """As it is put together from CONTEXT, in both forms; the hashed one has no UID anywhere."""
+    image, picture = phantom_file.write_dicom(phantom.draw(np.random.default_rng(1))), io.BytesIO()
+    Image.linear_gradient("L").save(picture, "PNG")
+    source, files = dcmread(io.BytesIO(image)), [picture.getvalue(), image]
+    uids = {
+        "study_instance_uid": source.StudyInstanceUID,
+        "series_instance_uid": source.SeriesInstanceUID,
+        "sop_instance_uid": source.SOPInstanceUID,
+    }
+    validator = Draft202012Validator({"$ref": "#/$defs/identity", "$defs": SCHEMA["$defs"]})
+    for identifiers in ("plain", "hashed"):
+        context = preprocessor.prepare(files, request(task="compare", identifiers=identifiers)).context
+        recorded = [facts["identity"] for facts in json.loads(context)["images"]]
+        for identity in recorded:
+            validator.validate(identity)
+        digests = [hashlib.sha256(file).hexdigest() for file in files]
+        assert [identity["file_sha256"] for identity in recorded] == digests
+        assert recorded[1]["identifiers"] == identifiers and "identifiers" not in recorded[0]
+        for key, uid in uids.items():
+            assert recorded[1][key] == (uid if identifiers == "plain" else hashlib.sha256(uid.encode()).hexdigest())
+        assert any(uid in context for uid in uids.values()) == (identifiers == "plain")
+    default = json.loads(preprocessor.prepare([image], request()).context)["images"][0]["identity"]
+    assert default["study_instance_uid"] == source.StudyInstanceUID
 
 
 def test_stages_add_up_to_the_total(preprocessor):

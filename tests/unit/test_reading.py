@@ -336,6 +336,7 @@ def test_schema_refuses_what_is_no_reading():
         "notice": "",
         "boxes": [{"percent": [1, 2, 3]}],
         "more": 1,
+        "images": [{"identity": {"file_sha256": "0" * 64}}],
     }.items():
         assert not VALIDATOR.is_valid({**good, key: value})
     for key in good:
@@ -353,6 +354,7 @@ def test_schema_refuses_what_is_no_reading():
         {"notice": None},
         {"timings_ms": {"total": "soon"}},
         {"usage": {"prompt_tokens": None}},
+        {"images": ["x"]},
     ],
 )
 def test_a_client_refuses_what_is_no_reading(change):

@@ -114,6 +114,7 @@ def test_follow_up_needs_a_history():
         ({"repetition_penalty": 5}, "is outside 0.5 to 2.0"),
         ({"seed": -1}, "is outside 0 to"),
         ({"seed": 2**63}, "is outside 0 to"),
+        ({"identifiers": "secret"}, "REQUEST.identifiers: 'secret' is none of plain, hashed"),
         ({"stop": "x"}, "expected a list of at most 8 texts"),
         ({"stop": [""]}, "0 characters, allowed 1 to 64"),
         ({"x" * 9999: 1}, "unknown key 'xxx"),
