@@ -59,7 +59,7 @@ SOURCE = (
     "ManufacturerModelName", "SoftwareVersions", "DeviceSerialNumber", "StationName", "InstitutionName",
     "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "WindowCenter", "WindowWidth",
     "VOILUTFunction", "VOILUTSequence", "PixelRepresentation", "BitsStored", "PixelSpacing", "ImagerPixelSpacing",
-    "PixelAspectRatio",
+    "NominalScannedPixelSpacing", "PixelAspectRatio",
 )  # fmt: skip
 CHECKED_VRS = {"AS", "CS", "DA", "DS", "DT", "IS", "TM", "UI"}
 _UID = re.compile(r"[0-9.]{1,64}")

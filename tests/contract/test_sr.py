@@ -212,7 +212,7 @@ def verhoeff(number: str) -> bool:
     return check == 0
 
 
-def rectangle(rows: int, columns: int, photometric: str, box: tuple[int, int, int, int]) -> bytes:
+def rectangle(rows: int, columns: int, photometric: str, box: tuple[int, int, int, int], spacing=None) -> bytes:
     """A radiograph with one bright rectangle: left, top, right, bottom in pixel edges."""
     stored = np.full((rows, columns), 600, np.uint16)
     left, top, right, bottom = box
@@ -222,6 +222,8 @@ def rectangle(rows: int, columns: int, photometric: str, box: tuple[int, int, in
     source.BitsAllocated, source.BitsStored, source.HighBit = 16, 12, 11
     source.PresentationLUTShape = "INVERSE" if photometric == "MONOCHROME1" else "IDENTITY"
     source.WindowCenter, source.WindowWidth = 2048, 4096
+    if spacing:
+        source.ImagerPixelSpacing = spacing
     source.PatientOrientation = ["R", "F"] if photometric == "MONOCHROME1" else ["L", "F"]
     source.PixelData = (4095 - stored if photometric == "MONOCHROME1" else stored).astype("<u2").tobytes()
     out = io.BytesIO()
@@ -231,15 +233,23 @@ def rectangle(rows: int, columns: int, photometric: str, box: tuple[int, int, in
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
 @pytest.mark.parametrize(
-    ("rows", "columns", "box"),
-    [(900, 700, (80, 90, 330, 410)), (300, 1100, (700, 40, 1080, 260)), (1030, 310, (0, 700, 155, 1030))],
+    ("rows", "columns", "box", "spacing"),
+    [
+        (900, 700, (80, 90, 330, 410), None),
+        (300, 1100, (700, 40, 1080, 260), None),
+        (1030, 310, (0, 700, 155, 1030), None),
+        (450, 700, (80, 45, 330, 205), ["0.2", "0.1"]),
+        (900, 300, (20, 90, 110, 410), ["0.1", "0.25"]),
+    ],
 )
-def test_boxes_land_on_the_source_pixels(rows, columns, box, photometric, tmp_path):
+def test_boxes_land_on_the_source_pixels(rows, columns, box, spacing, photometric, tmp_path):
     """What stands out in the picture that the model sees is where DCMTK finds the region, in pixels of the file."""
-    data = rectangle(rows, columns, photometric, box)
+    data = rectangle(rows, columns, photometric, box, spacing)
     with Sandbox() as sandbox:
         seen = sandbox.prepare(data, preset="voi_display", min_pixels=112 * 112, max_pixels=476 * 476, factor=28).pixels
     assert seen.shape[0] / rows != pytest.approx(seen.shape[1] / columns, rel=1e-3)
+    height, width = float(spacing[0]) if spacing else 1, float(spacing[1]) if spacing else 1
+    assert seen.shape[0] / seen.shape[1] == pytest.approx(rows * height / (columns * width), rel=0.1)
     y, x = np.nonzero(seen > 128)
     percent = [100 * x.min() / seen.shape[1], 100 * y.min() / seen.shape[0]]
     percent += [100 * (x.max() + 1) / seen.shape[1], 100 * (y.max() + 1) / seen.shape[0]]

@@ -225,6 +225,8 @@ def test_a_presentation_state_keeps_the_shape_of_a_pixel():
             [0.15, 0.15],
         ),
         ({"PixelAspectRatio": ["2", "1"]}, "PresentationPixelAspectRatio", [2, 1]),
+        ({"PixelAspectRatio": ["2", "0"]}, "PresentationPixelAspectRatio", [1, 1]),
+        ({"NominalScannedPixelSpacing": ["0.2", "0.1"]}, "PresentationPixelSpacing", [0.2, 0.1]),
         ({}, "PresentationPixelAspectRatio", [1, 1]),
     ):
         (state,) = objects(header(**attributes), kinds=["gsps"])
