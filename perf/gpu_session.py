@@ -157,8 +157,9 @@ class Session:
         folder = self.work / f"export-{scale.name}-{precision}-{compute}"
         if not folder.exists():
             source = self.checkpoint(scale, "fp8" if precision == "fp8" else None)
+            profile = dataclasses.replace(load_profile("nv-reason-cxr-3b"), checkpoint=None)  # of any scale
             export_checkpoint(
-                str(source), folder, load_profile("nv-reason-cxr-3b"), precision=precision, compute=compute,
+                str(source), folder, profile, precision=precision, compute=compute,
                 max_sequence=MAX_SEQUENCE, accept_licence=True, progress=False,
             )  # fmt: skip
         return folder
