@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from pydicom import config
-from pydicom.datadict import tag_for_keyword
+from pydicom.datadict import keyword_for_tag, tag_for_keyword
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.errors import InvalidDicomError
 from pydicom.filereader import dcmread
-from pydicom.uid import UID, ExplicitVRLittleEndian
+from pydicom.tag import Tag
+from pydicom.uid import RE_VALID_UID, UID, ExplicitVRLittleEndian
 from pydicom.valuerep import validate_value
 
 from cxr_triton import __version__
@@ -60,10 +61,13 @@ SOURCE = (
     "ManufacturerModelName", "SoftwareVersions", "DeviceSerialNumber", "StationName", "InstitutionName",
     "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "WindowCenter", "WindowWidth",
     "VOILUTFunction", "VOILUTSequence", "PixelRepresentation", "BitsStored", "PixelSpacing", "ImagerPixelSpacing",
-    "PixelAspectRatio",
+    "NominalScannedPixelSpacing", "PixelAspectRatio",
 )  # fmt: skip
+SEXES = ("M", "F", "O")
 CHECKED_VRS = {"AS", "CS", "DA", "DS", "DT", "IS", "TM", "UI"}
-_UID = re.compile(r"[0-9.]{1,64}")
+SOURCE_UIDS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
+_UID = re.compile(r"[0-9][0-9.]{0,63}")
+"""A UID by which something is filed, whether or not it has the form of PS3.5 section 9.1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,24 +111,54 @@ def source_header(file: bytes | str | Path) -> Dataset:
     Raises
     ------
     InvalidImage
-        Not DICOM, or damaged.
+        Not DICOM, or damaged, or with a Patient ID that cannot be decoded.
     """
     try:
         stream = io.BytesIO(file) if isinstance(file, bytes) else file
         with config.disable_value_validation():
             source = dcmread(stream, stop_before_pixels=True, specific_tags=list(SOURCE))
+            source.undecoded = []
             for tag in list(source.keys()):
                 try:
                     source[tag]
                 except Exception:  # a value that pydicom cannot decode is no value
                     del source[tag]
-            return source
+                    source.undecoded.append(keyword_for_tag(tag))
     except InvalidDicomError:
         raise InvalidImage("the file is not DICOM; objects are made for DICOM images only") from None
     except OSError:
         raise
     except Exception as error:  # pydicom has no closed set of errors, and their texts quote the header
         raise InvalidImage(f"the file's header is damaged ({type(error).__name__}); send it again") from None
+    if "PatientID" in source.undecoded:
+        raise InvalidImage("the file's Patient ID cannot be decoded; correct the file's header")
+    return source
+
+
+def header_faults(source: Dataset) -> list[str]:
+    """What objects of an image keep though the standard forbids it, and what they leave out; without the values.
+
+    Parameters
+    ----------
+    source : pydicom.Dataset
+        See `source_header`.
+
+    Returns
+    -------
+    list of str
+        A sentence for each; they name attributes and are free of patient data.
+    """
+    faults = [
+        f"{keyword} is no valid UID (PS3.5 section 9.1); it is kept as it is"
+        for keyword in SOURCE_UIDS
+        if source.get(keyword) and not re.fullmatch(RE_VALID_UID, str(source.get(keyword)))
+    ]
+    with config.disable_value_validation():
+        left_out = [*getattr(source, "undecoded", ()), *copy_attributes(source, Dataset(), PATIENT_AND_STUDY)]
+    if source.get("PatientSex") and source.PatientSex not in SEXES:
+        left_out.append("PatientSex")
+    left_out = dict.fromkeys(keyword for keyword in left_out if keyword)
+    return faults + [f"{keyword} breaks its value representation; it is left out" for keyword in left_out]
 
 
 def result_objects(
@@ -280,7 +314,7 @@ class Study:
         for keyword in TYPE_2:
             if keyword not in instance:
                 setattr(instance, keyword, None)
-        if instance.PatientSex not in ("M", "F", "O"):
+        if instance.PatientSex not in SEXES:
             instance.PatientSex = None
         if self._offset:
             instance.TimezoneOffsetFromUTC = self._offset
@@ -347,21 +381,21 @@ class Study:
         return [acquisition, algorithm]
 
 
-def copy_attributes(source: Dataset, target: Dataset, keywords: Sequence[str]) -> None:
+def copy_attributes(source: Dataset, target: Dataset, keywords: Sequence[str]) -> list[str]:
     """Copy elements as decoded text, so that the target's character set encodes them.
 
-    A date, number, code or UID that breaks its VR stays out; names and other free text are copied as they are.
+    A date, number or code that breaks its VR stays out; names and other free text are copied as they are, and so are
+    UIDs, because things are filed by them.
+
+    Returns
+    -------
+    list of str
+        Keywords of what stayed out, elements of nested items among them.
     """
+    left_out = []
     for keyword in keywords:
-        tag = tag_for_keyword(keyword)
-        if tag not in source:
-            continue
-        try:
-            element = _copied(source[tag])
-        except Exception:  # a value that pydicom cannot decode
-            continue
-        if element is not None:
-            target[tag] = element
+        _copy(source, target, tag_for_keyword(keyword), left_out)
+    return left_out
 
 
 def code_item(concept: Concept) -> Dataset:
@@ -407,7 +441,7 @@ def _check_reading(reading: dict[str, Any]) -> None:
 
 
 def _check_source(source: Dataset, facts: dict[str, Any], name: str) -> None:
-    for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):
+    for keyword in SOURCE_UIDS:
         if not _UID.fullmatch(str(source.get(keyword) or "")):
             raise InvalidImage(f"{name} has no valid {keyword}; objects can only be made for a complete DICOM image")
     stored = source.get("Rows"), source.get("Columns")
@@ -421,23 +455,38 @@ def _check_source(source: Dataset, facts: dict[str, Any], name: str) -> None:
         )
 
 
-def _copied(element: DataElement) -> DataElement | None:
-    """A copy that holds no bytes of the source's character set; None when its value breaks the VR."""
+def _copy(source: Dataset, target: Dataset, tag: int, left_out: list[str]) -> None:
+    if tag not in source:
+        return
+    try:
+        target[tag] = _copied(source[tag], left_out)
+    except Exception:  # a value that breaks its VR, or that pydicom cannot decode
+        left_out.append(keyword_for_tag(tag) or str(Tag(tag)))
+
+
+def _copied(element: DataElement, left_out: list[str]) -> DataElement:
+    """A copy that holds no bytes of the source's character set.
+
+    Raises
+    ------
+    ValueError
+        The value breaks its VR.
+    """
     value = element.value
     if element.VR == "SQ":
         items = []
         for source in value:
             item = Dataset()
-            for child in source:
-                if child.keyword != "SpecificCharacterSet" and (copied := _copied(child)) is not None:
-                    item[child.tag] = copied
+            for tag in sorted(source.keys() - {tag_for_keyword("SpecificCharacterSet")}):
+                _copy(source, item, tag, left_out)
             items.append(item)
         return DataElement(element.tag, "SQ", items)
     if element.VR == "PN":
         value = [str(name) for name in value] if element.VM > 1 else str(value)
     if element.VR in CHECKED_VRS:
         for part in value if element.VM > 1 else [value]:
-            validate_value(element.VR, str(part or ""), config.RAISE)
+            if not (element.VR == "UI" and _UID.fullmatch(str(part))):
+                validate_value(element.VR, str(part or ""), config.RAISE)
     return DataElement(element.tag, element.VR, value, validation_mode=config.IGNORE)
 
 

@@ -6,6 +6,7 @@ polarity, shape of a pixel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,12 +48,12 @@ def _state(study: Study, source: Dataset, boxes: list[dict[str, Any]], number: i
     area.DisplayedAreaTopLeftHandCorner = [1, 1]
     area.DisplayedAreaBottomRightHandCorner = [int(source.Columns), int(source.Rows)]
     area.PresentationSizeMode = "SCALE TO FIT"
-    spacings = (source.get("PixelSpacing"), source.get("ImagerPixelSpacing"))
-    spacing = next((s for s in spacings if isinstance(s, Sequence) and len(s) == 2 and min(s) > 0), None)
-    if spacing:
+    spacings = (source.get(f"{kind}PixelSpacing") for kind in ("", "Imager", "NominalScanned"))
+    if spacing := next(filter(_is_shape, spacings), None):
         area.PresentationPixelSpacing = spacing
     else:
-        area.PresentationPixelAspectRatio = source.get("PixelAspectRatio") or [1, 1]
+        ratio = source.get("PixelAspectRatio")
+        area.PresentationPixelAspectRatio = ratio if _is_shape(ratio) else [1, 1]
     area.ReferencedImageSequence = [reference(source)]
     state.DisplayedAreaSelectionSequence = [area]
     layer = Dataset()
@@ -64,6 +65,11 @@ def _state(study: Study, source: Dataset, boxes: list[dict[str, Any]], number: i
     annotation.TextObjectSequence = [_label(box) for box in boxes]
     state.GraphicAnnotationSequence = [annotation]
     return state
+
+
+def _is_shape(pair: object) -> bool:
+    """Whether a header's value is the height and width of a pixel, by the same rule as `read_image`'s."""
+    return isinstance(pair, Sequence) and len(pair) == 2 and all(0 < value < math.inf for value in pair)
 
 
 def _repeat_grey_scale(source: Dataset, state: Dataset) -> None:

@@ -25,6 +25,7 @@ from cxr_triton.client.objects import (
     ObjectOptions,
     diagnostic_report,
     file_digest,
+    header_faults,
     result_objects,
     source_header,
 )
@@ -78,6 +79,10 @@ def sr(
     """
     images = [file.read_bytes() for file in files]
     sources = [source_header(data) for data in images]
+    warnings = [f"{file.name}: {fault}" for file, source in zip(files, sources, strict=True)
+                for fault in header_faults(source)]  # fmt: skip
+    for warning in warnings:
+        click.echo(f"warning: {printable(warning)}", err=True)
     if reading_path:
         if task:
             raise click.UsageError("--task asks a server, --reading takes what one answered; give one of them")
@@ -118,7 +123,7 @@ def sr(
     if "gsps" in kinds and not any(item["kind"] == "gsps" for item in written):
         click.echo("gsps         none: the reading has no box", out)
     click.echo(f"{NOT_FOR_DIAGNOSIS} The objects are preliminary and unverified.", out)
-    write_json({"status": reading["status"], "objects": written}, json_path)
+    write_json({"status": reading["status"], "objects": written, "warnings": warnings}, json_path)
     if reading["status"] != "ok":
         sys.exit(EXIT_NOT_AS_ASKED)
 

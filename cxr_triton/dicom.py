@@ -61,6 +61,7 @@ class Limits:
 
 FLAGS: dict[str, str] = {
     "alpha_dropped": "the file's transparency was ignored",
+    "bits_stored_corrected": "the values go on above BitsStored, which is wrong: read with the bits that they have",
     "burned_in": "the file says that text is burned into the pixels",
     "burned_in_unknown": "the file does not say whether text is burned into the pixels",
     "clamped": "lossy values beyond BitsStored were clamped",
@@ -85,6 +86,8 @@ FLAGS: dict[str, str] = {
     "padding": "a part of the pixels is padding; black in voi_display",
     "padding_ignored": "Pixel Padding Value would remove every pixel and was ignored",
     "palette": "the file's palette was applied",
+    "pixel_shape_doubtful": "what the file says of its pixels' shape is malformed or contradicts itself",
+    "pixels_not_square": "the pixels are not square: resampled to square ones; boxes are in pixels as stored",
     "polarity_suspect": "the picture's border is brighter than its inside; it may be inverted; not changed",
     "presentation_lut_ignored": "a Presentation LUT Sequence was ignored",
     "range_fallback": "no usable VOI LUT or window, and the declared range is mostly unused: scaled by min and max",
@@ -113,7 +116,7 @@ class Metadata:
         dicom, png or jpeg.
     rows, columns : int
     bits_stored : int
-        Significant bits of a stored value.
+        Significant bits of a stored value: BitsStored, unless the flag `bits_stored_corrected` is set.
     signed : bool
         Pixel Representation 1.
     photometric : str
@@ -133,6 +136,8 @@ class Metadata:
         L, R, U, B or empty.
     sop_instance_uid, series_instance_uid, study_instance_uid : str
         Empty for PNG and JPEG, and where missing or malformed.
+    pixel_aspect_ratio : float
+        Height of a pixel over its width; 1 where they differ by less than a hundredth.
     """
 
     format: str
@@ -154,6 +159,7 @@ class Metadata:
     sop_instance_uid: str = ""
     series_instance_uid: str = ""
     study_instance_uid: str = ""
+    pixel_aspect_ratio: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -364,7 +370,9 @@ class _Tag(IntEnum):
     MODALITY = 0x00080060
     INTENT = 0x00080068
     CODE_VALUE = 0x00080100
+    IMAGER_PIXEL_SPACING = 0x00181164
     SHUTTER_SHAPE = 0x00181600
+    NOMINAL_SCANNED_PIXEL_SPACING = 0x00182010
     VIEW_POSITION = 0x00185101
     STUDY = 0x0020000D
     SERIES = 0x0020000E
@@ -376,6 +384,8 @@ class _Tag(IntEnum):
     FRAMES = 0x00280008
     ROWS = 0x00280010
     COLUMNS = 0x00280011
+    PIXEL_SPACING = 0x00280030
+    PIXEL_ASPECT_RATIO = 0x00280034
     BITS_ALLOCATED = 0x00280100
     BITS_STORED = 0x00280101
     HIGH_BIT = 0x00280102
@@ -664,7 +674,7 @@ def _read_dicom(data: bytes, start: int, limits: Limits) -> Radiograph:
     dataset, uid, syntax = _open(data, start, limits, flags)
     sop_class, modality = _require_radiograph(dataset, flags)
     shape, bits_allocated, bits_stored, signed, photometric = _require_layout(dataset, limits)
-    stored, lossy = _pixels(dataset, uid, syntax, shape, bits_allocated, bits_stored, signed, flags)
+    stored, bits_stored, lossy = _pixels(dataset, uid, syntax, shape, bits_allocated, bits_stored, signed, flags)
     if lossy or dataset.text(_Tag.LOSSY) == "01":
         flags.add("lossy")
     modality_transform = _modality_transform(dataset, signed, flags)
@@ -691,6 +701,7 @@ def _read_dicom(data: bytes, start: int, limits: Limits) -> Radiograph:
         sop_instance_uid=_uid(dataset, _Tag.SOP_INSTANCE),
         series_instance_uid=_uid(dataset, _Tag.SERIES),
         study_instance_uid=_uid(dataset, _Tag.STUDY),
+        pixel_aspect_ratio=_pixel_aspect_ratio(dataset, flags),
     )
     return Radiograph(stored, metadata, tuple(sorted(flags)))
 
@@ -818,8 +829,8 @@ def _pixels(
     bits_stored: int,
     signed: bool,
     flags: set[str],
-) -> tuple[np.ndarray, bool]:
-    """Stored values, masked and sign-extended, and whether their compression was lossy."""
+) -> tuple[np.ndarray, int, bool]:
+    """Stored values, masked and sign-extended, the bits that they have, and whether their compression was lossy."""
     encapsulated = dataset.elements[_Tag.PIXELS].length == _UNDEFINED
     if encapsulated != bool(syntax.kinds):
         raise HeaderMismatch(
@@ -828,7 +839,7 @@ def _pixels(
         )
     dtype = np.dtype(np.uint8 if bits_allocated == 8 else np.uint16)
     if not encapsulated:
-        return _to_stored(_native(dataset, shape, dtype), bits_stored, signed, False, flags), False
+        return *_to_stored(_native(dataset, shape, dtype), bits_stored, signed, False, flags), False
     frame = _join_fragments(dataset)
     header = inspect(uid, frame)
     declared = (header.height, header.width, header.components) if header.kind != "rle" else (*shape, header.components)
@@ -846,7 +857,7 @@ def _pixels(
     lossy = bool(header.lossy) if syntax.lossy is None else syntax.lossy
     values = decode(header, frame, shape, dtype)
     words = values.astype(f"{values.dtype.kind}{dtype.itemsize}", copy=False).view(dtype)
-    return _to_stored(words, bits_stored, signed, lossy, flags), lossy
+    return *_to_stored(words, bits_stored, signed, lossy, flags), lossy
 
 
 def _native(dataset: _DataSet, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
@@ -898,27 +909,110 @@ def _join_fragments(dataset: _DataSet) -> bytes | memoryview:
     return fragments[1] if len(fragments) == 2 else b"".join(fragments[1:])
 
 
-def _to_stored(raw: np.ndarray, bits_stored: int, signed: bool, lossy: bool, flags: set[str]) -> np.ndarray:
-    """Keep BitsStored bits of unsigned words: clamp what a lossy codec overshot, else mask; then extend the sign."""
-    spare = raw.dtype.itemsize * 8 - bits_stored
-    integer = np.dtype(f"i{raw.dtype.itemsize}")
-    beyond = spare > 0 and int(raw.max()) >= 1 << bits_stored
-    if lossy and beyond:
-        values = raw.view(integer) if signed else raw
-        low, high = (-(1 << (bits_stored - 1)), (1 << (bits_stored - 1)) - 1) if signed else (0, (1 << bits_stored) - 1)
-        clamped = np.clip(values, low, high)
-        if not np.array_equal(clamped, values):
-            flags.add("clamped")
-        return clamped
-    if signed:
-        values = np.left_shift(raw, spare).view(integer) >> spare if spare else raw.view(integer)
-        if beyond and not np.array_equal(values.view(raw.dtype), raw):
-            flags.add("high_bits_masked")
-        return values
-    if beyond:
+def _to_stored(raw: np.ndarray, bits_stored: int, signed: bool, lossy: bool, flags: set[str]) -> tuple[np.ndarray, int]:
+    """Stored values of unsigned words, and the bits that they have.
+
+    Keeps BitsStored bits: clamps what a lossy codec overshot, else masks what an old overlay or garbage left above.
+    More bits are kept where those above continue the values: masking would wrap them.
+    """
+    whole = raw.view(np.dtype(f"i{raw.dtype.itemsize}")) if signed else raw
+    low, high = (int(end) for end in declared_range(bits_stored, signed))
+    least, most = int(whole.min()), int(whole.max())
+    if low <= least and most <= high:
+        return whole, bits_stored
+    bits = bits_stored
+    if not lossy:
+        bits = _continued_bits(raw, bits_stored, signed)
+    elif most > high + (high - low) / 2 or least < low - (high - low) / 2:  # more than a codec rings
+        bits = max(most.bit_length(), (-1 - least).bit_length()) + signed
+    if bits != bits_stored:
+        flags.add("bits_stored_corrected")
+    elif lossy:
+        flags.add("clamped")
+        return np.clip(whole, low, high), bits
+    values = _lowest_bits(raw, bits, signed)
+    if not np.array_equal(values, whole):
         flags.add("high_bits_masked")
-        return raw & raw.dtype.type((1 << bits_stored) - 1)
-    return raw
+    return values, bits
+
+
+def _continued_bits(raw: np.ndarray, bits_stored: int, signed: bool) -> int:
+    """BitsStored, or more where the bits above continue the values.
+
+    Neighbours that differ above BitsStored decide: bits that belong to the values bring them closer, overlays and
+    garbage part them and leave them alike below.
+
+    Raises
+    ------
+    HeaderMismatch
+        The bits above are neither.
+    """
+    rows = raw[:: -(-raw.shape[0] // 256), : 1 << 13]  # enough to decide
+
+    def steps(bits: int) -> np.ndarray:
+        return np.abs(np.diff(_lowest_bits(rows, bits, signed).astype(np.int32), axis=1))
+
+    masked = steps(bits_stored)
+    closer = {bits: np.sign(masked - steps(bits)).sum() for bits in range(bits_stored, 8 * raw.dtype.itemsize + 1)}
+    best = max(closer, key=closer.get)  # the fewest bits of equals
+    above = rows - _lowest_bits(rows, best, signed).view(rows.dtype)
+    if (above == np.median(above)).mean() > 0.999:  # the same everywhere, but for a few dead pixels
+        return best
+    across = steps(best)[np.diff(above, axis=1) != 0]
+    if across.size and np.median(across) > 2**best / 16:
+        raise HeaderMismatch(
+            f"Bits Stored {_Tag.BITS_STORED} is {bits_stored}, the pixels use {int(raw.max()).bit_length()}, and what"
+            " stands in those above is no overlay; correct the header"
+        )
+    return best
+
+
+def _lowest_bits(raw: np.ndarray, bits: int, signed: bool) -> np.ndarray:
+    """The lowest bits of unsigned words, with their sign extended."""
+    if not signed:
+        return raw & raw.dtype.type((1 << bits) - 1)
+    spare = raw.dtype.itemsize * 8 - bits
+    return np.left_shift(raw, spare).view(np.dtype(f"i{raw.dtype.itemsize}")) >> spare
+
+
+_PIXEL_SHAPES = (
+    _Tag.PIXEL_SPACING,
+    _Tag.IMAGER_PIXEL_SPACING,
+    _Tag.NOMINAL_SCANNED_PIXEL_SPACING,
+    _Tag.PIXEL_ASPECT_RATIO,
+)
+_MAX_PIXEL_ASPECT_RATIO = 5
+_SQUARE = 0.01  # spacings are rounded
+
+
+def _pixel_aspect_ratio(dataset: _DataSet, flags: set[str]) -> float:
+    """Height of a pixel over its width, by the first element that tells it; all of them are (vertical, horizontal)."""
+    ratios = {}
+    for tag in _PIXEL_SHAPES:
+        pair = dataset.numbers(tag) or [0.0, 0.0]
+        if len(pair) == 2 and all(math.isfinite(value) and value > 0 for value in pair):
+            ratios[f"{tag} {tag.name.lower()}"] = pair[0] / pair[1]
+        elif len(pair) != 2 or any(pair):  # zeros stand for unknown
+            flags.add("pixel_shape_doubtful")
+    if not ratios:
+        return 1.0
+    where, ratio = next(iter(ratios.items()))
+    if any(not math.isclose(other, ratio, rel_tol=_SQUARE) for other in ratios.values()):
+        flags.add("pixel_shape_doubtful")
+    return _stretch(ratio, where, flags)
+
+
+def _stretch(ratio: float, where: str, flags: set[str]) -> float:
+    """A pixel's height over its width, flagged where that matters."""
+    if not 1 / _MAX_PIXEL_ASPECT_RATIO <= ratio <= _MAX_PIXEL_ASPECT_RATIO:
+        raise HeaderMismatch(
+            f"{where} makes a pixel {ratio:.3g} times as high as wide, allowed are 1/{_MAX_PIXEL_ASPECT_RATIO} to"
+            f" {_MAX_PIXEL_ASPECT_RATIO}; correct it"
+        )
+    if math.isclose(ratio, 1, rel_tol=_SQUARE):
+        return 1.0
+    flags.add("pixels_not_square")
+    return ratio
 
 
 def _modality_transform(dataset: _DataSet, signed: bool, flags: set[str]) -> Rescale | LookupTable | None:
@@ -1067,7 +1161,7 @@ def _read_png(data: bytes, limits: Limits) -> Radiograph:
         raise InvalidImage("PNG has no header chunk; the file is damaged")
     width, height = struct.unpack_from(">II", data, 16)
     _require_size(height, width, limits)
-    _require_png_whole(data)
+    density = _walk_png(data)
     try:
         pixels = imagecodecs.png_decode(data)
     except MemoryError as error:
@@ -1081,12 +1175,15 @@ def _read_png(data: bytes, limits: Limits) -> Radiograph:
         if (pixels[..., -1] != opaque).any():
             flags.add("alpha_dropped")
         pixels = pixels[..., :-1]
-    return _picture("png", _collapse(pixels), flags)
+    return _picture("png", _collapse(pixels), density, flags)
 
 
-def _require_png_whole(data: bytes) -> None:
-    """Walk the chunks to IEND: decoders differ on what they do with a truncated file and with animations."""
-    position, count = 8, 0
+def _walk_png(data: bytes) -> tuple[float, float]:
+    """Walk the chunks to IEND: decoders differ on what they do with a truncated file and with animations.
+
+    Gives pixels per unit across and down, equal where the file does not say.
+    """
+    position, count, density = 8, 0, (1, 1)
     while count < _MAX_ELEMENTS:
         if position + 12 > len(data):
             raise InvalidImage(f"PNG ends at byte {len(data)} before its end chunk; send the complete file")
@@ -1094,11 +1191,13 @@ def _require_png_whole(data: bytes) -> None:
         kind = data[position + 4 : position + 8]
         if kind == b"acTL" and data[position + 8 : position + 12] > b"\0\0\0\x01":
             raise MultiFrame("PNG is animated, allowed 1 frame; send one frame per file")
+        if kind == b"pHYs" and length == 9:
+            density = struct.unpack_from(">II", data.ljust(position + 17), position + 8)
         position += 12 + length
         if kind == b"IEND":
             if position > len(data):
                 break
-            return
+            return density
         count += 1
     raise InvalidImage("PNG chunks do not lead to an end chunk; the file is damaged")
 
@@ -1129,9 +1228,11 @@ def _read_jpeg(data: bytes, limits: Limits) -> Radiograph:
     if pixels.shape[0] * pixels.shape[1] != header.height * header.width:
         raise HeaderMismatch(f"JPEG decodes to {pixels.shape}, its header declares {header.height}x{header.width}")
     flags = {"lossy"}
-    if picture.getexif().get(0x0112, 1) != 1:
+    density = picture.info.get("jfif_density", (1, 1)) if picture.info.get("jfif_unit") else (1, 1)
+    if (turn := picture.getexif().get(0x0112, 1)) != 1:
         flags.add("exif_transposed")
-    return _picture("jpeg", _collapse(pixels.reshape(*pixels.shape[:2], -1)), flags)
+        density = density[::-1] if turn > 4 else density
+    return _picture("jpeg", _collapse(pixels.reshape(*pixels.shape[:2], -1)), density, flags)
 
 
 def _collapse(pixels: np.ndarray) -> np.ndarray:
@@ -1145,12 +1246,14 @@ def _collapse(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _picture(form: str, pixels: np.ndarray, flags: set[str]) -> Radiograph:
+def _picture(form: str, pixels: np.ndarray, density: tuple[float, float], flags: set[str]) -> Radiograph:
+    """`density` is pixels per unit across and down."""
     metadata = Metadata(
         format=form,
         rows=pixels.shape[0],
         columns=pixels.shape[1],
         bits_stored=pixels.dtype.itemsize * 8,
         photometric="RGB" if pixels.ndim == 3 else "MONOCHROME2",
+        pixel_aspect_ratio=_stretch(density[0] / density[1], "its resolution", flags) if all(density) else 1.0,
     )
     return Radiograph(pixels, metadata, tuple(sorted(flags | {"burned_in_unknown", "view_unknown"})))

@@ -76,6 +76,19 @@ def pixel_limits(preprocessor_config: Mapping) -> tuple[int, int]:
     )
 
 
+def square_size(height: int, width: int, pixel_aspect_ratio: float) -> tuple[int, int]:
+    """Size at which a picture has square pixels and keeps the finer of its two resolutions.
+
+    Parameters
+    ----------
+    pixel_aspect_ratio : float
+        Height of a pixel over its width.
+    """
+    if pixel_aspect_ratio >= 1:
+        return round(height * pixel_aspect_ratio), width
+    return height, round(width / pixel_aspect_ratio)
+
+
 def target_size(
     height: int, width: int, *, min_pixels: int, max_pixels: int, factor: int = PATCH * MERGE
 ) -> tuple[int, int]:

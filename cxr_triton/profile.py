@@ -1,7 +1,8 @@
 """What differs between models: prompts, modes, pixel budget, decoding defaults, answer grammar, licence.
 
 A profile is YAML, one of the bundled `profile_names()` or a file of the user's own; `load_profile` gives it back
-frozen and validated. Token ids are no part of a profile: they come from the checkpoint.
+frozen and validated. Sizes and token ids come from the checkpoint; a profile states them to be compared, so that no
+other model is taken for its own.
 """
 
 from __future__ import annotations
@@ -63,6 +64,51 @@ class Licence(Checked):
     name: str
     stated: str
     non_commercial: bool
+
+
+def _size() -> typing.Any:
+    return in_range(1, 1 << 20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSizes(Checked):
+    """Sizes of a decoder, named as in ``config.json``."""
+
+    hidden_size: int = _size()
+    intermediate_size: int = _size()
+    num_hidden_layers: int = _size()
+    num_attention_heads: int = _size()
+    num_key_value_heads: int = _size()
+    vocab_size: int = _size()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionSizes(Checked):
+    """Sizes of a vision tower, named as in ``config.json``."""
+
+    depth: int = _size()
+    hidden_size: int = _size()
+    intermediate_size: int = _size()
+    num_heads: int = _size()
+    out_hidden_size: int = _size()
+    patch_size: int = _size()
+    spatial_merge_size: int = _size()
+    window_size: int = _size()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointShape(Checked):
+    """What the checkpoints of a profile look like: the model's own and every fine-tune of the same shape.
+
+    Attributes
+    ----------
+    tokens : dict of str to int
+        Special tokens and their ids.
+    """
+
+    text: TextSizes
+    vision: VisionSizes
+    tokens: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +215,8 @@ class ModelProfile(Checked):
     ----------
     checkpoint_id, revision : str
         Hub repository of the weights and the revision that the facts were taken from.
+    checkpoint : CheckpointShape or None
+        What a checkpoint has to look like to be exported with this profile; None takes any.
     system_prompt : str or None
         None leaves the system line to the checkpoint's chat template.
     min_pixels, max_pixels : int
@@ -185,6 +233,7 @@ class ModelProfile(Checked):
     title: str
     checkpoint_id: str
     revision: str
+    checkpoint: CheckpointShape | None = None
     licence: Licence
     notice: str
     system_prompt: str | None = None

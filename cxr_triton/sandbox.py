@@ -337,16 +337,15 @@ def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
     from cxr_triton.dicom import read_image
     from cxr_triton.display import render
     from cxr_triton.identity import identity_of
-    from cxr_triton.image import resize, target_size
+    from cxr_triton.image import resize, square_size, target_size
 
     started = time.perf_counter()
     radiograph = read_image(data, limits)
     decoded = time.perf_counter()
     picture = render(radiograph, order["preset"])
     height, width = picture.pixels.shape[:2]
-    size = target_size(
-        height, width, min_pixels=order["min_pixels"], max_pixels=order["max_pixels"], factor=order["factor"]
-    )
+    budget = {name: order[name] for name in ("min_pixels", "max_pixels", "factor")}
+    size = target_size(*square_size(height, width, radiograph.metadata.pixel_aspect_ratio), **budget)
     pixels = np.ascontiguousarray(resize(picture.pixels, size))
     finished = time.perf_counter()
     metadata = radiograph.metadata
@@ -361,6 +360,7 @@ def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
         "signed": metadata.signed,
         "rows": height,
         "columns": width,
+        "pixel_aspect_ratio": round(metadata.pixel_aspect_ratio, 4),
         "view": metadata.view,
         "patient_orientation": list(metadata.patient_orientation),
         "laterality": metadata.laterality,

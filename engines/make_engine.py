@@ -173,7 +173,7 @@ def make_engine(
         What a stage raises. The stages before it stay.
     """
     from cxr_triton.export.checkpoint import Checkpoint
-    from cxr_triton.export.command import export_checkpoint, located
+    from cxr_triton.export.command import export_checkpoint, located, require_fit
     from cxr_triton.triton_repo.package import Settings, write_repository
 
     from .bundle import build_bundle
@@ -186,7 +186,9 @@ def make_engine(
     if decoder.compiler == "tensorrt-llm":
         _check_tensorrt_llm(chosen, out, unverified)
     folder, _ = located(source, model)
-    sequence = min(chosen.max_sequence, Checkpoint(folder).text.max_position_embeddings)
+    checkpoint = Checkpoint(folder)
+    require_fit(source, checkpoint, model)
+    sequence = min(chosen.max_sequence, checkpoint.text.max_position_embeddings)
     with _own(out):
         stages = Stages(out, say)
         quantized = None

@@ -324,6 +324,16 @@ class Checkpoint:
             "preprocessor_config.json": json.dumps(self.preprocessor, indent=2).encode(),
         }
 
+    def token_ids(self) -> dict[str, int]:
+        """Id of every token that `tokenizer.json` names; empty without one."""
+        if not (self.folder / "tokenizer.json").exists():
+            return {}
+        tokenizer = self._json("tokenizer.json")
+        vocab = (tokenizer.get("model") or {}).get("vocab")
+        ids = dict(vocab) if isinstance(vocab, dict) else {}
+        added = [token for token in tokenizer.get("added_tokens") or () if isinstance(token, dict)]
+        return ids | {token.get("content"): token.get("id") for token in added}
+
     def _chat_template(self) -> str:
         path = self.folder / "chat_template.jinja"
         if path.exists():
@@ -700,6 +710,14 @@ def tensor_shapes(text: TextConfig, vision: VisionConfig, tied: bool) -> dict[st
         "visual.merger.mlp.2.weight": (vision.out_hidden_size, merged),
         "visual.merger.mlp.2.bias": (vision.out_hidden_size,),
     }
+
+
+def hub_id(source: str) -> str | None:
+    """Hub repository of a checkpoint: the id itself, or the one whose snapshot in the hub's cache a folder is."""
+    if not Path(source).is_dir():
+        return source
+    names = [part for part in Path(source).resolve().parts if part.startswith("models--")]
+    return names[-1].removeprefix("models--").replace("--", "/") if names else None
 
 
 def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:

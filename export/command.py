@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -15,10 +16,10 @@ import click
 
 from cxr_triton import __version__
 from cxr_triton.cli import json_option, write_json
-from cxr_triton.errors import InvalidRequest, LicenceNotAccepted
-from cxr_triton.profile import Licence, ModelProfile, load_profile, profile_names
+from cxr_triton.errors import InvalidRequest, LicenceNotAccepted, UnsupportedCheckpoint
+from cxr_triton.profile import CheckpointShape, Licence, ModelProfile, load_profile, profile_names
 
-from .checkpoint import Checkpoint, locate
+from .checkpoint import Checkpoint, hub_id, locate
 from .decoder import check_source, write_decoder
 from .graph import Precision, check
 from .tensorrt_llm import write_tensorrt_llm
@@ -87,6 +88,7 @@ def export_checkpoint(
     licence = require_licence(source, profile, accept_licence)
     folder, commit = located(source, profile, revision)
     checkpoint = Checkpoint(folder)
+    require_fit(source, checkpoint, profile)
     precision = precision or (checkpoint.quantization.scheme if checkpoint.quantization else "int4")
     chosen = Precision.of(precision, compute, head)
     check_source(checkpoint, chosen)
@@ -170,11 +172,49 @@ def located(source: str, profile: ModelProfile, revision: str | None = None) -> 
 
 def licence_of(source: str, profile: ModelProfile) -> Licence:
     """The licence of the weights: that of the bundled profile made for them, else that of the profile in use."""
-    for name in profile_names():
-        bundled = load_profile(name)
-        if bundled.checkpoint_id == source:
-            return bundled.licence
-    return profile.licence
+    return (_made_for(source) or profile).licence
+
+
+def require_fit(source: str, checkpoint: Checkpoint, profile: ModelProfile) -> None:
+    """Refuse a checkpoint that is not one of the profile's.
+
+    Raises
+    ------
+    UnsupportedCheckpoint
+        It is the hub's for another bundled profile, or its sizes or special tokens differ; names all of it.
+    """
+    made_for, wrong = _made_for(source), []
+    if made_for and made_for.checkpoint_id != profile.checkpoint_id:
+        wrong.append(f"it is {made_for.checkpoint_id}, the profile is of {profile.checkpoint_id}")
+    if profile.checkpoint:
+        wrong += [
+            f"{what} is {here}, of the profile {there}"
+            for what, here, there in _compared(checkpoint, profile.checkpoint)
+            if here != there
+        ]
+    if wrong:
+        raise UnsupportedCheckpoint(
+            f"{source} is no checkpoint of profile {profile.name}: {'; '.join(wrong)}; give the profile made for it, "
+            "or one of your own whose `checkpoint` says what it looks like"
+        )
+
+
+def _compared(checkpoint: Checkpoint, shape: CheckpointShape) -> Iterator[tuple[str, int | str, int]]:
+    """What a profile states, as (name, of the checkpoint, of the profile)."""
+    for part in ("text", "vision"):
+        for name, size in vars(getattr(shape, part)).items():
+            yield f"{part} {name}", getattr(getattr(checkpoint, part), name), size
+    ids = checkpoint.token_ids()
+    of_config = {"<|image_pad|>": checkpoint.image_token_id, "<|vision_start|>": checkpoint.vision_start_token_id}
+    for token, number in shape.tokens.items():
+        yield f"token {token}", ids.get(token, "absent"), number
+        yield f"token {token} in config.json", of_config.get(token, number), number
+
+
+def _made_for(source: str) -> ModelProfile | None:
+    """The bundled profile of a hub repository."""
+    repository = hub_id(source)
+    return next((p for p in map(load_profile, profile_names()) if p.checkpoint_id == repository), None)
 
 
 def _geometry(checkpoint: Checkpoint, profile: ModelProfile, precision: Precision) -> dict:

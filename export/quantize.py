@@ -36,7 +36,7 @@ from cxr_triton.request import ReadRequest
 from cxr_triton.sandbox import Sandbox
 
 from .checkpoint import ARCHITECTURE, CALIBRATION, GROUP_SIZES, Checkpoint
-from .command import licence_of, located, require_licence
+from .command import licence_of, located, require_fit, require_licence
 
 SCHEMA = 1
 SCHEMES = ("fp8", "int4-awq")
@@ -158,6 +158,7 @@ def quantize_checkpoint(
     licence = require_licence(source, profile, accept_licence)
     folder, commit = located(source, profile, revision)
     checkpoint = Checkpoint(folder)
+    require_fit(source, checkpoint, profile)
     if checkpoint.quantization:
         raise UnsupportedCheckpoint(
             f"{folder} is quantized already ({checkpoint.quantization.scheme}); give the checkpoint that it was made of"

@@ -173,8 +173,9 @@ class Session:
         name = f"export-{scale.name}-{precision}-{compute}"
         with self._making(name) as folder:
             if folder:
+                profile = dataclasses.replace(load_profile("nv-reason-cxr-3b"), checkpoint=None)  # of any scale
                 export_checkpoint(
-                    str(source), folder, load_profile("nv-reason-cxr-3b"), precision=precision, compute=compute,
+                    str(source), folder, profile, precision=precision, compute=compute,
                     head="int4" if precision == "int4-awq" else None, max_sequence=MAX_SEQUENCE, accept_licence=True,
                     progress=False,
                 )  # fmt: skip

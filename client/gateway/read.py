@@ -23,7 +23,7 @@ from cxr_triton.client.aio import AsyncReader
 from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.store import Result, Store, is_full
-from cxr_triton.client.objects import ObjectOptions, diagnostic_report, result_objects, source_header
+from cxr_triton.client.objects import ObjectOptions, diagnostic_report, header_faults, result_objects, source_header
 from cxr_triton.dicom import read_identity
 from cxr_triton.errors import (
     Cancelled,
@@ -225,6 +225,9 @@ class ReadWorker:
         """Result files of a reading, on the disk for good."""
         content = json.loads(reading.to_json())
         sources = [source_header(self._storage / image.path) for image in chosen]
+        for image, source in zip(chosen, sources, strict=True):
+            if faults := header_faults(source):
+                self._log("warning", "header_faults", job=job.id, sop=self._log.uid(image.sop_instance), faults=faults)
         options = ObjectOptions(
             # A time that is the same at every attempt, so that the objects are.
             made_at=datetime.datetime.fromtimestamp(job.first_at).astimezone(),

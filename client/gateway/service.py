@@ -14,6 +14,7 @@ from pathlib import Path
 import sqlalchemy.exc
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydicom import config as pydicom_config
 
 from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.deliver import Deliverer
@@ -240,4 +241,7 @@ def serve(config: Config) -> None:
             loop.add_signal_handler(number, stopping.set)
         await Gateway(config).run(stopping)
 
+    # pydicom's warnings would put headers' values, UIDs among them, beside the log
+    pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
+    pydicom_config.settings.writing_validation_mode = pydicom_config.IGNORE
     asyncio.run(run())

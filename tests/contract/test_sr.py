@@ -212,7 +212,7 @@ def verhoeff(number: str) -> bool:
     return check == 0
 
 
-def rectangle(rows: int, columns: int, photometric: str, box: tuple[int, int, int, int]) -> bytes:
+def rectangle(rows: int, columns: int, photometric: str, box: tuple[int, int, int, int], spacing=None) -> bytes:
     """A radiograph with one bright rectangle: left, top, right, bottom in pixel edges."""
     stored = np.full((rows, columns), 600, np.uint16)
     left, top, right, bottom = box
@@ -222,6 +222,8 @@ def rectangle(rows: int, columns: int, photometric: str, box: tuple[int, int, in
     source.BitsAllocated, source.BitsStored, source.HighBit = 16, 12, 11
     source.PresentationLUTShape = "INVERSE" if photometric == "MONOCHROME1" else "IDENTITY"
     source.WindowCenter, source.WindowWidth = 2048, 4096
+    if spacing:
+        source.ImagerPixelSpacing = spacing
     source.PatientOrientation = ["R", "F"] if photometric == "MONOCHROME1" else ["L", "F"]
     source.PixelData = (4095 - stored if photometric == "MONOCHROME1" else stored).astype("<u2").tobytes()
     out = io.BytesIO()
@@ -231,15 +233,23 @@ def rectangle(rows: int, columns: int, photometric: str, box: tuple[int, int, in
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
 @pytest.mark.parametrize(
-    ("rows", "columns", "box"),
-    [(900, 700, (80, 90, 330, 410)), (300, 1100, (700, 40, 1080, 260)), (1030, 310, (0, 700, 155, 1030))],
+    ("rows", "columns", "box", "spacing"),
+    [
+        (900, 700, (80, 90, 330, 410), None),
+        (300, 1100, (700, 40, 1080, 260), None),
+        (1030, 310, (0, 700, 155, 1030), None),
+        (450, 700, (80, 45, 330, 205), ["0.2", "0.1"]),
+        (900, 300, (20, 90, 110, 410), ["0.1", "0.25"]),
+    ],
 )
-def test_boxes_land_on_the_source_pixels(rows, columns, box, photometric, tmp_path):
+def test_boxes_land_on_the_source_pixels(rows, columns, box, spacing, photometric, tmp_path):
     """What stands out in the picture that the model sees is where DCMTK finds the region, in pixels of the file."""
-    data = rectangle(rows, columns, photometric, box)
+    data = rectangle(rows, columns, photometric, box, spacing)
     with Sandbox() as sandbox:
         seen = sandbox.prepare(data, preset="voi_display", min_pixels=112 * 112, max_pixels=476 * 476, factor=28).pixels
     assert seen.shape[0] / rows != pytest.approx(seen.shape[1] / columns, rel=1e-3)
+    height, width = float(spacing[0]) if spacing else 1, float(spacing[1]) if spacing else 1
+    assert seen.shape[0] / seen.shape[1] == pytest.approx(rows * height / (columns * width), rel=0.1)
     y, x = np.nonzero(seen > 128)
     percent = [100 * x.min() / seen.shape[1], 100 * y.min() / seen.shape[0]]
     percent += [100 * (x.max() + 1) / seen.shape[1], 100 * (y.max() + 1) / seen.shape[0]]
@@ -322,7 +332,7 @@ def test_every_radiograph_of_the_collection(shared_data, tmp_path):
             wrong = [line for line in errors(out) if not of_the_source(line, source)]
             assert wrong == [], path.name
             assert values(out).items() >= {k: v for k, v in values(path).items() if v}.items(), path.name
-            if instance.Modality == "SR" and source.SOPInstanceUID.is_valid:
+            if instance.Modality == "SR" and source.SOPInstanceUID.is_valid and source.StudyInstanceUID.is_valid:
                 dump(out)
                 document(tmp_path, instance)
         assert diagnostic_report(read, [source], options=OPTIONS)["imagingStudy"]
@@ -332,9 +342,9 @@ def test_every_radiograph_of_the_collection(shared_data, tmp_path):
 
 def of_the_source(line: str, source) -> bool:
     """Whether dciodvfy finds fault with a UID or a LUT that the image itself has."""
-    own = str(source.SOPInstanceUID)
+    own = [str(uid) for uid in (source.SOPInstanceUID, source.StudyInstanceUID) if not uid.is_valid]
     summary = line == "Error - Dicom dataset contains invalid data values for Value Representations"
-    return own in line or (summary and not source.SOPInstanceUID.is_valid) or "Modality LUT" in line
+    return any(uid in line for uid in own) or (summary and bool(own)) or "Modality LUT" in line
 
 
 def test_the_pdf_says_what_the_reading_says(tmp_path):

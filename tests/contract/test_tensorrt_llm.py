@@ -295,8 +295,9 @@ def test_the_export_verb_writes_a_decoder_for_tensorrt_llm(checkpoint, written, 
 
     from cxr_triton.cli import main
 
-    profile = Path(__file__).resolve().parent.parent / "phantom/profile.yaml"
-    tokenizer = profile.parent / "checkpoint"
+    phantom = Path(__file__).resolve().parent.parent / "phantom"
+    tokenizer, profile = phantom / "checkpoint", tmp_path / "profile.yaml"
+    profile.write_text(f"extends: {phantom / 'profile.yaml'}\ncheckpoint: null\n")
     for name in ("tokenizer.json", "chat_template.jinja"):
         (checkpoint / name).write_bytes((tokenizer / name).read_bytes())
     arguments = ["export", str(checkpoint), "--profile", str(profile), "--format", "tensorrt-llm"]

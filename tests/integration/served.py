@@ -23,6 +23,7 @@ TEMPLATE = (
 PROFILE = """\
 extends: nv-reason-cxr-3b
 name: random
+checkpoint: null
 title: Random weights
 min_pixels: 12544
 max_pixels: 50176

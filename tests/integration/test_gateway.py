@@ -117,6 +117,19 @@ def test_a_study_goes_round_and_its_results_are_committed_and_equal_everywhere(s
     assert sum(line["kept"] for line in answered) == 2 and not any(line["failed"] for line in answered)
 
 
+def test_a_study_uid_with_leading_zeros_comes_back_as_it_was(site):
+    with pydicom.config.disable_value_validation():
+        file = phantom_dicom(50_002, study="1.2.826.0.1.03.04")
+        study = forward(site.pacs, file)
+        for orthanc in (site.pacs, site.archive):
+            found = reports(orthanc, study)
+            assert set(found) == {TEXT, FINDINGS}
+            assert {str(report.StudyInstanceUID) for report in found.values()} == {"1.2.826.0.1.03.04"}
+    (warned,) = [line for line in site.lines() if line["event"] == "header_faults"]
+    assert [fault.split()[0] for fault in warned["faults"]] == ["StudyInstanceUID"]
+    assert "1.2.826.0.1.03.04" not in site.log.read_text()
+
+
 SYNTAXES = (
     "dicom/NIH_DX_SC_8bit_implicitLE", "dicom/RG2_UNC_explicitLE", "dicom/RG2_J2K_lossless", "dicom/RG2_J2K_lossy",
     "dicom/RG2_JPEGLS_lossless", "dicom/RG2_JPEGLS_near", "dicom/RG2_JPEG_extended12", "dicom/RG2_JPEG_lossless_SV1",
@@ -408,8 +421,8 @@ def uid(file: bytes, keyword: str = "StudyInstanceUID") -> str:
 def test_the_patients_last_earlier_radiograph_is_read_first(way, triton, tmp_path):
     """Two priors of the patient, one of another patient whose ID would match a wildcard, and a CT of the patient."""
 
-    def made(seed: int, date: str, patient: str = "P-1", modality: str = "DX") -> bytes:
-        dataset = pydicom.dcmread(io.BytesIO(phantom_dicom(seed, patient=patient)))
+    def made(seed: int, date: str, patient: str = "P-1", modality: str = "DX", study: str | None = None) -> bytes:
+        dataset = pydicom.dcmread(io.BytesIO(phantom_dicom(seed, patient=patient, study=study)))
         dataset.StudyDate, dataset.StudyTime, dataset.Modality = date, "120000", modality
         dataset.PatientName, dataset.AccessionNumber, dataset.StudyID = "A^B", "", ""
         out = io.BytesIO()
@@ -417,7 +430,7 @@ def test_the_patients_last_earlier_radiograph_is_read_first(way, triton, tmp_pat
         return out.getvalue()
 
     with Orthanc(tmp_path / "pacs") as pacs:
-        old, last = made(1, "20200101"), made(2, "20230101")
+        old, last = made(1, "20200101"), made(2, "20230101", study="1.2.826.0.1.03.05")
         for file in (old, last, made(3, "20240101", patient="P-12"), made(4, "20240201", modality="CT")):
             pacs.upload(file)
         current = made(5, "20240301")
@@ -437,6 +450,7 @@ def test_the_patients_last_earlier_radiograph_is_read_first(way, triton, tmp_pat
             assert job["read_objects"] == [row.id for row in read]
             assert store.counts()["objects"]["prior"] == 1
             assert store.counts()["jobs"]["dead"] == 1 and "[INVALID_REQUEST]" in job["error"]
+            assert "1.2.826.0.1.03.05" not in gateway.log.read_text()
 
 
 def test_a_fhir_server_gets_the_report_once_it_takes_it(triton, tmp_path):

@@ -207,6 +207,123 @@ def test_bits_above_bits_stored_are_masked():
     assert "high_bits_masked" in radiograph.flags
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits_stored", [8, 10, 11])
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.90"])
+def test_values_that_go_on_above_bits_stored_are_read_whole(tmp_path, syntax, bits_stored, signed):
+    import imagecodecs
+
+    values, lie = pattern(12, signed), {"BitsStored": bits_stored, "HighBit": bits_stored - 1}
+    values[1:-1, 1:-1] = np.sort(values[1:-1, 1:-1])  # smoother than 8 bits of noise
+    data = file_bytes(dataset_of(values, 12, **lie))
+    if syntax == "1.2.840.10008.1.2.5":
+        data = dcmtk("dcmcrle", data, tmp_path)
+    elif syntax == "1.2.840.10008.1.2.4.90":
+        codestream = imagecodecs.jpeg2k_encode(values, codecformat="J2K", bitspersample=12, reversible=True, level=0)
+        data = compressed_bytes(values, 12, syntax, codestream, **lie)
+    radiograph = read_image(data)
+    np.testing.assert_array_equal(radiograph.stored, values)
+    assert radiograph.metadata.bits_stored == 12
+    assert "bits_stored_corrected" in radiograph.flags and "high_bits_masked" not in radiograph.flags
+
+
+def test_real_radiograph_with_too_few_bits_stored_is_never_scrambled(shared_data):
+    """pydicom and DCMTK mask to BitsStored, as the standard has it, and show wrapped values."""
+    paths = [shared_data / f"dicom/{name}_UNC_explicitLE.dcm" for name in ("RG1", "RG2")]
+    refused = 0
+    for path in [*paths, shared_data / "failing/body_part_knee.dcm"]:
+        ds = pydicom.dcmread(path)
+        right = ds.pixel_array
+        for missing in range(1, 9):
+            ds.BitsStored = int(right.max()).bit_length() - missing
+            ds.HighBit = ds.BitsStored - 1
+            assert not np.array_equal(pydicom.dcmread(io.BytesIO(file_bytes(ds))).pixel_array, right)
+            try:
+                radiograph = read_image(file_bytes(ds))
+            except errors.HeaderMismatch as error:
+                refused += 1
+                assert "(0028,0101)" in error.message
+            else:
+                np.testing.assert_array_equal(radiograph.stored, right)
+                assert "bits_stored_corrected" in radiograph.flags
+    assert 0 < refused < 14
+
+
+@pytest.mark.parametrize("bit", [12, 15])
+@pytest.mark.parametrize("drawing", ["rectangle", "lines", "noise", "dead pixels"])
+def test_old_overlays_are_masked_whatever_they_show(shared_data, drawing, bit):
+    ds = pydicom.dcmread(shared_data / "dicom/RG2_UNC_explicitLE.dcm")
+    right = ds.pixel_array
+    plane = np.zeros_like(right)
+    if drawing == "rectangle":
+        plane[300:900, 200:1200] = 1
+    elif drawing == "lines":
+        plane[40:80:3, 10:400] = 1
+    else:
+        plane[np.random.default_rng(bit).random(plane.shape) < (0.5 if drawing == "noise" else 1e-5)] = 1
+    ds.PixelData = (right | plane << bit).tobytes()
+    radiograph = read_image(file_bytes(ds))
+    np.testing.assert_array_equal(radiograph.stored, right)
+    assert "high_bits_masked" in radiograph.flags and "bits_stored_corrected" not in radiograph.flags
+
+
+def test_overlay_above_values_that_go_on_above_bits_stored(shared_data):
+    ds = pydicom.dcmread(shared_data / "dicom/RG2_UNC_explicitLE.dcm")
+    right = ds.pixel_array
+    words = right.copy()
+    words[300:900, 200:1200] |= 0x8000
+    ds.PixelData, ds.BitsStored, ds.HighBit = words.tobytes(), 8, 7
+    radiograph = read_image(file_bytes(ds))
+    np.testing.assert_array_equal(radiograph.stored, right)
+    assert {"bits_stored_corrected", "high_bits_masked"} <= set(radiograph.flags)
+
+
+def test_lossy_values_far_beyond_bits_stored_are_read_whole():
+    import imagecodecs
+
+    values = pattern(12)
+    codestream = imagecodecs.jpeg8_encode(values, level=95, bitspersample=12)
+    lie = {"BitsStored": 10, "HighBit": 9}
+    radiograph = read_image(compressed_bytes(values, 12, "1.2.840.10008.1.2.4.51", codestream, **lie))
+    np.testing.assert_array_equal(radiograph.stored, imagecodecs.jpeg8_decode(codestream))
+    assert radiograph.metadata.bits_stored == 12 and "bits_stored_corrected" in radiograph.flags
+
+
+@pytest.mark.parametrize(
+    ("elements", "ratio", "flags"),
+    [
+        ({"PixelAspectRatio": ["2", "1"]}, 2, {"pixels_not_square"}),
+        ({"ImagerPixelSpacing": ["0.1", "0.2"]}, 0.5, {"pixels_not_square"}),
+        ({"NominalScannedPixelSpacing": ["0.3", "0.2"]}, 1.5, {"pixels_not_square"}),
+        ({"PixelSpacing": ["0.2", "0.1"], "ImagerPixelSpacing": ["0.2", "0.1"]}, 2, {"pixels_not_square"}),
+        ({"PixelSpacing": ["0.2", "0.1"], "PixelAspectRatio": ["1", "1"]}, 2,
+         {"pixels_not_square", "pixel_shape_doubtful"}),
+        ({"PixelSpacing": ["0.1", "0.1"], "PixelAspectRatio": ["900", "1"]}, 1, {"pixel_shape_doubtful"}),
+        ({"PixelSpacing": ["0.143", "0.1431"]}, 1, set()),
+        ({"PixelSpacing": ["0", "0"], "PixelAspectRatio": ["2", "1"]}, 2, {"pixels_not_square"}),
+        ({"PixelSpacing": ["0.2", "0"]}, 1, {"pixel_shape_doubtful"}),
+        ({"PixelSpacing": ["0.2"]}, 1, {"pixel_shape_doubtful"}),
+        ({"PixelSpacing": ["-0.2", "0.1"]}, 1, {"pixel_shape_doubtful"}),
+    ],
+)  # fmt: skip
+def test_shape_of_a_pixel(tmp_path, elements, ratio, flags):
+    """Which element counts is what DCMTK goes by when it scales; it has no rule for what is malformed."""
+    data = file_bytes(dataset_of(pattern(12), 12, **elements))
+    radiograph = read_image(data)
+    assert radiograph.metadata.pixel_aspect_ratio == pytest.approx(ratio)
+    assert {flag for flag in radiograph.flags if flag.startswith("pixel")} == flags
+    if flags <= {"pixels_not_square"} and elements.get("PixelSpacing") != ["0", "0"]:
+        dcmtk("dcm2pnm", data, tmp_path, "+Wm", "+op", "+Sxv", "600")
+        width, height = Image.open(tmp_path / "out.dcm").size
+        assert height / width == pytest.approx(ROWS * ratio / COLUMNS, rel=0.01)
+
+
+@pytest.mark.parametrize("elements", [{"PixelAspectRatio": ["100", "1"]}, {"PixelSpacing": ["0.1", "1"]}])
+def test_pixels_that_cannot_be_of_that_shape_are_refused_by_the_tag(elements):
+    with pytest.raises(errors.HeaderMismatch, match=r"\(0028,003[04]\)"):
+        read_image(file_bytes(dataset_of(pattern(12), 12, **elements)))
+
+
 @pytest.mark.parametrize("pieces", [2, 7])
 @pytest.mark.parametrize("odd", [False, True])
 def test_fragments_are_joined(tmp_path, pieces, odd):
@@ -695,6 +812,21 @@ def test_exif_orientation_is_applied():
     assert radiograph.stored.shape == GRAY.T.shape
     assert np.abs(radiograph.stored.astype(int) - np.rot90(GRAY, -1)).max() < 6
     assert "exif_transposed" in radiograph.flags
+
+
+@pytest.mark.parametrize("turn", [1, 6])
+@pytest.mark.parametrize("form", ["png", "jpeg"])
+def test_resolution_of_a_picture_gives_the_shape_of_its_pixels(form, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    out = io.BytesIO()
+    options = {"exif": exif} if form == "jpeg" else {}
+    Image.fromarray(pattern(8)).save(out, form, dpi=(300, 150), **options)
+    radiograph = read_image(out.getvalue())
+    # 300 dots an inch across and 150 down are pixels twice as high as wide, until they lie on their side
+    expected = 0.5 if options and turn == 6 else 2
+    assert radiograph.metadata.pixel_aspect_ratio == pytest.approx(expected, rel=1e-3)
+    assert "pixels_not_square" in radiograph.flags
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])

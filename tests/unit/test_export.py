@@ -1,14 +1,18 @@
 """The export command and the graph writer: complete folders or none, little memory, no torch."""
 
+import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import qwen
 import torch
 from checkpoints import END, IMAGE_TOKEN, VISION_START, random_checkpoint
 from click.testing import CliRunner
@@ -16,12 +20,13 @@ from click.testing import CliRunner
 from cxr_triton.cli import main
 from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
 from cxr_triton.export import command
-from cxr_triton.export.checkpoint import Checkpoint
+from cxr_triton.export.checkpoint import Checkpoint, read_config, tensor_shapes
 from cxr_triton.export.decoder import write_decoder
 from cxr_triton.export.graph import GraphWriter, Precision
 from cxr_triton.perf import shape as perf_shape
 from cxr_triton.profile import load_profile
 
+PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
 BUNDLE = {
     "profile.yaml",
     "config.json",
@@ -52,7 +57,7 @@ def free_profile(tmp_path_factory):
     """A profile whose weights need no acceptance."""
     path = tmp_path_factory.mktemp("profile") / "free.yaml"
     licence = "{name: Apache-2.0, stated: here, non_commercial: false}"
-    path.write_text(f"extends: chexone\nname: free\nmax_sequence: 3072\nlicence: {licence}\n")
+    path.write_text(f"extends: chexone\nname: free\ncheckpoint: null\nmax_sequence: 3072\nlicence: {licence}\n")
     return path
 
 
@@ -116,8 +121,10 @@ def test_max_sequence_is_bounded_by_profile_and_checkpoint(checkpoint, free_prof
     assert not list(tmp_path.iterdir())
 
 
-def test_non_commercial_weights_need_acceptance(checkpoint, tmp_path):
-    arguments = (checkpoint, "-o", tmp_path / "out", "--profile", "nv-reason-cxr-3b")
+def test_non_commercial_weights_need_acceptance(checkpoint, tmp_path_factory, tmp_path):
+    profile = tmp_path_factory.mktemp("profile") / "mine.yaml"
+    profile.write_text("extends: nv-reason-cxr-3b\ncheckpoint: null\n")
+    arguments = (checkpoint, "-o", tmp_path / "out", "--profile", profile)
     refused = export(*arguments)
     assert refused.exit_code == 1 and "LICENCE_NOT_ACCEPTED" in refused.output
     assert "Noncommercial" in refused.output and "--accept-licence" in refused.output
@@ -136,7 +143,7 @@ def test_hub_id_keeps_its_licence_whatever_the_profile(free_profile, tmp_path, m
 def test_hub_id_takes_the_profiles_revision_and_records_it(checkpoint, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(command, "locate", lambda *a: asked.append(a) or (checkpoint, "c0ffee"))
-    profile = load_profile("chexone")
+    profile = dataclasses.replace(load_profile("chexone"), checkpoint=None)
     for name, revision in (("default", None), ("chosen", "main")):
         command.export_checkpoint(
             profile.checkpoint_id, tmp_path / name, profile, precision="fp32", revision=revision, accept_licence=True
@@ -144,6 +151,98 @@ def test_hub_id_takes_the_profiles_revision_and_records_it(checkpoint, tmp_path,
     assert asked == [(profile.checkpoint_id, profile.revision), (profile.checkpoint_id, "main")]
     source = json.loads((tmp_path / "default" / "export.json").read_text())["source"]
     assert (source["name"], source["revision"]) == (profile.checkpoint_id, "c0ffee")
+
+
+@pytest.fixture(scope="module")
+def shape_3b(tmp_path_factory):
+    """A checkpoint of the published shape whose 7.5 GB of weights are a hole in the file, with the special tokens."""
+    folder = tmp_path_factory.mktemp("3b") / "checkpoint"
+    folder.mkdir()
+    vision = {"hidden_size": 1280, "out_hidden_size": 2048}
+    config = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "tie_word_embeddings": True, **perf_shape.TOKENS}
+    config |= {"vision_config": vision, **perf_shape.TEXT_3B}
+    tokens = [{"id": number, "content": token} for token, number in qwen.IDS.items()]
+    files = {"config": config, "generation_config": perf_shape.GENERATION, "tokenizer": {"added_tokens": tokens}}
+    for name, content in (files | {"preprocessor_config": perf_shape.PREPROCESSOR}).items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    header, end = {}, 0
+    for name, shape in tensor_shapes(*read_config(config), tied=True).items():
+        start, end = end, end + 2 * int(np.prod(shape))
+        name = f"model.{name.removeprefix('language_model.')}" if name.startswith("language_model.") else name
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+def test_a_profile_of_another_model_is_refused_with_all_that_differs(shape_3b, tmp_path):
+    """The demonstration model as a 3B and the other way round; nothing is written."""
+    to = ("-o", tmp_path / "out", "--accept-licence", "--profile")
+    for name in ("chexone", "nv-reason-cxr-3b"):
+        result = export(PHANTOM / "checkpoint", *to, name)
+        assert result.exit_code == 1 and f"no checkpoint of profile {name}" in result.output
+        for difference in (
+            "text hidden_size is 256, of the profile 2048", "text num_hidden_layers is 4, of the profile 36",
+            "text num_attention_heads is 4, of the profile 16", "text vocab_size is 640, of the profile 151936",
+            "vision depth is 4, of the profile 32", "vision hidden_size is 128, of the profile 1280",
+            "token <|im_end|> is 2, of the profile 151645",
+            "token <|image_pad|> in config.json is 5, of the profile 151655",
+        ):  # fmt: skip
+            assert difference in result.output
+        assert "patch_size" not in result.output  # what is equal is not named
+    result = export(shape_3b, *to, PHANTOM / "profile.yaml")
+    assert result.exit_code == 1 and "[UNSUPPORTED_CHECKPOINT]" in result.output
+    assert "vocab_size is 151936, of the profile 640" in result.output and "own" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fine_tune_of_the_same_shape_is_taken(shape_3b, tmp_path):
+    for name in ("chexone", "nv-reason-cxr-3b"):
+        command.require_fit(str(shape_3b), Checkpoint(shape_3b), load_profile(name))
+    tuned = tmp_path / "tuned"
+    shutil.copytree(PHANTOM / "checkpoint", tuned)
+    weights = bytearray((tuned / "model.safetensors").read_bytes())
+    weights[-4096:] = bytes(4096)
+    (tuned / "model.safetensors").write_bytes(weights)
+    for source in (PHANTOM / "checkpoint", tuned):
+        result = export(source, "-o", tmp_path / f"{source.name}-export", "--profile", PHANTOM / "profile.yaml")
+        assert result.exit_code == 0, result.output
+
+
+def test_a_profile_of_ones_own_says_what_its_checkpoint_looks_like(shape_3b, tmp_path):
+    own = json.loads((shape_3b / "config.json").read_text()) | {"image_token_id": 151700}
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    for path in shape_3b.iterdir():
+        (changed / path.name).symlink_to(path)
+    (changed / "config.json").unlink()
+    (changed / "config.json").write_text(json.dumps(own))
+    with pytest.raises(UnsupportedCheckpoint, match=r"in config\.json is 151700") as refused:
+        command.require_fit(str(changed), Checkpoint(changed), load_profile("chexone"))
+    assert refused.value.message.count(" of the profile ") == 1
+    (tmp_path / "mine.yaml").write_text(
+        "extends: chexone\nname: mine\ncheckpoint:\n  text: {vocab_size: 151668}\n  tokens: {<|ref|>: 151665}\n"
+    )
+    with pytest.raises(UnsupportedCheckpoint, match=r"token <\|ref\|> is absent, of the profile 151665") as refused:
+        command.require_fit(str(shape_3b), Checkpoint(shape_3b), load_profile(tmp_path / "mine.yaml"))
+    assert "vocab_size is 151936, of the profile 151668" in refused.value.message
+    assert "hidden_size" not in refused.value.message
+    (tmp_path / "any.yaml").write_text("extends: chexone\nname: any\ncheckpoint: null\n")
+    command.require_fit(str(changed), Checkpoint(changed), load_profile(tmp_path / "any.yaml"))
+
+
+def test_the_hub_s_checkpoint_of_another_profile_is_refused_though_its_shape_is_the_same(shape_3b, tmp_path):
+    cached = tmp_path / "hub" / "models--nvidia--NV-Reason-CXR-3B" / "snapshots" / "c0ffee"
+    cached.mkdir(parents=True)
+    for source in ("nvidia/NV-Reason-CXR-3B", str(cached)):
+        with pytest.raises(UnsupportedCheckpoint, match="it is nvidia/NV-Reason-CXR-3B, the profile is of Stanf"):
+            command.require_fit(source, Checkpoint(shape_3b), load_profile("chexone"))
+        command.require_fit(source, Checkpoint(shape_3b), load_profile("nv-reason-cxr-3b"))
+        assert command.licence_of(source, load_profile(PHANTOM / "profile.yaml")).non_commercial
+    command.require_fit("org/tuned", Checkpoint(shape_3b), load_profile("chexone"))
 
 
 def test_a_used_folder_is_left_alone(checkpoint, free_profile, tmp_path):

@@ -421,6 +421,16 @@ def test_an_object_is_named_without_decoding_it(name, written):
     assert identity.is_radiograph and identity.view == "PA" and identity.patient_id == "PHANTOM"
 
 
+def test_an_object_is_filed_under_its_uids_byte_for_byte():
+    dataset = pydicom.dcmread(io.BytesIO(phantom_file.write_dicom(phantom.draw(np.random.default_rng(1)))))
+    out = io.BytesIO()
+    with pydicom.config.disable_value_validation():
+        dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.826.0.1.03.4", "1.2.00"
+        dataset.save_as(out)
+    identity = read_identity(out.getvalue())
+    assert (identity.study, identity.series) == ("1.2.826.0.1.03.4", "1.2.00")
+
+
 def test_what_cannot_be_filed_is_refused():
     data = phantom_file.write_dicom(phantom.draw(np.random.default_rng(1)))
     dataset = pydicom.dcmread(io.BytesIO(data))

@@ -5,6 +5,8 @@ import io
 import json
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -24,6 +26,7 @@ from cxr_triton.client.objects import (
     ObjectOptions,
     diagnostic_report,
     file_digest,
+    header_faults,
     result_objects,
     source_header,
 )
@@ -225,6 +228,8 @@ def test_a_presentation_state_keeps_the_shape_of_a_pixel():
             [0.15, 0.15],
         ),
         ({"PixelAspectRatio": ["2", "1"]}, "PresentationPixelAspectRatio", [2, 1]),
+        ({"PixelAspectRatio": ["2", "0"]}, "PresentationPixelAspectRatio", [1, 1]),
+        ({"NominalScannedPixelSpacing": ["0.2", "0.1"]}, "PresentationPixelSpacing", [0.2, 0.1]),
         ({}, "PresentationPixelAspectRatio", [1, 1]),
     ):
         (state,) = objects(header(**attributes), kinds=["gsps"])
@@ -270,6 +275,79 @@ def test_broken_header_values_are_left_out_and_texts_kept(caplog, recwarn):
     )
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING] and not recwarn.list
     assert "DOE" not in caplog.text
+
+
+def odd_header(**attributes) -> bytes:
+    """A file whose header has values that the standard forbids."""
+    whole = pydicom.dcmread(io.BytesIO(file()))
+    out = io.BytesIO()
+    with pydicom.config.disable_value_validation():
+        for keyword, value in attributes.items():
+            setattr(whole, keyword, value)
+        whole.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
+uids = st.from_regex(r"[0-9][0-9.]{0,63}", fullmatch=True) | st.text("0123456789.ax-*", max_size=70)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(study=st.just("1.2.826.0.1.03.4") | uids)
+def test_an_object_has_the_study_uid_of_its_image_byte_for_byte_or_is_not_made(study):
+    source = source_header(odd_header(StudyInstanceUID=study))
+    with pydicom.config.disable_value_validation():
+        prior = header(StudyInstanceUID="1.2.00.7", SOPInstanceUID="1.2.3.08", SeriesInstanceUID="1.2.3.007")
+    read = with_boxes(source)
+    read |= {"images": read["images"] * 2, "boxes": [{**box, "image": 1} for box in read["boxes"]]}
+    try:
+        instances = result_objects(read, [prior, source], kinds=KINDS, options=OPTIONS)
+    except InvalidImage as error:
+        assert "no valid StudyInstanceUID" in error.message and not re.fullmatch("[0-9][0-9.]{0,63}", study)
+        return
+    assert [instance.Modality for instance in instances] == ["SR", "SR", "PR", "DOC"]
+    with pydicom.config.disable_value_validation():
+        written = [pydicom.dcmread(io.BytesIO(data(instance))) for instance in instances]
+        assert {str(instance.StudyInstanceUID) for instance in written} == {study}
+        for instance in written[:2] if study != prior.StudyInstanceUID else ():
+            (own,) = instance.CurrentRequestedProcedureEvidenceSequence
+            (earlier,) = instance.PertinentOtherEvidenceSequence
+            assert (own.StudyInstanceUID, earlier.StudyInstanceUID) == (study, "1.2.00.7")
+            assert earlier.ReferencedSeriesSequence[0].SeriesInstanceUID == "1.2.3.007"
+            assert earlier.ReferencedSeriesSequence[0].ReferencedSOPSequence[0].ReferencedSOPInstanceUID == "1.2.3.08"
+    report = diagnostic_report(read, [prior, source], options=OPTIONS)
+    named = [item["identifier"]["value"] for item in report["imagingStudy"]]
+    assert named == list(dict.fromkeys(["urn:oid:1.2.00.7", f"urn:oid:{study}"]))
+
+
+def test_what_breaks_the_standard_is_told_by_its_name(recwarn):
+    other_id = pydicom.Dataset()
+    with pydicom.config.disable_value_validation():
+        other_id.PatientID, other_id.TypeOfPatientID = "OTHER-1", "a type"
+    source = source_header(
+        odd_header(
+            StudyInstanceUID="1.2.03",
+            PatientBirthDate="about 1940",
+            PatientSex="female",
+            OtherPatientIDsSequence=[other_id],
+        )
+    )
+    faults = header_faults(source)
+    assert [fault.split()[0] for fault in faults] == [
+        "StudyInstanceUID", "PatientBirthDate", "PatientSex", "TypeOfPatientID"]  # fmt: skip
+    assert "kept" in faults[0] and all("left out" in fault for fault in faults[1:])
+    assert not [word for word in ("1.2.03", "1940", "female", "a type") if word in " ".join(faults)]
+    for instance in objects(source):
+        (item,) = instance.OtherPatientIDsSequence  # one broken value does not take its neighbours along
+        assert item.PatientID == "OTHER-1" and "TypeOfPatientID" not in item
+    assert header_faults(header()) == [] and not recwarn.list
+
+
+def test_a_patient_id_that_cannot_be_decoded_is_refused():
+    whole = odd_header(PatientID="ABCDE", PatientWeight="11111")
+    at = whole.index(b"\x10\0\x20\0LO")
+    assert header_faults(source_header(whole.replace(b"11111", b"heavy")))[0].startswith("PatientWeight")
+    with pytest.raises(InvalidImage, match="Patient ID"):
+        source_header(whole[: at + 4] + b"FD" + whole[at + 6 :])
 
 
 def test_texts_of_nested_items_are_decoded_by_the_file_s_character_set():
@@ -407,6 +485,24 @@ def test_sr_writes_every_kind_of_a_stored_reading(image, tmp_path):
         assert {Path(item["path"]).name for item in result["objects"]} == {
             *(f"case-{kind}.dcm" for kind in KINDS), "case-fhir.json"}  # fmt: skip
     assert contents[0] == contents[1]
+
+
+def test_sr_warns_of_a_study_uid_that_it_keeps(tmp_path, recwarn):
+    image, stored = tmp_path / "chest.dcm", tmp_path / "case.json"
+    image.write_bytes(odd_header(StudyInstanceUID="1.2.826.0.1.03.4"))
+    stored.write_text(json.dumps(with_boxes(source_header(image))))
+    kinds = ",".join((*KINDS, "fhir"))
+    ran = run(image, "--reading", stored, "-o", tmp_path / "out", "--kinds", kinds, "--json", tmp_path / "made.json")
+    assert ran.exit_code == 0, ran.output
+    assert "warning: chest.dcm: StudyInstanceUID is no valid UID" in ran.stderr
+    made = json.loads((tmp_path / "made.json").read_text())
+    assert len(made["warnings"]) == 1 and not recwarn.list
+    assert "urn:oid:1.2.826.0.1.03.4" in Path(made["objects"][-1]["path"]).read_text()
+    if not shutil.which("dcmdump"):
+        pytest.skip("no dcmdump: install dcmtk")
+    for item in made["objects"][:-1]:
+        dump = subprocess.run(["dcmdump", "+P", "0020,000d", item["path"]], capture_output=True, text=True, check=True)
+        assert {line.split("[")[1].split("]")[0] for line in dump.stdout.splitlines()} == {"1.2.826.0.1.03.4"}
 
 
 def test_sr_reads_through_a_server_and_tells_a_reading_that_is_not_well_formed(image, tmp_path):

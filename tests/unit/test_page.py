@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from test_dicom import dataset_of, file_bytes
 
 from cxr_triton.client.page import draw, reading_page
 from cxr_triton.dicom import read_image
@@ -161,6 +162,17 @@ def test_the_picture_has_the_greys_that_the_model_saw(shared_data, preset):
     full = Image.fromarray(render(read_image(data), preset).pixels)
     expected = np.asarray(full.resize(shown.shape[::-1], Image.Resampling.BICUBIC))
     assert np.array_equal(shown, expected)
+
+
+def test_a_box_frames_the_same_pixels_where_they_are_not_square():
+    stored = np.zeros((100, 200), np.uint16)
+    stored[20:60, 50:150] = 4000
+    data = file_bytes(dataset_of(stored, 12, PixelSpacing=["0.3", "0.1"]))
+    (picture,) = draw([data], dataclasses.replace(READING, images=({"preset": "voi_display"},)))
+    shown = np.asarray(Image.open(io.BytesIO(picture)))
+    assert shown.shape == (300, 200)
+    y, x = np.nonzero(shown > 128)
+    assert [x.min() / 2, y.min() / 3, (x.max() + 1) / 2, (y.max() + 1) / 3] == [25, 20, 75, 60]
 
 
 def chromium(tmp_path, html: str, *args, size=(1280, 900)) -> subprocess.CompletedProcess:

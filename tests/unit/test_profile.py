@@ -128,6 +128,12 @@ def test_extends_lays_keys_over_a_base(write):
         ("labels: [Edema, 3]", "mine.yaml.labels[1]: is 3 (int), expected str"),
         ("labels: [Edema, edema]", "mine.yaml.labels: two are equal but for case"),
         ("labels: []", "mine.yaml.tasks.findings.answer: is labels, but the profile has no labels"),
+        ("checkpoint: {text: {num_layers: 2}}", "unknown key 'num_layers' in mine.yaml.checkpoint.text; did you mean"),
+        ("checkpoint: {vision: {depth: 0}}", "mine.yaml.checkpoint.vision.depth: 0 is outside 1 to"),
+        (
+            "checkpoint: {tokens: {'<|im_end|>': x}}",
+            "mine.yaml.checkpoint.tokens.<|im_end|>: is 'x' (str)",
+        ),
         ("licence: NC", "mine.yaml.licence: is str, expected a mapping"),
         ("notice: ' '", "mine.yaml.notice: is empty"),
         ("name: two", "mine.yaml: line 2: key 'name' is given twice"),

@@ -70,6 +70,25 @@ def test_prepared_picture_equals_the_steps_run_here(sandbox, preset):
     assert "Secret" not in json.dumps(prepared.facts) and "4711" not in json.dumps(prepared.facts)
 
 
+@pytest.mark.parametrize("shape", [(40, 90, "1", "2"), (90, 40, "2", "1"), (60, 60, "1", "1")])
+def test_pixels_that_are_not_square_become_square(sandbox, shape):
+    """A disc of the patient stays one, whichever side of the pixels is longer; PNG alike."""
+    rows, columns, height, width = shape[0] * 3, shape[1] * 3, int(shape[3]), int(shape[2])
+    down, across = (np.arange(rows) - rows / 2 + 0.5) * height, (np.arange(columns) - columns / 2 + 0.5) * width
+    disc = np.hypot(down[:, None], across) < 50
+    dicom = file_bytes(dataset_of(np.where(disc, 4095, 0).astype(np.uint16), 12, PixelAspectRatio=[height, width]))
+    png = io.BytesIO()
+    Image.fromarray(np.where(disc, 255, 0).astype(np.uint8)).save(png, "PNG", dpi=(100 * height, 100 * width))
+    for data in (dicom, png.getvalue()):
+        prepared = sandbox.prepare(data, preset="voi_display", min_pixels=1, max_pixels=10**6, factor=1)
+        assert prepared.pixels.shape == (rows * height // min(height, width), columns * width // min(height, width))
+        y, x = np.nonzero(prepared.pixels > 128)
+        assert abs(np.ptp(y) - np.ptp(x)) <= 2
+        assert (prepared.facts["rows"], prepared.facts["columns"]) == prepared.source_size == (rows, columns)
+        assert prepared.facts["pixel_aspect_ratio"] == height / width
+        assert ("pixels_not_square" in prepared.facts["flags"]) == (height != width)
+
+
 def test_colour_pictures_keep_three_channels(sandbox):
     out = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)).save(out, "PNG")

@@ -56,7 +56,7 @@ def export(tmp_path_factory):
     export_checkpoint(
         str(folder / "checkpoint"),
         folder / "export",
-        load_profile("nv-reason-cxr-3b"),
+        dataclasses.replace(load_profile("nv-reason-cxr-3b"), checkpoint=None),
         accept_licence=True,
         progress=False,
         **options,
