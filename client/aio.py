@@ -12,7 +12,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from cxr_triton.client import wire
 from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Clock, Timeouts, Tls
-from cxr_triton.errors import Cancelled, Unavailable
+from cxr_triton.errors import Cancelled, CxrError, Unavailable
 from cxr_triton.reading import Reading
 
 
@@ -149,6 +149,7 @@ class AsyncReadingStream:
         self._request: pb.ModelInferRequest | None = request
         self._call: grpc.aio.UnaryStreamCall | None = None
         self._clock: Clock | None = None
+        self._late = ""  # the limit that ran out
         self._ended = False
 
     def __aiter__(self) -> AsyncIterator[str]:
@@ -199,25 +200,37 @@ class AsyncReadingStream:
 
     async def _receive(self) -> str:
         due, limit = self._clock.next_limit()
-        url, timeouts = self._reader.url, self._reader.timeouts
+        message, failure = grpc.aio.EOF, None
+        # Cancels the call, not the task that waits for it: a response that comes at the same moment is not lost.
+        timer = asyncio.get_running_loop().call_later(due - time.monotonic(), self._expire, limit) if limit else None
         try:
-            async with asyncio.timeout(due - time.monotonic() if limit else None):
-                message = await self._call.read()
-        except TimeoutError:
-            raise wire.late(limit, timeouts, url) from None
+            message = await self._call.read()
         except grpc.RpcError as error:
-            raise wire.stream_error(error, url, timeouts) from None
+            failure = wire.stream_error(error, self._reader.url, self._reader.timeouts)
         except asyncio.CancelledError:
-            if self._call.cancelled() and not asyncio.current_task().cancelling():
-                raise Cancelled(f"reading at {url} was cancelled before its end") from None
-            raise
+            if not self._call.cancelled() or asyncio.current_task().cancelling():
+                raise
+            failure = Cancelled(f"reading at {self._reader.url} was cancelled before its end")
+        finally:
+            if timer:
+                timer.cancel()
         if message is grpc.aio.EOF:
-            self._ended = True
-            if self.reading is None:
-                raise wire.no_reading(url)
+            self._end(failure)
             return ""
         delta, reading = wire.parse_response(message)
         if reading:
             self.reading = Reading.from_json(reading)
         self._clock.heard(delta)
         return delta
+
+    def _expire(self, limit: str) -> None:
+        self._late = limit
+        self._call.cancel()
+
+    def _end(self, failure: CxrError | None) -> None:
+        """See `ReadingStream._end`."""
+        self._ended = True
+        if self.reading is None:
+            if self._late:
+                raise wire.late(self._late, self._reader.timeouts, self._reader.url)
+            raise failure or wire.no_reading(self._reader.url)

@@ -13,7 +13,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from cxr_triton.client import wire
 from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Clock, Timeouts, Tls
-from cxr_triton.errors import Cancelled, Unavailable
+from cxr_triton.errors import Cancelled, CxrError, Unavailable
 from cxr_triton.reading import Reading
 
 
@@ -190,6 +190,7 @@ class ReadingStream:
         self._request: pb.ModelInferRequest | None = request
         self._call: grpc.Call | None = None
         self._clock: Clock | None = None
+        self._late = ""  # the limit that ran out
         self._ended = False
 
     def __iter__(self) -> Iterator[str]:
@@ -251,27 +252,31 @@ class ReadingStream:
 
     def _receive(self) -> str:
         due, limit = self._clock.next_limit()
-        url, timeouts = self._reader.url, self._reader.timeouts
-        failure = None
+        message = failure = None
         self._reader._watchdog.watch(self._call, due)
         try:
             message = next(self._call, None)
         except grpc.RpcError as error:
-            failure = wire.stream_error(error, url, timeouts)
+            failure = wire.stream_error(error, self._reader.url, self._reader.timeouts)
         finally:
-            overdue = self._reader._watchdog.forget(self._call)
-        if failure:
-            raise wire.late(limit, timeouts, url) if overdue else failure
+            if self._reader._watchdog.forget(self._call):
+                self._late = limit
         if message is None:
-            self._ended = True
-            if self.reading is None:
-                raise wire.no_reading(url)
+            self._end(failure)
             return ""
         delta, reading = wire.parse_response(message)
         if reading:
             self.reading = Reading.from_json(reading)
         self._clock.heard(delta)
         return delta
+
+    def _end(self, failure: CxrError | None) -> None:
+        """The stream is over; how matters only while the reading is not complete."""
+        self._ended = True
+        if self.reading is None:
+            if self._late:
+                raise wire.late(self._late, self._reader.timeouts, self._reader.url)
+            raise failure or wire.no_reading(self._reader.url)
 
 
 class _Watchdog:
@@ -298,7 +303,7 @@ class _Watchdog:
                 self._changed.notify()
 
     def forget(self, call: grpc.Call) -> bool:
-        """Stop watching `call`; whether it was overdue."""
+        """Stop watching `call`; whether it was overdue, even if a response came at the same moment."""
         with self._changed:
             self._due.pop(call, None)
             overdue = call in self._overdue
@@ -318,9 +323,13 @@ class _Watchdog:
         with self._changed:
             while not self._closed:
                 now = time.monotonic()
-                for call in [call for call, due in self._due.items() if due <= now]:
-                    del self._due[call]
-                    self._overdue.add(call)
-                    call.cancel()
+                self._expire(now)
                 self._wakes = min(self._due.values(), default=float("inf"))
                 self._changed.wait(min(self._wakes - now, threading.TIMEOUT_MAX))
+
+    def _expire(self, now: float) -> None:
+        with self._changed:
+            for call in [call for call, due in self._due.items() if due <= now]:
+                del self._due[call]
+                self._overdue.add(call)
+                call.cancel()
