@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 
 import grpc
@@ -54,13 +55,15 @@ class Reader:
         self.url, self.timeouts, self.model, self.max_message_mib = url, timeouts, model, max_message_mib
         options = wire.channel_options(max_message_mib)
         if tls:
-            self._channel = grpc.secure_channel(url, tls.credentials(), options)
+            channel = grpc.secure_channel(url, tls.credentials(), options)
         else:
-            self._channel = grpc.insecure_channel(url, options)
-        self._stub = GRPCInferenceServiceStub(self._channel)
-        self._stream_infer = self._channel.unary_stream(wire.STREAM_INFER, **wire.STREAM_INFER_TYPES)
+            channel = grpc.insecure_channel(url, options)
+        self._channel: grpc.Channel | None = channel
+        self._stub = GRPCInferenceServiceStub(channel)
+        self._stream_infer = channel.unary_stream(wire.STREAM_INFER, **wire.STREAM_INFER_TYPES)
         self._watchdog = _Watchdog()
         self._closed = False
+        wire.at_exit(self, Reader.close)
 
     def read(
         self,
@@ -135,7 +138,9 @@ class Reader:
     def close(self) -> None:
         """Cancel what is under way and close the connection."""
         self._closed = True
-        self._channel.close()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
         self._watchdog.close()
 
     def __enter__(self) -> Reader:
@@ -210,13 +215,15 @@ class ReadingStream:
                 request, self._request = self._request, None
                 self._call = self._reader._start(request)
                 self._clock = Clock(self._reader.timeouts)
+                wire.at_exit(self, ReadingStream.close)
                 if self._ended:  # closed while it connected
-                    self._call.cancel()
+                    self.close()
             while not self._ended:
                 if delta := self._receive():
                     return delta
-        except BaseException:
+        except BaseException as error:
             self.close()
+            traceback.clear_frames(error.__traceback__)  # they would keep the call
             raise
         raise StopIteration
 
@@ -237,8 +244,9 @@ class ReadingStream:
     def close(self) -> None:
         """Cancel the request if it is still under way."""
         self._ended, self._request = True, None
-        if self._call is not None:
-            self._call.cancel()
+        call, self._call = self._call, None
+        if call is not None:
+            call.cancel()
 
     def __enter__(self) -> ReadingStream:
         return self
@@ -251,15 +259,17 @@ class ReadingStream:
             self.close()
 
     def _receive(self) -> str:
+        call, message, failure = self._call, None, None
+        if call is None:  # closed by another thread
+            return ""
         due, limit = self._clock.next_limit()
-        message = failure = None
-        self._reader._watchdog.watch(self._call, due)
+        self._reader._watchdog.watch(call, due)
         try:
-            message = next(self._call, None)
+            message = next(call, None)
         except grpc.RpcError as error:
             failure = wire.stream_error(error, self._reader.url, self._reader.timeouts)
         finally:
-            if self._reader._watchdog.forget(self._call):
+            if self._reader._watchdog.forget(call):
                 self._late = limit
         if message is None:
             self._end(failure)
@@ -272,7 +282,7 @@ class ReadingStream:
 
     def _end(self, failure: CxrError | None) -> None:
         """The stream is over; how matters only while the reading is not complete."""
-        self._ended = True
+        self.close()
         if self.reading is None:
             if self._late:
                 raise wire.late(self._late, self._reader.timeouts, self._reader.url)

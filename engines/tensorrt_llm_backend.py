@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
-from cxr_triton.client.wire import STREAM_INFER, STREAM_INFER_TYPES, channel_options
+from cxr_triton.client.wire import STREAM_INFER, STREAM_INFER_TYPES, at_exit, channel_options
 from cxr_triton.errors import CxrError, InternalError, Unavailable
 
 from .tensorrt_llm import stop_tensors
@@ -50,11 +50,13 @@ class TensorRTLLMBackend:
     """
 
     def __init__(self, address: str):
-        self._channel = grpc.insecure_channel(address, channel_options(MAX_MESSAGE_MIB))
+        self._channel: grpc.Channel | None = grpc.insecure_channel(address, channel_options(MAX_MESSAGE_MIB))
         self._lock = threading.Lock()
         self._listeners: dict[str, Listener] = {}  # guarded by _lock, as the two streams are
         self._streams: dict[str, queue.SimpleQueue] = {}
+        self._threads: set[threading.Thread] = set()
         self._closed = False
+        at_exit(self, TensorRTLLMBackend.close)
 
     def start(self, request_id: str, tensors: dict[str, np.ndarray], listener: Listener) -> None:
         """Send a request; its tokens go to `listener`, which must not block, on a thread of this client."""
@@ -76,7 +78,12 @@ class TensorRTLLMBackend:
             for requests in self._streams.values():
                 requests.put(None)
             self._streams.clear()
-        self._channel.close()
+            threads = list(self._threads)
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+        for thread in threads:  # no call of theirs outlives this client
+            thread.join()
 
     def _queue(self, name: str) -> queue.SimpleQueue:
         """Where a stream's requests go; opens the stream."""
@@ -85,7 +92,10 @@ class TensorRTLLMBackend:
         if name not in self._streams:
             requests = self._streams[name] = queue.SimpleQueue()
             call = self._channel.stream_stream(STREAM_INFER, **STREAM_INFER_TYPES)(iter(requests.get, None))
-            threading.Thread(target=self._read, args=(name, requests, call), name=f"engine-{name}", daemon=True).start()
+            ends = (name, requests, call)
+            thread = threading.Thread(target=self._read, args=ends, name=f"engine-{name}", daemon=True)
+            thread.start()
+            self._threads.add(thread)
         return self._streams[name]
 
     def _read(self, name: str, requests: queue.SimpleQueue, call) -> None:
@@ -98,10 +108,12 @@ class TensorRTLLMBackend:
             reason = "it was closed"
         except grpc.RpcError as error:
             reason = f"{error.code().name}: {error.details()}"
+            error.__traceback__ = None  # it is the call, which its traceback would keep alive
         except Exception as error:  # nobody else would tell those who wait
             reason = f"{type(error).__name__}: {error}"
             call.cancel()
         with self._lock:
+            self._threads.discard(threading.current_thread())
             if self._closed:
                 return
             if self._streams.get(name) is requests:
