@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from collections.abc import AsyncIterator, Sequence
 
 import grpc
@@ -12,7 +13,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from cxr_triton.client import wire
 from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Clock, Timeouts, Tls
-from cxr_triton.errors import Cancelled, Unavailable
+from cxr_triton.errors import Cancelled, CxrError, Unavailable
 from cxr_triton.identity import sha256
 from cxr_triton.reading import Reading
 
@@ -93,14 +94,20 @@ class AsyncReader:
     async def close(self) -> None:
         """Cancel what is under way and close the connection."""
         self._closed = True
-        if self._channel is not None:
-            await self._channel.close()
+        channel = self._channel
+        self._release()
+        if channel is not None:
+            await channel.close()
 
     async def __aenter__(self) -> AsyncReader:
         return self
 
     async def __aexit__(self, *exc) -> None:
         await self.close()
+
+    def _release(self) -> None:
+        """Let go of the channel, which closes itself: at exit no loop waits for it."""
+        self._closed, self._channel, self._stub, self._stream_infer = True, None, None, None
 
     def _open(self) -> None:
         """An asyncio channel belongs to the loop that is running when it is made, so it is made on first use."""
@@ -111,6 +118,7 @@ class AsyncReader:
             self._channel = grpc.aio.insecure_channel(self.url, options)
         self._stub = GRPCInferenceServiceStub(self._channel)
         self._stream_infer = self._channel.unary_stream(wire.STREAM_INFER, **wire.STREAM_INFER_TYPES)
+        wire.at_exit(self, AsyncReader._release)
 
     async def _connect(self) -> pb.ModelMetadataResponse:
         """See `Reader._connect`."""
@@ -154,6 +162,7 @@ class AsyncReadingStream:
         self._sent = sent
         self._call: grpc.aio.UnaryStreamCall | None = None
         self._clock: Clock | None = None
+        self._late = ""  # the limit that ran out
         self._ended = False
 
     def __aiter__(self) -> AsyncIterator[str]:
@@ -166,13 +175,15 @@ class AsyncReadingStream:
                 request, self._request = self._request, None
                 self._call = await self._reader._start(request)
                 self._clock = Clock(self._reader.timeouts)
+                wire.at_exit(self, AsyncReadingStream._cancel)
                 if self._ended:  # closed while it connected
-                    self._call.cancel()
+                    self._cancel()
             while not self._ended:
                 if delta := await self._receive():
                     return delta
-        except BaseException:
+        except BaseException as error:
             self._cancel()
+            traceback.clear_frames(error.__traceback__)  # they would keep the call
             raise
         raise StopAsyncIteration
 
@@ -199,30 +210,44 @@ class AsyncReadingStream:
 
     def _cancel(self) -> None:
         self._ended, self._request = True, None
-        if self._call is not None:
-            self._call.cancel()
+        call, self._call = self._call, None
+        if call is not None:
+            call.cancel()
 
     async def _receive(self) -> str:
+        call, message, failure = self._call, grpc.aio.EOF, None
         due, limit = self._clock.next_limit()
-        url, timeouts = self._reader.url, self._reader.timeouts
+        # Cancels the call, not the task that waits for it: a response that comes at the same moment is not lost.
+        timer = asyncio.get_running_loop().call_later(due - time.monotonic(), self._expire, limit) if limit else None
         try:
-            async with asyncio.timeout(due - time.monotonic() if limit else None):
-                message = await self._call.read()
-        except TimeoutError:
-            raise wire.late(limit, timeouts, url) from None
+            message = await call.read()
         except grpc.RpcError as error:
-            raise wire.stream_error(error, url, timeouts) from None
+            failure = wire.stream_error(error, self._reader.url, self._reader.timeouts)
         except asyncio.CancelledError:
-            if self._call.cancelled() and not asyncio.current_task().cancelling():
-                raise Cancelled(f"reading at {url} was cancelled before its end") from None
-            raise
+            if not call.cancelled() or asyncio.current_task().cancelling():
+                raise
+            failure = Cancelled(f"reading at {self._reader.url} was cancelled before its end")
+        finally:
+            if timer:
+                timer.cancel()
         if message is grpc.aio.EOF:
-            self._ended = True
-            if self.reading is None:
-                raise wire.no_reading(url)
+            self._end(failure)
             return ""
         delta, reading = wire.parse_response(message)
         if reading:
             self.reading = wire.own_reading(reading, self._sent, url)
         self._clock.heard(delta)
         return delta
+
+    def _expire(self, limit: str) -> None:
+        self._late = limit
+        if self._call is not None:
+            self._call.cancel()
+
+    def _end(self, failure: CxrError | None) -> None:
+        """See `ReadingStream._end`."""
+        self._cancel()
+        if self.reading is None:
+            if self._late:
+                raise wire.late(self._late, self._reader.timeouts, self._reader.url)
+            raise failure or wire.no_reading(self._reader.url)

@@ -21,8 +21,8 @@ class Timeouts:
     first_delta_s : float
         From the request to the first text: queue, decoding of the pictures, vision, prefill.
     idle_s : float
-        Between two responses once the first has come. The server sends empty ones while a request waits, so silence
-        means trouble.
+        For the next response once the first has come, from when the caller asks for it: what the caller does between
+        two reads does not count. The server sends empty ones while a request waits, so silence means trouble.
     total_s : float
         From the request to the end of the reading; also the gRPC deadline that the server sees.
     """
@@ -48,20 +48,19 @@ class Clock:
     def __init__(self, timeouts: Timeouts):
         self._timeouts = timeouts
         self._started = time.monotonic()
-        self._heard: float | None = None
-        self._has_text = False
+        self._is_heard = self._has_text = False
 
     def heard(self, delta: str) -> None:
-        self._heard = time.monotonic()
+        self._is_heard = True
         self._has_text = self._has_text or delta != ""
 
     def next_limit(self) -> tuple[float, str]:
-        """Monotonic time by which the next response is due, and the name of the limit; (inf, "") without one."""
+        """Monotonic time by which a response awaited from now is due, and the limit's name; (inf, "") without one."""
         limits = [(float("inf"), "")]
         if not self._has_text and self._timeouts.first_delta_s is not None:
             limits.append((self._started + self._timeouts.first_delta_s, "first_delta_s"))
-        if self._heard is not None and self._timeouts.idle_s is not None:
-            limits.append((self._heard + self._timeouts.idle_s, "idle_s"))
+        if self._is_heard and self._timeouts.idle_s is not None:
+            limits.append((time.monotonic() + self._timeouts.idle_s, "idle_s"))
         return min(limits)
 
 

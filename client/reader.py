@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 
 import grpc
@@ -13,7 +14,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from cxr_triton.client import wire
 from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Clock, Timeouts, Tls
-from cxr_triton.errors import Cancelled, Unavailable
+from cxr_triton.errors import Cancelled, CxrError, Unavailable
 from cxr_triton.identity import sha256
 from cxr_triton.reading import Reading
 
@@ -55,13 +56,15 @@ class Reader:
         self.url, self.timeouts, self.model, self.max_message_mib = url, timeouts, model, max_message_mib
         options = wire.channel_options(max_message_mib)
         if tls:
-            self._channel = grpc.secure_channel(url, tls.credentials(), options)
+            channel = grpc.secure_channel(url, tls.credentials(), options)
         else:
-            self._channel = grpc.insecure_channel(url, options)
-        self._stub = GRPCInferenceServiceStub(self._channel)
-        self._stream_infer = self._channel.unary_stream(wire.STREAM_INFER, **wire.STREAM_INFER_TYPES)
+            channel = grpc.insecure_channel(url, options)
+        self._channel: grpc.Channel | None = channel
+        self._stub = GRPCInferenceServiceStub(channel)
+        self._stream_infer = channel.unary_stream(wire.STREAM_INFER, **wire.STREAM_INFER_TYPES)
         self._watchdog = _Watchdog()
         self._closed = False
+        wire.at_exit(self, Reader.close)
 
     def read(
         self,
@@ -140,7 +143,9 @@ class Reader:
     def close(self) -> None:
         """Cancel what is under way and close the connection."""
         self._closed = True
-        self._channel.close()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
         self._watchdog.close()
 
     def __enter__(self) -> Reader:
@@ -196,6 +201,7 @@ class ReadingStream:
         self._sent = sent
         self._call: grpc.Call | None = None
         self._clock: Clock | None = None
+        self._late = ""  # the limit that ran out
         self._ended = False
 
     def __iter__(self) -> Iterator[str]:
@@ -215,13 +221,15 @@ class ReadingStream:
                 request, self._request = self._request, None
                 self._call = self._reader._start(request)
                 self._clock = Clock(self._reader.timeouts)
+                wire.at_exit(self, ReadingStream.close)
                 if self._ended:  # closed while it connected
-                    self._call.cancel()
+                    self.close()
             while not self._ended:
                 if delta := self._receive():
                     return delta
-        except BaseException:
+        except BaseException as error:
             self.close()
+            traceback.clear_frames(error.__traceback__)  # they would keep the call
             raise
         raise StopIteration
 
@@ -242,8 +250,9 @@ class ReadingStream:
     def close(self) -> None:
         """Cancel the request if it is still under way."""
         self._ended, self._request = True, None
-        if self._call is not None:
-            self._call.cancel()
+        call, self._call = self._call, None
+        if call is not None:
+            call.cancel()
 
     def __enter__(self) -> ReadingStream:
         return self
@@ -256,28 +265,34 @@ class ReadingStream:
             self.close()
 
     def _receive(self) -> str:
+        call, message, failure = self._call, None, None
+        if call is None:  # closed by another thread
+            return ""
         due, limit = self._clock.next_limit()
-        url, timeouts = self._reader.url, self._reader.timeouts
-        failure = None
-        self._reader._watchdog.watch(self._call, due)
+        self._reader._watchdog.watch(call, due)
         try:
-            message = next(self._call, None)
+            message = next(call, None)
         except grpc.RpcError as error:
-            failure = wire.stream_error(error, url, timeouts)
+            failure = wire.stream_error(error, self._reader.url, self._reader.timeouts)
         finally:
-            overdue = self._reader._watchdog.forget(self._call)
-        if failure:
-            raise wire.late(limit, timeouts, url) if overdue else failure
+            if self._reader._watchdog.forget(call):
+                self._late = limit
         if message is None:
-            self._ended = True
-            if self.reading is None:
-                raise wire.no_reading(url)
+            self._end(failure)
             return ""
         delta, reading = wire.parse_response(message)
         if reading:
             self.reading = wire.own_reading(reading, self._sent, url)
         self._clock.heard(delta)
         return delta
+
+    def _end(self, failure: CxrError | None) -> None:
+        """The stream is over; how matters only while the reading is not complete."""
+        self.close()
+        if self.reading is None:
+            if self._late:
+                raise wire.late(self._late, self._reader.timeouts, self._reader.url)
+            raise failure or wire.no_reading(self._reader.url)
 
 
 class _Watchdog:
@@ -304,7 +319,7 @@ class _Watchdog:
                 self._changed.notify()
 
     def forget(self, call: grpc.Call) -> bool:
-        """Stop watching `call`; whether it was overdue."""
+        """Stop watching `call`; whether it was overdue, even if a response came at the same moment."""
         with self._changed:
             self._due.pop(call, None)
             overdue = call in self._overdue
@@ -324,9 +339,13 @@ class _Watchdog:
         with self._changed:
             while not self._closed:
                 now = time.monotonic()
-                for call in [call for call, due in self._due.items() if due <= now]:
-                    del self._due[call]
-                    self._overdue.add(call)
-                    call.cancel()
+                self._expire(now)
                 self._wakes = min(self._due.values(), default=float("inf"))
                 self._changed.wait(min(self._wakes - now, threading.TIMEOUT_MAX))
+
+    def _expire(self, now: float) -> None:
+        with self._changed:
+            for call in [call for call, due in self._due.items() if due <= now]:
+                del self._due[call]
+                self._overdue.add(call)
+                call.cancel()

@@ -7,11 +7,14 @@ of the reading.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import random
 import struct
-from collections.abc import Iterator, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +68,28 @@ def channel_options(max_message_mib: int) -> list[tuple[str, int]]:
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2000),
     ]
+
+
+_open: weakref.WeakKeyDictionary[object, Callable] = weakref.WeakKeyDictionary()
+_opening = threading.Lock()
+
+
+def at_exit(owner: object, close: Callable) -> None:
+    """Call ``close(owner)`` before the interpreter ends, if `owner` is still there.
+
+    A call of gRPC takes its lock as it dies. In an interpreter that ends, gRPC's threads have stopped for ever, maybe
+    with that lock: no call may live so long.
+    """
+    with _opening:
+        _open[owner] = close
+
+
+@atexit.register
+def _close_all() -> None:
+    with _opening:
+        owners = list(_open.items())
+    for owner, close in owners:
+        close(owner)
 
 
 def backoff_s() -> Iterator[float]:
@@ -200,6 +225,7 @@ def server_error(text: str) -> CxrError:
 
 def connect_error(error: grpc.RpcError, url: str, model: str, timeouts: Timeouts) -> CxrError:
     """The exception for a failed check of the server; `Unavailable` is the one worth another attempt."""
+    error.__traceback__ = None  # would keep the call
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.NOT_FOUND or (code is grpc.StatusCode.UNAVAILABLE and "unknown model" in details):
         return ServerMismatch(f"no model {model!r} at {url}; serve a repository written by `cxr-triton package`")
@@ -215,6 +241,7 @@ def connect_error(error: grpc.RpcError, url: str, model: str, timeouts: Timeouts
 
 def stream_error(error: grpc.RpcError, url: str, timeouts: Timeouts) -> CxrError:
     """The exception for a gRPC status other than OK once the request is on its way."""
+    error.__traceback__ = None  # the error of a stream is its call, which its traceback would keep
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.UNAVAILABLE:
         return Unavailable(

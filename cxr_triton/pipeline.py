@@ -183,11 +183,11 @@ def sampling_of(context: str) -> Sampling:
     Raises
     ------
     InvalidRequest
-        CONTEXT was not written by `Preprocessor`.
+        CONTEXT was not written by `Preprocessor`, or asks for a sampling that does not exist.
     """
     try:
         return Sampling(**json.loads(context)["sampling"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidRequest(
             f"CONTEXT is not what dicom_preprocess writes ({type(error).__name__}: {error}); "
             "call the ensemble cxr_reader"

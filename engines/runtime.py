@@ -8,6 +8,7 @@ after them; a row that becomes free is filled with the last one.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -379,7 +380,7 @@ class Runtime:
         raise NotImplementedError
 
     def _release(self, stream: Stream) -> None:
-        """Free what a stream that ends holds; it is not among `_streams` any more."""
+        """Free what a stream that ends holds; it is not among `_streams` any more. Must not raise."""
         raise NotImplementedError
 
     def _end(self) -> None:
@@ -391,8 +392,7 @@ class Runtime:
             streams = list(self._streams.values())
         for stream in streams:
             if stream.cancelled or self._asks_to_cancel(stream):
-                self._leave(stream)
-                self._send(stream, stream.complete("cancelled"))
+                self._pass_on(stream, "cancelled")
 
     def _asks_to_cancel(self, stream: Stream) -> bool:
         try:
@@ -405,15 +405,24 @@ class Runtime:
         """Send what a stream has, if it ended, is due, or has just got its first token."""
         if stream.id not in self._streams:
             return  # sampling failed
-        if stream.finish_reason:
-            self._leave(stream)
-            self._send(stream, stream.complete(stream.finish_reason))
-        elif (
-            stream.generated == 1
+        if (
+            stream.finish_reason
+            or stream.generated == 1
             or stream.unsent >= self._coalesce_tokens
             or time.monotonic() + self._step_s > stream.unsent_since_s + self._coalesce_s
         ):
-            self._send(stream, stream.take())
+            self._pass_on(stream, stream.finish_reason)
+
+    def _pass_on(self, stream: Stream, finish_reason: str | None = None) -> None:
+        """Send what a stream has decoded; with a reason it is the last chunk."""
+        try:
+            chunk = stream.complete(finish_reason) if finish_reason else stream.take()
+        except Exception:
+            self._fail([stream], "the text")
+            return
+        if finish_reason:
+            self._leave(stream)
+        self._send(stream, chunk)
 
     def _beat(self) -> None:
         with self._wake:
@@ -433,22 +442,26 @@ class Runtime:
             self._leave(stream)
 
     def _fail(self, streams: list[Stream], phase: str) -> None:
-        """End the streams that a failed run of the engine touched."""
+        """End the streams that a failure touched; called where it was caught."""
         log.exception("the engine failed in %s of %d stream(s)", phase, len(streams))
         error = InternalError(f"the engine failed in {phase} of the request; see the server's log")
         for stream in streams:
-            self._leave(stream)
+            self._refuse(stream, error)
+
+    def _refuse(self, stream: Stream, error: CxrError) -> None:
+        if self._leave(stream):
             self._send(stream, Chunk(error=error))
 
-    def _leave(self, stream: Stream) -> None:
-        """Forget a stream. It may leave twice."""
+    def _leave(self, stream: Stream) -> bool:
+        """Forget a stream; False when it had left before."""
         with self._wake:
             if self._streams.pop(stream.id, None) is None:
-                return
+                return False
             if stream in self._waiting:
                 self._waiting.remove(stream)
-                return
+                return True
         self._release(stream)
+        return True
 
 
 class DecoderRuntime(Runtime):
@@ -534,7 +547,9 @@ class DecoderRuntime(Runtime):
             return
         for running in list(self._decoding):
             if running.unsent:
-                self._send(running, running.take())
+                self._pass_on(running)
+        if self._prefilling is not stream:
+            return  # the engine failed as one of them left
         generation = stream.generation
         chunk = slice(stream.prefilled, stream.prefilled + self._prefill_chunk)
         is_last = chunk.stop >= len(generation.input_ids)
@@ -589,6 +604,15 @@ class DecoderRuntime(Runtime):
         return [self._prefilling] if self._prefilling else []
 
     def _release(self, stream: Stream) -> None:
+        try:
+            self._vacate(stream)
+        except Exception:  # nobody's row can be trusted
+            self._fail([*self._decoding, *self._silent()], "freeing a slot")
+            for slot in range(self._slots):
+                with contextlib.suppress(Exception):
+                    self._session.free(slot)
+
+    def _vacate(self, stream: Stream) -> None:
         """Keep the active rows of the cache the first ones."""
         if stream is self._prefilling:
             self._prefilling = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class Sampling:
     Raises
     ------
     InvalidRequest
-        A value is out of its range.
+        A value is of another type, or out of its range.
     """
 
     max_new_tokens: int
@@ -52,18 +53,36 @@ class Sampling:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
+        for name, (allowed, holds) in _ALLOWED.items():
+            if not holds(getattr(self, name)):
+                raise InvalidRequest(f"sampling: {name} is {getattr(self, name)!r:.80}, must be {allowed}")
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
-        for name, holds, allowed in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "more than 0"),
-            ("seed", self.seed is None or self.seed >= 0, "0 or more"),
-            ("stop", all(self.stop), "strings that are not empty"),
-        ):
-            if not holds:
-                raise InvalidRequest(f"sampling: {name} is {getattr(self, name)!r}, must be {allowed}")
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    """Of a size that a float32 takes; NaN is none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def _is_list(value: object, of: Callable[[object], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(map(of, value))
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+_ALLOWED: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "max_new_tokens": ("a whole number, at least 1", lambda value: _is_whole(value, 1)),
+    "temperature": ("a number, 0 or more", lambda value: _is_number(value) and value >= 0),
+    "top_p": ("a number in (0, 1]", lambda value: _is_number(value) and 0 < value <= 1),
+    "repetition_penalty": ("a number, more than 0", lambda value: _is_number(value) and value > 0),
+    "seed": ("a whole number, 0 or more, or None", lambda value: value is None or _is_whole(value, 0)),
+    "stop": ("strings that are not empty", lambda value: _is_list(value, lambda text: isinstance(text, str) and text)),
+    "eos_token_ids": ("token ids", lambda value: _is_list(value, lambda id_: _is_whole(id_, 0) and id_ < 1 << 31)),
+}
 
 
 @dataclass(frozen=True)

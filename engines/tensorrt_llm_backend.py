@@ -11,13 +11,14 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import grpc
 import ml_dtypes
 import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
-from cxr_triton.client.wire import STREAM_INFER, STREAM_INFER_TYPES, channel_options
+from cxr_triton.client.wire import STREAM_INFER, STREAM_INFER_TYPES, at_exit, channel_options
 from cxr_triton.errors import CxrError, InternalError, Unavailable
 
 from .tensorrt_llm import stop_tensors
@@ -40,6 +41,16 @@ Listener = Callable[[str, np.ndarray, bool, CxrError | None], None]
 """Called with request id, new tokens, whether they are the last, and an error, which is the last too."""
 
 
+@dataclass
+class _Request:
+    """One that the engine has to end."""
+
+    listener: Listener
+    is_heard: bool = False
+    is_stopping: bool = False
+    is_stop_due: bool = False
+
+
 class TensorRTLLMBackend:
     """Client of the model `tensorrt_llm`.
 
@@ -50,24 +61,34 @@ class TensorRTLLMBackend:
     """
 
     def __init__(self, address: str):
-        self._channel = grpc.insecure_channel(address, channel_options(MAX_MESSAGE_MIB))
+        self._channel: grpc.Channel | None = grpc.insecure_channel(address, channel_options(MAX_MESSAGE_MIB))
         self._lock = threading.Lock()
-        self._listeners: dict[str, Listener] = {}  # guarded by _lock, as the two streams are
+        self._requests: dict[str, _Request] = {}  # guarded by _lock, as the two streams are
         self._streams: dict[str, queue.SimpleQueue] = {}
+        self._threads: set[threading.Thread] = set()
         self._closed = False
+        at_exit(self, TensorRTLLMBackend.close)
 
     def start(self, request_id: str, tensors: dict[str, np.ndarray], listener: Listener) -> None:
         """Send a request; its tokens go to `listener`, which must not block, on a thread of this client."""
         message = infer_request(request_id, tensors)
         with self._lock:
-            self._listeners[request_id] = listener
-            self._queue("requests").put(message)
+            requests = self._queue("requests")
+            self._requests[request_id] = _Request(listener)
+            requests.put(message)
 
     def stop(self, request_id: str) -> None:
         """Cancel a request; the listener hears of its end. One that has ended is ignored."""
-        # On a stream of their own: what answers a stop has the id of the request that it stops.
         with self._lock:
-            self._queue("stops").put(infer_request(request_id, stop_tensors()))
+            if request := self._requests.get(request_id):
+                request.is_stopping = request.is_stop_due = True
+                self._send_stop(request_id)
+                # It may overtake the request, and the engine ignores it then: once that is heard of, it goes again.
+                request.is_stop_due = not request.is_heard
+
+    def _send_stop(self, request_id: str) -> None:
+        # On a stream of their own: what answers a stop has the id of the request that it stops.
+        self._queue("stops").put(infer_request(request_id, stop_tensors()))
 
     def close(self) -> None:
         """Drop what runs and the connection."""
@@ -76,7 +97,12 @@ class TensorRTLLMBackend:
             for requests in self._streams.values():
                 requests.put(None)
             self._streams.clear()
-        self._channel.close()
+            threads = list(self._threads)
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+        for thread in threads:  # no call of theirs outlives this client
+            thread.join()
 
     def _queue(self, name: str) -> queue.SimpleQueue:
         """Where a stream's requests go; opens the stream."""
@@ -85,7 +111,10 @@ class TensorRTLLMBackend:
         if name not in self._streams:
             requests = self._streams[name] = queue.SimpleQueue()
             call = self._channel.stream_stream(STREAM_INFER, **STREAM_INFER_TYPES)(iter(requests.get, None))
-            threading.Thread(target=self._read, args=(name, requests, call), name=f"engine-{name}", daemon=True).start()
+            ends = (name, requests, call)
+            thread = threading.Thread(target=self._read, args=ends, name=f"engine-{name}", daemon=True)
+            thread.start()
+            self._threads.add(thread)
         return self._streams[name]
 
     def _read(self, name: str, requests: queue.SimpleQueue, call) -> None:
@@ -98,22 +127,26 @@ class TensorRTLLMBackend:
             reason = "it was closed"
         except grpc.RpcError as error:
             reason = f"{error.code().name}: {error.details()}"
+            error.__traceback__ = None  # it is the call, which its traceback would keep alive
         except Exception as error:  # nobody else would tell those who wait
             reason = f"{type(error).__name__}: {error}"
             call.cancel()
         with self._lock:
+            self._threads.discard(threading.current_thread())
             if self._closed:
                 return
             if self._streams.get(name) is requests:
                 del self._streams[name]  # the next request opens another
             requests.put(None)
-            lost = [] if name == "stops" else list(self._listeners.items())
+            lost = [] if name == "stops" else list(self._requests.items())
             if lost:
-                self._listeners.clear()
+                self._requests.clear()
+            for request in self._requests.values():
+                request.is_stop_due |= request.is_stopping
         log.error("the stream of %s to the engine ended (%s), %d requests with it", name, reason, len(lost))
-        for request_id, listener in lost:
+        for request_id, request in lost:
             error = Unavailable("the connection to the decoder's engine broke; send the request again")
-            listener(request_id, np.empty(0, np.int32), True, error)
+            request.listener(request_id, np.empty(0, np.int32), True, error)
 
     def _hear(self, message: pb.ModelStreamInferResponse) -> None:
         response, error, token_ids = message.infer_response, None, np.empty(0, np.int32)
@@ -127,9 +160,15 @@ class TensorRTLLMBackend:
             if output.name == "output_ids":  # [1, 1, new tokens]
                 token_ids = np.frombuffer(content, np.int32)
         with self._lock:
-            listener = (self._listeners.pop if is_last else self._listeners.get)(response.id, None)
-        if listener and (is_last or len(token_ids)):
-            listener(response.id, token_ids, is_last, error)
+            request = (self._requests.pop if is_last else self._requests.get)(response.id, None)
+            if request is None:
+                return
+            request.is_heard = True
+            if request.is_stop_due and not is_last:
+                self._send_stop(response.id)
+                request.is_stop_due = False
+        if is_last or len(token_ids):
+            request.listener(response.id, token_ids, is_last, error)
 
 
 def infer_request(request_id: str, tensors: dict[str, np.ndarray]) -> pb.ModelInferRequest:

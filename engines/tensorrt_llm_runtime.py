@@ -13,7 +13,7 @@ import numpy as np
 
 from cxr_triton.errors import CxrError, InternalError
 
-from .runtime import Chunk, Generation, Runtime, Stream
+from .runtime import Generation, Runtime, Stream
 from .tensorrt_llm import EngineConfig, check_request, request_tensors
 
 log = logging.getLogger(__name__)
@@ -92,25 +92,32 @@ class TensorRTLLMRuntime(Runtime):
 
     def _take(self, stream_id: str, token_ids: np.ndarray, is_last: bool, error: CxrError | None) -> None:
         """Tokens of a stream. What the engine still says of one that has ended for its caller is dropped."""
-        stream = self._running.pop(stream_id) if is_last else self._running[stream_id]
-        if stream_id not in self._streams:
+        stream = (self._running.pop if is_last else self._running.get)(stream_id, None)
+        if stream is None or stream_id not in self._streams:
             return
         if error:
-            self._fail(stream, error)
+            self._refuse(stream, error)
             return
+        try:
+            self._accept(stream, token_ids, is_last)
+        except Exception:
+            self._fail([stream], "the tokens")
+            return
+        self._emit(stream)
+
+    def _accept(self, stream: Stream, token_ids: np.ndarray, is_last: bool) -> None:
         now_s = time.monotonic()
         for token in token_ids.tolist():
             stream.accept(token, now_s)
             if stream.finish_reason:
-                break
-        if is_last and not stream.finish_reason:
-            ends = stream.generation.sampling.eos_token_ids
-            if not ends:
-                log.error("the engine ended a stream after %d of %d tokens", stream.generated, stream.max_new_tokens)
-                self._fail(stream, InternalError("the engine ended the answer early; see the server's log"))
                 return
+        if not is_last:
+            return
+        if ends := stream.generation.sampling.eos_token_ids:
             stream.accept(ends[0], now_s)  # the engine does not give the end token itself
-        self._emit(stream)
+            return
+        log.error("the engine ended a stream after %d of %d tokens", stream.generated, stream.max_new_tokens)
+        self._refuse(stream, InternalError("the engine ended the answer early; see the server's log"))
 
     def _admit(self) -> None:
         while len(self._running) < self._slots:
@@ -127,13 +134,9 @@ class TensorRTLLMRuntime(Runtime):
                 log.exception("a request did not reach the engine")
                 self._running.pop(stream.id, None)
                 known = isinstance(error, CxrError)
-                self._fail(
+                self._refuse(
                     stream, error if known else InternalError("the engine was not reached; see the server's log")
                 )
-
-    def _fail(self, stream: Stream, error: CxrError) -> None:
-        self._leave(stream)
-        self._send(stream, Chunk(error=error))
 
     def _silent(self) -> list[Stream]:
         return [stream for stream in self._running.values() if not stream.generated and stream.id in self._streams]
@@ -141,7 +144,12 @@ class TensorRTLLMRuntime(Runtime):
     def _release(self, stream: Stream) -> None:
         """Have the engine stop; its slot is free when it says so."""
         if stream.id in self._running:
-            self._backend.stop(stream.id)
+            try:
+                self._backend.stop(stream.id)
+            except Exception:
+                log.exception(
+                    "stream %s was not stopped; its slot is free when the engine has written its answer", stream.id
+                )
 
     def _end(self) -> None:
         self._running.clear()

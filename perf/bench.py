@@ -118,18 +118,18 @@ class Observer:
     """
 
     def __init__(self, url: str, metrics: str | None = None, pids: Callable[[], Sequence[int]] | None = None):
-        import grpc
-        from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
-
-        self._stub = GRPCInferenceServiceStub(grpc.insecure_channel(url))
-        self._metrics, self._pids = metrics, pids or (lambda: ())
+        self._url, self._metrics, self._pids = url, metrics, pids or (lambda: ())
 
     def triton(self) -> dict[str, dict[str, float]]:
         """Model to what Triton has counted so far."""
+        import grpc
         from tritonclient.grpc.service_pb2 import ModelStatisticsRequest
+        from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
+        with grpc.insecure_channel(self._url) as channel:
+            statistics = GRPCInferenceServiceStub(channel).ModelStatistics(ModelStatisticsRequest(), timeout=30)
         counts = {}
-        for model in self._stub.ModelStatistics(ModelStatisticsRequest(), timeout=30).model_stats:
+        for model in statistics.model_stats:
             counted = model.inference_stats
             counts[model.name] = {
                 "requests": counted.success.count,

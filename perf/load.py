@@ -15,6 +15,7 @@ import json
 import os
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -170,30 +171,49 @@ class _Run:
 
     def run(self) -> None:
         """Fill `exchanges`; gRPC runs in threads only, because Ctrl-C would break its state."""
-        options = [*wire.channel_options(1024), (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)]
-        with grpc.insecure_channel(self.url, options) as channel:
-            try:
-                grpc.channel_ready_future(channel).result(self.timeouts.connect_s)
-            except grpc.FutureTimeoutError:
-                raise Unavailable(
-                    f"no server at {self.url} within {self.timeouts.connect_s:g} s; start one or give its gRPC port"
-                ) from None
-            self._infer = channel.unary_stream(wire.STREAM_INFER)
-            gc.collect()
-            gc.disable()
-            try:
-                with prompt_threads():
-                    self.began_s = time.monotonic()
-                    for _ in range(self._at_first):
-                        self._start()
-                    for thread in self._threads:  # grows meanwhile
-                        while thread.is_alive():
-                            thread.join(0.2)
-            finally:
-                gc.enable()
-                self._ended.set()
+        try:
+            self._connect_and_offer()
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they would keep the channel
+            raise
+        finally:  # what was under way was cancelled with the channel
+            self._ended.set()
+            self._join()
         if self._fault:
             raise self._fault
+
+    def _connect_and_offer(self) -> None:
+        options = [*wire.channel_options(1024), (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)]
+        with grpc.insecure_channel(self.url, options) as channel:
+            if not self._is_ready(channel):
+                raise Unavailable(
+                    f"no server at {self.url} within {self.timeouts.connect_s:g} s; start one or give its gRPC port"
+                )
+            self._infer = channel.unary_stream(wire.STREAM_INFER)
+            self._offer()
+
+    def _is_ready(self, channel: grpc.Channel) -> bool:
+        with suppress(grpc.FutureTimeoutError):
+            grpc.channel_ready_future(channel).result(self.timeouts.connect_s)
+            return True
+        return False
+
+    def _offer(self) -> None:
+        gc.collect()
+        gc.disable()
+        try:
+            with prompt_threads():
+                self.began_s = time.monotonic()
+                for _ in range(self._at_first):
+                    self._start()
+                self._join()
+        finally:
+            gc.enable()
+
+    def _join(self) -> None:
+        for thread in self._threads:  # grows meanwhile
+            while thread.is_alive():
+                thread.join(0.2)
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._work, name="cxr-load", daemon=True)

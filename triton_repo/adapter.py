@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from cxr_triton.errors import InvalidRequest
 from cxr_triton.pipeline import wire_error
 from cxr_triton.triton_repo.serve import GRPC_ADDRESS
 
@@ -104,8 +105,21 @@ def _bfloat16(tensor) -> np.ndarray:
 
 
 def text(request, name: str) -> str:
-    """The only element of a BYTES input."""
-    return pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1)[0].decode()
+    """The only element of a BYTES input.
+
+    Raises
+    ------
+    InvalidRequest
+        It is not one element of UTF-8.
+    """
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    elements = [] if tensor is None else tensor.as_numpy().reshape(-1)
+    if len(elements) != 1:
+        raise InvalidRequest(f"{name}: {len(elements)} elements, must be 1; call the ensemble cxr_reader")
+    try:
+        return elements[0].decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{name}: not UTF-8 at byte {error.start}; call the ensemble cxr_reader") from None
 
 
 def error_response(error: Exception):

@@ -12,7 +12,7 @@ import random
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -22,7 +22,7 @@ from pydicom import Dataset
 from cxr_triton.client.aio import AsyncReader
 from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.log import Log, Metrics
-from cxr_triton.client.gateway.store import Result, Store, is_full
+from cxr_triton.client.gateway.store import LeaseLost, Result, Store, is_full
 from cxr_triton.client.objects import ObjectOptions, diagnostic_report, header_faults, result_objects, source_header
 from cxr_triton.dicom import read_identity
 from cxr_triton.errors import (
@@ -92,31 +92,31 @@ class ReadWorker:
     async def run(self, stopping: asyncio.Event) -> None:
         """Until `stopping` is set; then readings under way are given back, and nothing of them is lost."""
         settings = self._config.read
-        running: set[asyncio.Task] = set()
+        running: dict[asyncio.Task, int] = {}  # job of each attempt
         tls = settings.tls.grpc() if settings.tls else None
         async with AsyncReader(settings.url, timeouts=settings.timeouts, tls=tls) as reader:
             while not stopping.is_set():
                 self.wake.clear()
                 try:
-                    job = await self._next(reader, len(running))
+                    job = await self._next(reader, running.values())
                 except sqlalchemy.exc.SQLAlchemyError as error:
                     self._log("error", "queue_failed", error=type(error).__name__)
                     await either(stopping, self.wake, 4 * POLL_S)
                     continue
                 if job is not None:
                     task = asyncio.create_task(self._read(reader, job))
-                    running.add(task)
-                    task.add_done_callback(lambda done: (running.discard(done), self.wake.set()))
+                    running[task] = job.id
+                    task.add_done_callback(lambda done: (running.pop(done), self.wake.set()))
                 else:
                     await either(stopping, self.wake, POLL_S)
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    async def _next(self, reader: AsyncReader, running: int) -> sa.Row | None:
+    async def _next(self, reader: AsyncReader, at_work: Collection[int]) -> sa.Row | None:
         """The next study to read, when there is room and a server."""
         await asyncio.to_thread(self._store.group_due)
-        if running >= self._config.read.concurrency:
+        if len(at_work) >= self._config.read.concurrency:
             return None
         if not self.is_server_ready:
             if time.monotonic() < self._check_at:
@@ -131,21 +131,24 @@ class ReadWorker:
                 return None
             self._log("info", "server_ready")
             self.is_server_ready, self._checks_failed = True, 0
-        return await asyncio.to_thread(self._store.claim_job, self._config.read.lease_s)
+        return await asyncio.to_thread(self._store.claim_job, self._config.read.lease_s, list(at_work))
 
     async def _read(self, reader: AsyncReader, job: sa.Row) -> None:
         """One attempt at one job; every way it can end is written into the queue."""
         name, settings = self._log.uid(job.study), self._config.read
         attempt = asyncio.current_task()
-        lease = asyncio.create_task(self._keep_lease(job.id, attempt))
+        lease = asyncio.create_task(self._keep_lease(job, attempt))
         try:
             outcome = await self._attempt(reader, job)
             self._metrics.readings.labels(outcome).inc()
             self._log("info", "read", job=job.id, study=name, outcome=outcome, attempt=job.attempts)
+        except LeaseLost:
+            self._metrics.readings.labels("lost_lease").inc()
+            self._log("warning", "lost_lease", job=job.id, study=name, attempt=job.attempts)
         except asyncio.CancelledError:
             with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
                 await asyncio.shield(
-                    asyncio.to_thread(self._store.put_back, job.id, time.time(), "the gateway stopped", counts=False)
+                    asyncio.to_thread(self._store.put_back, job, time.time(), "the gateway stopped", counts=False)
                 )
         except Exception as error:
             is_ours = is_full(error) or isinstance(error, sqlalchemy.exc.SQLAlchemyError)
@@ -162,9 +165,9 @@ class ReadWorker:
             self._log("warning", "not_read", job=job.id, study=name, error=code, attempt=job.attempts, again=again)
             if again:
                 wait_s = spread(settings.retry_s[min(job.attempts, len(settings.retry_s)) - 1])
-                await self._tell(self._store.put_back, job.id, time.time() + wait_s, text, counts=not is_ours)
+                await self._tell(self._store.put_back, job, time.time() + wait_s, text, counts=not is_ours)
             else:
-                await self._tell(self._store.bury, job.id, text)
+                await self._tell(self._store.bury, job, text)
         finally:
             lease.cancel()
 
@@ -176,12 +179,15 @@ class ReadWorker:
             except sqlalchemy.exc.SQLAlchemyError:
                 await asyncio.sleep(4 * POLL_S)
 
-    async def _keep_lease(self, job: int, attempt: asyncio.Task) -> None:
+    async def _keep_lease(self, job: sa.Row, attempt: asyncio.Task) -> None:
         while True:
             await asyncio.sleep(self._config.read.lease_s / 3)
             with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
                 if not await asyncio.to_thread(self._store.renew, job, self._config.read.lease_s):
-                    attempt.cancel()  # dropped by an operator, or taken by another gateway
+                    # Dropped by an operator, or taken by another gateway.
+                    self._log("warning", "lost_lease", job=job.id, study=self._log.uid(job.study), attempt=job.attempts)
+                    attempt.cancel()
+                    return
 
     async def _attempt(self, reader: AsyncReader, job: sa.Row) -> str:
         settings = self._config.read
@@ -190,9 +196,9 @@ class ReadWorker:
             raise InvalidRequest("images of several Patient IDs have the same Study Instance UID; correct the study")
         priors = await asyncio.to_thread(self._priors.fetch, images[-1]) if self._priors else []
         chosen = [*priors, *choose(images, settings.max_images - len(priors))]
-        same = await asyncio.to_thread(self._store.start_reading, job.id, [image.id for image in chosen])
+        same = await asyncio.to_thread(self._store.start_reading, job, [image.id for image in chosen])
         if same is not None:
-            await asyncio.to_thread(self._store.finish, job.id, f"reads the same images as job {same}")
+            await asyncio.to_thread(self._store.finish, job, f"reads the same images as job {same}")
             return "same_images"
         files = await asyncio.to_thread(lambda: [self._file(image) for image in chosen])
         task = self._config.priors.task if priors and self._config.priors.task else settings.task
@@ -205,8 +211,7 @@ class ReadWorker:
         destinations = {
             d.name: {"fhir"} if d.kind == "fhir" else set(self._config.results.kinds) for d in self._config.destinations
         }
-        if not await asyncio.to_thread(self._store.deliver, job.id, results, destinations, reading_s):
-            return "lost_lease"
+        await self._tell(self._store.deliver, job, results, destinations, reading_s)
         self._on_results()
         return reading.status
 

@@ -3,7 +3,7 @@
 A job is one reading of one study. It goes received → grouped → reading → sending → done; dead is the letter box for
 what an operator has to look at, dropped what an operator gave up. SQLite for one gateway, PostgreSQL for several: work
 is taken by a lease, and every step is a conditional update, so that of two that believe to hold it one is told it does
-not.
+not. Each claim of a job has a generation of its own: an earlier holder changes nothing, be it of the same gateway.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import errno
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -62,6 +62,7 @@ jobs = Table(
     Column("attempts", Integer, nullable=False, default=0),
     Column("owner", String(64)),
     Column("lease_until", Float),
+    Column("generation", Integer, nullable=False, server_default="0"),
     Column("error", Text),
     Column("reading_s", Float),
     Index("one_open_job_of_a_study", "study", unique=True,
@@ -149,6 +150,10 @@ class CommitInDoubt(sa.exc.SQLAlchemyError):
     """The connection was lost while a commit was under way: whether it was carried out is not known."""
 
 
+class LeaseLost(Exception):
+    """Somebody else holds the job now, or an operator dropped it."""
+
+
 class Store:
     """The queue as one gateway sees it; usable from any thread.
 
@@ -186,6 +191,8 @@ class Store:
                 if not self._is_sqlite:
                     c.exec_driver_sql("SELECT pg_advisory_xact_lock(726573)")  # several gateways may start at once
                 _schema.create_all(c)
+                if "generation" not in {column["name"] for column in sa.inspect(c).get_columns("jobs")}:
+                    c.exec_driver_sql("ALTER TABLE jobs ADD COLUMN generation INTEGER DEFAULT 0 NOT NULL")
         except (sa.exc.SQLAlchemyError, ImportError) as error:
             what = str(getattr(error, "orig", error)).strip().splitlines()[0]
             raise InvalidConfig(f"queue: {what}; check the URL and that the database runs") from None
@@ -285,78 +292,104 @@ class Store:
                 self._move(c, job, "grouped", f"{len(inputs)} images", inputs=list(inputs), due_at=now)
             return len(closed)
 
-    def claim_job(self, lease_s: float) -> sa.Row | None:
-        """Take the grouped job that has waited longest, or one whose reader has not been heard of."""
+    def claim_job(self, lease_s: float, at_work: Collection[int] = ()) -> sa.Row | None:
+        """Take the grouped job that has waited longest, or one whose reader has not been heard of.
+
+        Parameters
+        ----------
+        lease_s : float
+        at_work : collection of int
+            Jobs that this gateway still works on, whatever became of their leases: none of these.
+
+        Returns
+        -------
+        sqlalchemy.Row or None
+            The claim, which the methods that change the job want.
+        """
         now = time.time()
         is_free = (jobs.c.state == "grouped") & (jobs.c.due_at <= now)
         is_lost = (jobs.c.state == "reading") & (jobs.c.lease_until < now)
-        free = sa.select(jobs.c.id).where(is_free | is_lost).order_by(jobs.c.due_at, jobs.c.id).limit(1)
+        wanted = (is_free | is_lost) & jobs.c.id.not_in(at_work)
+        free = sa.select(jobs.c.id).where(wanted).order_by(jobs.c.due_at, jobs.c.id).limit(1)
         with self._begin() as c:
             job = c.execute(free.with_for_update(skip_locked=True)).scalar()
             if job is None:
                 return None
             self._move(c, job, "reading", "", owner=self.gateway, lease_until=now + lease_s,
-                       attempts=jobs.c.attempts + 1)  # fmt: skip
+                       attempts=jobs.c.attempts + 1, generation=jobs.c.generation + 1)  # fmt: skip
             return c.execute(sa.select(jobs).where(jobs.c.id == job)).one()
 
-    def renew(self, job: int, lease_s: float) -> bool:
+    def renew(self, claim: sa.Row, lease_s: float) -> bool:
         """Prolong a lease; False when it is another's now."""
-        mine = self._mine(job)
+        mine = self._mine(claim)
         with self._begin() as c:
             return bool(c.execute(sa.update(jobs).where(mine).values(lease_until=time.time() + lease_s)).rowcount)
 
-    def put_back(self, job: int, due_at: float, error: str, *, counts: bool = True) -> None:
+    def put_back(self, claim: sa.Row, due_at: float, error: str, *, counts: bool = True) -> None:
         """Give a job back for a later attempt; without `counts` this one is not held against it."""
         with self._begin() as c:
             values = {"due_at": due_at, "error": error, "owner": None, "lease_until": None}
             if not counts:
                 values["attempts"] = jobs.c.attempts - 1
-            self._move(c, job, "grouped", error, self._mine(job), **values)
+            self._move(c, claim.id, "grouped", error, self._mine(claim), **values)
 
-    def bury(self, job: int, error: str) -> None:
+    def bury(self, claim: sa.Row, error: str) -> None:
         """A job that never will: a dead letter."""
         with self._begin() as c:
-            self._move(c, job, "dead", error, self._mine(job), error=error, owner=None, lease_until=None)
+            self._move(c, claim.id, "dead", error, self._mine(claim), error=error, owner=None, lease_until=None)
 
-    def start_reading(self, job: int, chosen: Sequence[int]) -> int | None:
+    def start_reading(self, claim: sa.Row, chosen: Sequence[int]) -> int | None:
         """Write down the images that a job's request will hold, in its order.
 
         Returns
         -------
         int or None
             An earlier job of the study that read the same, so that this one need not.
+
+        Raises
+        ------
+        LeaseLost
+            The job is another's now.
         """
         with self._begin() as c:
-            study = sa.select(jobs.c.study).where(jobs.c.id == job).scalar_subquery()
-            was = jobs.c.state.in_(("sending", "done")) & (jobs.c.study == study) & (jobs.c.id != job)
+            was = jobs.c.state.in_(("sending", "done")) & (jobs.c.study == claim.study) & (jobs.c.id != claim.id)
             for row in c.execute(sa.select(jobs.c.id, jobs.c.read_objects).where(was)):
                 if row.read_objects == list(chosen):
                     return row.id
-            c.execute(sa.update(jobs).where(self._mine(job)).values(read_objects=list(chosen)))
+            if not c.execute(sa.update(jobs).where(self._mine(claim)).values(read_objects=list(chosen))).rowcount:
+                raise LeaseLost(f"job {claim.id}")
         return None
 
-    def finish(self, job: int, note: str) -> None:
+    def finish(self, claim: sa.Row, note: str) -> None:
         """A job that needs no results."""
         with self._begin() as c:
-            self._move(c, job, "done", note, self._mine(job), owner=None, lease_until=None, error=None)
+            self._move(c, claim.id, "done", note, self._mine(claim), owner=None, lease_until=None, error=None)
 
-    def deliver(self, job: int, results: Sequence[Result], destinations: dict[str, set[str]], reading_s: float) -> bool:
-        """Hand a job's results over to its destinations; False when the job is another's now and nothing was done.
+    def deliver(
+        self, claim: sa.Row, results: Sequence[Result], destinations: dict[str, set[str]], reading_s: float
+    ) -> None:
+        """Hand a job's results over to its destinations.
 
         Parameters
         ----------
+        claim : sqlalchemy.Row
+        results : sequence of Result
         destinations : dict of str to set of str
             Kinds of result that each destination takes.
         reading_s : float
             What the reading itself took.
+
+        Raises
+        ------
+        LeaseLost
+            The job is another's now, and nothing was done.
         """
         now = time.time()
         with self._begin() as c:
             kept = {"owner": None, "lease_until": None, "error": None, "reading_s": reading_s}
-            if not self._move(c, job, "sending", f"{len(results)} results", self._mine(job), **kept):
-                return False
-            first_at = c.execute(sa.select(jobs.c.first_at).where(jobs.c.id == job)).scalar()
-            row = {"job": job, "state": "pending", "first_at": first_at, "created_at": now, "due_at": now}
+            if not self._move(c, claim.id, "sending", f"{len(results)} results", self._mine(claim), **kept):
+                raise LeaseLost(f"job {claim.id}")
+            row = {"job": claim.id, "state": "pending", "first_at": claim.first_at, "created_at": now, "due_at": now}
             rows = [
                 {**row, **vars(result), "destination": name}
                 for name, kinds in destinations.items()
@@ -366,8 +399,7 @@ class Store:
             if rows:
                 c.execute(sa.insert(deliveries), rows)
             else:
-                self._settle(c, job)
-            return True
+                self._settle(c, claim.id)
 
     # ---------------------------------------------------------------------------------------------- deliveries
 
@@ -394,7 +426,8 @@ class Store:
 
     def delivered(self, delivery: int, *, final: bool) -> None:
         """A destination has a result; not `final` while its commitment is awaited."""
-        self._end_attempt(delivery, {"state": "done" if final else "sent", "sent_at": time.time(), "error": None})
+        sent = {"state": "done" if final else "sent", "sent_at": time.time(), "error": None}
+        self._end_attempt(delivery, sent, sa.true())  # whoever sent it
 
     def postpone(self, delivery: int, due_at: float, error: str, *, counts: bool = True) -> None:
         """Try a result again later; an attempt that never reached it does not count."""
@@ -404,8 +437,10 @@ class Store:
     def undeliverable(self, delivery: int, error: str) -> None:
         self._end_attempt(delivery, {"state": "dead", "error": error})
 
-    def _end_attempt(self, delivery: int, values: dict) -> None:
-        mine = (deliveries.c.id == delivery) & deliveries.c.state.in_(("pending", "sent"))
+    def _end_attempt(self, delivery: int, values: dict, where=None) -> None:
+        if where is None:
+            where = deliveries.c.owner.is_(None) | (deliveries.c.owner == self.gateway)
+        mine = (deliveries.c.id == delivery) & deliveries.c.state.in_(("pending", "sent")) & where
         with self._begin() as c:
             free = {"owner": None, "lease_until": None}
             update = sa.update(deliveries).where(mine).values({**free, **values}).returning(deliveries.c.job)
@@ -599,8 +634,9 @@ class Store:
             found = set(c.execute(sa.select(objects.c.path).where(objects.c.path.in_(paths))).scalars())
             return found | set(c.execute(sa.select(deliveries.c.path).where(deliveries.c.path.in_(paths))).scalars())
 
-    def _mine(self, job: int):
-        return (jobs.c.id == job) & (jobs.c.state == "reading") & (jobs.c.owner == self.gateway)
+    def _mine(self, claim: sa.Row):
+        held = (jobs.c.owner == self.gateway) & (jobs.c.generation == claim.generation)
+        return (jobs.c.id == claim.id) & (jobs.c.state == "reading") & held
 
     def _move(self, c: sa.Connection, job: int, state: str, note: str, where=None, **values) -> bool:
         where = jobs.c.id == job if where is None else where

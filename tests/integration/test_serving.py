@@ -138,6 +138,9 @@ def test_the_decoder_alone_streams_stops_and_refuses(raw):
     for wrong, hint in (
         ({**tensors, "IMAGE_INDEX": np.full(10, 64)}, b"must stay within -1 and 63"),
         ({**tensors, "CONTEXT": b"{}"}, b"CONTEXT"),
+        ({**tensors, "CONTEXT": b'{"sampling": {"max_new_tokens": 5, "stop": [1]}}'}, b"stop is [1]"),
+        ({**tensors, "CONTEXT": b"\xff"}, b"CONTEXT: not UTF-8"),
+        ({"STOP": b"\xff"}, b"STOP: not UTF-8"),
         ({"INPUT_IDS": tensors["INPUT_IDS"]}, b"POSITION_IDS"),
         ({"STOP": b"no such stream"}, None),
     ):

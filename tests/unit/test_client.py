@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import inspect
+import itertools
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import grpc
 import pytest
 from tritonclient.utils import deserialize_bytes_tensor
 
-from cxr_triton.client import AsyncReader, Reader, Timeouts, Tls
+from cxr_triton.client import AsyncReader, Reader, Timeouts, Tls, limits
 from cxr_triton.client.limits import DEFAULT_TIMEOUTS
 from cxr_triton.errors import (
     CODES,
@@ -237,6 +238,105 @@ def test_each_limit_ends_the_reading_and_frees_the_server(kind, limit, answer):
             collect(kind, server, b"x", timeouts=Timeouts(**{limit: 0.4}))
         assert 0.35 < time.monotonic() - started < 8
         assert server.cancelled.wait(10)
+
+
+def taken(kind, url, timeouts, prepare=lambda reader, stream: None, after=lambda delta: None):
+    """The stream of one reading and its deltas; `prepare` has it before the first, `after` comes after each."""
+    if kind is Reader:
+        with Reader(url, timeouts=timeouts) as reader:
+            stream = reader.read(b"x")
+            prepare(reader, stream)
+            return stream, [after(delta) or delta for delta in stream]
+
+    async def run():
+        async with AsyncReader(url, timeouts=timeouts) as reader:
+            stream = reader.read(b"x")
+            prepare(reader, stream)
+            return stream, [after(delta) or delta async for delta in stream]
+
+    return asyncio.run(run())
+
+
+@both
+def test_what_the_caller_does_between_two_reads_is_not_idle_time(kind, monkeypatch):
+    """When the caller asks for the second text, the first one came 1,000 s ago."""
+
+    def answer(request, context):
+        yield response(TEXT[:10])
+        pause(context, 0.3)
+        yield response(TEXT[10:], READING)
+
+    ago_s = [1000]
+    monkeypatch.setattr(limits, "time", SimpleNamespace(monotonic=lambda: time.monotonic() - sum(ago_s)))
+    with FakeServer(answer) as server:
+        timeouts = Timeouts(first_delta_s=None, idle_s=30)
+        assert taken(kind, server.url, timeouts, after=lambda delta: ago_s.clear())[1] == [TEXT[:10], TEXT[10:]]
+
+
+def running_out(response_at):
+    """Makes a limit run out at the moment at which a stream's response of this number comes."""
+
+    def prepare(reader, stream):
+        count = itertools.count()
+        if isinstance(reader, Reader):
+            watchdog = reader._watchdog
+            forget = watchdog.forget
+
+            def forget_late(call):
+                if next(count) == response_at:
+                    watchdog._expire(float("inf"))
+                return forget(call)
+
+            watchdog.forget = forget_late
+            return
+        start = reader._start
+
+        async def start_late(request):
+            call = await start(request)
+            read = call.read
+
+            async def read_late():
+                message = await read()
+                if next(count) == response_at:
+                    stream._expire("idle_s")
+                return message
+
+            call.read = read_late
+            return call
+
+        reader._start = start_late
+
+    return prepare
+
+
+@both
+def test_a_limit_that_runs_out_as_a_text_comes_loses_no_text_and_is_told_by_its_name(kind):
+    def answer(request, context):
+        yield response(TEXT[:10])
+        yield response(TEXT[10:])
+        pause(context, 9)
+
+    deltas = []
+    with FakeServer(answer) as server, pytest.raises(DeadlineExceeded, match="idle_s = 5"):
+        taken(kind, server.url, Timeouts(idle_s=5), running_out(1), deltas.append)
+    assert deltas == [TEXT[:10], TEXT[10:]]
+
+
+@both
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_complete_reading_is_kept_whatever_ends_its_stream(kind, breaks):
+    """A limit runs out as it comes; or the server breaks off after it."""
+
+    def answer(request, context):
+        yield response(TEXT)
+        yield response("", READING)
+        if breaks:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the test said so")
+        pause(context, 9)
+
+    with FakeServer(answer) as server:
+        stream, deltas = taken(kind, server.url, Timeouts(idle_s=5), running_out(9 if breaks else 1))
+    assert deltas == [TEXT] and stream.reading.text == TEXT
 
 
 @pytest.mark.parametrize("name", ["connect_s", "first_delta_s", "idle_s", "total_s"])

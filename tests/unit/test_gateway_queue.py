@@ -1,6 +1,7 @@
 """The gateway's parts without a network: its file, its queue, its choices."""
 
 import asyncio
+import contextlib
 import io
 import json
 import threading
@@ -19,11 +20,12 @@ import sqlalchemy.exc
 
 from cxr_triton import phantom, phantom_file
 from cxr_triton.cli import main
+from cxr_triton.client.gateway import read
 from cxr_triton.client.gateway.config import EXAMPLE, Config, load_config
 from cxr_triton.client.gateway.deliver import Deliverer, judge, judge_stow
 from cxr_triton.client.gateway.log import Log, Metrics
-from cxr_triton.client.gateway.read import choose
-from cxr_triton.client.gateway.store import CommitInDoubt, Received, Result, Store
+from cxr_triton.client.gateway.read import ReadWorker, choose
+from cxr_triton.client.gateway.store import CommitInDoubt, LeaseLost, Received, Result, Store
 from cxr_triton.dicom import read_identity
 from cxr_triton.errors import InvalidConfig, InvalidImage
 
@@ -155,25 +157,92 @@ def test_what_is_no_radiograph_is_kept_and_makes_no_job(store):
 
 def test_a_job_that_reads_the_same_images_as_an_earlier_one_is_told_so(store):
     first = ready_job(store)
-    assert store.start_reading(first.id, [1]) is None
-    store.deliver(first.id, [result()], {"pacs": {"findings_sr"}}, 1.0)
+    assert store.start_reading(first, [1]) is None
+    store.deliver(first, [result()], {"pacs": {"findings_sr"}}, 1.0)
     second = ready_job(store, sop="1.2.4", digest="late")
-    assert store.start_reading(second.id, [1, 2]) is None
-    assert store.start_reading(second.id, [1]) == first.id
+    assert store.start_reading(second, [1, 2]) is None
+    assert store.start_reading(second, [1]) == first.id
 
 
 def test_a_job_is_read_by_one_and_taken_over_when_its_lease_has_run_out(store, tmp_path):
     other = Store(f"sqlite:///{tmp_path}/queue.sqlite", "two")
     job = ready_job(store)
     assert other.claim_job(60) is None
-    assert store.renew(job.id, 0.0)
+    assert store.renew(job, 0.0)
     time.sleep(0.01)
-    assert other.claim_job(60).id == job.id
-    assert not store.renew(job.id, 60)
-    assert not store.deliver(job.id, [result()], {"pacs": {"findings_sr"}}, 1.0)  # too late: it is the other's
-    assert other.deliver(job.id, [result()], {"pacs": {"findings_sr"}}, 1.0)
+    taken = other.claim_job(60)
+    assert taken.id == job.id
+    assert not store.renew(job, 60)
+    with pytest.raises(LeaseLost):  # too late: it is the other's
+        store.deliver(job, [result()], {"pacs": {"findings_sr"}}, 1.0)
+    other.deliver(taken, [result()], {"pacs": {"findings_sr"}}, 1.0)
     assert len(other.claim_deliveries("pacs", 60)) == 1
     other.close()
+
+
+def run_out(store):
+    """Let all leases have run out."""
+    with store._begin() as c:
+        c.exec_driver_sql("UPDATE jobs SET lease_until = 1 WHERE lease_until IS NOT NULL")
+        c.exec_driver_sql("UPDATE deliveries SET lease_until = 1 WHERE lease_until IS NOT NULL")
+
+
+def test_a_gateway_does_not_take_what_it_still_works_on(store, tmp_path):
+    job = ready_job(store)
+    run_out(store)
+    assert store.claim_job(60, [job.id]) is None
+    assert store.renew(job, 60), "nobody took it meanwhile"
+    run_out(store)
+    other = Store(f"sqlite:///{tmp_path}/queue.sqlite", "two")
+    assert other.claim_job(60).id == job.id
+    other.close()
+
+
+def test_an_earlier_claim_changes_nothing_even_if_the_same_gateway_has_the_job_again(store):
+    earlier = ready_job(store)
+    run_out(store)
+    later = store.claim_job(60)
+    assert later.id == earlier.id and later.generation > earlier.generation
+    assert not store.renew(earlier, 60)
+    store.put_back(earlier, 0, "late")
+    store.bury(earlier, "late")
+    store.finish(earlier, "late")
+    with pytest.raises(LeaseLost):
+        store.start_reading(earlier, [1])
+    with pytest.raises(LeaseLost):
+        store.deliver(earlier, [result()], {"pacs": {"findings_sr"}}, 1.0)
+    assert states(store) == {"reading": 1} and store.claim_deliveries("pacs", 60) == []
+    store.put_back(later, 0, "an attempt that does not count", counts=False)
+    again = store.claim_job(60)
+    assert again.generation > later.generation and not store.renew(later, 60)
+    store.deliver(again, [result()], {"pacs": {"findings_sr"}}, 1.0)
+    with pytest.raises(LeaseLost):
+        store.deliver(again, [result()], {"pacs": {"findings_sr"}}, 1.0)
+    assert len(store.claim_deliveries("pacs", 60)) == 1
+
+
+def test_an_earlier_holder_of_a_result_does_not_give_it_back(store, tmp_path):
+    store.deliver(ready_job(store), [result()], {"a": {"findings_sr"}}, 1.0)
+    (row,) = store.claim_deliveries("a", 60)
+    run_out(store)
+    other = Store(f"sqlite:///{tmp_path}/queue.sqlite", "two")
+    assert [taken.id for taken in other.claim_deliveries("a", 60)] == [row.id]
+    store.postpone(row.id, 0, "late")
+    store.undeliverable(row.id, "late")
+    assert states(store) == {"sending": 1} and store.claim_deliveries("a", 60) == []
+    store.delivered(row.id, final=True)  # it was sent all the same
+    assert states(store) == {"done": 1}
+    other.close()
+
+
+def test_a_queue_of_an_earlier_release_is_taken_over(store, tmp_path):
+    ready_job(store)
+    with store._begin() as c:
+        c.exec_driver_sql("ALTER TABLE jobs DROP COLUMN generation")
+    run_out(store)
+    again = Store(f"sqlite:///{tmp_path}/queue.sqlite", "one")
+    assert again.claim_job(60).generation == 1
+    again.close()
 
 
 def test_a_restart_takes_back_what_its_own_name_held(store, tmp_path):
@@ -182,7 +251,9 @@ def test_a_restart_takes_back_what_its_own_name_held(store, tmp_path):
     again.start()
     taken = again.claim_job(60)
     assert taken.id == job.id and taken.attempts == 1  # the interrupted attempt does not count
-    again.deliver(job.id, [result()], {"pacs": {"findings_sr"}}, 1.0)
+    with pytest.raises(LeaseLost):
+        store.deliver(job, [result()], {"pacs": {"findings_sr"}}, 1.0)  # of the earlier process
+    again.deliver(taken, [result()], {"pacs": {"findings_sr"}}, 1.0)
     assert again.claim_deliveries("pacs", 60) and not again.claim_deliveries("pacs", 60)
     again.start()
     assert len(again.claim_deliveries("pacs", 60)) == 1
@@ -193,7 +264,7 @@ def test_a_job_is_done_when_every_destination_has_everything(store):
     job = ready_job(store)
     results = [result("findings_sr", "2.25.1"), result("text_sr", "2.25.2")]
     kinds = {"findings_sr", "text_sr"}
-    store.deliver(job.id, results, {"a": kinds, "b": kinds}, 1.0)
+    store.deliver(job, results, {"a": kinds, "b": kinds}, 1.0)
     for destination in ("a", "b"):
         for row in store.claim_deliveries(destination, 60):
             assert states(store) == {"sending": 1}
@@ -206,7 +277,7 @@ def test_a_job_is_done_when_every_destination_has_everything(store):
 
 def test_a_postponed_result_comes_back_when_it_is_due(store):
     job = ready_job(store)
-    store.deliver(job.id, [result()], {"a": {"findings_sr"}}, 1.0)
+    store.deliver(job, [result()], {"a": {"findings_sr"}}, 1.0)
     (row,) = store.claim_deliveries("a", 60)
     store.postpone(row.id, time.time() + 3600, "status 0xA700")
     assert store.claim_deliveries("a", 60) == []
@@ -217,9 +288,9 @@ def test_a_postponed_result_comes_back_when_it_is_due(store):
 
 def test_dead_letters_are_brought_back_where_they_stopped(store):
     unread, unsent = ready_job(store), None
-    store.bury(unread.id, "[INVALID_IMAGE] no")
+    store.bury(unread, "[INVALID_IMAGE] no")
     unsent = ready_job(store, sop="1.5", study="1.5", digest="e")
-    store.deliver(unsent.id, [result()], {"a": {"findings_sr"}}, 1.0)
+    store.deliver(unsent, [result()], {"a": {"findings_sr"}}, 1.0)
     store.undeliverable(store.claim_deliveries("a", 60)[0].id, "status 0xC000")
     assert states(store) == {"dead": 2} and store.status()["dead"][0]["error"] == "[INVALID_IMAGE] no"
     assert store.retry([unread.id]) == [unread.id] and states(store) == {"grouped": 1, "dead": 1}
@@ -230,9 +301,10 @@ def test_dead_letters_are_brought_back_where_they_stopped(store):
 def test_a_dropped_job_is_neither_read_nor_sent(store):
     job = ready_job(store)
     assert store.drop([job.id]) == [job.id] and store.drop([job.id]) == []
-    assert not store.deliver(job.id, [result()], {"a": {"findings_sr"}}, 1.0)
+    with pytest.raises(LeaseLost):
+        store.deliver(job, [result()], {"a": {"findings_sr"}}, 1.0)
     sending = ready_job(store, sop="1.5", study="1.5", digest="e")
-    store.deliver(sending.id, [result()], {"a": {"findings_sr"}}, 1.0)
+    store.deliver(sending, [result()], {"a": {"findings_sr"}}, 1.0)
     store.drop([sending.id])
     assert store.claim_deliveries("a", 60) == [] and states(store) == {"dropped": 2}
 
@@ -240,7 +312,7 @@ def test_a_dropped_job_is_neither_read_nor_sent(store):
 def test_commitment_is_awaited_and_a_lost_result_is_sent_again(store):
     job = ready_job(store)
     results = [result("findings_sr", "2.25.1"), result("text_sr", "2.25.2")]
-    store.deliver(job.id, results, {"a": {"findings_sr", "text_sr"}}, 1.0)
+    store.deliver(job, results, {"a": {"findings_sr", "text_sr"}}, 1.0)
     for row in store.claim_deliveries("a", 60):
         store.delivered(row.id, final=False)
     waiting = store.uncommitted("a", older_than=0)
@@ -259,7 +331,7 @@ def test_commitment_is_awaited_and_a_lost_result_is_sent_again(store):
 
 def test_retention_forgets_what_ended_and_keeps_what_is_open(store):
     done = ready_job(store)
-    store.deliver(done.id, [result()], {"a": {"findings_sr"}}, 1.0)
+    store.deliver(done, [result()], {"a": {"findings_sr"}}, 1.0)
     store.delivered(store.claim_deliveries("a", 60)[0].id, final=True)
     ready_job(store, sop="1.5", study="1.5", digest="open")
     now = time.time()
@@ -306,7 +378,7 @@ def test_outcomes_that_the_queue_could_not_take_are_told_later_and_nothing_is_se
     store = Store(config.queue_url, config.name)
     job = ready_job(store)
     results = [result("findings_sr", "2.25.1"), result("text_sr", "2.25.2")]
-    store.deliver(job.id, results, {"pacs": {"findings_sr", "text_sr"}}, 1.0)
+    store.deliver(job, results, {"pacs": {"findings_sr", "text_sr"}}, 1.0)
     failures, sent = iter("ab"), []
 
     class FailingStore(Store):
@@ -338,6 +410,137 @@ def test_outcomes_that_the_queue_could_not_take_are_told_later_and_nothing_is_se
     assert states(store) == {"done": 1} and sent == ["2.25.1", "2.25.2"]
     store.close()
     failing.close()
+
+
+class Server:
+    """Stands for a reader server: each reading waits for `gate`; counts those that began and that were cancelled."""
+
+    def __init__(self, monkeypatch, config, store):
+        self.began = self.cancelled = 0
+        self.gate = asyncio.Event()
+        self.reader = SimpleNamespace(read=lambda *args, **kwargs: self, server_info=self.info)
+        self.log = io.StringIO()
+        monkeypatch.setattr(read, "AsyncReader", lambda *args, **kwargs: contextlib.nullcontext(self.reader))
+        self.worker = ReadWorker(config, store, Log(config, self.log), Metrics(store.counts, lambda: 0), lambda: None)
+        monkeypatch.setattr(self.worker, "_write", lambda *args: [result()])
+        self.stopping = asyncio.Event()
+        self.task = asyncio.create_task(self.worker.run(self.stopping))
+
+    async def info(self):
+        return None
+
+    async def result(self):
+        self.began += 1
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return SimpleNamespace(status="ok")
+
+    async def stop(self):
+        self.stopping.set()
+        await self.task
+
+
+async def eventually(holds):
+    ends = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < ends, "timed out"
+        await asyncio.sleep(0.02)
+
+
+class FaultyStore(Store):
+    """A queue whose `broken` methods fail; counts all calls of these and of `claim_job`."""
+
+    broken, calls = frozenset(), 0
+
+    def _try(self, name, *args):
+        self.calls += 1
+        if name in self.broken:
+            raise sqlalchemy.exc.OperationalError("UPDATE", None, Exception("the database is away"))
+        return getattr(super(), name)(*args)
+
+    def claim_job(self, *args):
+        return self._try("claim_job", *args)
+
+    def renew(self, *args):
+        return self._try("renew", *args)
+
+    def deliver(self, *args):
+        return self._try("deliver", *args)
+
+
+@pytest.fixture
+def gateway(tmp_path):
+    """Its configuration, whose leases last a second, and its queue of one study."""
+    text = f"storage: {tmp_path}\nfolder: {{path: {tmp_path}/in}}\nread: {{lease_s: 1, concurrency: 2}}\n{DESTINATION}"
+    config = load_config(write(tmp_path, text))
+    (tmp_path / "objects").mkdir()
+    (tmp_path / "objects" / "d").write_bytes(b"picture")
+    store = FaultyStore(config.queue_url, config.name)
+    store.add(received(), 0, 0)
+    yield config, store
+    store.close()
+
+
+def test_a_job_whose_lease_ran_out_in_an_outage_is_read_once(gateway, monkeypatch):
+    config, store = gateway
+
+    async def run():
+        server = Server(monkeypatch, config, store)
+        await eventually(lambda: server.began)
+        store.broken = {"renew"}  # as it is when the database is away; it is back before the lease is prolonged
+        run_out(store)
+        asked = store.calls
+        await eventually(lambda: store.calls > asked + 8)
+        assert server.began == 1
+        store.broken = frozenset()
+        server.gate.set()
+        await eventually(lambda: states(store) == {"sending": 1})
+        await server.stop()
+        assert server.began == 1 and not server.cancelled
+        assert len(store.claim_deliveries("pacs", 60)) == 1
+
+    asyncio.run(run())
+
+
+def test_a_worker_ends_an_attempt_whose_job_another_one_took(gateway, monkeypatch):
+    config, store = gateway
+    other = Store(config.queue_url, "two")
+
+    async def run():
+        server = Server(monkeypatch, config, store)
+        await eventually(lambda: server.began)
+        taken = None
+        while taken is None:  # the lease may be prolonged in between
+            run_out(store)
+            taken = other.claim_job(60)
+        await eventually(lambda: server.cancelled)
+        await server.stop()
+        assert "lost_lease" in server.log.getvalue() and states(store) == {"reading": 1}
+        other.deliver(taken, [result()], {"pacs": {"findings_sr"}}, 1.0)
+
+    asyncio.run(run())
+    other.close()
+
+
+def test_a_reading_that_the_queue_could_not_take_is_handed_over_later_and_not_made_again(gateway, monkeypatch):
+    config, store = gateway
+    store.broken = {"deliver"}
+
+    async def run():
+        server = Server(monkeypatch, config, store)
+        server.gate.set()
+        await eventually(lambda: server.began)
+        asked = store.calls
+        await eventually(lambda: store.calls > asked + 4)
+        store.broken = frozenset()
+        await eventually(lambda: states(store) == {"sending": 1})
+        await server.stop()
+        assert server.began == 1
+
+    asyncio.run(run())
 
 
 def test_a_commit_that_broke_off_is_in_doubt_and_a_statement_is_not(store, monkeypatch):

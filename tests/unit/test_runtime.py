@@ -61,6 +61,8 @@ class FakeSession:
 
     def move(self, source, target):
         self.calls.append(("move", source, target))
+        if self.fail_on(self.calls[-1]):
+            raise RuntimeError("the engine broke")
         self.cache[target], self.lengths[target] = self.cache[source], self.lengths[source]
 
     def free(self, slot):
@@ -456,6 +458,47 @@ def test_a_receiver_that_raises_ends_its_own_stream_only(serve, caplog):
     assert len(calls) == 2
     until(lambda: not session.lengths.any())
     assert "the receiver of stream" in caplog.text
+
+
+@pytest.mark.parametrize("phase", ["accept", "take", "cancelled"])
+def test_a_stream_whose_text_fails_ends_alone(serve, monkeypatch, phase):
+    """Its tokens are taken, or its text is cut, by code that fails for it; a neighbour decodes beside it."""
+    runtime, session = serve()
+    session.gated = True
+    bad, good, gone = Receiver(), Receiver(), threading.Event()
+    fine = generation((2,), 30)
+    stream = runtime.submit(generation((1,), 30), bad, gone.is_set)
+    runtime.submit(fine, good)
+
+    def fail(*args):
+        raise TypeError("/secret")
+
+    monkeypatch.setattr(runtime._streams[stream], "accept" if phase == "accept" else "take", fail)
+    if phase == "cancelled":
+        gone.set()
+    session.gate.release(10000)
+    assert isinstance(bad.error, InternalError) and "/secret" not in bad.error.message
+    assert good.completion and good.tokens == expected_tokens(fine)
+    assert [chunk for chunk in bad.chunks if chunk.error] == bad.chunks[-1:]
+    until(lambda: not session.lengths.any())
+
+
+def test_a_slot_that_cannot_be_freed_fails_what_runs_and_nothing_later(serve):
+    runtime, session = serve()
+    session.gated = True
+    receivers = [Receiver() for _ in range(3)]
+    for index, receiver in enumerate(receivers):
+        runtime.submit(generation((index,), 4 if index == 0 else 30, eos_token_ids=()), receiver)
+    session.fail_on = lambda call: call[0] == "move"
+    session.gate.release(10000)
+    assert receivers[0].completion
+    assert all(isinstance(receiver.error, InternalError) for receiver in receivers[1:])
+    assert all(sum(bool(c.error or c.completion) for c in receiver.chunks) == 1 for receiver in receivers)
+    session.fail_on = lambda call: False
+    last, later = generation((7,), 5), Receiver()
+    runtime.submit(last, later)
+    assert later.completion and later.tokens == expected_tokens(last)
+    until(lambda: not session.lengths.any())
 
 
 def test_an_engine_error_fails_the_streams_that_it_touched(serve):

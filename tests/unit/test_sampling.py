@@ -87,8 +87,18 @@ def test_logits_that_are_no_numbers_are_an_error(value, temperature):
         ("repetition_penalty", 0.0),
         ("seed", -1),
         ("stop", ("",)),
+        ("temperature", 1e39),  # no float32 takes it
+        ("temperature", 10**400),
+        ("repetition_penalty", float("inf")),
+        ("eos_token_ids", (-1,)),
+        ("eos_token_ids", (1 << 31,)),
+        *[("stop", value) for value in ([1], ["a", None], "ab", 1, None, {"a": 1}, [["a"]])],
+        *[("eos_token_ids", value) for value in (["1"], [1.5], [True], 7, None)],
+        *[("max_new_tokens", value) for value in ("5", 5.0, True, None, [5])],
+        *[("seed", value) for value in ("5", 5.0, True, [5])],
+        *[(key, value) for key in ("temperature", "top_p", "repetition_penalty") for value in ("1", True, None, [1.0])],
     ],
 )
-def test_out_of_range_names_the_key_and_the_value(key, value):
-    with pytest.raises(InvalidRequest, match=key):
+def test_a_value_of_another_type_or_out_of_range_is_named(key, value):
+    with pytest.raises(InvalidRequest, match=f"{key} is"):
         Sampling(**{"max_new_tokens": 5, key: value})

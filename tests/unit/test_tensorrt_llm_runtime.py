@@ -201,6 +201,42 @@ def test_an_engine_that_fails_fails_one_stream(serve):
     assert fine.completion.finish_reason == "stop" and not backend.stopped
 
 
+@pytest.mark.parametrize("phase", ["accept", "take", "stop"])
+def test_a_stream_that_fails_here_ends_alone(serve, monkeypatch, phase):
+    runtime, backend = serve()
+    (bad, good), (failed, fine) = running(runtime, backend, 2)
+
+    def fail(*args):
+        raise TypeError("/secret")
+
+    if phase == "stop":
+        monkeypatch.setattr(backend, "stop", fail)
+        runtime.cancel(bad)
+        assert failed.completion.finish_reason == "cancelled"
+    else:
+        monkeypatch.setattr(runtime._streams[bad], phase, fail)
+        backend.say(bad, 1)
+        assert isinstance(failed.error, InternalError) and "/secret" not in failed.error.message
+        assert backend.stopped == [bad]
+    backend.say(good, 5, is_last=True)
+    assert fine.completion.finish_reason == "stop"
+    backend.say(bad, 2, is_last=True)
+    runtime.submit(generation(), Receiver())
+    until(lambda: len(backend.started) == 3)
+
+
+def test_an_end_that_is_heard_twice_or_of_nobody_changes_nothing(serve):
+    runtime, backend = serve(slots=1)
+    (stream,), (receiver,) = running(runtime, backend)
+    lost = Unavailable("the connection broke")
+    backend.say(stream, 1, is_last=True)
+    assert receiver.completion
+    backend.say(stream, is_last=True, error=lost)
+    runtime._hear("nobody", np.empty(0, np.int32), False, None)
+    runtime.submit(generation(), Receiver())
+    until(lambda: len(backend.started) == 2)
+
+
 @pytest.mark.parametrize("error", [RuntimeError("/secret"), Unavailable("no connection")], ids=["untyped", "typed"])
 def test_a_request_that_does_not_reach_the_engine_frees_its_slot(serve, error):
     runtime, backend = serve(slots=1)
@@ -245,16 +281,29 @@ class Server(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def __init__(self):
         self.requests, self.streams, self.answers = [], 0, {}
+        self.breaks_at_stop = False
+
+    @property
+    def stops(self):
+        return [request.id for request in self.requests if is_stop(request)]
 
     def ModelStreamInfer(self, requests, context):
         self.streams += 1
         for request in requests:
             self.requests.append(request)
-            stops = any(tensor.name == "stop" for tensor in request.inputs)
-            for answer in [final(request.id)] if stops else self.answers.get(request.id, []):
+            if is_stop(request) and self.breaks_at_stop:
+                context.abort(grpc.StatusCode.INTERNAL, "broken")
+            for answer in [final(request.id)] if is_stop(request) else self.answers.get(request.id, []):
                 if answer == "break":
                     context.abort(grpc.StatusCode.INTERNAL, "broken")
+                if callable(answer):
+                    answer()
+                    continue
                 yield answer
+
+
+def is_stop(request):
+    return any(tensor.name == "stop" for tensor in request.inputs)
 
 
 def tokens(request_id, *values):
@@ -342,6 +391,55 @@ def test_a_broken_stream_fails_all_its_requests_and_the_next_one_opens_another(e
     assert heard(first[0]) == ("a", [], True, Unavailable) and heard(second[0]) == ("b", [], True, Unavailable)
     backend.start("c", {}, third[1])
     assert heard(third[0])[:2] == ("c", [5]) and heard(third[0])[:3] == ("c", [], True)
+
+
+def test_a_stop_that_overtook_its_start_goes_again(engine):
+    """The engine knows nothing of the request when the first stop comes; it begins to answer later."""
+    service, backend = engine
+    begins = threading.Event()
+    service.answers["a"] = [lambda: begins.wait(WAIT_S), tokens("a", 1), tokens("a", 2), lambda: None]
+    said, listen = listener()
+    backend.start("a", {}, listen)
+    backend.stop("a")
+    until(lambda: service.stops == ["a"])
+    begins.set()
+    assert [heard(said)[1] for _ in range(2)] == [[1], [2]]
+    until(lambda: service.stops == ["a", "a"])
+
+
+def test_a_stop_whose_stream_broke_goes_again(engine):
+    service, backend = engine
+    goes_on = threading.Event()
+    service.answers["a"] = [tokens("a", 1), lambda: goes_on.wait(WAIT_S), tokens("a", 2), final("a")]
+    said, listen = listener()
+    backend.start("a", {}, listen)
+    assert heard(said)[1] == [1]
+    service.breaks_at_stop = True
+    backend.stop("a")
+    until(lambda: "stops" not in backend._streams)
+    service.breaks_at_stop = False
+    goes_on.set()
+    until(lambda: service.stops == ["a", "a"])
+    assert heard(said)[1] == [2] and heard(said)[2]
+    backend.stop("a")
+    assert service.stops == ["a", "a"], "one that has ended is not stopped"
+
+
+def test_a_request_that_was_not_sent_is_not_heard_of_later(engine, monkeypatch):
+    service, backend = engine
+    service.answers = {"b": ["break"]}
+    said, listen = listener()
+
+    def refuse(name):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backend, "_queue", refuse)
+        with pytest.raises(RuntimeError):
+            backend.start("a", {}, listen)
+    other = listener()
+    backend.start("b", {}, other[1])
+    assert heard(other[0])[3] is Unavailable and said.empty()
 
 
 def test_a_closed_client_takes_nothing(engine):

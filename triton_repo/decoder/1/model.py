@@ -2,7 +2,8 @@
 
 All that goes back to Triton leaves from one thread: Triton 2.51 corrupts its shared memory when several threads of a
 model send (triton-inference-server/server#8882). A stream that has begun never ends in an error response, which would
-leave the ensemble's request in flight for ever: errors travel in COMPLETION and `report` raises them.
+leave the ensemble's request in flight for ever: errors travel in COMPLETION and `report` raises them. Whatever fails, a
+request gets its final flag.
 """
 
 import json
@@ -28,12 +29,13 @@ INPUTS = ("INPUT_IDS", "IMAGE_INDEX", "POSITION_IDS", "IMAGE_EMBEDDINGS", "CONTE
 class Stream:
     """One request and its way back to Triton."""
 
-    def __init__(self, sender, context):
+    def __init__(self, sender):
         self.sender = sender
-        self.context = context
+        self.context = "{}"
         self.arrived_s = time.monotonic()
         self.id = ""
         self.is_gone = False
+        self.has_ended = False
         self.stopped_at_step = None
 
 
@@ -87,36 +89,40 @@ class TritonPythonModel:
 
     def accept(self, request):
         """Start a stream, or end the one that a STOP names."""
-        sender = request.get_response_sender()
-        if pb_utils.get_input_tensor_by_name(request, "STOP") is not None:
-            if stream := self.streams.get(text(request, "STOP")):
-                self.cancel(stream)
-            sender.send(flags=FINAL)
-            return
-        stream = Stream(sender, "{}")
+        stream = Stream(request.get_response_sender())
         try:
-            arrays = {name: array(request, name, self.types[name]) for name in INPUTS}
-            if missing := [name for name in INPUTS if arrays[name] is None]:
-                raise InvalidRequest(f"{', '.join(missing)}: missing; send every input, or STOP alone")
-            stream.context = arrays["CONTEXT"].reshape(-1)[0].decode()
-            embeddings = arrays["IMAGE_EMBEDDINGS"]
-            generation = Generation(
-                input_ids=arrays["INPUT_IDS"],
-                position_ids=arrays["POSITION_IDS"],
-                image_index=arrays["IMAGE_INDEX"],
-                image_embeddings=embeddings.reshape(-1, embeddings.shape[-1]),  # [n, T, hidden] -> [n * T, hidden]
-                sampling=sampling_of(stream.context),
-            )
-            stream.id = self.runtime.submit(
-                generation,
-                lambda chunk: self.outbox.put((self.send, stream, chunk, self.runtime.steps)),
-                lambda: stream.is_gone,
-            )
+            if pb_utils.get_input_tensor_by_name(request, "STOP") is not None:
+                self.stop(text(request, "STOP"))
+                stream.sender.send(flags=FINAL)
+                return
+            self.start(stream, request)
         except Exception as error:
             self.send(stream, Chunk(error=error), self.runtime.steps)
-            return
+
+    def start(self, stream, request):
+        arrays = {name: array(request, name, self.types[name]) for name in INPUTS}
+        if missing := [name for name in INPUTS if arrays[name] is None]:
+            raise InvalidRequest(f"{', '.join(missing)}: missing; send every input, or STOP alone")
+        stream.context = text(request, "CONTEXT")
+        embeddings = arrays["IMAGE_EMBEDDINGS"]
+        generation = Generation(
+            input_ids=arrays["INPUT_IDS"],
+            position_ids=arrays["POSITION_IDS"],
+            image_index=arrays["IMAGE_INDEX"],
+            image_embeddings=embeddings.reshape(-1, embeddings.shape[-1]),  # [n, T, hidden] -> [n * T, hidden]
+            sampling=sampling_of(stream.context),
+        )
+        stream.id = self.runtime.submit(
+            generation,
+            lambda chunk: self.outbox.put((self.send, stream, chunk, self.runtime.steps)),
+            lambda: stream.is_gone,
+        )
         self.streams[stream.id] = stream
         self.metrics["streams"].set(len(self.streams))
+
+    def stop(self, name):
+        if stream := self.streams.get(name):
+            self.cancel(stream)
 
     def cancel(self, stream):
         if not stream.is_gone:
@@ -124,29 +130,49 @@ class TritonPythonModel:
             stream.is_gone = True
 
     def send(self, stream, chunk, step):
-        """Pass a chunk on that the runtime gave at a step."""
+        """Pass a chunk on that the runtime gave at a step; one that cannot be sent ends its stream with an error."""
+        if stream.has_ended:
+            return
+        try:
+            outputs = self.outputs(stream, chunk)
+            if not (chunk.completion or chunk.error):
+                stream.sender.send(pb_utils.InferenceResponse(outputs))
+                if stream.sender.is_cancelled():
+                    self.cancel(stream)
+                return
+            if stream.is_gone:
+                outputs = None
+        except Exception as error:
+            chunk = Chunk(error=error)
+            outputs = self.outputs(stream, chunk)
+            self.cancel(stream)
+        self.end(stream, outputs)
+        self.measure(stream, step, chunk.completion is not None and chunk.completion.finish_reason == "cancelled")
+
+    def outputs(self, stream, chunk):
         completion = ""
         if chunk.error:
             completion = json.dumps({"error": wire_error(chunk.error)})
         elif chunk.completion:
             completion = completion_json(chunk.completion, stream.context, stream.arrived_s)
-        outputs = [
+        return [
             pb_utils.Tensor("TEXT", np.array([chunk.text.encode()], object)),
             pb_utils.Tensor("TOKEN_IDS", chunk.token_ids),
             pb_utils.Tensor("STREAM", np.array([stream.id.encode()], object)),
             pb_utils.Tensor("COMPLETION", np.array([completion.encode()], object)),
         ]
-        if not completion:
-            stream.sender.send(pb_utils.InferenceResponse(outputs))
-            if stream.sender.is_cancelled():
-                self.cancel(stream)
-            return
-        if not stream.is_gone:
-            stream.sender.send(pb_utils.InferenceResponse(outputs), flags=FINAL)
-        else:
-            stream.sender.send(flags=FINAL)
+
+    def end(self, stream, outputs):
+        """The final flag, by itself when the outputs are None or cannot be sent."""
+        stream.has_ended = True
         self.streams.pop(stream.id, None)
-        self.measure(stream, step, chunk.completion is not None and chunk.completion.finish_reason == "cancelled")
+        if outputs is not None:
+            try:
+                stream.sender.send(pb_utils.InferenceResponse(outputs), flags=FINAL)
+                return
+            except Exception:
+                log.exception("the last response of stream %s was lost", stream.id)
+        stream.sender.send(flags=FINAL)
 
     def measure(self, stream, step, was_cancelled):
         self.metrics["streams"].set(len(self.streams))
