@@ -282,7 +282,7 @@ class ReadingStream:
             return ""
         delta, reading = wire.parse_response(message)
         if reading:
-            self.reading = wire.own_reading(reading, self._sent, url)
+            self.reading = wire.own_reading(reading, self._sent, self._reader.url)
         self._clock.heard(delta)
         return delta
 
