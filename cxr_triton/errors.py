@@ -5,6 +5,7 @@
     │   └── PromptTooLong     PROMPT_TOO_LONG
     ├── InvalidImage          INVALID_IMAGE          unreadable, truncated or inconsistent
     │   ├── NotARadiograph    NOT_A_RADIOGRAPH
+    │   ├── NotAChest         NOT_A_CHEST            a radiograph of another part of the body, or no radiograph
     │   ├── ForProcessing     FOR_PROCESSING
     │   ├── MultiFrame        MULTI_FRAME
     │   ├── NoPixels          NO_PIXELS
@@ -75,6 +76,10 @@ class InvalidImage(CxrError):
 
 class NotARadiograph(InvalidImage):
     code = "NOT_A_RADIOGRAPH"
+
+
+class NotAChest(InvalidImage):
+    code = "NOT_A_CHEST"
 
 
 class ForProcessing(InvalidImage):

@@ -25,6 +25,7 @@ from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.record import is_verified
 from cxr_triton.engines.sampling import Sampling
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, PromptTooLong
+from cxr_triton.plausibility import DOUBTS
 from cxr_triton.reading import Reading, parse
 from cxr_triton.request import ReadRequest
 from cxr_triton.sandbox import Sandbox
@@ -169,7 +170,12 @@ class Preprocessor:
         profile = self.profile
         try:
             return self._sandbox.prepare(
-                data, preset=profile.pixel_preset, min_pixels=profile.min_pixels, max_pixels=profile.max_pixels
+                data,
+                preset=profile.pixel_preset,
+                min_pixels=profile.min_pixels,
+                max_pixels=profile.max_pixels,
+                not_a_chest=profile.not_a_chest,
+                views=profile.views,
             )
         except CxrError as error:
             raise type(error)(f"IMAGES[{index}]: {error.message}" if count > 1 else error.message) from None
@@ -221,6 +227,8 @@ def build_reading(completion: dict) -> Reading:
         finish_reason=completion["finish_reason"],
         image_sizes=[(facts["rows"], facts["columns"]) for facts in context["images"]],
     )
+    if parsed.status == "ok" and any(DOUBTS.keys() & facts["flags"] for facts in context["images"]):
+        parsed = dataclasses.replace(parsed, status="doubtful_image")
     decoder_ms = completion["timings_ms"]
     received_s, prepared_s = context["received_s"], context["prepared_s"]
     arrived_s, reported_s = completion["arrived_s"], time.monotonic()

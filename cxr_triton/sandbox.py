@@ -18,15 +18,16 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cxr_triton.dicom import Limits
-from cxr_triton.errors import CODES, InternalError, InvalidImage, LimitExceeded
+from cxr_triton.dicom import Limits, Metadata
+from cxr_triton.errors import CODES, InternalError, InvalidImage, LimitExceeded, NotAChest
+from cxr_triton.plausibility import VIEWS, judge
 
 _HEAD = struct.Struct("<II")  # bytes of JSON, bytes of payload
 _START_S = 30.0
@@ -101,7 +102,17 @@ class Sandbox:
             self._closed = True
             self._stop()
 
-    def prepare(self, data: bytes, *, preset: str, min_pixels: int, max_pixels: int, factor: int = 28) -> Prepared:
+    def prepare(
+        self,
+        data: bytes,
+        *,
+        preset: str,
+        min_pixels: int,
+        max_pixels: int,
+        factor: int = 28,
+        not_a_chest: str | None = None,
+        views: Sequence[str] = VIEWS,
+    ) -> Prepared:
         """Read, render and resize one file.
 
         Parameters
@@ -112,6 +123,10 @@ class Sandbox:
             mimic_jpg or voi_display.
         min_pixels, max_pixels, factor : int
             Budget of the resized picture and what its sides are multiples of, see `cxr_triton.image.target_size`.
+        not_a_chest : {"refuse", "flag"}, optional
+            What becomes of an image that is no chest, see `cxr_triton.plausibility`; by default nobody looks.
+        views : sequence of str
+            Views that are no doubt.
 
         Raises
         ------
@@ -126,6 +141,7 @@ class Sandbox:
                 f"file has {len(data)} bytes, allowed {self.limits.max_file_bytes}; send a smaller file"
             )
         order = {"preset": preset, "min_pixels": min_pixels, "max_pixels": max_pixels, "factor": factor}
+        order |= {"not_a_chest": not_a_chest, "views": list(views)}
         with self._lock:
             if self._closed:
                 raise InternalError("decoding process is closed")
@@ -328,6 +344,7 @@ def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
     radiograph = read_image(data, limits)
     decoded = time.perf_counter()
     picture = render(radiograph, order["preset"])
+    region = _judge(radiograph.metadata, picture.pixels, order) if order["not_a_chest"] else {}
     height, width = picture.pixels.shape[:2]
     size = target_size(
         height, width, min_pixels=order["min_pixels"], max_pixels=order["max_pixels"], factor=order["factor"]
@@ -354,6 +371,8 @@ def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
         "padding_share": round(picture.padding_share, 4),
         "flags": list(picture.flags),
     }
+    facts["flags"] = sorted({*facts["flags"], *region.pop("doubts", ())})
+    facts |= region
     answer = {
         "shape": list(pixels.shape),
         "source_size": [height, width],
@@ -362,6 +381,26 @@ def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
         "preprocess_ms": round((finished - decoded) * 1000, 3),
     }
     return answer, pixels.tobytes()
+
+
+def _judge(metadata: Metadata, pixels: np.ndarray, order: dict) -> dict:
+    """Facts about the part of the body, and `doubts`.
+
+    Raises
+    ------
+    NotAChest
+        Unless the order says to flag it.
+    """
+    found = judge(metadata.anatomy, metadata.view, pixels, order["views"])
+    if found.refusal and order["not_a_chest"] == "refuse":
+        raise NotAChest(
+            f"image is no chest radiograph: {found.refusal}; send a chest, or see not_a_chest of the profile"
+        )
+    return {
+        "doubts": [*found.doubts, *(["not_a_chest"] if found.refusal else [])],
+        "region": metadata.anatomy.says,
+        "chest_likeness": None if found.likeness is None else round(found.likeness, 3),
+    }
 
 
 def _warm_up() -> None:
