@@ -399,7 +399,7 @@ def _judge(metadata: Metadata, pixels: np.ndarray, order: dict) -> dict:
     return {
         "doubts": [*found.doubts, *(["not_a_chest"] if found.refusal else [])],
         "region": metadata.anatomy.says,
-        "chest_likeness": None if found.likeness is None else round(found.likeness, 3),
+        "chest_likeness": None if found.likeness is None else round(found.likeness.chest, 3),
     }
 
 
