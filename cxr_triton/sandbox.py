@@ -27,7 +27,7 @@ import numpy as np
 
 from cxr_triton.dicom import Limits, Metadata
 from cxr_triton.errors import CODES, InternalError, InvalidImage, LimitExceeded, NotAChest
-from cxr_triton.plausibility import VIEWS, judge
+from cxr_triton.plausibility import VIEWS, Anatomy, judge
 
 _HEAD = struct.Struct("<II")  # bytes of JSON, bytes of payload
 _START_S = 30.0
@@ -413,7 +413,9 @@ def _warm_up() -> None:
 
     picture = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
     render(Radiograph(picture, Metadata("dicom", 64, 64, 12)), "voi_display")
-    resize(render(Radiograph(picture, Metadata("dicom", 64, 64, 12)), "mimic_jpg").pixels, (28, 28))
+    shown = render(Radiograph(picture, Metadata("dicom", 64, 64, 12)), "mimic_jpg").pixels
+    resize(shown, (28, 28))
+    judge(Anatomy(), "unknown", shown)
     for name in ("dicomrle", "htj2k", "jpeg2k", "jpeg8", "jpegls", "png"):
         getattr(imagecodecs, f"{name}_decode")
 
