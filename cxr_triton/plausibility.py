@@ -302,7 +302,8 @@ def _unit(values: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 def _correlations(places: np.ndarray, index: np.ndarray, weights: np.ndarray) -> np.ndarray:
     chosen = places[:, index]
     norms = np.sqrt(chosen.var(axis=1) * chosen.shape[1])
-    return chosen @ weights / np.maximum(norms, 1e-9)
+    # no matrix product: BLAS takes address space, which the process that decodes has little of
+    return np.einsum("pk,k->p", chosen, weights) / np.maximum(norms, 1e-9)
 
 
 def _symmetry(places: np.ndarray, width: int) -> np.ndarray:
