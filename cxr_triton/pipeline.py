@@ -69,6 +69,8 @@ class Preprocessor:
         Engine bundle; only its small files are read.
     limits : Limits, optional
         What one image may cost.
+    not_a_chest : {"refuse", "flag"}, optional
+        In place of the profile's.
 
     Raises
     ------
@@ -76,10 +78,11 @@ class Preprocessor:
         A file of the bundle is missing or of another size.
     """
 
-    def __init__(self, bundle: str | Path, limits: Limits | None = None):
+    def __init__(self, bundle: str | Path, limits: Limits | None = None, not_a_chest: str | None = None):
         bundle = Bundle.open(bundle, verify=False)
         generation_config = json.loads((bundle.path / "generation_config.json").read_text("utf-8"))
         self.profile = bundle.profile.merge_generation_config(generation_config)
+        self._not_a_chest = not_a_chest or self.profile.not_a_chest
         self._geometry = bundle.geometry
         self._tokenizer = ChatTokenizer(bundle.path)
         self._sandbox = Sandbox(limits or Limits())
@@ -174,7 +177,7 @@ class Preprocessor:
                 preset=profile.pixel_preset,
                 min_pixels=profile.min_pixels,
                 max_pixels=profile.max_pixels,
-                not_a_chest=profile.not_a_chest,
+                not_a_chest=self._not_a_chest,
                 views=profile.views,
             )
         except CxrError as error:

@@ -63,7 +63,7 @@ def png(pixels: np.ndarray) -> bytes:
         ({}, "silent"),
         ({"BodyPartExamined": "PHANTOM"}, "silent"),
         ({"BodyPartExamined": "CHEST"}, "chest"),
-        ({"BodyPartExamined": "Chest_AP"}, "chest"),
+        ({"BodyPartExamined": "CHEST_PORT AP"}, "chest"),
         ({"BodyPartExamined": "EXTREMITY"}, "elsewhere"),
         ({"BodyPartExamined": "KNEE", "StudyDescription": "KNEE 3 VIEWS"}, "elsewhere"),
         ({"BodyPartExamined": "TSPINE", "StudyDescription": "THORACIC SPINE"}, "elsewhere"),
