@@ -137,9 +137,9 @@ def read(
     FILEs are DICOM Part 10, PNG or JPEG. Several are one request with several pictures: prior first, current last. Only
     their contents are sent.
 
-    Exit status: 0 when the reading is well formed; 3 when it is malformed, truncated or out of vocabulary (it is shown
-    and written all the same); 1 when there is no reading; 75 when there is none because the server is busy or out of
-    reach; 2 for wrong usage; 130 after Ctrl-C, which also cancels the request on the server.
+    Exit status: 0 when the reading is well formed; 3 when it is malformed, truncated, out of vocabulary or of a
+    doubtful image (it is shown and written all the same); 1 when there is no reading; 75 when there is none because the
+    server is busy or out of reach; 2 for wrong usage; 130 after Ctrl-C, which also cancels the request on the server.
     """
     images = [file.read_bytes() for file in files]
     turns, readings = _history(history)

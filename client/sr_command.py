@@ -73,9 +73,9 @@ def sr(
     current image's study. They are preliminary and unverified, and the same files and READING give the same bytes;
     their time is that of the READING file.
 
-    Exit status: 0 when the reading is well formed; 3 when it is malformed, truncated or out of vocabulary (the objects
-    are written all the same, and say it); 1 when there is none; 75 when the server is busy or out of reach; 2 for wrong
-    usage; 130 after Ctrl-C.
+    Exit status: 0 when the reading is well formed; 3 when it is malformed, truncated, out of vocabulary or of a
+    doubtful image (the objects are written all the same, and say it); 1 when there is none; 75 when the server is busy
+    or out of reach; 2 for wrong usage; 130 after Ctrl-C.
     """
     images = [file.read_bytes() for file in files]
     sources = [source_header(data) for data in images]

@@ -30,6 +30,7 @@ from cxr_triton.errors import (
     NotARadiograph,
     UnsupportedSyntax,
 )
+from cxr_triton.plausibility import DOUBTS, Anatomy, Code, anatomy, view_of
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ FLAGS: dict[str, str] = {
     "voi_lut_unusable": "the VOI LUT Sequence is malformed and was ignored",
     "vr_mismatch": "explicit or implicit VR encoding differs from the transfer syntax; the data decided",
     "window_fallback": "the window is malformed or narrower than allowed and was ignored",
+    **DOUBTS,
 }
 """The closed vocabulary of `Radiograph.flags` and `Picture.flags`."""
 
@@ -138,6 +140,8 @@ class Metadata:
         Empty for PNG and JPEG, and where missing or malformed.
     pixel_aspect_ratio : float
         Height of a pixel over its width; 1 where they differ by less than a hundredth.
+    anatomy : Anatomy
+        What the header says of the part of the body, in words of a closed list.
     """
 
     format: str
@@ -160,6 +164,7 @@ class Metadata:
     series_instance_uid: str = ""
     study_instance_uid: str = ""
     pixel_aspect_ratio: float = 1.0
+    anatomy: Anatomy = field(default_factory=Anatomy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +194,7 @@ class Identity:
     sop_class, sop_instance, study, series : str
         UIDs, checked in form.
     transfer_syntax, modality, view : str
-        ``view`` as in `Metadata`.
+        ``view`` as in `Metadata`, or ``elsewhere`` where the header says that it is no chest.
     patient_id : str
     taken : str
         Date and time of acquisition, content or study, whichever is there; sorts as text.
@@ -269,7 +274,7 @@ def read_identity(data, limits: Limits | None = None) -> Identity:
         *uids.values(),
         transfer_syntax=uid,
         modality=dataset.text(_Tag.MODALITY)[:16],
-        view=_view(dataset, set())[0],
+        view="elsewhere" if is_radiograph and _anatomy(dataset).says == "elsewhere" else _view(dataset, set())[0],
         patient_id=(dataset.texts(_IdentityTag.PATIENT_ID) or [""])[0],
         taken=_taken(dataset),
         number=int(number) if re.fullmatch(r"[+-]?\d{1,9}", number) else 0,
@@ -370,6 +375,14 @@ class _Tag(IntEnum):
     MODALITY = 0x00080060
     INTENT = 0x00080068
     CODE_VALUE = 0x00080100
+    CODE_SCHEME = 0x00080102
+    CODE_MEANING = 0x00080104
+    STUDY_DESCRIPTION = 0x00081030
+    PROCEDURE_CODE = 0x00081032
+    SERIES_DESCRIPTION = 0x0008103E
+    REGION = 0x00082218
+    BODY_PART = 0x00180015
+    PROTOCOL_NAME = 0x00181030
     IMAGER_PIXEL_SPACING = 0x00181164
     SHUTTER_SHAPE = 0x00181600
     NOMINAL_SCANNED_PIXEL_SPACING = 0x00182010
@@ -403,6 +416,10 @@ class _Tag(IntEnum):
     LUT_DESCRIPTOR = 0x00283002
     LUT_DATA = 0x00283006
     VOI_LUT = 0x00283010
+    REQUESTED_PROCEDURE = 0x00321060
+    REQUESTED_CODE = 0x00321064
+    PERFORMED_PROCEDURE = 0x00400254
+    REQUEST = 0x00400275
     VIEW_CODE = 0x00540220
     PRESENTATION_LUT = 0x20500010
     LUT_SHAPE = 0x20500020
@@ -702,6 +719,7 @@ def _read_dicom(data: bytes, start: int, limits: Limits) -> Radiograph:
         series_instance_uid=_uid(dataset, _Tag.SERIES),
         study_instance_uid=_uid(dataset, _Tag.STUDY),
         pixel_aspect_ratio=_pixel_aspect_ratio(dataset, flags),
+        anatomy=_anatomy(dataset, shape),
     )
     return Radiograph(stored, metadata, tuple(sorted(flags)))
 
@@ -1116,12 +1134,47 @@ def _view(dataset: _DataSet, flags: set[str]) -> tuple[str, tuple[str, ...]]:
             implied = "lateral"
     if named and implied and (implied == "lateral") != (named == "lateral") and named != "oblique":
         flags.add("view_conflict")
-    view = named or implied or "unknown"
+    view = named or implied or view_of(_descriptions(dataset)) or "unknown"
     if view == "unknown":
         flags.add("view_unknown")
     if view == "lateral":
         flags.add("lateral")
     return view, orientation
+
+
+def _anatomy(dataset: _DataSet, shape: tuple[int, int] = (0, 0)) -> Anatomy:
+    """What the header says of the part of the body; codes and texts stay here."""
+    spacing = dataset.numbers(_Tag.IMAGER_PIXEL_SPACING) or dataset.numbers(_Tag.PIXEL_SPACING) or []
+    extent = max((side * step for side, step in zip(shape, spacing, strict=False)), default=0.0)
+    return anatomy(
+        body_part=_free_text(dataset, _Tag.BODY_PART),
+        regions=[
+            Code(item.text(_Tag.CODE_VALUE), item.text(_Tag.CODE_SCHEME), _free_text(item, _Tag.CODE_MEANING))
+            for item in dataset.items(_Tag.REGION)
+        ],
+        descriptions=_descriptions(dataset),
+        extent_mm=extent if 0 < extent < math.inf else None,
+    )
+
+
+def _descriptions(dataset: _DataSet) -> list[str]:
+    """Free texts that may name the part of the body or the view, the one nearest to the image first."""
+    own = [_free_text(dataset, tag) for tag in (_Tag.SERIES_DESCRIPTION, _Tag.PROTOCOL_NAME)]
+    sources = [dataset, *dataset.items(_Tag.REQUEST)]
+    for tag in (_Tag.PERFORMED_PROCEDURE, _Tag.REQUESTED_PROCEDURE):
+        own += [_free_text(source, tag) for source in sources]
+    codes = [code for source in sources for code in source.items(_Tag.REQUESTED_CODE)]
+    codes += dataset.items(_Tag.PROCEDURE_CODE)
+    return [*own, *(_free_text(code, _Tag.CODE_MEANING) for code in codes), _free_text(dataset, _Tag.STUDY_DESCRIPTION)]
+
+
+def _free_text(dataset: _DataSet, tag: _Tag) -> str:
+    """Text whose words are looked for: UTF-8 where it is that, else Latin-1, whatever the file's character set."""
+    raw = dataset.raw(tag)[:1024]
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
 
 
 def _presentation_flags(dataset: _DataSet, photometric: str, flags: set[str]) -> None:

@@ -6,6 +6,7 @@
     │   └── ReadingMismatch   READING_MISMATCH       a reading of other images than those it is put with
     ├── InvalidImage          INVALID_IMAGE          unreadable, truncated or inconsistent
     │   ├── NotARadiograph    NOT_A_RADIOGRAPH
+    │   ├── NotAChest         NOT_A_CHEST            a radiograph of another part of the body, or no radiograph
     │   ├── ForProcessing     FOR_PROCESSING
     │   ├── MultiFrame        MULTI_FRAME
     │   ├── NoPixels          NO_PIXELS
@@ -80,6 +81,10 @@ class InvalidImage(CxrError):
 
 class NotARadiograph(InvalidImage):
     code = "NOT_A_RADIOGRAPH"
+
+
+class NotAChest(InvalidImage):
+    code = "NOT_A_CHEST"
 
 
 class ForProcessing(InvalidImage):

@@ -90,7 +90,7 @@ def write_dicom(
     dataset = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
     dataset.SOPClassUID, dataset.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     dataset.StudyInstanceUID, dataset.SeriesInstanceUID = uid("study"), uid("series")
-    dataset.Modality, dataset.PresentationIntentType, dataset.BodyPartExamined = "DX", "FOR PRESENTATION", "PHANTOM"
+    dataset.Modality, dataset.PresentationIntentType, dataset.BodyPartExamined = "DX", "FOR PRESENTATION", "CHEST"
     dataset.PatientName, dataset.PatientID = "PHANTOM^SYNTHETIC", "PHANTOM"
     dataset.ViewPosition, dataset.PatientOrientation = "PA", ["L", "F"]
     dataset.BurnedInAnnotation = "NO"

@@ -26,6 +26,7 @@ from cxr_triton.engines.record import is_verified
 from cxr_triton.engines.sampling import Sampling
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, PromptTooLong
 from cxr_triton.identity import hashed
+from cxr_triton.plausibility import DOUBTS
 from cxr_triton.reading import Reading, parse
 from cxr_triton.request import ReadRequest
 from cxr_triton.sandbox import Sandbox
@@ -69,6 +70,8 @@ class Preprocessor:
         Engine bundle; only its small files are read.
     limits : Limits, optional
         What one image may cost.
+    not_a_chest : {"refuse", "flag"}, optional
+        In place of the profile's.
 
     Raises
     ------
@@ -76,10 +79,11 @@ class Preprocessor:
         A file of the bundle is missing or of another size.
     """
 
-    def __init__(self, bundle: str | Path, limits: Limits | None = None):
+    def __init__(self, bundle: str | Path, limits: Limits | None = None, not_a_chest: str | None = None):
         bundle = Bundle.open(bundle, verify=False)
         generation_config = json.loads((bundle.path / "generation_config.json").read_text("utf-8"))
         self.profile = bundle.profile.merge_generation_config(generation_config)
+        self._not_a_chest = not_a_chest or self.profile.not_a_chest
         self._geometry = bundle.geometry
         self._tokenizer = ChatTokenizer(bundle.path)
         self._sandbox = Sandbox(limits or Limits())
@@ -171,7 +175,12 @@ class Preprocessor:
         profile = self.profile
         try:
             return self._sandbox.prepare(
-                data, preset=profile.pixel_preset, min_pixels=profile.min_pixels, max_pixels=profile.max_pixels
+                data,
+                preset=profile.pixel_preset,
+                min_pixels=profile.min_pixels,
+                max_pixels=profile.max_pixels,
+                not_a_chest=self._not_a_chest,
+                views=profile.views,
             )
         except CxrError as error:
             raise type(error)(f"IMAGES[{index}]: {error.message}" if count > 1 else error.message) from None
@@ -223,6 +232,8 @@ def build_reading(completion: dict) -> Reading:
         finish_reason=completion["finish_reason"],
         image_sizes=[(facts["rows"], facts["columns"]) for facts in context["images"]],
     )
+    if parsed.status == "ok" and any(DOUBTS.keys() & facts["flags"] for facts in context["images"]):
+        parsed = dataclasses.replace(parsed, status="doubtful_image")
     decoder_ms = completion["timings_ms"]
     received_s, prepared_s = context["received_s"], context["prepared_s"]
     arrived_s, reported_s = completion["arrived_s"], time.monotonic()

@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from cxr_triton.errors import InvalidProfile, UnsupportedCheckpoint, unknown_key
+from cxr_triton.plausibility import POLICIES, VIEWS
 
 PROFILES = Path(__file__).with_name("profiles")
 UNIT_PX = 28
@@ -227,6 +228,10 @@ class ModelProfile(Checked):
         Tokens of prompt and answer together.
     labels : tuple of str
         Closed vocabulary of ``labels`` answers; empty when no task has them.
+    not_a_chest : str
+        What becomes of an image that is no chest radiograph: ``refuse`` it, or read it and ``flag`` the reading.
+    views : tuple of str
+        Views that the model was trained on: ``frontal``, ``lateral``, ``oblique``; a reading of another is flagged.
     """
 
     name: str
@@ -250,9 +255,14 @@ class ModelProfile(Checked):
     decoding: Decoding
     labels: tuple[str, ...] = ()
     pixel_preset: str = one_of(PRESETS, default="mimic_jpg")
+    not_a_chest: str = one_of(POLICIES, default="refuse")
+    views: tuple[str, ...] = ("frontal",)
 
     def __post_init__(self):
         super().__post_init__()
+        for view in self.views:
+            if view not in VIEWS:
+                raise InvalidProfile(f"views: {unknown_key(view, VIEWS, 'views')}")
         if not _NAME.fullmatch(self.name):
             raise InvalidProfile(f"name: {self.name!r} is not lower-case letters, digits, dot, dash and underscore")
         if not self.notice.strip():
@@ -322,7 +332,7 @@ class ModelProfile(Checked):
     def to_yaml(self) -> str:
         """The profile, complete and without ``extends``, as YAML that `load_profile` reads back equal."""
         data = dataclasses.asdict(self)
-        data["labels"] = list(self.labels)
+        data |= {"labels": list(self.labels), "views": list(self.views)}
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
 
 

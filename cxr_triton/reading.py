@@ -15,7 +15,7 @@ from typing import Any
 from cxr_triton.errors import ServerMismatch
 
 VERSION = 1
-STATUSES = ("ok", "malformed", "truncated", "out_of_vocabulary")
+STATUSES = ("ok", "malformed", "truncated", "out_of_vocabulary", "doubtful_image")
 FLAGS = {
     "thinking_alias": "the reasoning block is written <thinking>",
     "missing_reasoning": "there is no closed reasoning block, or nothing before the boxed answer",
@@ -80,7 +80,8 @@ class Parsed:
     ----------
     status : str
         ``ok``; ``malformed``: a piece of the grammar is missing or unreadable; ``truncated``: the token limit came
-        first; ``out_of_vocabulary``: well formed, but `unknown_labels` are none of the profile's.
+        first; ``out_of_vocabulary``: well formed, but `unknown_labels` are none of the profile's; ``doubtful_image``:
+        well formed, but an image has one of `cxr_triton.plausibility.DOUBTS` (of a `Reading` only).
     text : str
         The model's text, untouched.
     reasoning, answer : str or None

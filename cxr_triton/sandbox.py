@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from cxr_triton.dicom import Limits
-from cxr_triton.errors import CODES, InternalError, InvalidImage, LimitExceeded
+from cxr_triton.dicom import Limits, Metadata
+from cxr_triton.errors import CODES, InternalError, InvalidImage, LimitExceeded, NotAChest
+from cxr_triton.plausibility import VIEWS, Anatomy, judge
 
 _HEAD = struct.Struct("<II")  # bytes of JSON, bytes of payload
 _START_S = 30.0
@@ -102,7 +103,17 @@ class Sandbox:
             self._closed = True
             self._stop()
 
-    def prepare(self, data: bytes, *, preset: str, min_pixels: int, max_pixels: int, factor: int = 28) -> Prepared:
+    def prepare(
+        self,
+        data: bytes,
+        *,
+        preset: str,
+        min_pixels: int,
+        max_pixels: int,
+        factor: int = 28,
+        not_a_chest: str | None = None,
+        views: Sequence[str] = VIEWS,
+    ) -> Prepared:
         """Read, render and resize one file.
 
         Parameters
@@ -113,6 +124,10 @@ class Sandbox:
             mimic_jpg or voi_display.
         min_pixels, max_pixels, factor : int
             Budget of the resized picture and what its sides are multiples of, see `cxr_triton.image.target_size`.
+        not_a_chest : {"refuse", "flag"}, optional
+            What becomes of an image that is no chest, see `cxr_triton.plausibility`; by default nobody looks.
+        views : sequence of str
+            Views that are no doubt.
 
         Raises
         ------
@@ -127,6 +142,7 @@ class Sandbox:
                 f"file has {len(data)} bytes, allowed {self.limits.max_file_bytes}; send a smaller file"
             )
         order = {"preset": preset, "min_pixels": min_pixels, "max_pixels": max_pixels, "factor": factor}
+        order |= {"not_a_chest": not_a_chest, "views": list(views)}
         with self._lock:
             if self._closed:
                 raise InternalError("decoding process is closed")
@@ -343,6 +359,7 @@ def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
     radiograph = read_image(data, limits)
     decoded = time.perf_counter()
     picture = render(radiograph, order["preset"])
+    region = _judge(radiograph.metadata, picture.pixels, order) if order["not_a_chest"] else {}
     height, width = picture.pixels.shape[:2]
     budget = {name: order[name] for name in ("min_pixels", "max_pixels", "factor")}
     size = target_size(*square_size(height, width, radiograph.metadata.pixel_aspect_ratio), **budget)
@@ -370,6 +387,8 @@ def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
         "flags": list(picture.flags),
         "identity": identity_of(data, radiograph),
     }
+    facts["flags"] = sorted({*facts["flags"], *region.pop("doubts", ())})
+    facts |= region
     answer = {
         "shape": list(pixels.shape),
         "source_size": [height, width],
@@ -378,6 +397,26 @@ def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
         "preprocess_ms": round((finished - decoded) * 1000, 3),
     }
     return answer, pixels.tobytes()
+
+
+def _judge(metadata: Metadata, pixels: np.ndarray, order: dict) -> dict:
+    """Facts about the part of the body, and `doubts`.
+
+    Raises
+    ------
+    NotAChest
+        Unless the order says to flag it.
+    """
+    found = judge(metadata.anatomy, metadata.view, pixels, order["views"])
+    if found.refusal and order["not_a_chest"] == "refuse":
+        raise NotAChest(
+            f"image is no chest radiograph: {found.refusal}; send a chest, or see not_a_chest of the profile"
+        )
+    return {
+        "doubts": [*found.doubts, *(["not_a_chest"] if found.refusal else [])],
+        "region": metadata.anatomy.says,
+        "chest_likeness": None if found.likeness is None else round(found.likeness.chest, 3),
+    }
 
 
 def _warm_up() -> None:
@@ -391,7 +430,9 @@ def _warm_up() -> None:
 
     picture = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
     render(Radiograph(picture, Metadata("dicom", 64, 64, 12)), "voi_display")
-    resize(render(Radiograph(picture, Metadata("dicom", 64, 64, 12)), "mimic_jpg").pixels, (28, 28))
+    shown = render(Radiograph(picture, Metadata("dicom", 64, 64, 12)), "mimic_jpg").pixels
+    resize(shown, (28, 28))
+    judge(Anatomy(), "unknown", shown)
     for name in ("dicomrle", "htj2k", "jpeg2k", "jpeg8", "jpegls", "png"):
         getattr(imagecodecs, f"{name}_decode")
 

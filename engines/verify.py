@@ -661,7 +661,7 @@ class _Engine:
         from .session import open_decoder, open_vision
 
         self.bundle = bundle
-        self._preprocessor = Preprocessor(bundle.path)
+        self._preprocessor = Preprocessor(bundle.path, not_a_chest="flag")  # the controls are no chests
         self._vision = open_vision(bundle, threads=threads)
         self._decoder = open_decoder(bundle, slots=SLOTS, threads=threads)
         self._prepared: dict = {}

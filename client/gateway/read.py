@@ -54,8 +54,10 @@ def choose(images: Sequence[sa.Row], most: int) -> list[sa.Row]:
     """The images of a study that go into one request.
 
     Frontal views come before unknown and those before lateral ones, later ones before earlier ones; in the request the
-    frontal view taken last stands last, where models look for the current image.
+    frontal view taken last stands last, where models look for the current image. An image whose header names another
+    part of the body is left out beside a chest; alone it is sent, so that the reader's refusal is kept with the study.
     """
+    images = [image for image in images if image.view != "elsewhere"] or images
     ranked = sorted(images, key=lambda image: VIEWS.get(image.view, 2))  # stable: the order taken stays within each
     return ranked[-most:]
 

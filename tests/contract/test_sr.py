@@ -109,6 +109,7 @@ READINGS = {
     "malformed": lambda source: reading(source, text="nothing like it"),
     "truncated": lambda source: reading(source, text="<think>The heart", finish_reason="length"),
     "out_of_vocabulary": lambda source: reading(source, text="<think>a</think><answer>Edema, Hernia</answer>"),
+    "doubtful_image": lambda source: {**reading(source), "status": "doubtful_image"},
     "free prompt, bare model": lambda source: reading(source, task=None, model={}, text=TEXT),
     "long": lambda source: reading(source, text=f"<think>{'word ' * 4_000}</think><answer>Edema</answer>"),
     "control characters": lambda source: reading(

@@ -64,12 +64,12 @@ def write_bundle(folder: Path) -> Path:
     return build_bundle(export, folder / "bundle").path
 
 
-def write_paper_bundle(folder: Path, *, penalty: float = 1.05, max_sequence: int = 4096) -> Path:
-    """A bundle for stages that open no graph: the graphs' files are empty."""
+def write_paper_bundle(folder: Path, *, penalty: float = 1.05, max_sequence: int = 4096, more: str = "") -> Path:
+    """A bundle for stages that open no graph: the graphs' files are empty; `more` are lines for its profile."""
     from cxr_triton.profile import load_profile
 
     folder.mkdir(parents=True)
-    (folder / "mine.yaml").write_text(PROFILE.replace("max_sequence: 4096", f"max_sequence: {max_sequence}"))
+    (folder / "mine.yaml").write_text(PROFILE.replace("max_sequence: 4096", f"max_sequence: {max_sequence}") + more)
     profile = load_profile(folder / "mine.yaml")
     (folder / "mine.yaml").unlink()
     write_tokenizer(folder)

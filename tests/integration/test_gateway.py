@@ -11,6 +11,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 
 pytest.importorskip("pynetdicom")
@@ -34,6 +35,7 @@ from gateway_peers import (
     wait_for,
 )
 
+from cxr_triton import phantom, phantom_file
 from cxr_triton.client.gateway.store import Received, Result, Store
 
 TEXT, FINDINGS = "AI, not verified: report", "AI, not verified: findings"
@@ -131,21 +133,24 @@ def test_a_study_uid_with_leading_zeros_comes_back_as_it_was(site):
 
 
 SYNTAXES = (
-    "dicom/NIH_DX_SC_8bit_implicitLE", "dicom/RG2_UNC_explicitLE", "dicom/RG2_J2K_lossless", "dicom/RG2_J2K_lossy",
-    "dicom/RG2_JPEGLS_lossless", "dicom/RG2_JPEGLS_near", "dicom/RG2_JPEG_extended12", "dicom/RG2_JPEG_lossless_SV1",
-    "dicom/RG2_RLE", "dicom_derived/NIH_DX_JPEG_baseline", "dicom_derived/NIH_DX_bigendian",
-    "dicom_derived/NIH_DX_deflated", "dicom_derived/RG1_HTJ2K_lossless",
+    "dicom/NIH_DX_SC_8bit_implicitLE", "dicom/RG1_UNC_explicitLE", "dicom/RG1_J2K_lossless", "dicom/RG1_J2K_lossy",
+    "dicom_derived/RG1_JPEGLS_lossless", "dicom/RG1_JPEGLS_near", "jpeg_extended",
+    "dicom_derived/RG1_JPEG_lossless_SV1", "rle", "dicom_derived/NIH_DX_JPEG_baseline",
+    "dicom_derived/NIH_DX_bigendian", "dicom_derived/NIH_DX_deflated", "dicom_derived/RG1_HTJ2K_lossless",
 )  # fmt: skip
-"""One radiograph of every transfer syntax that the shared data has."""
+"""One chest of every transfer syntax that the shared data has; a phantom where those of it are of a hip."""
 ORTHANC_CANNOT_SEND = ("dicom_derived/RG1_HTJ2K_lossless",)
 """Orthanc 1.10 does not know HTJ2K as a transfer syntax of an association."""
 
 
-def test_every_transfer_syntax_comes_back_as_two_reports_over_both_ways(site, shared_data):
+def test_every_transfer_syntax_comes_back_as_two_reports_over_both_ways(site, shared_data, tmp_path):
     """Each file goes through Orthanc by C-STORE (HTJ2K: from a peer of our own), and by STOW-RS."""
     by_study = {}
     for name in SYNTAXES:
         original = shared_data / f"{name}.dcm"
+        if name in phantom_file.SYNTAXES:
+            original = tmp_path / f"{name}.dcm"
+            original.write_bytes(phantom_file.write_dicom(phantom.draw(np.random.default_rng(50_020)), syntax=name))
         syntax = pydicom.dcmread(original, stop_before_pixels=True).file_meta.TransferSyntaxUID
         for way in ("c-store", "stow"):
             file = renamed(original)
@@ -210,6 +215,25 @@ def test_what_will_never_be_read_is_a_dead_letter_and_says_why(site):
     wait_for(lambda: site.queue.status()["dead"], "the dead letter again")
     site.ask("drop", str(job))
     assert site.ask("status", str(job))["state"] == "dropped"
+
+
+def test_a_leg_is_a_dead_letter_and_a_doubtful_image_is_marked_in_its_reports(site):
+    files = []
+    for seed, changes in ((50_006, {"BodyPartExamined": "EXTREMITY"}), (50_007, {"StudyDescription": "CHEST ABDOMEN"})):
+        file = pydicom.dcmread(io.BytesIO(phantom_dicom(seed)))
+        if "StudyDescription" in changes:
+            del file.BodyPartExamined
+        file.update(changes)
+        out = io.BytesIO()
+        file.save_as(out, enforce_file_format=True)
+        files.append(out.getvalue())
+    assert send(site.port, files[:1]) == [0]
+    (letter,) = wait_for(lambda: site.queue.status()["dead"], "a dead letter")
+    assert letter["error"].startswith("[NOT_A_CHEST]") and "EXTREMITY" in letter["error"]
+    assert site.ask("status", str(letter["job"]))["deliveries"] == []
+    site.ask("drop", str(letter["job"]))
+    for report in reports(site.pacs, forward(site.pacs, files[1])).values():
+        assert (report.CompletionFlag, report.CompletionFlagDescription[:14]) == ("PARTIAL", "Doubtful image")
 
 
 def test_images_of_two_patients_under_one_study_are_not_read(site):

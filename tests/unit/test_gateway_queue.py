@@ -573,6 +573,12 @@ def test_the_last_frontal_view_stands_last():
     assert [image.name for image in choose(images[2:3], 1)] == ["side"]
 
 
+def test_a_leg_beside_a_chest_is_left_out_and_alone_is_sent_to_be_refused():
+    images = [SimpleNamespace(view=view, name=name) for name, view in (("side", "lateral"), ("leg", "elsewhere"))]
+    assert [image.name for image in choose(images, 4)] == ["side"]
+    assert [image.name for image in choose(images[1:], 4)] == ["leg"]
+
+
 @pytest.mark.parametrize(
     "status, outcome",
     [(0x0000, "stored"), (0xB000, "stored"), (0xB007, "stored"), (0x0111, "stored"), (0xA700, "again"),

@@ -128,6 +128,7 @@ def test_a_reading_that_is_not_well_formed_says_so_and_calls_nothing_absent(stat
         "malformed": reading(source, text="<answer>Edema</answer>"),
         "truncated": reading(source, finish_reason="length"),
         "out_of_vocabulary": reading(source, text="<think>a</think><answer>Edema, Hernia</answer>"),
+        "doubtful_image": {**reading(source), "status": "doubtful_image"},
     }[status]
     assert read["status"] == status
     findings, text = objects(source, read, ["findings_sr", "text_sr"])

@@ -82,7 +82,7 @@ def test_the_page_says_everything_a_reader_needs():
         assert part in text, part
 
 
-@pytest.mark.parametrize("status", ["malformed", "truncated", "out_of_vocabulary"])
+@pytest.mark.parametrize("status", ["malformed", "truncated", "out_of_vocabulary", "doubtful_image"])
 def test_a_status_other_than_ok_is_explained(status):
     bare = dataclasses.replace(READING, status=status, findings=(), answer=None, reasoning=None)
     text = Page(reading_page(bare)).text

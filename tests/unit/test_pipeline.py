@@ -1,5 +1,7 @@
 """The stages of a reading without Triton: tensors of a request, and the reading of a completion."""
 
+import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -7,9 +9,11 @@ import logging
 import subprocess
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from jsonschema import Draft202012Validator
 from PIL import Image
@@ -17,8 +21,9 @@ from pydicom import dcmread
 
 from cxr_triton import phantom, phantom_file
 from cxr_triton.engines.runtime import Completion
-from cxr_triton.errors import InvalidImage, InvalidRequest, PromptTooLong, QueueFull, from_wire
+from cxr_triton.errors import InvalidImage, InvalidRequest, NotAChest, PromptTooLong, QueueFull, from_wire
 from cxr_triton.pipeline import Preprocessor, build_reading, completion_json, sampling_of, wire_error
+from cxr_triton.plausibility import DOUBTS
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("integration", ".")]
 
@@ -37,6 +42,14 @@ def preprocessor(bundle):
     preprocessor = Preprocessor(bundle)
     yield preprocessor
     preprocessor.close()
+
+
+WELL_FORMED = Completion(
+    text="<think>The heart is large.</think><answer>Cardiomegaly</answer>",
+    finish_reason="stop",
+    usage={"prompt_tokens": 5, "completion_tokens": 6, "image_tokens": 4},
+    timings_ms={"queue": 1.0, "prefill": 2.0, "decode": 3.0, "time_to_first_token": 3.0, "total": 6.0},
+)
 
 
 def request(**asked) -> bytes:
@@ -101,13 +114,7 @@ def test_a_bad_request_is_refused_before_an_image_is_decoded(preprocessor):
 def test_a_completion_becomes_a_reading(preprocessor):
     arrived_s = time.monotonic()
     step = preprocessor.prepare([radiograph(1, rows=160, columns=300)], request())
-    completion = Completion(
-        text="<think>The heart is large.</think><answer>Cardiomegaly</answer>",
-        finish_reason="stop",
-        usage={"prompt_tokens": 5, "completion_tokens": 6, "image_tokens": 4},
-        timings_ms={"queue": 1.0, "prefill": 2.0, "decode": 3.0, "time_to_first_token": 3.0, "total": 6.0},
-    )
-    reading = build_reading(json.loads(completion_json(completion, step.context, arrived_s)))
+    reading = build_reading(json.loads(completion_json(WELL_FORMED, step.context, arrived_s)))
     assert reading.status == "ok" and [finding.label for finding in reading.findings] == ["Cardiomegaly"]
     assert reading.reasoning == "The heart is large."
     assert (reading.task, reading.prompt) == ("findings", "Find abnormalities and support devices.")
@@ -146,6 +153,44 @@ def test_a_reading_says_which_images_it_is_of(preprocessor):
         assert any(uid in context for uid in uids.values()) == (identifiers == "plain")
     default = json.loads(preprocessor.prepare([image], request()).context)["images"][0]["identity"]
     assert default["study_instance_uid"] == source.StudyInstanceUID
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "flags", "status"),
+    [
+        ("stop", ["lossy", "lateral", "view_unknown"], "ok"),
+        *(("stop", [flag], "doubtful_image") for flag in DOUBTS),
+        ("length", ["picture_unlike_chest"], "truncated"),
+    ],
+)
+def test_a_reading_of_a_doubtful_image_is_never_plainly_ok(preprocessor, finish_reason, flags, status):
+    step = preprocessor.prepare([radiograph(1), radiograph(2)], request(task="compare"))
+    context = json.loads(step.context)
+    context["images"][0]["flags"] = flags  # of the prior
+    completion = dataclasses.replace(WELL_FORMED, finish_reason=finish_reason)
+    text = completion_json(completion, json.dumps(context), time.monotonic())
+    assert build_reading(json.loads(text)).status == status
+
+
+def test_the_bundle_s_profile_says_what_becomes_of_a_leg_and_of_a_lateral(tmp_path):
+    leg, lateral = (BytesIO(radiograph(1)) for _ in range(2))
+    for file, changes in ((leg, {"BodyPartExamined": "KNEE"}), (lateral, {"ViewPosition": "LL"})):
+        dataset = pydicom.dcmread(file)
+        dataset.update(changes)
+        file.seek(0)
+        dataset.save_as(file, enforce_file_format=True)
+    for policy, views in (("refuse", "[frontal]"), ("flag", "[frontal, lateral]")):
+        keys = f"not_a_chest: {policy}\nviews: {views}\n"
+        preprocessor = Preprocessor(write_paper_bundle(tmp_path / policy, more=keys))
+        with contextlib.closing(preprocessor):
+            flags = json.loads(preprocessor.prepare([lateral.getvalue()], request()).context)["images"][0]["flags"]
+            assert ("view_untrained" in flags) == (policy == "refuse")
+            if policy == "refuse":
+                with pytest.raises(NotAChest, match="KNEE"):
+                    preprocessor.prepare([leg.getvalue()], request())
+            else:
+                context = json.loads(preprocessor.prepare([leg.getvalue()], request()).context)
+                assert "not_a_chest" in context["images"][0]["flags"]
 
 
 def test_stages_add_up_to_the_total(preprocessor):
