@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 PROVIDER = "CUDAExecutionProvider"
+LEAST_VERSION = (1, 31)
+"""Of ONNX Runtime: the first one that was run on a GPU here."""
+PREFILL_TOKENS = 512
 DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 _ALIGNMENT = 256
 
@@ -154,6 +157,11 @@ def open_graph(path: Path, memory: Gpu | Host, *, graphs: bool = False):
                 f"onnxruntime {ort.__version__} has no CUDA provider; `pip uninstall onnxruntime`, then "
                 "`pip install 'cxr-triton[cuda]'`"
             )
+        if tuple(int(part) for part in ort.__version__.split(".")[:2]) < LEAST_VERSION:
+            raise DeviceUnavailable(
+                f"onnxruntime {ort.__version__} is too old for the CUDA provider's graphs; "
+                "run `pip install --upgrade 'cxr-triton[cuda]'`"
+            )
         ort.preload_dlls()
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -209,7 +217,14 @@ class CudaDecoder:
         See `open_graph`.
     InvalidRequest
         More slots than `BATCHES` allows.
+
+    Attributes
+    ----------
+    prefill_chunk : int
+        Prompt tokens that are best given at a time.
     """
+
+    prefill_chunk = PREFILL_TOKENS
 
     def __init__(self, bundle, *, slots: int, memory: Gpu | Host | None = None):
         if slots > BATCHES[-1]:

