@@ -31,7 +31,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from cxr_triton.cli import json_option, write_json
+from cxr_triton.cli import Group, json_option, write_json
 from cxr_triton.errors import CxrError, InvalidRequest
 
 SCHEMA = 1
@@ -298,6 +298,8 @@ def _version(name: str) -> str | None:
 
 
 def _gpu() -> dict | None:
+    if not _importable("torch")[0]:
+        return None
     import torch
 
     if not torch.cuda.is_available():
@@ -312,6 +314,8 @@ def _gpu() -> dict | None:
 
 
 def _providers() -> list[str]:
+    if not _importable("onnxruntime")[0]:
+        return []
     import onnxruntime
 
     return onnxruntime.get_available_providers()
@@ -602,7 +606,7 @@ def _cell(value: object) -> str:
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
-@click.group()
+@click.group(cls=Group, extra="rtx")
 def main():
     """Run and prepare a session on a GPU machine."""
 
