@@ -139,7 +139,7 @@ def test_pip_resolves_every_extra(wheel, pip_of, extra):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", ["gateway", "local", "openvino", "perf", "quantize", "test"])
+@pytest.mark.parametrize("extra", ["local", "openvino", "perf", "quantize", "test"])
 @pytest.mark.parametrize("version", sorted({"3.11", "3.12", "3.13"} - {HERE}))
 def test_pip_resolves_on_the_other_pythons(wheel, pip_of, version, extra):
     check(version, extra, wheel, pip_of)
