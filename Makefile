@@ -3,9 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEBIAN_PACKAGES := dcmtk dicom3tools ghostscript chromium orthanc orthanc-dicomweb postgresql
 
-.PHONY: demo test bench lint clean
+.PHONY: demo server-python test bench lint clean
 
-demo: $(VENV)/.local
+demo: server-python $(VENV)/.local
 	$(BIN)/cxr-triton demo --dir build/demo
 
 test: $(VENV)/.test debian
@@ -21,6 +21,11 @@ bench: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Said before anything is installed.
+server-python:
+	@python=$(BIN)/python; [ -x $$python ] || python=$(PYTHON); \
+	$$python -c 'import sys; v = sys.version_info; sys.exit(None if v < (3, 13) else f"the local server needs Python 3.11 or 3.12, this is {v[0]}.{v[1]}; set PYTHON= and remove $(VENV)")'
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}; set PYTHON=")'

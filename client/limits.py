@@ -6,8 +6,10 @@ import os
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import grpc
+if TYPE_CHECKING:
+    import grpc
 
 
 @dataclass(frozen=True)
@@ -81,5 +83,7 @@ class Tls:
     key: str | os.PathLike | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
+        import grpc
+
         ca, cert, key = (Path(path).read_bytes() if path else None for path in (self.ca, self.cert, self.key))
         return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)

@@ -1,15 +1,18 @@
 """Root of the `cxr-triton` command line; each verb imports its own world only when it is called.
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 3 done but the result is not as asked (each verb says when),
-75 busy or not reachable, so worth trying again, 130 interrupted. Every verb takes `json_option`.
+75 busy or not reachable, so worth trying again, 130 interrupted. Every verb takes `json_option`. Commands outside the
+root, such as those of `python -m`, end the same way with ``cls=Command`` or ``cls=Group``.
 """
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import importlib.util
 import json
 import os
 import re
+import shlex
 import sys
 import unicodedata
 from pathlib import Path
@@ -45,6 +48,22 @@ VERBS = {
     "bench": ("cxr_triton.perf.command:bench", "perf", "Measure a served reader, and compare measurements."),
     "demo": ("cxr_triton.triton_repo.command:demo", "local", "Export, build, package, serve and read on this CPU."),
 }
+
+"""verb: (where it is, the extra that it needs, what it does)"""
+
+EXTRAS = {
+    "client": ((), "google grpc tritonclient"),
+    "objects": (("client",), "fontpkg_noto_sans fpdf highdicom pydicom"),
+    "gateway": (("objects",), "aiohttp prometheus_client psycopg pynetdicom sqlalchemy tqdm"),
+    "local": (("client",), "huggingface_hub ml_dtypes onnx onnxruntime pydicom pytriton tqdm"),
+    "openvino": (("local",), "openvino"),
+    "rtx": (("local",), "cuda tensorrt_rtx"),
+    "trt": (("local",), "cuda tensorrt"),
+    "export": (("local",), "torch transformers"),
+    "quantize": (("export",), "modelopt requests"),
+    "perf": (("local",), "scipy"),
+}
+"""extra: (extras that it takes in, modules that it adds)"""
 
 
 def printable(text: str) -> str:
@@ -98,32 +117,62 @@ class Failure(click.ClickException):
         click.echo(f"error: [{self.code}] {self.message}", file=file or sys.stderr)
 
 
-class LazyGroup(click.Group):
-    """A group whose commands are named in `VERBS` and imported on use."""
+def _modules(extra: str) -> set[str]:
+    taken, own = EXTRAS[extra]
+    return set(own.split()).union(*map(_modules, taken))
 
-    def list_commands(self, ctx):
-        return list(VERBS)
 
-    def get_command(self, ctx, name):
-        if name not in VERBS:
-            return None
-        (module, attribute), extra = VERBS[name][0].split(":"), VERBS[name][1]
-        try:
-            return getattr(importlib.import_module(module), attribute)
-        except ImportError as error:
-            if (error.name or "").startswith("cxr_triton"):
-                raise
-            message = f"`{name}` needs the package {error.name!r}; run `pip install 'cxr-triton[{extra}]'`"
-            raise click.ClickException(message) from None
+def extra_of(module: str, asked: str | None = None) -> str | None:
+    """The extra that brings a module: `asked` where it does, or where none is known to; else the first that adds it."""
+    top = module.split(".")[0]
+    if asked and top in _modules(asked):
+        return asked
+    return next((extra for extra, (_, own) in EXTRAS.items() if top in own.split()), asked)
 
-    def resolve_command(self, ctx, args):
-        if args[0] not in VERBS and not args[0].startswith("-"):
-            ctx.fail(unknown_key(args[0], VERBS, "cxr-triton").replace("key", "command", 1))
-        return super().resolve_command(ctx, args)
 
-    def format_commands(self, ctx, formatter):
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, _, text) in VERBS.items()])
+def remedy(extra: str | None) -> str:
+    """The pip command that adds an extra to this installation, which came from a clone or from a wheel on disk."""
+    import urllib.parse
+    from importlib import metadata
+
+    wanted = f"[{extra}]" if extra else ""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        origin = json.loads(metadata.distribution("cxr-triton").read_text("direct_url.json") or "{}")
+        url = urllib.parse.urlsplit(origin.get("url", ""))
+        path = Path(urllib.parse.unquote(url.path))
+        if url.scheme == "file" and path.exists():
+            editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
+            return f"run `pip install {editable}{shlex.quote(f'{path}{wanted}')}`"
+    return f"run `pip install '.{wanted}'` in a clone of cxr-triton"
+
+
+class MissingPackage(click.ClickException):
+    """A package of an extra is not here, or does not load."""
+
+    def __init__(self, error: ImportError, command: str | None, extra: str | None):
+        said = "" if isinstance(error, ModuleNotFoundError) else f", which does not load ({error})"
+        what = f"`{command}` needs" if command else "this needs"
+        super().__init__(printable(f"{what} the package {error.name!r}{said}; {remedy(extra_of(error.name, extra))}"))
+
+    @staticmethod
+    def is_of(error: ImportError) -> bool:
+        """The import is of somebody else's package; one of our own that fails is a bug."""
+        return bool(error.name) and error.name.split(".")[0] != "cxr_triton"
+
+
+def require(*modules: str) -> None:
+    """Raise now the `ModuleNotFoundError` that a later import would end in."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+
+class _OneLine:
+    """A command that fails in one line, with its code and its exit status; never in a traceback."""
+
+    def __init__(self, *args, extra: str | None = None, **options):
+        super().__init__(*args, **options)
+        self.extra = extra
 
     def invoke(self, ctx):
         try:
@@ -140,8 +189,65 @@ class LazyGroup(click.Group):
         except Exception as error:
             if os.environ.get("CXR_TRITON_DEBUG"):
                 raise
+            if isinstance(error, ImportError) and MissingPackage.is_of(error):
+                raise self.missing(error, ctx) from None
             message = f"{type(error).__name__}: {error}; set CXR_TRITON_DEBUG=1 to see where"
             raise Failure(InternalError(message)) from None
+
+    def missing(self, error: ImportError, ctx: click.Context) -> MissingPackage:
+        return MissingPackage(error, None, self.extra)
+
+
+class Command(_OneLine, click.Command):
+    """A command of its own, which needs `extra`."""
+
+
+class Group(_OneLine, click.Group):
+    """A group of its own, which needs `extra`."""
+
+
+class LazyGroup(_OneLine, click.Group):
+    """A group whose commands are named in `VERBS` and imported on use."""
+
+    def list_commands(self, ctx):
+        return list(VERBS)
+
+    def get_command(self, ctx, name):
+        if name not in VERBS:
+            return None
+        path, extra, text = VERBS[name]
+        module, attribute = path.split(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except ImportError as error:
+            if not MissingPackage.is_of(error):
+                raise
+            return NotInstalled(name, text, MissingPackage(error, name, extra))
+
+    def missing(self, error, ctx):
+        verb = ctx.invoked_subcommand
+        return MissingPackage(error, verb, VERBS[verb][1])
+
+    def resolve_command(self, ctx, args):
+        if args[0] not in VERBS and not args[0].startswith("-"):
+            ctx.fail(unknown_key(args[0], VERBS, "cxr-triton").replace("key", "command", 1))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx, formatter):
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in VERBS.items()])
+
+
+class NotInstalled(click.Command):
+    """A verb whose packages are not here: its help says what it is for and how to get it, all else fails so."""
+
+    def __init__(self, name: str, text: str, missing: MissingPackage):
+        options = {"ignore_unknown_options": True, "allow_extra_args": True}
+        super().__init__(name, help=f"{text}\n\nNot installed: {missing.message}", context_settings=options)
+        self._missing = missing
+
+    def invoke(self, ctx):
+        raise self._missing
 
 
 @click.command(cls=LazyGroup)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cxr_triton.cli import remedy
 from cxr_triton.errors import DeviceUnavailable, InternalError
 
 
@@ -13,7 +14,7 @@ def runtime():
         from cuda.bindings import runtime as cuda
     except ImportError as error:
         raise DeviceUnavailable(
-            f"CUDA's Python bindings cannot be loaded ({error}); run `pip install 'cxr-triton[rtx]'`, or [trt]"
+            f"CUDA's Python bindings cannot be loaded ({error}); {remedy('rtx')}, or for TensorRT with [trt]"
         ) from None
     return cuda
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 
 from cxr_triton import __version__
-from cxr_triton.cli import json_option, write_json
+from cxr_triton.cli import json_option, require, write_json
 from cxr_triton.errors import InvalidRequest, NotVerified
 from cxr_triton.profile import load_profile, profile_names
 
@@ -169,11 +169,14 @@ def make_engine(
         Of a tensorrt-llm recipe, before the first stage: `trtllm-build` or the recipe's GPU is not here.
     NotVerified
         The gate refused the bundle; `verification.html` says why.
+    ModuleNotFoundError
+        Before the first stage: a package that quantizes or verifies is not installed.
     CxrError
         What a stage raises. The stages before it stay.
     """
     from cxr_triton.export.checkpoint import Checkpoint
     from cxr_triton.export.command import export_checkpoint, located, require_fit
+    from cxr_triton.export.quantize import PACKAGES as QUANTIZING
     from cxr_triton.triton_repo.package import Settings, write_repository
 
     from .bundle import build_bundle
@@ -185,6 +188,10 @@ def make_engine(
     decoder = chosen.decoder
     if decoder.compiler == "tensorrt-llm":
         _check_tensorrt_llm(chosen, out, unverified)
+    if decoder.precision in QUANTIZED:
+        require(*QUANTIZING)
+    elif not unverified:
+        require("torch", "transformers")
     folder, _ = located(source, model)
     checkpoint = Checkpoint(folder)
     require_fit(source, checkpoint, model)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cxr_triton.cli import remedy
 from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle
 
 from .compiler import Weights, compile_decoder, replace_nodes
@@ -159,9 +160,7 @@ def load_library():
     try:
         import openvino
     except ImportError as error:
-        raise DeviceUnavailable(
-            f"openvino does not load here ({error}); run `pip install 'cxr-triton[openvino]'`"
-        ) from None
+        raise DeviceUnavailable(f"openvino does not load here ({error}); {remedy('openvino')}") from None
     return openvino
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cxr_triton.cli import remedy
 from cxr_triton.errors import BuildFailed, DeviceUnavailable
 
 from .recipe import PREFILL_PROMPTS, PREFILL_TOKENS, Recipe
@@ -82,14 +83,14 @@ def load_library(engine: str, graph: str = "decoder"):
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         reason = (str(error).splitlines() or ["no message"])[0]
         raise DeviceUnavailable(
-            f"{engine} cannot be loaded ({type(error).__name__}: {reason}); run `pip install 'cxr-triton[{extra}]'`"
+            f"{engine} cannot be loaded ({type(error).__name__}: {reason}); {remedy(extra)}"
         ) from None
     needed = (LEAST_FOR_VISION if graph == "vision" else LEAST_VERSION)[engine]
     if version < needed:
         least = ".".join(map(str, needed))
         raise DeviceUnavailable(
             f"{engine} {library.__version__} is installed, {least} is the least that has the {graph}'s layers; "
-            f"run `pip install --upgrade 'cxr-triton[{extra}]'`"
+            f"{remedy(extra)}"
         )
     if version[0] > LAST_MAJOR[engine]:
         raise DeviceUnavailable(

@@ -320,6 +320,8 @@ def why_not_here(bundle: Bundle) -> str | None:
 def _run(part: Callable[[], dict]) -> dict:
     try:
         result = part()
+    except ImportError:  # says nothing of the engine
+        raise
     except Exception as error:
         log.debug("a part of the gate failed", exc_info=error)
         said = error.message if isinstance(error, CxrError) else f"{type(error).__name__}: {error}"

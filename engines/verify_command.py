@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import EXIT_FAILED, json_option, printable, write_json
+from cxr_triton.cli import EXIT_FAILED, json_option, printable, require, write_json
 from cxr_triton.errors import InvalidRequest
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -44,6 +44,7 @@ def verify(
     from .bundle import Bundle
     from .verify import verify_bundle, write_record
 
+    require("torch", "transformers")
     started_s = time.monotonic()
     opened = Bundle.open(bundle)
     files = sorted(path for path in images.iterdir() if path.is_file() and not path.name.startswith("."))

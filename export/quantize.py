@@ -29,7 +29,7 @@ import numpy as np
 
 from cxr_triton import __version__, image, phantom
 from cxr_triton.chat import ChatTokenizer
-from cxr_triton.cli import json_option, write_json
+from cxr_triton.cli import json_option, require, write_json
 from cxr_triton.errors import CxrError, InvalidRequest, UnsupportedCheckpoint
 from cxr_triton.profile import ModelProfile, Task, load_profile, profile_names
 from cxr_triton.request import ReadRequest
@@ -40,6 +40,7 @@ from .command import licence_of, located, require_fit, require_licence
 
 SCHEMA = 1
 SCHEMES = ("fp8", "int4-awq")
+PACKAGES = ("modelopt", "requests", "torch", "transformers")
 MINIMUM_IMAGES = 16
 """Fewer do not span the ranges of activations: one file would decide the scale of a layer."""
 DEFAULT_LIMIT = 128
@@ -145,9 +146,10 @@ def quantize_checkpoint(
     Raises
     ------
     InvalidRequest
-        An unknown scheme or device, `out` in use, fewer than `MINIMUM_IMAGES` different readable images, or
-        nvidia-modelopt is not installed.
+        An unknown scheme or device, `out` in use, fewer than `MINIMUM_IMAGES` different readable images.
     LicenceNotAccepted, UnsupportedCheckpoint, InvalidProfile
+    ModuleNotFoundError
+        A package of the extra `quantize` is not installed.
     """
     if scheme not in SCHEMES:
         raise InvalidRequest(f"scheme {scheme!r} is unknown; choose {' or '.join(SCHEMES)}")
@@ -155,6 +157,7 @@ def quantize_checkpoint(
         raise InvalidRequest(f"limit is {limit} images, at least {MINIMUM_IMAGES} calibrate; raise it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidRequest(f"{out} is not an empty folder; remove it or choose another one")
+    require(*PACKAGES)
     licence = require_licence(source, profile, accept_licence)
     folder, commit = located(source, profile, revision)
     checkpoint = Checkpoint(folder)
@@ -215,13 +218,8 @@ def _group_size(checkpoint: Checkpoint) -> int:
 def _device(name: str) -> str:
     if name not in ("auto", "cpu", "cuda"):
         raise InvalidRequest(f"device {name!r} is unknown; choose auto, cpu or cuda")
-    try:
-        import modelopt  # noqa: F401
-        import torch
-    except ImportError as error:
-        raise InvalidRequest(
-            f"quantization needs the package {error.name!r}; run `pip install 'cxr-triton[quantize]'`"
-        ) from None
+    import torch
+
     if name == "cuda" and not torch.cuda.is_available():
         raise InvalidRequest("device cuda was asked for and torch finds none; use cpu or repair the driver")
     return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from cxr_triton.cli import json_option, write_json
+from cxr_triton.cli import Command, json_option, write_json
 from cxr_triton.engines.bundle import Bundle, graph_files
 from cxr_triton.errors import InternalError, InvalidRequest
 from cxr_triton.perf.environment import Stolen
@@ -296,7 +296,7 @@ def _rates(rates: dict) -> str:
     return f"prefill {rates['prefill_tokens_per_s']:.1f} tok/s, decode {rates['decode_tokens_per_s']:.2f} tok/s"
 
 
-@click.command()
+@click.command(cls=Command, extra="local")
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--genai", type=click.Path(path_type=Path), help="onnxruntime-genai's build; made if it does not exist.")
 @click.option("--checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path), help="To make it from.")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import json_option, write_json
+from cxr_triton.cli import Command, json_option, write_json
 from cxr_triton.engines.bundle import EXPORT, Geometry
 from cxr_triton.engines.recipe import Recipe, load_recipe
 from cxr_triton.engines.tensorrt import compile_graph, shape_ranges, target
@@ -71,7 +71,7 @@ def compare(report: dict, graph: str, recipe: Recipe) -> dict:
     }
 
 
-@click.command()
+@click.command(cls=Command, extra="rtx")
 @click.argument("recipe")
 @click.argument("exports", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @json_option

@@ -29,7 +29,7 @@ import click
 import numpy as np
 import yaml
 
-from cxr_triton.cli import json_option, write_json
+from cxr_triton.cli import Command, json_option, write_json
 from cxr_triton.errors import InvalidRequest, Unavailable
 
 SCHEMA = 1
@@ -246,7 +246,7 @@ def turnaround(folder: Path, repository: Path, *, count: int) -> dict:
     }
 
 
-@click.command()
+@click.command(cls=Command, extra="gateway")
 @click.argument("repository", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--objects", default=40, show_default=True, type=click.IntRange(1), help="Files of each round.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))

@@ -34,7 +34,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from cxr_triton.cli import json_option, write_json
+from cxr_triton.cli import Group, json_option, write_json
 from cxr_triton.errors import CxrError
 from cxr_triton.perf.loads import pack, unpack
 
@@ -312,10 +312,10 @@ def _version(name: str) -> str | None:
 
 
 def _gpu() -> dict | None:
-    try:
-        import torch
-    except ImportError:
+    if not _importable("torch")[0]:
         return None
+    import torch
+
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
@@ -337,10 +337,10 @@ def _driver() -> str | None:
 
 
 def _providers() -> list[str]:
-    try:
-        import onnxruntime
-    except ImportError:
+    if not _importable("onnxruntime")[0]:
         return []
+    import onnxruntime
+
     return onnxruntime.get_available_providers()
 
 
@@ -687,7 +687,7 @@ def _cell(value: object) -> str:
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
-@click.group()
+@click.group(cls=Group, extra="rtx")
 def main():
     """Run and prepare a session on a GPU machine."""
 

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
-import ml_dtypes
 import numpy as np
 
+from ..cli import Command
 from ..engines.recipe import TEXT_3B, VISION_3B
-from ..export.checkpoint import read_config, tensor_shapes
 
 SHARD_BYTES = 4_000_000_000
 GROUP = 128
@@ -89,6 +88,8 @@ def write_shape(
     Path
         `folder`.
     """
+    from ..export.checkpoint import read_config, tensor_shapes
+
     folder.mkdir(parents=True, exist_ok=True)
     common = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", **TOKENS}
     config = {**common, "tie_word_embeddings": True, "vision_config": vision_values}
@@ -168,6 +169,8 @@ def _write_shard(path: Path, tensors: dict, random: np.random.Generator, normal:
 
 def _values(name: str, shape: tuple[int, ...], kind: str, random: np.random.Generator, normal: Callable | None):
     """Row chunks of a tensor: norms of 1, and weights that keep the variance of what passes through them."""
+    import ml_dtypes
+
     if kind == "F32":
         yield np.full(max(1, int(np.prod(shape))), 2e-3, np.float32)
         return
@@ -191,7 +194,7 @@ def _values(name: str, shape: tuple[int, ...], kind: str, random: np.random.Gene
         yield values.astype(ml_dtypes.float8_e4m3fn if kind == "F8_E4M3" else ml_dtypes.bfloat16)
 
 
-@click.command()
+@click.command(cls=Command, extra="local")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--tokenizer", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--nested", is_flag=True, help="Newer config and tensor names.")

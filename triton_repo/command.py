@@ -125,7 +125,7 @@ def _stop(stopping: list, number: int) -> None:
 @click.option("--dir", "folder", type=FOLDER, default="build/demo", show_default=True, help="Where everything goes.")
 @json_option
 def demo(folder: Path, json_path: str | None):
-    """Export, build, package, serve and read on this CPU, with the demonstration model of a clone.
+    """Export, build, package, serve and read on this CPU, with the demonstration model.
 
     Reads a public chest radiograph and a synthetic phantom, and leaves both readings as JSON and as HTML pages. The
     model knows nothing about people: what it says of the radiograph is meaningless.

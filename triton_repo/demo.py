@@ -12,9 +12,10 @@ import click
 import numpy as np
 
 from cxr_triton import phantom
+from cxr_triton.cli import remedy
 from cxr_triton.errors import InvalidRequest
 
-PHANTOM = Path(__file__).resolve().parent.parent / "tests" / "phantom"
+PHANTOM = Path(__file__).with_name("phantom")  # in a clone a link to tests/phantom
 RADIOGRAPH = "RG1_J2KR.dcm"  # a public chest radiograph, JPEG 2000 lossless, in the package pydicom-data
 PHANTOM_SEED = 30_000  # training draws from seeds below 10,000
 NOTICE = (
@@ -43,16 +44,19 @@ def run(folder: Path, model: Path = PHANTOM) -> dict:
     ------
     InvalidRequest
         The demonstration model or the public radiograph is not on this machine.
+    ServerMismatch
+        This Python cannot run the server.
     """
     from cxr_triton.engines.bundle import build_bundle
     from cxr_triton.export.command import export_checkpoint
     from cxr_triton.profile import load_profile
 
     from .package import Settings, write_repository
-    from .serve import Server
+    from .serve import Server, installation
 
     if not (model / "checkpoint").is_dir():
         raise InvalidRequest(f"no demonstration model in {model}; run the demo from a clone of the repository")
+    installation()
     started, seconds = time.monotonic(), {}
 
     def done(step: str, what: str) -> None:
@@ -85,7 +89,7 @@ def run(folder: Path, model: Path = PHANTOM) -> dict:
             readings[name]["objects"] = _objects(name, file, folder)
         done("sr", f"DICOM and FHIR objects in {folder}")
     else:
-        click.echo("sr       not run: no highdicom here; install it with pip install 'cxr-triton[objects]'")
+        click.echo(f"sr       not run: no highdicom here; {remedy('objects')}")
     readings["phantom"]["drawn"] = drawn
     click.echo(f"The phantom was drawn with: {', '.join(drawn)}. Read: {', '.join(readings['phantom']['labels'])}.")
     for name in files:
@@ -99,7 +103,7 @@ def _radiograph() -> Path:
 
     path = get_testdata_file(RADIOGRAPH, download=False)
     if path is None:
-        raise InvalidRequest(f"no {RADIOGRAPH} here; install it with pip install pydicom-data")
+        raise InvalidRequest(f"no {RADIOGRAPH} here, which the package pydicom-data holds; {remedy('local')}")
     return Path(path)
 
 

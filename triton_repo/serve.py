@@ -24,6 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from cxr_triton.cli import remedy
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, ServerMismatch, Unavailable
 
 # A decode step reads all weights; from pages of 2 MiB it does so faster. Set it for your own server too.
@@ -130,7 +131,7 @@ class Server:
                 f"{self.repository} holds no model 'cxr_reader'; "
                 "write one with `cxr-triton package BUNDLE -o REPOSITORY`"
             )
-        binary, stub, libraries = _installation()
+        binary, stub, libraries = installation()
         self._check_shm()
         self._backends = tempfile.mkdtemp(prefix="cxr-triton-backends-")
         # Clears up when this process is killed, which it knows by the end of its standard input.
@@ -330,11 +331,17 @@ def _port(name: str, port: int) -> int:
         return probe.getsockname()[1]
 
 
-def _installation() -> tuple[Path, Path, list[Path]]:
-    """Server binary, stub of this Python, and the library folders both need."""
+def installation() -> tuple[Path, Path, list[Path]]:
+    """Server binary, stub of this Python, and the library folders both need; `ServerMismatch` without them."""
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     spec = importlib.util.find_spec("pytriton")
     if spec is None:
-        raise ServerMismatch("no Triton server in this Python; install it with pip install 'cxr-triton[local]'")
+        if sys.version_info >= (3, 13):
+            raise ServerMismatch(
+                f"no Triton server for Python {version}: its Python backend needs numpy 1, which has no wheel there; "
+                "use Python 3.11 or 3.12"
+            )
+        raise ServerMismatch(f"no Triton server in this Python; {remedy('local')}")
     numpy_version = importlib.metadata.version("numpy")
     if int(numpy_version.split(".")[0]) >= 2:
         raise ServerMismatch(
@@ -342,7 +349,6 @@ def _installation() -> tuple[Path, Path, list[Path]]:
             "install it with pip install 'numpy<2'"
         )
     root = Path(spec.origin).parent
-    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     stub = root / "tritonserver" / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.is_file():
         known = ", ".join(sorted(p.name for p in stub.parent.parent.iterdir()))

@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import click
-from tqdm import tqdm
 
 from cxr_triton.cli import EXIT_NOT_AS_ASKED, json_option, printable, write_json
 from cxr_triton.client.gateway.config import EXAMPLE, Config, load_config
-from cxr_triton.client.gateway.store import Store
 from cxr_triton.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from cxr_triton.client.gateway.store import Store
 
 OPEN = ("received", "grouped", "reading", "sending")
 _FILE = click.Path(dir_okay=False)
@@ -124,6 +126,8 @@ def drain(context: click.Context, config_path: str | None, undo: bool, timeout_s
     It holds for all gateways of the queue, and after a restart, until --undo. Exit status 3 when the time was up before
     the queue was empty.
     """
+    from tqdm import tqdm
+
     store = _open(_load(context, config_path))
     store.set_draining(not undo)
     if undo:
@@ -144,6 +148,8 @@ def drain(context: click.Context, config_path: str | None, undo: bool, timeout_s
 
 
 def _open(config: Config) -> Store:
+    from cxr_triton.client.gateway.store import Store
+
     return Store(config.queue_url, "operator")
 
 

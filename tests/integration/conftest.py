@@ -21,7 +21,7 @@ def served_bundle(tmp_path_factory) -> Path:
 def server(served_bundle, tmp_path_factory):
     """A warm server on free ports: 4 slots, 2 preprocessing processes."""
     if importlib.util.find_spec("pytriton") is None:
-        pytest.skip("no Triton server here; install it with pip install 'cxr-triton[local]'")
+        pytest.skip("no Triton server here; install it with pip install '.[local]'")
     from cxr_triton.triton_repo.package import Settings, write_repository
     from cxr_triton.triton_repo.serve import Server
 

@@ -110,7 +110,7 @@ def test_wrong_usage_is_said(server, tmp_path):
 def double(tmp_path_factory):
     """A warm Triton whose `cxr_reader` is the scripted double."""
     if importlib.util.find_spec("pytriton") is None:
-        pytest.skip("no Triton server here; install it with pip install 'cxr-triton[local]'")
+        pytest.skip("no Triton server here; install it with pip install '.[local]'")
     from cxr_triton.triton_repo.serve import Server
 
     repository = scripted.write_repository(tmp_path_factory.mktemp("double") / "repository")

@@ -10,6 +10,7 @@ import click
 import numpy as np
 
 from cxr_triton import image, phantom
+from cxr_triton.cli import Command
 from cxr_triton.profile import ModelProfile, load_profile
 from cxr_triton.reading import parse
 
@@ -97,7 +98,7 @@ def score(said: list[frozenset[str]], drawn: list[frozenset[str]]) -> dict:
     }
 
 
-@click.command()
+@click.command(cls=Command, extra="export")
 @click.option("--checkpoint", type=click.Path(path_type=Path), default=HERE / "checkpoint", show_default=True)
 @click.option("--count", default=200, show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the scores there.")

@@ -103,7 +103,7 @@ def test_a_missing_extra_names_the_install_command():
     code = "import sys; sys.modules['grpc'] = None; from cxr_triton.cli import main; main(['read', 'x'])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 1
-    assert "pip install 'cxr-triton[client]'" in out.stderr and "Traceback" not in out.stderr
+    assert cli.remedy("client") in out.stderr and "Traceback" not in out.stderr
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ DIGEST = "sha256:" + "0" * 64
 def lint(tool, *arguments):
     path = shutil.which(tool, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if path is None:
-        pytest.skip(f"{tool} is not here; install it with pip install 'cxr-triton[test]'")
+        pytest.skip(f"{tool} is not here; install it with pip install '.[test]'")
     done = subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

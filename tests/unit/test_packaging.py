@@ -1,13 +1,18 @@
 """The distribution: one import package, no generic top-level name, a light domain."""
 
+import functools
+import re
+import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = ROOT / "tests" / "phantom" / "checkpoint"
 HEAVY = (
     "torch",
     "transformers",
@@ -20,6 +25,15 @@ HEAVY = (
     "tokenizers",
     "PIL",
 )
+
+
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+WITH_TORCH = ("export", "quantize", "test")
+WITHOUT_SERVER = ("client", "objects", "gateway", "serve")
+WITH_SERVER = ("3.11", "3.12")
+HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
+RESOLVE_S = 400
+"""A hang, such as a numpy that is compiled, and not slowness, ends here."""
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +54,11 @@ def test_wheel_installs_one_import_package(wheel):
     assert {t for t in tops if not t.endswith(".dist-info")} == {"cxr_triton"}
 
 
-def test_wheel_holds_the_profiles_the_recipes_and_the_served_models(wheel):
+def test_wheel_holds_the_profiles_the_recipes_the_served_models_and_the_demonstration_model(wheel):
     names = set(wheel.namelist())
     assert {"cxr_triton/profiles/nv-reason-cxr-3b.yaml", "cxr_triton/profiles/chexone.yaml"} <= names
+    assert {"cxr_triton/triton_repo/phantom/profile.yaml"} <= names
+    assert {f"cxr_triton/triton_repo/phantom/checkpoint/{path.name}" for path in CHECKPOINT.iterdir()} <= names
     assert {"cxr_triton/engines/recipes/h100-fp8.yaml", "cxr_triton/engines/recipes/cpu-int4.yaml"} <= names
     for model in ("dicom_preprocess", "vision_encoder", "decoder", "report"):
         assert f"cxr_triton/triton_repo/{model}/1/model.py" in names
@@ -53,3 +69,77 @@ def test_domain_imports_nothing_heavy(module):
     code = f"import sys, cxr_triton.{module}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
     assert loaded == []
+
+
+@functools.cache
+def python_of(version: str) -> str | None:
+    """A Python of that version here, in the path or under pyenv; None without one."""
+    if version == HERE:
+        return sys.executable
+    installed = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}"))
+    return str(installed[-1]) if installed else shutil.which(f"python{version}")
+
+
+@pytest.fixture(scope="module")
+def pip_of(tmp_path_factory):
+    """pip of a new environment: the one that comes with a Python, or the newest, which need not download to resolve."""
+
+    @functools.cache
+    def pip(version: str, newest: bool) -> list[str]:
+        if python_of(version) is None:
+            pytest.skip(f"no Python {version} here")
+        folder = tmp_path_factory.mktemp("venv")
+        subprocess.run([python_of(version), "-m", "venv", str(folder)], check=True)
+        command = [str(folder / "bin" / "python"), "-m", "pip"]
+        tried = subprocess.run(
+            [
+                *command,
+                "--retries",
+                "1",
+                "--timeout",
+                "15",
+                "install",
+                *(["--upgrade", "pip"] if newest else ["click"]),
+            ],
+            capture_output=True,
+            text=True,
+        )
+        if tried.returncode:
+            pytest.skip(f"the package index cannot be reached: {tried.stderr.strip().splitlines()[-1]}")
+        return command
+
+    return pip
+
+
+def resolved(pip: list[str], wheel: zipfile.ZipFile, extra: str, *options: str) -> dict[str, str]:
+    """Version of each distribution that `pip install WHEEL[extra]` would install."""
+    command = [*pip, "install", "--dry-run", "--ignore-installed", *options, f"{wheel.filename}[{extra}]"]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=RESOLVE_S)
+    if "special placeholder package which downloads a real wheel" in out.stdout + out.stderr:
+        pytest.skip("NVIDIA's own index, which holds TensorRT's libraries, cannot be reached")
+    assert out.returncode == 0, out.stderr[-2000:]
+    (line,) = re.findall(r"^Would install (.*)", out.stdout, re.MULTILINE)
+    return dict(item.lower().replace("_", "-").rsplit("-", 1) for item in line.split())
+
+
+def check(version: str, extra: str, wheel, pip_of) -> None:
+    """By the pip that came with the Python; with torch by the newest, because an older one downloads gigabytes."""
+    has_torch = extra in WITH_TORCH
+    found = resolved(pip_of(version, has_torch), wheel, extra, *["--use-feature=fast-deps"] * has_torch)
+    if extra not in WITHOUT_SERVER:
+        assert (found.get("nvidia-pytriton") == "0.7.0") == (version in WITH_SERVER)
+        assert found["numpy"].startswith("1.") == (version in WITH_SERVER)
+    if extra == "quantize":
+        assert "requests" in found
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_pip_resolves_every_extra(wheel, pip_of, extra):
+    check(HERE, extra, wheel, pip_of)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", ["local", "openvino", "perf", "quantize", "test"])
+@pytest.mark.parametrize("version", sorted({"3.11", "3.12", "3.13"} - {HERE}))
+def test_pip_resolves_on_the_other_pythons(wheel, pip_of, version, extra):
+    check(version, extra, wheel, pip_of)
