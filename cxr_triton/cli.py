@@ -59,6 +59,7 @@ EXTRAS = {
     "openvino": (("local",), "openvino"),
     "rtx": (("local",), "cuda tensorrt_rtx"),
     "trt": (("local",), "cuda tensorrt"),
+    "cuda": (("client",), "cuda huggingface_hub ml_dtypes onnx onnxruntime tqdm"),
     "export": (("local",), "torch transformers"),
     "quantize": (("export",), "modelopt requests"),
     "perf": (("local",), "scipy"),

@@ -14,7 +14,7 @@ def runtime():
         from cuda.bindings import runtime as cuda
     except ImportError as error:
         raise DeviceUnavailable(
-            f"CUDA's Python bindings cannot be loaded ({error}); {remedy('rtx')}, or for TensorRT with [trt]"
+            f"CUDA's Python bindings cannot be loaded ({error}); {remedy('rtx')}, or with [trt] or [cuda]"
         ) from None
     return cuda
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from cxr_triton.cli import remedy
 from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRequest
 
 from .cuda import call, device, runtime
@@ -154,13 +155,12 @@ def open_graph(path: Path, memory: Gpu | Host, *, graphs: bool = False):
     if memory.kind == "cuda":
         if PROVIDER not in ort.get_available_providers():
             raise DeviceUnavailable(
-                f"onnxruntime {ort.__version__} has no CUDA provider; `pip uninstall onnxruntime`, then "
-                "`pip install 'cxr-triton[cuda]'`"
+                f"onnxruntime {ort.__version__} has no CUDA provider; `pip uninstall onnxruntime`, then {remedy('cuda')}"
             )
         if tuple(int(part) for part in ort.__version__.split(".")[:2]) < LEAST_VERSION:
             raise DeviceUnavailable(
-                f"onnxruntime {ort.__version__} is too old for the CUDA provider's graphs; "
-                "run `pip install --upgrade 'cxr-triton[cuda]'`"
+                f"onnxruntime {ort.__version__} is too old for these graphs, {'.'.join(map(str, LEAST_VERSION))} is "
+                f"needed; {remedy('cuda')}"
             )
         ort.preload_dlls()
     options = ort.SessionOptions()
@@ -175,8 +175,7 @@ def open_graph(path: Path, memory: Gpu | Host, *, graphs: bool = False):
         ) from None
     if memory.kind == "cuda" and PROVIDER not in session.get_providers():
         raise DeviceUnavailable(
-            "onnxruntime's CUDA provider does not load here; install CUDA 13 and cuDNN 9, as `pip install "
-            "'cxr-triton[cuda]'` does"
+            f"onnxruntime's CUDA provider does not load here: CUDA 13 or cuDNN 9 is missing; {remedy('cuda')}"
         )
     return session
 

@@ -1,6 +1,8 @@
 """The distribution: one import package, no generic top-level name, a light domain."""
 
 import functools
+import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -28,8 +30,8 @@ HEAVY = (
 
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-WITH_TORCH = ("export", "quantize", "test")
-WITHOUT_SERVER = ("client", "objects", "gateway", "serve")
+BY_NEWEST_PIP = ("cuda", "export", "quantize", "test")  # an older one downloads their gigabytes
+WITHOUT_SERVER = ("client", "objects", "gateway", "serve", "cuda")
 WITH_SERVER = ("3.11", "3.12")
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
 RESOLVE_S = 400
@@ -123,9 +125,9 @@ def resolved(pip: list[str], wheel: zipfile.ZipFile, extra: str, *options: str) 
 
 
 def check(version: str, extra: str, wheel, pip_of) -> None:
-    """By the pip that came with the Python; with torch by the newest, because an older one downloads gigabytes."""
-    has_torch = extra in WITH_TORCH
-    found = resolved(pip_of(version, has_torch), wheel, extra, *["--use-feature=fast-deps"] * has_torch)
+    """By the pip that came with the Python, or by the newest."""
+    newest = extra in BY_NEWEST_PIP
+    found = resolved(pip_of(version, newest), wheel, extra, *["--use-feature=fast-deps"] * newest)
     if extra not in WITHOUT_SERVER:
         assert (found.get("nvidia-pytriton") == "0.7.0") == (version in WITH_SERVER)
         assert found["numpy"].startswith("1.") == (version in WITH_SERVER)
@@ -133,13 +135,23 @@ def check(version: str, extra: str, wheel, pip_of) -> None:
         assert "requests" in found
 
 
-@pytest.mark.parametrize("extra", EXTRAS)
+def some(cases, often):
+    """All cases where CXR_TRITON_RESOLVE=all; resolving takes half a minute each."""
+    everything = os.environ.get("CXR_TRITON_RESOLVE") == "all"
+    skipped = pytest.mark.skipif(not everything, reason="set CXR_TRITON_RESOLVE=all")
+    return [case if case in often else pytest.param(*case, marks=skipped) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("extra",), some([(extra,) for extra in EXTRAS], [(e,) for e in ("test", "quantize", "cuda", "trt")])
+)
 def test_pip_resolves_every_extra(wheel, pip_of, extra):
     check(HERE, extra, wheel, pip_of)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("extra", ["local", "openvino", "perf", "quantize", "test"])
-@pytest.mark.parametrize("version", sorted({"3.11", "3.12", "3.13"} - {HERE}))
+OTHERS = itertools.product(sorted({"3.11", "3.12", "3.13"} - {HERE}), ["local", "openvino", "perf", "quantize", "test"])
+
+
+@pytest.mark.parametrize(("version", "extra"), some(OTHERS, (("3.12", "perf"), ("3.13", "local"))))
 def test_pip_resolves_on_the_other_pythons(wheel, pip_of, version, extra):
     check(version, extra, wheel, pip_of)
