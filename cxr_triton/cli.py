@@ -7,7 +7,6 @@ root, such as those of `python -m`, end the same way with ``cls=Command`` or ``c
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -137,8 +136,9 @@ def remedy(extra: str | None) -> str:
     from importlib import metadata
 
     wanted = f"[{extra}]" if extra else ""
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        origin = json.loads(metadata.distribution("cxr-triton").read_text("direct_url.json") or "{}")
+    # In the folder of a clone what its build left there comes first, which says nothing of an installation.
+    for found in metadata.distributions(name="cxr-triton"):
+        origin = json.loads(found.read_text("direct_url.json") or "{}")
         url = urllib.parse.urlsplit(origin.get("url", ""))
         path = Path(urllib.parse.unquote(url.path))
         if url.scheme == "file" and path.exists():

@@ -155,7 +155,8 @@ def open_graph(path: Path, memory: Gpu | Host, *, graphs: bool = False):
     if memory.kind == "cuda":
         if PROVIDER not in ort.get_available_providers():
             raise DeviceUnavailable(
-                f"onnxruntime {ort.__version__} has no CUDA provider; `pip uninstall onnxruntime`, then {remedy('cuda')}"
+                f"onnxruntime {ort.__version__} has no CUDA provider; `pip uninstall onnxruntime`, then "
+                f"{remedy('cuda')}"
             )
         if tuple(int(part) for part in ort.__version__.split(".")[:2]) < LEAST_VERSION:
             raise DeviceUnavailable(

@@ -142,9 +142,7 @@ def some(cases, often):
     return [case if case in often else pytest.param(*case, marks=skipped) for case in cases]
 
 
-@pytest.mark.parametrize(
-    ("extra",), some([(extra,) for extra in EXTRAS], [(e,) for e in ("test", "quantize", "cuda", "trt")])
-)
+@pytest.mark.parametrize(("extra",), some([(extra,) for extra in EXTRAS], [(e,) for e in ("test", "quantize", "cuda")]))
 def test_pip_resolves_every_extra(wheel, pip_of, extra):
     check(HERE, extra, wheel, pip_of)
 
