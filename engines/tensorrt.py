@@ -95,7 +95,7 @@ def load_library(engine: str, graph: str = "decoder"):
     if version[0] > LAST_MAJOR[engine]:
         raise DeviceUnavailable(
             f"{engine} {library.__version__} is installed, {LAST_MAJOR[engine]}.x is the last that is supported; "
-            f"run `pip install 'cxr-triton[{extra}]'`"
+            f"{remedy(extra)}"
         )
     return library
 
