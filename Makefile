@@ -12,6 +12,15 @@ test: $(VENV)/.test debian
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
+# The tests that compare numbers or texts, computed as an older CPU would: torch and OpenVINO without AVX-512, VNNI and
+# bf16, MKL and OpenBLAS without AVX. ONNX Runtime goes by the CPU alone. OpenVINO needs both of the first two.
+ISA := ONEDNN_MAX_CPU_ISA=AVX2 OV_CPU_MAX_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem
+NUMERICAL := $(addprefix tests/unit/test_,$(addsuffix .py,bundle checkpoint dicom display export image pipeline quantize \
+	rewards roofline runtime sampling))
+.PHONY: test-isa
+test-isa: $(VENV)/.test
+	$(ISA) $(BIN)/python -m pytest tests/contract $(NUMERICAL)
+
 # Each stage by itself, beside what it replaces; takes minutes and belongs on a quiet machine.
 bench: $(VENV)/.test
 	mkdir -p build

@@ -213,7 +213,7 @@ class OpenVINOVision(VisionSession):
 
 
 class OpenVINODecoder(DecoderSession):
-    """The decoder graph of a bundle, fp32 with activations in int8 by groups where weights are int4.
+    """The decoder graph of a bundle, fp32; where weights are int4 and the CPU has VNNI, activations are int8 by groups.
 
     The KV cache stays in this session; see `session.DecoderSession`.
 

@@ -3,6 +3,7 @@
 That its greedy tokens are those of transformers is in test_generate.py.
 """
 
+import shutil
 import sys
 from dataclasses import replace
 from importlib import metadata
@@ -58,37 +59,62 @@ def test_image_embeddings_are_those_of_onnxruntime(pair):
         assert error <= (1e-4 if precision == "fp32" else 8 * BF16)
 
 
-def test_logits_are_those_of_onnxruntime_with_slots_in_use_moved_and_freed(pair):
-    results = []
-    for bundle in pair[:2]:
-        decoder = open_decoder(bundle, slots=4, threads=1)
-        rng, found = np.random.default_rng(1), []
-        embeddings = rng.standard_normal((12, decoder.hidden)).astype(np.float32)
-        for slot, count in enumerate((70, 9, 130, 33)):
-            ids, index = rng.integers(0, 256, count), np.full(count, -1)
-            index[1:9] = np.arange(8)
-            for piece in (slice(0, 5), slice(5, count)):
-                logits = decoder.prefill(
-                    slot,
-                    ids[piece],
-                    index[piece],
-                    embeddings,
-                    np.tile(np.arange(count), (3, 1))[:, piece],
-                    is_last=piece.stop == count,
-                )
-            found.append(logits.copy())
-        for rows in (4, 1, 3):
-            found.append(decoder.step(np.arange(rows) + 20, decoder.lengths[:rows].copy()).copy())
-        decoder.move(3, 0)
-        decoder.free(3)
-        decoder.free(2)  # the longest: the cache shrinks
-        found.append(decoder.step(np.array([5, 6]), decoder.lengths[:2].copy()).copy())
-        results.append((found, decoder.lengths.copy()))
-    (expected, lengths), (actual, its_lengths) = results
+def with_fp32_activations(bundle, folder):
+    """ONNX Runtime's bundle again, its int4 layers with activations in fp32."""
+    import onnx
+
+    shutil.copytree(bundle.path, folder)
+    model = onnx.load(folder / "decoder.onnx", load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1
+    onnx.save(model, folder / "decoder.onnx")
+    return replace(bundle, path=folder)
+
+
+def served_logits(bundle):
+    """Logits of four slots in prefill and steps, and the slots' lengths at the end: slots are moved and freed."""
+    decoder = open_decoder(bundle, slots=4, threads=1)
+    rng, found = np.random.default_rng(1), []
+    embeddings = rng.standard_normal((12, decoder.hidden)).astype(np.float32)
+    for slot, count in enumerate((70, 9, 130, 33)):
+        ids, index = rng.integers(0, 256, count), np.full(count, -1)
+        index[1:9] = np.arange(8)
+        for piece in (slice(0, 5), slice(5, count)):
+            logits = decoder.prefill(
+                slot,
+                ids[piece],
+                index[piece],
+                embeddings,
+                np.tile(np.arange(count), (3, 1))[:, piece],
+                is_last=piece.stop == count,
+            )
+        found.append(logits.copy())
+    for rows in (4, 1, 3):
+        found.append(decoder.step(np.arange(rows) + 20, decoder.lengths[:rows].copy()).copy())
+    decoder.move(3, 0)
+    decoder.free(3)
+    decoder.free(2)  # the longest: the cache shrinks
+    found.append(decoder.step(np.array([5, 6]), decoder.lengths[:2].copy()).copy())
+    return found, decoder.lengths.copy()
+
+
+def relative_error(actual, expected):
+    return max(np.abs(a - e).max() / np.abs(e).max() for a, e in zip(actual, expected, strict=True))
+
+
+def test_logits_are_those_of_onnxruntime_with_slots_in_use_moved_and_freed(pair, tmp_path):
+    onnxruntime, openvino, precision = pair
+    (expected, lengths), (actual, its_lengths) = served_logits(onnxruntime), served_logits(openvino)
     np.testing.assert_array_equal(its_lengths, lengths)
-    for ours, theirs in zip(expected, actual, strict=True):
-        # int4: activations are rounded to int8, where a last bit decides between two values now and then.
-        assert np.abs(ours - theirs).max() / np.abs(ours).max() <= (1e-4 if pair[2] == "fp32" else 0.03)
+    if precision == "fp32":
+        assert relative_error(actual, expected) <= 1e-4
+        return
+    # OpenVINO rounds activations to int8 where the CPU has VNNI, as ONNX Runtime does everywhere; there, a last bit
+    # decides between two values now and then. Elsewhere it leaves them in fp32.
+    exact, _ = served_logits(with_fp32_activations(onnxruntime, tmp_path / "exact"))
+    assert relative_error(actual, expected) <= 0.03 or relative_error(actual, exact) <= 1e-4
 
 
 def test_weights_are_stored_once_in_their_own_size(pair):
