@@ -58,7 +58,7 @@ EXTRAS = {
     "openvino": (("local",), "openvino"),
     "rtx": (("local",), "cuda tensorrt_rtx"),
     "trt": (("local",), "cuda tensorrt"),
-    "cuda": (("client",), "cuda huggingface_hub ml_dtypes onnx onnxruntime tqdm"),
+    "cuda": (("client",), "cuda huggingface_hub ml_dtypes onnx onnxruntime pydicom pytriton tqdm"),
     "export": (("local",), "torch transformers"),
     "quantize": (("export",), "modelopt requests"),
     "perf": (("local",), "scipy"),

@@ -31,7 +31,7 @@ HEAVY = (
 
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 BY_NEWEST_PIP = ("cuda", "export", "quantize", "test")  # an older one downloads their gigabytes
-WITHOUT_SERVER = ("client", "objects", "gateway", "serve", "cuda")
+WITHOUT_SERVER = ("client", "objects", "gateway", "serve")
 WITH_SERVER = ("3.11", "3.12")
 HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
 RESOLVE_S = 400
