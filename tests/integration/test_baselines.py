@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cxr_triton import phantom
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.perf import baselines
@@ -21,7 +22,8 @@ def items() -> list:
     pictures = []
     for size in ((200, 160), (300, 200)):
         out = io.BytesIO()
-        Image.fromarray(rng.integers(0, 255, size, np.uint8)).save(out, "PNG")
+        drawn = phantom.draw(rng)
+        Image.fromarray((drawn.stored >> drawn.bits_stored - 8).astype(np.uint8)).resize(size).save(out, "PNG")
         pictures.append(out.getvalue())
     return [([picture], request) for picture, request in zip(pictures, requests, strict=True)]
 
