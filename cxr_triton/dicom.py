@@ -11,7 +11,7 @@ import math
 import re
 import struct
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from cxr_triton.errors import (
     NotARadiograph,
     UnsupportedSyntax,
 )
+from cxr_triton.jpeg_scan import has_step, require_whole_scans
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ FLAGS: dict[str, str] = {
     "burned_in": "the file says that text is burned into the pixels",
     "burned_in_unknown": "the file does not say whether text is burned into the pixels",
     "clamped": "lossy values beyond BitsStored were clamped",
+    "damage_suspected": "the compressed pixels may be damaged: compare the picture with the original",
     "display_ready": "8-bit PNG or JPEG: shown as it is, no preset ran",
     "exif_transposed": "the JPEG's EXIF orientation was applied",
     "full_range": "no usable VOI LUT or window: scaled by the declared range",
@@ -728,6 +730,10 @@ def _inflate(data: bytes, limits: Limits) -> bytes:
         raise LimitExceeded(f"data set inflates beyond the {limits.max_file_bytes} bytes allowed; send a smaller file")
     if not inflater.eof:
         raise InvalidImage("deflated data set is truncated; send the complete file")
+    if inflater.unused_data.strip(b"\0"):
+        raise InvalidImage(
+            f"deflated data set ends {len(inflater.unused_data)} bytes before the file; it is damaged, send it again"
+        )
     return inflated
 
 
@@ -813,6 +819,8 @@ def _pixels(
         )
     dtype = np.dtype(np.uint8 if bits_allocated == 8 else np.uint16)
     if not encapsulated:
+        if syntax.deflated:
+            _require_exact_end(dataset)
         return _to_stored(_native(dataset, shape, dtype), bits_stored, signed, False, flags), False
     frame = _join_fragments(dataset)
     header = inspect(uid, frame)
@@ -829,7 +837,9 @@ def _pixels(
             f" {bits_allocated}; correct the header"
         )
     lossy = bool(header.lossy) if syntax.lossy is None else syntax.lossy
-    values = decode(header, frame, shape, dtype)
+    if header.lossy is None and syntax.lossy is not None:
+        header = replace(header, lossy=lossy)
+    values = decode(header, frame, shape, dtype, flags)
     words = values.astype(f"{values.dtype.kind}{dtype.itemsize}", copy=False).view(dtype)
     return _to_stored(words, bits_stored, signed, lossy, flags), lossy
 
@@ -859,6 +869,24 @@ def _native(dataset: _DataSet, shape: tuple[int, int], dtype: np.dtype) -> np.nd
         raise InvalidImage(f"pixel data have {min(element.length, remaining)} bytes, 16-bit words need {even}")
     words = np.frombuffer(dataset.data, ">u2", even // 2, element.start).astype("<u2")
     return words.view(np.uint8)[:expected].reshape(shape)
+
+
+def _require_exact_end(dataset: _DataSet) -> None:
+    """What follows the pixel data has to be elements in order, up to the last byte.
+
+    Raw deflate has no checksum: a torn stream inflates to a data set that is a few bytes too long or too short.
+    """
+    last, end = dataset.elements[_Tag.PIXELS], len(dataset.data)
+    position = dataset.end_of(last, end)
+    while position < end:
+        following = dataset.element_at(position, end, dataset.explicit)
+        if following.tag <= last.tag:
+            raise InvalidImage(
+                f"deflated data set has {end - position} bytes that are no element; the file is damaged, send it again"
+            )
+        last = following
+        undefined = following.length == _UNDEFINED
+        position = dataset.skip_undefined(following, end) if undefined else dataset.end_of(following, end)
 
 
 def _join_fragments(dataset: _DataSet) -> bytes | memoryview:
@@ -1103,6 +1131,7 @@ def _read_jpeg(data: bytes, limits: Limits) -> Radiograph:
     _require_size(header.height, header.width, limits)
     if data.rfind(b"\xff\xd9") < len(data) // 2:
         raise InvalidImage("JPEG has no end-of-image marker: it is truncated; send the complete file")
+    require_whole_scans(data)
     try:
         picture = Image.open(io.BytesIO(data), formats=["JPEG"])
         turned = ImageOps.exif_transpose(picture)
@@ -1116,7 +1145,10 @@ def _read_jpeg(data: bytes, limits: Limits) -> Radiograph:
     flags = {"lossy"}
     if picture.getexif().get(0x0112, 1) != 1:
         flags.add("exif_transposed")
-    return _picture("jpeg", _collapse(pixels.reshape(*pixels.shape[:2], -1)), flags)
+    pixels = _collapse(pixels.reshape(*pixels.shape[:2], -1))
+    if has_step(pixels if pixels.ndim == 2 else pixels[..., 1]):
+        flags.add("damage_suspected")
+    return _picture("jpeg", pixels, flags)
 
 
 def _collapse(pixels: np.ndarray) -> np.ndarray:

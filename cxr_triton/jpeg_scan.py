@@ -1,0 +1,275 @@
+"""Whether the scans of a Huffman-coded JPEG hold what its frame header declares, no bit more and no bit less.
+
+libjpeg makes up what a damaged scan lacks, drops what it has too much, and calls both a warning, which neither
+imagecodecs nor Pillow passes on. Here the codes are walked without decoding a sample: each code and run has to exist,
+and the last one has to end where the next marker stands. Progressive scans are not walked. Damage that leaves the number
+of bits right shifts what is predicted from it, which the picture may show.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from cxr_triton.errors import InvalidImage
+
+_CHUNK = 1 << 19  # bytes that are walked at a time; each takes 8 bytes of every table
+_MCU_BYTES = 4096  # more than an MCU can have: 10 blocks of 64 coefficients of 16 + 15 bits
+_MOST_PADDING = 128  # bits, all alike, that may follow the last code
+_LAST = 64  # coefficients of a block
+_END_OF_BLOCK, _NO_CODE = 128, 64  # as runs: from any coefficient they lead to where no other run leads
+_HUFFMAN_FRAMES = {0xC0: 8, 0xC1: 8, 0xC3: 1}  # samples along each side of a block
+
+
+class _Table(NamedTuple):
+    """What 16 bits mean that start with a code (T.81 annex C), each (65536,) uint8."""
+
+    advance: np.ndarray  # bits of the code and of the value that follows it; 0 if there is no such code
+    run: np.ndarray  # coefficients that an AC code stands for
+
+
+class _Component(NamedTuple):
+    identifier: int
+    across: int  # blocks of an MCU
+    down: int
+
+
+class _Frame(NamedTuple):
+    side: int
+    height: int
+    width: int
+    components: list[_Component]
+
+
+def require_whole_scans(codestream: bytes | memoryview) -> None:
+    """Walk every scan of a JPEG that `cxr_triton.codestream.inspect_jpeg` accepted (T.81 B.2, F.2.2, H.2).
+
+    Raises
+    ------
+    InvalidImage
+        A code that is in no table, coefficients after the 64th, too few or too many data, restart markers out of order.
+    """
+    data = np.frombuffer(codestream, np.uint8)
+    tables: dict[int, _Table] = {}
+    frame, interval, scanned, position = None, 0, 0, 2
+    while frame is None or scanned < len(frame.components):
+        while codestream[position : position + 2] == b"\xff\xff":
+            position += 1
+        head = bytes(codestream[position : position + 4])
+        if len(head) < 4 or head[0] != 0xFF or not 0xC0 <= head[1] <= 0xFE or 0xD0 <= head[1] <= 0xD9:
+            raise InvalidImage(f"JPEG has no segment at byte {position} where a scan is missing; the file is damaged")
+        marker, length = head[1], int.from_bytes(head[2:], "big")
+        body, position = bytes(codestream[position + 4 : position + 2 + length]), position + 2 + length
+        if marker == 0xC2:
+            return
+        if marker == 0xC4:
+            tables |= _tables(body)
+        elif marker == 0xDD:
+            interval = int.from_bytes(body, "big")
+        elif marker in _HUFFMAN_FRAMES:
+            components = [_Component(body[i], body[i + 1] >> 4, body[i + 1] & 15) for i in range(6, len(body), 3)]
+            if not all(part.across and part.down for part in components):
+                raise InvalidImage("JPEG component has sampling factor 0; the file is damaged")
+            size = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
+            frame = _Frame(_HUFFMAN_FRAMES[marker], *size, components)
+        elif marker == 0xDA:
+            components, blocks = _plan(body, frame, tables)
+            parts, position = _intervals(data, position)
+            _walk(parts, frame, components, blocks, interval)
+            scanned += len(components)
+
+
+def _tables(body: bytes) -> dict[int, _Table]:
+    """Tables of a DHT segment by class and identifier (T.81 B.2.4.2)."""
+    found, position = {}, 0
+    while position + 17 <= len(body):
+        lengths = np.repeat(np.arange(1, 17), np.frombuffer(body, np.uint8, 16, position + 1))
+        values = np.frombuffer(body[position + 17 : position + 17 + len(lengths)], np.uint8)
+        windows = 1 << (16 - lengths)
+        if len(values) < len(lengths) or windows.sum() > 1 << 16:
+            raise InvalidImage("JPEG Huffman table is cut off or has too many codes; the file is damaged")
+        following = values & 15  # the lossless difference of category 16 has no bits of its own either
+        runs = (values >> 4) + 1
+        runs[following == 0] = _NO_CODE
+        runs[values == 0xF0] = 16
+        runs[values == 0] = _END_OF_BLOCK
+        table = _Table(np.zeros(1 << 16, np.uint8), np.full(1 << 16, _NO_CODE, np.uint8))
+        table.advance[: windows.sum()] = np.repeat(lengths + following, windows)
+        table.run[: windows.sum()] = np.repeat(runs, windows)
+        found[body[position]] = table
+        position += 17 + len(lengths)
+    return found
+
+
+def _plan(
+    body: bytes, frame: _Frame | None, tables: dict[int, _Table]
+) -> tuple[list[_Component], list[tuple[_Table, _Table]]]:
+    """Components of a scan, and the DC and AC table of each block of its MCU (T.81 B.2.3, A.2.3)."""
+    count = body[0] if body else 0
+    selected = {body[i]: body[i + 1] for i in range(1, min(1 + 2 * count, len(body) - 1), 2)}
+    components = [part for part in frame.components if part.identifier in selected] if frame else []
+    if not components or len(components) != count:
+        raise InvalidImage("JPEG scan has components that its frame lacks; the file is damaged")
+    blocks = []
+    for part in components:
+        dc, ac = selected[part.identifier] >> 4, 0x10 | selected[part.identifier] & 15
+        ac = ac if frame.side > 1 else dc  # a lossless process has no AC tables
+        if dc not in tables or ac not in tables:
+            raise InvalidImage(f"JPEG scan uses Huffman table {dc} or {ac}, which is not there; the file is damaged")
+        blocks += [(tables[dc], tables[ac])] * (1 if count == 1 else part.across * part.down)
+    return components, blocks
+
+
+def _intervals(data: np.ndarray, start: int) -> tuple[list[np.ndarray], int]:
+    """Entropy-coded bytes between the restart markers from `start` on, without stuffing, and where the scan ends."""
+    at = start + np.flatnonzero(data[start:-1] == 0xFF)
+    following = data[at + 1]
+    restart = (following & 0xF8) == 0xD0
+    ends = at[(following != 0) & (following != 0xFF) & ~restart]
+    if not len(ends):
+        raise InvalidImage("JPEG scan has no end; the file is damaged")
+    end = int(ends[0])
+    restart &= at < end
+    if (following[restart] & 7 != np.arange(restart.sum()) % 8).any():
+        raise InvalidImage("JPEG restart markers are out of order; the file is damaged")
+    starts, stops = [start, *(at[restart] + 2).tolist()], [*at[restart].tolist(), end]
+    parts = [data[first:stop] for first, stop in zip(starts, stops, strict=True)]
+    return [np.delete(part, np.flatnonzero((part[:-1] == 0xFF) & (part[1:] == 0)) + 1) for part in parts], end
+
+
+def _walk(
+    parts: list[np.ndarray],
+    frame: _Frame,
+    components: list[_Component],
+    blocks: list[tuple[_Table, _Table]],
+    interval: int,
+) -> None:
+    """Walk the restart intervals of one scan."""
+    remaining = _mcus(frame, components)
+    if len(parts) != (-(-remaining // interval) if interval else 1):
+        raise InvalidImage(f"JPEG scan has {len(parts)} restart intervals of {interval} units; the file is damaged")
+    for part in parts:
+        count = min(interval or remaining, remaining)
+        _walk_interval(part, blocks, count, _differences if frame.side == 1 else _coefficients)
+        remaining -= count
+
+
+def _mcus(frame: _Frame, components: list[_Component]) -> int:
+    """How many MCUs a scan has (T.81 A.1.1, A.2); those of a lone component are one block each."""
+    count = 1
+    for size, name in ((frame.height, "down"), (frame.width, "across")):
+        most = max(getattr(part, name) for part in frame.components)
+        if len(components) == 1:
+            size = math.ceil(size * getattr(components[0], name) / most)
+            most = 1
+        count *= math.ceil(size / (frame.side * most))
+    return count
+
+
+def _walk_interval(part: np.ndarray, blocks: list[tuple[_Table, _Table]], mcus: int, walk) -> None:
+    """Walk `mcus` units chunk by chunk; they have to end in the last byte of `part`, up to padding."""
+    padded = np.concatenate([part, np.full(_MCU_BYTES, 0xFF, np.uint8)])
+    start = position = 0  # byte of the chunk, bit in it
+    while mcus and start < len(part):
+        chunk = padded[start : start + _CHUNK + _MCU_BYTES].astype(np.uint32)
+        windows = chunk[:-2] << 16 | chunk[1:-1] << 8 | chunk[2:]
+        done, position = walk(windows, blocks, mcus, position)
+        mcus -= done
+        start, position = start + (position >> 3), position & 7
+    if mcus or start + (position > 0) > len(part):
+        raise InvalidImage(f"JPEG scan ends {mcus or 1} units early; the file is damaged, send it again")
+    rest = np.unpackbits(part[start:])[position:]
+    # the last byte is filled with ones (T.81 F.1.2.3), by some writers with zeros; codes that are left over are not alike
+    if len(rest) > _MOST_PADDING or (rest.any() and not rest.all()):
+        raise InvalidImage(f"JPEG scan has {len(rest)} bits more than its picture; the file is damaged, send it again")
+
+
+def _at_each_bit(windows: np.ndarray, table: np.ndarray) -> bytes:
+    """`table` at the 16 bits from each bit of the chunk on."""
+    found = np.empty((len(windows), 8), np.uint8)
+    for bit in range(8):
+        found[:, bit] = table[(windows >> (8 - bit)).astype(np.uint16)]
+    return found.tobytes()
+
+
+def _differences(windows: np.ndarray, blocks: list[tuple[_Table, _Table]], most: int, position: int) -> tuple[int, int]:
+    """Walk up to `most` lossless samples of one component from bit `position` on; how many, and where the last ends."""
+    advance = _at_each_bit(windows, blocks[0][0].advance)
+    end, step = min(8 * _CHUNK, len(advance)), 1
+    for done in range(most):
+        if position >= end:
+            return done, position
+        step = advance[position]
+        position += step
+    if not step:
+        raise InvalidImage("JPEG scan has a code that is in no table; the file is damaged, send it again")
+    return most, position
+
+
+def _coefficients(
+    windows: np.ndarray, blocks: list[tuple[_Table, _Table]], most: int, position: int
+) -> tuple[int, int]:
+    """Walk up to `most` MCUs of DCT blocks from bit `position` on; how many, and where the last ends."""
+    # one array for each table, although several blocks use it
+    wanted = {id(part): part for dc, ac in blocks for part in (dc.advance, ac.advance, ac.run)}
+    found = {key: _at_each_bit(windows, part) for key, part in wanted.items()}
+    plan = [(found[id(dc.advance)], found[id(ac.advance)], found[id(ac.run)]) for dc, ac in blocks]
+    end = min(8 * _CHUNK, 8 * (len(windows) + 2 - _MCU_BYTES))
+    for done in range(most):
+        if position >= end:
+            return done, position
+        for dc, ac, run in plan:
+            position += dc[position]
+            coefficient = 1
+            while coefficient < _LAST:
+                coefficient += run[position]
+                position += ac[position]
+            if _LAST < coefficient < _END_OF_BLOCK:
+                raise InvalidImage("JPEG scan has a code or run that cannot be; the file is damaged, send it again")
+    return most, position
+
+
+_STRIPS = 8  # columns are looked at in so many parts
+_AROUND = 4  # rows on each side
+
+
+def has_step(values: np.ndarray) -> bool:
+    """Whether from one row or column to the next the grey values jump by a constant, through structure that goes on.
+
+    Parameters
+    ----------
+    values : ndarray (rows, columns)
+
+    Notes
+    -----
+    The jump has to be over four times any other in the eight lines around it and over twice the spread within the line,
+    and the same in two neighbouring eighths of the line. Edges of anatomy are blurred over several lines, and at the
+    edge of a collimator the structure does not go on.
+    """
+    return _steps_down(values) or _steps_down(values.T)
+
+
+def _steps_down(values: np.ndarray) -> bool:
+    rows, width = len(values), values.shape[1] // _STRIPS
+    if width < 8 or rows <= 2 * _AROUND:
+        return False
+    strips = values[:, : _STRIPS * width].reshape(rows, _STRIPS, width)[..., :: max(1, width // 64)].astype(np.int32)
+    difference = np.diff(strips, axis=0)
+    step = np.median(difference, axis=2)  # [rows - 1, strips]
+    spread = _around(np.median(np.abs(difference - step[..., None]), axis=2))
+    spread = np.maximum(np.median(spread, axis=0), spread[_AROUND])
+    steps = np.abs(_around(step))
+    others = np.delete(steps, _AROUND, axis=0).max(axis=0)
+    structure = np.median(np.abs(strips - np.median(strips, axis=2)[..., None]), axis=2)
+    structure = np.minimum(structure[1:], structure[:-1])
+    jumps = (steps[_AROUND] > 4 * others + 2) & (steps[_AROUND] > 2 * spread) & (structure > 1.5 * spread)
+    alike = np.abs(np.diff(step, axis=1)) <= np.maximum(2, 0.1 * np.abs(step[:, :-1]))
+    return bool((jumps[:, :-1] & jumps[:, 1:] & alike).any())
+
+
+def _around(values: np.ndarray) -> np.ndarray:
+    """The lines around each one, itself in the middle: [2 * _AROUND + 1, rows, strips]."""
+    padded = np.pad(values, ((_AROUND, _AROUND), (0, 0)), mode="edge")
+    return np.stack([padded[first : first + len(values)] for first in range(2 * _AROUND + 1)])
