@@ -324,8 +324,7 @@ def decode(
     Parameters
     ----------
     header : Codestream
-        With ``lossy`` False the picture has to be the one that was encoded, so that what would else be suspicious is
-        an error.
+        With ``lossy`` False the picture has to be the one that was encoded, so that a warning is an error.
     codestream : bytes or memoryview
     shape : (int, int)
         Rows and columns that the result has to have.
@@ -349,7 +348,7 @@ def decode(
     import imagecodecs
 
     rows, columns = shape
-    suspicious, step = "", False
+    suspicious, doubtful = "", False
     try:
         if header.kind == "rle":
             # a fixed output buffer: the decoder refuses data that would give more
@@ -366,6 +365,7 @@ def decode(
             values, suspicious = _decode_jpeg2000(unwrap_jp2(codestream))
         elif header.kind == "htj2k":
             values, suspicious = _decode_htj2k(header, unwrap_jp2(codestream))
+            doubtful = _ZEROED in bytes(codestream)
         else:
             require_whole_scans(codestream)
             values = imagecodecs.jpeg8_decode(codestream)
@@ -373,7 +373,7 @@ def decode(
                 raise InvalidImage(
                     f"JPEG decodes to {values.max()}, its samples have {header.precision} bits; the file is damaged"
                 )
-            step = values.shape == shape and has_step(values)
+            doubtful = values.shape == shape and has_step(values)
     except InvalidImage:
         raise
     except MemoryError as error:
@@ -386,7 +386,7 @@ def decode(
         raise HeaderMismatch(f"codestream decodes to {values.shape}, the header declares {shape}; correct the header")
     if suspicious and header.lossy is False:
         raise InvalidImage(f"{header.kind} codestream is damaged: {suspicious}; send the file again")
-    if (suspicious or step) and flags is not None:
+    if (suspicious or doubtful) and flags is not None:
         flags.add("damage_suspected")
     return values
 
@@ -414,6 +414,7 @@ class _Messages(logging.Filter):
 
 _PREDICTABLE_TERMINATION = 0x10  # T.800 table A.19
 _MOST_MADE_UP = 8  # bytes: encoders of the conformance streams leave off up to 8 that the decoder makes up rightly
+_ZEROED = bytes(48)  # magnitudes of HTJ2K are stored as they are, but not so many zeros in a row
 _ROUNDING = 4  # grey values between two decoders of an irreversible transform
 
 

@@ -2,8 +2,8 @@
 
 libjpeg makes up what a damaged scan lacks, drops what it has too much, and calls both a warning, which neither
 imagecodecs nor Pillow passes on. Here the codes are walked without decoding a sample: each code and run has to exist,
-and the last one has to end where the next marker stands. Progressive scans are not walked. Damage that leaves the number
-of bits right shifts what is predicted from it, which the picture may show.
+each block's mean has to be possible, and the last code has to end where the next marker stands. Progressive scans are
+not walked. Damage that leaves the number of bits right shifts what is predicted from it, which the picture may show.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 from cxr_triton.errors import InvalidImage
 
 _CHUNK = 1 << 19  # bytes that are walked at a time; each takes 8 bytes of every table
-_MCU_BYTES = 4096  # more than an MCU can have: 10 blocks of 64 coefficients of 16 + 15 bits
+_MOST_BLOCKS = 10  # of an MCU (T.81 B.2.3)
+_MCU_BYTES = 4096  # more than 10 blocks of 64 coefficients of 16 + 15 bits
 _MOST_PADDING = 128  # bits, all alike, that may follow the last code
 _LAST = 64  # coefficients of a block
 _END_OF_BLOCK, _NO_CODE = 128, 64  # as runs: from any coefficient they lead to where no other run leads
@@ -28,16 +29,26 @@ class _Table(NamedTuple):
 
     advance: np.ndarray  # bits of the code and of the value that follows it; 0 if there is no such code
     run: np.ndarray  # coefficients that an AC code stands for
+    length: np.ndarray  # bits of the code
 
 
 class _Component(NamedTuple):
     identifier: int
     across: int  # blocks of an MCU
     down: int
+    quantization: int
+
+
+class _Block(NamedTuple):
+    dc: _Table
+    ac: _Table
+    component: int  # of the frame
+    most: float  # magnitude of a DC coefficient
 
 
 class _Frame(NamedTuple):
     side: int
+    precision: int
     height: int
     width: int
     components: list[_Component]
@@ -49,10 +60,12 @@ def require_whole_scans(codestream: bytes | memoryview) -> None:
     Raises
     ------
     InvalidImage
-        A code that is in no table, coefficients after the 64th, too few or too many data, restart markers out of order.
+        A code that is in no table, coefficients after the 64th, means that no pixels have, too few or too many data,
+        restart markers out of order.
     """
     data = np.frombuffer(codestream, np.uint8)
     tables: dict[int, _Table] = {}
+    steps: dict[int, int] = {}
     frame, interval, scanned, position = None, 0, 0, 2
     while frame is None or scanned < len(frame.components):
         while codestream[position : position + 2] == b"\xff\xff":
@@ -66,16 +79,20 @@ def require_whole_scans(codestream: bytes | memoryview) -> None:
             return
         if marker == 0xC4:
             tables |= _tables(body)
+        elif marker == 0xDB:
+            steps |= _dc_steps(body)
         elif marker == 0xDD:
             interval = int.from_bytes(body, "big")
         elif marker in _HUFFMAN_FRAMES:
-            components = [_Component(body[i], body[i + 1] >> 4, body[i + 1] & 15) for i in range(6, len(body), 3)]
+            components = [
+                _Component(body[i], body[i + 1] >> 4, body[i + 1] & 15, body[i + 2]) for i in range(6, len(body), 3)
+            ]
             if not all(part.across and part.down for part in components):
                 raise InvalidImage("JPEG component has sampling factor 0; the file is damaged")
             size = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
-            frame = _Frame(_HUFFMAN_FRAMES[marker], *size, components)
+            frame = _Frame(_HUFFMAN_FRAMES[marker], body[0], *size, components)
         elif marker == 0xDA:
-            components, blocks = _plan(body, frame, tables)
+            components, blocks = _plan(body, frame, tables, steps)
             parts, position = _intervals(data, position)
             _walk(parts, frame, components, blocks, interval)
             scanned += len(components)
@@ -95,30 +112,45 @@ def _tables(body: bytes) -> dict[int, _Table]:
         runs[following == 0] = _NO_CODE
         runs[values == 0xF0] = 16
         runs[values == 0] = _END_OF_BLOCK
-        table = _Table(np.zeros(1 << 16, np.uint8), np.full(1 << 16, _NO_CODE, np.uint8))
+        table = _Table(*(np.full(1 << 16, nothing, np.uint8) for nothing in (0, _NO_CODE, 0)))
         table.advance[: windows.sum()] = np.repeat(lengths + following, windows)
         table.run[: windows.sum()] = np.repeat(runs, windows)
+        table.length[: windows.sum()] = np.repeat(lengths, windows)
         found[body[position]] = table
         position += 17 + len(lengths)
     return found
 
 
+def _dc_steps(body: bytes) -> dict[int, int]:
+    """Quantization step of the DC coefficient by table (T.81 B.2.4.1)."""
+    found, position = {}, 0
+    while position + 65 <= len(body):
+        size = 2 if body[position] >> 4 else 1
+        found[body[position] & 15] = int.from_bytes(body[position + 1 : position + 1 + size], "big")
+        position += 1 + 64 * size
+    return found
+
+
 def _plan(
-    body: bytes, frame: _Frame | None, tables: dict[int, _Table]
-) -> tuple[list[_Component], list[tuple[_Table, _Table]]]:
-    """Components of a scan, and the DC and AC table of each block of its MCU (T.81 B.2.3, A.2.3)."""
+    body: bytes, frame: _Frame | None, tables: dict[int, _Table], steps: dict[int, int]
+) -> tuple[list[_Component], list[_Block]]:
+    """Components of a scan, and the blocks of its MCU (T.81 B.2.3, A.2.3)."""
     count = body[0] if body else 0
     selected = {body[i]: body[i + 1] for i in range(1, min(1 + 2 * count, len(body) - 1), 2)}
     components = [part for part in frame.components if part.identifier in selected] if frame else []
     if not components or len(components) != count:
         raise InvalidImage("JPEG scan has components that its frame lacks; the file is damaged")
-    blocks = []
-    for part in components:
+    blocks: list[_Block] = []
+    for number, part in enumerate(components):
         dc, ac = selected[part.identifier] >> 4, 0x10 | selected[part.identifier] & 15
         ac = ac if frame.side > 1 else dc  # a lossless process has no AC tables
         if dc not in tables or ac not in tables:
             raise InvalidImage(f"JPEG scan uses Huffman table {dc} or {ac}, which is not there; the file is damaged")
-        blocks += [(tables[dc], tables[ac])] * (1 if count == 1 else part.across * part.down)
+        # eight times the mean of the block, with the slack of a careless transform
+        most = 2 + 1.05 * 8 * 2 ** (frame.precision - 1) / max(1, steps.get(part.quantization, 1))
+        blocks += [_Block(tables[dc], tables[ac], number, most)] * (1 if count == 1 else part.across * part.down)
+    if len(blocks) > _MOST_BLOCKS:
+        raise InvalidImage(f"JPEG scan has units of {len(blocks)} blocks, allowed {_MOST_BLOCKS}; the file is damaged")
     return components, blocks
 
 
@@ -140,11 +172,7 @@ def _intervals(data: np.ndarray, start: int) -> tuple[list[np.ndarray], int]:
 
 
 def _walk(
-    parts: list[np.ndarray],
-    frame: _Frame,
-    components: list[_Component],
-    blocks: list[tuple[_Table, _Table]],
-    interval: int,
+    parts: list[np.ndarray], frame: _Frame, components: list[_Component], blocks: list[_Block], interval: int
 ) -> None:
     """Walk the restart intervals of one scan."""
     remaining = _mcus(frame, components)
@@ -152,8 +180,18 @@ def _walk(
         raise InvalidImage(f"JPEG scan has {len(parts)} restart intervals of {interval} units; the file is damaged")
     for part in parts:
         count = min(interval or remaining, remaining)
-        _walk_interval(part, blocks, count, _differences if frame.side == 1 else _coefficients)
+        differences = _walk_interval(part, blocks, count, _samples if frame.side == 1 else _coefficients)
+        _require_possible_means(differences, blocks)
         remaining -= count
+
+
+def _require_possible_means(differences: np.ndarray, blocks: list[_Block]) -> None:
+    """`differences` of DC coefficients are [MCUs, blocks], each to the one before of its component (T.81 F.1.1.5.1)."""
+    for number in {block.component for block in blocks}:
+        own = [place for place, block in enumerate(blocks) if block.component == number]
+        means = differences[:, own].ravel().cumsum()
+        if means.size and np.abs(means).max() > blocks[own[0]].most:
+            raise InvalidImage("JPEG has blocks brighter or darker than can be; the file is damaged, send it again")
 
 
 def _mcus(frame: _Frame, components: list[_Component]) -> int:
@@ -168,22 +206,28 @@ def _mcus(frame: _Frame, components: list[_Component]) -> int:
     return count
 
 
-def _walk_interval(part: np.ndarray, blocks: list[tuple[_Table, _Table]], mcus: int, walk) -> None:
-    """Walk `mcus` units chunk by chunk; they have to end in the last byte of `part`, up to padding."""
+def _walk_interval(part: np.ndarray, blocks: list[_Block], mcus: int, walk) -> np.ndarray:
+    """Walk `mcus` units chunk by chunk; they have to end in the last byte of `part`, up to padding.
+
+    Returns the differences of the DC coefficients, [MCUs, blocks]; none of lossless samples.
+    """
+    found = [np.zeros((0, len(blocks)), np.int64)]
     padded = np.concatenate([part, np.full(_MCU_BYTES, 0xFF, np.uint8)])
     start = position = 0  # byte of the chunk, bit in it
     while mcus and start < len(part):
         chunk = padded[start : start + _CHUNK + _MCU_BYTES].astype(np.uint32)
         windows = chunk[:-2] << 16 | chunk[1:-1] << 8 | chunk[2:]
-        done, position = walk(windows, blocks, mcus, position)
+        done, position, differences = walk(windows, blocks, mcus, position)
+        found.append(differences)
         mcus -= done
         start, position = start + (position >> 3), position & 7
     if mcus or start + (position > 0) > len(part):
         raise InvalidImage(f"JPEG scan ends {mcus or 1} units early; the file is damaged, send it again")
     rest = np.unpackbits(part[start:])[position:]
-    # the last byte is filled with ones (T.81 F.1.2.3), by some writers with zeros; codes that are left over are not alike
+    # the last byte is filled with ones (T.81 F.1.2.3), by some writers with zeros; left-over codes are not all alike
     if len(rest) > _MOST_PADDING or (rest.any() and not rest.all()):
         raise InvalidImage(f"JPEG scan has {len(rest)} bits more than its picture; the file is damaged, send it again")
+    return np.concatenate(found)
 
 
 def _at_each_bit(windows: np.ndarray, table: np.ndarray) -> bytes:
@@ -194,33 +238,35 @@ def _at_each_bit(windows: np.ndarray, table: np.ndarray) -> bytes:
     return found.tobytes()
 
 
-def _differences(windows: np.ndarray, blocks: list[tuple[_Table, _Table]], most: int, position: int) -> tuple[int, int]:
+def _samples(windows: np.ndarray, blocks: list[_Block], most: int, position: int) -> tuple[int, int, np.ndarray]:
     """Walk up to `most` lossless samples of one component from bit `position` on; how many, and where the last ends."""
-    advance = _at_each_bit(windows, blocks[0][0].advance)
-    end, step = min(8 * _CHUNK, len(advance)), 1
-    for done in range(most):
+    advance = _at_each_bit(windows, blocks[0].dc.advance)
+    end, step, done = min(8 * _CHUNK, len(advance)), 1, most
+    for number in range(most):
         if position >= end:
-            return done, position
+            done = number
+            break
         step = advance[position]
         position += step
     if not step:
         raise InvalidImage("JPEG scan has a code that is in no table; the file is damaged, send it again")
-    return most, position
+    return done, position, np.zeros((0, len(blocks)), np.int64)
 
 
-def _coefficients(
-    windows: np.ndarray, blocks: list[tuple[_Table, _Table]], most: int, position: int
-) -> tuple[int, int]:
-    """Walk up to `most` MCUs of DCT blocks from bit `position` on; how many, and where the last ends."""
+def _coefficients(windows: np.ndarray, blocks: list[_Block], most: int, position: int) -> tuple[int, int, np.ndarray]:
+    """Walk up to `most` MCUs of DCT blocks from bit `position` on: how many, where the last ends, DC differences."""
     # one array for each table, although several blocks use it
-    wanted = {id(part): part for dc, ac in blocks for part in (dc.advance, ac.advance, ac.run)}
+    wanted = {id(part): part for block in blocks for part in (block.dc.advance, block.ac.advance, block.ac.run)}
     found = {key: _at_each_bit(windows, part) for key, part in wanted.items()}
-    plan = [(found[id(dc.advance)], found[id(ac.advance)], found[id(ac.run)]) for dc, ac in blocks]
-    end = min(8 * _CHUNK, 8 * (len(windows) + 2 - _MCU_BYTES))
-    for done in range(most):
+    plan = [(found[id(block.dc.advance)], found[id(block.ac.advance)], found[id(block.ac.run)]) for block in blocks]
+    end, done = min(8 * _CHUNK, 8 * (len(windows) + 2 - _MCU_BYTES)), most
+    starts: list[int] = []
+    for number in range(most):
         if position >= end:
-            return done, position
+            done = number
+            break
         for dc, ac, run in plan:
+            starts.append(position)
             position += dc[position]
             coefficient = 1
             while coefficient < _LAST:
@@ -228,11 +274,23 @@ def _coefficients(
                 position += ac[position]
             if _LAST < coefficient < _END_OF_BLOCK:
                 raise InvalidImage("JPEG scan has a code or run that cannot be; the file is damaged, send it again")
-    return most, position
+    at = np.array(starts, np.int64).reshape(done, len(blocks))
+    return done, position, np.stack([_values(windows, block.dc, at[:, i]) for i, block in enumerate(blocks)], axis=1)
+
+
+def _values(windows: np.ndarray, table: _Table, at: np.ndarray) -> np.ndarray:
+    """The differences whose codes start at the bits `at` (T.81 F.2.2.1)."""
+    byte, bit = at >> 3, at & 7
+    bits = windows[byte].astype(np.int64) << 16 | windows[byte + 2] & 0xFFFF  # 40 from `byte` on
+    code = bits >> (24 - bit) & 0xFFFF
+    length = table.length[code].astype(np.int64)
+    category = table.advance[code] - length
+    value = bits >> (40 - bit - length - category) & (1 << category) - 1
+    return np.where(value << 1 >> category, value, value - (1 << category) + 1)
 
 
 _STRIPS = 8  # columns are looked at in so many parts
-_AROUND = 4  # rows on each side
+_AROUND = 8  # lines on each side, which is as far as the next blocks of a DCT
 
 
 def has_step(values: np.ndarray) -> bool:
@@ -244,14 +302,15 @@ def has_step(values: np.ndarray) -> bool:
 
     Notes
     -----
-    The jump has to be over four times any other in the eight lines around it and over twice the spread within the line,
-    and the same in two neighbouring eighths of the line. Edges of anatomy are blurred over several lines, and at the
-    edge of a collimator the structure does not go on.
+    The jump has to be over four times any other in the sixteen lines around it, over twice the spread within the line,
+    over a fiftieth of the picture's range, and the same in two neighbouring eighths of the line. Edges of anatomy are
+    blurred over several lines, and at the edge of a collimator the structure does not go on.
     """
-    return _steps_down(values) or _steps_down(values.T)
+    least = max(2.0, np.ptp(values) / 50)
+    return _steps_down(values, least) or _steps_down(values.T, least)
 
 
-def _steps_down(values: np.ndarray) -> bool:
+def _steps_down(values: np.ndarray, least: float) -> bool:
     rows, width = len(values), values.shape[1] // _STRIPS
     if width < 8 or rows <= 2 * _AROUND:
         return False
@@ -264,7 +323,7 @@ def _steps_down(values: np.ndarray) -> bool:
     others = np.delete(steps, _AROUND, axis=0).max(axis=0)
     structure = np.median(np.abs(strips - np.median(strips, axis=2)[..., None]), axis=2)
     structure = np.minimum(structure[1:], structure[:-1])
-    jumps = (steps[_AROUND] > 4 * others + 2) & (steps[_AROUND] > 2 * spread) & (structure > 1.5 * spread)
+    jumps = (steps[_AROUND] > 4 * others + least) & (steps[_AROUND] > 2 * spread) & (structure > 1.5 * spread)
     alike = np.abs(np.diff(step, axis=1)) <= np.maximum(2, 0.1 * np.abs(step[:, :-1]))
     return bool((jumps[:, :-1] & jumps[:, 1:] & alike).any())
 

@@ -1,4 +1,4 @@
-"""How much damage goes unnoticed, codec by codec: `python tests/bench/damage.py [RADIOGRAPH.dcm ...]`.
+"""How much damage goes unnoticed, codec by codec: `python tests/damage.py [RADIOGRAPH.dcm ...]`.
 
 Each picture is written in each lossless and lossy syntax and damaged in eight places of the middle of its stream. The
 table has, of that many damaged files, how many were refused, flagged and read without a word, and what share of the
