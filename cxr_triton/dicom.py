@@ -730,10 +730,10 @@ def _inflate(data: bytes, limits: Limits) -> bytes:
         raise LimitExceeded(f"data set inflates beyond the {limits.max_file_bytes} bytes allowed; send a smaller file")
     if not inflater.eof:
         raise InvalidImage("deflated data set is truncated; send the complete file")
-    if inflater.unused_data.strip(b"\0"):
-        raise InvalidImage(
-            f"deflated data set ends {len(inflater.unused_data)} bytes before the file; it is damaged, send it again"
-        )
+    rest = inflater.unused_data
+    # some writers leave gzip's trailer there
+    if rest.rstrip(b"\0") and not rest.startswith(struct.pack("<II", zlib.crc32(inflated), len(inflated))):
+        raise InvalidImage(f"deflated data set ends {len(rest)} bytes before the file; it is damaged, send it again")
     return inflated
 
 

@@ -15,7 +15,10 @@ import numpy as np
 
 from cxr_triton.errors import InvalidImage
 
-_CHUNK = 1 << 19  # bytes that are walked at a time; each takes 8 bytes of every table
+_CHUNK = 1 << 19  # bytes of DCT blocks that are walked at a time; each takes 8 bytes of every table
+_CHUNK_BITS, _RUN_IN_BITS = 2048, 512  # of lossless samples that are walked together
+_STEPS = 16  # until those that have arrived are left out
+_CODE_BYTES = 8  # that a code may reach into
 _MOST_BLOCKS = 10  # of an MCU (T.81 B.2.3)
 _MCU_BYTES = 4096  # more than 10 blocks of 64 coefficients of 16 + 15 bits
 _MOST_PADDING = 128  # bits, all alike, that may follow the last code
@@ -180,8 +183,10 @@ def _walk(
         raise InvalidImage(f"JPEG scan has {len(parts)} restart intervals of {interval} units; the file is damaged")
     for part in parts:
         count = min(interval or remaining, remaining)
-        differences = _walk_interval(part, blocks, count, _samples if frame.side == 1 else _coefficients)
-        _require_possible_means(differences, blocks)
+        if frame.side == 1:
+            _walk_samples(part, blocks[0].dc, count)
+        else:
+            _walk_blocks(part, blocks, count)
         remaining -= count
 
 
@@ -206,28 +211,102 @@ def _mcus(frame: _Frame, components: list[_Component]) -> int:
     return count
 
 
-def _walk_interval(part: np.ndarray, blocks: list[_Block], mcus: int, walk) -> np.ndarray:
-    """Walk `mcus` units chunk by chunk; they have to end in the last byte of `part`, up to padding.
-
-    Returns the differences of the DC coefficients, [MCUs, blocks]; none of lossless samples.
-    """
-    found = [np.zeros((0, len(blocks)), np.int64)]
-    padded = np.concatenate([part, np.full(_MCU_BYTES, 0xFF, np.uint8)])
-    start = position = 0  # byte of the chunk, bit in it
-    while mcus and start < len(part):
-        chunk = padded[start : start + _CHUNK + _MCU_BYTES].astype(np.uint32)
-        windows = chunk[:-2] << 16 | chunk[1:-1] << 8 | chunk[2:]
-        done, position, differences = walk(windows, blocks, mcus, position)
-        found.append(differences)
-        mcus -= done
-        start, position = start + (position >> 3), position & 7
-    if mcus or start + (position > 0) > len(part):
-        raise InvalidImage(f"JPEG scan ends {mcus or 1} units early; the file is damaged, send it again")
-    rest = np.unpackbits(part[start:])[position:]
+def _require_end(part: np.ndarray, position: int) -> None:
+    """The last code of a scan or interval ends at bit `position`: what is left has to be padding."""
+    if position > 8 * len(part):
+        raise InvalidImage("JPEG scan ends before its picture; the file is damaged, send it again")
+    rest = np.unpackbits(part[position >> 3 :])[position & 7 :]
     # the last byte is filled with ones (T.81 F.1.2.3), by some writers with zeros; left-over codes are not all alike
     if len(rest) > _MOST_PADDING or (rest.any() and not rest.all()):
         raise InvalidImage(f"JPEG scan has {len(rest)} bits more than its picture; the file is damaged, send it again")
-    return np.concatenate(found)
+
+
+def _windows(data: np.ndarray) -> np.ndarray:
+    """The 24 bits from each byte on; (len(data) - 2,) int32."""
+    wide = data.astype(np.int32)
+    return wide[:-2] << 16 | wide[1:-1] << 8 | wide[2:]
+
+
+def _walk_samples(part: np.ndarray, table: _Table, samples: int) -> None:
+    """Walk the lossless samples of one component.
+
+    Huffman codes fall into step soon, wherever one starts to read. So many chunks are walked at once, each from a
+    little before its start, and only those that came out of step with the one before are walked again.
+    """
+    padded = np.append(part, np.full(_CODE_BYTES, 0xFF, np.uint8))
+    windows, data, advance = _windows(padded), padded.tobytes(), table.advance.tobytes()
+    starts = np.arange(0, 8 * len(part), _CHUNK_BITS, dtype=np.int32)
+    goals = np.append(starts[1:], np.int32(8 * len(part)))
+    entries, _, _ = _walk_together(windows, table.advance, np.maximum(starts - _RUN_IN_BITS, 0), starts)
+    exits, counts, valid = _walk_together(windows, table.advance, entries, goals)
+    position, left = 0, samples
+    for first, last, count, known, goal in zip(
+        *(array.tolist() for array in (entries, exits, counts, valid, goals)), strict=True
+    ):
+        if position != first or not known or count >= left:
+            last, count = _walk_alone(data, advance, position, goal, left)
+        position, left = last, left - count
+        if not left:
+            break
+    if left:
+        raise InvalidImage(f"JPEG scan ends {left} samples early; the file is damaged, send it again")
+    _require_end(part, position)
+
+
+def _walk_together(
+    windows: np.ndarray, advance: np.ndarray, positions: np.ndarray, goals: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Walk codes from each of `positions` to the first that starts at its goal or later.
+
+    Returns where that is, how many codes there were, and whether all of them are in the table; int32 and bool.
+    """
+    positions, counts, valid = positions.copy(), np.zeros(len(goals), np.int32), np.ones(len(goals), bool)
+    walking = np.flatnonzero(positions < goals)
+    while len(walking):
+        at, goal = positions[walking], goals[walking]
+        count, known = np.zeros(len(at), np.int32), np.ones(len(at), bool)
+        for _ in range(_STEPS):
+            before = at < goal
+            step = advance[windows[at >> 3] >> (8 - (at & 7)) & 0xFFFF]
+            known &= (step > 0) | ~before
+            at += np.maximum(step, 1) * before
+            count += before
+        positions[walking] = at
+        counts[walking] += count
+        valid[walking] &= known
+        walking = walking[at < goal]
+    return positions, counts, valid
+
+
+def _walk_alone(data: bytes, advance: bytes, position: int, goal: int, most: int) -> tuple[int, int]:
+    """Walk up to `most` codes that start before `goal`; where the last ends, and how many there were."""
+    for count in range(most):
+        if position >= goal:
+            return position, count
+        byte = position >> 3
+        window = data[byte] << 16 | data[byte + 1] << 8 | data[byte + 2]
+        step = advance[window >> (8 - (position & 7)) & 0xFFFF]
+        if not step:
+            raise InvalidImage("JPEG scan has a code that is in no table; the file is damaged, send it again")
+        position += step
+    return position, most
+
+
+def _walk_blocks(part: np.ndarray, blocks: list[_Block], mcus: int) -> None:
+    """Walk MCUs of DCT blocks, and check what their DC coefficients say."""
+    padded = np.append(part, np.full(_MCU_BYTES, 0xFF, np.uint8))
+    start = position = 0  # byte of the chunk, bit in it
+    differences = [np.zeros((0, len(blocks)), np.int64)]
+    while mcus and start < len(part):
+        windows = _windows(padded[start : start + _CHUNK + _MCU_BYTES])
+        done, position, found = _coefficients(windows, blocks, mcus, position)
+        differences.append(found)
+        mcus -= done
+        start, position = start + (position >> 3), position & 7
+    if mcus:
+        raise InvalidImage(f"JPEG scan ends {mcus} units early; the file is damaged, send it again")
+    _require_end(part, 8 * start + position)
+    _require_possible_means(np.concatenate(differences), blocks)
 
 
 def _at_each_bit(windows: np.ndarray, table: np.ndarray) -> bytes:
@@ -236,21 +315,6 @@ def _at_each_bit(windows: np.ndarray, table: np.ndarray) -> bytes:
     for bit in range(8):
         found[:, bit] = table[(windows >> (8 - bit)).astype(np.uint16)]
     return found.tobytes()
-
-
-def _samples(windows: np.ndarray, blocks: list[_Block], most: int, position: int) -> tuple[int, int, np.ndarray]:
-    """Walk up to `most` lossless samples of one component from bit `position` on; how many, and where the last ends."""
-    advance = _at_each_bit(windows, blocks[0].dc.advance)
-    end, step, done = min(8 * _CHUNK, len(advance)), 1, most
-    for number in range(most):
-        if position >= end:
-            done = number
-            break
-        step = advance[position]
-        position += step
-    if not step:
-        raise InvalidImage("JPEG scan has a code that is in no table; the file is damaged, send it again")
-    return done, position, np.zeros((0, len(blocks)), np.int64)
 
 
 def _coefficients(windows: np.ndarray, blocks: list[_Block], most: int, position: int) -> tuple[int, int, np.ndarray]:
@@ -290,6 +354,7 @@ def _values(windows: np.ndarray, table: _Table, at: np.ndarray) -> np.ndarray:
 
 
 _STRIPS = 8  # columns are looked at in so many parts
+_MOST_STEPS = 16  # candidates that are looked at; damage makes one
 _AROUND = 8  # lines on each side, which is as far as the next blocks of a DCT
 
 
@@ -311,21 +376,26 @@ def has_step(values: np.ndarray) -> bool:
 
 
 def _steps_down(values: np.ndarray, least: float) -> bool:
-    rows, width = len(values), values.shape[1] // _STRIPS
-    if width < 8 or rows <= 2 * _AROUND:
+    width = values.shape[1] // _STRIPS
+    if width < 8 or len(values) <= 2 * _AROUND:
         return False
-    strips = values[:, : _STRIPS * width].reshape(rows, _STRIPS, width)[..., :: max(1, width // 64)].astype(np.int32)
-    difference = np.diff(strips, axis=0)
-    step = np.median(difference, axis=2)  # [rows - 1, strips]
-    spread = _around(np.median(np.abs(difference - step[..., None]), axis=2))
-    spread = np.maximum(np.median(spread, axis=0), spread[_AROUND])
-    steps = np.abs(_around(step))
-    others = np.delete(steps, _AROUND, axis=0).max(axis=0)
-    structure = np.median(np.abs(strips - np.median(strips, axis=2)[..., None]), axis=2)
-    structure = np.minimum(structure[1:], structure[:-1])
-    jumps = (steps[_AROUND] > 4 * others + least) & (steps[_AROUND] > 2 * spread) & (structure > 1.5 * spread)
+    strips = values[:, : _STRIPS * width].reshape(len(values), _STRIPS, width)
+    step = np.diff(strips.mean(axis=2, dtype=np.float32), axis=0)  # [rows - 1, strips]
+    others = np.delete(_around(np.abs(step)), _AROUND, axis=0).max(axis=0)
     alike = np.abs(np.diff(step, axis=1)) <= np.maximum(2, 0.1 * np.abs(step[:, :-1]))
-    return bool((jumps[:, :-1] & jumps[:, 1:] & alike).any())
+    jumps = np.abs(step) > 4 * others + least
+    rows = np.flatnonzero((jumps[:, :-1] & jumps[:, 1:] & alike).any(axis=1))
+    return any(_goes_on(strips[row : row + 2].astype(np.int32), jumps[row], alike[row]) for row in rows[:_MOST_STEPS])
+
+
+def _goes_on(lines: np.ndarray, jumps: np.ndarray, alike: np.ndarray) -> bool:
+    """Whether two lines, [2, strips, columns], differ by a constant in two neighbouring strips that jump alike."""
+    difference = lines[1] - lines[0]
+    step = np.median(difference, axis=1)
+    spread = np.median(np.abs(difference - step[:, None]), axis=1)
+    structure = np.median(np.abs(lines - np.median(lines, axis=2)[..., None]), axis=2).min(axis=0)
+    constant = jumps & (np.abs(step) > 2 * spread) & (structure > 1.5 * spread) & (structure > 0)
+    return bool((constant[:-1] & constant[1:] & alike).any())
 
 
 def _around(values: np.ndarray) -> np.ndarray:
