@@ -223,8 +223,11 @@ def _require_end(part: np.ndarray, position: int) -> None:
 
 def _windows(data: np.ndarray) -> np.ndarray:
     """The 24 bits from each byte on; (len(data) - 2,) int32."""
-    wide = data.astype(np.int32)
-    return wide[:-2] << 16 | wide[1:-1] << 8 | wide[2:]
+    windows = data[:-2].astype(np.int32)
+    for following in (data[1:-1], data[2:]):
+        windows <<= 8
+        windows |= following
+    return windows
 
 
 def _walk_samples(part: np.ndarray, table: _Table, samples: int) -> None:

@@ -2,7 +2,9 @@
 
 import io
 import logging
+import threading
 import zlib
+from dataclasses import replace
 
 import imagecodecs
 import numpy as np
@@ -20,9 +22,6 @@ from cxr_triton.phantom_file import encode, write_dicom
 
 JPEG_2000, HTJ2K, LOSSY_JPEG_2000 = "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.91"
 FLIP = "1 bit flipped"
-
-# imagecodecs cannot raise what OpenJPH throws
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def phantom(syntax: str) -> bytes:
@@ -95,11 +94,25 @@ def test_rows_that_openjph_does_not_write_are_never_shown():
         decode(header, bytes(stream), (256, 256), np.dtype(np.uint16))
 
 
-def test_black_last_row_of_htj2k_is_no_damage():
-    values = smooth(16)
-    values[-1] = 0
-    stream = encode(values, 16, "htj2k")
-    np.testing.assert_array_equal(decode(inspect(HTJ2K, stream), stream, values.shape, values.dtype), values)
+def test_what_other_threads_cannot_raise_is_not_this_picture(monkeypatch):
+    stream = encode(smooth(16), 16, "htj2k")
+    heard: list[str] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda unraised: heard.append(str(unraised.exc_value)))
+
+    class Faulty:
+        def __del__(self):
+            raise ValueError("of another thread")
+
+    def interrupted(*arguments, **options):
+        thread = threading.Thread(target=Faulty)
+        thread.start()
+        thread.join()
+        return whole(*arguments, **options)
+
+    whole = imagecodecs.htj2k_decode
+    monkeypatch.setattr(imagecodecs, "htj2k_decode", interrupted)
+    np.testing.assert_array_equal(decode(inspect(HTJ2K, stream), stream, (256, 256), np.dtype(np.uint16)), smooth(16))
+    assert heard == ["of another thread"]
 
 
 @pytest.mark.parametrize("level", [0.0001, 0.001, 0.01])
@@ -128,6 +141,18 @@ def test_jpeg_2000_of_any_structure_is_no_damage(options, bits):
     flags: set[str] = set()
     decode(inspect(LOSSY_JPEG_2000, stream), stream, (256, 256), np.dtype(np.uint16), flags)
     assert not flags
+
+
+def test_harmless_warnings_are_no_damage():
+    """A marker that OpenJPEG does not know, and markers of packets that are announced as possible and not there."""
+    values = smooth(8)
+    stream = bytearray(jpeg_2000(values))
+    at = stream.index(b"\xff\x52")
+    stream[at + 4] |= 2
+    stream[at:at] = b"\xff\x70\0\4\0\0"
+    np.testing.assert_array_equal(
+        decode(replace(inspect(JPEG_2000, stream), lossy=False), bytes(stream), values.shape, values.dtype), values
+    )
 
 
 def test_damage_of_lossy_jpeg_2000_is_flagged():
