@@ -1,16 +1,22 @@
 """Compressed pixel data: what a codestream says about itself, read before any decoder allocates, and its decoding.
 
 Takes one frame's joined fragments. A header that a decoder would read differently (two frame headers, subsampling,
-a missing end marker) is refused here, because libjpeg-turbo and OpenJPH return a picture for truncated input.
+a missing end marker) is refused here, because libjpeg-turbo and OpenJPH return a picture for truncated input. Nor is
+what they return for damaged input believed: a scan has to end where its picture does, a code-block where its bytes do.
 """
 
 from __future__ import annotations
 
+import logging
+import re
+import sys
+import threading
 from dataclasses import dataclass
 
 import numpy as np
 
 from cxr_triton.errors import HeaderMismatch, InvalidImage, LimitExceeded, UnsupportedSyntax
+from cxr_triton.jpeg_scan import has_step, require_whole_scans
 
 
 @dataclass(frozen=True)
@@ -307,17 +313,26 @@ def _inspect_rle(codestream: bytes | memoryview) -> Codestream:
     )
 
 
-def decode(header: Codestream, codestream: bytes | memoryview, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
-    """Decode a one-component codestream that `inspect` accepted.
+def decode(
+    header: Codestream,
+    codestream: bytes | memoryview,
+    shape: tuple[int, int],
+    dtype: np.dtype,
+    flags: set[str] | None = None,
+) -> np.ndarray:
+    """Decode a one-component codestream that `inspect` accepted, and check that it was whole.
 
     Parameters
     ----------
     header : Codestream
+        With ``lossy`` False the picture has to be the one that was encoded, so that a warning is an error.
     codestream : bytes or memoryview
     shape : (int, int)
         Rows and columns that the result has to have.
     dtype : dtype
         uint8 or uint16; RLE segments are joined to it, the other codecs give their own.
+    flags : set of str, optional
+        Gets `damage_suspected` where the stream is suspicious.
 
     Returns
     -------
@@ -327,13 +342,14 @@ def decode(header: Codestream, codestream: bytes | memoryview, shape: tuple[int,
     Raises
     ------
     InvalidImage
-        The codec refuses the stream.
+        The codec refuses the stream, or what it gave cannot be what was encoded.
     HeaderMismatch
         The decoded size is another one.
     """
     import imagecodecs
 
     rows, columns = shape
+    suspicious, doubtful = "", False
     try:
         if header.kind == "rle":
             # a fixed output buffer: the decoder refuses data that would give more
@@ -347,11 +363,18 @@ def decode(header: Codestream, codestream: bytes | memoryview, shape: tuple[int,
         elif header.kind == "jpeg_ls":
             values = imagecodecs.jpegls_decode(codestream)
         elif header.kind == "jpeg2000":
-            values = imagecodecs.jpeg2k_decode(unwrap_jp2(codestream), numthreads=2)
+            values, suspicious = _decode_jpeg2000(unwrap_jp2(codestream))
         elif header.kind == "htj2k":
-            values = imagecodecs.htj2k_decode(unwrap_jp2(codestream))
+            values = _decode_htj2k(unwrap_jp2(codestream))
+            doubtful = _ZEROED in bytes(codestream)
         else:
+            require_whole_scans(codestream)
             values = imagecodecs.jpeg8_decode(codestream)
+            if header.kind == "lossless" and values.max() >> header.precision:
+                raise InvalidImage(
+                    f"JPEG decodes to {values.max()}, its samples have {header.precision} bits; the file is damaged"
+                )
+            doubtful = values.shape == shape and has_step(values)
     except InvalidImage:
         raise
     except MemoryError as error:
@@ -362,4 +385,102 @@ def decode(header: Codestream, codestream: bytes | memoryview, shape: tuple[int,
         ) from error
     if values.shape != shape:
         raise HeaderMismatch(f"codestream decodes to {values.shape}, the header declares {shape}; correct the header")
+    if suspicious and header.lossy is False:
+        raise InvalidImage(f"{header.kind} codestream is damaged: {suspicious}; send the file again")
+    if (suspicious or doubtful) and flags is not None:
+        flags.add("damage_suspected")
+    return values
+
+
+class _Unraised:
+    """Exceptions of this thread that C code could not raise."""
+
+    _decoding = threading.Lock()
+
+    def __enter__(self) -> list[str]:
+        self._decoding.acquire()
+        self._before, swallowed, thread = sys.unraisablehook, [], threading.get_ident()
+
+        def hook(unraised: sys.UnraisableHookArgs) -> None:
+            if threading.get_ident() == thread:
+                swallowed.append(str(unraised.exc_value)[:120])
+            else:
+                self._before(unraised)
+
+        sys.unraisablehook = hook
+        return swallowed
+
+    def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self._before
+        self._decoding.release()
+
+
+class _Messages(logging.Filter):
+    """What OpenJPEG has to say, which imagecodecs logs; nothing of it goes on to a handler."""
+
+    _decoding = threading.Lock()  # OpenJPEG speaks from threads of its own
+    _log = logging.getLogger("imagecodecs")
+
+    def __enter__(self) -> list[str]:
+        self.heard: list[str] = []
+        self._decoding.acquire()
+        self._log.addFilter(self)
+        return self.heard
+
+    def __exit__(self, *_: object) -> None:
+        self._log.removeFilter(self)
+        self._decoding.release()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self.heard.append(record.getMessage())
+        return False
+
+
+_PREDICTABLE_TERMINATION = 0x10  # T.800 table A.19
+_TORN = re.compile("remaining bytes|segment too long")  # of OpenJPEG's warnings those that no whole stream gives
+_MOST_MADE_UP = 8  # bytes: encoders of the conformance streams leave off up to 8 that the decoder makes up rightly
+_ZEROED = bytes(48)  # magnitudes of HTJ2K are stored as they are, but not so many zeros in a row
+
+
+def _decode_jpeg2000(codestream: bytes | memoryview) -> tuple[np.ndarray, str]:
+    """Picture, and what speaks against it.
+
+    OpenJPEG decodes a torn code-block without a word. But where a stream announces predictable termination it warns if
+    the arithmetic decoder does not end where the code-block does, and the announcement changes nothing else. Other
+    streams end there too, so it is added to all.
+    """
+    import imagecodecs
+
+    announced = bytearray(codestream)
+    announced[_coding_style(codestream) + 12] |= _PREDICTABLE_TERMINATION
+    with _Messages() as warnings:
+        values = imagecodecs.jpeg2k_decode(bytes(announced), numthreads=2, verbose=2)
+    for warning in warnings:
+        made_up = re.search(r"(\d+) synthesized", warning)
+        if _TORN.search(warning) or (made_up and int(made_up[1]) > _MOST_MADE_UP):
+            return values, warning
+    return values, ""
+
+
+def _coding_style(codestream: bytes | memoryview) -> int:
+    """Where the main header's COD marker stands (T.800 A.6.1)."""
+    position = 2
+    while codestream[position : position + 2] != b"\xff\x52":
+        position += 2 + int.from_bytes(codestream[position + 2 : position + 4], "big")
+        if codestream[position : position + 2] in (b"\xff\x90", b""):
+            raise InvalidImage("JPEG 2000 stream has no coding style; the file is damaged")
+    return position
+
+
+def _decode_htj2k(codestream: bytes | memoryview) -> np.ndarray:
+    """OpenJPH raises in a function of imagecodecs that cannot, and the rows from there on are black.
+
+    What Python then hands to `sys.unraisablehook` is an error here.
+    """
+    import imagecodecs
+
+    with _Unraised() as swallowed:
+        values = imagecodecs.htj2k_decode(codestream)
+    if swallowed:
+        raise InvalidImage(f"HTJ2K code-block does not decode ({swallowed[0]}); the file is damaged, send it again")
     return values

@@ -12,7 +12,7 @@ import math
 import re
 import struct
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from cxr_triton.errors import (
     NotARadiograph,
     UnsupportedSyntax,
 )
+from cxr_triton.jpeg_scan import has_step, require_whole_scans
 from cxr_triton.plausibility import DOUBTS, Anatomy, Code, anatomy, view_of
 
 
@@ -66,6 +67,7 @@ FLAGS: dict[str, str] = {
     "burned_in": "the file says that text is burned into the pixels",
     "burned_in_unknown": "the file does not say whether text is burned into the pixels",
     "clamped": "lossy values beyond BitsStored were clamped",
+    "damage_suspected": "the compressed pixels may be damaged: compare the picture with the original",
     "display_ready": "8-bit PNG or JPEG: shown as it is, no preset ran",
     "exif_transposed": "the JPEG's EXIF orientation was applied",
     "full_range": "no usable VOI LUT or window: scaled by the declared range",
@@ -106,6 +108,9 @@ FLAGS: dict[str, str] = {
     **DOUBTS,
 }
 """The closed vocabulary of `Radiograph.flags` and `Picture.flags`."""
+
+DOUBTFUL = frozenset({*DOUBTS, "damage_suspected", "pixel_shape_doubtful"})
+"""Flags with which no reading has the status ``ok``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -772,6 +777,10 @@ def _inflate(data: bytes, limits: Limits) -> bytes:
         raise LimitExceeded(f"data set inflates beyond the {limits.max_file_bytes} bytes allowed; send a smaller file")
     if not inflater.eof:
         raise InvalidImage("deflated data set is truncated; send the complete file")
+    rest = inflater.unused_data
+    # some writers leave gzip's trailer there
+    if rest.rstrip(b"\0") and not rest.startswith(struct.pack("<II", zlib.crc32(inflated), len(inflated))):
+        raise InvalidImage(f"deflated data set ends {len(rest)} bytes before the file; it is damaged, send it again")
     return inflated
 
 
@@ -857,6 +866,8 @@ def _pixels(
         )
     dtype = np.dtype(np.uint8 if bits_allocated == 8 else np.uint16)
     if not encapsulated:
+        if syntax.deflated:
+            _require_exact_end(dataset)
         return *_to_stored(_native(dataset, shape, dtype), bits_stored, signed, False, flags), False
     frame = _join_fragments(dataset)
     header = inspect(uid, frame)
@@ -873,7 +884,9 @@ def _pixels(
             f" {bits_allocated}; correct the header"
         )
     lossy = bool(header.lossy) if syntax.lossy is None else syntax.lossy
-    values = decode(header, frame, shape, dtype)
+    if header.lossy is None and syntax.lossy is not None:
+        header = replace(header, lossy=lossy)
+    values = decode(header, frame, shape, dtype, flags)
     words = values.astype(f"{values.dtype.kind}{dtype.itemsize}", copy=False).view(dtype)
     return *_to_stored(words, bits_stored, signed, lossy, flags), lossy
 
@@ -903,6 +916,24 @@ def _native(dataset: _DataSet, shape: tuple[int, int], dtype: np.dtype) -> np.nd
         raise InvalidImage(f"pixel data have {min(element.length, remaining)} bytes, 16-bit words need {even}")
     words = np.frombuffer(dataset.data, ">u2", even // 2, element.start).astype("<u2")
     return words.view(np.uint8)[:expected].reshape(shape)
+
+
+def _require_exact_end(dataset: _DataSet) -> None:
+    """What follows the pixel data has to be elements in order, up to the last byte.
+
+    Raw deflate has no checksum: a torn stream inflates to a data set that is a few bytes too long or too short.
+    """
+    last, end = dataset.elements[_Tag.PIXELS], len(dataset.data)
+    position = dataset.end_of(last, end)
+    while position < end:
+        following = dataset.element_at(position, end, dataset.explicit)
+        if following.tag <= last.tag:
+            raise InvalidImage(
+                f"deflated data set has {end - position} bytes that are no element; the file is damaged, send it again"
+            )
+        last = following
+        undefined = following.length == _UNDEFINED
+        position = dataset.skip_undefined(following, end) if undefined else dataset.end_of(following, end)
 
 
 def _join_fragments(dataset: _DataSet) -> bytes | memoryview:
@@ -1270,6 +1301,7 @@ def _read_jpeg(data: bytes, limits: Limits) -> Radiograph:
     _require_size(header.height, header.width, limits)
     if data.rfind(b"\xff\xd9") < len(data) // 2:
         raise InvalidImage("JPEG has no end-of-image marker: it is truncated; send the complete file")
+    require_whole_scans(data)
     try:
         picture = Image.open(io.BytesIO(data), formats=["JPEG"])
         turned = ImageOps.exif_transpose(picture)
@@ -1285,7 +1317,10 @@ def _read_jpeg(data: bytes, limits: Limits) -> Radiograph:
     if (turn := picture.getexif().get(0x0112, 1)) != 1:
         flags.add("exif_transposed")
         density = density[::-1] if turn > 4 else density
-    return _picture("jpeg", _collapse(pixels.reshape(*pixels.shape[:2], -1)), density, flags)
+    pixels = _collapse(pixels.reshape(*pixels.shape[:2], -1))
+    if has_step(pixels if pixels.ndim == 2 else pixels[..., 1]):
+        flags.add("damage_suspected")
+    return _picture("jpeg", pixels, density, flags)
 
 
 def _collapse(pixels: np.ndarray) -> np.ndarray:

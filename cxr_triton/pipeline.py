@@ -20,13 +20,12 @@ import numpy as np
 
 from cxr_triton import image
 from cxr_triton.chat import ChatTokenizer
-from cxr_triton.dicom import Limits
+from cxr_triton.dicom import DOUBTFUL, Limits
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.record import is_verified
 from cxr_triton.engines.sampling import Sampling
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, PromptTooLong
 from cxr_triton.identity import hashed
-from cxr_triton.plausibility import DOUBTS
 from cxr_triton.reading import Reading, parse
 from cxr_triton.request import ReadRequest
 from cxr_triton.sandbox import Sandbox
@@ -232,7 +231,7 @@ def build_reading(completion: dict) -> Reading:
         finish_reason=completion["finish_reason"],
         image_sizes=[(facts["rows"], facts["columns"]) for facts in context["images"]],
     )
-    if parsed.status == "ok" and any(DOUBTS.keys() & facts["flags"] for facts in context["images"]):
+    if parsed.status == "ok" and any(DOUBTFUL & set(facts["flags"]) for facts in context["images"]):
         parsed = dataclasses.replace(parsed, status="doubtful_image")
     decoder_ms = completion["timings_ms"]
     received_s, prepared_s = context["received_s"], context["prepared_s"]

@@ -27,7 +27,7 @@ DOUBTS: dict[str, str] = {
     "picture_unlike_chest": "the picture does not look like a chest radiograph",
     "view_untrained": "a view that the profile's model was not trained on",
 }
-"""Flags with which no reading has the status ``ok``; a part of `cxr_triton.dicom.FLAGS`."""
+"""Flags of an image that may be no chest; a part of `cxr_triton.dicom.FLAGS` and `DOUBTFUL`."""
 
 EXTENT_MM = (50.0, 700.0)
 """Longer side of a chest on the detector: above a dental film, below a stitched leg or spine."""
