@@ -78,7 +78,7 @@ STATUSES = {
     "malformed": Concept("malformed", PRIVATE_SCHEME, "Malformed: a part of the expected form is missing"),
     "truncated": Concept("truncated", PRIVATE_SCHEME, "Truncated: the token limit came before the end"),
     "out_of_vocabulary": Concept("out-of-vocab", PRIVATE_SCHEME, "Out of vocabulary: lists unknown labels"),
-    "doubtful_image": Concept("doubtful-image", PRIVATE_SCHEME, "Doubtful image: may be no chest the model can read, or damaged"),
+    "doubtful_image": Concept("doubtful-image", PRIVATE_SCHEME, "Doubtful image: may be no readable chest, or damaged"),
 }
 NAMED_REGION = Concept("named-region", PRIVATE_SCHEME, "Region that the algorithm named in words")
 REASONING = Concept("reasoning", PRIVATE_SCHEME, "Reasoning of the algorithm")

@@ -423,6 +423,7 @@ class Server:
         monkeypatch.setattr(read, "AsyncReader", lambda *args, **kwargs: contextlib.nullcontext(self.reader))
         self.worker = ReadWorker(config, store, Log(config, self.log), Metrics(store.counts, lambda: 0), lambda: None)
         monkeypatch.setattr(self.worker, "_write", lambda *args: [result()])
+        monkeypatch.setattr(self.worker, "_file", lambda image: b"picture")
         self.stopping = asyncio.Event()
         self.task = asyncio.create_task(self.worker.run(self.stopping))
 

@@ -37,7 +37,7 @@ from cxr_triton.reading import Reading
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS / "integration")]
 from fake_server import FakeServer, response  # noqa: E402
-from sr_case import OPTIONS, file, header, reading, with_boxes  # noqa: E402
+from sr_case import OPTIONS, file, header, identity, reading, with_boxes  # noqa: E402
 
 
 def data(instance) -> bytes:
@@ -299,7 +299,8 @@ def test_an_object_has_the_study_uid_of_its_image_byte_for_byte_or_is_not_made(s
     with pydicom.config.disable_value_validation():
         prior = header(StudyInstanceUID="1.2.00.7", SOPInstanceUID="1.2.3.08", SeriesInstanceUID="1.2.3.007")
     read = with_boxes(source)
-    read |= {"images": read["images"] * 2, "boxes": [{**box, "image": 1} for box in read["boxes"]]}
+    before = {**read["images"][0], "identity": identity(prior)}
+    read |= {"images": [before, *read["images"]], "boxes": [{**box, "image": 1} for box in read["boxes"]]}
     try:
         instances = result_objects(read, [prior, source], kinds=KINDS, options=OPTIONS)
     except InvalidImage as error:
