@@ -12,12 +12,13 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import EXIT_NOT_AS_ASKED, json_option, printable, write_json
+from cxr_triton.cli import EXIT_NOT_AS_ASKED, OUT_FILE, json_option, printable, write_json
 from cxr_triton.client.limits import Timeouts, Tls
 from cxr_triton.client.page import NOT_FOR_DIAGNOSIS, STATUSES, decode_rate, draw, duration, reading_page
 from cxr_triton.client.reader import Reader, ReadingStream
 from cxr_triton.dicom import FLAGS as IMAGE_FLAGS
 from cxr_triton.errors import InvalidRequest
+from cxr_triton.files import write
 from cxr_triton.identity import IDENTIFIERS, require_same_images
 from cxr_triton.reading import FLAGS as READING_FLAGS
 from cxr_triton.reading import Reading
@@ -123,7 +124,7 @@ def require_readings_of(
 @click.option(
     "--html",
     "html_path",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OUT_FILE,
     metavar="OUT",
     help="Write one self-contained page with the pictures, the reasoning and everything around it.",
 )
@@ -169,8 +170,7 @@ def read(
     write_json(json.loads(reading.to_json()), json_path)
     if html_path:
         pictures = draw(images, reading, unchecked_reading=unchecked_reading)
-        html_path.parent.mkdir(parents=True, exist_ok=True)
-        html_path.write_text(reading_page(reading, pictures), encoding="utf-8")
+        write(html_path, reading_page(reading, pictures))
     if reading.status != "ok":
         sys.exit(EXIT_NOT_AS_ASKED)
 

@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 3 done but the result is not as as
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -18,6 +19,7 @@ import click
 
 from cxr_triton import __version__
 from cxr_triton.errors import CxrError, InternalError, QueueFull, Unavailable, unknown_key
+from cxr_triton.files import why_not_writable, write
 
 EXIT_FAILED, EXIT_NOT_AS_ASKED, EXIT_TRY_AGAIN, EXIT_INTERRUPTED = 1, 3, 75, 130
 
@@ -55,11 +57,24 @@ def printable(text: str) -> str:
     return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else ascii(c)[1:-1] for c in text)
 
 
+class Output(click.Path):
+    """A file or folder that a verb writes: refused before any work where it cannot be. Its folder has to be there."""
+
+    def convert(self, value, param, ctx):
+        path = super().convert(value, param, ctx)
+        if str(path) != "-" and (why := why_not_writable(Path(path))):
+            self.fail(printable(why), param, ctx)
+        return path
+
+
+OUT_FILE = Output(dir_okay=False, writable=True, path_type=Path)
+OUT_FOLDER = Output(file_okay=False, writable=True, path_type=Path)
+
 json_option = click.option(
     "--json",
     "json_path",
     metavar="PATH|-",
-    type=click.Path(dir_okay=False, allow_dash=True),
+    type=Output(dir_okay=False, writable=True, allow_dash=True),
     help="Write the result as JSON; with - it is all that goes to standard output.",
 )
 
@@ -74,16 +89,42 @@ def _one_line(found: re.Match[str]) -> str:
 
 
 def write_json(result: dict, path: str | None) -> None:
-    """Write a verb's result where `json_option` says; nothing when it was not given."""
+    """Write a verb's result where `json_option` says; nothing when it was not given.
+
+    A result that its file has no room for goes to standard output, so that no work is lost.
+    """
     if path is None:
         return
     text = _SHORT_LIST.sub(_one_line, json.dumps(result, indent=2, ensure_ascii=False)) + "\n"
     if path == "-":
         sys.stdout.write(text)
         sys.stdout.flush()
-    else:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text, encoding="utf-8")
+        return
+    try:
+        write(path, text)
+    except OSError:
+        click.echo(f"{printable(path)} could not be written; the result goes to standard output instead", err=True)
+        click.echo(text, nl=False)
+        raise
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some of your quota, or write to another disk",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or write to another disk",
+    errno.EROFS: "write to another disk",
+    errno.EACCES: "see its permissions, or choose another place",
+    errno.EPERM: "see its permissions, or choose another place",
+    errno.ENOENT: "see how it is spelled",
+}
+
+
+def _said(error: OSError) -> str:
+    """An operating system's error in one line: what, where, what to do."""
+    what = error.strerror or str(error)
+    where = f": {error.filename}" if error.filename else ""
+    remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
+    return printable(what + where + remedy)
 
 
 class Failure(click.ClickException):
@@ -136,7 +177,7 @@ class LazyGroup(click.Group):
         except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
             raise
         except OSError as error:
-            raise click.ClickException(printable(f"{error.strerror or error}: {error.filename or ''}")) from None
+            raise click.ClickException(_said(error)) from None
         except Exception as error:
             if os.environ.get("CXR_TRITON_DEBUG"):
                 raise

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import json_option, write_json
+from cxr_triton.cli import OUT_FOLDER, json_option, write_json
 
 GIB = 1 << 30
 
 
 @click.command()
 @click.argument("export_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle; must be new.")
+@click.option("-o", "--out", required=True, type=OUT_FOLDER, help="Folder of the bundle; must be new.")
 @click.option("--recipe", metavar="NAME|YAML", help="Target; see `recipes`.  [default: onnxruntime on a CPU]")
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Folder of compiled plans.")
 @click.option("--no-cache", is_flag=True, help="Compile, whatever was compiled before.")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import EXIT_FAILED, json_option, printable, write_json
+from cxr_triton.cli import EXIT_FAILED, OUT_FILE, json_option, printable, write_json
 from cxr_triton.errors import InvalidRequest
+from cxr_triton.files import write
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -27,7 +28,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="So many of the images, drawn at random.")
 @click.option("--seed", default=0, show_default=True, help="Of that draw.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the readings as one HTML page.")
+@click.option("--html", type=OUT_FILE, help="Write the readings as one HTML page.")
 @json_option
 def verify(
     bundle, checkpoint, images, profile, recipe, standin, quantized, requests, limit, seed, device, html, json_path
@@ -72,14 +73,13 @@ def verify(
         )
     record["seconds"] = round(time.monotonic() - started_s, 1)
     written = write_record(opened, record)
-    if html:
-        from .verify_page import verification_page
-
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(verification_page(record), encoding="utf-8")
     for line in summary(record):
         click.echo(line, err=json_path == "-")
     write_json({**record, "bundle": str(bundle), "digest": written.digest}, json_path)
+    if html:
+        from .verify_page import verification_page
+
+        write(html, verification_page(record))
     if not record["passed"]:
         raise SystemExit(EXIT_FAILED)
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import json_option, write_json
+from cxr_triton.cli import OUT_FILE, json_option, write_json
+from cxr_triton.files import write
 from cxr_triton.perf.compare import compare_command, history_command
-
-FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.group()
@@ -76,8 +75,8 @@ def _numbers(kind):
 @click.option("--ready-timeout-s", default=600.0, show_default=True, help="For REPOSITORY to be loaded and warm.")
 @click.option("--timeout-s", default=600.0, show_default=True, help="Limit of one request.")
 @click.option("--seed", default=0, show_default=True, help="Of the arrivals.")
-@click.option("--csv", "csv_path", type=FILE, help="Write the requests and summaries as CSV.")
-@click.option("--html", "html_path", type=FILE, help="Write the report page.")
+@click.option("--csv", "csv_path", type=OUT_FILE, help="Write the requests and summaries as CSV.")
+@click.option("--html", "html_path", type=OUT_FILE, help="Write the report page.")
 @json_option
 def run(
     repository,
@@ -163,12 +162,10 @@ def run(
                 )
     click.echo("\n".join([table(result), *extras(result)]), err=json_path == "-")
     click.secho(result["notice"], fg="yellow", err=True)
-    if csv_path or html_path:
-        for path, text in ((csv_path, to_csv), (html_path, result_page)):
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text(result), encoding="utf-8")
     write_json(result, json_path)
+    for path, text in ((csv_path, to_csv), (html_path, result_page)):
+        if path:
+            write(path, text(result))
 
 
 bench.add_command(compare_command)

@@ -205,7 +205,7 @@ def test_text_of_a_server_cannot_steer_the_terminal(png):
 
 
 def test_json_goes_to_a_file_or_alone_to_standard_output(png, tmp_path):
-    path = tmp_path / "new" / "reading.json"
+    path = tmp_path / "reading.json"
     with FakeServer(answering(reading())) as server:
         assert run("read", png, "--url", server.url, "--json", path).exit_code == 0
         result = run("read", png, "--url", server.url, "--json", "-")
@@ -332,7 +332,7 @@ def test_a_distant_server_without_encryption_is_warned_of(png):
 
 
 def test_html_shows_the_picture_and_no_file_name(png, tmp_path):
-    out = tmp_path / "new" / "page.html"
+    out = tmp_path / "page.html"
     facts = [{**reading().images[0], "identity": identity} for identity in identify([png.read_bytes()])]
     with FakeServer(answering(reading(images=facts))) as server:
         assert run("read", png, "--url", server.url, "--html", out).exit_code == 0

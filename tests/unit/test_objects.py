@@ -533,7 +533,7 @@ def test_sr_refuses_what_does_not_fit(image, tmp_path):
         ((image, "--reading", image, *out), 1, "chest.dcm: READING"),
         ((image, "--reading", stored, "--kinds", "sr", *out), 2, "'sr' is none of"),
         ((image, "--reading", stored, "--task", "findings", *out), 2, "give one of them"),
-        ((image, "--reading", stored), 2, "--output"),
+        ((image, "--reading", stored), 2, "--out"),
         (("--reading", stored, *out), 2, "FILE"),
     ):
         ran = run(*args)
