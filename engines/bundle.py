@@ -495,8 +495,43 @@ def _read_export(source: Path, engines: dict[str, str]) -> dict:
     for name in (*SIDE_FILES, *(name for graph in graphs for name in graph_files(graph, "onnxruntime"))):
         if not (source / name).is_file():
             raise InvalidBundle(f"{name} is missing in {source}; export again")
+    for name in SIDE_FILES:
+        _check_side_file(source / name)
     load_profile(source / "profile.yaml")
+    for graph in graphs:
+        _check_graph(source / f"{graph}.onnx")
     return export
+
+
+def _check_side_file(path: Path) -> None:
+    """Refuse an empty file, and half of a JSON file."""
+    text = path.read_bytes()
+    try:
+        whole = bool(text.strip()) and (path.suffix != ".json" or isinstance(json.loads(text), dict))
+    except (ValueError, RecursionError):
+        whole = False
+    if not whole:
+        raise InvalidBundle(f"{path} of {len(text)} bytes is cut off or damaged; export again")
+
+
+def _check_graph(path: Path) -> None:
+    """Refuse a graph that does not end, or whose data file ends before its last tensor."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except DecodeError:
+        graph = None
+    if graph is None or not graph.output:
+        raise InvalidBundle(f"{path} of {path.stat().st_size} bytes is cut off or damaged; export again")
+    needed = 0
+    for tensor in graph.initializer:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        needed = max(needed, int(where.get("offset", 0)) + int(where.get("length", 0)))
+    data = path.with_name(f"{path.name}.data")
+    if (size := data.stat().st_size) < needed:
+        raise InvalidBundle(f"{data} has {size} bytes, its graph needs {needed}: it is cut off; export again")
 
 
 def _copy(source: Path, target: Path, progress: Progress | None) -> dict:

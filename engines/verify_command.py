@@ -96,8 +96,10 @@ def summary(record: dict) -> list[str]:
                 said = check.get("said") or describe(check)
                 lines.append(f"          {check['name']}: {printable(said)}")
     runtime = record["runtime"]
-    images, engine = record["images"]["count"], runtime.get("said") or f"run in {runtime['engine']}"
-    lines.append(f"{'passed' if record['passed'] else 'REFUSED'}: {images} images, {engine}")
+    count, refused = record["images"]["count"], sum(record["images"].get("refused", {}).values())
+    left_out = f" ({refused} left out)" if refused else ""
+    engine = runtime.get("said") or f"run in {runtime['engine']}"
+    lines.append(f"{'passed' if record['passed'] else 'REFUSED'}: {count} images{left_out}, {engine}")
     return lines
 
 
