@@ -41,7 +41,12 @@ class AsyncReader:
         max_message_mib: int = 256,
         tls: Tls | None = None,
     ):
-        self.url, self.timeouts, self.model, self.max_message_mib = url, timeouts, model, max_message_mib
+        self.url, self.timeouts, self.model, self.max_message_mib = (
+            wire.require_endpoint(url),
+            timeouts,
+            model,
+            max_message_mib,
+        )
         self._tls = tls
         self._channel: grpc.aio.Channel | None = None
         self._closed = False

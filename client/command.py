@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from cxr_triton.client.limits import Timeouts, Tls
 from cxr_triton.client.page import NOT_FOR_DIAGNOSIS, STATUSES, decode_rate, draw, duration, reading_page
 from cxr_triton.client.reader import Reader, ReadingStream
 from cxr_triton.dicom import FLAGS as IMAGE_FLAGS
-from cxr_triton.errors import InvalidRequest
+from cxr_triton.errors import CxrError, InvalidRequest, ServerMismatch
 from cxr_triton.files import write
 from cxr_triton.identity import IDENTIFIERS, require_same_images
 from cxr_triton.reading import FLAGS as READING_FLAGS
@@ -58,9 +59,10 @@ def connection(command):
 def connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) -> Reader:
     """A reader at `url`; warns where `images` would travel in clear text."""
     tls = Tls(ca=tls_ca, cert=tls_cert, key=tls_key) if tls_ca or tls_cert else None
+    reader = Reader(url, timeouts=Timeouts(first_delta_s=None, total_s=timeout_s), tls=tls)
     if images and not tls and url.rpartition(":")[0] not in LOOPBACK:
         click.echo(f"warning: the pictures travel unencrypted to {printable(url)}; use --tls-ca", err=True)
-    return Reader(url, timeouts=Timeouts(first_delta_s=None, total_s=timeout_s), tls=tls)
+    return reader
 
 
 unchecked_reading_option = click.option(
@@ -142,6 +144,8 @@ def read(
     doubtful image (it is shown and written all the same); 1 when there is no reading; 75 when there is none because the
     server is busy or out of reach; 2 for wrong usage; 130 after Ctrl-C, which also cancels the request on the server.
     """
+    if prompt is not None and (task or variables):
+        raise click.UsageError("--prompt asks in place of a task: give it without --task and --var")
     images = [file.read_bytes() for file in files]
     turns, readings = _history(history)
     require_readings_of(files, images, readings, unchecked_reading=unchecked_reading)
@@ -201,6 +205,8 @@ def received(reader: Reader, stream: ReadingStream) -> Iterator[str]:
                 continue
             if text is None:
                 return
+            if isinstance(text, CxrError):
+                raise type(text)(in_options(text.message)) from None
             if isinstance(text, BaseException):
                 raise text
             yield text
@@ -208,6 +214,24 @@ def received(reader: Reader, stream: ReadingStream) -> Iterator[str]:
         stream.close()
         reader.close()
         thread.join()
+
+
+_OPTIONS = (
+    (r"REQUEST\.variables\.(\w+)", r"--var \1"),
+    (r"REQUEST\.variables", "--var"),
+    (r"REQUEST\.(task|prompt|mode|history|seed|temperature|identifiers)", r"--\1"),
+    (r"REQUEST\.max_new_tokens", "--max-new-tokens"),
+    (r"\bIMAGES: (\d+) given", r"FILE: \1 given"),
+    (r"\bREQUEST\b", "the request"),
+    (r"\b(?:Timeouts\.)?total_s\b", "--timeout-s"),
+)
+
+
+def in_options(message: str) -> str:
+    """An error of server or client in the words of the command line."""
+    for word, option in _OPTIONS:
+        message = re.sub(word, option, message)
+    return message
 
 
 def _variables(pairs: tuple[str, ...]) -> dict[str, str | list[str]]:
@@ -227,19 +251,31 @@ def _history(files: tuple[Path, ...]) -> tuple[list[dict], list[tuple[str, Readi
     """The turns of all files, and the readings among them after their names."""
     turns, readings = [], []
     for file in files:
-        text = file.read_bytes()
         try:
-            data = json.loads(text)
-        except ValueError as error:
+            data = json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"{file.name} of --history is not JSON: {error}; give turns or a reading") from None
         if isinstance(data, dict):
-            reading = Reading.from_json(text)
+            reading = stored_reading(file)
             readings.append((file.name, reading))
             data = [{"role": "user", "content": reading.prompt}, {"role": "assistant", "content": reading.text}]
-        if not isinstance(data, list):
-            raise InvalidRequest(f"{file.name} of --history is a {type(data).__name__}; give turns or a reading")
+        if not (isinstance(data, list) and all(isinstance(turn, dict) for turn in data)):
+            raise InvalidRequest(
+                f"{file.name} of --history is no list of turns and no reading; give turns or a reading"
+            )
         turns += data
     return turns, readings
+
+
+def stored_reading(file: Path) -> Reading:
+    """A reading that `read --json` wrote; raises `InvalidRequest` where `file` is none."""
+    try:
+        return Reading.from_json(file.read_bytes())
+    except ServerMismatch as error:
+        said = error.message.removeprefix("READING: ").replace(
+            "use a client of the server's version", "give what `cxr-triton read --json` wrote"
+        )
+        raise InvalidRequest(f"{file.name}: {said}") from None
 
 
 def _summary(reading: Reading) -> Iterator[tuple[str, list[str]]]:

@@ -53,7 +53,12 @@ class Reader:
         max_message_mib: int = 256,
         tls: Tls | None = None,
     ):
-        self.url, self.timeouts, self.model, self.max_message_mib = url, timeouts, model, max_message_mib
+        self.url, self.timeouts, self.model, self.max_message_mib = (
+            wire.require_endpoint(url),
+            timeouts,
+            model,
+            max_message_mib,
+        )
         options = wire.channel_options(max_message_mib)
         if tls:
             channel = grpc.secure_channel(url, tls.credentials(), options)

@@ -7,7 +7,6 @@ import datetime
 import io
 import json
 import sys
-from pathlib import Path
 
 import click
 import highdicom  # noqa: F401  # here, so that an install without it is told which extra to take
@@ -19,6 +18,7 @@ from cxr_triton.client.command import (
     connection,
     received,
     require_readings_of,
+    stored_reading,
     unchecked_reading_option,
 )
 from cxr_triton.client.objects import (
@@ -31,9 +31,7 @@ from cxr_triton.client.objects import (
     source_header,
 )
 from cxr_triton.client.page import NOT_FOR_DIAGNOSIS
-from cxr_triton.errors import InvalidRequest, ServerMismatch
 from cxr_triton.files import write
-from cxr_triton.reading import Reading
 
 
 def _kinds(context, parameter, value: str) -> tuple[str, ...]:
@@ -88,7 +86,7 @@ def sr(
     if reading_path:
         if task:
             raise click.UsageError("--task asks a server, --reading takes what one answered; give one of them")
-        stored = _stored(reading_path)
+        stored = stored_reading(reading_path)
         require_readings_of(files, images, [(reading_path.name, stored)], unchecked_reading=unchecked_reading)
         reading = json.loads(stored.to_json())
         made_at = datetime.datetime.fromtimestamp(int(reading_path.stat().st_mtime)).astimezone()
@@ -130,10 +128,3 @@ def sr(
     write_json({"status": reading["status"], "objects": written, "warnings": warnings}, json_path)
     if reading["status"] != "ok":
         sys.exit(EXIT_NOT_AS_ASKED)
-
-
-def _stored(path: Path) -> Reading:
-    try:
-        return Reading.from_json(path.read_bytes())
-    except ServerMismatch as error:
-        raise InvalidRequest(f"{path.name}: {error.message}") from None

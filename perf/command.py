@@ -100,6 +100,7 @@ def run(
     """
     from tqdm import tqdm
 
+    from cxr_triton.client.wire import require_endpoint
     from cxr_triton.engines.bundle import Bundle
     from cxr_triton.errors import InvalidRequest, unknown_key
     from cxr_triton.perf import baselines, perf_analyzer, roofline
@@ -111,6 +112,8 @@ def run(
 
     if (repository is None) == (url is None):
         raise click.UsageError("give REPOSITORY or --url, one of them")
+    if url:
+        require_endpoint(url)
     beside = baselines.parse(baseline)
     if beside and not repository:
         raise click.UsageError("--baseline runs on the server's own cores: give REPOSITORY, not --url")

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import http.server
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import pty
 import re
 import resource
 import signal
+import socketserver
 import subprocess
 import sys
 import threading
@@ -310,7 +312,19 @@ def test_options_become_the_request(png, tmp_path):
         (["no-such-file.dcm"], 2, "no-such-file.dcm"),
         (["--history", "bad.json"], 1, "[INVALID_REQUEST] bad.json"),
         (["--history", "text.json"], 1, "[INVALID_REQUEST] text.json"),
-        (["--history", "other.json"], 1, "[SERVER_MISMATCH]"),
+        (["--history", "other.json"], 1, "[INVALID_REQUEST] other.json: is not a reading"),
+        (["--history", "deep.json"], 1, "[INVALID_REQUEST] deep.json"),
+        (["--history", "numbers.json"], 1, "[INVALID_REQUEST] numbers.json"),
+        (["--history", "image.json"], 1, "[INVALID_REQUEST] image.json"),
+        (["--prompt", "Which?", "--task", "findings"], 2, "--prompt"),
+        (["--prompt", "Which?", "--var", "a=b"], 2, "--prompt"),
+        (["--url", "localhost"], 1, "localhost:8001"),
+        (["--url", "http://localhost:8000/v2"], 1, "give host and port, localhost:8001"),
+        (["--url", "https://host"], 1, "give host and port, host:8001"),
+        (["--url", "localhost:70000"], 1, "no port from 1 to 65535"),
+        (["--url", "localhost:grpc"], 1, "no port from 1 to 65535"),
+        (["--url", "::1"], 1, "[::1]:8001"),
+        (["--url", "[::1]"], 1, "[::1]:8001"),
     ],
 )
 def test_wrong_usage_is_said_before_anything_is_sent(tmp_path, monkeypatch, args, code, message):
@@ -318,10 +332,46 @@ def test_wrong_usage_is_said_before_anything_is_sent(tmp_path, monkeypatch, args
     Path("bad.json").write_text("{")
     Path("text.json").write_text('"text"')
     Path("other.json").write_text("{}")
+    Path("deep.json").write_text("[" * 100_000)
+    Path("numbers.json").write_text("[1, 2]")
+    Path("image.json").write_bytes(b"\x89PNG\r\n\x1a\n")
     with FakeServer(answering(reading())) as server:
         result = run("read", "--url", server.url, *args)
         assert result.exit_code == code and message in result.stderr
         assert server.requests == []
+
+
+def test_a_server_of_http_is_told_from_one_that_is_not_there():
+    with socketserver.TCPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        result = run("read", "--prompt", "Which?", "--url", f"127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+    assert result.exit_code == 75 and "does not speak gRPC" in result.stderr and "8001" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("REQUEST.history: is empty, but task 'x' continues", "--history: is empty, but task 'x' continues"),
+        ("REQUEST.history[1].role: is 'user'", "--history[1].role: is 'user'"),
+        ("REQUEST.variables.question: is missing", "--var question: is missing"),
+        ("unknown key 'a' in REQUEST.variables of task 'x'", "unknown key 'a' in --var of task 'x'"),
+        ("IMAGES: 3 given, task 'x' takes 1", "FILE: 3 given, task 'x' takes 1"),
+        ("REQUEST: 9 bytes, allowed 5", "the request: 9 bytes, allowed 5"),
+    ],
+)
+def test_a_servers_words_are_those_of_the_command_line(png, said, shown):
+    with FakeServer(lambda request, context: iter([failure(f"[INVALID_REQUEST] {said}")])) as server:
+        assert run("read", png, "--url", server.url).stderr == f"error: [INVALID_REQUEST] {shown}\n"
+
+
+def test_every_option_of_a_request_is_told_by_its_name():
+    from cxr_triton.client.command import in_options, read
+    from cxr_triton.request import _KEYS
+
+    options = {option for parameter in read.params for option in parameter.opts}
+    named = {in_options(f"REQUEST.{key}") for key in _KEYS}
+    assert named <= options | {f"the request.{key}" for key in ("top_p", "repetition_penalty", "stop")}
 
 
 def test_a_distant_server_without_encryption_is_warned_of(png):

@@ -530,7 +530,7 @@ def test_sr_refuses_what_does_not_fit(image, tmp_path):
     for args, code, words in (
         ((png, "--reading", stored, *out), 1, "[INVALID_IMAGE] the file is not DICOM"),
         ((image, image, "--reading", stored, *out), 1, "case.json is of 1 images, 2 were given"),
-        ((image, "--reading", image, *out), 1, "chest.dcm: READING"),
+        ((image, "--reading", image, *out), 1, "chest.dcm: is not a reading"),
         ((image, "--reading", stored, "--kinds", "sr", *out), 2, "'sr' is none of"),
         ((image, "--reading", stored, "--task", "findings", *out), 2, "give one of them"),
         ((image, "--reading", stored), 2, "--out"),
