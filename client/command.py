@@ -163,7 +163,7 @@ def read(
             seed=seed,
             identifiers=identifiers,
         )
-        with contextlib.closing(received(reader, stream)) as deltas:
+        with contextlib.closing(received(reader, stream, files)) as deltas:
             for delta in deltas:
                 click.echo(click.style(printable(delta), dim=True) if out.isatty() else printable(delta), out, nl=False)
         reading = stream.result()
@@ -179,7 +179,7 @@ def read(
         sys.exit(EXIT_NOT_AS_ASKED)
 
 
-def received(reader: Reader, stream: ReadingStream) -> Iterator[str]:
+def received(reader: Reader, stream: ReadingStream, files: Sequence[Path] = ()) -> Iterator[str]:
     """The text of `stream`, received by a thread so that Ctrl-C never interrupts gRPC, whose state that breaks.
 
     However the generator ends, it closes `reader`, which cancels the request on the server. Put it in
@@ -206,7 +206,7 @@ def received(reader: Reader, stream: ReadingStream) -> Iterator[str]:
             if text is None:
                 return
             if isinstance(text, CxrError):
-                raise type(text)(in_options(text.message)) from None
+                raise type(text)(in_options(text.message, files)) from None
             if isinstance(text, BaseException):
                 raise text
             yield text
@@ -227,8 +227,10 @@ _OPTIONS = (
 )
 
 
-def in_options(message: str) -> str:
-    """An error of server or client in the words of the command line."""
+def in_options(message: str, files: Sequence[Path] = ()) -> str:
+    """An error of server or client about `files` in the words of the command line."""
+    for number, file in enumerate(files):
+        message = message.replace(f"IMAGES[{number}]", file.name)
     for word, option in _OPTIONS:
         message = re.sub(word, option, message)
     return message

@@ -93,7 +93,7 @@ def sr(
     else:
         with connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) as reader:
             stream = reader.read(images, task=task)
-            with contextlib.closing(received(reader, stream)) as deltas:
+            with contextlib.closing(received(reader, stream, files)) as deltas:
                 for _ in deltas:
                     pass
             reading = json.loads(stream.result().to_json())

@@ -357,6 +357,7 @@ def test_a_server_of_http_is_told_from_one_that_is_not_there():
         ("REQUEST.variables.question: is missing", "--var question: is missing"),
         ("unknown key 'a' in REQUEST.variables of task 'x'", "unknown key 'a' in --var of task 'x'"),
         ("IMAGES: 3 given, task 'x' takes 1", "FILE: 3 given, task 'x' takes 1"),
+        ("IMAGES[0]: file is text", "DOE^JANE.png: file is text"),
         ("REQUEST: 9 bytes, allowed 5", "the request: 9 bytes, allowed 5"),
     ],
 )
