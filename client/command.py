@@ -13,7 +13,8 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import EXIT_NOT_AS_ASKED, OUT_FILE, json_option, printable, write_json
+from cxr_triton.cli import EXIT_FAILED, EXIT_NOT_AS_ASKED, OUT_FILE, OUT_FOLDER, json_option, printable, write_json
+from cxr_triton.client.folder import DICOMDIR, files_in, read_folder
 from cxr_triton.client.limits import Timeouts, Tls
 from cxr_triton.client.page import NOT_FOR_DIAGNOSIS, STATUSES, decode_rate, draw, duration, reading_page
 from cxr_triton.client.reader import Reader, ReadingStream
@@ -97,7 +98,7 @@ def require_readings_of(
 
 
 @click.command(short_help="Read radiographs through a running server.")
-@click.argument("files", metavar="[FILE]...", nargs=-1, type=FILE)
+@click.argument("files", metavar="[FILE|FOLDER]...", nargs=-1, type=click.Path(exists=True, path_type=Path))
 @click.option("--task", metavar="NAME", help="What to ask, a task of the served profile; its default task if left out.")
 @click.option("--prompt", metavar="TEXT", help="Ask this in place of a task.")
 @click.option("--mode", metavar="NAME", help="How to answer, a mode of the served profile.")
@@ -123,6 +124,7 @@ def require_readings_of(
     "--identifiers", type=click.Choice(IDENTIFIERS), help="How the reading names its images' UIDs; plain if left out."
 )
 @connection
+@click.option("-o", "--out", type=OUT_FOLDER, help="Folder of the readings of a FOLDER; made if it is not there.")
 @click.option(
     "--html",
     "html_path",
@@ -133,12 +135,16 @@ def require_readings_of(
 @json_option
 def read(
     files, url, task, prompt, mode, variables, history, unchecked_reading, max_new_tokens, temperature, seed,
-    identifiers, timeout_s, tls_ca, tls_cert, tls_key, html_path, json_path,
+    identifiers, timeout_s, tls_ca, tls_cert, tls_key, out, html_path, json_path,
 ):  # fmt: skip
     """Read one patient's radiographs and stream the model's reasoning.
 
     FILEs are DICOM Part 10, PNG or JPEG. Several are one request with several pictures: prior first, current last. Only
     their contents are sent.
+
+    A FOLDER, or the DICOMDIR in it, is read image by image, with those in the folders below. Each reading is written to
+    -o under the image's name as it comes, and --json gets the table. A second run reads what is missing or has changed.
+    Exit status 3 when an image has no reading or one that is not well formed; 1 when none has any.
 
     Exit status: 0 when the reading is well formed; 3 when it is malformed, truncated, out of vocabulary or of a
     doubtful image (it is shown and written all the same); 1 when there is no reading; 75 when there is none because the
@@ -146,23 +152,30 @@ def read(
     """
     if prompt is not None and (task or variables):
         raise click.UsageError("--prompt asks in place of a task: give it without --task and --var")
+    options = {
+        "task": task,
+        "prompt": prompt,
+        "mode": mode,
+        "variables": _variables(variables) or None,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "identifiers": identifiers,
+    }
+    server = (url, timeout_s, tls_ca, tls_cert, tls_key)
+    if any(file.is_dir() or file.name == DICOMDIR for file in files):
+        if len(files) > 1 or history or html_path or not out:
+            raise click.UsageError("a folder is read alone, with -o FOLDER, and without --history and --html")
+        _read_folder(files[0] if files[0].is_dir() else files[0].parent, out, options, server, json_path)
+        return
+    if out:
+        raise click.UsageError("-o is for the readings of a FOLDER; use --json and --html for that of FILEs")
     images = [file.read_bytes() for file in files]
     turns, readings = _history(history)
     require_readings_of(files, images, readings, unchecked_reading=unchecked_reading)
     out = sys.stderr if json_path == "-" else sys.stdout
-    with connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) as reader:
-        stream = reader.read(
-            images,
-            task=task,
-            prompt=prompt,
-            mode=mode,
-            history=turns or None,
-            variables=_variables(variables) or None,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            identifiers=identifiers,
-        )
+    with connect(images, *server) as reader:
+        stream = reader.read(images, history=turns or None, **options)
         with contextlib.closing(received(reader, stream, files)) as deltas:
             for delta in deltas:
                 click.echo(click.style(printable(delta), dim=True) if out.isatty() else printable(delta), out, nl=False)
@@ -176,6 +189,43 @@ def read(
         pictures = draw(images, reading, unchecked_reading=unchecked_reading)
         write(html_path, reading_page(reading, pictures))
     if reading.status != "ok":
+        sys.exit(EXIT_NOT_AS_ASKED)
+
+
+def _read_folder(folder: Path, out: Path, options: dict, server: tuple, json_path: str | None) -> None:
+    """Read the images of a folder, a line for each on standard error, then the table."""
+    files, rows, warned = files_in(folder, out), [], []
+
+    def ask(file: Path, data: bytes) -> Reading:
+        with connect([] if warned else [data], *server) as reader:
+            warned.append(True)
+            stream = reader.read([data], **options)
+            with contextlib.closing(received(reader, stream, [file])) as deltas:
+                for _ in deltas:
+                    pass
+            return stream.result()
+
+    for number, row in enumerate(read_folder(folder, files, out, options["task"], ask), 1):
+        rows.append(row)
+        said = f"{row.status}{', was there' if row.was_there else ''}{f': {row.said}' if row.said else ''}"
+        click.echo(printable(f"[{number}/{len(files)}] {row.file}: {said}"), err=True)
+    images = [row for row in rows if row.status != "NO_IMAGE"]
+    if not images:
+        raise InvalidRequest(f"{folder} holds no DICOM, PNG or JPEG file; give a folder of radiographs")
+    to = sys.stderr if json_path == "-" else sys.stdout
+    widths = [max(len(printable(getattr(row, name))) for row in images) for name in ("file", "status")]
+    for row in images:
+        labels = ", ".join(finding.label for finding in row.reading.findings) if row.reading else ""
+        click.echo(printable(f"{row.file:<{widths[0]}}  {row.status:<{widths[1]}}  {labels}").rstrip(), to)
+    readings = [row.reading for row in images if row.reading]
+    well_formed = sum(reading.status == "ok" for reading in readings)
+    click.echo(f"{len(images)} images, {len(readings)} readings, {well_formed} of them well formed, in {out}", to)
+    for notice in dict.fromkeys([NOT_FOR_DIAGNOSIS, *(reading.notice for reading in readings)]):
+        click.echo(printable(notice), to)
+    write_json({"out": str(out), "images": [row.as_json() for row in rows]}, json_path)
+    if not readings:
+        sys.exit(EXIT_FAILED)
+    if well_formed < len(images):
         sys.exit(EXIT_NOT_AS_ASKED)
 
 

@@ -328,16 +328,25 @@ def read_image(data: bytes, limits: Limits | None = None) -> Radiograph:
     if len(data) > limits.max_file_bytes:
         raise LimitExceeded(f"file has {len(data)} bytes, allowed {limits.max_file_bytes}; send a smaller file")
     has_prefix = data[128:132] == b"DICM"
-    picture = data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))
+    picture = data.startswith(_PICTURES)
     if has_prefix and (picture or data.startswith(_EXECUTABLE)):
         raise InvalidImage(f"DICOM file starts like {kind_of(data)}; clear its 128-byte preamble")
     if picture:
         return _read_png(data, limits) if data[0] == 0x89 else _read_jpeg(data, limits)
     if has_prefix:
         return _read_dicom(data, 132, limits)
-    if data[:2] in (b"\x02\0", b"\x08\0", b"\0\x08") and len(data) >= 16:
+    if may_be_image(data):
         return _read_dicom(data, 0, limits)
     raise InvalidImage(f"file is {kind_of(data)}, no DICOM, PNG or JPEG; send one of these")
+
+
+_PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+
+
+def may_be_image(data: bytes) -> bool:
+    """Whether a file starts as a DICOM file, with or without prefix, a PNG or a JPEG does."""
+    is_bare = data[:2] in (b"\x02\0", b"\x08\0", b"\0\x08") and len(data) >= 16
+    return data[128:132] == b"DICM" or data.startswith(_PICTURES) or is_bare
 
 
 _KINDS = {

@@ -101,6 +101,11 @@ def test_an_unknown_verb_names_the_nearest():
     assert result.exit_code == 2 and "did you mean 'read'?" in result.output
 
 
+def test_an_unknown_verb_that_is_near_to_none_gets_them_all():
+    result = run("doctor")
+    assert result.exit_code == 2 and "did you mean" not in result.output and "read, " in result.output
+
+
 def test_a_missing_extra_names_the_install_command():
     code = "import sys; sys.modules['grpc'] = None; from cxr_triton.cli import main; main(['read', 'x'])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
