@@ -13,7 +13,17 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import EXIT_FAILED, EXIT_NOT_AS_ASKED, OUT_FILE, OUT_FOLDER, json_option, printable, write_json
+from cxr_triton.cli import (
+    EXIT_FAILED,
+    EXIT_NOT_AS_ASKED,
+    MODES,
+    OUT_FILE,
+    OUT_FOLDER,
+    TASKS,
+    json_option,
+    printable,
+    write_json,
+)
 from cxr_triton.client.folder import DICOMDIR, files_in, read_folder
 from cxr_triton.client.limits import Timeouts, Tls
 from cxr_triton.client.page import NOT_FOR_DIAGNOSIS, STATUSES, decode_rate, draw, duration, reading_page
@@ -99,9 +109,14 @@ def require_readings_of(
 
 @click.command(short_help="Read radiographs through a running server.")
 @click.argument("files", metavar="[FILE|FOLDER]...", nargs=-1, type=click.Path(exists=True, path_type=Path))
-@click.option("--task", metavar="NAME", help="What to ask, a task of the served profile; its default task if left out.")
+@click.option(
+    "--task",
+    shell_complete=TASKS,
+    metavar="NAME",
+    help="What to ask, a task of the served profile; its default task if left out.",
+)
 @click.option("--prompt", metavar="TEXT", help="Ask this in place of a task.")
-@click.option("--mode", metavar="NAME", help="How to answer, a mode of the served profile.")
+@click.option("--mode", shell_complete=MODES, metavar="NAME", help="How to answer, a mode of the served profile.")
 @click.option(
     "--var",
     "variables",

@@ -11,7 +11,7 @@ import sys
 import click
 import highdicom  # noqa: F401  # here, so that an install without it is told which extra to take
 
-from cxr_triton.cli import EXIT_NOT_AS_ASKED, OUT_FOLDER, json_option, printable, write_json
+from cxr_triton.cli import EXIT_NOT_AS_ASKED, OUT_FOLDER, TASKS, json_option, printable, write_json
 from cxr_triton.client.command import (
     FILE,
     connect,
@@ -61,7 +61,7 @@ def _kinds(context, parameter, value: str) -> tuple[str, ...]:
     metavar="LIST",
     help=f"Of {', '.join(KINDS)}, fhir; with commas.",
 )
-@click.option("--task", metavar="NAME", help="What to ask the server.")
+@click.option("--task", shell_complete=TASKS, metavar="NAME", help="What to ask the server.")
 @connection
 @json_option
 def sr(

@@ -6,13 +6,16 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 3 done but the result is not as as
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import json
 import os
 import re
+import shlex
 import sys
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -24,6 +27,8 @@ from cxr_triton.files import why_not_writable, write
 EXIT_FAILED, EXIT_NOT_AS_ASKED, EXIT_TRY_AGAIN, EXIT_INTERRUPTED = 1, 3, 75, 130
 
 VERBS = {
+    "profiles": ("cxr_triton.profile_command:profiles", "client", "List the models that are known."),
+    "tasks": ("cxr_triton.profile_command:tasks", "client", "List what the models can be asked."),
     "quantize": ("cxr_triton.export.quantize:quantize", "quantize", "Quantize a checkpoint, calibrated on images."),
     "export": ("cxr_triton.export.command:export", "local", "Write the vision and decoder graphs of a checkpoint."),
     "recipes": ("cxr_triton.engines.command:recipes", "local", "List the GPUs that bundles are built for."),
@@ -47,6 +52,49 @@ VERBS = {
     "bench": ("cxr_triton.perf.command:bench", "perf", "Measure a served reader, and compare measurements."),
     "demo": ("cxr_triton.triton_repo.command:demo", "local", "Export, build, package, serve and read on this CPU."),
 }
+
+
+EXAMPLES = {
+    "profiles": ("profiles --json profiles.json",),
+    "tasks": ("tasks chexone",),
+    "quantize": (
+        "quantize nvidia/NV-Reason-CXR-3B --profile nv-reason-cxr-3b --scheme fp8 --images radiographs/"
+        " --accept-licence -o quantized/",
+    ),
+    "export": ("export nvidia/NV-Reason-CXR-3B --profile nv-reason-cxr-3b --accept-licence -o export/",),
+    "recipes": ("recipes", "recipes rtx4090-int4"),
+    "build": ("build export/ -o bundle/", "build export/ --recipe cpu-int4-openvino -o bundle/"),
+    "verify": ("verify bundle/ --checkpoint checkpoint/ --images radiographs/ --html verification.html",),
+    "make-engine": (
+        "make-engine nvidia/NV-Reason-CXR-3B --profile nv-reason-cxr-3b --recipe rtx4090-int4 --accept-licence"
+        " -o engine/",
+    ),
+    "package": ("package bundle/ -o repository/",),
+    "serve": ("serve repository/",),
+    "golden": ("golden engine/ --url 127.0.0.1:8001",),
+    "read": (
+        "read chest.dcm --html reading.html --json reading.json",
+        "read prior.dcm current.dcm --task progression",
+        "read radiographs/ -o readings/",
+    ),
+    "sr": ("sr chest.dcm --reading reading.json -o objects/",),
+    "gateway": ("gateway --config gateway.yaml",),
+    "gateway run": ("gateway run --config gateway.yaml",),
+    "gateway example": ("gateway example > gateway.yaml",),
+    "gateway status": ("gateway status", "gateway status 12"),
+    "gateway retry": ("gateway retry 12",),
+    "gateway drop": ("gateway drop 12",),
+    "gateway drain": ("gateway drain --timeout-s 600",),
+    "bench": ("bench run repository/ --json result.json",),
+    "bench run": (
+        "bench run repository/ --json result.json --html result.html",
+        "bench run --url 127.0.0.1:8001 --scenario server --rates 0.5,1",
+    ),
+    "bench compare": ("bench compare before.json after.json",),
+    "bench history": ("bench history results/ --html history.html",),
+    "demo": ("demo -o build/demo",),
+}
+"""Of each command, as they stand under its help."""
 
 
 def printable(text: str) -> str:
@@ -127,6 +175,11 @@ def _said(error: OSError) -> str:
     return printable(what + where + remedy)
 
 
+def say_next(*command: str | Path) -> None:
+    """What to run next, on standard error; capitals are for the user to fill in."""
+    click.echo(f"next: {printable(shlex.join(['cxr-triton', *map(str, command)]))}", err=True)
+
+
 class Failure(click.ClickException):
     """A verb's failure as one line with its code; never a traceback."""
 
@@ -137,6 +190,61 @@ class Failure(click.ClickException):
 
     def show(self, file=None):
         click.echo(f"error: [{self.code}] {self.message}", file=file or sys.stderr)
+
+
+class _Usage(click.UsageError):
+    """Wrong usage, said as every other error is."""
+
+    def show(self, file=None):
+        if self.ctx:
+            click.echo(f"{self.ctx.get_usage()}\nTry '{self.ctx.command_path} --help' for help.\n", file or sys.stderr)
+        click.echo(f"error: {printable(self.format_message())}", file or sys.stderr)
+
+
+class _Plain(click.ClickException):
+    """A failure without a code."""
+
+    def show(self, file=None):
+        click.echo(f"error: {self.format_message()}", file or sys.stderr)
+
+
+@contextlib.contextmanager
+def _alike() -> Iterator[None]:
+    """click writes ``Error:``, and its own help where no argument was given."""
+    try:
+        yield
+    except (_Usage, _Plain, Failure, click.exceptions.NoArgsIsHelpError):
+        raise
+    except click.UsageError as error:
+        raise _Usage(error.format_message(), error.ctx) from None
+    except click.ClickException as error:
+        raise _Plain(error.format_message()) from None
+
+
+def _with_examples(command: click.Command, path: str) -> click.Command:
+    lines = [f"  cxr-triton {line}" for line in EXAMPLES.get(path, ())]
+    if lines:
+        command.epilog = "\n".join(["\b", "Example:" if len(lines) == 1 else "Examples:", *lines])
+    for name, inner in getattr(command, "commands", {}).items():
+        _with_examples(inner, f"{path} {name}")
+    return command
+
+
+def names(listed: str):
+    """Completion of an option or argument by the names that ``MODULE:FUNCTION`` lists, else by files."""
+
+    def complete(context, parameter, incomplete):
+        from click.shell_completion import CompletionItem
+
+        module, function = listed.split(":")
+        found = [name for name in getattr(importlib.import_module(module), function)() if name.startswith(incomplete)]
+        return [CompletionItem(name) for name in found] or [CompletionItem(incomplete, type="file")]
+
+    return complete
+
+
+PROFILES, RECIPES = names("cxr_triton.profile:profile_names"), names("cxr_triton.engines.recipe:recipe_names")
+TASKS, MODES = names("cxr_triton.profile_command:task_names"), names("cxr_triton.profile_command:mode_names")
 
 
 class LazyGroup(click.Group):
@@ -150,7 +258,7 @@ class LazyGroup(click.Group):
             return None
         (module, attribute), extra = VERBS[name][0].split(":"), VERBS[name][1]
         try:
-            return getattr(importlib.import_module(module), attribute)
+            return _with_examples(getattr(importlib.import_module(module), attribute), name)
         except ImportError as error:
             if (error.name or "").startswith("cxr_triton"):
                 raise
@@ -166,7 +274,15 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, _, text) in VERBS.items()])
 
+    def make_context(self, info_name, args, parent=None, **extra):
+        with _alike():
+            return super().make_context(info_name, args, parent, **extra)
+
     def invoke(self, ctx):
+        with _alike():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx):
         try:
             return super().invoke(ctx)
         except CxrError as error:
@@ -185,7 +301,7 @@ class LazyGroup(click.Group):
             raise Failure(InternalError(message)) from None
 
 
-@click.command(cls=LazyGroup)
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="cxr-triton")
 def main():
     """Chest X-ray reasoning models: checkpoint to a served, measured Triton ensemble.

@@ -21,7 +21,7 @@ from pathlib import Path
 import click
 
 from cxr_triton import __version__
-from cxr_triton.cli import OUT_FOLDER, json_option, write_json
+from cxr_triton.cli import OUT_FOLDER, PROFILES, RECIPES, json_option, say_next, write_json
 from cxr_triton.errors import InvalidRequest, NotVerified
 from cxr_triton.files import new_folder, write
 from cxr_triton.profile import load_profile, profile_names
@@ -380,8 +380,20 @@ def _own(folder: Path) -> Iterator[None]:
 
 @click.command("make-engine")
 @click.argument("checkpoint")
-@click.option("--recipe", required=True, metavar="NAME|YAML", help="Target; `cxr-triton recipes` lists them.")
-@click.option("--profile", required=True, metavar="NAME|YAML", help=f"One of {', '.join(profile_names())}, or a file.")
+@click.option(
+    "--recipe",
+    shell_complete=RECIPES,
+    required=True,
+    metavar="NAME|YAML",
+    help="Target; `cxr-triton recipes` lists them.",
+)
+@click.option(
+    "--profile",
+    shell_complete=PROFILES,
+    required=True,
+    metavar="NAME|YAML",
+    help=f"One of {', '.join(profile_names())}, or a file.",
+)
 @click.option("-o", "--out", required=True, type=OUT_FOLDER, help="Folder for all of it; made if it is not there.")
 @click.option(
     "--images",
@@ -416,6 +428,7 @@ def command(checkpoint: str, json_path: str | None, only_print: bool, **options)
     result["seconds"] = round(time.monotonic() - started_s, 1)
     click.echo(f"{result['repository']}: {result['recipe']}, digest {result['digest'][:12]}", err=json_path == "-")
     write_json(result, json_path)
+    say_next("serve", result["repository"])
 
 
 def _in_container(checkpoint: str, *, recipe: str, profile: str, out: Path, cache: Path | None, **options) -> str:

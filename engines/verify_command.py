@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import EXIT_FAILED, OUT_FILE, json_option, printable, write_json
+from cxr_triton.cli import EXIT_FAILED, OUT_FILE, PROFILES, RECIPES, json_option, printable, say_next, write_json
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.files import write
 
@@ -20,8 +20,18 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.argument("bundle", type=FOLDER)
 @click.option("--checkpoint", required=True, type=FOLDER, help="The unquantized checkpoint: the reference.")
 @click.option("--images", required=True, type=FOLDER, help="Folder of DICOM, PNG or JPEG files.")
-@click.option("--profile", metavar="NAME|YAML", help="Of the reference.  [default: the packaged one of the same name]")
-@click.option("--recipe", metavar="NAME|YAML", help="Takes its thresholds.  [default: those of the bundle's recipe]")
+@click.option(
+    "--profile",
+    shell_complete=PROFILES,
+    metavar="NAME|YAML",
+    help="Of the reference.  [default: the packaged one of the same name]",
+)
+@click.option(
+    "--recipe",
+    shell_complete=RECIPES,
+    metavar="NAME|YAML",
+    help="Takes its thresholds.  [default: those of the bundle's recipe]",
+)
 @click.option("--standin", type=FOLDER, help="onnxruntime bundle of the same export, for engines that cannot run here.")
 @click.option("--quantized", type=FOLDER, help="The quantized checkpoint of an fp8 or int4-awq engine.")
 @click.option("--request", "requests", type=FILE, multiple=True, metavar="JSON", help="What to ask; several in turn.")
@@ -82,6 +92,7 @@ def verify(
         write(html, verification_page(record))
     if not record["passed"]:
         raise SystemExit(EXIT_FAILED)
+    say_next("package", bundle, "-o", "REPOSITORY")
 
 
 def summary(record: dict) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from cxr_triton import __version__
-from cxr_triton.cli import OUT_FOLDER, json_option, write_json
+from cxr_triton.cli import OUT_FOLDER, PROFILES, json_option, say_next, write_json
 from cxr_triton.errors import InvalidRequest, LicenceNotAccepted, UnsupportedCheckpoint
 from cxr_triton.files import new_folder, require_new
 from cxr_triton.profile import CheckpointShape, Licence, ModelProfile, load_profile, profile_names
@@ -230,7 +230,13 @@ def _geometry(checkpoint: Checkpoint, profile: ModelProfile, precision: Precisio
 @click.command()
 @click.argument("checkpoint")
 @click.option("-o", "--out", required=True, type=OUT_FOLDER, help="New folder.")
-@click.option("--profile", required=True, metavar="NAME|YAML", help=f"One of {', '.join(profile_names())}, or a file.")
+@click.option(
+    "--profile",
+    shell_complete=PROFILES,
+    required=True,
+    metavar="NAME|YAML",
+    help=f"One of {', '.join(profile_names())}, or a file.",
+)
 @click.option(
     "--format",
     "form",
@@ -280,3 +286,4 @@ def export(checkpoint, out, profile, json_path, **options):
             f"{result['geometry']['compute']}; {result['bytes'] / 1e9:.2f} GB in {result['seconds']} s"
         )
     write_json(result, json_path)
+    say_next("build", out, *(["--recipe", "RECIPE"] if options["form"] != "onnx" else []), "-o", "BUNDLE")

@@ -27,7 +27,7 @@ import numpy as np
 
 from cxr_triton import __version__, image, phantom
 from cxr_triton.chat import ChatTokenizer
-from cxr_triton.cli import OUT_FOLDER, json_option, write_json
+from cxr_triton.cli import OUT_FOLDER, PROFILES, json_option, say_next, write_json
 from cxr_triton.errors import CxrError, InvalidRequest, UnsupportedCheckpoint
 from cxr_triton.files import new_folder, require_new
 from cxr_triton.profile import ModelProfile, Task, load_profile, profile_names
@@ -512,7 +512,13 @@ def _write(model, source: Path, out: Path, record: dict) -> None:
 @click.command()
 @click.argument("checkpoint")
 @click.option("-o", "--out", required=True, type=OUT_FOLDER, help="New folder.")
-@click.option("--profile", required=True, metavar="NAME|YAML", help=f"One of {', '.join(profile_names())}, or a file.")
+@click.option(
+    "--profile",
+    shell_complete=PROFILES,
+    required=True,
+    metavar="NAME|YAML",
+    help=f"One of {', '.join(profile_names())}, or a file.",
+)
 @click.option(
     "--scheme",
     required=True,
@@ -566,3 +572,4 @@ def quantize(checkpoint, out, profile, json_path, **options):
             f"{result['tokens']} tokens; {result['bytes'] / 1e9:.2f} GB in {result['seconds']} s"
         )
     write_json(result, json_path)
+    say_next("export", out, "--profile", profile, "-o", "EXPORT")

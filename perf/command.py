@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import OUT_FILE, json_option, write_json
+from cxr_triton.cli import EXIT_INTERRUPTED, OUT_FILE, json_option, write_json
 from cxr_triton.files import write
 from cxr_triton.perf.compare import compare_command, history_command
 
@@ -96,7 +96,8 @@ def run(
     """Measure REPOSITORY, which is served for it on free ports of this machine, or the server at --url.
 
     Four scenarios in MLPerf's words, then a sweep over concurrency by our client and by perf_analyzer in turn. Ends
-    with an error at the first request that fails for another reason than overload.
+    with an error at the first request that fails for another reason than overload. Ctrl-C keeps the repeats that were
+    measured, and ends with status 130.
     """
     from tqdm import tqdm
 
@@ -156,19 +157,26 @@ def run(
         result = measured.run(["cxr-triton", *sys.argv[1:]])
         if repository:
             result["server"]["models"] = served_models(repository)
+        if repository and not result.get("interrupted"):
             bundle, rounds = Bundle.open(repository / BUNDLE, verify=False), numbers["baseline_rounds"]
-            result["roofline"] = roofline.measure(result, bundle)
-            if beside:
-                items = [([image.data for image in item.images], item.request) for item in drawn.items]
-                result["baselines"] = baselines.measure(
-                    url, items, bundle.profile, beside, rounds=rounds, on_round=on_run
-                )
+            try:
+                result["roofline"] = roofline.measure(result, bundle)
+                if beside:
+                    items = [([image.data for image in item.images], item.request) for item in drawn.items]
+                    result["baselines"] = baselines.measure(
+                        url, items, bundle.profile, beside, rounds=rounds, on_round=on_run
+                    )
+            except KeyboardInterrupt:
+                result["interrupted"] = True
     click.echo("\n".join([table(result), *extras(result)]), err=json_path == "-")
     click.secho(result["notice"], fg="yellow", err=True)
     write_json(result, json_path)
     for path, text in ((csv_path, to_csv), (html_path, result_page)):
         if path:
             write(path, text(result))
+    if result.get("interrupted"):
+        click.echo("interrupted: the result has what was measured until then", err=True)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 bench.add_command(compare_command)

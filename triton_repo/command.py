@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import OUT_FILE, OUT_FOLDER, json_option, write_json
+from cxr_triton.cli import OUT_FILE, OUT_FOLDER, json_option, say_next, write_json
 
 
 @click.command()
@@ -51,6 +51,7 @@ def package(bundle: Path, out: Path, force: bool, unverified: bool, json_path: s
         "settings": settings,
     }
     write_json(result, json_path)
+    say_next("serve", out)
 
 
 @click.command()

@@ -294,5 +294,6 @@ def test_the_build_verb_writes_a_bundle_and_its_json(export, tmp_path):
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["digest"] == Bundle.open(tmp_path / "bundle").digest
+    assert f"next: cxr-triton verify {tmp_path / 'bundle'} " in result.stderr
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 1 and "[INVALID_REQUEST]" in again.stderr and not again.stdout

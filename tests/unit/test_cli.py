@@ -4,6 +4,7 @@ import base64
 import contextlib
 import http.server
 import io
+import itertools
 import json
 import os
 import pty
@@ -94,6 +95,88 @@ def test_help_costs_little_and_imports_no_verb():
     assert all(verb in out.stdout for verb in cli.VERBS)
     # Processor time, because other work may share the cores.
     assert min(costs) < 0.5
+
+
+def commands(command=cli.main, path=()):
+    """Every command after its words, the root left out."""
+    if path:
+        yield pytest.param(path, command, id=" ".join(path))
+    for name in command.list_commands(None) if isinstance(command, click.Group) else ():
+        yield from commands(command.get_command(click.Context(command), name), (*path, name))
+
+
+@pytest.mark.parametrize(("path", "command"), list(commands()))
+def test_every_help_is_asked_alike_and_has_examples_of_what_there_is(path, command):
+    from cxr_triton.profile import profile_names
+    from cxr_triton.profile_command import task_names
+
+    shown = run(*path, "-h")
+    assert shown.exit_code == 0 and shown.output == run(*path, "--help").output
+    examples = [line.split() for line in shown.output.partition("Example")[2].splitlines()[1:]]
+    assert examples
+    known = {"--task": task_names(), "--profile": profile_names()}
+    for words in examples:
+        assert words[: 1 + len(path)] == ["cxr-triton", *path]
+        inner = command
+        if isinstance(command, click.Group) and (found := command.commands.get(words[1 + len(path)])):
+            inner = found
+        options = {option for parameter in inner.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= options
+        for option, value in itertools.pairwise(words):
+            assert value in known.get(option, [value])
+
+
+@pytest.mark.parametrize("args", [["--nope"], ["read", "--nope"], ["bench", "run", "--repeats", "x"], ["gateway", "x"]])
+def test_wrong_usage_is_said_as_every_other_error(args):
+    result = run(*args)
+    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("error: ")
+    assert "Usage: " in result.stderr and "Error:" not in result.stderr
+
+
+def test_a_failure_without_a_code_is_said_as_every_other_error(failing):
+    failing(click.ClickException("what"))
+    assert run("fail").stderr == "error: what\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "among"),
+    [
+        ("read --task fin", "findings"),
+        ("read --mode re", "reasoning"),
+        ("sr --task fin", "findings"),
+        ("export --profile che", "chexone"),
+        ("quantize --profile che", "chexone"),
+        ("verify --profile che", "chexone"),
+        ("make-engine --recipe h100", "h100-fp8"),
+        ("build --recipe h100", "h100-fp8"),
+        ("recipes h100", "h100-fp8"),
+        ("tasks che", "chexone"),
+        ("ta", "tasks"),
+    ],
+)
+def test_the_shell_completes_names(monkeypatch, words, among):
+    given = f"cxr-triton {words}".split()
+    monkeypatch.setenv("COMP_WORDS", " ".join(given))
+    monkeypatch.setenv("COMP_CWORD", str(len(given) - 1))
+    result = CliRunner().invoke(
+        cli.main, prog_name="cxr-triton", complete_var="C", env={"C": "bash_complete"}, standalone_mode=True
+    )
+    assert f"plain,{among}" in result.output.splitlines()
+
+
+def test_profiles_and_tasks_are_listed():
+    from cxr_triton.profile import load_profile, profile_names
+
+    listed = json.loads(run("profiles", "--json", "-").stdout)["profiles"]
+    assert [profile["name"] for profile in listed] == list(profile_names())
+    tasks = json.loads(run("tasks", "--json", "-").stdout)["tasks"]
+    for profile in map(load_profile, profile_names()):
+        mine = {task["name"]: task for task in tasks if task["profile"] == profile.name}
+        assert list(mine) == list(profile.tasks) and mine[profile.default_task]["default"]
+        assert all(mine[name]["variables"] == list(task.placeholders) for name, task in profile.tasks.items())
+    shown = run("tasks", "chexone").stdout
+    assert "findings*" in shown and "KEY question" in shown and "nv-reason" not in shown
+    assert "did you mean 'chexone'" in run("tasks", "chexon").stderr
 
 
 def test_an_unknown_verb_names_the_nearest():
