@@ -170,6 +170,11 @@ class AsyncReadingStream:
         self._late = ""  # the limit that ran out
         self._ended = False
 
+    @property
+    def is_sent(self) -> bool:
+        """The server was found, and the request is on its way."""
+        return self._call is not None
+
     def __aiter__(self) -> AsyncIterator[str]:
         return self
 

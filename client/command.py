@@ -20,6 +20,7 @@ from cxr_triton.cli import (
     OUT_FILE,
     OUT_FOLDER,
     TASKS,
+    Waiting,
     json_option,
     printable,
     write_json,
@@ -191,8 +192,9 @@ def read(
     out = sys.stderr if json_path == "-" else sys.stdout
     with connect(images, *server) as reader:
         stream = reader.read(images, history=turns or None, **options)
-        with contextlib.closing(received(reader, stream, files)) as deltas:
+        with Waiting("") as waiting, contextlib.closing(received(reader, stream, files, waiting)) as deltas:
             for delta in deltas:
+                waiting.end()
                 click.echo(click.style(printable(delta), dim=True) if out.isatty() else printable(delta), out, nl=False)
         reading = stream.result()
     click.echo("\n", out)
@@ -215,7 +217,7 @@ def _read_folder(folder: Path, out: Path, options: dict, server: tuple, json_pat
         with connect([] if warned else [data], *server) as reader:
             warned.append(True)
             stream = reader.read([data], **options)
-            with contextlib.closing(received(reader, stream, [file])) as deltas:
+            with Waiting("") as waiting, contextlib.closing(received(reader, stream, [file], waiting)) as deltas:
                 for _ in deltas:
                     pass
             return stream.result()
@@ -244,11 +246,11 @@ def _read_folder(folder: Path, out: Path, options: dict, server: tuple, json_pat
         sys.exit(EXIT_NOT_AS_ASKED)
 
 
-def received(reader: Reader, stream: ReadingStream, files: Sequence[Path] = ()) -> Iterator[str]:
+def received(reader: Reader, stream: ReadingStream, files: Sequence[Path], waiting: Waiting) -> Iterator[str]:
     """The text of `stream`, received by a thread so that Ctrl-C never interrupts gRPC, whose state that breaks.
 
-    However the generator ends, it closes `reader`, which cancels the request on the server. Put it in
-    `contextlib.closing`.
+    Errors are about `files`, and `waiting` says what is waited for. However the generator ends, it closes `reader`,
+    which cancels the request on the server. Put it in `contextlib.closing`.
     """
     texts: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
 
@@ -264,6 +266,8 @@ def received(reader: Reader, stream: ReadingStream, files: Sequence[Path] = ()) 
     thread.start()
     try:
         while True:
+            what = "".join(file.name for file in files[-1:]) or "the request"
+            waiting.what = f"reading {what}" if stream.is_sent else f"connecting to {reader.url}"
             try:
                 text = texts.get(timeout=0.2)  # a signal just before a wait does not end it
             except queue.Empty:

@@ -209,6 +209,11 @@ class ReadingStream:
         self._late = ""  # the limit that ran out
         self._ended = False
 
+    @property
+    def is_sent(self) -> bool:
+        """The server was found, and the request is on its way."""
+        return self._call is not None
+
     def __iter__(self) -> Iterator[str]:
         return self
 

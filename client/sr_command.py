@@ -11,7 +11,7 @@ import sys
 import click
 import highdicom  # noqa: F401  # here, so that an install without it is told which extra to take
 
-from cxr_triton.cli import EXIT_NOT_AS_ASKED, OUT_FOLDER, TASKS, json_option, printable, write_json
+from cxr_triton.cli import EXIT_NOT_AS_ASKED, OUT_FOLDER, TASKS, Waiting, json_option, printable, write_json
 from cxr_triton.client.command import (
     FILE,
     connect,
@@ -93,7 +93,7 @@ def sr(
     else:
         with connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) as reader:
             stream = reader.read(images, task=task)
-            with contextlib.closing(received(reader, stream, files)) as deltas:
+            with Waiting("") as waiting, contextlib.closing(received(reader, stream, files, waiting)) as deltas:
                 for _ in deltas:
                     pass
             reading = json.loads(stream.result().to_json())

@@ -14,6 +14,8 @@ import os
 import re
 import shlex
 import sys
+import threading
+import time
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,6 +180,39 @@ def _said(error: OSError) -> str:
 def say_next(*command: str | Path) -> None:
     """What to run next, on standard error; capitals are for the user to fill in."""
     click.echo(f"next: {printable(shlex.join(['cxr-triton', *map(str, command)]))}", err=True)
+
+
+class Waiting:
+    """What a verb waits for and how long it has, in a line of the terminal on standard error that goes when it ends.
+
+    Elsewhere nothing is written. `what` may change on the way.
+    """
+
+    def __init__(self, what: str):
+        self.what = what
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="cxr-waiting", daemon=True)
+
+    def __enter__(self) -> Waiting:
+        if sys.stderr.isatty():
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Remove the line."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        started_s = time.monotonic()
+        while not self._ended.wait(0.5):
+            elapsed_s = time.monotonic() - started_s
+            click.echo(f"\r\x1b[K{printable(self.what)}, {elapsed_s:.0f} s", nl=False, err=True)
+        click.echo("\r\x1b[K", nl=False, err=True)
 
 
 class Failure(click.ClickException):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import EXIT_INTERRUPTED, OUT_FILE, json_option, write_json
+from cxr_triton.cli import EXIT_INTERRUPTED, OUT_FILE, Waiting, json_option, write_json
 from cxr_triton.files import write
 from cxr_triton.perf.compare import compare_command, history_command
 
@@ -142,7 +142,8 @@ def run(
     with contextlib.ExitStack() as stack:
         if repository:
             ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
-            server = stack.enter_context(Server(repository, **ports, ready_timeout_s=numbers["ready_timeout_s"]))
+            with Waiting("starting the server"):
+                server = stack.enter_context(Server(repository, **ports, ready_timeout_s=numbers["ready_timeout_s"]))
             url, observer = server.grpc, Observer(server.grpc, server.metrics, lambda: server.pids)
         else:
             observer = Observer(url, metrics)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import OUT_FILE, OUT_FOLDER, json_option, say_next, write_json
+from cxr_triton.cli import OUT_FILE, OUT_FOLDER, Waiting, json_option, say_next, write_json
 
 
 @click.command()
@@ -81,7 +81,8 @@ def serve(repository: Path, json_path: str | None, **options):
         signal.signal(number, lambda number, _frame: _stop(stopping, number))
     server = Server(repository, **options)
     try:
-        server.start()
+        with Waiting("starting the server") as waiting:
+            server.start(lambda what: setattr(waiting, "what", what))
         result = {
             "status": "ready",
             "repository": str(server.repository),

@@ -285,6 +285,28 @@ def test_reasoning_is_dim_on_a_terminal_and_plain_elsewhere(png):
     assert shown.startswith("\x1b[2m<think>") and "\x1b[0m" in shown
 
 
+def test_a_terminal_shows_what_is_waited_for_until_the_first_text(png):
+    leader, follower = pty.openpty()
+    shown = b""
+
+    def answer(request, context):
+        nonlocal shown
+        while b"reading DOE^JANE.png, " not in shown:  # goes on once the line is there
+            shown += os.read(leader, 1 << 12)
+        yield response(TEXT, reading().to_json(), final=True)
+
+    with FakeServer(answer) as server:
+        process = started("read", png, "--url", server.url, stderr=follower, stdout=subprocess.PIPE)
+        out, _ = process.communicate(timeout=20)
+    os.close(follower)
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while data := os.read(leader, 1 << 12):
+            shown += data
+    os.close(leader)
+    assert process.returncode == 0 and TEXT in out.decode()
+    assert shown.endswith(b"\r\x1b[K") and b" s\r\x1b[K" in shown
+
+
 def test_text_of_a_server_cannot_steer_the_terminal(png):
     hostile = reading(f"<think> {ESCAPES} </think><answer> {ESCAPES}, Cardiomegaly </answer>", notice=ESCAPES)
     with FakeServer(answering(hostile)) as server:
