@@ -10,7 +10,7 @@ import click
 
 from cxr_triton.cli import EXIT_FAILED, OUT_FILE, PROFILES, RECIPES, json_option, printable, say_next, write_json
 from cxr_triton.errors import InvalidRequest
-from cxr_triton.files import write
+from cxr_triton.files import why_not_writable, write
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -52,10 +52,12 @@ def verify(
 
     from cxr_triton.profile import load_profile
 
-    from .bundle import Bundle
+    from .bundle import MANIFEST, Bundle
     from .verify import verify_bundle, write_record
 
     started_s = time.monotonic()
+    if why := why_not_writable(bundle / MANIFEST) or why_not_writable(bundle):
+        raise click.UsageError(f"the record goes into the bundle: {why}")
     opened = Bundle.open(bundle)
     files = sorted(path for path in images.iterdir() if path.is_file() and not path.name.startswith("."))
     asked = [_request(path) for path in requests] or [{}]

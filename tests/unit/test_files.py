@@ -134,3 +134,13 @@ def test_every_output_is_named_alike_and_refused_before_any_work(option, tmp_pat
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(click.BadParameter, match="may not write"):
         option.type_cast_value(context, "out")
+
+
+def test_verify_refuses_a_bundle_that_no_record_can_be_written_into(tmp_path, monkeypatch):
+    for name in ("bundle", "checkpoint", "images"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    result = run(
+        "verify", tmp_path / "bundle", "--checkpoint", tmp_path / "checkpoint", "--images", tmp_path / "images"
+    )
+    assert result.exit_code == 2 and "record goes into the bundle: you may not write" in result.stderr

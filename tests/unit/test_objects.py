@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -486,6 +487,20 @@ def test_sr_writes_every_kind_of_a_stored_reading(image, tmp_path):
         assert {Path(item["path"]).name for item in result["objects"]} == {
             *(f"case-{kind}.dcm" for kind in KINDS), "case-fhir.json"}  # fmt: skip
     assert contents[0] == contents[1]
+
+
+def test_objects_that_were_written_stay_when_the_disk_is_full(image, tmp_path):
+    stored, out = tmp_path / "case.json", tmp_path / "out"
+    stored.write_text(json.dumps(with_boxes(source_header(image))))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the text report fits, the PDF does not
+    try:
+        ran = run(image, "--reading", stored, "-o", out, "--kinds", "text_sr,pdf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ran.exit_code == 1 and str(out / "case-pdf.dcm") in ran.stderr
+    assert [path.name for path in out.iterdir()] == ["case-text_sr.dcm"]
+    assert pydicom.dcmread(out / "case-text_sr.dcm").Modality == "SR"
 
 
 def test_sr_warns_of_a_study_uid_that_it_keeps(tmp_path, recwarn):
