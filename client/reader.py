@@ -35,6 +35,11 @@ class Reader:
     tls : Tls, optional
         Encrypts the channel. Without it pictures travel in clear text, which is meant for the loopback interface.
 
+    Raises
+    ------
+    InvalidRequest
+        `url` is no host and port; the message says how to write it.
+
     Examples
     --------
     >>> with Reader("127.0.0.1:8001") as reader:
