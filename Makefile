@@ -6,7 +6,7 @@ DEBIAN_PACKAGES := dcmtk dicom3tools ghostscript chromium orthanc orthanc-dicomw
 .PHONY: demo server-python test bench lint clean
 
 demo: server-python $(VENV)/.local
-	$(BIN)/cxr-triton demo --dir build/demo
+	$(BIN)/cxr-triton demo -o build/demo
 
 test: $(VENV)/.test debian
 	$(BIN)/ruff check .

@@ -41,7 +41,12 @@ class AsyncReader:
         max_message_mib: int = 256,
         tls: Tls | None = None,
     ):
-        self.url, self.timeouts, self.model, self.max_message_mib = url, timeouts, model, max_message_mib
+        self.url, self.timeouts, self.model, self.max_message_mib = (
+            wire.require_endpoint(url),
+            timeouts,
+            model,
+            max_message_mib,
+        )
         self._tls = tls
         self._channel: grpc.aio.Channel | None = None
         self._closed = False
@@ -164,6 +169,11 @@ class AsyncReadingStream:
         self._clock: Clock | None = None
         self._late = ""  # the limit that ran out
         self._ended = False
+
+    @property
+    def is_sent(self) -> bool:
+        """The server was found, and the request is on its way."""
+        return self._call is not None
 
     def __aiter__(self) -> AsyncIterator[str]:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,25 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import EXIT_NOT_AS_ASKED, json_option, printable, write_json
+from cxr_triton.cli import (
+    EXIT_FAILED,
+    EXIT_NOT_AS_ASKED,
+    MODES,
+    OUT_FILE,
+    OUT_FOLDER,
+    TASKS,
+    Waiting,
+    json_option,
+    printable,
+    write_json,
+)
+from cxr_triton.client.folder import DICOMDIR, files_in, read_folder
 from cxr_triton.client.limits import Timeouts, Tls
 from cxr_triton.client.page import NOT_FOR_DIAGNOSIS, STATUSES, decode_rate, draw, duration, reading_page
 from cxr_triton.client.reader import Reader, ReadingStream
 from cxr_triton.dicom import FLAGS as IMAGE_FLAGS
-from cxr_triton.errors import InvalidRequest
+from cxr_triton.errors import CxrError, InvalidRequest, ServerMismatch
+from cxr_triton.files import write
 from cxr_triton.identity import IDENTIFIERS, require_same_images
 from cxr_triton.reading import FLAGS as READING_FLAGS
 from cxr_triton.reading import Reading
@@ -57,9 +71,10 @@ def connection(command):
 def connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) -> Reader:
     """A reader at `url`; warns where `images` would travel in clear text."""
     tls = Tls(ca=tls_ca, cert=tls_cert, key=tls_key) if tls_ca or tls_cert else None
+    reader = Reader(url, timeouts=Timeouts(first_delta_s=None, total_s=timeout_s), tls=tls)
     if images and not tls and url.rpartition(":")[0] not in LOOPBACK:
         click.echo(f"warning: the pictures travel unencrypted to {printable(url)}; use --tls-ca", err=True)
-    return Reader(url, timeouts=Timeouts(first_delta_s=None, total_s=timeout_s), tls=tls)
+    return reader
 
 
 unchecked_reading_option = click.option(
@@ -94,10 +109,15 @@ def require_readings_of(
 
 
 @click.command(short_help="Read radiographs through a running server.")
-@click.argument("files", metavar="[FILE]...", nargs=-1, type=FILE)
-@click.option("--task", metavar="NAME", help="What to ask, a task of the served profile; its default task if left out.")
+@click.argument("files", metavar="[FILE|FOLDER]...", nargs=-1, type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--task",
+    shell_complete=TASKS,
+    metavar="NAME",
+    help="What to ask, a task of the served profile; its default task if left out.",
+)
 @click.option("--prompt", metavar="TEXT", help="Ask this in place of a task.")
-@click.option("--mode", metavar="NAME", help="How to answer, a mode of the served profile.")
+@click.option("--mode", shell_complete=MODES, metavar="NAME", help="How to answer, a mode of the served profile.")
 @click.option(
     "--var",
     "variables",
@@ -120,46 +140,61 @@ def require_readings_of(
     "--identifiers", type=click.Choice(IDENTIFIERS), help="How the reading names its images' UIDs; plain if left out."
 )
 @connection
+@click.option("-o", "--out", type=OUT_FOLDER, help="Folder of the readings of a FOLDER; made if it is not there.")
 @click.option(
     "--html",
     "html_path",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OUT_FILE,
     metavar="OUT",
     help="Write one self-contained page with the pictures, the reasoning and everything around it.",
 )
 @json_option
 def read(
     files, url, task, prompt, mode, variables, history, unchecked_reading, max_new_tokens, temperature, seed,
-    identifiers, timeout_s, tls_ca, tls_cert, tls_key, html_path, json_path,
+    identifiers, timeout_s, tls_ca, tls_cert, tls_key, out, html_path, json_path,
 ):  # fmt: skip
     """Read one patient's radiographs and stream the model's reasoning.
 
     FILEs are DICOM Part 10, PNG or JPEG. Several are one request with several pictures: prior first, current last. Only
     their contents are sent.
 
+    A FOLDER, or the DICOMDIR in it, is read image by image, with those in the folders below. Each reading is written to
+    -o under the image's name as it comes, and --json gets the table. A second run reads what is missing or has changed.
+    Exit status 3 when an image has no reading or one that is not well formed; 1 when none has any.
+
     Exit status: 0 when the reading is well formed; 3 when it is malformed, truncated, out of vocabulary or of a
     doubtful image (it is shown and written all the same); 1 when there is no reading; 75 when there is none because the
     server is busy or out of reach; 2 for wrong usage; 130 after Ctrl-C, which also cancels the request on the server.
     """
+    if prompt is not None and (task or variables):
+        raise click.UsageError("--prompt asks in place of a task: give it without --task and --var")
+    options = {
+        "task": task,
+        "prompt": prompt,
+        "mode": mode,
+        "variables": _variables(variables) or None,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "identifiers": identifiers,
+    }
+    server = (url, timeout_s, tls_ca, tls_cert, tls_key)
+    if any(file.is_dir() or file.name == DICOMDIR for file in files):
+        if len(files) > 1 or history or html_path or not out:
+            raise click.UsageError("a folder is read alone, with -o FOLDER, and without --history and --html")
+        _read_folder(files[0] if files[0].is_dir() else files[0].parent, out, options, server, json_path)
+        return
+    if out:
+        raise click.UsageError("-o is for the readings of a FOLDER; use --json and --html for that of FILEs")
     images = [file.read_bytes() for file in files]
     turns, readings = _history(history)
     require_readings_of(files, images, readings, unchecked_reading=unchecked_reading)
     out = sys.stderr if json_path == "-" else sys.stdout
-    with connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) as reader:
-        stream = reader.read(
-            images,
-            task=task,
-            prompt=prompt,
-            mode=mode,
-            history=turns or None,
-            variables=_variables(variables) or None,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            identifiers=identifiers,
-        )
-        with contextlib.closing(received(reader, stream)) as deltas:
+    with connect(images, *server) as reader:
+        stream = reader.read(images, history=turns or None, **options)
+        with Waiting("") as waiting, contextlib.closing(received(reader, stream, files, waiting)) as deltas:
             for delta in deltas:
+                waiting.end()
                 click.echo(click.style(printable(delta), dim=True) if out.isatty() else printable(delta), out, nl=False)
         reading = stream.result()
     click.echo("\n", out)
@@ -169,17 +204,53 @@ def read(
     write_json(json.loads(reading.to_json()), json_path)
     if html_path:
         pictures = draw(images, reading, unchecked_reading=unchecked_reading)
-        html_path.parent.mkdir(parents=True, exist_ok=True)
-        html_path.write_text(reading_page(reading, pictures), encoding="utf-8")
+        write(html_path, reading_page(reading, pictures))
     if reading.status != "ok":
         sys.exit(EXIT_NOT_AS_ASKED)
 
 
-def received(reader: Reader, stream: ReadingStream) -> Iterator[str]:
+def _read_folder(folder: Path, out: Path, options: dict, server: tuple, json_path: str | None) -> None:
+    """Read the images of a folder, a line for each on standard error, then the table."""
+    files, rows, warned = files_in(folder, out), [], []
+
+    def ask(file: Path, data: bytes) -> Reading:
+        with connect([] if warned else [data], *server) as reader:
+            warned.append(True)
+            stream = reader.read([data], **options)
+            with Waiting("") as waiting, contextlib.closing(received(reader, stream, [file], waiting)) as deltas:
+                for _ in deltas:
+                    pass
+            return stream.result()
+
+    for number, row in enumerate(read_folder(folder, files, out, options["task"], ask), 1):
+        rows.append(row)
+        said = f"{row.status}{', was there' if row.was_there else ''}{f': {row.said}' if row.said else ''}"
+        click.echo(printable(f"[{number}/{len(files)}] {row.file}: {said}"), err=True)
+    images = [row for row in rows if row.status != "NO_IMAGE"]
+    if not images:
+        raise InvalidRequest(f"{folder} holds no DICOM, PNG or JPEG file; give a folder of radiographs")
+    to = sys.stderr if json_path == "-" else sys.stdout
+    widths = [max(len(printable(getattr(row, name))) for row in images) for name in ("file", "status")]
+    for row in images:
+        labels = ", ".join(finding.label for finding in row.reading.findings) if row.reading else ""
+        click.echo(printable(f"{row.file:<{widths[0]}}  {row.status:<{widths[1]}}  {labels}").rstrip(), to)
+    readings = [row.reading for row in images if row.reading]
+    well_formed = sum(reading.status == "ok" for reading in readings)
+    click.echo(f"{len(images)} images, {len(readings)} readings, {well_formed} of them well formed, in {out}", to)
+    for notice in dict.fromkeys([NOT_FOR_DIAGNOSIS, *(reading.notice for reading in readings)]):
+        click.echo(printable(notice), to)
+    write_json({"out": str(out), "images": [row.as_json() for row in rows]}, json_path)
+    if not readings:
+        sys.exit(EXIT_FAILED)
+    if well_formed < len(images):
+        sys.exit(EXIT_NOT_AS_ASKED)
+
+
+def received(reader: Reader, stream: ReadingStream, files: Sequence[Path], waiting: Waiting) -> Iterator[str]:
     """The text of `stream`, received by a thread so that Ctrl-C never interrupts gRPC, whose state that breaks.
 
-    However the generator ends, it closes `reader`, which cancels the request on the server. Put it in
-    `contextlib.closing`.
+    Errors are about `files`, and `waiting` says what is waited for. However the generator ends, it closes `reader`,
+    which cancels the request on the server. Put it in `contextlib.closing`.
     """
     texts: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
 
@@ -195,12 +266,16 @@ def received(reader: Reader, stream: ReadingStream) -> Iterator[str]:
     thread.start()
     try:
         while True:
+            what = "".join(file.name for file in files[-1:]) or "the request"
+            waiting.what = f"reading {what}" if stream.is_sent else f"connecting to {reader.url}"
             try:
                 text = texts.get(timeout=0.2)  # a signal just before a wait does not end it
             except queue.Empty:
                 continue
             if text is None:
                 return
+            if isinstance(text, CxrError):
+                raise type(text)(in_options(text.message, files)) from None
             if isinstance(text, BaseException):
                 raise text
             yield text
@@ -208,6 +283,26 @@ def received(reader: Reader, stream: ReadingStream) -> Iterator[str]:
         stream.close()
         reader.close()
         thread.join()
+
+
+_OPTIONS = (
+    (r"REQUEST\.variables\.(\w+)", r"--var \1"),
+    (r"REQUEST\.variables", "--var"),
+    (r"REQUEST\.(task|prompt|mode|history|seed|temperature|identifiers)", r"--\1"),
+    (r"REQUEST\.max_new_tokens", "--max-new-tokens"),
+    (r"\bIMAGES: (\d+) given", r"FILE: \1 given"),
+    (r"\bREQUEST\b", "the request"),
+    (r"\b(?:Timeouts\.)?total_s\b", "--timeout-s"),
+)
+
+
+def in_options(message: str, files: Sequence[Path] = ()) -> str:
+    """An error of server or client about `files` in the words of the command line."""
+    for number, file in enumerate(files):
+        message = message.replace(f"IMAGES[{number}]", file.name)
+    for word, option in _OPTIONS:
+        message = re.sub(word, option, message)
+    return message
 
 
 def _variables(pairs: tuple[str, ...]) -> dict[str, str | list[str]]:
@@ -227,19 +322,31 @@ def _history(files: tuple[Path, ...]) -> tuple[list[dict], list[tuple[str, Readi
     """The turns of all files, and the readings among them after their names."""
     turns, readings = [], []
     for file in files:
-        text = file.read_bytes()
         try:
-            data = json.loads(text)
-        except ValueError as error:
+            data = json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"{file.name} of --history is not JSON: {error}; give turns or a reading") from None
         if isinstance(data, dict):
-            reading = Reading.from_json(text)
+            reading = stored_reading(file)
             readings.append((file.name, reading))
             data = [{"role": "user", "content": reading.prompt}, {"role": "assistant", "content": reading.text}]
-        if not isinstance(data, list):
-            raise InvalidRequest(f"{file.name} of --history is a {type(data).__name__}; give turns or a reading")
+        if not (isinstance(data, list) and all(isinstance(turn, dict) for turn in data)):
+            raise InvalidRequest(
+                f"{file.name} of --history is no list of turns and no reading; give turns or a reading"
+            )
         turns += data
     return turns, readings
+
+
+def stored_reading(file: Path) -> Reading:
+    """A reading that `read --json` wrote; raises `InvalidRequest` where `file` is none."""
+    try:
+        return Reading.from_json(file.read_bytes())
+    except ServerMismatch as error:
+        said = error.message.removeprefix("READING: ").replace(
+            "use a client of the server's version", "give what `cxr-triton read --json` wrote"
+        )
+        raise InvalidRequest(f"{file.name}: {said}") from None
 
 
 def _summary(reading: Reading) -> Iterator[tuple[str, list[str]]]:

@@ -30,6 +30,7 @@ from pydicom.valuerep import validate_value
 
 from cxr_triton import __version__
 from cxr_triton.client.codes import FHIR_SYSTEMS, PRIVATE_SCHEME, STATUSES, Concept
+from cxr_triton.dicom import kind_of
 from cxr_triton.errors import InvalidImage, InvalidRequest
 from cxr_triton.identity import UIDS, require_same_images
 
@@ -125,7 +126,8 @@ def source_header(file: bytes | str | Path) -> Dataset:
                     del source[tag]
                     source.undecoded.append(keyword_for_tag(tag))
     except InvalidDicomError:
-        raise InvalidImage("the file is not DICOM; objects are made for DICOM images only") from None
+        kind = kind_of(file if isinstance(file, bytes) else Path(file).read_bytes())
+        raise InvalidImage(f"the file is not DICOM but {kind}; objects are made for DICOM images only") from None
     except OSError:
         raise
     except Exception as error:  # pydicom has no closed set of errors, and their texts quote the header

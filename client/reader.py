@@ -35,6 +35,11 @@ class Reader:
     tls : Tls, optional
         Encrypts the channel. Without it pictures travel in clear text, which is meant for the loopback interface.
 
+    Raises
+    ------
+    InvalidRequest
+        `url` is no host and port; the message says how to write it.
+
     Examples
     --------
     >>> with Reader("127.0.0.1:8001") as reader:
@@ -53,7 +58,12 @@ class Reader:
         max_message_mib: int = 256,
         tls: Tls | None = None,
     ):
-        self.url, self.timeouts, self.model, self.max_message_mib = url, timeouts, model, max_message_mib
+        self.url, self.timeouts, self.model, self.max_message_mib = (
+            wire.require_endpoint(url),
+            timeouts,
+            model,
+            max_message_mib,
+        )
         options = wire.channel_options(max_message_mib)
         if tls:
             channel = grpc.secure_channel(url, tls.credentials(), options)
@@ -203,6 +213,11 @@ class ReadingStream:
         self._clock: Clock | None = None
         self._late = ""  # the limit that ran out
         self._ended = False
+
+    @property
+    def is_sent(self) -> bool:
+        """The server was found, and the request is on its way."""
+        return self._call is not None
 
     def __iter__(self) -> Iterator[str]:
         return self

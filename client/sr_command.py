@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
 import json
 import sys
-from pathlib import Path
 
 import click
 import highdicom  # noqa: F401  # here, so that an install without it is told which extra to take
 
-from cxr_triton.cli import EXIT_NOT_AS_ASKED, json_option, printable, write_json
+from cxr_triton.cli import EXIT_NOT_AS_ASKED, OUT_FOLDER, TASKS, Waiting, json_option, printable, write_json
 from cxr_triton.client.command import (
     FILE,
     connect,
     connection,
     received,
     require_readings_of,
+    stored_reading,
     unchecked_reading_option,
 )
 from cxr_triton.client.objects import (
@@ -30,8 +31,7 @@ from cxr_triton.client.objects import (
     source_header,
 )
 from cxr_triton.client.page import NOT_FOR_DIAGNOSIS
-from cxr_triton.errors import InvalidRequest, ServerMismatch
-from cxr_triton.reading import Reading
+from cxr_triton.files import write
 
 
 def _kinds(context, parameter, value: str) -> tuple[str, ...]:
@@ -52,7 +52,7 @@ def _kinds(context, parameter, value: str) -> tuple[str, ...]:
     help="What `read --json` wrote about these files; the server reads them where it is left out.",
 )
 @unchecked_reading_option
-@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), required=True, metavar="DIR")
+@click.option("-o", "--out", required=True, type=OUT_FOLDER, help="Folder of the objects; made if it is not there.")
 @click.option(
     "--kinds",
     default="findings_sr,text_sr,fhir",
@@ -61,11 +61,11 @@ def _kinds(context, parameter, value: str) -> tuple[str, ...]:
     metavar="LIST",
     help=f"Of {', '.join(KINDS)}, fhir; with commas.",
 )
-@click.option("--task", metavar="NAME", help="What to ask the server.")
+@click.option("--task", shell_complete=TASKS, metavar="NAME", help="What to ask the server.")
 @connection
 @json_option
 def sr(
-    files, reading_path, unchecked_reading, output, kinds, task, url, timeout_s, tls_ca, tls_cert, tls_key, json_path
+    files, reading_path, unchecked_reading, out, kinds, task, url, timeout_s, tls_ca, tls_cert, tls_key, json_path
 ):  # fmt: skip
     """Write the objects of a reading into a folder: structured reports, presentation state, PDF, FHIR report.
 
@@ -86,14 +86,14 @@ def sr(
     if reading_path:
         if task:
             raise click.UsageError("--task asks a server, --reading takes what one answered; give one of them")
-        stored = _stored(reading_path)
+        stored = stored_reading(reading_path)
         require_readings_of(files, images, [(reading_path.name, stored)], unchecked_reading=unchecked_reading)
         reading = json.loads(stored.to_json())
         made_at = datetime.datetime.fromtimestamp(int(reading_path.stat().st_mtime)).astimezone()
     else:
         with connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) as reader:
             stream = reader.read(images, task=task)
-            with contextlib.closing(received(reader, stream)) as deltas:
+            with Waiting("") as waiting, contextlib.closing(received(reader, stream, files, waiting)) as deltas:
                 for _ in deltas:
                     pass
             reading = json.loads(stream.result().to_json())
@@ -104,32 +104,27 @@ def sr(
         unchecked_reading=unchecked_reading,
     )
     stem = (reading_path or files[-1]).stem
-    output.mkdir(parents=True, exist_ok=True)
+    out.mkdir(exist_ok=True)
     written = []
     for kind in kinds:
         if kind == "fhir":
-            path = output / f"{stem}-fhir.json"
+            path = out / f"{stem}-fhir.json"
             report = diagnostic_report(reading, sources, options=options)
-            path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
             written.append({"kind": kind, "path": str(path)})
             continue
         for number, instance in enumerate(result_objects(reading, sources, kinds=[kind], options=options), 1):
-            path = output / (f"{stem}-{kind}.dcm" if number == 1 else f"{stem}-{kind}-{number}.dcm")
-            instance.save_as(path, enforce_file_format=True)
+            path = out / (f"{stem}-{kind}.dcm" if number == 1 else f"{stem}-{kind}-{number}.dcm")
+            file = io.BytesIO()
+            instance.save_as(file, enforce_file_format=True)
+            write(path, file.getvalue())
             written.append({"kind": kind, "path": str(path), "sop_instance_uid": str(instance.SOPInstanceUID)})
-    out = sys.stderr if json_path == "-" else sys.stdout
+    said_to = sys.stderr if json_path == "-" else sys.stdout
     for item in written:
-        click.echo(f"{item['kind']:<12} {printable(item['path'])}", out)
+        click.echo(f"{item['kind']:<12} {printable(item['path'])}", said_to)
     if "gsps" in kinds and not any(item["kind"] == "gsps" for item in written):
-        click.echo("gsps         none: the reading has no box", out)
-    click.echo(f"{NOT_FOR_DIAGNOSIS} The objects are preliminary and unverified.", out)
+        click.echo("gsps         none: the reading has no box", said_to)
+    click.echo(f"{NOT_FOR_DIAGNOSIS} The objects are preliminary and unverified.", said_to)
     write_json({"status": reading["status"], "objects": written, "warnings": warnings}, json_path)
     if reading["status"] != "ok":
         sys.exit(EXIT_NOT_AS_ASKED)
-
-
-def _stored(path: Path) -> Reading:
-    try:
-        return Reading.from_json(path.read_bytes())
-    except ServerMismatch as error:
-        raise InvalidRequest(f"{path.name}: {error.message}") from None

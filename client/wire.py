@@ -11,6 +11,7 @@ import atexit
 import json
 import os
 import random
+import re
 import struct
 import threading
 import weakref
@@ -27,6 +28,7 @@ from cxr_triton.errors import (
     CxrError,
     DeadlineExceeded,
     InternalError,
+    InvalidRequest,
     LimitExceeded,
     QueueFull,
     ServerMismatch,
@@ -68,6 +70,30 @@ def channel_options(max_message_mib: int) -> list[tuple[str, int]]:
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 2000),
     ]
+
+
+def require_endpoint(url: str) -> str:
+    """`url` where it is a host and a port, or a target of gRPC's with its scheme, such as ``dns:`` or ``unix:``.
+
+    Raises
+    ------
+    InvalidRequest
+        It is neither; says how to write it.
+    """
+    if re.match(r"(dns|unix|unix-abstract|ipv4|ipv6|xds|vsock):", url):
+        return url
+    scheme, _, rest = url.rpartition("://")
+    host, _, port = rest.split("/")[0].rpartition(":")
+    if scheme:
+        right = f"{host or rest.split('/')[0]}:{8001 if port in ('', '8000') or not host else port}"
+        raise InvalidRequest(f"{url!r} is a web address and readings travel by gRPC; give host and port, {right}")
+    if not host or url.endswith("]"):
+        raise InvalidRequest(f"{url!r} has no port; give host and port, {url.strip(':') or 'localhost'}:8001")
+    if ":" in host and not re.fullmatch(r"\[[^][]+\]", host):
+        raise InvalidRequest(f"{url!r} is no host and port; put an IPv6 address in brackets, [::1]:8001")
+    if "/" in url or not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+        raise InvalidRequest(f"{url!r} has no port from 1 to 65535; give that of Triton's gRPC, {host}:8001")
+    return url
 
 
 _open: weakref.WeakKeyDictionary[object, Callable] = weakref.WeakKeyDictionary()
@@ -223,6 +249,9 @@ def server_error(text: str) -> CxrError:
     return error
 
 
+_NO_GRPC = ("Socket closed", "Failed parsing HTTP/2", "http1.x server")  # what gRPC says of a server of HTTP/1
+
+
 def connect_error(error: grpc.RpcError, url: str, model: str, timeouts: Timeouts) -> CxrError:
     """The exception for a failed check of the server; `Unavailable` is the one worth another attempt."""
     error.__traceback__ = None  # would keep the call
@@ -231,6 +260,11 @@ def connect_error(error: grpc.RpcError, url: str, model: str, timeouts: Timeouts
         return ServerMismatch(f"no model {model!r} at {url}; serve a repository written by `cxr-triton package`")
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return ServerMismatch(f"{url} is not a Triton gRPC endpoint ({details}); give the gRPC port, 8001 by default")
+    if code is grpc.StatusCode.UNAVAILABLE and any(said in details for said in _NO_GRPC):
+        return Unavailable(
+            f"what answers at {url} does not speak gRPC ({details}); give Triton's gRPC port, 8001 by default (8000 is "
+            "its HTTP, 8002 its metrics), and trust its certificate where it encrypts"
+        )
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
         return Unavailable(
             f"no ready server at {url} within connect_s = {timeouts.connect_s} s ({details}); "

@@ -7,23 +7,31 @@ root, such as those of `python -m`, end the same way with ``cls=Command`` or ``c
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.util
 import json
 import os
 import re
 import shlex
 import sys
+import threading
+import time
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
 from cxr_triton import __version__
 from cxr_triton.errors import CxrError, InternalError, QueueFull, Unavailable, unknown_key
+from cxr_triton.files import why_not_writable, write
 
 EXIT_FAILED, EXIT_NOT_AS_ASKED, EXIT_TRY_AGAIN, EXIT_INTERRUPTED = 1, 3, 75, 130
 
 VERBS = {
+    "profiles": ("cxr_triton.profile_command:profiles", None, "List the models that are known."),
+    "tasks": ("cxr_triton.profile_command:tasks", None, "List what the models can be asked."),
     "quantize": ("cxr_triton.export.quantize:quantize", "quantize", "Quantize a checkpoint, calibrated on images."),
     "export": ("cxr_triton.export.command:export", "local", "Write the vision and decoder graphs of a checkpoint."),
     "recipes": ("cxr_triton.engines.command:recipes", "local", "List the GPUs that bundles are built for."),
@@ -47,8 +55,7 @@ VERBS = {
     "bench": ("cxr_triton.perf.command:bench", "perf", "Measure a served reader, and compare measurements."),
     "demo": ("cxr_triton.triton_repo.command:demo", "local", "Export, build, package, serve and read on this CPU."),
 }
-
-"""verb: (where it is, the extra that it needs, what it does)"""
+"""verb: (where it is, the extra that it needs or None, what it does)"""
 
 EXTRAS = {
     "client": ((), "google grpc tritonclient"),
@@ -66,6 +73,49 @@ EXTRAS = {
 """extra: (extras that it takes in, modules that it adds)"""
 
 
+EXAMPLES = {
+    "profiles": ("profiles --json profiles.json",),
+    "tasks": ("tasks chexone",),
+    "quantize": (
+        "quantize nvidia/NV-Reason-CXR-3B --profile nv-reason-cxr-3b --scheme fp8 --images radiographs/"
+        " --accept-licence -o quantized/",
+    ),
+    "export": ("export nvidia/NV-Reason-CXR-3B --profile nv-reason-cxr-3b --accept-licence -o export/",),
+    "recipes": ("recipes", "recipes rtx4090-int4"),
+    "build": ("build export/ -o bundle/", "build export/ --recipe cpu-int4-openvino -o bundle/"),
+    "verify": ("verify bundle/ --checkpoint checkpoint/ --images radiographs/ --html verification.html",),
+    "make-engine": (
+        "make-engine nvidia/NV-Reason-CXR-3B --profile nv-reason-cxr-3b --recipe rtx4090-int4 --accept-licence"
+        " -o engine/",
+    ),
+    "package": ("package bundle/ -o repository/",),
+    "serve": ("serve repository/",),
+    "golden": ("golden engine/ --url 127.0.0.1:8001",),
+    "read": (
+        "read chest.dcm --html reading.html --json reading.json",
+        "read prior.dcm current.dcm --task progression",
+        "read radiographs/ -o readings/",
+    ),
+    "sr": ("sr chest.dcm --reading reading.json -o objects/",),
+    "gateway": ("gateway --config gateway.yaml",),
+    "gateway run": ("gateway run --config gateway.yaml",),
+    "gateway example": ("gateway example > gateway.yaml",),
+    "gateway status": ("gateway status", "gateway status 12"),
+    "gateway retry": ("gateway retry 12",),
+    "gateway drop": ("gateway drop 12",),
+    "gateway drain": ("gateway drain --timeout-s 600",),
+    "bench": ("bench run repository/ --json result.json",),
+    "bench run": (
+        "bench run repository/ --json result.json --html result.html",
+        "bench run --url 127.0.0.1:8001 --scenario server --rates 0.5,1",
+    ),
+    "bench compare": ("bench compare before.json after.json",),
+    "bench history": ("bench history results/ --html history.html",),
+    "demo": ("demo -o build/demo",),
+}
+"""Of each command, as they stand under its help."""
+
+
 def printable(text: str) -> str:
     r"""`text` that cannot steer a terminal: control, direction and other invisible characters become ``\x1b`` and such.
 
@@ -74,11 +124,24 @@ def printable(text: str) -> str:
     return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else ascii(c)[1:-1] for c in text)
 
 
+class Output(click.Path):
+    """A file or folder that a verb writes: refused before any work where it cannot be. Its folder has to be there."""
+
+    def convert(self, value, param, ctx):
+        path = super().convert(value, param, ctx)
+        if str(path) != "-" and (why := why_not_writable(Path(path))):
+            self.fail(printable(why), param, ctx)
+        return path
+
+
+OUT_FILE = Output(dir_okay=False, writable=True, path_type=Path)
+OUT_FOLDER = Output(file_okay=False, writable=True, path_type=Path)
+
 json_option = click.option(
     "--json",
     "json_path",
     metavar="PATH|-",
-    type=click.Path(dir_okay=False, allow_dash=True),
+    type=Output(dir_okay=False, writable=True, allow_dash=True),
     help="Write the result as JSON; with - it is all that goes to standard output.",
 )
 
@@ -93,16 +156,80 @@ def _one_line(found: re.Match[str]) -> str:
 
 
 def write_json(result: dict, path: str | None) -> None:
-    """Write a verb's result where `json_option` says; nothing when it was not given."""
+    """Write a verb's result where `json_option` says; nothing when it was not given.
+
+    A result that its file has no room for goes to standard output, so that no work is lost.
+    """
     if path is None:
         return
     text = _SHORT_LIST.sub(_one_line, json.dumps(result, indent=2, ensure_ascii=False)) + "\n"
     if path == "-":
         sys.stdout.write(text)
         sys.stdout.flush()
-    else:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text, encoding="utf-8")
+        return
+    try:
+        write(path, text)
+    except OSError:
+        click.echo(f"{printable(path)} could not be written; the result goes to standard output instead", err=True)
+        click.echo(text, nl=False)
+        raise
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or write to another disk",
+    errno.EDQUOT: "free some of your quota, or write to another disk",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or write to another disk",
+    errno.EROFS: "write to another disk",
+    errno.EACCES: "see its permissions, or choose another place",
+    errno.EPERM: "see its permissions, or choose another place",
+    errno.ENOENT: "see how it is spelled",
+}
+
+
+def _said(error: OSError) -> str:
+    """An operating system's error in one line: what, where, what to do."""
+    what = error.strerror or str(error)
+    where = f": {error.filename}" if error.filename else ""
+    remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
+    return printable(what + where + remedy)
+
+
+def say_next(*command: str | Path) -> None:
+    """What to run next, on standard error; capitals are for the user to fill in."""
+    click.echo(f"next: {printable(shlex.join(['cxr-triton', *map(str, command)]))}", err=True)
+
+
+class Waiting:
+    """What a verb waits for and how long it has, in a line of the terminal on standard error that goes when it ends.
+
+    Elsewhere nothing is written. `what` may change on the way.
+    """
+
+    def __init__(self, what: str):
+        self.what = what
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="cxr-waiting", daemon=True)
+
+    def __enter__(self) -> Waiting:
+        if sys.stderr.isatty():
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Remove the line."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        started_s = time.monotonic()
+        while not self._ended.wait(0.5):
+            elapsed_s = time.monotonic() - started_s
+            click.echo(f"\r\x1b[K{printable(self.what)}, {elapsed_s:.0f} s", nl=False, err=True)
+        click.echo("\r\x1b[K", nl=False, err=True)
 
 
 class Failure(click.ClickException):
@@ -115,6 +242,61 @@ class Failure(click.ClickException):
 
     def show(self, file=None):
         click.echo(f"error: [{self.code}] {self.message}", file=file or sys.stderr)
+
+
+class _Usage(click.UsageError):
+    """Wrong usage, said as every other error is."""
+
+    def show(self, file=None):
+        if self.ctx:
+            click.echo(f"{self.ctx.get_usage()}\nTry '{self.ctx.command_path} --help' for help.\n", file or sys.stderr)
+        click.echo(f"error: {printable(self.format_message())}", file or sys.stderr)
+
+
+class _Plain(click.ClickException):
+    """A failure without a code."""
+
+    def show(self, file=None):
+        click.echo(f"error: {self.format_message()}", file or sys.stderr)
+
+
+@contextlib.contextmanager
+def _alike() -> Iterator[None]:
+    """click writes ``Error:``, and its own help where no argument was given."""
+    try:
+        yield
+    except (_Usage, _Plain, Failure, click.exceptions.NoArgsIsHelpError):
+        raise
+    except click.UsageError as error:
+        raise _Usage(error.format_message(), error.ctx) from None
+    except click.ClickException as error:
+        raise _Plain(error.format_message()) from None
+
+
+def _with_examples(command: click.Command, path: str) -> click.Command:
+    lines = [f"  cxr-triton {line}" for line in EXAMPLES.get(path, ())]
+    if lines:
+        command.epilog = "\n".join(["\b", "Example:" if len(lines) == 1 else "Examples:", *lines])
+    for name, inner in getattr(command, "commands", {}).items():
+        _with_examples(inner, f"{path} {name}")
+    return command
+
+
+def names(listed: str):
+    """Completion of an option or argument by the names that ``MODULE:FUNCTION`` lists, else by files."""
+
+    def complete(context, parameter, incomplete):
+        from click.shell_completion import CompletionItem
+
+        module, function = listed.split(":")
+        found = [name for name in getattr(importlib.import_module(module), function)() if name.startswith(incomplete)]
+        return [CompletionItem(name) for name in found] or [CompletionItem(incomplete, type="file")]
+
+    return complete
+
+
+PROFILES, RECIPES = names("cxr_triton.profile:profile_names"), names("cxr_triton.engines.recipe:recipe_names")
+TASKS, MODES = names("cxr_triton.profile_command:task_names"), names("cxr_triton.profile_command:mode_names")
 
 
 def _modules(extra: str) -> set[str]:
@@ -175,7 +357,15 @@ class _OneLine:
         super().__init__(*args, **options)
         self.extra = extra
 
+    def make_context(self, info_name, args, parent=None, **extra):
+        with _alike():
+            return super().make_context(info_name, args, parent, **extra)
+
     def invoke(self, ctx):
+        with _alike():
+            return self._invoke(ctx)
+
+    def _invoke(self, ctx):
         try:
             return super().invoke(ctx)
         except CxrError as error:
@@ -186,7 +376,7 @@ class _OneLine:
         except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
             raise
         except OSError as error:
-            raise click.ClickException(printable(f"{error.strerror or error}: {error.filename or ''}")) from None
+            raise click.ClickException(_said(error)) from None
         except Exception as error:
             if os.environ.get("CXR_TRITON_DEBUG"):
                 raise
@@ -219,7 +409,7 @@ class LazyGroup(_OneLine, click.Group):
         path, extra, text = VERBS[name]
         module, attribute = path.split(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
+            return _with_examples(getattr(importlib.import_module(module), attribute), name)
         except ImportError as error:
             if not MissingPackage.is_of(error):
                 raise
@@ -251,7 +441,7 @@ class NotInstalled(click.Command):
         raise self._missing
 
 
-@click.command(cls=LazyGroup)
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="cxr-triton")
 def main():
     """Chest X-ray reasoning models: checkpoint to a served, measured Triton ensemble.

@@ -243,7 +243,7 @@ def read_identity(data, limits: Limits | None = None) -> Identity:
     """
     has_prefix = data[128:132] == b"DICM"
     if not has_prefix and data[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
-        raise InvalidImage(f"file is no DICOM (first bytes {bytes(data[:4]).hex() or 'none'}); send Part 10 files")
+        raise InvalidImage(f"file is {kind_of(data)}, no DICOM; send Part 10 files")
     if has_prefix and data[:128].startswith(_EXECUTABLE):
         raise InvalidImage("DICOM file starts like a program; clear its 128-byte preamble")
     uid, position = _meta(data, 132 if has_prefix else 0)
@@ -333,16 +333,78 @@ def read_image(data: bytes, limits: Limits | None = None) -> Radiograph:
     if len(data) > limits.max_file_bytes:
         raise LimitExceeded(f"file has {len(data)} bytes, allowed {limits.max_file_bytes}; send a smaller file")
     has_prefix = data[128:132] == b"DICM"
-    picture = data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))
+    picture = data.startswith(_PICTURES)
     if has_prefix and (picture or data.startswith(_EXECUTABLE)):
-        raise InvalidImage(f"DICOM file starts like another format ({data[:4].hex()}); clear its 128-byte preamble")
+        raise InvalidImage(f"DICOM file starts like {kind_of(data)}; clear its 128-byte preamble")
     if picture:
         return _read_png(data, limits) if data[0] == 0x89 else _read_jpeg(data, limits)
     if has_prefix:
         return _read_dicom(data, 132, limits)
-    if data[:2] in (b"\x02\0", b"\x08\0", b"\0\x08") and len(data) >= 16:
+    if may_be_image(data):
         return _read_dicom(data, 0, limits)
-    raise InvalidImage(f"file is no DICOM, PNG or JPEG (first bytes {data[:4].hex() or 'none'}); send one of these")
+    raise InvalidImage(f"file is {kind_of(data)}, no DICOM, PNG or JPEG; send one of these")
+
+
+_PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+
+
+def may_be_image(data: bytes) -> bool:
+    """Whether a file starts as a DICOM file, with or without prefix, a PNG or a JPEG does."""
+    is_bare = data[:2] in (b"\x02\0", b"\x08\0", b"\0\x08") and len(data) >= 16
+    return data[128:132] == b"DICM" or data.startswith(_PICTURES) or is_bare
+
+
+_KINDS = {
+    b"\x89PNG": "a PNG",
+    b"\xff\xd8\xff": "a JPEG",
+    b"%PDF": "a PDF",
+    b"PK\x03\x04": "a ZIP archive or an Office document",
+    b"PK\x05\x06": "an empty ZIP archive",
+    b"\x1f\x8b": "compressed by gzip",
+    b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive",
+    b"Rar!": "a RAR archive",
+    b"II*\0": "a TIFF",
+    b"MM\0*": "a TIFF",
+    b"II+\0": "a TIFF",
+    b"MM\0+": "a TIFF",
+    b"GIF8": "a GIF",
+    b"\0\0\0\x0cjP  ": "a JPEG 2000 file",
+    b"\xff\x4f\xff\x51": "a JPEG 2000 codestream",
+    b"\0\0\0\x0cJXL ": "a JPEG XL file",
+    b"\xff\x0a": "a JPEG XL codestream",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+}
+_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
+def kind_of(data: bytes) -> str:
+    """What a file without a DICOM prefix seems to be, in words with their article."""
+    head = bytes(data[:512])
+    if not head:
+        return "empty"
+    if head[4:8] == b"ftyp":
+        brand = head[8:12]
+        return "a HEIC picture" if brand in _BRANDS else "an AVIF picture" if brand == b"avif" else "a video"
+    if head.startswith(b"RIFF"):
+        return "a WebP picture" if head[8:12] == b"WEBP" else "a recording"
+    if known := next((kind for start, kind in _KINDS.items() if head.startswith(start)), None):
+        return known
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page"
+    if text.startswith((b"<?xml", b"<svg")):
+        return "XML"
+    if text and not set(text) & _NO_TEXT:
+        return "a script" if text.startswith(b"#!") else "text"
+    if head.startswith(_EXECUTABLE):
+        return "a program"
+    if head.startswith(b"BM"):
+        return "a BMP"
+    return "of an unknown kind"
+
+
+_NO_TEXT = {*range(32), 127} - set(b"\t\n\v\f\r\x1b")
 
 
 # ELF, DOS/Windows, Mach-O in both byte orders and fat, scripts (CVE-2019-11687)

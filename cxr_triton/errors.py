@@ -194,6 +194,6 @@ def from_wire(text: str) -> CxrError:
 def unknown_key(key: str, allowed: Iterable[str], where: str) -> str:
     """Message for an unknown key that names the nearest valid one."""
     allowed = sorted(allowed)
-    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
     return f"unknown key {key!r} in {where}; {hint}"

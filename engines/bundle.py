@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +14,7 @@ from pathlib import Path
 
 from cxr_triton import __version__
 from cxr_triton.errors import InvalidBundle, InvalidRequest
+from cxr_triton.files import new_folder, require_new
 from cxr_triton.profile import ModelProfile, load_profile
 
 from .compiler import compile_decoder
@@ -335,17 +333,14 @@ def build_bundle(
             known = f"{compiler} needs a recipe" if compiler in ENGINES else f"compiler {compiler!r} is unknown"
             raise InvalidRequest(f"{known}; use onnxruntime, or name a recipe, see `cxr-triton recipes`")
         engines = dict.fromkeys(GRAPHS, compiler)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InvalidRequest(f"{out} is not an empty folder; remove it or choose another one")
+    require_new(out)
     export, geometry = read_export(source, recipe)
     llm = None
     if engines["decoder"] == "tensorrt-llm":
         from .trtllm_build import DecoderBuild
 
         llm = DecoderBuild.prepare(source, out, geometry, recipe)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_folder(out) as partial:
         plans, versions = {}, {}
         for graph, engine in engines.items():
             if engine == "tensorrt-llm":
@@ -393,10 +388,6 @@ def build_bundle(
             if "tensorrt" in versions:
                 manifest["container"] = container_match(recipe.container, versions["tensorrt"])
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        partial.chmod(0o755)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Bundle.open(out, verify=False)
 
 
@@ -504,8 +495,43 @@ def _read_export(source: Path, engines: dict[str, str]) -> dict:
     for name in (*SIDE_FILES, *(name for graph in graphs for name in graph_files(graph, "onnxruntime"))):
         if not (source / name).is_file():
             raise InvalidBundle(f"{name} is missing in {source}; export again")
+    for name in SIDE_FILES:
+        _check_side_file(source / name)
     load_profile(source / "profile.yaml")
+    for graph in graphs:
+        _check_graph(source / f"{graph}.onnx")
     return export
+
+
+def _check_side_file(path: Path) -> None:
+    """Refuse an empty file, and half of a JSON file."""
+    text = path.read_bytes()
+    try:
+        whole = bool(text.strip()) and (path.suffix != ".json" or isinstance(json.loads(text), dict))
+    except (ValueError, RecursionError):
+        whole = False
+    if not whole:
+        raise InvalidBundle(f"{path} of {len(text)} bytes is cut off or damaged; export again")
+
+
+def _check_graph(path: Path) -> None:
+    """Refuse a graph that does not end, or whose data file ends before its last tensor."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except DecodeError:
+        graph = None
+    if graph is None or not graph.output:
+        raise InvalidBundle(f"{path} of {path.stat().st_size} bytes is cut off or damaged; export again")
+    needed = 0
+    for tensor in graph.initializer:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        needed = max(needed, int(where.get("offset", 0)) + int(where.get("length", 0)))
+    data = path.with_name(f"{path.name}.data")
+    if (size := data.stat().st_size) < needed:
+        raise InvalidBundle(f"{data} has {size} bytes, its graph needs {needed}: it is cut off; export again")
 
 
 def _copy(source: Path, target: Path, progress: Progress | None) -> dict:

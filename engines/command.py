@@ -7,15 +7,20 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import json_option, write_json
+from cxr_triton.cli import OUT_FOLDER, RECIPES, json_option, say_next, write_json
 
 GIB = 1 << 30
 
 
 @click.command()
 @click.argument("export_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder of the bundle; must be new.")
-@click.option("--recipe", metavar="NAME|YAML", help="Target; see `recipes`.  [default: onnxruntime on a CPU]")
+@click.option("-o", "--out", required=True, type=OUT_FOLDER, help="Folder of the bundle; must be new.")
+@click.option(
+    "--recipe",
+    shell_complete=RECIPES,
+    metavar="NAME|YAML",
+    help="Target; see `recipes`.  [default: onnxruntime on a CPU]",
+)
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Folder of compiled plans.")
 @click.option("--no-cache", is_flag=True, help="Compile, whatever was compiled before.")
 @click.option("--print", "only_print", is_flag=True, help="Of a tensorrt-llm recipe: show the commands, build nothing.")
@@ -90,6 +95,7 @@ def build(
     if result["container"]:
         click.echo(result["container"]["said"], err=True)
     write_json(result, json_path)
+    say_next("verify", out, "--checkpoint", "CHECKPOINT", "--images", "RADIOGRAPHS")
 
 
 def _print_commands(export_dir: Path, out: Path, recipe, named: str | None, json_path: str | None) -> None:
@@ -118,7 +124,7 @@ def _print_commands(export_dir: Path, out: Path, recipe, named: str | None, json
 
 
 @click.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=RECIPES)
 @json_option
 def recipes(name: str | None, json_path: str | None):
     """List the targets that bundles are built for, or show one: NAME, or your own YAML file.

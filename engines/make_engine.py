@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import io
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +21,9 @@ from pathlib import Path
 import click
 
 from cxr_triton import __version__
-from cxr_triton.cli import json_option, require, write_json
+from cxr_triton.cli import OUT_FOLDER, PROFILES, RECIPES, json_option, require, say_next, write_json
 from cxr_triton.errors import InvalidRequest, NotVerified
+from cxr_triton.files import new_folder, write
 from cxr_triton.profile import load_profile, profile_names
 
 SCHEMA = 1
@@ -109,9 +109,7 @@ class Stages:
 
     def _remember(self, name: str, key: str) -> None:
         self._state[name] = key
-        partial = self.folder / f"{_STATE}.partial"
-        partial.write_text(json.dumps(self._state, indent=1) + "\n")
-        os.replace(partial, self.folder / _STATE)
+        write(self.folder / _STATE, json.dumps(self._state, indent=1) + "\n")
 
 
 def make_engine(
@@ -318,12 +316,9 @@ def _verify(path, bundle, checkpoint, profile, pictures, recipe, quantized, stan
         device=device,
     )
     write_record(opened, record)
-    page.write_text(verification_page(record), encoding="utf-8")
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    (partial / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, path)
+    write(page, verification_page(record))
+    with new_folder(path) as partial:
+        (partial / "record.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _draw(path: Path, preset: str) -> None:
@@ -334,15 +329,12 @@ def _draw(path: Path, preset: str) -> None:
     from cxr_triton import phantom
 
     random = np.random.default_rng(PHANTOM_SEED)
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for i in range(PHANTOMS):
-        pixels = phantom.draw(random).picture(preset, phantom.PHOTOMETRICS[i % 2])
-        file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "PNG")
-        (partial / f"{i:03}.png").write_bytes(file.getvalue())
-    os.replace(partial, path)
+    with new_folder(path) as partial:
+        for i in range(PHANTOMS):
+            pixels = phantom.draw(random).picture(preset, phantom.PHOTOMETRICS[i % 2])
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "PNG")
+            (partial / f"{i:03}.png").write_bytes(file.getvalue())
 
 
 def _opened(bundle: Path):
@@ -395,11 +387,21 @@ def _own(folder: Path) -> Iterator[None]:
 
 @click.command("make-engine")
 @click.argument("checkpoint")
-@click.option("--recipe", required=True, metavar="NAME|YAML", help="Target; `cxr-triton recipes` lists them.")
-@click.option("--profile", required=True, metavar="NAME|YAML", help=f"One of {', '.join(profile_names())}, or a file.")
 @click.option(
-    "-o", "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for all of it."
+    "--recipe",
+    shell_complete=RECIPES,
+    required=True,
+    metavar="NAME|YAML",
+    help="Target; `cxr-triton recipes` lists them.",
 )
+@click.option(
+    "--profile",
+    shell_complete=PROFILES,
+    required=True,
+    metavar="NAME|YAML",
+    help=f"One of {', '.join(profile_names())}, or a file.",
+)
+@click.option("-o", "--out", required=True, type=OUT_FOLDER, help="Folder for all of it; made if it is not there.")
 @click.option(
     "--images",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -433,6 +435,7 @@ def command(checkpoint: str, json_path: str | None, only_print: bool, **options)
     result["seconds"] = round(time.monotonic() - started_s, 1)
     click.echo(f"{result['repository']}: {result['recipe']}, digest {result['digest'][:12]}", err=json_path == "-")
     write_json(result, json_path)
+    say_next("serve", result["repository"])
 
 
 def _in_container(checkpoint: str, *, recipe: str, profile: str, out: Path, cache: Path | None, **options) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from cxr_triton.errors import InvalidRequest, NotVerified
+from cxr_triton.files import write
 
 from .bundle import MANIFEST, Bundle
 
@@ -40,15 +39,7 @@ def write_record(bundle: Bundle | str | Path, record: Mapping) -> Bundle:
         raise InvalidRequest(f"the record is not about the bundle in {path} as it is now; run cxr-triton verify again")
     kept = {key: value for key, value in record.items() if key != "details"}
     text = json.dumps({**manifest, "verification": kept}, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    handle, name = tempfile.mkstemp(prefix=f".{MANIFEST}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, (path / MANIFEST).stat().st_mode & 0o777)
-        os.replace(name, path / MANIFEST)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write(path / MANIFEST, text, beside=path.parent)
     return Bundle.open(path, verify=False)
 
 

@@ -23,7 +23,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle, InvalidRequest
+from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle, InvalidRequest, UnsupportedCheckpoint
+from cxr_triton.export.checkpoint import read_header
 from cxr_triton.profile import load_profile
 
 from .bundle import TENSORRT_LLM_FILES, Geometry, Progress, sha256
@@ -363,6 +364,10 @@ def read_checkpoint(folder: Path) -> dict:
         ) from None
     if not (folder / "rank0.safetensors").is_file():
         raise InvalidBundle(f"rank0.safetensors is missing in {folder}; export again")
+    try:
+        read_header(folder / "rank0.safetensors")
+    except UnsupportedCheckpoint as error:
+        raise InvalidBundle(f"{error.message.rpartition(';')[0]}; export again") from None
     return config
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cxr_triton import __version__, image
-from cxr_triton.errors import CxrError, InvalidBundle, InvalidRequest, unknown_key
+from cxr_triton.errors import CxrError, InvalidBundle, InvalidImage, InvalidRequest, unknown_key
 from cxr_triton.pipeline import Preprocessor, sampling_of
 from cxr_triton.profile import WINDOW_UNITS, ModelProfile, grids, load_profile, profile_names
 from cxr_triton.reading import Parsed, parse
@@ -200,22 +200,24 @@ def verify_bundle(
 
     Raises
     ------
-    InvalidRequest, InvalidBundle, UnsupportedCheckpoint, InvalidProfile, InvalidImage
-        The question makes no sense: unknown thresholds, a damaged bundle, a checkpoint or an image that the reference
-        itself cannot read.
+    InvalidRequest, InvalidBundle, UnsupportedCheckpoint, InvalidProfile
+        The question makes no sense: unknown thresholds, a damaged bundle, a checkpoint that the reference cannot read,
+        or no image that it can. Images that it cannot read are left out, logged and counted.
     """
     from .reference import Case, Reference, request_json
 
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     limits = thresholds_of(bundle.precision, bundle.geometry.compute, thresholds)
     runs, runtime = _runnable(bundle, standin)
+    if not images:
+        raise InvalidRequest("there is no image to verify on; give DICOM, PNG or JPEG radiographs")
     if isinstance(checkpoint, Reference):
         reference, own = checkpoint, False
     else:
         reference, own = Reference(checkpoint, profile or _packaged_profile(bundle), device=device), True
     say = progress or (lambda what, done, total: None)
     try:
-        data = [_bytes(entry) for entry in _drawn(images, limit, seed)]
+        data, refused = _readable(_drawn(images, limit, seed), reference)
         cases = [Case(entry, request_json(requests[i % len(requests)])) for i, entry in enumerate(data)]
         gate = _Gate(bundle, runs, reference, cases, limits, quantized, threads, say)
         try:
@@ -229,7 +231,13 @@ def verify_bundle(
             "made": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "runtime": runtime,
             "reference": {**reference.facts, "files": reference.digests},
-            "images": {"count": len(cases), "seed": seed, "sha256": _digest_of(data), "requests": len(requests)},
+            "images": {
+                "count": len(cases),
+                "refused": refused,
+                "seed": seed,
+                "sha256": _digest_of(data),
+                "requests": len(requests),
+            },
             "thresholds": limits,
             "parts": parts,
             "versions": {"cxr_triton": __version__},
@@ -261,8 +269,23 @@ def _drawn(images: Sequence, limit: int | None, seed: int) -> list:
     return [images[i] for i in sorted(chosen)]
 
 
-def _bytes(entry: bytes | Path) -> bytes:
-    return entry if isinstance(entry, bytes) else Path(entry).read_bytes()
+def _readable(images: Sequence[bytes | Path], reference: Reference) -> tuple[list[bytes], dict[str, int]]:
+    """Contents of the images that the reference can read, and how many of the others there are by code; logs each."""
+    readable, refused = [], Counter()
+    for number, entry in enumerate(images, 1):
+        try:
+            data = entry if isinstance(entry, bytes) else Path(entry).read_bytes()
+            reference.picture(data)
+            readable.append(data)
+        except (InvalidImage, OSError) as error:
+            code, said = (error.code, error.message) if isinstance(error, InvalidImage) else ("UNREADABLE", str(error))
+            refused[code] += 1
+            name = f"image {number}" if isinstance(entry, bytes) else repr(Path(entry).name)
+            log.warning("%s is left out: [%s] %s", name, code, said)
+    if not readable:
+        codes = ", ".join(f"{count} {code}" for code, count in refused.items())
+        raise InvalidRequest(f"there is no image to verify on (left out: {codes}); give DICOM, PNG or JPEG radiographs")
+    return readable, dict(refused)
 
 
 def _digest_of(data: Iterable[bytes]) -> str:

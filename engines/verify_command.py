@@ -8,8 +8,19 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import EXIT_FAILED, json_option, printable, require, write_json
+from cxr_triton.cli import (
+    EXIT_FAILED,
+    OUT_FILE,
+    PROFILES,
+    RECIPES,
+    json_option,
+    printable,
+    require,
+    say_next,
+    write_json,
+)
 from cxr_triton.errors import InvalidRequest
+from cxr_triton.files import why_not_writable, write
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -19,15 +30,25 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.argument("bundle", type=FOLDER)
 @click.option("--checkpoint", required=True, type=FOLDER, help="The unquantized checkpoint: the reference.")
 @click.option("--images", required=True, type=FOLDER, help="Folder of DICOM, PNG or JPEG files.")
-@click.option("--profile", metavar="NAME|YAML", help="Of the reference.  [default: the packaged one of the same name]")
-@click.option("--recipe", metavar="NAME|YAML", help="Takes its thresholds.  [default: those of the bundle's recipe]")
+@click.option(
+    "--profile",
+    shell_complete=PROFILES,
+    metavar="NAME|YAML",
+    help="Of the reference.  [default: the packaged one of the same name]",
+)
+@click.option(
+    "--recipe",
+    shell_complete=RECIPES,
+    metavar="NAME|YAML",
+    help="Takes its thresholds.  [default: those of the bundle's recipe]",
+)
 @click.option("--standin", type=FOLDER, help="onnxruntime bundle of the same export, for engines that cannot run here.")
 @click.option("--quantized", type=FOLDER, help="The quantized checkpoint of an fp8 or int4-awq engine.")
 @click.option("--request", "requests", type=FILE, multiple=True, metavar="JSON", help="What to ask; several in turn.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="So many of the images, drawn at random.")
 @click.option("--seed", default=0, show_default=True, help="Of that draw.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the readings as one HTML page.")
+@click.option("--html", type=OUT_FILE, help="Write the readings as one HTML page.")
 @json_option
 def verify(
     bundle, checkpoint, images, profile, recipe, standin, quantized, requests, limit, seed, device, html, json_path
@@ -41,11 +62,13 @@ def verify(
 
     from cxr_triton.profile import load_profile
 
-    from .bundle import Bundle
+    from .bundle import MANIFEST, Bundle
     from .verify import verify_bundle, write_record
 
     require("torch", "transformers")
     started_s = time.monotonic()
+    if why := why_not_writable(bundle / MANIFEST) or why_not_writable(bundle):
+        raise click.UsageError(f"the record goes into the bundle: {why}")
     opened = Bundle.open(bundle)
     files = sorted(path for path in images.iterdir() if path.is_file() and not path.name.startswith("."))
     asked = [_request(path) for path in requests] or [{}]
@@ -73,16 +96,16 @@ def verify(
         )
     record["seconds"] = round(time.monotonic() - started_s, 1)
     written = write_record(opened, record)
-    if html:
-        from .verify_page import verification_page
-
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(verification_page(record), encoding="utf-8")
     for line in summary(record):
         click.echo(line, err=json_path == "-")
     write_json({**record, "bundle": str(bundle), "digest": written.digest}, json_path)
+    if html:
+        from .verify_page import verification_page
+
+        write(html, verification_page(record))
     if not record["passed"]:
         raise SystemExit(EXIT_FAILED)
+    say_next("package", bundle, "-o", "REPOSITORY")
 
 
 def summary(record: dict) -> list[str]:
@@ -97,8 +120,10 @@ def summary(record: dict) -> list[str]:
                 said = check.get("said") or describe(check)
                 lines.append(f"          {check['name']}: {printable(said)}")
     runtime = record["runtime"]
-    images, engine = record["images"]["count"], runtime.get("said") or f"run in {runtime['engine']}"
-    lines.append(f"{'passed' if record['passed'] else 'REFUSED'}: {images} images, {engine}")
+    count, refused = record["images"]["count"], sum(record["images"].get("refused", {}).values())
+    left_out = f" ({refused} left out)" if refused else ""
+    engine = runtime.get("said") or f"run in {runtime['engine']}"
+    lines.append(f"{'passed' if record['passed'] else 'REFUSED'}: {count} images{left_out}, {engine}")
     return lines
 
 

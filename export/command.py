@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from importlib import metadata
@@ -15,8 +12,9 @@ from pathlib import Path
 import click
 
 from cxr_triton import __version__
-from cxr_triton.cli import json_option, write_json
+from cxr_triton.cli import OUT_FOLDER, PROFILES, json_option, say_next, write_json
 from cxr_triton.errors import InvalidRequest, LicenceNotAccepted, UnsupportedCheckpoint
+from cxr_triton.files import new_folder, require_new
 from cxr_triton.profile import CheckpointShape, Licence, ModelProfile, load_profile, profile_names
 
 from .checkpoint import Checkpoint, hub_id, locate
@@ -83,8 +81,7 @@ def export_checkpoint(
             )
         compute, head = "bf16", "compute"
     Precision.of(precision or "int4", compute, head)  # a wrong name is known before a checkpoint is fetched
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InvalidRequest(f"{out} is not an empty folder; remove it or choose another one")
+    require_new(out)
     licence = require_licence(source, profile, accept_licence)
     folder, commit = located(source, profile, revision)
     checkpoint = Checkpoint(folder)
@@ -100,9 +97,7 @@ def export_checkpoint(
             f"{checkpoint.text.max_position_embeddings} (max_position_embeddings); pass a smaller --max-sequence"
         )
     side_files = checkpoint.side_files()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_folder(out) as partial:
         check(write_vision(checkpoint, partial, precision=precision, compute=compute, progress=progress))
         if form == "tensorrt-llm":
             write_tensorrt_llm(
@@ -139,10 +134,6 @@ def export_checkpoint(
             },
         }
         (partial / "export.json").write_text(json.dumps(export, indent=1) + "\n", encoding="utf-8")
-        partial.chmod(0o755)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return export
 
 
@@ -238,8 +229,14 @@ def _geometry(checkpoint: Checkpoint, profile: ModelProfile, precision: Precisio
 
 @click.command()
 @click.argument("checkpoint")
-@click.option("-o", "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="New folder.")
-@click.option("--profile", required=True, metavar="NAME|YAML", help=f"One of {', '.join(profile_names())}, or a file.")
+@click.option("-o", "--out", required=True, type=OUT_FOLDER, help="New folder.")
+@click.option(
+    "--profile",
+    shell_complete=PROFILES,
+    required=True,
+    metavar="NAME|YAML",
+    help=f"One of {', '.join(profile_names())}, or a file.",
+)
 @click.option(
     "--format",
     "form",
@@ -289,3 +286,4 @@ def export(checkpoint, out, profile, json_path, **options):
             f"{result['geometry']['compute']}; {result['bytes'] / 1e9:.2f} GB in {result['seconds']} s"
         )
     write_json(result, json_path)
+    say_next("build", out, *(["--recipe", "RECIPE"] if options["form"] != "onnx" else []), "-o", "BUNDLE")

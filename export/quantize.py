@@ -11,11 +11,9 @@ import copy
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
-import tempfile
 import time
 import warnings
 from collections import Counter
@@ -29,8 +27,9 @@ import numpy as np
 
 from cxr_triton import __version__, image, phantom
 from cxr_triton.chat import ChatTokenizer
-from cxr_triton.cli import json_option, require, write_json
+from cxr_triton.cli import OUT_FOLDER, PROFILES, json_option, require, say_next, write_json
 from cxr_triton.errors import CxrError, InvalidRequest, UnsupportedCheckpoint
+from cxr_triton.files import new_folder, require_new
 from cxr_triton.profile import ModelProfile, Task, load_profile, profile_names
 from cxr_triton.request import ReadRequest
 from cxr_triton.sandbox import Sandbox
@@ -155,8 +154,7 @@ def quantize_checkpoint(
         raise InvalidRequest(f"scheme {scheme!r} is unknown; choose {' or '.join(SCHEMES)}")
     if limit < MINIMUM_IMAGES:
         raise InvalidRequest(f"limit is {limit} images, at least {MINIMUM_IMAGES} calibrate; raise it")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InvalidRequest(f"{out} is not an empty folder; remove it or choose another one")
+    require_new(out)
     require(*PACKAGES)
     licence = require_licence(source, profile, accept_licence)
     folder, commit = located(source, profile, revision)
@@ -495,9 +493,7 @@ def _write(model, source: Path, out: Path, record: dict) -> None:
     from modelopt.torch.export import export_hf_checkpoint
 
     model.config.architectures = [ARCHITECTURE]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with new_folder(out) as partial:
         export_hf_checkpoint(model, export_dir=partial)
         for name in _COPIED:
             if (source / name).exists():
@@ -509,16 +505,18 @@ def _write(model, source: Path, out: Path, record: dict) -> None:
                 f"modelopt wrote {written.scheme} with KV cache {written.kv}, {record['scheme']} with {record['kv']} "
                 "was asked for; check its version"
             )
-        partial.chmod(0o755)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @click.command()
 @click.argument("checkpoint")
-@click.option("-o", "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="New folder.")
-@click.option("--profile", required=True, metavar="NAME|YAML", help=f"One of {', '.join(profile_names())}, or a file.")
+@click.option("-o", "--out", required=True, type=OUT_FOLDER, help="New folder.")
+@click.option(
+    "--profile",
+    shell_complete=PROFILES,
+    required=True,
+    metavar="NAME|YAML",
+    help=f"One of {', '.join(profile_names())}, or a file.",
+)
 @click.option(
     "--scheme",
     required=True,
@@ -572,3 +570,4 @@ def quantize(checkpoint, out, profile, json_path, **options):
             f"{result['tokens']} tokens; {result['bytes'] / 1e9:.2f} GB in {result['seconds']} s"
         )
     write_json(result, json_path)
+    say_next("export", out, "--profile", profile, "-o", "EXPORT")

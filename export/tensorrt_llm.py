@@ -8,9 +8,6 @@ under the older name, which is also what turns M-RoPE on. Tensor names, shapes a
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
+from cxr_triton.files import new_folder, require_new
 
 from .checkpoint import Checkpoint, Fp8Weight, Int4Weight
 
@@ -79,13 +77,10 @@ def write_tensorrt_llm(
 
     folder = Path(folder)
     _check(checkpoint, precision, max_position_embeddings)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InvalidRequest(f"{folder} is not an empty folder; remove it or choose another one")
+    require_new(folder)
     config = decoder_config(checkpoint, precision, max_position_embeddings)
     tensors = _tensors(checkpoint, config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with new_folder(folder) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         total = sum(tensor.nbytes for tensor in tensors.values())
         bar = tqdm(
@@ -104,10 +99,6 @@ def write_tensorrt_llm(
                     bar.update(rows.size * tensor.dtype.itemsize)
                 if written != tensor.nbytes:
                     raise AssertionError(f"{name}: {written} bytes written, {tensor.nbytes} announced")
-        partial.chmod(0o755)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return config
 
 

@@ -217,25 +217,29 @@ class Bench:
         self.url, self.workload, self.plan, self.observer, self.tool = url, workload, plan, observer, tool
         self.timeout_s, self.on_run = timeout_s, on_run
         self.messages = [item.message(MODEL) for item in workload.items]
+        self._is_interrupted = False
 
     def run(self, command: Sequence[str]) -> dict:
-        """Everything, as a result.
+        """Everything, as a result; after Ctrl-C what was measured until then, with ``interrupted``.
 
         Raises
         ------
         CxrError
             The first failure that is no overload; nothing is reported then.
+        KeyboardInterrupt
+            Before the first repeat had ended.
         """
         environment_, stolen = environment(), Stolen()
         with prompt_threads() as environment_["client_priority"]:
             pass  # asked only: each load has it for itself
         reading, server = self.warm_up()
-        plan = self.plan
-        scenarios = [self.scenario(name, []) for name in SCENARIOS[:2] if name in plan.scenarios]
-        for name in SCENARIOS[2:]:
-            if name in plan.scenarios:
-                scenarios.append(self.scenario(name, scenarios))
-        sweep = [point for concurrency in plan.concurrencies for point in self.sweep(concurrency)]
+        scenarios, sweep = [], []
+        try:
+            self._measure(scenarios, sweep)
+        except KeyboardInterrupt:
+            self._is_interrupted = True
+            if not scenarios and not sweep:
+                raise
         workload = self.workload.as_json()
         self._count_prompts(workload, [*(p for s in scenarios for p in s["points"]), *sweep])
         return {
@@ -252,7 +256,17 @@ class Bench:
             "roofline": [],
             "baselines": [],
             "notice": reading.notice,
+            **({"interrupted": True} if self._is_interrupted else {}),
         }
+
+    def _measure(self, scenarios: list[dict], sweep: list[dict]) -> None:
+        """Fill both lists, as far as nobody interrupts."""
+        for name in SCENARIOS:
+            if name in self.plan.scenarios and not self._is_interrupted:
+                scenarios.append(self.scenario(name, scenarios))
+        for concurrency in self.plan.concurrencies:
+            if not self._is_interrupted:
+                sweep += self.sweep(concurrency)
 
     def warm_up(self):
         """A first reading, which names the model, and then what the plan wants; the reading, and the server."""
@@ -280,16 +294,22 @@ class Bench:
             loads = [Load("concurrency", 1 if name == "single_stream" else plan.offline_concurrency)]
         points = []
         for load in loads:
-            points.append(self.point(name, load, bounds))
-            if METRICS[name] == "rate_per_s" and not meets(points[-1], bounds):
+            try:
+                points.append(self.point(name, load, bounds))
+            except KeyboardInterrupt:
+                if not points:
+                    raise
+                self._is_interrupted = True
+            if self._is_interrupted or (METRICS[name] == "rate_per_s" and not meets(points[-1], bounds)):
                 break
+        result = outcome(METRICS[name], points, bounds)
         return {
             "name": name,
             "driver": "open_loop",
             "bounds": bounds,
             "metric": METRICS[name],
             "points": points,
-            "result": outcome(METRICS[name], points, bounds),
+            "result": result | ({"valid": False, "why": "interrupted"} if self._is_interrupted else {}),
         }
 
     def _rates(self, before: Sequence[dict]) -> list[float]:
@@ -301,12 +321,15 @@ class Bench:
     def point(self, name: str, load: Load, bounds: Mapping[str, float]) -> dict:
         """A load, `Plan.repeats` times by our driver."""
         runs, stopped = [], None
-        for repeat in range(self.plan.repeats):
-            self.on_run(f"{name}, {load}")
-            run, stopped = self._repeat(load, bounds, repeat)
-            runs.append(run)
-            if stopped:
-                break
+        try:
+            for repeat in range(self.plan.repeats):
+                self.on_run(f"{name}, {load}")
+                run, stopped = self._repeat(load, bounds, repeat)
+                runs.append(run)
+                if stopped:
+                    break
+        except KeyboardInterrupt:
+            stopped = self._interrupted(runs)
         return point_of("open_loop", load, runs, stopped=stopped)
 
     def sweep(self, concurrency: int) -> list[dict]:
@@ -315,23 +338,33 @@ class Bench:
         Who goes first alternates: a machine that gets slower would favour the one that always does.
         """
         load, ours, theirs, stopped, requests = Load("concurrency", concurrency), [], [], None, concurrency
-        for repeat in range(self.plan.repeats):
-            self.on_run(f"sweep, {load}")
-            if self.tool and repeat % 2:
-                theirs.append(self._perf_analyzer(concurrency, requests))
-            run, stopped = self._repeat(load, {}, repeat)
-            ours.append(run)
-            if stopped:
-                break
-            requests = max(concurrency, math.ceil(run[0]["summary"]["readings_per_s"] * self.plan.min_seconds))
-            if self.tool and not repeat % 2:
-                theirs.append(self._perf_analyzer(concurrency, requests))
+        try:
+            for repeat in range(self.plan.repeats):
+                self.on_run(f"sweep, {load}")
+                if self.tool and repeat % 2:
+                    theirs.append(self._perf_analyzer(concurrency, requests))
+                run, stopped = self._repeat(load, {}, repeat)
+                ours.append(run)
+                if stopped:
+                    break
+                requests = max(concurrency, math.ceil(run[0]["summary"]["readings_per_s"] * self.plan.min_seconds))
+                if self.tool and not repeat % 2:
+                    theirs.append(self._perf_analyzer(concurrency, requests))
+        except KeyboardInterrupt:
+            stopped = self._interrupted(ours)
         points = [point_of("open_loop", load, ours, stopped=stopped)]
         if theirs:
             points.append(
                 point_of("perf_analyzer", load, [run for run, _ in theirs], said=[said for _, said in theirs])
             )
         return points
+
+    def _interrupted(self, runs: Sequence) -> str:
+        """What stopped a point, whose whole repeats are kept; raises again where there is none."""
+        if not runs:
+            raise KeyboardInterrupt
+        self._is_interrupted = True
+        return "INTERRUPTED"
 
     def _offer(self, load: Load, *, min_seconds: float, min_requests: int, seed: int):
         return offer(

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import json_option, write_json
+from cxr_triton.cli import EXIT_INTERRUPTED, OUT_FILE, Waiting, json_option, write_json
+from cxr_triton.files import write
 from cxr_triton.perf.compare import compare_command, history_command
-
-FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.group()
@@ -76,8 +75,8 @@ def _numbers(kind):
 @click.option("--ready-timeout-s", default=600.0, show_default=True, help="For REPOSITORY to be loaded and warm.")
 @click.option("--timeout-s", default=600.0, show_default=True, help="Limit of one request.")
 @click.option("--seed", default=0, show_default=True, help="Of the arrivals.")
-@click.option("--csv", "csv_path", type=FILE, help="Write the requests and summaries as CSV.")
-@click.option("--html", "html_path", type=FILE, help="Write the report page.")
+@click.option("--csv", "csv_path", type=OUT_FILE, help="Write the requests and summaries as CSV.")
+@click.option("--html", "html_path", type=OUT_FILE, help="Write the report page.")
 @json_option
 def run(
     repository,
@@ -97,10 +96,12 @@ def run(
     """Measure REPOSITORY, which is served for it on free ports of this machine, or the server at --url.
 
     Four scenarios in MLPerf's words, then a sweep over concurrency by our client and by perf_analyzer in turn. Ends
-    with an error at the first request that fails for another reason than overload.
+    with an error at the first request that fails for another reason than overload. Ctrl-C keeps the repeats that were
+    measured, and ends with status 130.
     """
     from tqdm import tqdm
 
+    from cxr_triton.client.wire import require_endpoint
     from cxr_triton.engines.bundle import Bundle
     from cxr_triton.errors import InvalidRequest, unknown_key
     from cxr_triton.perf import baselines, perf_analyzer, roofline
@@ -112,6 +113,8 @@ def run(
 
     if (repository is None) == (url is None):
         raise click.UsageError("give REPOSITORY or --url, one of them")
+    if url:
+        require_endpoint(url)
     beside = baselines.parse(baseline)
     if beside and not repository:
         raise click.UsageError("--baseline runs on the server's own cores: give REPOSITORY, not --url")
@@ -139,7 +142,8 @@ def run(
     with contextlib.ExitStack() as stack:
         if repository:
             ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
-            server = stack.enter_context(Server(repository, **ports, ready_timeout_s=numbers["ready_timeout_s"]))
+            with Waiting("starting the server"):
+                server = stack.enter_context(Server(repository, **ports, ready_timeout_s=numbers["ready_timeout_s"]))
             url, observer = server.grpc, Observer(server.grpc, server.metrics, lambda: server.pids)
         else:
             observer = Observer(url, metrics)
@@ -154,21 +158,26 @@ def run(
         result = measured.run(["cxr-triton", *sys.argv[1:]])
         if repository:
             result["server"]["models"] = served_models(repository)
+        if repository and not result.get("interrupted"):
             bundle, rounds = Bundle.open(repository / BUNDLE, verify=False), numbers["baseline_rounds"]
-            result["roofline"] = roofline.measure(result, bundle)
-            if beside:
-                items = [([image.data for image in item.images], item.request) for item in drawn.items]
-                result["baselines"] = baselines.measure(
-                    url, items, bundle.profile, beside, rounds=rounds, on_round=on_run
-                )
+            try:
+                result["roofline"] = roofline.measure(result, bundle)
+                if beside:
+                    items = [([image.data for image in item.images], item.request) for item in drawn.items]
+                    result["baselines"] = baselines.measure(
+                        url, items, bundle.profile, beside, rounds=rounds, on_round=on_run
+                    )
+            except KeyboardInterrupt:
+                result["interrupted"] = True
     click.echo("\n".join([table(result), *extras(result)]), err=json_path == "-")
     click.secho(result["notice"], fg="yellow", err=True)
-    if csv_path or html_path:
-        for path, text in ((csv_path, to_csv), (html_path, result_page)):
-            if path:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text(result), encoding="utf-8")
     write_json(result, json_path)
+    for path, text in ((csv_path, to_csv), (html_path, result_page)):
+        if path:
+            write(path, text(result))
+    if result.get("interrupted"):
+        click.echo("interrupted: the result has what was measured until then", err=True)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 bench.add_command(compare_command)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import EXIT_NOT_AS_ASKED, json_option, printable, write_json
+from cxr_triton.cli import EXIT_NOT_AS_ASKED, OUT_FILE, json_option, printable, write_json
 from cxr_triton.errors import InvalidRequest
+from cxr_triton.files import write
 
 SCHEMA_VERSION = 1
 ALPHA = 0.05
@@ -223,9 +224,7 @@ def history(folder: Path) -> list[dict]:
 
 
 _result_file = click.Path(exists=True, dir_okay=False, path_type=Path)
-_html_option = click.option(
-    "--html", "html_path", type=click.Path(dir_okay=False, path_type=Path), help="Write it as a page too."
-)
+_html_option = click.option("--html", "html_path", type=OUT_FILE, help="Write it as a page too.")
 
 
 @click.command("compare")
@@ -254,9 +253,9 @@ def compare_command(a: Path, b: Path, alpha: float, min_change: float, html_path
     for difference in told["differences"]:
         click.echo(f"differs: {printable(difference)}", err=to_stderr)
     click.echo(told["verdict"], err=to_stderr)
-    if html_path:
-        html_path.write_text(result_page(now, earlier, told), encoding="utf-8")
     write_json(told, json_path)
+    if html_path:
+        write(html_path, result_page(now, earlier, told))
     if told["verdict"] == "worse":
         click.get_current_context().exit(EXIT_NOT_AS_ASKED)
 
@@ -279,6 +278,6 @@ def history_command(folder: Path, html_path: Path | None, json_path: str | None)
             printable(f"{result['created']} {result['environment']['revision'] or ''} {result['file']}: {values}"),
             err=json_path == "-",
         )
-    if html_path:
-        html_path.write_text(history_page(results), encoding="utf-8")
     write_json({"schema_version": SCHEMA_VERSION, "results": rows}, json_path)
+    if html_path:
+        write(html_path, history_page(results))

@@ -36,6 +36,7 @@ import numpy as np
 
 from cxr_triton.cli import Group, json_option, write_json
 from cxr_triton.errors import CxrError
+from cxr_triton.files import write
 from cxr_triton.perf.loads import pack, unpack
 
 SCHEMA = 2
@@ -118,9 +119,7 @@ class Session:
     def add(self, step: str, **row) -> None:
         """Keep a row of a step."""
         rows = [*self.rows(step), row]
-        partial = self.out / f".{step}.json"
-        partial.write_text(json.dumps(rows, indent=1))
-        os.replace(partial, self.out / f"{step}.json")
+        write(self.out / f"{step}.json", json.dumps(rows, indent=1))
         click.echo(f"{step}: {_line(row)}", err=True)
 
     def rows(self, step: str) -> list[dict]:
@@ -729,8 +728,8 @@ def run(out, work, tokenizer, steps, limit_s, is_dry, json_path):
             status = "done, with errors"
         seconds = time.perf_counter() - started_s
         result["steps"][step] = {"status": status, "seconds": seconds, "rows": rows}
-        (out / "session.json").write_text(json.dumps(result, indent=1))
-        (out / "session.md").write_text(markdown(result))
+        write(out / "session.json", json.dumps(result, indent=1))
+        write(out / "session.md", markdown(result))
         click.echo(f"{step}: {status}, {seconds:.0f} s", err=True)
     write_json(result, json_path)
     if any(told["status"] != "done" for told in result["steps"].values()):

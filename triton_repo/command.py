@@ -10,14 +10,12 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import json_option, write_json
-
-FOLDER = click.Path(file_okay=False, path_type=Path)
+from cxr_triton.cli import OUT_FILE, OUT_FOLDER, Waiting, json_option, say_next, write_json
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("-o", "--out", required=True, type=FOLDER, help="Folder of the repository; must be new or empty.")
+@click.option("-o", "--out", required=True, type=OUT_FOLDER, help="Folder of the repository; must be new or empty.")
 @click.option(
     "--slots", type=int, help="Readings that decode at the same time.  [default: 4; all of a TensorRT-LLM engine]"
 )
@@ -53,6 +51,7 @@ def package(bundle: Path, out: Path, force: bool, unverified: bool, json_path: s
         "settings": settings,
     }
     write_json(result, json_path)
+    say_next("serve", out)
 
 
 @click.command()
@@ -67,7 +66,7 @@ def package(bundle: Path, out: Path, force: bool, unverified: bool, json_path: s
     show_default=True,
     help="Shared memory of each model process; has to hold all images of a request.",
 )
-@click.option("--log", type=click.Path(dir_okay=False, path_type=Path), help="Log file.  [default: REPOSITORY.log]")
+@click.option("--log", type=OUT_FILE, help="Log file.  [default: REPOSITORY.log]")
 @json_option
 def serve(repository: Path, json_path: str | None, **options):
     """Run the pip-installed Triton on REPOSITORY, on 127.0.0.1, until SIGTERM or SIGINT.
@@ -82,7 +81,8 @@ def serve(repository: Path, json_path: str | None, **options):
         signal.signal(number, lambda number, _frame: _stop(stopping, number))
     server = Server(repository, **options)
     try:
-        server.start()
+        with Waiting("starting the server") as waiting:
+            server.start(lambda what: setattr(waiting, "what", what))
         result = {
             "status": "ready",
             "repository": str(server.repository),
@@ -122,7 +122,15 @@ def _stop(stopping: list, number: int) -> None:
 
 
 @click.command()
-@click.option("--dir", "folder", type=FOLDER, default="build/demo", show_default=True, help="Where everything goes.")
+@click.option(
+    "-o",
+    "--out",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="build/demo",
+    show_default=True,
+    help="Folder for all of it; made if it is not there.",
+)
 @json_option
 def demo(folder: Path, json_path: str | None):
     """Export, build, package, serve and read on this CPU, with the demonstration model.

@@ -14,6 +14,7 @@ import numpy as np
 from cxr_triton import phantom
 from cxr_triton.cli import remedy
 from cxr_triton.errors import InvalidRequest
+from cxr_triton.files import write
 
 PHANTOM = Path(__file__).with_name("phantom")  # in a clone a link to tests/phantom
 RADIOGRAPH = "RG1_J2KR.dcm"  # a public chest radiograph, JPEG 2000 lossless, in the package pydicom-data
@@ -112,7 +113,7 @@ def _draw_phantom(path: Path) -> list[str]:
     from cxr_triton.phantom_file import write_dicom
 
     drawn = phantom.draw(np.random.default_rng(PHANTOM_SEED))
-    path.write_bytes(write_dicom(drawn, photometric="MONOCHROME1", syntax="jpeg_ls"))
+    write(path, write_dicom(drawn, photometric="MONOCHROME1", syntax="jpeg_ls"))
     return list(drawn.labels)
 
 
@@ -144,7 +145,7 @@ def _objects(name: str, file: Path, folder: Path) -> list[dict]:
     from cxr_triton.client.sr_command import sr
 
     command = ["--reading", str(folder / f"{name}.json"), "--kinds", "findings_sr,text_sr,pdf,fhir"]
-    command += ["--output", str(folder), "--json", str(folder / f"{name}-objects.json"), str(file)]
+    command += ["--out", str(folder), "--json", str(folder / f"{name}-objects.json"), str(file)]
     click.secho(f"\n$ cxr-triton sr {' '.join(command)}", bold=True)
     try:
         sr.main(command, standalone_mode=False)

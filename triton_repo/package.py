@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from cxr_triton.engines.bundle import MANIFEST, Bundle
 from cxr_triton.engines.record import require_verified
 from cxr_triton.engines.tensorrt_llm import EngineConfig
 from cxr_triton.errors import InvalidBundle, InvalidRequest, NotVerified
+from cxr_triton.files import new_folder, require_new
 
 BUNDLE = "decoder/1/bundle"
 ENSEMBLE = "cxr_reader"
@@ -99,15 +99,12 @@ def write_repository(
     verification = _verification(source, unverified)
     from google.protobuf import text_format
 
+    if not force:
+        require_new(out, "choose another one or replace a repository with --force")
     used = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    if used and not force:
-        raise InvalidRequest(f"{out} is not an empty folder; choose another one or replace a repository with --force")
     if used and not (out / ENSEMBLE / "config.pbtxt").is_file():
         raise InvalidRequest(f"{out} holds no model repository, so --force does not replace it; remove it yourself")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        new = partial / "new"
+    with new_folder(out, replaces=used) as new:
         for model in models(source, settings, verification[0]):
             (new / model.name / "1").mkdir(parents=True)
             (new / model.name / "config.pbtxt").write_text(text_format.MessageToString(model))
@@ -122,11 +119,6 @@ def write_repository(
         for file in (MANIFEST, *source.manifest["files"]):
             _link(source.path / file, new / BUNDLE / file)
         Bundle.open(new / BUNDLE)
-        if used:
-            os.replace(out, partial / "old")
-        os.replace(new, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Bundle.open(out / BUNDLE, verify=False)
 
 

@@ -22,6 +22,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cxr_triton.cli import remedy
@@ -124,7 +125,8 @@ class Server:
         """
         return _processes(self._backends) if self._backends else []
 
-    def start(self) -> None:
+    def start(self, say: Callable[[str], None] = lambda what: None) -> None:
+        """Start the server and wait until it reads; `say` is told what is waited for."""
         started = time.monotonic()
         if not (self.repository / "cxr_reader" / "config.pbtxt").is_file():
             raise InvalidRequest(
@@ -180,6 +182,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        say("loading the models")
         deadline = started + self.ready_timeout_s
         while not self._is_ready():
             if self._process.poll() is not None:
@@ -192,6 +195,7 @@ class Server:
             time.sleep(0.05)
         self._models = {pid: model for pid in self.pids if (model := _model_of(pid))}
         self.start_s = time.monotonic() - started
+        say("first reading")
         self.warm_up_ms = self._warm_up(max(1.0, deadline - time.monotonic()))
 
     def stop(self) -> None:

@@ -358,17 +358,20 @@ def test_divergence_is_that_of_its_definition():
     assert math.isnan(verify.kl_divergence(np.log(p), np.array([0.0, math.nan, 0.0])))
 
 
-def test_the_verb_writes_record_and_page(good, images, tmp_path):
+def test_the_verb_writes_record_and_page(good, images, tmp_path, caplog):
     bundle, folder = tmp_path / "bundle", tmp_path / "images"
     shutil.copytree(good.path, bundle)
     folder.mkdir()
     for i, data in enumerate(images[:8]):
         (folder / f"DOE^JANE-{i}.dcm").write_bytes(data)
+    (folder / "report.pdf").write_bytes(b"%PDF-1.7")
     args = ["verify", str(bundle), "--checkpoint", str(CHECKPOINT), "--images", str(folder)]
     args += ["--profile", str(PHANTOM / "profile.yaml"), "--html", str(tmp_path / "page.html"), "--json", "-"]
     ran = CliRunner().invoke(main, args)
     assert ran.exit_code == 0, ran.output
+    assert "'report.pdf' is left out: [INVALID_IMAGE]" in caplog.text and "8 images (1 left out)" in ran.stderr
     result = json.loads(ran.stdout)
+    assert (result["images"]["count"], result["images"]["refused"]) == (8, {"INVALID_IMAGE": 1})
     assert result["passed"] and result["digest"] == Bundle.open(bundle).digest and is_verified(Bundle.open(bundle))
     page = (tmp_path / "page.html").read_text()
     assert "Not for diagnosis" in page and "verification passed" in page and page.count("<details") == 8
@@ -376,6 +379,16 @@ def test_the_verb_writes_record_and_page(good, images, tmp_path):
 
     ran = CliRunner().invoke(main, [*args, "--limit", "4"])
     assert ran.exit_code == 1 and not is_verified(Bundle.open(bundle))
+
+
+@pytest.mark.parametrize(
+    ("files", "said"), [({}, "no image to verify on"), ({"notes.txt": b"hello", "empty.dcm": b""}, "2 INVALID_IMAGE")]
+)
+def test_a_folder_without_any_image_is_told_and_no_record_written(good, reference, tmp_path, files, said):
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(InvalidRequest, match=said):
+        verify_bundle(good, reference, None, sorted(tmp_path.iterdir()), threads=1)
 
 
 def test_the_page_escapes_what_a_model_says(good_record):

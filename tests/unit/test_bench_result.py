@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,3 +211,65 @@ def test_the_table_has_a_line_for_every_point_and_scenario():
     points = sum(len(scenario["points"]) for scenario in result["scenarios"]) + len(result["sweep"])
     assert len(lines) == 1 + points + len(result["scenarios"])
     assert "single_stream: latency_ms.p90" in lines[-4]
+
+
+class Interrupted(bench.Bench):
+    """Repeats made by hand; Ctrl-C comes in the one of this number."""
+
+    def __init__(self, at: int, plan: Plan):
+        image = SimpleNamespace(data=b"x")
+        item = SimpleNamespace(images=[image], request={}, message=lambda model: b"")
+        workload = bench_results.result(repeats=1)["workload"]
+        drawn = SimpleNamespace(
+            items=[item] * 4, spec=SimpleNamespace(arrival="poisson"), as_json=lambda: json.loads(json.dumps(workload))
+        )
+        super().__init__("127.0.0.1:8001", drawn, plan, None)
+        self.left = at
+
+    def warm_up(self):
+        whole = bench_results.result(repeats=1)
+        return SimpleNamespace(model=whole["model"], notice="Research only."), whole["server"]
+
+    def _repeat(self, load, bounds, repeat):
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        rng = random.Random(repeat)
+        records = [bench_results.record(rng, i % 4, i / 8, 1.0) for i in range(24)]
+        made = bench_results.point(rng, load.kind, load.value, bounds, 1.0, 1)["repeats"][0]
+        return (made | {"summary": summarize(records, bounds), "requests": columns(records)}, records), None
+
+
+@pytest.mark.parametrize(
+    ("at", "repeats", "sweep"),
+    [
+        (1, {"single_stream": [1]}, []),
+        (3, {"single_stream": [3]}, []),
+        (4, {"single_stream": [3], "offline": [1]}, []),
+        (9, {"single_stream": [3], "offline": [3], "server": [3]}, []),
+        (10, {"single_stream": [3], "offline": [3], "server": [3, 1]}, []),
+        (19, {"single_stream": [3], "offline": [3], "server": [3, 3], "interactive": [3, 3]}, [1]),
+    ],
+)
+def test_ctrl_c_keeps_every_whole_repeat(at, repeats, sweep):
+    plan = Plan(rates_per_s=(0.5, 0.6), concurrencies=(1, 2), latency_ms=1e6, ttft_ms=1e6, itl_ms=1e6)
+    result = Interrupted(at, plan).run(["cxr-triton"])
+    jsonschema.validate(result, SCHEMA)
+    assert result["interrupted"] is True
+    assert {s["name"]: [len(p["repeats"]) for p in s["points"]] for s in result["scenarios"]} == repeats
+    assert [len(point["repeats"]) for point in result["sweep"]] == sweep
+    assert bench.table(result)
+    last = result["scenarios"][-1]
+    if not sweep and at != 3:  # between two scenarios the one before is whole
+        assert (last["result"]["valid"], last["result"]["why"]) == (False, "interrupted")
+
+
+def test_ctrl_c_before_the_first_repeat_ended_has_no_result():
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted(0, Plan()).run(["cxr-triton"])
+
+
+def test_a_result_to_its_end_does_not_say_interrupted():
+    result = Interrupted(99, Plan(rates_per_s=(0.5,), concurrencies=(1,))).run(["cxr-triton"])
+    jsonschema.validate(result, SCHEMA)
+    assert "interrupted" not in result and len(result["sweep"]) == 1

@@ -220,6 +220,24 @@ def test_build_does_not_touch_a_folder_in_use(export, tmp_path):
     assert [item.name for item in tmp_path.rglob("*")] == ["bundle", "thesis.txt"]
 
 
+WRITTEN = ("export.json", *bundles.SIDE_FILES, "vision.onnx", "vision.onnx.data", "decoder.onnx", "decoder.onnx.data")
+
+
+TEXTS = ("profile.yaml", "chat_template.jinja")  # half of one may be one; the gate compares them with their sources
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [(name, share) for name in WRITTEN for share in (0, 0.5, 0.9) if not share or name not in TEXTS]
+)
+def test_build_refuses_an_export_that_was_written_in_part(own_export, tmp_path, name, share):
+    assert {path.name for path in own_export.iterdir()} == set(WRITTEN)
+    size = (own_export / name).stat().st_size
+    os.truncate(own_export / name, int(share * size))
+    with pytest.raises(InvalidBundle, match=f"{name}.*export again"):
+        build_bundle(own_export, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_build_names_an_unknown_compiler(export, tmp_path):
     with pytest.raises(InvalidRequest, match="recipe"):
         build_bundle(export, tmp_path / "bundle", compiler="tensorrt")
@@ -276,5 +294,6 @@ def test_the_build_verb_writes_a_bundle_and_its_json(export, tmp_path):
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["digest"] == Bundle.open(tmp_path / "bundle").digest
+    assert f"next: cxr-triton verify {tmp_path / 'bundle'} " in result.stderr
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 1 and "[INVALID_REQUEST]" in again.stderr and not again.stdout

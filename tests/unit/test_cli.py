@@ -2,13 +2,16 @@
 
 import base64
 import contextlib
+import http.server
 import io
+import itertools
 import json
 import os
 import pty
 import re
 import resource
 import signal
+import socketserver
 import subprocess
 import sys
 import threading
@@ -94,9 +97,96 @@ def test_help_costs_little_and_imports_no_verb():
     assert min(costs) < 0.5
 
 
+def commands(command=cli.main, path=()):
+    """Every command after its words, the root left out."""
+    if path:
+        yield pytest.param(path, command, id=" ".join(path))
+    for name in command.list_commands(None) if isinstance(command, click.Group) else ():
+        yield from commands(command.get_command(click.Context(command), name), (*path, name))
+
+
+@pytest.mark.parametrize(("path", "command"), list(commands()))
+def test_every_help_is_asked_alike_and_has_examples_of_what_there_is(path, command):
+    from cxr_triton.profile import profile_names
+    from cxr_triton.profile_command import task_names
+
+    shown = run(*path, "-h")
+    assert shown.exit_code == 0 and shown.output == run(*path, "--help").output
+    examples = [line.split() for line in shown.output.partition("Example")[2].splitlines()[1:]]
+    assert examples
+    known = {"--task": task_names(), "--profile": profile_names()}
+    for words in examples:
+        assert words[: 1 + len(path)] == ["cxr-triton", *path]
+        inner = command
+        if isinstance(command, click.Group) and (found := command.commands.get(words[1 + len(path)])):
+            inner = found
+        options = {option for parameter in inner.params for option in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= options
+        for option, value in itertools.pairwise(words):
+            assert value in known.get(option, [value])
+
+
+@pytest.mark.parametrize("args", [["--nope"], ["read", "--nope"], ["bench", "run", "--repeats", "x"], ["gateway", "x"]])
+def test_wrong_usage_is_said_as_every_other_error(args):
+    result = run(*args)
+    assert result.exit_code == 2 and result.stderr.splitlines()[-1].startswith("error: ")
+    assert "Usage: " in result.stderr and "Error:" not in result.stderr
+
+
+def test_a_failure_without_a_code_is_said_as_every_other_error(failing):
+    failing(click.ClickException("what"))
+    assert run("fail").stderr == "error: what\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "among"),
+    [
+        ("read --task fin", "findings"),
+        ("read --mode re", "reasoning"),
+        ("sr --task fin", "findings"),
+        ("export --profile che", "chexone"),
+        ("quantize --profile che", "chexone"),
+        ("verify --profile che", "chexone"),
+        ("make-engine --recipe h100", "h100-fp8"),
+        ("build --recipe h100", "h100-fp8"),
+        ("recipes h100", "h100-fp8"),
+        ("tasks che", "chexone"),
+        ("ta", "tasks"),
+    ],
+)
+def test_the_shell_completes_names(monkeypatch, words, among):
+    given = f"cxr-triton {words}".split()
+    monkeypatch.setenv("COMP_WORDS", " ".join(given))
+    monkeypatch.setenv("COMP_CWORD", str(len(given) - 1))
+    result = CliRunner().invoke(
+        cli.main, prog_name="cxr-triton", complete_var="C", env={"C": "bash_complete"}, standalone_mode=True
+    )
+    assert f"plain,{among}" in result.output.splitlines()
+
+
+def test_profiles_and_tasks_are_listed():
+    from cxr_triton.profile import load_profile, profile_names
+
+    listed = json.loads(run("profiles", "--json", "-").stdout)["profiles"]
+    assert [profile["name"] for profile in listed] == list(profile_names())
+    tasks = json.loads(run("tasks", "--json", "-").stdout)["tasks"]
+    for profile in map(load_profile, profile_names()):
+        mine = {task["name"]: task for task in tasks if task["profile"] == profile.name}
+        assert list(mine) == list(profile.tasks) and mine[profile.default_task]["default"]
+        assert all(mine[name]["variables"] == list(task.placeholders) for name, task in profile.tasks.items())
+    shown = run("tasks", "chexone").stdout
+    assert "findings*" in shown and "KEY question" in shown and "nv-reason" not in shown
+    assert "did you mean 'chexone'" in run("tasks", "chexon").stderr
+
+
 def test_an_unknown_verb_names_the_nearest():
     result = run("raed")
     assert result.exit_code == 2 and "did you mean 'read'?" in result.output
+
+
+def test_an_unknown_verb_that_is_near_to_none_gets_them_all():
+    result = run("doctor")
+    assert result.exit_code == 2 and "did you mean" not in result.output and "read, " in result.output
 
 
 def test_a_missing_extra_names_the_install_command():
@@ -195,6 +285,28 @@ def test_reasoning_is_dim_on_a_terminal_and_plain_elsewhere(png):
     assert shown.startswith("\x1b[2m<think>") and "\x1b[0m" in shown
 
 
+def test_a_terminal_shows_what_is_waited_for_until_the_first_text(png):
+    leader, follower = pty.openpty()
+    shown = b""
+
+    def answer(request, context):
+        nonlocal shown
+        while b"reading DOE^JANE.png, " not in shown:  # goes on once the line is there
+            shown += os.read(leader, 1 << 12)
+        yield response(TEXT, reading().to_json(), final=True)
+
+    with FakeServer(answer) as server:
+        process = started("read", png, "--url", server.url, stderr=follower, stdout=subprocess.PIPE)
+        out, _ = process.communicate(timeout=20)
+    os.close(follower)
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while data := os.read(leader, 1 << 12):
+            shown += data
+    os.close(leader)
+    assert process.returncode == 0 and TEXT in out.decode()
+    assert shown.endswith(b"\r\x1b[K") and b" s\r\x1b[K" in shown
+
+
 def test_text_of_a_server_cannot_steer_the_terminal(png):
     hostile = reading(f"<think> {ESCAPES} </think><answer> {ESCAPES}, Cardiomegaly </answer>", notice=ESCAPES)
     with FakeServer(answering(hostile)) as server:
@@ -205,7 +317,7 @@ def test_text_of_a_server_cannot_steer_the_terminal(png):
 
 
 def test_json_goes_to_a_file_or_alone_to_standard_output(png, tmp_path):
-    path = tmp_path / "new" / "reading.json"
+    path = tmp_path / "reading.json"
     with FakeServer(answering(reading())) as server:
         assert run("read", png, "--url", server.url, "--json", path).exit_code == 0
         result = run("read", png, "--url", server.url, "--json", "-")
@@ -310,7 +422,19 @@ def test_options_become_the_request(png, tmp_path):
         (["no-such-file.dcm"], 2, "no-such-file.dcm"),
         (["--history", "bad.json"], 1, "[INVALID_REQUEST] bad.json"),
         (["--history", "text.json"], 1, "[INVALID_REQUEST] text.json"),
-        (["--history", "other.json"], 1, "[SERVER_MISMATCH]"),
+        (["--history", "other.json"], 1, "[INVALID_REQUEST] other.json: is not a reading"),
+        (["--history", "deep.json"], 1, "[INVALID_REQUEST] deep.json"),
+        (["--history", "numbers.json"], 1, "[INVALID_REQUEST] numbers.json"),
+        (["--history", "image.json"], 1, "[INVALID_REQUEST] image.json"),
+        (["--prompt", "Which?", "--task", "findings"], 2, "--prompt"),
+        (["--prompt", "Which?", "--var", "a=b"], 2, "--prompt"),
+        (["--url", "localhost"], 1, "localhost:8001"),
+        (["--url", "http://localhost:8000/v2"], 1, "give host and port, localhost:8001"),
+        (["--url", "https://host"], 1, "give host and port, host:8001"),
+        (["--url", "localhost:70000"], 1, "no port from 1 to 65535"),
+        (["--url", "localhost:grpc"], 1, "no port from 1 to 65535"),
+        (["--url", "::1"], 1, "[::1]:8001"),
+        (["--url", "[::1]"], 1, "[::1]:8001"),
     ],
 )
 def test_wrong_usage_is_said_before_anything_is_sent(tmp_path, monkeypatch, args, code, message):
@@ -318,10 +442,47 @@ def test_wrong_usage_is_said_before_anything_is_sent(tmp_path, monkeypatch, args
     Path("bad.json").write_text("{")
     Path("text.json").write_text('"text"')
     Path("other.json").write_text("{}")
+    Path("deep.json").write_text("[" * 100_000)
+    Path("numbers.json").write_text("[1, 2]")
+    Path("image.json").write_bytes(b"\x89PNG\r\n\x1a\n")
     with FakeServer(answering(reading())) as server:
         result = run("read", "--url", server.url, *args)
         assert result.exit_code == code and message in result.stderr
         assert server.requests == []
+
+
+def test_a_server_of_http_is_told_from_one_that_is_not_there():
+    with socketserver.TCPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        result = run("read", "--prompt", "Which?", "--url", f"127.0.0.1:{server.server_address[1]}")
+        server.shutdown()
+    assert result.exit_code == 75 and "does not speak gRPC" in result.stderr and "8001" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("REQUEST.history: is empty, but task 'x' continues", "--history: is empty, but task 'x' continues"),
+        ("REQUEST.history[1].role: is 'user'", "--history[1].role: is 'user'"),
+        ("REQUEST.variables.question: is missing", "--var question: is missing"),
+        ("unknown key 'a' in REQUEST.variables of task 'x'", "unknown key 'a' in --var of task 'x'"),
+        ("IMAGES: 3 given, task 'x' takes 1", "FILE: 3 given, task 'x' takes 1"),
+        ("IMAGES[0]: file is text", "DOE^JANE.png: file is text"),
+        ("REQUEST: 9 bytes, allowed 5", "the request: 9 bytes, allowed 5"),
+    ],
+)
+def test_a_servers_words_are_those_of_the_command_line(png, said, shown):
+    with FakeServer(lambda request, context: iter([failure(f"[INVALID_REQUEST] {said}")])) as server:
+        assert run("read", png, "--url", server.url).stderr == f"error: [INVALID_REQUEST] {shown}\n"
+
+
+def test_every_option_of_a_request_is_told_by_its_name():
+    from cxr_triton.client.command import in_options, read
+    from cxr_triton.request import _KEYS
+
+    options = {option for parameter in read.params for option in parameter.opts}
+    named = {in_options(f"REQUEST.{key}") for key in _KEYS}
+    assert named <= options | {f"the request.{key}" for key in ("top_p", "repetition_penalty", "stop")}
 
 
 def test_a_distant_server_without_encryption_is_warned_of(png):
@@ -332,7 +493,7 @@ def test_a_distant_server_without_encryption_is_warned_of(png):
 
 
 def test_html_shows_the_picture_and_no_file_name(png, tmp_path):
-    out = tmp_path / "new" / "page.html"
+    out = tmp_path / "page.html"
     facts = [{**reading().images[0], "identity": identity} for identity in identify([png.read_bytes()])]
     with FakeServer(answering(reading(images=facts))) as server:
         assert run("read", png, "--url", server.url, "--html", out).exit_code == 0

@@ -1,9 +1,11 @@
 """Every transfer syntax, depth and sign gives the values that were encoded; everything else is a typed error."""
 
+import gzip
 import io
 import shutil
 import struct
 import subprocess
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -907,3 +909,42 @@ def test_radiograph_from_pydicom_data():
     np.testing.assert_array_equal(radiograph.stored, pydicom.dcmread(path).pixel_array)
     assert radiograph.metadata.view == "PA" and radiograph.metadata.photometric == "MONOCHROME1"
     assert radiograph.metadata.voi == Window(15000, 30000)
+
+
+def _pillow(kind):
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, kind)
+    return file.getvalue()
+
+
+def _zip():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a", "b")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (lambda: b"", "empty"),
+        (lambda: _pillow("PDF"), "a PDF"),
+        (_zip, "a ZIP archive or an Office document"),
+        (lambda: gzip.compress(b"x"), "compressed by gzip"),
+        (lambda: _pillow("TIFF"), "a TIFF"),
+        (lambda: _pillow("GIF"), "a GIF"),
+        (lambda: _pillow("BMP"), "a BMP"),
+        (lambda: _pillow("WEBP"), "a WebP picture"),
+        (lambda: _pillow("JPEG2000"), "a JPEG 2000 file"),
+        (lambda: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC picture"),
+        (lambda: b"\n<!DOCTYPE html><html>", "an HTML page"),
+        (lambda: b'<?xml version="1.0"?>', "XML"),
+        (lambda: "Befund: unauffällig".encode(), "text"),
+        (lambda: b"BMI 23", "text"),
+        (lambda: b"\x7fELF\2\1\1\0", "a program"),
+        (lambda: bytes(64), "of an unknown kind"),
+    ],
+)
+def test_a_file_that_is_no_image_is_named_by_its_kind(data, kind):
+    with pytest.raises(errors.InvalidImage, match=rf"^file is {kind}, no DICOM, PNG or JPEG"):
+        read_image(data())

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -489,6 +490,20 @@ def test_sr_writes_every_kind_of_a_stored_reading(image, tmp_path):
     assert contents[0] == contents[1]
 
 
+def test_objects_that_were_written_stay_when_the_disk_is_full(image, tmp_path):
+    stored, out = tmp_path / "case.json", tmp_path / "out"
+    stored.write_text(json.dumps(with_boxes(source_header(image))))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the text report fits, the PDF does not
+    try:
+        ran = run(image, "--reading", stored, "-o", out, "--kinds", "text_sr,pdf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ran.exit_code == 1 and str(out / "case-pdf.dcm") in ran.stderr
+    assert [path.name for path in out.iterdir()] == ["case-text_sr.dcm"]
+    assert pydicom.dcmread(out / "case-text_sr.dcm").Modality == "SR"
+
+
 def test_sr_warns_of_a_study_uid_that_it_keeps(tmp_path, recwarn):
     image, stored = tmp_path / "chest.dcm", tmp_path / "case.json"
     image.write_bytes(odd_header(StudyInstanceUID="1.2.826.0.1.03.4"))
@@ -531,10 +546,10 @@ def test_sr_refuses_what_does_not_fit(image, tmp_path):
     for args, code, words in (
         ((png, "--reading", stored, *out), 1, "[INVALID_IMAGE] the file is not DICOM"),
         ((image, image, "--reading", stored, *out), 1, "case.json is of 1 images, 2 were given"),
-        ((image, "--reading", image, *out), 1, "chest.dcm: READING"),
+        ((image, "--reading", image, *out), 1, "chest.dcm: is not a reading"),
         ((image, "--reading", stored, "--kinds", "sr", *out), 2, "'sr' is none of"),
         ((image, "--reading", stored, "--task", "findings", *out), 2, "give one of them"),
-        ((image, "--reading", stored), 2, "--output"),
+        ((image, "--reading", stored), 2, "--out"),
         (("--reading", stored, *out), 2, "FILE"),
     ):
         ran = run(*args)

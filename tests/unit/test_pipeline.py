@@ -102,7 +102,7 @@ def test_a_prompt_that_fills_the_context_is_refused(tmp_path):
 def test_the_image_that_fails_is_named(preprocessor):
     with pytest.raises(InvalidImage, match=r"^IMAGES\[1\]: "):
         preprocessor.prepare([radiograph(1), b"GIF89a"], request(task="compare"))
-    with pytest.raises(InvalidImage, match=r"^file is no DICOM"):
+    with pytest.raises(InvalidImage, match=r"^file is a GIF, no DICOM"):
         preprocessor.prepare([b"GIF89a"], request())
 
 

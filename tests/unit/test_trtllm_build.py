@@ -336,6 +336,9 @@ def test_a_cache_type_that_was_not_calibrated_is_refused(export, tool, gpu, tmp_
     (own / "decoder" / "config.json").write_text(json.dumps(config))
     with pytest.raises(InvalidRequest, match="KV cache in fp8, recipe small for bf16"):
         build_bundle(own, tmp_path / "bundle", recipe=load_recipe(recipe_file(tmp_path)))
+    os.truncate(own / "decoder" / "rank0.safetensors", 5000)
+    with pytest.raises(InvalidBundle, match=r"rank0\.safetensors is not a sound .* export again"):
+        build_bundle(own, tmp_path / "bundle", recipe=load_recipe(recipe_file(tmp_path)))
     (own / "decoder" / "rank0.safetensors").unlink()
     with pytest.raises(InvalidBundle, match=r"rank0\.safetensors is missing"):
         build_bundle(own, tmp_path / "bundle", recipe=load_recipe(recipe_file(tmp_path)))

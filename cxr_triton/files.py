@@ -1,0 +1,109 @@
+"""Results on a disk: a file or folder appears whole or not at all, and a write that fails names it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from cxr_triton.errors import InvalidRequest
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an `OSError` of a write into `path` its name: the system tells none, or that of a temporary file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or error.errno in _NO_ROOM:
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def write(path: str | Path, content: str | bytes, *, beside: Path | None = None) -> None:
+    """Write a file whole or not at all; what it held before stays until then.
+
+    Parameters
+    ----------
+    path : path
+        A device or a pipe is written to as it is.
+    content : str or bytes
+        Text becomes UTF-8.
+    beside : Path, optional
+        Folder of the temporary file, on the same file system; that of `path` by default.
+
+    Raises
+    ------
+    OSError
+        Names `path`.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    target = Path(path).resolve()
+    with naming(Path(path)):
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)
+            return
+        partial = (beside or target.parent) / f".{target.name}.{os.getpid()}.partial"
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if target.exists():
+                partial.chmod(target.stat().st_mode & 0o777)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, *, replaces: bool = False) -> Iterator[Path]:
+    """A folder beside `out` to write into: it becomes `out` when the block ends, and is gone if the block fails.
+
+    With `replaces` an older `out` goes, else it has to be empty.
+
+    Raises
+    ------
+    OSError
+        Names `out` where the disk is full.
+    """
+    with naming(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        around = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            new = around / "new"
+            new.mkdir()
+            yield new
+            if replaces:
+                os.replace(out, around / "old")
+            os.replace(new, out)
+        finally:
+            shutil.rmtree(around, ignore_errors=True)
+
+
+def require_new(out: Path, remedy: str = "remove it or choose another one") -> None:
+    """Refuse a folder that holds something.
+
+    Raises
+    ------
+    InvalidRequest
+        `out` is a file, or a folder that is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InvalidRequest(f"{out} is not an empty folder; {remedy}")
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Why no file or folder can be made or replaced at `path`; None if it can. Makes nothing."""
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        return f"there is no folder {folder} for {path.name}; make it or choose another place"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"you may not write into {folder}; choose another place for {path.name}"
+    return None
