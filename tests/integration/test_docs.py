@@ -36,9 +36,9 @@ SUBSTITUTES = (
     (r"nvidia/NV-Reason-CXR-3B", "tests/phantom/checkpoint"),
     (r"--profile nv-reason-cxr-3b", "--profile tests/phantom/profile.yaml"),
     (r"^python -m cxr_triton.perf.shape (\S+) .*", r"mkdir -p $(dirname \1) && cp -r tests/phantom/checkpoint \1"),
-    # `installed` ran the README's own two lines; the extras are held against the project.
+    # The fixture `clone` ran the README's own two lines; the extras are held against the project.
     (r"python3 -m venv .venv && ", ""),
-    (r"pip install -e '\.\[[a-z,]+\]'.*", "true"),
+    (r"pip install .*'\.\[[a-z,]+\]'.*", "true"),
     # Ports that are free, and folders of a user.
     (
         r"^(cxr-triton serve \S+) &$",
@@ -51,7 +51,9 @@ SUBSTITUTES = (
     # What runs until it is stopped; an exit status that the block says.
     (r"^(cxr-triton gateway --config \S+)$", r"\1 2> gateway.out & ready gateway.out started; kill $!; wait $!"),
     (r"^(cxr-triton bench compare .*)", r"\1 || [ $? = 3 ]"),
-    # Minutes.
+    # Minutes; and what was done a moment ago.
+    (r"^make demo$", "[ -d build/demo/repository ] || make demo"),
+    (r"^cxr-triton bench run .* (\S*)after.json$", r"cp \1before.json \1after.json"),
     (r"^(cxr-triton bench run .*)", r"\1 --scenario single_stream --seconds 0.2 --requests 2 --repeats 2 --sweep ''"),
     (r"^(.venv/bin/python tests/phantom/train.py .*)", r"\1 --pictures 32 --vision-steps 1 --answer-steps 1"),
     (r"^(.venv/bin/python tests/phantom/evaluate.py .*)", r"\1 --count 2"),
@@ -265,8 +267,8 @@ def test_a_document_runs_as_printed(document, clone, request):
         lines += [f"echo @ {command} $SECONDS s", to_run(command, server)]
     own = Path(sys.prefix) / "bin"
     path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if Path(part) != own)
-    ports = {"PORT": port, "DICOM": dicom, "WEB": web}
-    bash("\n".join(lines), clone, PATH=path, SERVER=server, **{name: str(value) for name, value in ports.items()})
+    given = {"PORT": port, "DICOM": dicom, "WEB": web, "SERVER": server, "PATH": path, "PIP_NO_INDEX": 1}
+    bash("\n".join(lines), clone, **{name: str(value) for name, value in given.items()})
 
 
 def to_run(command: Command, server: str) -> str:
