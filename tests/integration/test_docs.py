@@ -150,7 +150,8 @@ def split(document: str) -> tuple[list[Block], str]:
 def _block(document: str, line: int, kind: str, lines: list[str]) -> Block:
     text = "\n".join(lines)
     if kind == "indented":
-        kind = "diagram" if re.search("[─│▶]", text) else "shell"
+        types = re.search(r"^(cxr-triton|python3?|pip|make|docker|\.\S*) ", text, re.MULTILINE)
+        kind = "diagram" if re.search("[─│▶]", text) and not types else "shell"
     return Block(document, line, kind, text)
 
 
@@ -235,7 +236,6 @@ def clone(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def served(clone) -> str:
     """Where the demonstration model is served, for documents that go on where the README has served a model."""
-    pytest.importorskip("pytriton")
     from cxr_triton.engines.bundle import build_bundle
     from cxr_triton.export.command import export_checkpoint
     from cxr_triton.profile import load_profile
@@ -256,6 +256,7 @@ def served(clone) -> str:
 @pytest.mark.triton
 @pytest.mark.parametrize("document", [d for d in documents() if any(not c.reason for c in commands(d))])
 def test_a_document_runs_as_printed(document, clone, request):
+    pytest.importorskip("pytriton")
     typed = [command for command in commands(document) if not command.reason]
     port, dicom, web = free_ports(3)
     serves = any(command.text.startswith("cxr-triton serve ") for command in typed)
