@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import queue
 import sys
@@ -162,15 +163,17 @@ def read(
             for delta in deltas:
                 click.echo(click.style(printable(delta), dim=True) if out.isatty() else printable(delta), out, nl=False)
         reading = stream.result()
+    read_at = datetime.datetime.now().astimezone()
     click.echo("\n", out)
     for name, lines in _summary(reading):
         for i, line in enumerate(lines):
             click.echo(f"{'' if i else name:<9} {printable(line)}", out)
     write_json(json.loads(reading.to_json()), json_path)
     if html_path:
-        pictures = draw(images, reading, unchecked_reading=unchecked_reading)
+        names = [file.name for file in files] if identifiers != "hashed" else ()
+        pictures = draw(images, reading, names=names, unchecked_reading=unchecked_reading)
         html_path.parent.mkdir(parents=True, exist_ok=True)
-        html_path.write_text(reading_page(reading, pictures), encoding="utf-8")
+        html_path.write_text(reading_page(reading, pictures, read_at=read_at, history=turns), encoding="utf-8")
     if reading.status != "ok":
         sys.exit(EXIT_NOT_AS_ASKED)
 
