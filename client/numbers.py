@@ -45,9 +45,9 @@ def change(share: float) -> str:
 
 def duration(ms: float) -> str:
     """Milliseconds, from a second on seconds."""
-    if ms < 1000:
+    if abs(ms) < 1000:
         return _signed(f"{ms:.1f} ms")
-    return f"{ms / 1000:.2f} s" if ms < 100_000 else f"{ms / 1000:,.1f} s"
+    return _signed(f"{ms / 1000:.2f} s" if abs(ms) < 100_000 else f"{ms / 1000:,.1f} s")
 
 
 def moment(time: str | datetime.datetime) -> str:

@@ -32,7 +32,7 @@ STATUSES = {
     "malformed": "malformed: a part of the expected form is missing, so an empty list of findings does not mean none",
     "truncated": "truncated: the token limit came before the end of the answer",
     "out_of_vocabulary": "out of vocabulary: the answer lists labels that the model was not trained to give",
-    "doubtful_image": "of a doubtful image: it may be no chest, or of a view that the model does not know; see the flags",
+    "doubtful_image": "of a doubtful image: it may be no chest, or of a view unknown to the model; see the flags",
 }
 STAGES = {
     "image_decode": "decode image",
