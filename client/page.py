@@ -58,7 +58,7 @@ _IMAGE = {
     "percentiles": "0.5 %, 99.5 % value",
     "padding_share": "padding",
 }
-_LATERALITIES = {"L": "left", "R": "right", "U": "unpaired", "B": "both"}
+LATERALITIES = {"L": "left", "R": "right", "U": "unpaired", "B": "both"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +212,8 @@ def _paragraphs(text: str) -> str:
     return "".join(f"<p>{block}</p>" for block in blocks)
 
 
-def _image_name(index: int, count: int) -> str:
+def image_name(index: int, count: int) -> str:
+    """What an image of a reading is called: prior ones come first, the current one last."""
     if count == 1:
         return "Image"
     return f"Image {index + 1}, {'current' if index == count - 1 else 'prior'}"
@@ -231,7 +232,7 @@ def _origin(picture: Shown, index: int, count: int) -> str:
     """Name and study date of an image; empty where neither may be told."""
     told = [picture.name, f"study of {glued(picture.study_date)}" if picture.study_date else ""]
     told = ", ".join(part for part in told if part)
-    return f"{_image_name(index, count)}: {told}" if told and count > 1 else told
+    return f"{image_name(index, count)}: {told}" if told and count > 1 else told
 
 
 def _size(facts: dict) -> str:
@@ -255,14 +256,14 @@ def _figure(reading: Reading, index: int, picture: Shown, count: int) -> str:
     if boxes:
         toggle = '<label><input type="checkbox" checked> boxes</label>'
         shapes = f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{shapes}</svg>'
-    caption = [_image_name(index, count), picture.name, _size(facts)]
+    caption = [image_name(index, count), picture.name, _size(facts)]
     if isinstance(grid := facts.get("grid"), list) and len(grid) == 2:
         caption.append(glued(f"read at {PATCH * grid[1]} × {PATCH * grid[0]} px"))
     if facts.get("preset"):
         caption.append(f"preset {facts['preset']}")
     caption = [part for part in caption if part]
     png = base64.b64encode(picture.png).decode()
-    image = f'<img alt="{_image_name(index, count)}" src="data:image/png;base64,{png}">'
+    image = f'<img alt="{image_name(index, count)}" src="data:image/png;base64,{png}">'
     return f"""<figure>
 <div class="stack">{image}{shapes}{labels}</div>
 <figcaption><span>{_text(" · ".join(caption))}</span>{toggle}</figcaption>
@@ -301,7 +302,7 @@ def _doubts(reading: Reading) -> str:
     """Why an image is doubtful, whatever else is wrong with the answer."""
     items = ""
     for i, facts in enumerate(reading.images):
-        where = f"{_image_name(i, len(reading.images))}: " if len(reading.images) > 1 else ""
+        where = f"{image_name(i, len(reading.images))}: " if len(reading.images) > 1 else ""
         items += "".join(f"<li>{_text(where + DOUBTS[flag])}</li>" for flag in facts.get("flags", ()) if flag in DOUBTS)
     return f'<ul class="why">{items}</ul>' if items else ""
 
@@ -355,7 +356,7 @@ def _answer(text: str) -> str:
 def _flags(reading: Reading) -> str:
     rows = [("answer", flag, READING_FLAGS.get(flag, flag)) for flag in reading.flags]
     for i, facts in enumerate(reading.images):
-        where = _image_name(i, len(reading.images)).lower()
+        where = image_name(i, len(reading.images)).lower()
         rows += [(where, flag, IMAGE_FLAGS.get(flag, flag)) for flag in facts.get("flags", ())]
     items = ""
     for where, flag, meaning in rows:
@@ -406,7 +407,7 @@ def _images(reading: Reading, pictures: Sequence[Shown]) -> str:
         pairs = [("file", picture.name), ("study date", picture.study_date), ("size", _size(facts))]
         pairs += [(label, _fact(key, facts.get(key))) for key, label in _IMAGE.items()]
         pairs = [pair for pair in pairs if pair[1]] + _identity(facts.get("identity"))
-        sections += f"<section><h2>{_image_name(i, len(reading.images))}</h2>{_pairs(pairs)}</section>"
+        sections += f"<section><h2>{image_name(i, len(reading.images))}</h2>{_pairs(pairs)}</section>"
     return sections
 
 
@@ -417,7 +418,7 @@ def _fact(key: str, value: object) -> str:
     if key == "padding_share" and isinstance(value, int | float):
         return percent(value)
     if key == "laterality":
-        return _LATERALITIES.get(value, str(value))
+        return LATERALITIES.get(value, str(value))
     return " and ".join(map(number, value)) if isinstance(value, list) else number(value)
 
 

@@ -29,7 +29,7 @@ from cxr_triton.client.objects import (
     result_objects,
     source_header,
 )
-from cxr_triton.client.page import NOT_FOR_DIAGNOSIS
+from cxr_triton.client.page import DOCUMENT_PIXELS, NOT_FOR_DIAGNOSIS, draw
 from cxr_triton.errors import InvalidRequest, ServerMismatch
 from cxr_triton.reading import Reading
 
@@ -103,6 +103,15 @@ def sr(
         digests=tuple(file_digest(data) for data in images),
         unchecked_reading=unchecked_reading,
     )
+    pictures = ()
+    if "pdf" in kinds:
+        pictures = draw(
+            images,
+            Reading.from_json(json.dumps(reading)),
+            names=[file.name for file in files],
+            max_pixels=DOCUMENT_PIXELS,
+            unchecked_reading=unchecked_reading,
+        )
     stem = (reading_path or files[-1]).stem
     output.mkdir(parents=True, exist_ok=True)
     written = []
@@ -113,7 +122,8 @@ def sr(
             path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             written.append({"kind": kind, "path": str(path)})
             continue
-        for number, instance in enumerate(result_objects(reading, sources, kinds=[kind], options=options), 1):
+        instances = result_objects(reading, sources, kinds=[kind], pictures=pictures, options=options)
+        for number, instance in enumerate(instances, 1):
             path = output / (f"{stem}-{kind}.dcm" if number == 1 else f"{stem}-{kind}-{number}.dcm")
             instance.save_as(path, enforce_file_format=True)
             written.append({"kind": kind, "path": str(path), "sop_instance_uid": str(instance.SOPInstanceUID)})
