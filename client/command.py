@@ -118,7 +118,9 @@ def require_readings_of(
 @click.option("--temperature", type=click.FloatRange(0), metavar="T", help="0 takes the likeliest token each time.")
 @click.option("--seed", type=click.IntRange(0), metavar="N", help="Makes an answer with a temperature repeatable.")
 @click.option(
-    "--identifiers", type=click.Choice(IDENTIFIERS), help="How the reading names its images' UIDs; plain if left out."
+    "--identifiers",
+    type=click.Choice(IDENTIFIERS),
+    help="How the reading names its images' UIDs; plain if left out. Hashed also keeps file name and date off --html.",
 )
 @connection
 @click.option(

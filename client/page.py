@@ -16,10 +16,10 @@ from html import escape
 from cxr_triton import __version__
 from cxr_triton.cli import printable
 from cxr_triton.client.numbers import duration, glued, moment, number, percent
+from cxr_triton.dicom import DOUBTFUL
 from cxr_triton.dicom import FLAGS as IMAGE_FLAGS
 from cxr_triton.identity import UIDS, require_same_images
 from cxr_triton.image import PATCH
-from cxr_triton.plausibility import DOUBTS
 from cxr_triton.reading import FLAGS as READING_FLAGS
 from cxr_triton.reading import Box, Reading, parse
 
@@ -32,7 +32,7 @@ STATUSES = {
     "malformed": "malformed: a part of the expected form is missing, so an empty list of findings does not mean none",
     "truncated": "truncated: the token limit came before the end of the answer",
     "out_of_vocabulary": "out of vocabulary: the answer lists labels that the model was not trained to give",
-    "doubtful_image": "of a doubtful image: it may be no chest, or of a view unknown to the model; see the flags",
+    "doubtful_image": "of a doubtful image: it may be damaged, no chest, or of a view new to the model; see the flags",
 }
 STAGES = {
     "image_decode": "decode image",
@@ -303,7 +303,9 @@ def _doubts(reading: Reading) -> str:
     items = ""
     for i, facts in enumerate(reading.images):
         where = f"{image_name(i, len(reading.images))}: " if len(reading.images) > 1 else ""
-        items += "".join(f"<li>{_text(where + DOUBTS[flag])}</li>" for flag in facts.get("flags", ()) if flag in DOUBTS)
+        items += "".join(
+            f"<li>{_text(where + IMAGE_FLAGS[flag])}</li>" for flag in facts.get("flags", ()) if flag in DOUBTFUL
+        )
     return f'<ul class="why">{items}</ul>' if items else ""
 
 

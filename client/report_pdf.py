@@ -56,6 +56,7 @@ class _Sheet(FPDF):
         picture = Image.open(io.BytesIO(png))
         scale = min(PICTURE_MM[0] / picture.width, PICTURE_MM[1] / picture.height)
         width, height = scale * picture.width, scale * picture.height
+        self.ln(2)
         if self.will_page_break(height):
             self.add_page()
         left, top = self.l_margin, self.get_y()

@@ -206,6 +206,7 @@ def test_a_follow_up_s_page_has_the_whole_conversation(served):
         ({"BodyPartExamined": "KNEE"}, "doubtful_image", "not_a_chest"),
         ({"BodyPartExamined": "CHEST", "StudyDescription": "KNEE"}, "doubtful_image", "region_conflict"),
         ({"ImagerPixelSpacing": ["0.2", "0.1"]}, "ok", "pixels_not_square"),
+        ({"ImagerPixelSpacing": ["0.2"]}, "doubtful_image", "pixel_shape_doubtful"),
     ],
 )
 def test_doubts_and_flags_of_a_served_reading_are_said_in_words(served, elements, status, flag):
