@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import queue
 import re
@@ -137,7 +138,9 @@ def require_readings_of(
 @click.option("--temperature", type=click.FloatRange(0), metavar="T", help="0 takes the likeliest token each time.")
 @click.option("--seed", type=click.IntRange(0), metavar="N", help="Makes an answer with a temperature repeatable.")
 @click.option(
-    "--identifiers", type=click.Choice(IDENTIFIERS), help="How the reading names its images' UIDs; plain if left out."
+    "--identifiers",
+    type=click.Choice(IDENTIFIERS),
+    help="How the reading names its images' UIDs; plain if left out. Hashed also keeps file name and date off --html.",
 )
 @connection
 @click.option("-o", "--out", type=OUT_FOLDER, help="Folder of the readings of a FOLDER; made if it is not there.")
@@ -197,14 +200,16 @@ def read(
                 waiting.end()
                 click.echo(click.style(printable(delta), dim=True) if out.isatty() else printable(delta), out, nl=False)
         reading = stream.result()
+    read_at = datetime.datetime.now().astimezone()
     click.echo("\n", out)
     for name, lines in _summary(reading):
         for i, line in enumerate(lines):
             click.echo(f"{'' if i else name:<9} {printable(line)}", out)
     write_json(json.loads(reading.to_json()), json_path)
     if html_path:
-        pictures = draw(images, reading, unchecked_reading=unchecked_reading)
-        write(html_path, reading_page(reading, pictures))
+        names = [file.name for file in files] if identifiers != "hashed" else ()
+        pictures = draw(images, reading, names=names, unchecked_reading=unchecked_reading)
+        write(html_path, reading_page(reading, pictures, read_at=read_at, history=turns))
     if reading.status != "ok":
         sys.exit(EXIT_NOT_AS_ASKED)
 

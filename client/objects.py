@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydicom import config
 from pydicom.datadict import keyword_for_tag, tag_for_keyword
@@ -33,6 +33,9 @@ from cxr_triton.client.codes import FHIR_SYSTEMS, PRIVATE_SCHEME, STATUSES, Conc
 from cxr_triton.dicom import kind_of
 from cxr_triton.errors import InvalidImage, InvalidRequest
 from cxr_triton.identity import UIDS, require_same_images
+
+if TYPE_CHECKING:
+    from cxr_triton.client.page import Shown
 
 KINDS = ("findings_sr", "text_sr", "gsps", "pdf")
 MANUFACTURER = "cxr-triton"
@@ -168,6 +171,7 @@ def result_objects(
     sources: Sequence[Dataset],
     *,
     kinds: Sequence[str] = ("findings_sr", "text_sr"),
+    pictures: Sequence[Shown] = (),
     options: ObjectOptions,
 ) -> list[Dataset]:
     """The DICOM instances of a reading, ready to be stored.
@@ -180,6 +184,8 @@ def result_objects(
         Headers of the images that were read, in the reading's order: prior first, current last. See `source_header`.
     kinds : sequence of str
         Of `KINDS`. ``gsps`` gives one presentation state for each image with a box, so possibly none.
+    pictures : sequence of Shown
+        Of the sources, as `cxr_triton.client.page.draw` gives them, for the ``pdf``; none leaves them out of it.
     options : ObjectOptions
 
     Returns
@@ -201,7 +207,7 @@ def result_objects(
         if kind not in KINDS:
             raise InvalidRequest(f"kinds: {kind!r} is none of {', '.join(KINDS)}")
     with config.disable_value_validation():  # pydicom's warnings would put a header's values into logs
-        study = Study(reading, sources, options)
+        study = Study(reading, sources, options, pictures)
         return [instance for kind in kinds for instance in _instances(kind, study)]
 
 
@@ -230,7 +236,7 @@ def diagnostic_report(reading: dict[str, Any], sources: Sequence[Dataset], *, op
 
 
 class Study:
-    """A reading, its sources and the options, checked against each other; what every object of it shares.
+    """A reading, its sources, their pictures and the options, checked against each other; what its objects share.
 
     Attributes
     ----------
@@ -240,9 +246,17 @@ class Study:
         `ObjectOptions.made_at` in the source's time zone where it names one.
     """
 
-    def __init__(self, reading: dict[str, Any], sources: Sequence[Dataset], options: ObjectOptions):
+    def __init__(
+        self,
+        reading: dict[str, Any],
+        sources: Sequence[Dataset],
+        options: ObjectOptions,
+        pictures: Sequence[Shown] = (),
+    ):
         if not sources:
             raise InvalidRequest("no source image: objects are made for readings of DICOM images")
+        if len(pictures) not in (0, len(sources)):
+            raise InvalidRequest(f"{len(pictures)} pictures of {len(sources)} sources; give one of each, or none")
         _check_reading(reading)
         names = [f"source {i + 1} of {len(sources)}" for i in range(len(sources))]
         for source, facts, name in zip(sources, reading["images"], names, strict=False):
@@ -254,7 +268,7 @@ class Study:
             raise InvalidRequest(f"the sources have {len(patients)} different Patient IDs; send one patient's images")
         if any("\ufffd" in patient for patient in patients):
             raise InvalidImage("Patient ID is not of the file's Specific Character Set; correct the file's header")
-        self.reading, self.sources, self.options = reading, tuple(sources), options
+        self.reading, self.sources, self.options, self.pictures = reading, tuple(sources), options, tuple(pictures)
         self.current = sources[-1]
         self._offset = str(self.current.get("TimezoneOffsetFromUTC") or "").strip()
         self.made_at = options.made_at

@@ -1,4 +1,4 @@
-"""One reading as one self-contained HTML page: no script, no font, no request to anywhere, no file name.
+"""One reading as one self-contained HTML page: no script, no font, no request to anywhere.
 
 `draw` makes the pictures that the page shows from the files that were sent; `reading_page` writes the page.
 """
@@ -6,20 +6,25 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from cxr_triton import __version__
 from cxr_triton.cli import printable
+from cxr_triton.client.numbers import duration, glued, moment, number, percent
+from cxr_triton.dicom import DOUBTFUL
 from cxr_triton.dicom import FLAGS as IMAGE_FLAGS
-from cxr_triton.identity import require_same_images
+from cxr_triton.identity import UIDS, require_same_images
 from cxr_triton.image import PATCH
 from cxr_triton.reading import FLAGS as READING_FLAGS
-from cxr_triton.reading import Box, Reading
+from cxr_triton.reading import Box, Reading, parse
 
-MAX_PICTURE_PIXELS = 1024 * 1024
+PAGE_PIXELS, DOCUMENT_PIXELS = 1024 * 1024, 640 * 640
+"""Most pixels of a picture on a page and in a document."""
 NOT_FOR_DIAGNOSIS = "Research only. Not for diagnosis."
 
 STATUSES = {
@@ -27,7 +32,7 @@ STATUSES = {
     "malformed": "malformed: a part of the expected form is missing, so an empty list of findings does not mean none",
     "truncated": "truncated: the token limit came before the end of the answer",
     "out_of_vocabulary": "out of vocabulary: the answer lists labels that the model was not trained to give",
-    "doubtful_image": "doubtful image: it may be no chest, or a view that the model was not trained on; see the flags",
+    "doubtful_image": "of a doubtful image: it may be damaged, no chest, or of a view new to the model; see the flags",
 }
 STAGES = {
     "image_decode": "decode image",
@@ -44,15 +49,59 @@ _IMAGE = {
     "photometric": "photometric",
     "modality": "modality",
     "view": "view",
+    "laterality": "laterality",
+    "region": "part of the body by its header",
+    "chest_likeness": "likeness to a chest, 0 to 1",
     "bits_stored": "bits stored",
+    "pixel_aspect_ratio": "height of a pixel over its width",
     "preset": "pixel preset",
     "percentiles": "0.5 %, 99.5 % value",
     "padding_share": "padding",
 }
+LATERALITIES = {"L": "left", "R": "right", "U": "unpaired", "B": "both"}
 
 
-def draw(images: Sequence[bytes], reading: Reading, *, unchecked_reading: bool = False) -> list[bytes]:
-    """PNG of each image with the greys that the model saw, at most 1024 * 1024 pixels.
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """An image of a reading as a page or a document shows it.
+
+    Attributes
+    ----------
+    png : bytes
+        With square pixels.
+    name : str
+        Of its file; empty where it may not be told.
+    study_date : str
+        YYYY-MM-DD; empty where it may not be told, or the file does not tell it.
+    """
+
+    png: bytes
+    name: str = ""
+    study_date: str = ""
+
+
+def draw(
+    images: Sequence[bytes],
+    reading: Reading,
+    *,
+    names: Sequence[str] = (),
+    max_pixels: int = PAGE_PIXELS,
+    unchecked_reading: bool = False,
+) -> list[Shown]:
+    """Each image with the greys that the model saw.
+
+    Parameters
+    ----------
+    images : sequence of bytes
+        The files that were read.
+    reading : Reading
+        One with hashed identifiers keeps file names and study dates out.
+    names : sequence of str
+        Of the files; none leaves them out.
+    max_pixels : int
+        Of a picture.
+    unchecked_reading : bool
+        See `cxr_triton.identity.require_same_images`.
 
     Raises
     ------
@@ -65,52 +114,63 @@ def draw(images: Sequence[bytes], reading: Reading, *, unchecked_reading: bool =
 
     from cxr_triton.sandbox import Sandbox
 
-    pictures, identities = [], []
+    may_name = not any((facts.get("identity") or {}).get("identifiers") == "hashed" for facts in reading.images)
+    shown, identities = [], []
     with Sandbox() as sandbox:
         for i, data in enumerate(images):
             facts = reading.images[i] if i < len(reading.images) else {}
             # A display-ready file stays as it is whatever the preset.
             preset = "voi_display" if facts.get("preset") == "voi_display" else "mimic_jpg"
-            prepared = sandbox.prepare(data, preset=preset, min_pixels=1, max_pixels=MAX_PICTURE_PIXELS, factor=1)
+            prepared = sandbox.prepare(data, preset=preset, min_pixels=1, max_pixels=max_pixels, factor=1)
             png = io.BytesIO()
             Image.fromarray(prepared.pixels).save(png, "PNG")
-            pictures.append(png.getvalue())
+            name = names[i] if names and may_name else ""
+            shown.append(Shown(png=png.getvalue(), name=name, study_date=prepared.study_date if may_name else ""))
             identities.append(prepared.facts["identity"])
-    names = [f"image {number}" for number in range(1, len(images) + 1)]
+    names = names or [f"image {i}" for i in range(1, len(images) + 1)]
     require_same_images(reading.images, identities, names=names, unchecked_reading=unchecked_reading)
-    return pictures
+    return shown
 
 
-def reading_page(reading: Reading, pictures: Sequence[bytes] = ()) -> str:
+def reading_page(
+    reading: Reading,
+    pictures: Sequence[Shown] = (),
+    *,
+    read_at: datetime.datetime | None = None,
+    history: Sequence[Mapping[str, str]] = (),
+) -> str:
     """HTML of a reading.
 
     Parameters
     ----------
     reading : Reading
-    pictures : sequence of bytes
-        PNG of each image of the request, in its order, as `draw` gives them; none leaves the pictures out.
+    pictures : sequence of Shown
+        Each image of the request, in its order, as `draw` gives them; none leaves the pictures out.
+    read_at : datetime.datetime, optional
+        When the reading was made; it has to know its time zone.
+    history : sequence of mapping
+        The turns that the request carried, oldest first, as ``role`` and ``content``.
     """
     title = f"{reading.model.get('title') or reading.model.get('profile') or 'Chest X-ray'} reading"
-    figures = "".join(_figure(reading, i, png, len(pictures)) for i, png in enumerate(pictures))
+    figures = "".join(_figure(reading, i, picture, len(pictures)) for i, picture in enumerate(pictures))
+    rest = _reasoning(reading) + _boxes(reading) + _conversation(reading, history)
     body = f"""\
 <aside class="notice" role="note"><strong>{NOT_FOR_DIAGNOSIS}</strong> {_text(reading.notice)}</aside>
 <header>
 <h1>{_text(title)}</h1>
+{_which(pictures, read_at)}
 <p class="asked">{_text(reading.task or "free prompt")}<span>{_text(_shorten(reading.prompt))}</span></p>
 </header>
 <main{"" if pictures else ' class="text-only"'}>
-{f'<div class="pictures">{figures}</div>' if pictures else ""}
-<article>
 {_result(reading)}
-{_reasoning(reading)}
-{_boxes(reading)}
-</article>
+{f'<div class="pictures">{figures}</div>' if pictures else ""}
+{f'<div class="rest">{rest}</div>' if rest else ""}
 </main>
 <div class="facts">
 {_flags(reading)}
 {_timings(reading)}
 {_model(reading)}
-{_images(reading)}
+{_images(reading, pictures)}
 </div>
 <details class="raw"><summary>The model's text, untouched</summary><pre>{_text(reading.text)}</pre></details>
 """
@@ -128,7 +188,7 @@ def document(title: str, style: str, body: str) -> str:
 <meta name="color-scheme" content="light dark">
 <meta name="robots" content="noindex">
 <title>{_text(title)}</title>
-<style>{style}</style>
+<style>{style}{_TABLES}</style>
 </head>
 <body>
 {body}<footer>cxr-triton {__version__}</footer>
@@ -152,19 +212,36 @@ def _paragraphs(text: str) -> str:
     return "".join(f"<p>{block}</p>" for block in blocks)
 
 
-def _image_name(index: int, count: int) -> str:
+def image_name(index: int, count: int) -> str:
+    """What an image of a reading is called: prior ones come first, the current one last."""
     if count == 1:
         return "Image"
     return f"Image {index + 1}, {'current' if index == count - 1 else 'prior'}"
 
 
-def _size(facts: dict) -> tuple[int, int] | None:
-    """Rows and columns of the file's image."""
-    size = facts.get("size")
-    return tuple(size) if isinstance(size, list) and len(size) == 2 else None
+def _which(pictures: Sequence[Shown], read_at: datetime.datetime | None) -> str:
+    """Which radiographs were read, and when."""
+    told = [_origin(picture, i, len(pictures)) for i, picture in enumerate(pictures)]
+    told = [f'<span class="image">{_text(origin)}</span>' for origin in told if origin]
+    if read_at:
+        told.append(f'read <time datetime="{read_at.isoformat()}">{_text(glued(moment(read_at)))}</time>')
+    return f'<p class="which">{" · ".join(told)}</p>' if told else ""
 
 
-def _figure(reading: Reading, index: int, png: bytes, count: int) -> str:
+def _origin(picture: Shown, index: int, count: int) -> str:
+    """Name and study date of an image; empty where neither may be told."""
+    told = [picture.name, f"study of {glued(picture.study_date)}" if picture.study_date else ""]
+    told = ", ".join(part for part in told if part)
+    return f"{image_name(index, count)}: {told}" if told and count > 1 else told
+
+
+def _size(facts: dict) -> str:
+    """Columns and rows of the file's image; empty where a server does not say them."""
+    rows, columns = facts.get("rows"), facts.get("columns")
+    return glued(f"{columns} × {rows} px") if isinstance(rows, int) and isinstance(columns, int) else ""
+
+
+def _figure(reading: Reading, index: int, picture: Shown, count: int) -> str:
     facts = reading.images[index] if index < len(reading.images) else {}
     boxes = [box for box in reading.boxes if box.image == index]
     # A stretched SVG keeps percent coordinates whatever the picture's size on the screen; text would be stretched too.
@@ -179,14 +256,14 @@ def _figure(reading: Reading, index: int, png: bytes, count: int) -> str:
     if boxes:
         toggle = '<label><input type="checkbox" checked> boxes</label>'
         shapes = f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{shapes}</svg>'
-    caption = [_image_name(index, count)]
-    if size := _size(facts):
-        caption.append(f"{size[1]} × {size[0]} px")
+    caption = [image_name(index, count), picture.name, _size(facts)]
     if isinstance(grid := facts.get("grid"), list) and len(grid) == 2:
-        caption.append(f"read at {PATCH * grid[1]} × {PATCH * grid[0]} px")
+        caption.append(glued(f"read at {PATCH * grid[1]} × {PATCH * grid[0]} px"))
     if facts.get("preset"):
         caption.append(f"preset {facts['preset']}")
-    image = f'<img alt="{_image_name(index, count)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    caption = [part for part in caption if part]
+    png = base64.b64encode(picture.png).decode()
+    image = f'<img alt="{image_name(index, count)}" src="data:image/png;base64,{png}">'
     return f"""<figure>
 <div class="stack">{image}{shapes}{labels}</div>
 <figcaption><span>{_text(" · ".join(caption))}</span>{toggle}</figcaption>
@@ -216,8 +293,20 @@ def _result(reading: Reading) -> str:
     kind = "ok" if reading.status == "ok" else "bad"
     badge = f'<span class="badge {kind}">{_text(reading.status.replace("_", " "))}</span>'
     if kind == "bad":
-        body = f'<p class="why">This answer is {_text(STATUSES.get(reading.status, reading.status))}.</p>{body}'
-    return f"<section><h2>{heading}{badge}</h2>{body}</section>"
+        why = f'<p class="why">This answer is {_text(STATUSES.get(reading.status, reading.status))}.</p>'
+        body = f"{why}{_doubts(reading)}{body}"
+    return f'<section class="result"><h2>{heading}{badge}</h2>{body}</section>'
+
+
+def _doubts(reading: Reading) -> str:
+    """Why an image is doubtful, whatever else is wrong with the answer."""
+    items = ""
+    for i, facts in enumerate(reading.images):
+        where = f"{image_name(i, len(reading.images))}: " if len(reading.images) > 1 else ""
+        items += "".join(
+            f"<li>{_text(where + IMAGE_FLAGS[flag])}</li>" for flag in facts.get("flags", ()) if flag in DOUBTFUL
+        )
+    return f'<ul class="why">{items}</ul>' if items else ""
 
 
 def _reasoning(reading: Reading) -> str:
@@ -243,10 +332,33 @@ def _boxes(reading: Reading) -> str:
     return f'<section><h2>Boxes</h2><div class="scroll">{table}</div></section>'
 
 
+def _conversation(reading: Reading, history: Sequence[Mapping[str, str]]) -> str:
+    """Every turn before the answer, of a reading that goes on from earlier ones."""
+    if not history:
+        return ""
+    turns = ""
+    for turn in history:
+        is_question = turn["role"] == "user"
+        body = f'<div class="prose">{_paragraphs(turn["content"])}</div>' if is_question else _answer(turn["content"])
+        turns += f'<li class="{"question" if is_question else "answer"}">{body}</li>'
+    turns += f'<li class="question"><div class="prose">{_paragraphs(reading.prompt)}</div></li>'
+    turns += '<li class="answer none">Answered above.</li>'
+    return f'<section><h2>Conversation</h2><ol class="turns">{turns}</ol></section>'
+
+
+def _answer(text: str) -> str:
+    """An earlier answer: without its tags where they can be taken off and nothing gets lost, else untouched."""
+    parsed = parse(text, grammar="boxed" if "\\boxed" in text else "think_answer", answer="text")
+    if parsed.status != "ok" or parsed.flags:
+        return f'<div class="prose">{_text(text.strip())}</div>'
+    reasoning = parsed.reasoning and f'<div class="prose thought">{_paragraphs(parsed.reasoning)}</div>'
+    return f'{reasoning or ""}<div class="prose">{_paragraphs(parsed.answer)}</div>'
+
+
 def _flags(reading: Reading) -> str:
     rows = [("answer", flag, READING_FLAGS.get(flag, flag)) for flag in reading.flags]
     for i, facts in enumerate(reading.images):
-        where = _image_name(i, len(reading.images)).lower()
+        where = image_name(i, len(reading.images)).lower()
         rows += [(where, flag, IMAGE_FLAGS.get(flag, flag)) for flag in facts.get("flags", ())]
     items = ""
     for where, flag, meaning in rows:
@@ -268,13 +380,9 @@ def _timings(reading: Reading) -> str:
     pairs = [(key.replace("_", " "), duration(ms)) for key, ms in times.items() if key not in STAGES]
     pairs += [(key.replace("_", " "), value) for key, value in reading.usage.items()]
     if rate := decode_rate(reading):
-        pairs.append(("decode speed", f"{rate:.1f} tokens/s"))
+        pairs.append(("decode speed", f"{number(rate)} tokens/s"))
     pairs.append(("finished by", reading.finish_reason))
     return f'<section><h2>Time and tokens</h2><dl class="waterfall">{bars}</dl>{_pairs(pairs)}</section>'
-
-
-def duration(ms: float) -> str:
-    return f"{ms / 1000:.2f} s" if ms >= 1000 else f"{ms:.1f} ms"
 
 
 def decode_rate(reading: Reading) -> float | None:
@@ -294,21 +402,34 @@ def _model(reading: Reading) -> str:
     return f"<section><h2>Model</h2>{_pairs(pairs)}</section>"
 
 
-def _images(reading: Reading) -> str:
+def _images(reading: Reading, pictures: Sequence[Shown]) -> str:
     sections = ""
     for i, facts in enumerate(reading.images):
-        pairs = []
-        if size := _size(facts):
-            pairs.append(("size", f"{size[1]} × {size[0]} px"))
-        for key, label in _IMAGE.items():
-            value = facts.get(key)
-            if value in (None, "", [], 0):
-                continue
-            if key == "padding_share":
-                value = f"{100 * value:.1f} %"
-            pairs.append((label, ", ".join(map(str, value)) if isinstance(value, list) else value))
-        sections += f"<section><h2>{_image_name(i, len(reading.images))}</h2>{_pairs(pairs)}</section>"
+        picture = pictures[i] if i < len(pictures) else Shown(png=b"")
+        pairs = [("file", picture.name), ("study date", picture.study_date), ("size", _size(facts))]
+        pairs += [(label, _fact(key, facts.get(key))) for key, label in _IMAGE.items()]
+        pairs = [pair for pair in pairs if pair[1]] + _identity(facts.get("identity"))
+        sections += f"<section><h2>{image_name(i, len(reading.images))}</h2>{_pairs(pairs)}</section>"
     return sections
+
+
+def _fact(key: str, value: object) -> str:
+    """A fact in words; empty for one that is not known, or is as it always is."""
+    if value in (None, "", []) or (key, value) in (("padding_share", 0), ("pixel_aspect_ratio", 1)):
+        return ""
+    if key == "padding_share" and isinstance(value, int | float):
+        return percent(value)
+    if key == "laterality":
+        return LATERALITIES.get(value, str(value))
+    return " and ".join(map(number, value)) if isinstance(value, list) else number(value)
+
+
+def _identity(identity: object) -> list[tuple[str, str]]:
+    if not isinstance(identity, dict):
+        return []
+    of = "SHA-256 of its " if identity.get("identifiers") == "hashed" else ""
+    names = {"file_sha256": "SHA-256 of the file", "sop_instance_uid": f"{of}{UIDS['sop_instance_uid']}"}
+    return [(name, str(identity[key])) for key, name in names.items() if identity.get(key)]
 
 
 def _pairs(pairs: Iterable[tuple[str, object]]) -> str:
@@ -351,12 +472,21 @@ small, .none, summary, footer { color: var(--soft); }
 header { margin: 22px 0 16px; }
 .asked { margin: 6px 0 0; color: var(--soft); font-size: .95rem; overflow-wrap: anywhere; }
 .asked span::before { content: "· "; padding-left: .35em; }
-main { display: grid; grid-template-columns: minmax(0, 1.15fr) minmax(0, 1fr); gap: 18px; align-items: start; }
-main.text-only { grid-template-columns: minmax(0, 1fr); }
+.which { margin: 6px 0 0; overflow-wrap: anywhere; }
+.which .image { font-weight: 600; }
+main {
+  display: grid; grid-template-columns: minmax(0, 1.15fr) minmax(0, 1fr); grid-template-rows: auto 1fr; gap: 18px;
+  align-items: start;
+}
+main.text-only { display: block; }
+main.text-only > * { margin-bottom: 18px; }
+.result, .rest { grid-column: 2; }
+.pictures { grid-column: 1; grid-row: 1 / span 2; }
 section, .raw { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px; }
-article { display: grid; gap: 18px; }
-.facts { columns: 3 330px; column-gap: 18px; margin: 18px 0 0; }
+.rest { display: grid; grid-template-columns: minmax(0, 1fr); gap: 18px; }
+.facts { columns: 3 330px; column-gap: 18px; margin: 18px 0; }
 .facts section { break-inside: avoid; margin-bottom: 18px; }
+.facts section:last-child { margin-bottom: 0; }
 figure { margin: 0 0 18px; background: #000; border-radius: 10px; overflow: hidden; }
 figure:last-child { margin-bottom: 0; }
 .stack { position: relative; width: fit-content; max-width: 100%; margin: 0 auto; line-height: 0; }
@@ -381,6 +511,11 @@ figcaption input { accent-color: #ffd23f; margin: 0; vertical-align: -1px; }
 .badge.ok { color: var(--ok); background: var(--ok-bg); }
 .badge.bad { color: var(--bad); background: var(--bad-bg); }
 .why { color: var(--bad); font-size: .93rem; }
+ul.why { margin: 0 0 .8em; padding-left: 1.2em; }
+.turns { display: grid; gap: 10px; margin: 0; padding: 0; list-style: none; }
+.turns .question { border-left: 3px solid var(--bar); padding-left: 10px; }
+.turns .answer { padding-left: 13px; }
+.turns .thought { color: var(--soft); font-size: .93rem; margin-bottom: .6em; }
 .chips { display: flex; flex-wrap: wrap; gap: 8px; margin: 0; padding: 0; list-style: none; }
 .chips li {
   font-size: 1.12rem; font-weight: 620; line-height: 1.3; padding: 6px 12px; border: 1px solid var(--line);
@@ -392,7 +527,6 @@ figcaption input { accent-color: #ffd23f; margin: 0; vertical-align: -1px; }
 summary { cursor: pointer; }
 summary h2 { display: inline; }
 .reasoning[open] summary { margin-bottom: 12px; }
-.scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th { font-weight: 500; color: var(--soft); text-align: left; }
 th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); }
@@ -400,7 +534,7 @@ tbody tr:last-child td { border: 0; }
 .flags { margin: 0; padding: 0; list-style: none; display: grid; gap: 10px; line-height: 1.4; }
 .flags small { display: block; overflow-wrap: anywhere; }
 .pairs {
-  display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 4px 16px; margin: 0; font-size: .93rem;
+  display: grid; grid-template-columns: fit-content(45%) minmax(0, 1fr); gap: 4px 16px; margin: 0; font-size: .93rem;
 }
 .pairs dt, .waterfall dt { color: var(--soft); }
 .pairs dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
@@ -408,21 +542,35 @@ tbody tr:last-child td { border: 0; }
   display: grid; grid-template-columns: max-content minmax(0, 1fr) max-content; gap: 5px 12px; margin: 0 0 14px;
   font-size: .93rem; align-items: center;
 }
-.waterfall dd { margin: 0; font-variant-numeric: tabular-nums; text-align: right; }
+.waterfall dd { margin: 0; white-space: nowrap; font-variant-numeric: tabular-nums; text-align: right; }
 .waterfall i { display: block; height: 11px; border-radius: 2px; background: var(--bar); }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; margin: 12px 0 0; }
 footer { font-size: .82rem; margin-top: 14px; }
 @media (max-width: 820px) {
   body { padding: 12px 12px 32px; }
-  main { grid-template-columns: minmax(0, 1fr); }
+  main { display: block; }
+  main > * { margin-bottom: 18px; }
   section, .raw { padding: 14px; }
+  th, td { padding-right: 8px; }
   .stack img { max-height: none; }
 }
 @media print {
   :root { --page: #fff; }
   body { max-width: none; }
-  main { grid-template-columns: minmax(0, 1fr); }
+  main { display: block; }
+  main > * { margin-bottom: 18px; }
   section, figure { break-inside: avoid; }
   figcaption label { display: none; }
 }
 """
+
+_TABLES = """
+.scroll {
+  overflow-x: auto; background:
+    linear-gradient(90deg, var(--card) 30%, transparent) 0 0 / 40px 100% no-repeat local,
+    linear-gradient(-90deg, var(--card) 30%, transparent) 100% 0 / 40px 100% no-repeat local,
+    linear-gradient(90deg, var(--line), transparent) 0 0 / 12px 100% no-repeat scroll,
+    linear-gradient(-90deg, var(--line), transparent) 100% 0 / 12px 100% no-repeat scroll;
+}
+"""
+"""What can be scrolled has a shadow at the side where more of it is."""

@@ -30,8 +30,9 @@ from cxr_triton.client.objects import (
     result_objects,
     source_header,
 )
-from cxr_triton.client.page import NOT_FOR_DIAGNOSIS
+from cxr_triton.client.page import DOCUMENT_PIXELS, NOT_FOR_DIAGNOSIS, draw
 from cxr_triton.files import write
+from cxr_triton.reading import Reading
 
 
 def _kinds(context, parameter, value: str) -> tuple[str, ...]:
@@ -103,6 +104,15 @@ def sr(
         digests=tuple(file_digest(data) for data in images),
         unchecked_reading=unchecked_reading,
     )
+    pictures = ()
+    if "pdf" in kinds:
+        pictures = draw(
+            images,
+            Reading.from_json(json.dumps(reading)),
+            names=[file.name for file in files],
+            max_pixels=DOCUMENT_PIXELS,
+            unchecked_reading=unchecked_reading,
+        )
     stem = (reading_path or files[-1]).stem
     out.mkdir(exist_ok=True)
     written = []
@@ -113,7 +123,8 @@ def sr(
             write(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
             written.append({"kind": kind, "path": str(path)})
             continue
-        for number, instance in enumerate(result_objects(reading, sources, kinds=[kind], options=options), 1):
+        instances = result_objects(reading, sources, kinds=[kind], pictures=pictures, options=options)
+        for number, instance in enumerate(instances, 1):
             path = out / (f"{stem}-{kind}.dcm" if number == 1 else f"{stem}-{kind}-{number}.dcm")
             file = io.BytesIO()
             instance.save_as(file, enforce_file_format=True)

@@ -8,6 +8,7 @@ is refused with a typed error.
 
 from __future__ import annotations
 
+import datetime
 import math
 import re
 import struct
@@ -115,7 +116,7 @@ DOUBTFUL = frozenset({*DOUBTS, "damage_suspected", "pixel_shape_doubtful"})
 
 @dataclass(frozen=True, eq=False)
 class Metadata:
-    """What describes the pixels, and the UIDs of the image; nothing in here names a person or a device.
+    """What describes the pixels, UIDs and date of the image; nothing in here names a person or a device.
 
     Attributes
     ----------
@@ -143,6 +144,8 @@ class Metadata:
         L, R, U, B or empty.
     sop_instance_uid, series_instance_uid, study_instance_uid : str
         Empty for PNG and JPEG, and where missing or malformed.
+    study_date : str
+        YYYY-MM-DD; empty for PNG and JPEG, and where missing or malformed.
     pixel_aspect_ratio : float
         Height of a pixel over its width; 1 where they differ by less than a hundredth.
     anatomy : Anatomy
@@ -168,6 +171,7 @@ class Metadata:
     sop_instance_uid: str = ""
     series_instance_uid: str = ""
     study_instance_uid: str = ""
+    study_date: str = ""
     pixel_aspect_ratio: float = 1.0
     anatomy: Anatomy = field(default_factory=Anatomy)
 
@@ -297,6 +301,15 @@ def _uid(dataset: _DataSet, tag: _Tag) -> str:
     return uid if _UID.fullmatch(uid) else ""
 
 
+def _date(dataset: _DataSet, tag: _Tag) -> str:
+    """YYYY-MM-DD of a DA element; empty where it is missing, malformed or no day of the calendar."""
+    text = (dataset.texts(tag) or [""])[0]
+    try:
+        return datetime.date.fromisoformat(text).isoformat() if re.fullmatch("[0-9]{8}", text) else ""
+    except ValueError:
+        return ""
+
+
 def _taken(dataset: _DataSet) -> str:
     """YYYYMMDDHHMMSS.FFFFFF, as much of it as the first of the three that is there says."""
     tag = _IdentityTag
@@ -304,7 +317,7 @@ def _taken(dataset: _DataSet) -> str:
         (tag.ACQUISITION_DATETIME, None),
         (tag.ACQUISITION_DATE, tag.ACQUISITION_TIME),
         (tag.CONTENT_DATE, tag.CONTENT_TIME),
-        (tag.STUDY_DATE, tag.STUDY_TIME),
+        (_Tag.STUDY_DATE, tag.STUDY_TIME),
     ):
         if text := (dataset.texts(date) or [""])[0]:
             text += (dataset.texts(time) or [""])[0] if time else ""
@@ -439,6 +452,7 @@ class _Tag(IntEnum):
     TRANSFER_SYNTAX = 0x00020010
     SOP_CLASS = 0x00080016
     SOP_INSTANCE = 0x00080018
+    STUDY_DATE = 0x00080020
     MODALITY = 0x00080060
     INTENT = 0x00080068
     CODE_VALUE = 0x00080100
@@ -504,7 +518,6 @@ _WANTED = frozenset(_Tag)
 class _IdentityTag(IntEnum):
     """What `read_identity` reads besides."""
 
-    STUDY_DATE = 0x00080020
     ACQUISITION_DATE = 0x00080022
     CONTENT_DATE = 0x00080023
     ACQUISITION_DATETIME = 0x0008002A
@@ -785,6 +798,7 @@ def _read_dicom(data: bytes, start: int, limits: Limits) -> Radiograph:
         sop_instance_uid=_uid(dataset, _Tag.SOP_INSTANCE),
         series_instance_uid=_uid(dataset, _Tag.SERIES),
         study_instance_uid=_uid(dataset, _Tag.STUDY),
+        study_date=_date(dataset, _Tag.STUDY_DATE),
         pixel_aspect_ratio=_pixel_aspect_ratio(dataset, flags),
         anatomy=_anatomy(dataset, shape),
     )

@@ -47,6 +47,8 @@ class Prepared:
     facts : dict
         What the reading reports about the image; JSON-serialisable. The UIDs of its `cxr_triton.identity` are the only
         patient data.
+    study_date : str
+        As `cxr_triton.dicom.Metadata` has it; not among the facts, so that no server sends it.
     decode_ms, preprocess_ms : float
         Reading the file; rendering and resizing.
     """
@@ -54,6 +56,7 @@ class Prepared:
     pixels: np.ndarray
     source_size: tuple[int, int]
     facts: dict[str, Any]
+    study_date: str
     decode_ms: float
     preprocess_ms: float
 
@@ -163,6 +166,7 @@ class Sandbox:
             np.frombuffer(pixels, np.uint8).reshape(answer["shape"]),
             tuple(answer["source_size"]),
             answer["facts"],
+            answer["study_date"],
             answer["decode_ms"],
             answer["preprocess_ms"],
         )
@@ -393,6 +397,7 @@ def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
         "shape": list(pixels.shape),
         "source_size": [height, width],
         "facts": facts,
+        "study_date": metadata.study_date,
         "decode_ms": round((decoded - started) * 1000, 3),
         "preprocess_ms": round((finished - decoded) * 1000, 3),
     }

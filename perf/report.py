@@ -9,16 +9,19 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from cxr_triton.cli import printable
-from cxr_triton.client.page import NOT_FOR_DIAGNOSIS, document, duration
+from cxr_triton.client.numbers import change, duration, glued, moment, number, percent, shortest
+from cxr_triton.client.page import NOT_FOR_DIAGNOSIS, document
 
 STAGES = ("image_decode", "preprocess", "vision", "queue", "prefill", "decode", "report", "transport")
 TIMELINE_REQUESTS = 48
 _WIDTH, _HEIGHT = 440, 260  # of a chart, in units that are pixels on a desktop
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 22, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 22, 46
+_LETTER = 6.4  # width of one at 11 px, and a part of the space between two labels
 _DISTRIBUTIONS = {"latency_ms": "End-to-end latency", "ttft_ms": "Time to first text", "itl_ms": "Time per token"}
 
 
@@ -82,7 +85,8 @@ def result_page(result: Mapping, other: Mapping | None = None, comparison: Mappi
         _cross_check(result.get("cross_check", [])),
         _facts(result),
     ]
-    return _page(title, f"{subtitle}{f', {gpus}' if gpus else ''} · {result['created']}", result["notice"], sections)
+    made = glued(moment(result["created"]))
+    return _page(title, f"{subtitle}{f', {gpus}' if gpus else ''} · {made}", result["notice"], sections)
 
 
 def history_page(results: Sequence[Mapping]) -> str:
@@ -108,12 +112,12 @@ def history_page(results: Sequence[Mapping]) -> str:
         rows.append(
             (
                 index,
-                result["created"],
+                moment(result["created"]),
                 result["environment"]["revision"],
                 model.get("title") or model["profile"],
                 f"{model['engine']} {model['precision']}",
                 f"{result['workload']['name']} v{result['workload']['version']}",
-                *(number(value) for value in told.values()),
+                *(_told(units[name], value) for name, value in told.items()),
             )
         )
     sections = [_section("Over time", f'<div class="charts">{charts}</div>'), _section("Runs", _table(header, rows))]
@@ -124,7 +128,7 @@ def history_page(results: Sequence[Mapping]) -> str:
 def speed(row: Mapping) -> str:
     """An entry of `roofline` in words."""
     told = f"{number(100 * row['share'])} % of the {row['ceiling']['kind']} · {number(row['gb_per_s'])} GB/s"
-    return told + (f", {number(row['tflop_per_s'])} TFLOP/s" if row["flops"] else "")
+    return told + (f" · {number(row['tflop_per_s'])} TFLOP/s" if row["flops"] else "")
 
 
 def extras(result: Mapping) -> list[str]:
@@ -149,20 +153,6 @@ def headline(result: Mapping) -> list[tuple[str, str, float]]:
     return told
 
 
-def number(value: object) -> str:
-    """Three significant digits; — for what is not known."""
-    if value is None:
-        return "—"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if not math.isfinite(value):
-        return str(value)
-    if value == 0 or (float(value).is_integer() and abs(value) < 1e6):
-        return f"{value:.0f}"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{digits}f}" if digits < 7 else f"{value:.2e}"
-
-
 def _points(result: Mapping) -> Iterable[tuple[str, Mapping]]:
     for scenario in result["scenarios"]:
         for point in scenario["points"]:
@@ -179,9 +169,21 @@ def _swept(result: Mapping) -> list[Mapping]:
 
 def _load(point: Mapping) -> str:
     load = point["load"]
-    if load["kind"] == "rate_per_s":
-        return f"{number(load['value'])}/s"
-    return "1 stream" if load["value"] == 1 else f"{number(load['value'])} streams"
+    return f"{_digits(load['value'])}/s" if load["kind"] == "rate_per_s" else _streams(load["value"])
+
+
+def _digits(rate: float) -> str:
+    """Three digits without noughts at the end: loads are often chosen."""
+    return shortest(float(f"{rate:.3g}"))
+
+
+def _streams(count: float) -> str:
+    return "1 stream" if count == 1 else f"{number(count)} streams"
+
+
+def _told(metric: str, value: float | None) -> str:
+    """A value of a metric, with the unit that the metric's name says."""
+    return duration(value) if value is not None and re.search(r"_ms\b", metric) else number(value)
 
 
 def _baselines(baselines: Sequence[Mapping]) -> str:
@@ -211,14 +213,15 @@ def _scenarios(scenarios: Sequence[Mapping]) -> str:
         for i, point in enumerate(scenario["points"]):
             summary, result = point["summary"], scenario["result"]
             is_last = i == len(scenario["points"]) - 1
-            low_high = f"{number(result['low'])} to {number(result['high'])}" if result["low"] is not None else "—"
+            metric, ends = scenario["metric"], (result["low"], result["high"])
+            low_high = " to ".join(_told(metric, end) for end in ends) if result["low"] is not None else "—"
             failed = sum(sum(repeat["summary"]["failed"].values()) for repeat in point["repeats"])
             rows.append(
                 (
                     scenario["name"],
                     _load(point),
-                    scenario["metric"] if is_last else "",
-                    number(result["value"]) if is_last else "",
+                    metric if is_last else "",
+                    _told(metric, result["value"]) if is_last else "",
                     low_high if is_last else "",
                     ", ".join(_ms(summary.get(f"ttft_ms.{p}")) for p in ("p50", "p99")),
                     _ms(summary.get("itl_ms.p50")),
@@ -243,11 +246,11 @@ def _ms(interval: Mapping | None) -> str:
 
 def _share(interval: Mapping | None) -> str:
     mean = _mean(interval)
-    return "—" if mean is None else f"{100 * mean:.0f} %"
+    return "—" if mean is None else percent(mean)
 
 
 def _curve(result: Mapping, other: Mapping | None) -> str:
-    """Latency over throughput."""
+    """Latency over throughput; only the loads of a sweep are joined, because those of scenarios are no series."""
     drawn = [("this run", result)] + ([("earlier run", other)] if other else [])
     lines = []
     for (name, each), color in zip(drawn, ("one", "two"), strict=False):
@@ -263,21 +266,28 @@ def _curve(result: Mapping, other: Mapping | None) -> str:
             ]
             known = [entry for entry in known if entry[0] and entry[1]]
             if known:
-                lines.append((f"{name}, {p}", known, color, style))
+                lines.append((f"{name}, {p}", known, color, style, bool(each["sweep"])))
     if not lines:
         return ""
+    scale, unit = _time_unit([y for _, known, *_ in lines for _, y, _ in known])
     chart = _Chart(
         [0, *(x for _, known, *_ in lines for x, _, _ in known)],
-        [0, *(y for _, known, *_ in lines for _, y, _ in known)],
+        [0, *(scale * y for _, known, *_ in lines for _, y, _ in known)],
         "output tokens/s",
-        "latency, ms",
+        f"latency, {unit}",
     )
-    for name, known, color, style in lines:
-        chart.line([(x, y) for x, y, _ in known], color, style, dots=True, titles=[f"{name}: {t}" for _, _, t in known])
-    key = _key([(name, f"{color} {style}") for name, _, color, style in lines])
+    for name, known, color, style, is_series in lines:
+        points, titles = [(x, scale * y) for x, y, _ in known], [f"{name}: {load}" for _, _, load in known]
+        chart.line(points, color, style, is_drawn=is_series, dots=True, titles=titles)
+    key = _key([(name, f"{color} {style}") for name, _, color, style, _ in lines])
     return _section(
         "Latency and throughput", f'<div class="charts">{_figure("Each dot is a load", chart.svg(), key)}</div>'
     )
+
+
+def _time_unit(times_ms: Sequence[float]) -> tuple[float, str]:
+    """What milliseconds are multiplied by for an axis, and the name of the unit that they are in then."""
+    return (1e-3, "s") if max(times_ms) >= 10_000 else (1.0, "ms")
 
 
 def _bands(result: Mapping) -> str:
@@ -291,16 +301,14 @@ def _bands(result: Mapping) -> str:
         if not known:
             continue
         labels = {index: _load(point) for index, point, _ in known}
-        chart = _Chart(
-            [-0.4, len(points) - 0.6],
-            [0, *(v for _, _, values in known for v in values)],
-            "load",
-            "ms",
-            x_labels=labels,
-        )
-        chart.area([(x, values[0], values[2]) for x, _, values in known], "one faint")
-        chart.area([(x, values[0], values[1]) for x, _, values in known], "one")
-        chart.line([(x, values[0]) for x, _, values in known], "one", dots=True)
+        scale, unit = _time_unit([v for _, _, values in known for v in values])
+        highest = scale * max(v for _, _, values in known for v in values)
+        chart = _Chart([-0.5, len(points) - 0.5], [0, highest], "", unit, x_labels=labels)
+        for x, _, values in known:
+            p50, p90, p99 = (scale * value for value in values)
+            for high, color in ((p99, "one faint"), (p90, "one")):
+                chart.area([(x - 0.3, p50, high), (x + 0.3, p50, high)], color)
+            chart.line([(x - 0.3, p50), (x + 0.3, p50)], "one")
         charts += _figure(
             name, chart.svg(), _key([("p50", "one"), ("to p90", "one area"), ("to p99", "one faint area")])
         )
@@ -317,15 +325,15 @@ def _waterfalls(result: Mapping) -> str:
         for stage in (*STAGES, *(stage for stage in fall["stages_ms"] if stage not in STAGES)):
             if stage in fall["stages_ms"]:
                 ms = fall["stages_ms"][stage]
-                told = f"{duration(ms)} · {100 * ms / total:.1f} %"
-                bars.append((stage.replace("_", " "), at / total, ms / total, told))
+                told = f"{duration(ms)} · {percent(ms / total)}"
+                bars.append((_name(stage), at / total, ms / total, told))
                 at += ms
         adds = "adds up" if fall["adds_up"] else "does not add up"
-        words = f"{duration(fall['end_to_end_ms'])} sent to last response; "
-        words += f"remainder {100 * fall['remainder_share']:.1f} %, {adds}"
+        words = f"{glued(duration(fall['end_to_end_ms']))} sent to last response; "
+        words += f"remainder {glued(percent(fall['remainder_share']))}, {adds}"
         per_token = fall["decode_ms_per_token"]
         if per_token is not None:
-            words += f"; {duration(per_token)} of decode per token"
+            words += f"; {glued(duration(per_token))} of decode per token"
         blocks += f"<h3>{_text(name)}, {_text(_load(point))}</h3><p>{words}</p>{_bars(bars)}"
     return _section("Where the time goes: the mean request", blocks) if blocks else ""
 
@@ -348,10 +356,10 @@ def _timeline(result: Mapping) -> str:
             chart.bar(first, end, y, "bad" if failed else "one", title)
         key = _key(
             [
-                ("due, not sent", "wait area"),
-                ("to first text", "two area"),
-                ("text", "one area"),
-                ("failed", "bad area"),
+                ("due, not sent", "wait bar"),
+                ("to first text", "two bar"),
+                ("text", "one bar"),
+                ("failed", "bad bar"),
             ]
         )
         charts += _figure(f"{scenario['name']}, {_load(scenario['points'][-1])}", chart.svg(), key)
@@ -365,7 +373,7 @@ def _roofline(rows: Sequence[Mapping]) -> str:
         return ""
     bars = []
     for row in rows:
-        bars.append((row["stage"], 0.0, row["share"], speed(row)))
+        bars.append((_name(row["stage"]), 0.0, row["share"], speed(row)))
     return _section(
         "Distance to the hardware",
         "<p>The least time that the stage's bytes, or its operations, need on this machine over the time it took. "
@@ -390,8 +398,8 @@ def _roofline_chart(rows: Sequence[Mapping]) -> str:
     chart.line([(low, low * copies[0] / 1e3), (knee, top)], "soft", "dashed")
     for kind, speed in gemms.items():
         chart.line([(speed * 1e3 / copies[0], speed), (high, speed)], "soft", "dashed", titles=[kind] * 2)
-    for row, x in zip(computed, intensity, strict=True):
-        chart.dot(x, row["tflop_per_s"], "one", row["stage"])
+    for row, x in sorted(zip(computed, intensity, strict=True), key=lambda each: -each[0]["tflop_per_s"]):
+        chart.dot(x, row["tflop_per_s"], "one", _name(row["stage"]))
     return _figure(
         "Roofline", chart.svg(), _key([("stage", "one"), ("copy and matrix product, measured", "soft dashed")])
     )
@@ -400,15 +408,15 @@ def _roofline_chart(rows: Sequence[Mapping]) -> str:
 def _cross_check(checks: Sequence[Mapping]) -> str:
     rows = [
         (
-            f"{check['concurrency']} streams",
+            _streams(check["concurrency"]),
             check["metric"],
-            f"{check['a']}: {number(check['a_value'])}",
-            f"{check['b']}: {number(check['b_value'])}",
-            f"{100 * check['relative_difference']:+.1f} %",
+            f"{check['a']}: {_told(check['metric'], check['a_value'])}",
+            f"{check['b']}: {_told(check['metric'], check['b_value'])}",
+            change(check["relative_difference"]),
         )
         for check in checks
     ]
-    return _section("Two clients on one load", _table(("load", "metric", "a", "b", "a / b - 1"), rows)) if rows else ""
+    return _section("Two clients on one load", _table(("load", "metric", "a", "b", "a / b − 1"), rows)) if rows else ""
 
 
 def _comparison(comparison: Mapping) -> str:
@@ -416,10 +424,10 @@ def _comparison(comparison: Mapping) -> str:
         (
             f"{each['scenario']}, {each['load']}",
             each["metric"],
-            number(each["a"]),
-            number(each["b"]),
-            f"{100 * each['change']:+.1f} %",
-            f"{each['p']:.3f}",
+            _told(each["metric"], each["a"]),
+            _told(each["metric"], each["b"]),
+            change(each["change"]),
+            "< 0.001" if each["p"] < 0.0005 else f"{each['p']:.3f}",
             each["verdict"],
         )
         for each in comparison["metrics"]
@@ -432,11 +440,11 @@ def _facts(result: Mapping) -> str:
     machine, server, workload = result["environment"], result["server"], result["workload"]
     pairs = [
         ("command", " ".join(result["command"])),
-        ("model", ", ".join(f"{key} {value}" for key, value in result["model"].items() if value)),
+        ("model", ", ".join(f"{key} {_listed(value)}" for key, value in result["model"].items() if value)),
         ("machine", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.1f} GiB"),
-        ("load before", machine["load_average"]),
+        ("load before", number(machine["load_average"])),
         ("priority of the client", machine.get("client_priority", "normal")),
-        ("taken by the hypervisor", f"{machine['stolen_share']:.1%}" if "stolen_share" in machine else "unknown"),
+        ("taken by the hypervisor", percent(machine["stolen_share"]) if "stolen_share" in machine else "unknown"),
         ("system", f"{machine['os']}, Python {machine['python']}"),
         ("cxr-triton", f"{machine['package']}, revision {machine['revision'] or 'unknown'}"),
         ("versions", ", ".join(f"{key} {value}" for key, value in machine["versions"].items())),
@@ -448,7 +456,8 @@ def _facts(result: Mapping) -> str:
     for index, item in enumerate(workload["items"]):
         for image in item["images"]:
             size = f"{image.get('rows')} × {image.get('columns')}" if image.get("rows") else "—"
-            images.append((index, image["name"], size, image.get("syntax"), image.get("bits_stored"), image["bytes"]))
+            facts = image.get("syntax"), image.get("bits_stored"), number(image["bytes"])
+            images.append((index, image["name"], size, *facts))
     table = _table(("request", "image", "rows × columns", "syntax", "bits", "bytes"), images)
     rows = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in pairs)
     body = f'<dl class="pairs">{rows}</dl><details><summary>images</summary>{table}</details>'
@@ -477,11 +486,13 @@ class _Chart:
         ends = [(min(values), max(values)) for values in (xs, ys)]
         (self._x, self._y) = (tuple(map(math.log10, end)) if is_log else _widen(*end) for end in ends)
         self._marks: list[str] = []
+        self._labels: list[tuple[float, float, float]] = []
         for kind, (low, high), wanted in (("x", self._x, x_ticks), ("y", self._y, y_ticks)):
             labels = x_labels if kind == "x" and x_labels else None
-            at = labels or ({tick: number(10**tick if is_log else tick) for tick in _ticks(low, high, is_log)})
-            for tick, label in at.items() if wanted else ():
-                self._tick(kind, tick, label)
+            at = labels or ({tick: shortest(10**tick if is_log else tick) for tick in _ticks(low, high, is_log)})
+            rows = _rows(labels) if labels else 1
+            for i, (tick, label) in enumerate(at.items() if wanted else ()):
+                self._tick(kind, tick, label, i % rows)
         bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
         self._marks.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{bottom}H{right}"/>')
         self._marks.append(f'<text class="name" x="{right}" y="{_HEIGHT - 6}" text-anchor="end">{_text(x_name)}</text>')
@@ -495,10 +506,11 @@ class _Chart:
             return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
-    def _tick(self, kind: str, tick: float, label: str) -> None:
+    def _tick(self, kind: str, tick: float, label: str, row: int) -> None:
         at = self._scale(kind, tick, is_scaled=True)
         if kind == "x":
-            text = f'<text x="{at:.1f}" y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">{_text(label)}</text>'
+            y = _HEIGHT - _BOTTOM + 15 + 12 * row
+            text = f'<text x="{at:.1f}" y="{y}" text-anchor="middle">{_text(label)}</text>'
         else:
             text = f'<path class="grid" d="M{_LEFT} {at:.1f}H{_WIDTH - _RIGHT}"/>'
             text += f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_text(label)}</text>'
@@ -507,11 +519,21 @@ class _Chart:
     def _point(self, x: float, y: float) -> str:
         return f"{self._scale('x', x):.1f} {self._scale('y', y):.1f}"
 
-    def line(self, points, color: str, style: str = "", *, dots: bool = False, titles: Sequence[str] = ()) -> None:
-        path = "L".join(self._point(x, y) for x, y in points)
-        self._marks.append(f'<path class="line {color} {style}" d="M{path}"/>')
+    def line(
+        self,
+        points: Sequence[tuple[float, float]],
+        color: str,
+        style: str = "",
+        *,
+        is_drawn: bool = True,
+        dots: bool = False,
+        titles: Sequence[str] = (),
+    ) -> None:
+        if is_drawn:
+            path = "L".join(self._point(x, y) for x, y in points)
+            self._marks.append(f'<path class="line {color} {style}" d="M{path}"/>')
         for i, (x, y) in enumerate(points) if dots else ():
-            self.dot(x, y, color, f"{titles[i]}, " if titles else "", is_labelled=False)
+            self.dot(x, y, f"{color} {style}", f"{titles[i]}, " if titles else "", is_labelled=False)
 
     def dot(self, x: float, y: float, color: str, label: str, *, is_labelled: bool = True) -> None:
         at = f'cx="{self._scale("x", x):.1f}" cy="{self._scale("y", y):.1f}"'
@@ -521,6 +543,10 @@ class _Chart:
             left = self._scale("x", x) > _WIDTH * 0.65
             x_text, end = self._scale("x", x) + (-7 if left else 7), "end" if left else "start"
             y_text = self._scale("y", y) + 4
+            width = _LETTER * len(label)
+            while any(abs(x_text - other) < width + wide and abs(y_text - at) < 12 for other, at, wide in self._labels):
+                y_text += 1
+            self._labels.append((x_text, y_text, width))
             self._marks.append(f'<text x="{x_text:.1f}" y="{y_text:.1f}" text-anchor="{end}">{_text(label)}</text>')
 
     def area(self, points: Sequence[tuple[float, float, float]], color: str) -> None:
@@ -541,6 +567,12 @@ class _Chart:
         return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(self._marks)}</svg>'
 
 
+def _rows(labels: Mapping[float, str]) -> int:
+    """In how many lines labels have to stand in turn so that none runs into another; they are that many or fewer."""
+    room = (_WIDTH - _LEFT - _RIGHT) / len(labels)
+    return min(math.ceil(_LETTER * max(map(len, labels.values())) / room), len(labels), 3)
+
+
 def _widen(low: float, high: float) -> tuple[float, float]:
     return (low, high * 1.06) if high > low else (low - 0.5, high + 0.5)
 
@@ -555,6 +587,14 @@ def _ticks(low: float, high: float, is_log: bool) -> list[float]:
 
 
 # --------------------------------------------------------------------------------------------------------------- HTML
+
+
+def _name(stage: str) -> str:
+    return stage.replace("_", " ")
+
+
+def _listed(value: object) -> object:
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _text(value: object) -> str:
@@ -582,7 +622,7 @@ def _bars(rows: Iterable[tuple[str, float, float, str]]) -> str:
         width = 100 * min(max(length, 0.003), 1.0)
         left = min(max(100 * begin, 0.0), 100 - width)
         bar = f'<i style="margin-left:{left:.2f}%;width:{width:.2f}%"></i>'
-        body += f"<dt>{_text(name)}</dt><dd>{bar}</dd><dd>{_text(told)}</dd>"
+        body += f"<div><dt>{_text(name)}</dt><dd>{bar}</dd><dd>{_text(told)}</dd></div>"
     return f'<dl class="bars">{body}</dl>'
 
 
@@ -642,6 +682,7 @@ figure { margin: 0; min-width: 0; max-width: 480px; }
 figcaption { font-weight: 600; font-size: .9rem; margin-bottom: 4px; overflow-wrap: anywhere; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-size: 11px; fill: var(--soft); }
+svg text { paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
 svg .name { font-size: 11px; fill: var(--ink); }
 .axis { fill: none; stroke: var(--soft); stroke-width: 1; }
 .grid { fill: none; stroke: var(--line); stroke-width: 1; }
@@ -649,6 +690,8 @@ svg .name { font-size: 11px; fill: var(--ink); }
 .dashed { stroke-dasharray: 5 4; }
 .line.one { stroke: var(--one); } .line.two { stroke: var(--two); } .line.soft { stroke: var(--soft); }
 .dot.one, .area.one { fill: var(--one); } .dot.two, .area.two { fill: var(--two); }
+.dot.dashed { fill: var(--card); stroke-width: 2; stroke-dasharray: none; }
+.dot.dashed.one { stroke: var(--one); } .dot.dashed.two { stroke: var(--two); }
 .area.bad { fill: var(--bad); } .area.wait { fill: var(--wait); }
 path.area { fill-opacity: .34; } path.area.faint { fill-opacity: .16; }
 .key {
@@ -656,7 +699,7 @@ path.area { fill-opacity: .34; } path.area.faint { fill-opacity: .16; }
 }
 .key li { color: var(--soft); }
 .key b { display: inline-block; width: 16px; height: 3px; margin-right: 6px; vertical-align: middle; }
-.key .area { height: 10px; }
+.key :is(.area, .bar) { height: 10px; }
 .key .soft { background: var(--soft); } .key .one { background: var(--one); } .key .two { background: var(--two); }
 .key .bad { background: var(--bad); } .key .wait { background: var(--wait); }
 .key .dashed { mask: linear-gradient(90deg, #000 60%, transparent 0) 0 0 / 6px 100%; }
@@ -665,10 +708,10 @@ path.area { fill-opacity: .34; } path.area.faint { fill-opacity: .16; }
   display: grid; grid-template-columns: max-content minmax(0, 1fr) max-content; gap: 5px 12px; margin: 0 0 12px;
   font-size: .9rem; align-items: center;
 }
+.bars div { display: contents; }
 .bars dt { color: var(--soft); overflow-wrap: anywhere; }
 .bars dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; }
 .bars i { display: block; height: 11px; border-radius: 2px; background: var(--one); }
-.scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th { font-weight: 500; color: var(--soft); text-align: left; vertical-align: bottom; }
 th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -683,8 +726,10 @@ footer { color: var(--soft); font-size: .82rem; margin-top: 14px; }
 @media (max-width: 620px) {
   body { padding: 12px 10px 28px; }
   section { padding: 12px; }
-  .bars { grid-template-columns: minmax(0, max-content) minmax(0, 1fr); }
-  .bars dd:nth-of-type(even) { grid-column: 1 / -1; text-align: left; margin-bottom: 6px; }
+  .bars { display: block; }
+  .bars div { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 12px; margin-bottom: 8px; }
+  .bars dd { margin-left: auto; }
+  .bars dd:first-of-type { order: 1; flex: 0 0 100%; }
   .pairs { grid-template-columns: minmax(0, 1fr); gap: 0; }
   .pairs dd { margin-bottom: 6px; }
 }

@@ -24,12 +24,14 @@ from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.store import LeaseLost, Result, Store, is_full
 from cxr_triton.client.objects import ObjectOptions, diagnostic_report, header_faults, result_objects, source_header
+from cxr_triton.client.page import DOCUMENT_PIXELS, Shown, draw
 from cxr_triton.dicom import read_identity
 from cxr_triton.errors import (
     Cancelled,
     CxrError,
     DeadlineExceeded,
     InternalError,
+    InvalidImage,
     InvalidRequest,
     QueueFull,
     ReadingMismatch,
@@ -242,18 +244,31 @@ class ReadWorker:
             station=self._config.own_aet,
             unchecked_reading=self._config.read.unchecked_reading,
         )
+        pictures = self._pictures(job, chosen, reading) if "pdf" in self._config.results.kinds else []
         folder = self._storage / "results" / f"{job.id}-{secrets.token_hex(4)}"
         folder.mkdir(parents=True)
         try:
-            return self._write_to(folder, content, sources, options)
+            return self._write_to(folder, content, sources, pictures, options)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
-    def _write_to(self, folder: Path, content: dict, sources: list[Dataset], options: ObjectOptions) -> list[Result]:
+    def _pictures(self, job: sa.Row, chosen: Sequence[sa.Row], reading: Reading) -> list[Shown]:
+        """Of the images, for the PDF; none where one that the server could read cannot be read here."""
+        files = [self._file(image) for image in chosen]
+        unchecked_reading = self._config.read.unchecked_reading
+        try:
+            return draw(files, reading, max_pixels=DOCUMENT_PIXELS, unchecked_reading=unchecked_reading)
+        except InvalidImage as error:
+            self._log("warning", "no_pictures", job=job.id, error=error.code)
+            return []
+
+    def _write_to(
+        self, folder: Path, content: dict, sources: list[Dataset], pictures: list[Shown], options: ObjectOptions
+    ) -> list[Result]:
         results = []
         for kind in self._config.results.kinds:
-            for instance in result_objects(content, sources, kinds=(kind,), options=options):
+            for instance in result_objects(content, sources, kinds=(kind,), pictures=pictures, options=options):
                 path = folder / f"{len(results)}-{kind}.dcm"
                 data = io.BytesIO()  # pydicom's writing hides what went wrong with a file
                 instance.save_as(data, enforce_file_format=True)

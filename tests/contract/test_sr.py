@@ -29,8 +29,11 @@ from cxr_triton.client.codes import (
     label_concept,
 )
 from cxr_triton.client.objects import KINDS, diagnostic_report, result_objects, source_header
-from cxr_triton.dicom import read_identity
+from cxr_triton.client.page import DOCUMENT_PIXELS, Shown, draw
+from cxr_triton.dicom import read_identity, read_image
 from cxr_triton.errors import CxrError
+from cxr_triton.identity import hashed, identity_of
+from cxr_triton.reading import Reading
 from cxr_triton.sandbox import Sandbox
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -348,17 +351,91 @@ def of_the_source(line: str, source) -> bool:
     return any(uid in line for uid in own) or (summary and bool(own)) or "Modality LUT" in line
 
 
+def ghostscript(instance, tmp_path, *options) -> bytes:
+    """What Ghostscript makes of an instance's document."""
+    (tmp_path / "report.pdf").write_bytes(instance.EncapsulatedDocument[: instance.EncapsulatedDocumentLength])
+    command = [tool("gs", "ghostscript"), "-q", "-dSAFER", *options, "-o", "-", tmp_path / "report.pdf"]
+    return subprocess.run(command, capture_output=True, check=True).stdout
+
+
+def text_of(instance, tmp_path) -> str:
+    return " ".join(ghostscript(instance, tmp_path, "-sDEVICE=txtwrite").decode().split())
+
+
 def test_the_pdf_says_what_the_reading_says(tmp_path):
     source = header()
     (instance,) = result_objects(reading(source), [source], kinds=["pdf"], options=OPTIONS)
-    (tmp_path / "report.pdf").write_bytes(instance.EncapsulatedDocument[: instance.EncapsulatedDocumentLength])
-    command = [tool("gs", "ghostscript"), "-q", "-dSAFER", "-sDEVICE=txtwrite", "-o", "-", tmp_path / "report.pdf"]
-    said = " ".join(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    said = text_of(instance, tmp_path)
     for part in ("Research only. Not for diagnosis. AI, not verified", "A test fixture wrote this.",
                  "Present: Cardiomegaly", "ratio >= 0.5 – see “silhouette”", "Плевра",
                  "characters are outside this document's font", "Phantom reader", "Page 1"):  # fmt: skip
         assert part in said
     assert str(source.PatientName) not in said and source.PatientID not in said
+
+
+def test_the_pdf_says_which_images_were_read_as_far_as_the_identifiers_allow(tmp_path):
+    prior, current = header(StudyDate="20031231"), header(StudyDate="20040119", SOPInstanceUID="1.2.3.5")
+    read = reading(prior, current)
+    for facts, side in zip(read["images"], ("", "R"), strict=True):
+        facts |= {"modality": "DX", "view": "PA", "laterality": side}
+    pictures = [Shown(png=blank_png(), name=name) for name in ("old.dcm", "new.dcm")]
+    (instance,) = result_objects(read, [prior, current], kinds=["pdf"], pictures=pictures, options=OPTIONS)
+    said, digest = text_of(instance, tmp_path), read["images"][0]["identity"]["file_sha256"]
+    size = f"{prior.Columns} × {prior.Rows} px"
+    assert (
+        f"Image 1, prior, old.dcm, study of 2003-12-31, DX, PA, {size} SOP Instance UID {prior.SOPInstanceUID}" in said
+    )
+    assert f"Image 2, current, new.dcm, study of 2004-01-19, DX, PA, laterality right, {size}" in said
+    assert "SOP Instance UID 1.2.3.5" in said and f"SHA-256 of the file {digest}" in said
+    assert "Research only. Not for diagnosis." in said and instance.BurnedInAnnotation == "YES"
+
+    for facts in read["images"]:
+        facts["identity"], facts["flags"] = hashed(facts["identity"]), []
+    (instance,) = result_objects(read, [prior, current], kinds=["pdf"], options=OPTIONS)
+    said = text_of(instance, tmp_path)
+    for part in (prior.SOPInstanceUID, "1.2.3.5", "2003", "2004", "20040119"):
+        assert part not in said, part
+    assert f"Image 1, prior, DX, PA, {size}" in said and digest in said and instance.BurnedInAnnotation == "NO"
+    read["images"][0]["flags"] = ["burned_in_unknown"]
+    (instance,) = result_objects(read, [prior, current], kinds=["pdf"], pictures=pictures, options=OPTIONS)
+    assert instance.BurnedInAnnotation == "YES"
+
+
+def blank_png() -> bytes:
+    out = io.BytesIO()
+    Image.new("L", (64, 48)).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("spacing", [["0.2", "0.2"], ["0.3", "0.15"]], ids=["square", "high"])
+def test_the_pdf_shows_the_picture_that_was_read_with_its_boxes(tmp_path, spacing):
+    """Found on the page as Ghostscript draws it: frames of both boxes, and the model's greys in the outer one."""
+    data = pydicom.dcmread(io.BytesIO(file()))
+    data.ImagerPixelSpacing = spacing
+    stored = io.BytesIO()
+    data.save_as(stored)
+    source = source_header(stored.getvalue())
+    read = with_boxes(source)
+    read["images"][0]["identity"] = identity_of(stored.getvalue(), read_image(stored.getvalue()))
+    pictures = draw([stored.getvalue()], Reading.from_json(json.dumps(read)), max_pixels=DOCUMENT_PIXELS)
+    picture = Image.open(io.BytesIO(pictures[0].png))
+    assert picture.width * picture.height <= DOCUMENT_PIXELS
+    (instance,) = result_objects(read, [source], kinds=["pdf"], pictures=pictures, options=OPTIONS)
+    assert "1 edema 2 the left base" in text_of(instance, tmp_path)
+    drawn = Image.open(io.BytesIO(ghostscript(instance, tmp_path, "-sDEVICE=png16m", "-r200", "-dLastPage=1")))
+    pixels = np.asarray(drawn).astype(int)
+    frame = (np.abs(pixels - np.array([255, 176, 0])) < 30).all(axis=-1)
+    rows, columns = np.flatnonzero(frame.sum(axis=1) > 100), np.flatnonzero(frame.sum(axis=0) > 100)
+    top, bottom, left, right = rows[0] + 2, rows[-1] - 1, columns[0] + 2, columns[-1] - 1  # middle of a 0.5 mm stroke
+    width, height = right - left, bottom - top
+    assert width / height == pytest.approx(picture.width / picture.height, rel=0.02)
+    for lines, begin, length, shares in ((columns, left, width, (0.1, 0.6)), (rows, top, height, (0.2, 0.455))):
+        for share in shares:
+            assert np.abs(lines - (begin + share * length)).min() <= 3
+    shown = np.asarray(drawn.convert("L").crop((left, top, right, bottom)).resize((60, 60), Image.Resampling.BOX))
+    expected = np.asarray(picture.convert("L").resize((60, 60), Image.Resampling.BOX))
+    like, upside_down = (np.corrcoef(shown.ravel(), other.ravel())[0, 1] for other in (expected, expected[::-1]))
+    assert like > 0.9 > upside_down
 
 
 def test_fhir_is_valid_r4():

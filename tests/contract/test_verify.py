@@ -5,8 +5,10 @@ Engines are broken in their export folders, which are then built anew, so that n
 
 import json
 import math
+import re
 import shutil
 import sys
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,10 @@ import pytest
 from click.testing import CliRunner
 
 PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
-sys.path.insert(0, str(PHANTOM))
+sys.path[:0] = [str(PHANTOM), str(PHANTOM.parent / "unit")]
 
 import evaluate  # noqa: E402
+from test_page import Page, browser, chromium  # noqa: E402
 
 from cxr_triton import phantom_file  # noqa: E402
 from cxr_triton.cli import main  # noqa: E402
@@ -25,6 +28,7 @@ from cxr_triton.engines.bundle import Bundle, build_bundle  # noqa: E402
 from cxr_triton.engines.record import PARTS, is_verified, require_verified  # noqa: E402
 from cxr_triton.engines.reference import Reference  # noqa: E402
 from cxr_triton.engines.verify import thresholds_of, verify_bundle, write_record  # noqa: E402
+from cxr_triton.engines.verify_page import verification_page  # noqa: E402
 from cxr_triton.errors import InvalidRequest, NotVerified  # noqa: E402
 from cxr_triton.export.command import export_checkpoint  # noqa: E402
 from cxr_triton.profile import load_profile  # noqa: E402
@@ -391,9 +395,57 @@ def test_a_folder_without_any_image_is_told_and_no_record_written(good, referenc
         verify_bundle(good, reference, None, sorted(tmp_path.iterdir()), threads=1)
 
 
-def test_the_page_escapes_what_a_model_says(good_record):
-    from cxr_triton.engines.verify_page import verification_page
+@pytest.mark.parametrize(
+    ("value", "at_least", "limit", "told"),
+    [
+        (0.992771, True, 0.95, "0.9928 ≥ 0.95"),
+        (6.64422e-05, False, 0.05, "6.64 × 10⁻⁵ ≤ 0.05"),
+        (0.00586272, False, 1e-5, "0.00586 ≤ 10⁻⁵"),
+        (1 - 4e-14, True, 0.99999, "1 − 4.0 × 10⁻¹⁴ ≥ 0.99999"),
+        (0.020004, False, 0.02, "0.020004 ≤ 0.02"),
+        (0.94999, True, 0.95, "0.94999 ≥ 0.95"),
+        (1.0, True, 0.95, "1 ≥ 0.95"),
+        (8, True, 8, "8 ≥ 8"),
+        (None, True, 0.95, "not finite ≥ 0.95"),
+    ],
+)
+def test_the_page_says_a_measurement_in_the_digits_that_its_limit_needs(good_record, value, at_least, limit, told):
+    record = json.loads(json.dumps(good_record))
+    record["parts"]["decoder"]["checks"] = [
+        {"name": "kl, mine", "value": value, "limit": limit, "at_least": at_least, "passed": False}
+    ]
+    assert f"kl, mine {told}" in Page(verification_page(record)).text
 
+
+def test_the_page_of_a_real_record_writes_numbers_as_people_do(exports, tmp_path, good_record, reference, images):
+    int4 = verify_bundle(build_bundle(exports / "int4", tmp_path / "bundle"), reference, None, images[:8], threads=1)
+    for record in (good_record, int4):
+        text = Page(verification_page(record)).text
+        for fault in (r"\d[eE][-+]\d", r"(?<![\w.])-\d", r"\dT\d\d:", r"(?<![\w.-])\d+\.\d{6}"):
+            assert not (found := re.search(f".{{0,30}}{fault}.{{0,20}}", text)), found[0]
+        assert f"{record['made'][:10]} {record['made'][11:16]} UTC" in text
+
+
+@browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_a_phone_and_its_cards_stand_apart(tmp_path, good_record, width):
+    script = """
+        const d = document.querySelector('iframe').contentDocument;
+        const all = [...d.querySelectorAll('section')].map(s => s.getBoundingClientRect());
+        const gap = (a, b) => Math.max(b.top - a.bottom, a.top - b.bottom, b.left - a.right, a.left - b.right);
+        document.body.dataset.found = JSON.stringify([d.body.scrollWidth,
+            Math.max(...[...d.querySelectorAll('.scroll')].map(s => s.scrollWidth - s.clientWidth)),
+            Math.min(...all.flatMap((a, i) => all.slice(i + 1).map(b => gap(a, b)))),
+            ...[...d.querySelectorAll('svg')].map(s => s.getBoundingClientRect().width / s.viewBox.baseVal.width)]);
+    """
+    frame = f'<iframe width="{width}" height="900" srcdoc="{escape(verification_page(good_record))}"></iframe>'
+    dom = chromium(tmp_path, f"{frame}<script>onload = () => {{ {script} }}</script>", "--dump-dom").stdout
+    wide, hidden, gap, *scales = json.loads(re.search(r'data-found="([^"]+)"', dom)[1])
+    assert wide <= width and hidden == 0 and gap >= 12
+    assert min(scales) > 0.75 and max(scales) - min(scales) < 0.01  # letters of all charts are of one legible size
+
+
+def test_the_page_escapes_what_a_model_says(good_record):
     record = json.loads(json.dumps(good_record))
     record["details"]["images"][0]["engine"]["text"] = "<script>alert(1)</script> \x1b[2J"
     record["parts"]["vision"] = {"passed": False, "error": "<img src=x>", "checks": [], "measured": {}}

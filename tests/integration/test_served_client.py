@@ -135,5 +135,6 @@ def test_the_command_reads_a_file_to_the_end(server, tmp_path):
     # Twelve tokens of random weights are cut off: the reading says so, and so does the exit status.
     assert result.exit_code == 3 and reading.status == "truncated" and "truncated" in result.stdout
     page = (tmp_path / "r.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "prior.dcm" not in page
-    assert "Image 1, prior" in page and "Image 2, current" in page
+    assert page.count("data:image/png;base64,") == 2
+    assert "Image 1, prior: prior.dcm" in page and "Image 2, current: current.dcm" in page
+    assert page.count("200\u00a0×\u00a0240\u00a0px") == 4  # under each picture, and among its facts

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import datetime
 import http.server
 import io
 import itertools
@@ -44,7 +45,7 @@ def reading(text=TEXT, **changes) -> Reading:
         "task": "findings",
         "prompt": "Find abnormalities and support devices.",
         "model": {"profile": "test", "engine": "none", "precision": "fp32"},
-        "images": ({"rows": 64, "columns": 48, "size": [64, 48], "preset": "as_is", "flags": ["lossy"]},),
+        "images": ({"rows": 64, "columns": 48, "preset": "as_is", "flags": ["lossy"]},),
         "usage": {"completion_tokens": 11},
         "timings_ms": {"decode": 2000.0, "total": 2500.0},
         "notice": "A test double answered.",
@@ -492,13 +493,21 @@ def test_a_distant_server_without_encryption_is_warned_of(png):
         assert "unencrypted to 127.0.0.2" in run("read", png, "--url", server.url).stderr
 
 
-def test_html_shows_the_picture_and_no_file_name(png, tmp_path):
-    out = tmp_path / "page.html"
+def test_html_shows_picture_file_name_time_and_conversation(png, tmp_path):
+    out, turns = tmp_path / "page.html", tmp_path / "turns.json"
+    turns.write_text(json.dumps([{"role": "user", "content": "Earlier?"}, {"role": "assistant", "content": "Yes."}]))
     facts = [{**reading().images[0], "identity": identity} for identity in identify([png.read_bytes()])]
     with FakeServer(answering(reading(images=facts))) as server:
-        assert run("read", png, "--url", server.url, "--html", out).exit_code == 0
-    page = out.read_text()
-    assert "DOE" not in page and "Cardiomegaly" in page and "Not for diagnosis" in page
+        options = ["--url", server.url, "--html", out, "--history", turns]
+        assert run("read", png, *options).exit_code == 0
+        page = out.read_text()
+        assert run("read", png, *options, "--identifiers", "hashed").exit_code == 0
+    assert png.name in page and "Cardiomegaly" in page and "Not for diagnosis" in page
+    assert png.name not in out.read_text()
+    assert "Earlier?" in page and "Yes." in page
+    (read_at,) = re.findall(r'<time datetime="([^"]+)">', page)
+    age = datetime.datetime.now().astimezone() - datetime.datetime.fromisoformat(read_at)
+    assert datetime.timedelta(0) <= age < datetime.timedelta(minutes=5)
 
     (data,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     shown = Image.open(io.BytesIO(base64.b64decode(data)))

@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import io
 import json
+import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +29,11 @@ from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.read import ReadWorker, choose
 from cxr_triton.client.gateway.store import CommitInDoubt, LeaseLost, Received, Result, Store
 from cxr_triton.dicom import read_identity
-from cxr_triton.errors import InvalidConfig, InvalidImage
+from cxr_triton.errors import InvalidConfig, InvalidImage, LimitExceeded
+from cxr_triton.reading import Reading
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import sr_case
 
 DESTINATION = "destinations: [{name: pacs, aet: PACS, host: 127.0.0.1}]\n"
 
@@ -422,6 +428,7 @@ class Server:
         self.log = io.StringIO()
         monkeypatch.setattr(read, "AsyncReader", lambda *args, **kwargs: contextlib.nullcontext(self.reader))
         self.worker = ReadWorker(config, store, Log(config, self.log), Metrics(store.counts, lambda: 0), lambda: None)
+        monkeypatch.setattr(self.worker, "_file", lambda image: b"picture")
         monkeypatch.setattr(self.worker, "_write", lambda *args: [result()])
         monkeypatch.setattr(self.worker, "_file", lambda image: b"picture")
         self.stopping = asyncio.Event()
@@ -477,8 +484,6 @@ def gateway(tmp_path):
     """Its configuration, whose leases last a second, and its queue of one study."""
     text = f"storage: {tmp_path}\nfolder: {{path: {tmp_path}/in}}\nread: {{lease_s: 1, concurrency: 2}}\n{DESTINATION}"
     config = load_config(write(tmp_path, text))
-    (tmp_path / "objects").mkdir()
-    (tmp_path / "objects" / "d").write_bytes(b"picture")
     store = FaultyStore(config.queue_url, config.name)
     store.add(received(), 0, 0)
     yield config, store
@@ -542,6 +547,33 @@ def test_a_reading_that_the_queue_could_not_take_is_handed_over_later_and_not_ma
         assert server.began == 1
 
     asyncio.run(run())
+
+
+def test_a_pdf_has_the_pictures_and_one_that_cannot_be_drawn_costs_no_result(tmp_path, monkeypatch):
+    text = f"storage: {tmp_path}\nfolder: {{path: {tmp_path}/in}}\nresults: {{kinds: [pdf]}}\n{DESTINATION}"
+    config = load_config(write(tmp_path, text))
+    data = sr_case.file()
+    (tmp_path / "objects").mkdir()
+    (tmp_path / "objects" / "d").write_bytes(data)
+    found, log = read_identity(data), io.StringIO()
+    row = SimpleNamespace(path="objects/d", digest="d", study=found.study, series=found.series)
+    row.sop_instance = found.sop_instance
+    worker = ReadWorker(config, None, Log(config, log), None, lambda: None)
+    job = SimpleNamespace(id=1, first_at=1e9)
+    reading = Reading.from_json(json.dumps(sr_case.reading(sr_case.header())))
+
+    def pictures() -> int:
+        (made,) = worker._write(job, [row], reading)
+        document = pydicom.dcmread(tmp_path / made.path).EncapsulatedDocument
+        return document.count(b"/Subtype /Image")
+
+    assert pictures() == 1 and not log.getvalue()
+
+    def fail(*args, **kwargs):
+        raise LimitExceeded("too large for here")
+
+    monkeypatch.setattr(read, "draw", fail)
+    assert pictures() == 0 and json.loads(log.getvalue())["event"] == "no_pictures"
 
 
 def test_a_commit_that_broke_off_is_in_doubt_and_a_statement_is_not(store, monkeypatch):

@@ -482,6 +482,7 @@ def test_sr_writes_every_kind_of_a_stored_reading(image, tmp_path):
         assert ran.exit_code == 0, ran.output
         result = json.loads(ran.stdout)
         assert [item["kind"] for item in result["objects"]] == [*KINDS, "fhir"] and result["status"] == "ok"
+        assert b"/Subtype /Image" in Path(result["objects"][KINDS.index("pdf")]["path"]).read_bytes()
         contents.append([Path(item["path"]).read_bytes() for item in result["objects"]])
         for item in result["objects"][:-1]:
             assert pydicom.dcmread(item["path"]).SOPInstanceUID == item["sop_instance_uid"]

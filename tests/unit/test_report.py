@@ -3,16 +3,19 @@
 import copy
 import csv
 import io
+import json
 import re
-from html import escape
+from html import escape, unescape
+from pathlib import Path
 
 import bench_results
 import numpy as np
 import pytest
 from test_page import Page, browser, chromium, is_color, screenshot
 
+from cxr_triton.client.numbers import change, duration, moment, number, percent, shortest
 from cxr_triton.perf.compare import compare
-from cxr_triton.perf.report import history_page, number, result_page, to_csv
+from cxr_triton.perf.report import history_page, result_page, to_csv
 from cxr_triton.perf.roofline import Ceilings, Work, row
 
 CEILINGS = Ceilings("cpu", 20e9, {"fp32": 2e11, "int4": 1e12})
@@ -108,11 +111,59 @@ def test_failed_and_textless_requests_are_drawn(result):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "—"), (0, "0"), (12, "12"), (1234.5, "1,234"), (0.01234, "0.0123"), (3.4, "3.40"), (1e-9, "1.00e-09"),
-     (float("inf"), "inf"), ("ok", "ok"), (2.0, "2")],
+    [(None, "—"), (0, "0"), (12, "12"), (1234.5, "1,234"), (0.01234, "0.0123"), (3.4, "3.40"), (1e-9, "1.00 × 10⁻⁹"),
+     (float("inf"), "inf"), ("ok", "ok"), (2.0, "2"), (100000.0, "100,000"), (-0.8703, "−0.870"), (0.99951, "1.00"),
+     (999.7, "1,000"), (-6.644e-5, "−6.64 × 10⁻⁵")],
 )  # fmt: skip
 def test_numbers_keep_three_digits(value, text):
     assert number(value) == text
+
+
+def test_units_signs_and_times():
+    assert [shortest(v) for v in (0.1, 1e-5, 2e-5, 50000.0, 0.1 + 0.2)] == ["0.1", "10⁻⁵", "2 × 10⁻⁵", "50,000", "0.3"]
+    assert [percent(v) for v in (0.1234, 0, 1e-5, -1e-5, -0.014)] == ["12.3 %", "0.0 %", "< 0.1 %", "0.0 %", "−1.4 %"]
+    assert [change(v) for v in (0.25, -0.328, -1e-5)] == ["+25.0 %", "−32.8 %", "0.0 %"]
+    times = [duration(ms) for ms in (0.27, 436.6, 9760, 104_580, -1617.7)]
+    assert times == ["0.3 ms", "436.6 ms", "9.76 s", "104.6 s", "−1.62 s"]
+    assert [moment(t) for t in ("2026-11-22T08:40:31+00:00", "2026-11-22T08:40:31Z")] == ["2026-11-22 08:40 UTC"] * 2
+    assert moment("yesterday") == "yesterday"
+
+
+RESULTS = sorted((Path(__file__).resolve().parents[2] / "docs" / "results").glob("bench-[3p]*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_real_result_s_page_writes_numbers_as_people_do(path):
+    """No power as 1e-05, no Python list, no hyphen for a minus, no signed nought, no stamp, one space before %."""
+    made = json.loads(path.read_text())
+    if "scenarios" not in made:
+        pytest.skip("not what `bench run` writes")
+    text = Page(result_page(made)).text.replace(" ".join(" ".join(made["command"]).split()), "")
+    for fault in (r"\d[eE][-+]\d", r"\['", r"(?<![\w.])-\d", r"[-−+]0\.0 %", r"\dT\d\d:", r"\d%", r"\b1 streams",
+                  r"(?<![\w.-])\d+\.\d{6}", r"(?<![\w.,-])\d{5,}(?![\w.-])", r"\b0\.\d?00 ?/s"):  # fmt: skip
+        assert not (found := re.search(f".{{0,30}}{fault}.{{0,20}}", text)), found[0]
+
+
+@browser
+def test_no_label_of_a_chart_runs_into_another(tmp_path, pages):
+    """Eight loads of long names under one axis, and stages whose dots are close together."""
+    made = bench_results.result(repeats=1) | {"sweep": []}
+    for i, scenario in enumerate(made["scenarios"]):
+        scenario["points"] = [{**point, "load": {"kind": "rate_per_s", "value": 0.0349 + 0.0101 * i + 0.001 * j}}
+                              for j, point in enumerate(2 * scenario["points"][:1])]  # fmt: skip
+    made["roofline"] = [
+        row(name, Work(8e11, 1e9), 1.0 + 0.02 * i, CEILINGS, "int4") for i, name in enumerate(("a", "b"))
+    ]
+    script = """
+        const boxes = [...document.querySelectorAll('svg')].map(s => [...s.querySelectorAll('text')].map(t =>
+            [t.textContent, t.getBoundingClientRect()]));
+        const meet = (a, b) => a.left < b.right && b.left < a.right && a.top + 2 < b.bottom && b.top + 2 < a.bottom;
+        document.body.dataset.found = JSON.stringify(boxes.flatMap(all => all.flatMap(([a, p], i) =>
+            all.slice(i + 1).filter(([, q]) => meet(p, q)).map(([b]) => [a, b]))));
+    """
+    html = result_page(made).replace("default-src 'none'", "script-src 'unsafe-inline'")
+    dom = chromium(tmp_path, html.replace("</body>", f"<script>{script}</script></body>"), "--dump-dom").stdout
+    assert json.loads(unescape(re.search(r'data-found="([^"]*)"', dom)[1])) == []
 
 
 @pytest.fixture(scope="module")
