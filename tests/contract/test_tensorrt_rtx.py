@@ -219,8 +219,18 @@ def test_weights_that_are_not_there_are_named(exports, tmp_path):
     export = edited(exports, tmp_path, lambda model: None)
     with open(export / "decoder.onnx.data", "r+b") as file:
         file.truncate(5000)
-    with pytest.raises(BuildFailed, match=r"cannot read the weights \S+ of decoder\.onnx; .*export again"):
+    with pytest.raises(InvalidBundle, match=r"decoder\.onnx\.data has 5000 bytes.*export again"):
         build_bundle(export, tmp_path / "bundle", recipe=recipe_for("bf16"))
+    ranges = tensorrt.shape_ranges("decoder", tensorrt_geometry(export), recipe_for("bf16"), 1)
+    with pytest.raises(BuildFailed, match=r"cannot read the weights \S+ of decoder\.onnx; .*export again"):
+        tensorrt.compile_graph(
+            "tensorrt-rtx",
+            export / "decoder.onnx",
+            tmp_path / "decoder.plan",
+            ranges,
+            max_sequence=tensorrt_geometry(export).max_sequence,
+            target=tensorrt.target("tensorrt-rtx", recipe_for("bf16")),
+        )
 
 
 def test_attention_without_a_fused_kernel_is_refused_with_the_types_that_have_one(tmp_path):
