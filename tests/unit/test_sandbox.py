@@ -36,8 +36,8 @@ def sandbox():
 
 @pytest.fixture(scope="module")
 def slow() -> bytes:
-    """Noise as JPEG 2000, which takes over a second to decode."""
-    values = np.random.default_rng(0).integers(0, 65536, (2000, 2000)).astype(np.uint16)
+    """Noise as JPEG 2000, which takes seconds to decode."""
+    values = np.random.default_rng(0).integers(0, 65536, (4000, 4000)).astype(np.uint16)
     stream = imagecodecs.jpeg2k_encode(values, codecformat="J2K", reversible=True, level=0)
     return compressed_bytes(values, 16, SYNTAX["jpeg2k"], stream)
 
