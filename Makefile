@@ -8,7 +8,7 @@ DEBIAN_PACKAGES := dcmtk dicom3tools ghostscript chromium orthanc orthanc-dicomw
 demo: server-python $(VENV)/.local
 	$(BIN)/cxr-triton demo -o build/demo
 
-test: $(VENV)/.test debian
+test: server-python $(VENV)/.test debian
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
