@@ -1,6 +1,6 @@
 """ONNX Runtime's CUDA provider: both graphs written for the kernels that it has.
 
-The decoder becomes 14 kernels a layer: projections of query, key and value side by side, rotary embedding, cache and
+The decoder becomes 11 nodes a layer: projections of query, key and value side by side, rotary embedding, cache and
 attention in one `GroupQueryAttention`, residual sum and norm in one `SkipSimplifiedLayerNormalization`. Its residual
 stream has the compute type, as that of transformers has. Nothing of a graph is bound to one GPU. The operators exist
 on ONNX Runtime's CPU too, where the tests run them in fp32.
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
 
 INT4_BLOCK = 32
-"""Weights that share one scale: the provider's fastest kernels are built for this number only. Larger blocks of an
-export are repeated, so values stay the same. A product of few columns and many rows keeps its own: those kernels give a
-column to one block of threads, and leave most of the GPU idle."""
+"""Weights that share one scale: the provider's weight-only kernels (fpA_intB) are built for this number only. Larger
+blocks of an export are repeated, so values stay the same. A product of few columns and many rows keeps its own, because
+there the provider's other kernels were faster (docs/gpu-results.md)."""
 TOP_BLOCKS = 8
 """Blocks of neighbouring ids with the largest logits, which a step gives in full."""
 MOST_BLOCKS = 256
-"""TopK sorts so many at once; for more the provider takes ten times as long."""
+"""TopK sorts so many at once; with 1,187 it took four times as long."""
 MLP_MULTIPLE = 64
 _TABLE = "language_model.embed_tokens.weight"
 _MICROSOFT = "com.microsoft"
@@ -326,7 +326,7 @@ def fuse_rotary(graph: GraphProto, weights: Weights) -> None:
 
 
 def pad_mlp(graph: GraphProto, weights: Weights) -> None:
-    """Widen the MLPs to a multiple of 64 by zeros: 3,420 columns have no kernel for tensor cores but the slowest."""
+    """Widen the MLPs to a multiple of 64 by zeros: for 3,420 columns cuBLAS took a kernel of older GPUs."""
     columns = {node.input[1] for node in graph.node if node.op_type in ("MatMul", "Add")}
     for name in sorted(columns):
         if ".mlp." not in name or "merger" in name or name not in weights:

@@ -80,8 +80,7 @@ def write_shape(
     text_values, vision_values : dict
         Config values; those of the 3B by default.
     normal : callable, optional
-        Gives normal values, bf16 [rows, columns], for a number of both and their standard deviation: a GPU's are ready
-        in a tenth of the time.
+        Gives normal values, bf16 [rows, columns], for a number of both and their standard deviation, such as a GPU's.
 
     Returns
     -------
