@@ -15,11 +15,11 @@ from html import escape
 
 from cxr_triton import __version__
 from cxr_triton.cli import printable
-from cxr_triton.client.numbers import duration, glued, moment, number, percent
-from cxr_triton.dicom import DOUBTFUL
-from cxr_triton.dicom import FLAGS as IMAGE_FLAGS
 from cxr_triton.identity import UIDS, require_same_images
-from cxr_triton.image import PATCH
+from cxr_triton.numbers import duration, glued, moment, number, percent
+from cxr_triton.pixels.dicom import DOUBTFUL
+from cxr_triton.pixels.dicom import FLAGS as IMAGE_FLAGS
+from cxr_triton.pixels.image import PATCH
 from cxr_triton.reading import FLAGS as READING_FLAGS
 from cxr_triton.reading import Box, Reading, parse
 
@@ -112,7 +112,7 @@ def draw(
     """
     from PIL import Image
 
-    from cxr_triton.sandbox import Sandbox
+    from cxr_triton.pixels.sandbox import Sandbox
 
     may_name = not any((facts.get("identity") or {}).get("identifiers") == "hashed" for facts in reading.images)
     shown, identities = [], []

@@ -30,23 +30,31 @@ from cxr_triton.files import why_not_writable, write
 EXIT_FAILED, EXIT_NOT_AS_ASKED, EXIT_TRY_AGAIN, EXIT_INTERRUPTED = 1, 3, 75, 130
 
 VERBS = {
-    "profiles": ("cxr_triton.profile_command:profiles", None, "List the models that are known."),
-    "tasks": ("cxr_triton.profile_command:tasks", None, "List what the models can be asked."),
+    "profiles": ("cxr_triton.command:profiles", None, "List the models that are known."),
+    "tasks": ("cxr_triton.command:tasks", None, "List what the models can be asked."),
     "quantize": ("cxr_triton.export.quantize:quantize", "quantize", "Quantize a checkpoint, calibrated on images."),
     "export": ("cxr_triton.export.command:export", "local", "Write the vision and decoder graphs of a checkpoint."),
     "recipes": ("cxr_triton.engines.command:recipes", "local", "List the GPUs that bundles are built for."),
     "build": ("cxr_triton.engines.command:build", "local", "Compile graphs into an engine bundle."),
     "verify": (
-        "cxr_triton.engines.verify_command:verify",
+        "cxr_triton.engines.verify.command:verify",
         "export",
         "Hold an engine bundle against its checkpoint.",
     ),
-    "make-engine": ("cxr_triton.engines.make_engine:command", "quantize", "All of that for a target GPU, in one go."),
+    "make-engine": (
+        "cxr_triton.triton_repo.make_engine:command",
+        "quantize",
+        "All of that for a target GPU, in one go.",
+    ),
     "package": ("cxr_triton.triton_repo.command:package", "local", "Write a Triton model repository from a bundle."),
     "serve": ("cxr_triton.triton_repo.command:serve", "local", "Run the pip-installed Triton on a model repository."),
-    "golden": ("cxr_triton.engines.golden:golden", "local", "Hold a running server against its reference readings."),
+    "golden": (
+        "cxr_triton.triton_repo.golden:golden",
+        "local",
+        "Hold a running server against its reference readings.",
+    ),
     "read": ("cxr_triton.client.command:read", "client", "Read radiographs through a running server."),
-    "sr": ("cxr_triton.client.sr_command:sr", "objects", "Write a reading as DICOM SR and FHIR objects."),
+    "sr": ("cxr_triton.client.objects.command:sr", "objects", "Write a reading as DICOM SR and FHIR objects."),
     "gateway": (
         "cxr_triton.client.gateway.command:gateway",
         "gateway",
@@ -296,7 +304,7 @@ def names(listed: str):
 
 
 PROFILES, RECIPES = names("cxr_triton.profile:profile_names"), names("cxr_triton.engines.recipe:recipe_names")
-TASKS, MODES = names("cxr_triton.profile_command:task_names"), names("cxr_triton.profile_command:mode_names")
+TASKS, MODES = names("cxr_triton.command:task_names"), names("cxr_triton.command:mode_names")
 
 
 def _modules(extra: str) -> set[str]:

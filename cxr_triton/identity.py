@@ -16,7 +16,7 @@ import numpy as np
 from cxr_triton.errors import ReadingMismatch
 
 if TYPE_CHECKING:
-    from cxr_triton.dicom import Radiograph
+    from cxr_triton.pixels.dicom import Radiograph
 
 IDENTIFIERS = ("plain", "hashed")
 UIDS = {
@@ -32,7 +32,7 @@ def pixels_digest(stored: np.ndarray) -> str:
     Parameters
     ----------
     stored : (rows, columns) uint8, int8, uint16 or int16 array; or (rows, columns, 3) uint8
-        As `cxr_triton.dicom.read_image` gives them: before any modality or VOI transform.
+        As `cxr_triton.pixels.dicom.read_image` gives them: before any modality or VOI transform.
 
     Returns
     -------
@@ -48,7 +48,7 @@ def pixels_digest(stored: np.ndarray) -> str:
 
 
 def identity_of(data: bytes, radiograph: Radiograph) -> dict[str, str]:
-    """The identity of a file and of what `cxr_triton.dicom.read_image` read in it; its UIDs are plain."""
+    """The identity of a file and of what `cxr_triton.pixels.dicom.read_image` read in it; its UIDs are plain."""
     uids = {key: uid for key in UIDS if (uid := getattr(radiograph.metadata, key))}
     digests = {"file_sha256": sha256(data), "pixels_sha256": pixels_digest(radiograph.stored)}
     return {**digests, **uids, **({"identifiers": "plain"} if uids else {})}

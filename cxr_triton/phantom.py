@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cxr_triton import display
+from cxr_triton.pixels import display
 
 LABELS = ("Cardiomegaly", "Pleural Effusion", "Pneumothorax", "Lung Opacity", "Support Devices")
 SIDED = ("Pleural Effusion", "Pneumothorax", "Lung Opacity")

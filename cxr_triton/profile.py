@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from cxr_triton.errors import InvalidProfile, UnsupportedCheckpoint, unknown_key
-from cxr_triton.plausibility import POLICIES, VIEWS
+from cxr_triton.pixels.plausibility import POLICIES, VIEWS
 
 PROFILES = Path(__file__).with_name("profiles")
 UNIT_PX = 28

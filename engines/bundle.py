@@ -13,13 +13,12 @@ from importlib import metadata
 from pathlib import Path
 
 from cxr_triton import __version__
+from cxr_triton.engines.onnxruntime.compiler import compile_decoder
+from cxr_triton.engines.plan_cache import PlanCache, plan_key
+from cxr_triton.engines.recipe import CPU_ENGINES, DECODER_ENGINES, ENGINES, GRAPH_ENGINES, Recipe
 from cxr_triton.errors import InvalidBundle, InvalidRequest
 from cxr_triton.files import new_folder, require_new
 from cxr_triton.profile import ModelProfile, load_profile
-
-from .compiler import compile_decoder
-from .plan_cache import PlanCache, plan_key
-from .recipe import CPU_ENGINES, DECODER_ENGINES, ENGINES, GRAPH_ENGINES, Recipe
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -337,7 +336,7 @@ def build_bundle(
     export, geometry = read_export(source, recipe)
     llm = None
     if engines["decoder"] == "tensorrt-llm":
-        from .trtllm_build import DecoderBuild
+        from cxr_triton.engines.tensorrt_llm.build import DecoderBuild
 
         llm = DecoderBuild.prepare(source, out, geometry, recipe)
     with new_folder(out) as partial:
@@ -352,13 +351,13 @@ def build_bundle(
                 versions[engine] = plans[graph]["version"]
                 continue
             if engine == "openvino":
-                from .openvino import compile_graph
+                from cxr_triton.engines.openvino.compiler import compile_graph
 
                 precision = recipe.vision.precision if graph == "vision" else "fp32"
                 versions[engine] = compile_graph(source / f"{graph}.onnx", partial, precision)
                 continue
             if engine == "onnxruntime-cuda":
-                from .onnxruntime_cuda import compile_graph
+                from cxr_triton.engines.onnxruntime_cuda.compiler import compile_graph
 
                 compile_graph(source / f"{graph}.onnx", partial, geometry.max_sequence)
                 continue
@@ -381,7 +380,7 @@ def build_bundle(
             "files": files,
         }
         if plans:
-            from .tensorrt import container_match
+            from cxr_triton.engines.tensorrt.compiler import container_match
 
             manifest["plans"] = plans
             manifest["compute_capabilities"] = sorted({plan["compute_capability"] for plan in plans.values()})
@@ -402,7 +401,7 @@ def _build_plan(
     progress: Progress | None,
 ) -> dict:
     """Put a graph's plan into `folder`, from the cache if it is there; gives the build report."""
-    from .tensorrt import compile_graph, load_library, shape_ranges, target
+    from cxr_triton.engines.tensorrt.compiler import compile_graph, load_library, shape_ranges, target
 
     library, plan = load_library(engine, graph), folder / f"{graph}.plan"
     geometry = Geometry.from_json(export["geometry"], EXPORT)

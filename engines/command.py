@@ -41,9 +41,9 @@ def build(
     """
     from tqdm import tqdm
 
-    from .bundle import build_bundle
-    from .plan_cache import default_folder
-    from .recipe import load_recipe
+    from cxr_triton.engines.bundle import build_bundle
+    from cxr_triton.engines.plan_cache import default_folder
+    from cxr_triton.engines.recipe import load_recipe
 
     if cache and no_cache:
         raise click.UsageError("--cache and --no-cache exclude each other")
@@ -102,8 +102,8 @@ def _print_commands(export_dir: Path, out: Path, recipe, named: str | None, json
     """Show how a tensorrt-llm recipe is built, with what and where."""
     import shlex
 
-    from .bundle import read_export
-    from .trtllm_build import TOOL, asked, command, in_container, located_recipe
+    from cxr_triton.engines.bundle import read_export
+    from cxr_triton.engines.tensorrt_llm.build import TOOL, asked, command, in_container, located_recipe
 
     if recipe is None or recipe.decoder.compiler != "tensorrt-llm":
         raise click.UsageError("--print needs a recipe whose decoder is for tensorrt-llm, see `cxr-triton recipes`")
@@ -131,7 +131,7 @@ def recipes(name: str | None, json_path: str | None):
 
     Memory is computed for the published 3B: weights and KV cache exactly, activations and CUDA as an allowance.
     """
-    from .recipe import load_recipe, recipe_names
+    from cxr_triton.engines.recipe import load_recipe, recipe_names
 
     chosen = [load_recipe(one) for one in ([name] if name else recipe_names())]
     result = [recipe.to_json() | {"memory": recipe.memory()} for recipe in chosen]

@@ -127,7 +127,7 @@ class Recipe(_Checked):
     container : str or None
         Image that serves the bundle; that of tensorrt-llm builds it too.
     thresholds : dict
-        Limits of the verification gate that differ from its defaults, see `cxr_triton.engines.verify`.
+        Limits of the verification gate that differ from its defaults, see `cxr_triton.engines.verify.gate`.
     """
 
     name: str
@@ -240,7 +240,7 @@ class Recipe(_Checked):
             )
 
     def _check_thresholds(self) -> None:
-        from .verify import thresholds_of
+        from cxr_triton.engines.verify.gate import thresholds_of
 
         try:
             thresholds_of(self.decoder.precision, self.decoder.compute, self.thresholds)

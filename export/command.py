@@ -14,14 +14,13 @@ import click
 from cxr_triton import __version__
 from cxr_triton.cli import OUT_FOLDER, PROFILES, json_option, say_next, write_json
 from cxr_triton.errors import InvalidRequest, LicenceNotAccepted, UnsupportedCheckpoint
+from cxr_triton.export.checkpoint import Checkpoint, hub_id, locate
+from cxr_triton.export.decoder import check_source, write_decoder
+from cxr_triton.export.graph import Precision, check
+from cxr_triton.export.tensorrt_llm import write_tensorrt_llm
+from cxr_triton.export.vision import write_vision
 from cxr_triton.files import new_folder, require_new
 from cxr_triton.profile import CheckpointShape, Licence, ModelProfile, load_profile, profile_names
-
-from .checkpoint import Checkpoint, hub_id, locate
-from .decoder import check_source, write_decoder
-from .graph import Precision, check
-from .tensorrt_llm import write_tensorrt_llm
-from .vision import write_vision
 
 SCHEMA = 1
 

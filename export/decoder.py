@@ -12,9 +12,8 @@ import numpy as np
 from onnx import TensorProto
 
 from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
-
-from .checkpoint import CALIBRATION, Checkpoint
-from .graph import QUANTIZED, GraphWriter, Precision
+from cxr_triton.export.checkpoint import CALIBRATION, Checkpoint
+from cxr_triton.export.graph import QUANTIZED, GraphWriter, Precision
 
 OPSET = 24
 _TABLE = "language_model.embed_tokens.weight"

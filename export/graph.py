@@ -16,8 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
-
-from .checkpoint import Fp8Weight, Int4Weight
+from cxr_triton.export.checkpoint import Fp8Weight, Int4Weight
 
 BLOCK, SMALL_BLOCK = 128, 32  # int4 weights that share one scale; the second where the first does not divide K
 INT4_MAX = 7

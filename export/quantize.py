@@ -25,17 +25,17 @@ from pathlib import Path
 import click
 import numpy as np
 
-from cxr_triton import __version__, image, phantom
+from cxr_triton import __version__, phantom
 from cxr_triton.chat import ChatTokenizer
 from cxr_triton.cli import OUT_FOLDER, PROFILES, json_option, require, say_next, write_json
 from cxr_triton.errors import CxrError, InvalidRequest, UnsupportedCheckpoint
+from cxr_triton.export.checkpoint import ARCHITECTURE, CALIBRATION, GROUP_SIZES, Checkpoint
+from cxr_triton.export.command import licence_of, located, require_fit, require_licence
 from cxr_triton.files import new_folder, require_new
+from cxr_triton.pixels import image
+from cxr_triton.pixels.sandbox import Sandbox
 from cxr_triton.profile import ModelProfile, Task, load_profile, profile_names
 from cxr_triton.request import ReadRequest
-from cxr_triton.sandbox import Sandbox
-
-from .checkpoint import ARCHITECTURE, CALIBRATION, GROUP_SIZES, Checkpoint
-from .command import licence_of, located, require_fit, require_licence
 
 SCHEMA = 1
 SCHEMES = ("fp8", "int4-awq")

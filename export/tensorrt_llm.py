@@ -16,9 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
+from cxr_triton.export.checkpoint import Checkpoint, Fp8Weight, Int4Weight
 from cxr_triton.files import new_folder, require_new
-
-from .checkpoint import Checkpoint, Fp8Weight, Int4Weight
 
 PRECISIONS = {"bf16": None, "fp8": "FP8", "int4-awq": "W4A16_AWQ", "int4": "W4A16"}  # and its quant_algo
 _BF16, _FP32, _FP8 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32), np.dtype(ml_dtypes.float8_e4m3fn)

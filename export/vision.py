@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from onnx import TensorProto
 
-from .checkpoint import Checkpoint
-from .graph import GraphWriter, Precision
+from cxr_triton.export.checkpoint import Checkpoint
+from cxr_triton.export.graph import GraphWriter, Precision
 
 OPSET = 20
 NORM_EPSILON = 1e-6  # fixed in the model's code, not in its config

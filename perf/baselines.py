@@ -50,8 +50,8 @@ class Prompts:
         from PIL import Image
 
         from cxr_triton.chat import ChatTokenizer
+        from cxr_triton.pixels.sandbox import Sandbox
         from cxr_triton.request import ReadRequest
-        from cxr_triton.sandbox import Sandbox
 
         generation = Path(checkpoint) / "generation_config.json"
         self.profile = profile.merge_generation_config(json.loads(generation.read_text("utf-8")))

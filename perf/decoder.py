@@ -37,14 +37,14 @@ class BundleEngine:
     """A bundle behind its own decoder runtime."""
 
     def __init__(self, folder: str, prompt: int, tokens: int):
-        from cxr_triton.engines.runtime import DecoderRuntime
+        from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 
         self.bundle = Bundle.open(folder, verify=False)
         self.prompt, self.tokens = prompt, tokens
         self.runtime = DecoderRuntime(self.bundle, slots=STREAMS)
 
     def _generate(self, streams: int) -> list[Receiver]:
-        from cxr_triton.engines.runtime import Generation, Sampling
+        from cxr_triton.engines.runtime.scheduler import Generation, Sampling
 
         geometry, rng = self.bundle.geometry, np.random.default_rng(0)
         images = min(geometry.token_budget, self.prompt - 1)

@@ -21,7 +21,7 @@ import click
 from cxr_triton.cli import Command, json_option, write_json
 from cxr_triton.engines.bundle import EXPORT, Geometry
 from cxr_triton.engines.recipe import Recipe, load_recipe
-from cxr_triton.engines.tensorrt import compile_graph, shape_ranges, target
+from cxr_triton.engines.tensorrt.compiler import compile_graph, shape_ranges, target
 from cxr_triton.profile import load_profile
 
 SCHEMA = 1

@@ -201,7 +201,7 @@ class Session:
 
     def _host_bundle(self, scale: Scale, precision: str, export: Path, folder: Path) -> None:
         """The GPU's graphs in fp32, which a CPU runs; no recipe has them."""
-        from cxr_triton.engines.onnxruntime_cuda import compile_graph
+        from cxr_triton.engines.onnxruntime_cuda.compiler import compile_graph
 
         plain, partial = self.bundle(scale, precision, "onnxruntime"), folder.with_name(f".{folder.name}")
         shutil.copytree(plain.path, partial)
@@ -226,8 +226,8 @@ class Session:
 
     def decoder(self, bundle, slots: int):
         """A decoder session; in a dry run that of the GPU's graph has the host's memory."""
-        from cxr_triton.engines.onnxruntime_cuda_session import CudaDecoder, Host
-        from cxr_triton.engines.session import open_decoder
+        from cxr_triton.engines.onnxruntime.session import open_decoder
+        from cxr_triton.engines.onnxruntime_cuda.session import CudaDecoder, Host
 
         if self.is_dry and "onnxruntime-cuda" in bundle.path.name:
             return CudaDecoder(bundle, slots=slots, memory=Host())
@@ -235,8 +235,8 @@ class Session:
 
     def vision(self, bundle):
         """A vision session, likewise."""
-        from cxr_triton.engines.onnxruntime_cuda_session import CudaVision, Host
-        from cxr_triton.engines.session import open_vision
+        from cxr_triton.engines.onnxruntime.session import open_vision
+        from cxr_triton.engines.onnxruntime_cuda.session import CudaVision, Host
 
         if self.is_dry and "onnxruntime-cuda" in bundle.path.name:
             return CudaVision(bundle, memory=Host())
@@ -394,7 +394,7 @@ def _probe(session: Session, bundle) -> dict[str, np.ndarray]:
 
 
 def _pictures(geometry, count: int, side: int = 448) -> dict[str, np.ndarray]:
-    from cxr_triton import image
+    from cxr_triton.pixels import image
 
     rng = np.random.default_rng(1)
     drawn = [rng.integers(0, 256, (side, side), np.uint8) for _ in range(count)]
@@ -415,7 +415,7 @@ def _cosines(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
 
 def step_parity(session: Session) -> None:
     """Both graphs against transformers on the same weights, on the GPU, for each size and precision."""
-    from cxr_triton.engines.reference import Reference
+    from cxr_triton.engines.verify.reference import Reference
     from cxr_triton.export.checkpoint import Checkpoint
     from cxr_triton.profile import load_profile
 
@@ -434,8 +434,8 @@ def step_parity(session: Session) -> None:
 
 def _parity(session: Session, bundle, reference, *, with_picture: bool) -> dict:
     """Cosines of image embeddings and of logits after a prompt and each token of a given answer."""
-    from cxr_triton import image
     from cxr_triton.chat import ChatTokenizer
+    from cxr_triton.pixels import image
 
     geometry, rng, told = bundle.geometry, np.random.default_rng(3), {}
     picture, embeddings = None, np.zeros((0, geometry.hidden), np.float32)

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from cxr_triton.cli import printable
-from cxr_triton.client.numbers import change, duration, glued, moment, number, percent, shortest
 from cxr_triton.client.page import NOT_FOR_DIAGNOSIS, document
+from cxr_triton.numbers import change, duration, glued, moment, number, percent, shortest
 
 STAGES = ("image_decode", "preprocess", "vision", "queue", "prefill", "decode", "report", "transport")
 TIMELINE_REQUESTS = 48

@@ -21,7 +21,7 @@ import numpy as np
 
 from cxr_triton.engines.recipe import CPU_ENGINES
 from cxr_triton.errors import InvalidBundle
-from cxr_triton.image import target_size
+from cxr_triton.pixels.image import target_size
 
 COPY_BYTES = 512 << 20
 GEMM = (512, 2048, 11008)  # rows of activations, K, N: the 3B's MLP for a prompt
@@ -126,7 +126,7 @@ def gemm_speed(precision: str, threads: int, shape: tuple[int, int, int] = GEMM,
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     feeds = {"x": rng.standard_normal((m, k), np.float32)}
     if engine == "openvino":
-        from cxr_triton.engines.openvino import open_request
+        from cxr_triton.engines.openvino.compiler import open_request
 
         request = open_request(model, threads, "bf16" if precision == "bf16" else "fp32")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import click
 import numpy as np
 
-from ..cli import Command
-from ..engines.recipe import TEXT_3B, VISION_3B
+from cxr_triton.cli import Command
+from cxr_triton.engines.recipe import TEXT_3B, VISION_3B
 
 SHARD_BYTES = 4_000_000_000
 GROUP = 128
@@ -87,7 +87,7 @@ def write_shape(
     Path
         `folder`.
     """
-    from ..export.checkpoint import read_config, tensor_shapes
+    from cxr_triton.export.checkpoint import read_config, tensor_shapes
 
     folder.mkdir(parents=True, exist_ok=True)
     common = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", **TOKENS}

@@ -248,8 +248,8 @@ def _files(folder: Path) -> Iterator[Image]:
 
 def _file(name: str, path: Path) -> Image:
     """A file under another name: its own may be a patient's, and results are passed on."""
-    from cxr_triton.dicom import read_image
     from cxr_triton.phantom_file import SYNTAXES
+    from cxr_triton.pixels.dicom import read_image
 
     data = path.read_bytes()
     try:

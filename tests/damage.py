@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pydicom
 
-from cxr_triton.dicom import read_image
 from cxr_triton.errors import InvalidImage
 from cxr_triton.phantom import draw
 from cxr_triton.phantom_file import LOSSY_BITS, SYNTAXES, store, write_dicom
+from cxr_triton.pixels.dicom import read_image
 
 PLACES = 8
 DAMAGES = ("4 KiB zeroed", "4 KiB exchanged", "64 bytes zeroed", "1 bit flipped")

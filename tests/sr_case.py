@@ -9,10 +9,10 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from cxr_triton import phantom, phantom_file
-from cxr_triton.client.codes import LABELS
-from cxr_triton.client.objects import ObjectOptions, source_header
-from cxr_triton.dicom import read_image
+from cxr_triton.client.objects.codes import LABELS
+from cxr_triton.client.objects.objects import ObjectOptions, source_header
 from cxr_triton.identity import UIDS, identity_of
+from cxr_triton.pixels.dicom import read_image
 from cxr_triton.reading import Reading, parse
 
 TEXT = (

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from cxr_triton.engines.pipeline import wire_error
 from cxr_triton.errors import InvalidRequest
-from cxr_triton.pipeline import wire_error
 from cxr_triton.triton_repo.serve import GRPC_ADDRESS
 
 
@@ -37,9 +37,9 @@ def open_runtime(bundle, values: dict[str, str]):
     slots, queue_size = int(values["slots"]), int(values["queue_size"])
     if bundle.engine == "tensorrt-llm":
         from cxr_triton.chat import ChatTokenizer
-        from cxr_triton.engines.tensorrt_llm import EngineConfig
-        from cxr_triton.engines.tensorrt_llm_backend import TensorRTLLMBackend
-        from cxr_triton.engines.tensorrt_llm_runtime import TensorRTLLMRuntime
+        from cxr_triton.engines.tensorrt_llm.backend import TensorRTLLMBackend
+        from cxr_triton.engines.tensorrt_llm.request import EngineConfig
+        from cxr_triton.engines.tensorrt_llm.runtime import TensorRTLLMRuntime
 
         return TensorRTLLMRuntime(
             EngineConfig.read(bundle.path / "tensorrt_llm"),
@@ -49,8 +49,8 @@ def open_runtime(bundle, values: dict[str, str]):
             queue_size=queue_size,
             prefix_reuse=values["prefix_reuse"] == "1",
         )
-    from cxr_triton.engines.runtime import DecoderRuntime
-    from cxr_triton.engines.session import open_decoder
+    from cxr_triton.engines.onnxruntime.session import open_decoder
+    from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 
     session = open_decoder(
         bundle,

@@ -32,7 +32,7 @@ def package(bundle: Path, out: Path, force: bool, unverified: bool, json_path: s
 
     It holds everything it needs and may be moved; the bundle's files are hard-linked where possible.
     """
-    from .package import BUNDLE, ENSEMBLE, VERIFICATION, Settings, write_repository
+    from cxr_triton.triton_repo.package import BUNDLE, ENSEMBLE, VERIFICATION, Settings, write_repository
 
     packaged = write_repository(bundle, out, Settings(**settings), force=force, unverified=unverified)
     verification, said = (out / ENSEMBLE / "1" / VERIFICATION).read_text().splitlines()[:2]
@@ -74,7 +74,7 @@ def serve(repository: Path, json_path: str | None, **options):
     Ready means that a reading went through the whole ensemble. Ends with status 75 when the server or the process of a
     model dies, so that a supervisor can start it anew: Triton does not.
     """
-    from .serve import Server
+    from cxr_triton.triton_repo.serve import Server
 
     stopping = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -138,7 +138,7 @@ def demo(folder: Path, json_path: str | None):
     Reads a public chest radiograph and a synthetic phantom, and leaves both readings as JSON and as HTML pages. The
     model knows nothing about people: what it says of the radiograph is meaningless.
     """
-    from .demo import run
+    from cxr_triton.triton_repo.demo import run
 
     with contextlib.redirect_stdout(sys.stderr if json_path == "-" else sys.stdout):
         result = run(folder)

@@ -51,9 +51,8 @@ def run(folder: Path, model: Path = PHANTOM) -> dict:
     from cxr_triton.engines.bundle import build_bundle
     from cxr_triton.export.command import export_checkpoint
     from cxr_triton.profile import load_profile
-
-    from .package import Settings, write_repository
-    from .serve import Server, installation
+    from cxr_triton.triton_repo.package import Settings, write_repository
+    from cxr_triton.triton_repo.serve import Server, installation
 
     if not (model / "checkpoint").is_dir():
         raise InvalidRequest(f"no demonstration model in {model}; run the demo from a clone of the repository")
@@ -142,7 +141,7 @@ def _read(name: str, file: Path, folder: Path, url: str) -> dict:
 
 def _objects(name: str, file: Path, folder: Path) -> list[dict]:
     """`cxr-triton sr` on a file and its reading; the objects that it wrote."""
-    from cxr_triton.client.sr_command import sr
+    from cxr_triton.client.objects.command import sr
 
     command = ["--reading", str(folder / f"{name}.json"), "--kinds", "findings_sr,text_sr,pdf,fhir"]
     command += ["--out", str(folder), "--json", str(folder / f"{name}-objects.json"), str(file)]

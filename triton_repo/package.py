@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cxr_triton.engines.bundle import MANIFEST, Bundle
-from cxr_triton.engines.record import require_verified
-from cxr_triton.engines.tensorrt_llm import EngineConfig
+from cxr_triton.engines.tensorrt_llm.request import EngineConfig
+from cxr_triton.engines.verify.record import require_verified
 from cxr_triton.errors import InvalidBundle, InvalidRequest, NotVerified
 from cxr_triton.files import new_folder, require_new
 

@@ -27,8 +27,8 @@ from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.read import POLL_S, either, spread
 from cxr_triton.client.gateway.receive import Receiver, take_commitment
 from cxr_triton.client.gateway.store import Store
-from cxr_triton.dicom import read_identity
 from cxr_triton.errors import InvalidImage, ReadingMismatch
+from cxr_triton.pixels.dicom import read_identity
 
 STORED = (0x0000, 0xB000, 0xB006, 0xB007, 0x0111)
 """Success, the three warnings of PS3.4 B.2.3, and a duplicate SOP instance: it is there."""

@@ -23,9 +23,14 @@ from cxr_triton.client.aio import AsyncReader
 from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.store import LeaseLost, Result, Store, is_full
-from cxr_triton.client.objects import ObjectOptions, diagnostic_report, header_faults, result_objects, source_header
+from cxr_triton.client.objects.objects import (
+    ObjectOptions,
+    diagnostic_report,
+    header_faults,
+    result_objects,
+    source_header,
+)
 from cxr_triton.client.page import DOCUMENT_PIXELS, Shown, draw
-from cxr_triton.dicom import read_identity
 from cxr_triton.errors import (
     Cancelled,
     CxrError,
@@ -38,6 +43,7 @@ from cxr_triton.errors import (
     ServerMismatch,
     Unavailable,
 )
+from cxr_triton.pixels.dicom import read_identity
 from cxr_triton.reading import Reading
 
 PASSING = (Unavailable, QueueFull, DeadlineExceeded, Cancelled, InternalError, ServerMismatch)

@@ -103,7 +103,7 @@ class Gateway:
         self.intake.draining = await asyncio.to_thread(self.store.is_draining)
         runner = await self._start_web()
         # Takes a second, which the first study would pay.
-        await asyncio.to_thread(importlib.import_module, "cxr_triton.client.report_sr")
+        await asyncio.to_thread(importlib.import_module, "cxr_triton.client.objects.sr")
         try:
             if self.config.dicom:
                 self._listener = Listener(self.intake, self.deliverers[0].take_commitment)

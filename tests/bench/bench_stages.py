@@ -17,13 +17,14 @@ import pydicom
 import pytest
 from PIL import Image
 
-from cxr_triton import dicom, display, image, phantom
+from cxr_triton import phantom
 from cxr_triton.perf.environment import Stolen
 from cxr_triton.perf.workload import enlarge
 from cxr_triton.phantom_file import LOSSY_BITS, SYNTAXES, store, write_dicom
+from cxr_triton.pixels import dicom, display, image
+from cxr_triton.pixels.sandbox import Sandbox
 from cxr_triton.profile import load_profile
 from cxr_triton.reading import parse
-from cxr_triton.sandbox import Sandbox
 
 ROWS, COLUMNS, BITS = 2500, 2048, 12
 PROFILE = load_profile("nv-reason-cxr-3b")

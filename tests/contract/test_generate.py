@@ -14,10 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bundles import TOKEN_BUDGET, WINDOW_BUDGET, build_openvino, write_export
 from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START, random_checkpoint
 
-from cxr_triton import image
 from cxr_triton.engines.bundle import build_bundle
-from cxr_triton.engines.runtime import DecoderRuntime, Generation, Sampling
-from cxr_triton.engines.session import DecoderSession, open_vision
+from cxr_triton.engines.onnxruntime.session import DecoderSession, open_vision
+from cxr_triton.engines.runtime.scheduler import DecoderRuntime, Generation, Sampling
+from cxr_triton.pixels import image
 
 NEW_TOKENS = 80
 PENALTY = 1.05

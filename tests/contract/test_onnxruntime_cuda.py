@@ -14,16 +14,16 @@ import pytest
 from bundles import TOKEN_BUDGET, WINDOW_BUDGET, write_export
 from checkpoints import random_checkpoint
 
-from cxr_triton import image
-from cxr_triton.engines import onnxruntime_cuda_session
 from cxr_triton.engines.bundle import Bundle, build_bundle
-from cxr_triton.engines.onnxruntime_cuda import MLP_MULTIPLE, compile_graph
-from cxr_triton.engines.onnxruntime_cuda_session import BATCHES, CudaDecoder, CudaVision, Host
+from cxr_triton.engines.onnxruntime.session import open_decoder, open_vision
+from cxr_triton.engines.onnxruntime_cuda import session as onnxruntime_cuda_session
+from cxr_triton.engines.onnxruntime_cuda.compiler import MLP_MULTIPLE, compile_graph
+from cxr_triton.engines.onnxruntime_cuda.session import BATCHES, CudaDecoder, CudaVision, Host
 from cxr_triton.engines.recipe import load_recipe
-from cxr_triton.engines.runtime import DecoderRuntime, Generation
-from cxr_triton.engines.sampling import Sampler, Sampling, TopLogits
-from cxr_triton.engines.session import open_decoder, open_vision
+from cxr_triton.engines.runtime.sampler import Sampler, Sampling, TopLogits
+from cxr_triton.engines.runtime.scheduler import DecoderRuntime, Generation
 from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidRecipe, InvalidRequest
+from cxr_triton.pixels import image
 
 GRIDS = [(196, 168), (28, 28), (56, 336), (224, 224), (84, 28)]
 

@@ -13,10 +13,10 @@ import pytest
 from bundles import TOKEN_BUDGET, WINDOW_BUDGET, build_openvino, write_export
 from checkpoints import random_checkpoint
 
-from cxr_triton import image
 from cxr_triton.engines.bundle import Bundle, build_bundle
-from cxr_triton.engines.session import open_decoder, open_vision
+from cxr_triton.engines.onnxruntime.session import open_decoder, open_vision
 from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle, InvalidRequest
+from cxr_triton.pixels import image
 
 GRIDS = [(196, 168), (28, 28), (56, 336), (224, 224), (84, 28)]
 BF16 = 2**-8  # relative distance of its values

@@ -20,7 +20,7 @@ import torch
 from checkpoints import random_checkpoint
 from test_decoder_graph import Decoder, relative_error, tokens
 
-from cxr_triton.engines.compiler import compile_decoder
+from cxr_triton.engines.onnxruntime.compiler import compile_decoder
 from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
 from cxr_triton.export.checkpoint import CALIBRATION, Checkpoint
 from cxr_triton.export.decoder import write_decoder

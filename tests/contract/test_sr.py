@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageDraw
 from pydicom.data import get_charset_files
 
-from cxr_triton.client.codes import (
+from cxr_triton.client.objects.codes import (
     ABSENT,
     CHEST,
     LABELS,
@@ -28,13 +28,13 @@ from cxr_triton.client.codes import (
     STATUSES,
     label_concept,
 )
-from cxr_triton.client.objects import KINDS, diagnostic_report, result_objects, source_header
+from cxr_triton.client.objects.objects import KINDS, diagnostic_report, result_objects, source_header
 from cxr_triton.client.page import DOCUMENT_PIXELS, Shown, draw
-from cxr_triton.dicom import read_identity, read_image
 from cxr_triton.errors import CxrError
 from cxr_triton.identity import hashed, identity_of
+from cxr_triton.pixels.dicom import read_identity, read_image
+from cxr_triton.pixels.sandbox import Sandbox
 from cxr_triton.reading import Reading
-from cxr_triton.sandbox import Sandbox
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sr_case import BOXES, OPTIONS, TEXT, file, header, reading, with_boxes

@@ -18,10 +18,10 @@ from checkpoints import random_checkpoint
 from click.testing import CliRunner
 
 from cxr_triton.cli import main
-from cxr_triton.engines import tensorrt
 from cxr_triton.engines.bundle import Bundle, build_bundle
+from cxr_triton.engines.onnxruntime.session import open_decoder, open_vision
 from cxr_triton.engines.recipe import TEXT_3B, VISION_3B, load_recipe
-from cxr_triton.engines.session import open_decoder, open_vision
+from cxr_triton.engines.tensorrt import compiler as tensorrt
 from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle, InvalidRequest
 from cxr_triton.perf.shape import write_shape
 

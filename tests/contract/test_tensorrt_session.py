@@ -18,10 +18,12 @@ import tensorrt_api
 from bundles import MAX_SEQUENCE, TOKEN_BUDGET, WINDOW_BUDGET, write_export
 from checkpoints import random_checkpoint
 
-from cxr_triton.engines import cuda, tensorrt, tensorrt_session
+from cxr_triton.engines import cuda
 from cxr_triton.engines.bundle import Bundle, Geometry, build_bundle
+from cxr_triton.engines.onnxruntime.session import DecoderSession, VisionSession, open_decoder, open_vision
 from cxr_triton.engines.recipe import PREFILL_TOKENS, load_recipe
-from cxr_triton.engines.session import DecoderSession, VisionSession, open_decoder, open_vision
+from cxr_triton.engines.tensorrt import compiler as tensorrt
+from cxr_triton.engines.tensorrt import session as tensorrt_session
 from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle, InvalidRequest
 
 SLOTS, VOCAB = 3, 320

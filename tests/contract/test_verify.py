@@ -23,12 +23,12 @@ from test_page import Page, browser, chromium  # noqa: E402
 
 from cxr_triton import phantom_file  # noqa: E402
 from cxr_triton.cli import main  # noqa: E402
-from cxr_triton.engines import verify  # noqa: E402
 from cxr_triton.engines.bundle import Bundle, build_bundle  # noqa: E402
-from cxr_triton.engines.record import PARTS, is_verified, require_verified  # noqa: E402
-from cxr_triton.engines.reference import Reference  # noqa: E402
-from cxr_triton.engines.verify import thresholds_of, verify_bundle, write_record  # noqa: E402
-from cxr_triton.engines.verify_page import verification_page  # noqa: E402
+from cxr_triton.engines.verify import gate as verify  # noqa: E402
+from cxr_triton.engines.verify.gate import thresholds_of, verify_bundle, write_record  # noqa: E402
+from cxr_triton.engines.verify.page import verification_page  # noqa: E402
+from cxr_triton.engines.verify.record import PARTS, is_verified, require_verified  # noqa: E402
+from cxr_triton.engines.verify.reference import Reference  # noqa: E402
 from cxr_triton.errors import InvalidRequest, NotVerified  # noqa: E402
 from cxr_triton.export.command import export_checkpoint  # noqa: E402
 from cxr_triton.profile import load_profile  # noqa: E402
@@ -296,7 +296,7 @@ def test_too_few_images_are_refused(good, reference, images):
 
 
 def test_a_part_that_raises_has_failed(good, reference, images, monkeypatch):
-    from cxr_triton.engines.session import DecoderSession
+    from cxr_triton.engines.onnxruntime.session import DecoderSession
 
     def broken(*_, **__):
         raise RuntimeError("the engine is gone")

@@ -18,12 +18,13 @@ sys.path.insert(0, str(PHANTOM))
 import evaluate  # noqa: E402
 from test_verify import weight  # noqa: E402
 
-from cxr_triton import image, phantom, phantom_file  # noqa: E402
+from cxr_triton import phantom, phantom_file  # noqa: E402
 from cxr_triton.engines.bundle import build_bundle  # noqa: E402
-from cxr_triton.engines.reference import Reference  # noqa: E402
-from cxr_triton.engines.verify import verify_bundle  # noqa: E402
-from cxr_triton.engines.verify_page import verification_page  # noqa: E402
+from cxr_triton.engines.verify.gate import verify_bundle  # noqa: E402
+from cxr_triton.engines.verify.page import verification_page  # noqa: E402
+from cxr_triton.engines.verify.reference import Reference  # noqa: E402
 from cxr_triton.export.command import export_checkpoint  # noqa: E402
+from cxr_triton.pixels import image  # noqa: E402
 from cxr_triton.profile import load_profile  # noqa: E402
 
 COUNT, STEPS = 12, 300

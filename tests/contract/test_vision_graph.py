@@ -10,7 +10,7 @@ from checkpoints import random_checkpoint
 from cxr_triton.export.checkpoint import Checkpoint
 from cxr_triton.export.graph import check
 from cxr_triton.export.vision import write_vision
-from cxr_triton.image import stack, windows
+from cxr_triton.pixels.image import stack, windows
 
 WINDOWS, TOKENS = 16, 256  # budget of 448 x 448 pixels
 GRIDS = {  # merge units, rows x columns

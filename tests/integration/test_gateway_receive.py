@@ -35,7 +35,7 @@ from hypothesis import strategies as st
 from cxr_triton.cli import main
 from cxr_triton.client.gateway.config import Destination, TlsFiles
 from cxr_triton.client.gateway.deliver import DicomSender, Unreachable
-from cxr_triton.dicom import read_identity
+from cxr_triton.pixels.dicom import read_identity
 
 NOWHERE = [{"name": "nowhere", "kind": "dicom", "aet": "NOWHERE", "host": "127.0.0.1", "port": 1}]
 LIMIT_MIB = 4

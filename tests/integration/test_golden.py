@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from served import radiograph
 
 from cxr_triton.cli import main
-from cxr_triton.engines.verify import thresholds_of
+from cxr_triton.engines.verify.gate import thresholds_of
 
 REQUESTS = ({}, {"prompt": "Describe the heart."})  # labels, and text
 
@@ -16,7 +16,7 @@ REQUESTS = ({}, {"prompt": "Describe the heart."})  # labels, and text
 @pytest.fixture(scope="module")
 def engine(served_bundle, tmp_path_factory):
     """A folder as `make-engine` leaves it: bundle, images, and the record with readings of transformers."""
-    from cxr_triton.engines.reference import Case, Reference, request_json
+    from cxr_triton.engines.verify.reference import Case, Reference, request_json
     from cxr_triton.profile import load_profile
 
     folder = tmp_path_factory.mktemp("engine")

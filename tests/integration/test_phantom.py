@@ -12,7 +12,8 @@ sys.path.insert(0, str(PHANTOM))
 
 import evaluate  # noqa: E402
 
-from cxr_triton import dicom, display, image, phantom, phantom_file  # noqa: E402
+from cxr_triton import phantom, phantom_file  # noqa: E402
+from cxr_triton.pixels import dicom, display, image  # noqa: E402
 from cxr_triton.profile import load_profile  # noqa: E402
 
 HELD_OUT = 200

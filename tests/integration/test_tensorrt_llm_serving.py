@@ -109,9 +109,9 @@ def files():
 def native(exported, tmp_path_factory):
     """Completions of the native decoder on the same images, given what the engine is given: embeddings in bf16."""
     from cxr_triton.engines.bundle import build_bundle
-    from cxr_triton.engines.runtime import DecoderRuntime, Generation
-    from cxr_triton.engines.session import VisionSession
-    from cxr_triton.pipeline import Preprocessor, sampling_of
+    from cxr_triton.engines.onnxruntime.session import VisionSession
+    from cxr_triton.engines.pipeline import Preprocessor, sampling_of
+    from cxr_triton.engines.runtime.scheduler import DecoderRuntime, Generation
 
     bundle = build_bundle(exported / "export", tmp_path_factory.mktemp("native") / "bundle")
     vision, preprocessor = VisionSession(bundle, threads=1), Preprocessor(bundle.path)
@@ -249,7 +249,7 @@ def test_stop_strings_end_the_text_and_the_engine(served, native, files):
 
 def test_the_double_refuses_what_the_backend_refuses(served, caplog):
     """Its checks are what the other tests rest on."""
-    from cxr_triton.engines.tensorrt_llm_backend import TensorRTLLMBackend, infer_request
+    from cxr_triton.engines.tensorrt_llm.backend import TensorRTLLMBackend, infer_request
 
     config = json.loads(next(served.server.repository.glob("decoder/1/bundle/tensorrt_llm/config.json")).read_text())
     model = config["pretrained_config"]

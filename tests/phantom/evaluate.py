@@ -9,8 +9,9 @@ from pathlib import Path
 import click
 import numpy as np
 
-from cxr_triton import image, phantom
+from cxr_triton import phantom
 from cxr_triton.cli import Command
+from cxr_triton.pixels import image
 from cxr_triton.profile import ModelProfile, load_profile
 from cxr_triton.reading import parse
 

@@ -23,7 +23,8 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from cxr_triton import image, phantom
+from cxr_triton import phantom
+from cxr_triton.pixels import image
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 224 * 224
 VOCAB = 640

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
-from cxr_triton.engines.session import VisionSession
+from cxr_triton.engines.onnxruntime.session import VisionSession
 
 INPUTS = ("pixel_windows", "patch_rows_cols", "valid", "merge_order")
 

@@ -10,10 +10,11 @@ import PIL.Image
 import pytest
 from tritonclient.utils import deserialize_bytes_tensor, serialize_byte_tensor
 
-from cxr_triton import dicom, phantom
+from cxr_triton import phantom
 from cxr_triton.errors import InvalidImage, InvalidRequest
 from cxr_triton.perf import workload
 from cxr_triton.perf.workload import Output, arrivals, input_data, load_spec, load_workload
+from cxr_triton.pixels import dicom
 from cxr_triton.profile import load_profile
 from cxr_triton.request import ReadRequest
 

@@ -29,8 +29,8 @@ from PIL import Image
 
 from cxr_triton import cli
 from cxr_triton.errors import CODES
+from cxr_triton.pixels.sandbox import identify
 from cxr_triton.reading import Reading, parse
-from cxr_triton.sandbox import identify
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fake_server import FakeServer, failure, pause, response
@@ -108,8 +108,8 @@ def commands(command=cli.main, path=()):
 
 @pytest.mark.parametrize(("path", "command"), list(commands()))
 def test_every_help_is_asked_alike_and_has_examples_of_what_there_is(path, command):
+    from cxr_triton.command import task_names
     from cxr_triton.profile import profile_names
-    from cxr_triton.profile_command import task_names
 
     shown = run(*path, "-h")
     assert shown.exit_code == 0 and shown.output == run(*path, "--help").output

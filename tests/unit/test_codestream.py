@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_dicom import pattern
 
 from cxr_triton import errors
-from cxr_triton.codestream import TRANSFER_SYNTAXES, compressed, decode, inspect
+from cxr_triton.pixels.codestream import TRANSFER_SYNTAXES, compressed, decode, inspect
 
 BASELINE, EXTENDED, LOSSLESS = "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.70"
 JPEG_LS, JPEG_2000, HTJ2K, RLE = (

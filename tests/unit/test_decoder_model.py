@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_runtime import FakeSession, Letters, until
 
-from cxr_triton.engines.runtime import DecoderRuntime
+from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 
 ROOT = Path(__file__).resolve().parents[2]
 FINAL = 1

@@ -154,8 +154,8 @@ def test_the_smoke_test_builds_starts_judges_and_clears_up(tmp_path):
 
 
 def test_the_verbs_take_what_the_script_gives_them(tmp_path):
-    from cxr_triton.engines.golden import golden
-    from cxr_triton.engines.make_engine import command
+    from cxr_triton.triton_repo.golden import golden
+    from cxr_triton.triton_repo.make_engine import command
 
     (tmp_path / "pictures").mkdir()
     _, calls = smoke(tmp_path, "org/model", "chexone", "h100-fp8-trtllm", "pictures", ACCEPT_LICENCE="1")
@@ -217,7 +217,7 @@ sys.meta_path.insert(0, OnlyWhatTheImageHas())
 for model in {models!r}:
     spec = importlib.util.spec_from_file_location("model", Path({root!r}) / "triton_repo" / model / "1" / "model.py")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-import cxr_triton.engines.tensorrt_llm_runtime, cxr_triton.engines.tensorrt_llm_backend, cxr_triton.sandbox
+import cxr_triton.engines.tensorrt_llm.runtime, cxr_triton.engines.tensorrt_llm.backend, cxr_triton.pixels.sandbox
 import imagecodecs, jinja2, tokenizers
 """
 # Import names of the base dependencies and of the extra `serve`, and of what those stand on.

@@ -108,7 +108,7 @@ if failed:
 """
 BACKEND = """
 import numpy as np
-from cxr_triton.engines.tensorrt_llm_backend import TensorRTLLMBackend
+from cxr_triton.engines.tensorrt_llm.backend import TensorRTLLMBackend
 
 backend, ended = TensorRTLLMBackend(url), threading.Event()
 def listen(name, tokens, is_last, error):

@@ -197,7 +197,7 @@ def test_a_package_that_does_not_load_says_why_and_names_the_command(monkeypatch
 
 
 def test_the_gate_records_no_verdict_for_want_of_a_package():
-    from cxr_triton.engines.verify import _run
+    from cxr_triton.engines.verify.gate import _run
 
     def part():
         raise ModuleNotFoundError("No module named 'torch'", name="torch")

@@ -11,8 +11,8 @@ from PIL import Image
 
 from cxr_triton import cli
 from cxr_triton.client.wire import unpack
+from cxr_triton.pixels.sandbox import identify
 from cxr_triton.reading import Reading, parse
-from cxr_triton.sandbox import identify
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fake_server import FakeServer, failure, response

@@ -28,8 +28,8 @@ from cxr_triton.client.gateway.deliver import Deliverer, judge, judge_stow
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.read import ReadWorker, choose
 from cxr_triton.client.gateway.store import CommitInDoubt, LeaseLost, Received, Result, Store
-from cxr_triton.dicom import read_identity
 from cxr_triton.errors import InvalidConfig, InvalidImage, LimitExceeded
+from cxr_triton.pixels.dicom import read_identity
 from cxr_triton.reading import Reading
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -20,14 +20,14 @@ from PIL import Image
 
 from cxr_triton import cli, phantom, phantom_file
 from cxr_triton.client.aio import AsyncReader
-from cxr_triton.client.objects import diagnostic_report, result_objects, source_header
+from cxr_triton.client.objects.objects import diagnostic_report, result_objects, source_header
 from cxr_triton.client.page import draw
 from cxr_triton.client.reader import Reader
-from cxr_triton.dicom import read_image
 from cxr_triton.errors import ReadingMismatch
 from cxr_triton.identity import hashed, identity_of, pixels_digest
+from cxr_triton.pixels.dicom import read_image
+from cxr_triton.pixels.sandbox import identify
 from cxr_triton.reading import Reading
-from cxr_triton.sandbox import identify
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fake_server import FakeServer, response

@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_triton import cli
-from cxr_triton.client.codes import ABSENT, LABELS, PRESENT, STATUSES, label_concept, presence
-from cxr_triton.client.objects import (
+from cxr_triton.client.objects.codes import ABSENT, LABELS, PRESENT, STATUSES, label_concept, presence
+from cxr_triton.client.objects.objects import (
     KINDS,
     ObjectOptions,
     diagnostic_report,
@@ -566,7 +566,7 @@ def test_a_served_reading_names_its_vocabulary(tmp_path):
     """`presence` depends on it: without the key nothing is called absent."""
     from served import write_paper_bundle
 
-    from cxr_triton.pipeline import Preprocessor
+    from cxr_triton.engines.pipeline import Preprocessor
 
     stage = Preprocessor(write_paper_bundle(tmp_path / "bundle"))
     try:

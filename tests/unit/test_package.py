@@ -11,7 +11,7 @@ from google.protobuf import text_format
 
 from cxr_triton.cli import main
 from cxr_triton.engines.bundle import Bundle
-from cxr_triton.engines.record import PARTS, SCHEMA, subject, write_record
+from cxr_triton.engines.verify.record import PARTS, SCHEMA, subject, write_record
 from cxr_triton.errors import InvalidBundle, InvalidRequest, NotVerified
 from cxr_triton.triton_repo.package import BUNDLE, ENSEMBLE, MODELS, VERIFICATION, Settings, write_repository
 
@@ -287,7 +287,7 @@ def test_the_verb_refuses_and_takes_unverified(unverified, tmp_path):
 
 
 def test_a_reading_says_whether_its_bundle_was_verified(bundle, tmp_path):
-    from cxr_triton.pipeline import Preprocessor
+    from cxr_triton.engines.pipeline import Preprocessor
 
     plain = write_paper_bundle(tmp_path / "plain")
     for path, expected in ((bundle, "passed"), (plain, "none")):
@@ -335,9 +335,9 @@ def test_the_engine_declares_what_is_sent(engine_bundle, tmp_path):
     """Every tensor that the front end may send is declared with its type and shape, and no other."""
     import numpy as np
 
-    from cxr_triton.engines.runtime import Generation, Sampling
-    from cxr_triton.engines.tensorrt_llm import EngineConfig, request_tensors, stop_tensors
-    from cxr_triton.engines.tensorrt_llm_backend import DATATYPES
+    from cxr_triton.engines.runtime.scheduler import Generation, Sampling
+    from cxr_triton.engines.tensorrt_llm.backend import DATATYPES
+    from cxr_triton.engines.tensorrt_llm.request import EngineConfig, request_tensors, stop_tensors
 
     repository = packaged(engine_bundle, tmp_path / "repository", prefix_reuse=True)
     engine_config = EngineConfig.read(repository / BUNDLE / "tensorrt_llm")

@@ -8,7 +8,8 @@ import numpy as np
 import pydicom
 import pytest
 
-from cxr_triton import dicom, display, phantom, phantom_file
+from cxr_triton import phantom, phantom_file
+from cxr_triton.pixels import dicom, display
 from cxr_triton.profile import load_profile
 from cxr_triton.reading import parse
 

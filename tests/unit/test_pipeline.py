@@ -20,10 +20,10 @@ from PIL import Image
 from pydicom import dcmread
 
 from cxr_triton import phantom, phantom_file
-from cxr_triton.dicom import DOUBTFUL
-from cxr_triton.engines.runtime import Completion
+from cxr_triton.engines.pipeline import Preprocessor, build_reading, completion_json, sampling_of, wire_error
+from cxr_triton.engines.runtime.scheduler import Completion
 from cxr_triton.errors import InvalidImage, InvalidRequest, NotAChest, PromptTooLong, QueueFull, from_wire
-from cxr_triton.pipeline import Preprocessor, build_reading, completion_json, sampling_of, wire_error
+from cxr_triton.pixels.dicom import DOUBTFUL
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("integration", ".")]
 
@@ -229,7 +229,7 @@ def test_unexpected_errors_keep_their_details_in_the_log(caplog):
 
 def test_preprocessing_loads_no_engine(bundle):
     code = (
-        "import sys; from cxr_triton.pipeline import Preprocessor; Preprocessor(sys.argv[1]).close();"
+        "import sys; from cxr_triton.engines.pipeline import Preprocessor; Preprocessor(sys.argv[1]).close();"
         "print(*{'onnxruntime', 'onnx', 'torch', 'transformers', 'tritonclient'} & set(sys.modules))"
     )
     ran = subprocess.run([sys.executable, "-c", code, bundle], check=True, capture_output=True, text=True)

@@ -12,11 +12,11 @@ from pydicom import Dataset, dcmread
 from test_dicom import dataset_of, file_bytes
 
 from cxr_triton import phantom, phantom_file
-from cxr_triton.dicom import read_identity, read_image
-from cxr_triton.display import render
 from cxr_triton.errors import CxrError, NotAChest
-from cxr_triton.plausibility import DOUBTS, MIN_CHEST, Anatomy, Code, anatomy, judge, likeness
-from cxr_triton.sandbox import Sandbox
+from cxr_triton.pixels.dicom import read_identity, read_image
+from cxr_triton.pixels.display import render
+from cxr_triton.pixels.plausibility import DOUBTS, MIN_CHEST, Anatomy, Code, anatomy, judge, likeness
+from cxr_triton.pixels.sandbox import Sandbox
 
 SIDE = 256
 BUDGET = {"preset": "mimic_jpg", "min_pixels": 28 * 28 * 4, "max_pixels": 476 * 476}

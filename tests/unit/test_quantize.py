@@ -15,13 +15,14 @@ sys.path.insert(0, str(PHANTOM))
 
 import evaluate  # noqa: E402
 
-from cxr_triton import image, phantom, phantom_file  # noqa: E402
+from cxr_triton import phantom, phantom_file  # noqa: E402
 from cxr_triton.cli import main  # noqa: E402
 from cxr_triton.engines.bundle import build_bundle  # noqa: E402
 from cxr_triton.errors import InvalidRequest, LicenceNotAccepted, UnsupportedCheckpoint  # noqa: E402
 from cxr_triton.export import quantize  # noqa: E402
 from cxr_triton.export.checkpoint import Checkpoint  # noqa: E402
 from cxr_triton.export.command import export_checkpoint  # noqa: E402
+from cxr_triton.pixels import image  # noqa: E402
 from cxr_triton.profile import load_profile  # noqa: E402
 
 pytest.importorskip("modelopt")
@@ -292,8 +293,8 @@ def test_a_quantized_model_reads_a_phantom(scheme, head, request, profile, tmp_p
 def labels(bundle, data):
     """Labels that the bundle reads from a file, greedily, through preprocessing and both sessions."""
     from cxr_triton.chat import ChatTokenizer
-    from cxr_triton.engines.session import DecoderSession, VisionSession
-    from cxr_triton.pipeline import Preprocessor
+    from cxr_triton.engines.onnxruntime.session import DecoderSession, VisionSession
+    from cxr_triton.engines.pipeline import Preprocessor
 
     preprocessor = Preprocessor(bundle.path)
     try:

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from cxr_triton.cli import main
 from cxr_triton.engines.recipe import GIB, RECIPES, TEXT_3B, VISION_3B, Recipe, load_recipe, recipe_names
-from cxr_triton.engines.verify import THRESHOLDS
+from cxr_triton.engines.verify.gate import THRESHOLDS
 from cxr_triton.errors import InvalidRecipe
 
 ASKED_FOR = {"h100-fp8", "h200-fp8", "h100-int4", "a100-int4", "l40s-fp8", "l4-int4", "rtx4090-int4", "rtx5090-fp8"}
@@ -155,7 +155,7 @@ def test_an_unknown_name_names_the_nearest():
 @pytest.mark.parametrize("scheme, head", [(None, "compute"), ("fp8", "fp8"), ("int4-awq", "int4")])
 def test_computed_weights_are_those_of_the_graphs(tmp_path, scheme, head):
     """On a small model, whose norms and biases weigh more than the 3B's."""
-    from cxr_triton.engines.tensorrt import weights_bytes
+    from cxr_triton.engines.tensorrt.compiler import weights_bytes
     from cxr_triton.export.checkpoint import Checkpoint
     from cxr_triton.export.decoder import write_decoder
     from cxr_triton.export.vision import write_vision

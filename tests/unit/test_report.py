@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_page import Page, browser, chromium, is_color, screenshot
 
-from cxr_triton.client.numbers import change, duration, moment, number, percent, shortest
+from cxr_triton.numbers import change, duration, moment, number, percent, shortest
 from cxr_triton.perf.compare import compare
 from cxr_triton.perf.report import history_page, result_page, to_csv
 from cxr_triton.perf.roofline import Ceilings, Work, row

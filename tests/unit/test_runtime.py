@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 
-from cxr_triton.engines.runtime import DecoderRuntime, Generation, Sampling
+from cxr_triton.engines.runtime.scheduler import DecoderRuntime, Generation, Sampling
 from cxr_triton.errors import InternalError, InvalidRequest, PromptTooLong, QueueFull, Unavailable
 
 VOCAB = 97

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cxr_triton.engines.sampling import Sampler, Sampling, nucleus
+from cxr_triton.engines.runtime.sampler import Sampler, Sampling, nucleus
 from cxr_triton.errors import InternalError, InvalidRequest
 
 

@@ -19,10 +19,10 @@ from PIL import Image
 from test_dicom import compressed_bytes, dataset_of, deflated, file_bytes, pattern
 
 from cxr_triton import errors
-from cxr_triton.dicom import Limits, read_image
-from cxr_triton.display import render
-from cxr_triton.image import resize, target_size
-from cxr_triton.sandbox import Sandbox
+from cxr_triton.pixels.dicom import Limits, read_image
+from cxr_triton.pixels.display import render
+from cxr_triton.pixels.image import resize, target_size
+from cxr_triton.pixels.sandbox import Sandbox
 
 BUDGET = {"min_pixels": 28 * 28 * 4, "max_pixels": 476 * 476}
 GOOD = file_bytes(dataset_of(pattern(12), 12, WindowCenter=2048, WindowWidth=4096))
@@ -265,7 +265,7 @@ def test_child_has_its_limits_and_no_secrets(sandbox, monkeypatch):
 
 PARENT = """
     import {modules}
-    from cxr_triton.sandbox import Sandbox
+    from cxr_triton.pixels.sandbox import Sandbox
     sandbox = Sandbox()
     {before}
     with open({good!r}, "rb") as file:
@@ -303,7 +303,7 @@ def test_interpreter_is_found_where_the_host_is_no_python(tmp_path, executable):
     script = textwrap.dedent(f"""
         import sys
         sys.executable = {executable!r}
-        from cxr_triton.sandbox import Sandbox
+        from cxr_triton.pixels.sandbox import Sandbox
         with Sandbox() as sandbox, open({str(tmp_path / "good.dcm")!r}, "rb") as file:
             prepared = sandbox.prepare(file.read(), preset="mimic_jpg", min_pixels=3136, max_pixels=226576)
         print(prepared.source_size)

@@ -11,10 +11,10 @@ from test_runtime import EOS, VOCAB, Letters, Receiver, generation, until
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from cxr_triton.engines.runtime import Generation
-from cxr_triton.engines.tensorrt_llm import EngineConfig
-from cxr_triton.engines.tensorrt_llm_backend import TensorRTLLMBackend
-from cxr_triton.engines.tensorrt_llm_runtime import TensorRTLLMRuntime
+from cxr_triton.engines.runtime.scheduler import Generation
+from cxr_triton.engines.tensorrt_llm.backend import TensorRTLLMBackend
+from cxr_triton.engines.tensorrt_llm.request import EngineConfig
+from cxr_triton.engines.tensorrt_llm.runtime import TensorRTLLMRuntime
 from cxr_triton.errors import InternalError, InvalidRequest, PromptTooLong, QueueFull, Unavailable
 
 CONFIG = EngineConfig(

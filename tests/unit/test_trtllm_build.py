@@ -30,11 +30,11 @@ from PIL import Image
 from cxr_triton import phantom as phantom_images
 from cxr_triton.cli import main
 from cxr_triton.engines import bundle as bundles
-from cxr_triton.engines import trtllm_build
 from cxr_triton.engines.bundle import Bundle, build_bundle, read_export
 from cxr_triton.engines.recipe import RECIPES, load_recipe
-from cxr_triton.engines.tensorrt import Target
-from cxr_triton.engines.tensorrt_llm import EngineConfig
+from cxr_triton.engines.tensorrt.compiler import Target
+from cxr_triton.engines.tensorrt_llm import build as trtllm_build
+from cxr_triton.engines.tensorrt_llm.request import EngineConfig
 from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle, InvalidRequest
 
 PHANTOM = Path(__file__).resolve().parent.parent / "phantom"
@@ -431,8 +431,8 @@ def test_make_engine_refuses_before_the_first_stage_where_the_tool_is_missing(tm
 
 def test_make_engine_calibrates_the_cache_that_the_recipe_asks_for(tool, gpu, tmp_path, monkeypatch):
     pytest.importorskip("modelopt")
-    from cxr_triton.engines import make_engine
     from cxr_triton.export import quantize
+    from cxr_triton.triton_repo import make_engine
 
     def seen(*arguments, **options):
         raise KeyboardInterrupt(options["scheme"], options["kv_fp8"])
@@ -473,7 +473,7 @@ def test_make_engine_goes_on_behind_a_failed_build_and_is_verified_by_its_stand_
     pytest.importorskip("modelopt")
     import torch
 
-    from cxr_triton.engines.make_engine import make_engine
+    from cxr_triton.triton_repo.make_engine import make_engine
 
     threads = torch.get_num_threads()
     request.addfinalizer(lambda: torch.set_num_threads(threads))

@@ -1,9 +1,9 @@
-"""IMAGES and REQUEST to the tensors of the next steps; see `cxr_triton.pipeline.Preprocessor`."""
+"""IMAGES and REQUEST to the tensors of the next steps; see `cxr_triton.engines.pipeline.Preprocessor`."""
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from cxr_triton.pipeline import Preprocessor
+from cxr_triton.engines.pipeline import Preprocessor
 from cxr_triton.triton_repo.adapter import error_response, parameters
 
 

@@ -9,8 +9,8 @@ from collections import OrderedDict
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from cxr_triton.engines.pipeline import build_reading
 from cxr_triton.errors import from_wire
-from cxr_triton.pipeline import build_reading
 from cxr_triton.triton_repo.adapter import error_response, parameters, text
 
 REMEMBERED_STOPS = 1024

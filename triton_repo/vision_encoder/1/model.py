@@ -4,7 +4,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from cxr_triton.engines.bundle import Bundle
-from cxr_triton.engines.session import open_vision
+from cxr_triton.engines.onnxruntime.session import open_vision
 from cxr_triton.triton_repo.adapter import error_response, parameters
 
 INPUTS = ("PIXEL_WINDOWS", "PATCH_ROWS_COLS", "VALID", "MERGE_ORDER")
