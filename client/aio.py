@@ -11,6 +11,7 @@ import grpc
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
+from cxr_triton import kserve
 from cxr_triton.client import wire
 from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Clock, Timeouts, Tls
 from cxr_triton.errors import Cancelled, CxrError, Unavailable
@@ -116,14 +117,14 @@ class AsyncReader:
 
     def _open(self) -> None:
         """An asyncio channel belongs to the loop that is running when it is made, so it is made on first use."""
-        options = wire.channel_options(self.max_message_mib)
+        options = kserve.channel_options(self.max_message_mib)
         if self._tls:
             self._channel = grpc.aio.secure_channel(self.url, self._tls.credentials(), options)
         else:
             self._channel = grpc.aio.insecure_channel(self.url, options)
         self._stub = GRPCInferenceServiceStub(self._channel)
-        self._stream_infer = self._channel.unary_stream(wire.STREAM_INFER, **wire.STREAM_INFER_TYPES)
-        wire.at_exit(self, AsyncReader._release)
+        self._stream_infer = self._channel.unary_stream(kserve.STREAM_INFER, **kserve.STREAM_INFER_TYPES)
+        kserve.at_exit(self, AsyncReader._release)
 
     async def _connect(self) -> pb.ModelMetadataResponse:
         """See `Reader._connect`."""
@@ -185,7 +186,7 @@ class AsyncReadingStream:
                 request, self._request = self._request, None
                 self._call = await self._reader._start(request)
                 self._clock = Clock(self._reader.timeouts)
-                wire.at_exit(self, AsyncReadingStream._cancel)
+                kserve.at_exit(self, AsyncReadingStream._cancel)
                 if self._ended:  # closed while it connected
                     self._cancel()
             while not self._ended:

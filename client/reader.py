@@ -12,6 +12,7 @@ import grpc
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
+from cxr_triton import kserve
 from cxr_triton.client import wire
 from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Clock, Timeouts, Tls
 from cxr_triton.errors import Cancelled, CxrError, Unavailable
@@ -64,17 +65,17 @@ class Reader:
             model,
             max_message_mib,
         )
-        options = wire.channel_options(max_message_mib)
+        options = kserve.channel_options(max_message_mib)
         if tls:
             channel = grpc.secure_channel(url, tls.credentials(), options)
         else:
             channel = grpc.insecure_channel(url, options)
         self._channel: grpc.Channel | None = channel
         self._stub = GRPCInferenceServiceStub(channel)
-        self._stream_infer = channel.unary_stream(wire.STREAM_INFER, **wire.STREAM_INFER_TYPES)
+        self._stream_infer = channel.unary_stream(kserve.STREAM_INFER, **kserve.STREAM_INFER_TYPES)
         self._watchdog = _Watchdog()
         self._closed = False
-        wire.at_exit(self, Reader.close)
+        kserve.at_exit(self, Reader.close)
 
     def read(
         self,
@@ -236,7 +237,7 @@ class ReadingStream:
                 request, self._request = self._request, None
                 self._call = self._reader._start(request)
                 self._clock = Clock(self._reader.timeouts)
-                wire.at_exit(self, ReadingStream.close)
+                kserve.at_exit(self, ReadingStream.close)
                 if self._ended:  # closed while it connected
                     self.close()
             while not self._ended:

@@ -7,15 +7,12 @@ of the reading.
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import random
 import re
 import struct
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,11 +35,6 @@ from cxr_triton.errors import (
 from cxr_triton.identity import require_same_images
 from cxr_triton.reading import Reading
 
-STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
-STREAM_INFER_TYPES = {
-    "request_serializer": pb.ModelInferRequest.SerializeToString,
-    "response_deserializer": pb.ModelStreamInferResponse.FromString,
-}
 INPUTS, OUTPUTS = {"IMAGES", "REQUEST"}, {"DELTA", "READING"}
 
 Image = bytes | bytearray | memoryview | str | os.PathLike
@@ -56,20 +48,6 @@ class ServerInfo:
     version: str
     model: str
     model_versions: tuple[str, ...]
-
-
-def channel_options(max_message_mib: int) -> list[tuple[str, int]]:
-    max_bytes = max_message_mib << 20
-    return [
-        ("grpc.max_send_message_length", max_bytes),
-        ("grpc.max_receive_message_length", max_bytes),
-        # Pictures of patients never take the web proxy that an environment happens to name.
-        ("grpc.enable_http_proxy", 0),
-        # Closing one reader closes its connection, and a new one does not inherit another's back-off.
-        ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.max_reconnect_backoff_ms", 2000),
-    ]
 
 
 def require_endpoint(url: str) -> str:
@@ -94,28 +72,6 @@ def require_endpoint(url: str) -> str:
     if "/" in url or not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
         raise InvalidRequest(f"{url!r} has no port from 1 to 65535; give that of Triton's gRPC, {host}:8001")
     return url
-
-
-_open: weakref.WeakKeyDictionary[object, Callable] = weakref.WeakKeyDictionary()
-_opening = threading.Lock()
-
-
-def at_exit(owner: object, close: Callable) -> None:
-    """Call ``close(owner)`` before the interpreter ends, if `owner` is still there.
-
-    A call of gRPC takes its lock as it dies. In an interpreter that ends, gRPC's threads have stopped for ever, maybe
-    with that lock: no call may live so long.
-    """
-    with _opening:
-        _open[owner] = close
-
-
-@atexit.register
-def _close_all() -> None:
-    with _opening:
-        owners = list(_open.items())
-    for owner, close in owners:
-        close(owner)
 
 
 def backoff_s() -> Iterator[float]:

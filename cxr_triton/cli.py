@@ -25,6 +25,7 @@ import click
 
 from cxr_triton import __version__
 from cxr_triton.errors import CxrError, InternalError, QueueFull, Unavailable, unknown_key
+from cxr_triton.extras import extra_of, remedy
 from cxr_triton.files import why_not_writable, write
 
 EXIT_FAILED, EXIT_NOT_AS_ASKED, EXIT_TRY_AGAIN, EXIT_INTERRUPTED = 1, 3, 75, 130
@@ -64,22 +65,6 @@ VERBS = {
     "demo": ("cxr_triton.triton_repo.command:demo", "local", "Export, build, package, serve and read on this CPU."),
 }
 """verb: (where it is, the extra that it needs or None, what it does)"""
-
-EXTRAS = {
-    "client": ((), "google grpc tritonclient"),
-    "objects": (("client",), "fontpkg_noto_sans fpdf highdicom pydicom"),
-    "gateway": (("objects",), "aiohttp prometheus_client psycopg pynetdicom sqlalchemy tqdm"),
-    "local": (("client",), "huggingface_hub ml_dtypes onnx onnxruntime pydicom pytriton tqdm"),
-    "openvino": (("local",), "openvino"),
-    "rtx": (("local",), "cuda tensorrt_rtx"),
-    "trt": (("local",), "cuda tensorrt"),
-    "cuda": (("client",), "cuda huggingface_hub ml_dtypes onnx onnxruntime pydicom pytriton tqdm"),
-    "export": (("local",), "torch transformers"),
-    "quantize": (("export",), "modelopt requests"),
-    "perf": (("local",), "scipy"),
-}
-"""extra: (extras that it takes in, modules that it adds)"""
-
 
 EXAMPLES = {
     "profiles": ("profiles --json profiles.json",),
@@ -307,36 +292,6 @@ PROFILES, RECIPES = names("cxr_triton.profile:profile_names"), names("cxr_triton
 TASKS, MODES = names("cxr_triton.command:task_names"), names("cxr_triton.command:mode_names")
 
 
-def _modules(extra: str) -> set[str]:
-    taken, own = EXTRAS[extra]
-    return set(own.split()).union(*map(_modules, taken))
-
-
-def extra_of(module: str, asked: str | None = None) -> str | None:
-    """The extra that brings a module: `asked` where it does, or where none is known to; else the first that adds it."""
-    top = module.split(".")[0]
-    if asked and top in _modules(asked):
-        return asked
-    return next((extra for extra, (_, own) in EXTRAS.items() if top in own.split()), asked)
-
-
-def remedy(extra: str | None) -> str:
-    """The pip command that adds an extra to this installation, which came from a clone or from a wheel on disk."""
-    import urllib.parse
-    from importlib import metadata
-
-    wanted = f"[{extra}]" if extra else ""
-    # In the folder of a clone what its build left there comes first, which says nothing of an installation.
-    for found in metadata.distributions(name="cxr-triton"):
-        origin = json.loads(found.read_text("direct_url.json") or "{}")
-        url = urllib.parse.urlsplit(origin.get("url", ""))
-        path = Path(urllib.parse.unquote(url.path))
-        if url.scheme == "file" and path.exists():
-            editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
-            return f"run `pip install {editable}{shlex.quote(f'{path}{wanted}')}`"
-    return f"run `pip install '.{wanted}'` in a clone of cxr-triton"
-
-
 class MissingPackage(click.ClickException):
     """A package of an extra is not here, or does not load."""
 
@@ -349,13 +304,6 @@ class MissingPackage(click.ClickException):
     def is_of(error: ImportError) -> bool:
         """The import is of somebody else's package; one of our own that fails is a bug."""
         return bool(error.name) and error.name.split(".")[0] != "cxr_triton"
-
-
-def require(*modules: str) -> None:
-    """Raise now the `ModuleNotFoundError` that a later import would end in."""
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
 
 class _OneLine:

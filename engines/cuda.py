@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cxr_triton.cli import remedy
 from cxr_triton.errors import DeviceUnavailable, InternalError
+from cxr_triton.extras import remedy
 
 
 def runtime():

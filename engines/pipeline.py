@@ -20,7 +20,6 @@ import numpy as np
 
 from cxr_triton.chat import ChatTokenizer
 from cxr_triton.engines.bundle import Bundle
-from cxr_triton.engines.runtime.sampler import Sampling
 from cxr_triton.engines.verify.record import is_verified
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, PromptTooLong
 from cxr_triton.identity import hashed
@@ -29,6 +28,7 @@ from cxr_triton.pixels.dicom import DOUBTFUL, Limits
 from cxr_triton.pixels.sandbox import Sandbox
 from cxr_triton.reading import Reading, parse
 from cxr_triton.request import ReadRequest
+from cxr_triton.sampling import Sampling
 
 log = logging.getLogger(__name__)
 

@@ -27,10 +27,11 @@ import numpy as np
 
 from cxr_triton import __version__, phantom
 from cxr_triton.chat import ChatTokenizer
-from cxr_triton.cli import OUT_FOLDER, PROFILES, json_option, require, say_next, write_json
+from cxr_triton.cli import OUT_FOLDER, PROFILES, json_option, say_next, write_json
 from cxr_triton.errors import CxrError, InvalidRequest, UnsupportedCheckpoint
 from cxr_triton.export.checkpoint import ARCHITECTURE, CALIBRATION, GROUP_SIZES, Checkpoint
 from cxr_triton.export.command import licence_of, located, require_fit, require_licence
+from cxr_triton.extras import require
 from cxr_triton.files import new_folder, require_new
 from cxr_triton.pixels import image
 from cxr_triton.pixels.sandbox import Sandbox

@@ -44,7 +44,8 @@ class BundleEngine:
         self.runtime = DecoderRuntime(self.bundle, slots=STREAMS)
 
     def _generate(self, streams: int) -> list[Receiver]:
-        from cxr_triton.engines.runtime.scheduler import Generation, Sampling
+        from cxr_triton.engines.runtime.scheduler import Generation
+        from cxr_triton.sampling import Sampling
 
         geometry, rng = self.bundle.geometry, np.random.default_rng(0)
         images = min(geometry.token_budget, self.prompt - 1)

@@ -24,6 +24,7 @@ import grpc
 import grpc.experimental
 from tritonclient.grpc import service_pb2 as pb
 
+from cxr_triton import kserve
 from cxr_triton.client import wire
 from cxr_triton.client.limits import Timeouts
 from cxr_triton.errors import CxrError, Unavailable
@@ -183,13 +184,13 @@ class _Run:
             raise self._fault
 
     def _connect_and_offer(self) -> None:
-        options = [*wire.channel_options(1024), (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)]
+        options = [*kserve.channel_options(1024), (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)]
         with grpc.insecure_channel(self.url, options) as channel:
             if not self._is_ready(channel):
                 raise Unavailable(
                     f"no server at {self.url} within {self.timeouts.connect_s:g} s; start one or give its gRPC port"
                 )
-            self._infer = channel.unary_stream(wire.STREAM_INFER)
+            self._infer = channel.unary_stream(kserve.STREAM_INFER)
             self._offer()
 
     def _is_ready(self, channel: grpc.Channel) -> bool:

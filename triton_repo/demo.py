@@ -12,8 +12,8 @@ import click
 import numpy as np
 
 from cxr_triton import phantom
-from cxr_triton.cli import remedy
 from cxr_triton.errors import InvalidRequest
+from cxr_triton.extras import remedy
 from cxr_triton.files import write
 
 PHANTOM = Path(__file__).with_name("phantom")  # in a clone a link to tests/phantom

@@ -21,8 +21,9 @@ from pathlib import Path
 import click
 
 from cxr_triton import __version__
-from cxr_triton.cli import OUT_FOLDER, PROFILES, RECIPES, json_option, require, say_next, write_json
+from cxr_triton.cli import OUT_FOLDER, PROFILES, RECIPES, json_option, say_next, write_json
 from cxr_triton.errors import InvalidRequest, NotVerified
+from cxr_triton.extras import require
 from cxr_triton.files import new_folder, write
 from cxr_triton.profile import load_profile, profile_names
 

@@ -25,8 +25,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cxr_triton.cli import remedy
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, ServerMismatch, Unavailable
+from cxr_triton.extras import remedy
 
 # A decode step reads all weights; from pages of 2 MiB it does so faster. Set it for your own server too.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

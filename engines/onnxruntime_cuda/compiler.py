@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cxr_triton.engines.onnxruntime.compiler import Weights, joined, pack_int4, replace_nodes, rewrite
+from cxr_triton.engines.rewrite import Weights, joined, pack_int4, replace_nodes, rewrite
 from cxr_triton.errors import BuildFailed
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from cxr_triton.cli import remedy
 from cxr_triton.engines.cuda import call, device, runtime
 from cxr_triton.engines.onnxruntime.session import VisionSession
 from cxr_triton.engines.runtime.sampler import TopLogits
 from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRequest
+from cxr_triton.extras import remedy
 
 log = logging.getLogger(__name__)
 

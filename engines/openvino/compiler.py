@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cxr_triton.cli import remedy
-from cxr_triton.engines.onnxruntime.compiler import Weights, compile_decoder, replace_nodes
-from cxr_triton.engines.onnxruntime.session import DecoderSession, VisionSession
-from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle
+from cxr_triton.engines.onnxruntime.compiler import compile_decoder
+from cxr_triton.engines.rewrite import Weights, replace_nodes
+from cxr_triton.errors import BuildFailed, DeviceUnavailable
+from cxr_triton.extras import remedy
 
 if TYPE_CHECKING:
     from onnx import GraphProto
-
-INT8_GROUP = 128  # activations that share one scale where weights are int4
 
 
 def split_attention(graph: GraphProto, weights: Weights) -> None:
@@ -161,91 +159,3 @@ def load_library():
     except ImportError as error:
         raise DeviceUnavailable(f"openvino does not load here ({error}); {remedy('openvino')}") from None
     return openvino
-
-
-def open_request(model: Path | bytes, threads: int | None, precision: str):
-    """A graph, or an ONNX model's bytes, compiled for this CPU, with the buffers of one request.
-
-    Raises
-    ------
-    DeviceUnavailable
-        OpenVINO is not installed.
-    RuntimeError
-        It cannot load the graph.
-    """
-    core = load_library().Core()
-    # Where a processor has no bf16, OpenVINO would imitate it.
-    has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    properties = {
-        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" and has_bf16 else "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": INT8_GROUP,
-        "INFERENCE_NUM_THREADS": threads or 0,
-        "PERFORMANCE_HINT": "LATENCY",
-        "ENABLE_CPU_PINNING": False,  # other processes of the server share the cores
-    }
-    return core.compile_model(core.read_model(model), "CPU", properties).create_infer_request()
-
-
-def _request(path: Path, threads: int | None, precision: str):
-    try:
-        return open_request(path, threads, precision)
-    except RuntimeError as error:
-        raise InvalidBundle(
-            f"openvino cannot load {path.name} ({' '.join(str(error).split())[-300:]}); build the bundle again here"
-        ) from None
-
-
-class OpenVINOVision(VisionSession):
-    """The vision graph of a bundle, in the recipe's precision; see `session.VisionSession`.
-
-    Raises
-    ------
-    DeviceUnavailable, InvalidBundle
-        OpenVINO is missing, or cannot load the graph.
-    """
-
-    def _open(self, bundle, threads):
-        self._request = _request(bundle.path / "vision.xml", threads, bundle.vision_precision)
-
-    def _run(self, feeds):
-        return self._request.infer(feeds, share_inputs=True)["image_embeddings"]
-
-
-class OpenVINODecoder(DecoderSession):
-    """The decoder graph of a bundle, fp32; where weights are int4 and the CPU has VNNI, activations are int8 by groups.
-
-    The KV cache stays in this session; see `session.DecoderSession`.
-
-    Raises
-    ------
-    DeviceUnavailable, InvalidBundle
-        OpenVINO is missing, or cannot load the graph.
-    """
-
-    def _open(self, bundle, threads):
-        self._tensor = load_library().Tensor
-        self._request = _request(bundle.path / "decoder.xml", threads, "fp32")
-
-    def _run(self, rows, **inputs):
-        self._bind(rows)
-        inputs["write_index"] = self.lengths[rows]
-        for name, value in inputs.items():
-            self._request.set_tensor(name, self._tensor(np.ascontiguousarray(value)))
-        self._request.infer()
-        tokens = inputs["input_ids"].shape[1]
-        for name, cache in self._cache.items():
-            new = self._request.get_tensor(f"present_{name}").data
-            for slot, values in zip(range(rows.start, rows.stop), new, strict=True):
-                length = self.lengths[slot]
-                cache[slot, :, length : length + tokens] = values
-        return self._request.get_tensor("logits").data
-
-    def _bind(self, rows) -> None:
-        """Have the graph read these rows of the cache where they lie."""
-        if (rows.start, rows.stop) in self._bindings:
-            return
-        self._bindings.clear()
-        shared = {name: self._tensor(cache[rows], shared_memory=True) for name, cache in self._cache.items()}
-        for name, tensor in shared.items():
-            self._request.set_tensor(f"past_{name}", tensor)
-        self._bindings[rows.start, rows.stop] = shared

@@ -8,81 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import numpy as np
 
-from cxr_triton.errors import InternalError, InvalidRequest
+from cxr_triton.errors import InternalError
+from cxr_triton.sampling import Sampling
 
 GREEDY_BELOW_TEMPERATURE = 1e-4  # Qwen's generation_config asks for greedy decoding by temperature 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a request's tokens are chosen and when it ends.
-
-    Parameters
-    ----------
-    max_new_tokens : int
-        Most tokens to generate, the end-of-sequence token included; at least 1.
-    temperature : float
-        Below 1e-4 the most likely token is taken (greedy).
-    top_p : float
-        Smallest set of most likely tokens whose probability reaches it; in (0, 1], 1 keeps all.
-    repetition_penalty : float
-        Over prompt and generated ids (arXiv 1909.05858, section 4.1); 1 is off.
-    seed : int, optional
-        Of the request's own generator; None draws a fresh one.
-    stop : tuple of str
-        The text ends before the first of these.
-    eos_token_ids : tuple of int
-        Tokens that end the generation.
-
-    Raises
-    ------
-    InvalidRequest
-        A value is of another type, or out of its range.
-    """
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    eos_token_ids: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        for name, (allowed, holds) in _ALLOWED.items():
-            if not holds(getattr(self, name)):
-                raise InvalidRequest(f"sampling: {name} is {getattr(self, name)!r:.80}, must be {allowed}")
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
-
-
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: object) -> bool:
-    """Of a size that a float32 takes; NaN is none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= _LARGEST
-
-
-def _is_list(value: object, of: Callable[[object], bool]) -> bool:
-    return isinstance(value, list | tuple) and all(map(of, value))
-
-
-_LARGEST = float(np.finfo(np.float32).max)
-_ALLOWED: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "max_new_tokens": ("a whole number, at least 1", lambda value: _is_whole(value, 1)),
-    "temperature": ("a number, 0 or more", lambda value: _is_number(value) and value >= 0),
-    "top_p": ("a number in (0, 1]", lambda value: _is_number(value) and 0 < value <= 1),
-    "repetition_penalty": ("a number, more than 0", lambda value: _is_number(value) and value > 0),
-    "seed": ("a whole number, 0 or more, or None", lambda value: value is None or _is_whole(value, 0)),
-    "stop": ("strings that are not empty", lambda value: _is_list(value, lambda text: isinstance(text, str) and text)),
-    "eos_token_ids": ("token ids", lambda value: _is_list(value, lambda id_: _is_whole(id_, 0) and id_ < 1 << 31)),
-}
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cxr_triton.engines.runtime.sampler import Sampler, Sampling
+from cxr_triton.engines.runtime.sampler import Sampler
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, PromptTooLong, QueueFull, Unavailable
+from cxr_triton.sampling import Sampling
 
 __all__ = ["Chunk", "Completion", "DecoderRuntime", "Generation", "Runtime", "Sampling"]
 

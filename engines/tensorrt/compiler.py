@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cxr_triton.cli import remedy
 from cxr_triton.engines.recipe import PREFILL_PROMPTS, PREFILL_TOKENS, Recipe
 from cxr_triton.errors import BuildFailed, DeviceUnavailable
+from cxr_triton.extras import remedy
 
 if TYPE_CHECKING:
     from onnx import ModelProto

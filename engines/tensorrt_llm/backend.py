@@ -18,9 +18,9 @@ import ml_dtypes
 import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
-from cxr_triton.client.wire import STREAM_INFER, STREAM_INFER_TYPES, at_exit, channel_options
 from cxr_triton.engines.tensorrt_llm.request import stop_tensors
 from cxr_triton.errors import CxrError, InternalError, Unavailable
+from cxr_triton.kserve import STREAM_INFER, STREAM_INFER_TYPES, at_exit, channel_options
 
 log = logging.getLogger(__name__)
 MODEL = "tensorrt_llm"

@@ -15,11 +15,11 @@ from cxr_triton.cli import (
     RECIPES,
     json_option,
     printable,
-    require,
     say_next,
     write_json,
 )
 from cxr_triton.errors import InvalidRequest
+from cxr_triton.extras import require
 from cxr_triton.files import why_not_writable, write
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)

@@ -16,8 +16,9 @@ from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START, random_check
 
 from cxr_triton.engines.bundle import build_bundle
 from cxr_triton.engines.onnxruntime.session import DecoderSession, open_vision
-from cxr_triton.engines.runtime.scheduler import DecoderRuntime, Generation, Sampling
+from cxr_triton.engines.runtime.scheduler import DecoderRuntime, Generation
 from cxr_triton.pixels import image
+from cxr_triton.sampling import Sampling
 
 NEW_TOKENS = 80
 PENALTY = 1.05

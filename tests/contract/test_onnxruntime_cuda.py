@@ -20,10 +20,11 @@ from cxr_triton.engines.onnxruntime_cuda import session as onnxruntime_cuda_sess
 from cxr_triton.engines.onnxruntime_cuda.compiler import MLP_MULTIPLE, compile_graph
 from cxr_triton.engines.onnxruntime_cuda.session import BATCHES, CudaDecoder, CudaVision, Host
 from cxr_triton.engines.recipe import load_recipe
-from cxr_triton.engines.runtime.sampler import Sampler, Sampling, TopLogits
+from cxr_triton.engines.runtime.sampler import Sampler, TopLogits
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime, Generation
 from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidRecipe, InvalidRequest
 from cxr_triton.pixels import image
+from cxr_triton.sampling import Sampling
 
 GRIDS = [(196, 168), (28, 28), (56, 336), (224, 224), (84, 28)]
 

@@ -14,11 +14,12 @@ import torch
 from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START, random_checkpoint
 from tensorrt_llm_reader import Decoder
 
-from cxr_triton.engines.runtime.scheduler import Generation, Sampling
+from cxr_triton.engines.runtime.scheduler import Generation
 from cxr_triton.engines.tensorrt_llm.request import EngineConfig, extra_ids, request_tensors, stop_tensors
 from cxr_triton.errors import InvalidBundle, InvalidRequest, PromptTooLong
 from cxr_triton.export.checkpoint import Checkpoint
 from cxr_triton.export.tensorrt_llm import write_tensorrt_llm
+from cxr_triton.sampling import Sampling
 
 NEW_TOKENS = 64
 CONTEXT = 512

@@ -27,7 +27,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cxr_triton import cli
+from cxr_triton import cli, extras
 from cxr_triton.errors import CODES
 from cxr_triton.pixels.sandbox import identify
 from cxr_triton.reading import Reading, parse
@@ -194,7 +194,7 @@ def test_a_missing_extra_names_the_install_command():
     code = "import sys; sys.modules['grpc'] = None; from cxr_triton.cli import main; main(['read', 'x'])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 1
-    assert cli.remedy("client") in out.stderr and "Traceback" not in out.stderr
+    assert extras.remedy("client") in out.stderr and "Traceback" not in out.stderr
 
 
 @pytest.fixture

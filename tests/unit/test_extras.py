@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cxr_triton import cli
+from cxr_triton import cli, extras
 
 ROOT = Path(__file__).resolve().parents[2]
 PHANTOM = ROOT / "tests" / "phantom"
@@ -32,7 +32,7 @@ MODULES = {  # of distributions that an extra asks for, where the name is not th
     "tensorrt-rtx-cu13": "tensorrt_rtx",
     "tritonclient": "google grpc tritonclient",
 }
-ALL = sorted({module for _, modules in cli.EXTRAS.values() for module in modules.split()})
+ALL = sorted({module for _, modules in extras.EXTRAS.values() for module in modules.split()})
 HIDE = """
 import importlib.machinery, sys
 hidden, find = set(sys.argv.pop(1).split()), importlib.machinery.PathFinder.find_spec
@@ -91,7 +91,7 @@ CALLS = [
 def says_the_remedy(out: subprocess.CompletedProcess, extra: str) -> bool:
     assert "Traceback" not in out.stderr and "[INTERNAL]" not in out.stderr
     assert out.returncode == 1 and out.stdout == ""
-    return cli.remedy(extra) in out.stderr.splitlines()[-1]
+    return extras.remedy(extra) in out.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("verb", "arguments"), CALLS, ids=lambda value: value if isinstance(value, str) else "")
@@ -109,7 +109,7 @@ def test_help_needs_no_extra(tmp_path):
     out = ended(HELPS, ALL, *cli.VERBS, cwd=tmp_path)
     assert out.returncode == 0 and out.stderr == ""
     assert re.findall("^Usage: cxr-triton ([a-z-]+) ", out.stdout, re.MULTILINE) == list(cli.VERBS)
-    assert cli.remedy("client") in " ".join(out.stdout.split())
+    assert extras.remedy("client") in " ".join(out.stdout.split())
 
 
 def test_the_gateway_shows_its_commands_and_its_example_without_its_extra(tmp_path):
@@ -193,7 +193,7 @@ def test_a_package_that_does_not_load_says_why_and_names_the_command(monkeypatch
     from click.testing import CliRunner
 
     said = CliRunner().invoke(cli.main, ["fail"]).stderr
-    assert "libgomp.so.1" in said and cli.remedy("export") in said
+    assert "libgomp.so.1" in said and extras.remedy("export") in said
 
 
 def test_the_gate_records_no_verdict_for_want_of_a_package():
@@ -207,12 +207,12 @@ def test_the_gate_records_no_verdict_for_want_of_a_package():
 
 
 def test_the_extra_is_the_verbs_own_or_else_the_first_that_has_the_module():
-    assert cli.extra_of("tritonclient.grpc", "perf") == "perf"
-    assert cli.extra_of("torch", "perf") == "export"
-    assert cli.extra_of("openvino", "local") == "openvino"
-    assert cli.extra_of("pydicom.uid") == "objects"
-    assert cli.extra_of("rapidjson", "client") == "client"
-    assert cli.extra_of("numpy") is None
+    assert extras.extra_of("tritonclient.grpc", "perf") == "perf"
+    assert extras.extra_of("torch", "perf") == "export"
+    assert extras.extra_of("openvino", "local") == "openvino"
+    assert extras.extra_of("pydicom.uid") == "objects"
+    assert extras.extra_of("rapidjson", "client") == "client"
+    assert extras.extra_of("numpy") is None
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_the_command_installs_from_where_this_installation_came(monkeypatch, tmp
             yield types.SimpleNamespace(read_text=lambda file: text)
 
     monkeypatch.setattr(metadata, "distributions", distributions)
-    assert cli.remedy("perf") == said.format(clone)
+    assert extras.remedy("perf") == said.format(clone)
 
 
 def _asked(extra: str) -> tuple[set[str], set[str]]:
@@ -251,14 +251,14 @@ def _asked(extra: str) -> tuple[set[str], set[str]]:
     return taken, modules
 
 
-@pytest.mark.parametrize("extra", cli.EXTRAS)
+@pytest.mark.parametrize("extra", extras.EXTRAS)
 def test_the_table_of_extras_is_that_of_the_project(extra):
-    taken, modules = cli.EXTRAS[extra]
+    taken, modules = extras.EXTRAS[extra]
     assert _asked(extra) == (set(taken), set(modules.split()))
 
 
 def test_every_extra_is_in_the_table_but_those_that_no_verb_names():
-    assert set(PROJECT["optional-dependencies"]) - set(cli.EXTRAS) == {"serve", "test"}
+    assert set(PROJECT["optional-dependencies"]) - set(extras.EXTRAS) == {"serve", "test"}
 
 
 def test_readme_says_which_verb_needs_which_extra():
@@ -286,5 +286,5 @@ def test_a_python_without_a_local_server_is_told_which_has_one(monkeypatch):
     with pytest.raises(ServerMismatch, match=r"Python 3\.13.*use Python 3\.11 or 3\.12"):
         serve.installation()
     monkeypatch.setattr(serve.sys, "version_info", (3, 12, 0))
-    with pytest.raises(ServerMismatch, match=re.escape(cli.remedy("local"))):
+    with pytest.raises(ServerMismatch, match=re.escape(extras.remedy("local"))):
         serve.installation()

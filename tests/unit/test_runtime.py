@@ -10,8 +10,9 @@ import numpy as np
 import psutil
 import pytest
 
-from cxr_triton.engines.runtime.scheduler import DecoderRuntime, Generation, Sampling
+from cxr_triton.engines.runtime.scheduler import DecoderRuntime, Generation
 from cxr_triton.errors import InternalError, InvalidRequest, PromptTooLong, QueueFull, Unavailable
+from cxr_triton.sampling import Sampling
 
 VOCAB = 97
 EOS = 96

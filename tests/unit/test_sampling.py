@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from cxr_triton.engines.runtime.sampler import Sampler, Sampling, nucleus
+from cxr_triton.engines.runtime.sampler import Sampler, nucleus
 from cxr_triton.errors import InternalError, InvalidRequest
+from cxr_triton.sampling import Sampling
 
 
 def logits_rows(count, vocab, scale=4.0):

@@ -1,0 +1,59 @@
+"""Which extra of the distribution brings which module, and the pip command that adds one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import urllib.parse
+from importlib import metadata
+from pathlib import Path
+
+EXTRAS = {
+    "client": ((), "google grpc tritonclient"),
+    "objects": (("client",), "fontpkg_noto_sans fpdf highdicom pydicom"),
+    "gateway": (("objects",), "aiohttp prometheus_client psycopg pynetdicom sqlalchemy tqdm"),
+    "local": (("client",), "huggingface_hub ml_dtypes onnx onnxruntime pydicom pytriton tqdm"),
+    "openvino": (("local",), "openvino"),
+    "rtx": (("local",), "cuda tensorrt_rtx"),
+    "trt": (("local",), "cuda tensorrt"),
+    "cuda": (("client",), "cuda huggingface_hub ml_dtypes onnx onnxruntime pydicom pytriton tqdm"),
+    "export": (("local",), "torch transformers"),
+    "quantize": (("export",), "modelopt requests"),
+    "perf": (("local",), "scipy"),
+}
+"""extra: (extras that it takes in, modules that it adds)"""
+
+
+def _modules(extra: str) -> set[str]:
+    taken, own = EXTRAS[extra]
+    return set(own.split()).union(*map(_modules, taken))
+
+
+def extra_of(module: str, asked: str | None = None) -> str | None:
+    """The extra that brings a module: `asked` where it does, or where none is known to; else the first that adds it."""
+    top = module.split(".")[0]
+    if asked and top in _modules(asked):
+        return asked
+    return next((extra for extra, (_, own) in EXTRAS.items() if top in own.split()), asked)
+
+
+def remedy(extra: str | None) -> str:
+    """The pip command that adds an extra to this installation, which came from a clone or from a wheel on disk."""
+    wanted = f"[{extra}]" if extra else ""
+    # In the folder of a clone what its build left there comes first, which says nothing of an installation.
+    for found in metadata.distributions(name="cxr-triton"):
+        origin = json.loads(found.read_text("direct_url.json") or "{}")
+        url = urllib.parse.urlsplit(origin.get("url", ""))
+        path = Path(urllib.parse.unquote(url.path))
+        if url.scheme == "file" and path.exists():
+            editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
+            return f"run `pip install {editable}{shlex.quote(f'{path}{wanted}')}`"
+    return f"run `pip install '.{wanted}'` in a clone of cxr-triton"
+
+
+def require(*modules: str) -> None:
+    """Raise now the `ModuleNotFoundError` that a later import would end in."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)

@@ -1,0 +1,154 @@
+"""Rewrite a graph and its data file step by step, without holding the weights in memory.
+
+Weights stream from the export's data file to the bundle's, a few tensors at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, NodeProto, TensorProto
+
+_PAGE_BYTES = 4096  # ONNX Runtime maps tensors that begin on a page instead of reading them
+_CHUNK_BYTES = 32 << 20
+_INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference reads them
+
+
+def rewrite(
+    source: Path, target: Path, *steps: Callable[[GraphProto, Weights], None], opset: int | None = None
+) -> None:
+    """Write what `steps` make, one after the other, of a graph, with the data that it then uses beside it.
+
+    `opset` is the version of the standard operators that the steps use; the graph's own if None.
+    """
+    import onnx
+
+    model = onnx.load(source, load_external_data=False)
+    weights = Weights(model.graph, source.with_name(source.name + ".data"))
+    for step in steps:
+        step(model.graph, weights)
+    with open(target.with_name(target.name + ".data"), "wb") as file:
+        weights.write(file, target.name + ".data")
+    if "com.microsoft" not in {opset.domain for opset in model.opset_import}:
+        model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    if opset:
+        model.opset_import[0].version = opset
+    onnx.save(model, target)
+
+
+class Weights:
+    """Initializers of a graph; what replaces them is made when it is written, one at a time.
+
+    Parameters
+    ----------
+    graph : GraphProto
+    data : Path
+        External data file of the graph.
+    """
+
+    def __init__(self, graph: GraphProto, data: Path):
+        self._graph = graph
+        self._data = np.memmap(data, np.uint8, "r")
+        self._values: dict[str, Callable[[], np.ndarray]] = {}  # made by a rewrite
+        self._tensors = {tensor.name: tensor for tensor in graph.initializer}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors or name in self._values
+
+    def tensor(self, name: str) -> TensorProto | None:
+        """An initializer as the export wrote it; None if it wrote none of this name."""
+        return self._tensors.get(name)
+
+    def value(self, name: str) -> np.ndarray:
+        """Values of an initializer; bytes where they are packed or in float8."""
+        if name in self._values:
+            return self._values[name]()
+        from onnx import TensorProto, helper, numpy_helper
+
+        tensor = self._tensors[name]
+        if not tensor.external_data:
+            return numpy_helper.to_array(tensor)
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        value = self._data[int(where["offset"]) :][: int(where["length"])]
+        if tensor.data_type not in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16):
+            return value
+        return value.view(helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tensor.dims)
+
+    def add(self, name: str, make: Callable[[], np.ndarray]) -> str:
+        """A new initializer, of whatever `make` gives when it is written."""
+        self._values.setdefault(name, make)
+        return name
+
+    def write(self, file, location: str) -> None:
+        """Put all initializers that the graph uses into `file`, and what `add` brought into the graph."""
+        from onnx import TensorProto, numpy_helper
+
+        used = {name for node in self._graph.node for name in node.input}
+        tensors = [tensor for name, tensor in self._tensors.items() if name in used]
+        tensors += [TensorProto(name=name) for name in self._values if name in used]
+        del self._graph.initializer[:]
+        for tensor in tensors:
+            value = np.ascontiguousarray(self.value(tensor.name))
+            if tensor.name in self._values:
+                described = numpy_helper.from_array(value[:0], tensor.name)
+                tensor.data_type, tensor.dims[:] = described.data_type, value.shape
+            if value.nbytes > _INLINE_BYTES:
+                file.write(b"\0" * (-file.tell() % _PAGE_BYTES))
+                facts = {"location": location, "offset": file.tell(), "length": value.nbytes}
+                file.write(value.view(np.uint8).data)  # numpy has no buffers of bf16
+                tensor.ClearField("raw_data")
+                tensor.data_location = TensorProto.EXTERNAL
+                del tensor.external_data[:]
+                for key, fact in facts.items():
+                    tensor.external_data.add(key=key, value=str(fact))
+            elif tensor.name in self._values:
+                tensor.raw_data = value.tobytes()
+            self._graph.initializer.append(tensor)
+
+
+def joined(weights: Weights, name: str, parts: list[str], axis: int = 0) -> str:
+    """A new initializer: others side by side."""
+    return weights.add(name, lambda: np.concatenate([weights.value(part) for part in parts], axis))
+
+
+def pack_int4(packed: np.ndarray, k: int, n: int) -> np.ndarray:
+    """ONNX int4 [k, n] as `MatMulNBits` reads it.
+
+    Parameters
+    ----------
+    packed : (k * n / 2,) uint8 array
+        Signed values row by row, the earlier one in the low half of a byte.
+    k, n : int
+
+    Returns
+    -------
+    (n, k / 2) uint8 array
+        Values plus 8, column by column, the earlier one in the low half of a byte.
+    """
+    rows = packed.reshape(k, n // 2)
+    result = np.empty((n, k // 2), np.uint8)
+    step = max(2, _CHUNK_BYTES // n // 2 * 2)
+    for start in range(0, k, step):
+        upper, lower = rows[start : start + step : 2], rows[start + 1 : start + step : 2]
+        span = slice(start // 2, start // 2 + len(upper))
+        result[0::2, span] = ((upper & 0x0F) | (lower << 4)).T
+        result[1::2, span] = ((upper >> 4) | (lower & 0xF0)).T
+    result ^= 0x88  # two's complement to plus 8
+    return result
+
+
+def replace_nodes(graph: GraphProto, nodes: list[NodeProto]) -> None:
+    """Give a graph the nodes, less those whose result nobody reads."""
+    needed, live = {value.name for value in graph.output}, []
+    for node in reversed(nodes):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            live.append(node)
+    nodes = live[::-1]
+    del graph.node[:]
+    graph.node.extend(nodes)
