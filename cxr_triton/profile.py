@@ -12,11 +12,12 @@ import functools
 import math
 import re
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from cxr_triton.config import Checked, build, in_range, one_of, read_yaml, value_of
 from cxr_triton.errors import InvalidProfile, UnsupportedCheckpoint, unknown_key
 from cxr_triton.pixels.plausibility import POLICIES, VIEWS
 
@@ -34,32 +35,12 @@ PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
-def in_range(low: float, high: float, **kwargs) -> typing.Any:
-    return field(metadata={"range": (low, high)}, **kwargs)
-
-
-def one_of(values: tuple[str, ...], **kwargs) -> typing.Any:
-    return field(metadata={"one_of": values}, **kwargs)
-
-
-class Checked:
-    """Base of frozen data whose fields declare what they may be, by `in_range` and `one_of`."""
-
-    error: typing.ClassVar = InvalidProfile
-
-    def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if "range" in f.metadata:
-                low, high = f.metadata["range"]
-                if not low <= value <= high:
-                    raise self.error(f"{f.name}: {value!r} is outside {low} to {high}")
-            if "one_of" in f.metadata and value not in f.metadata["one_of"]:
-                raise self.error(f"{f.name}: {value!r} is none of {', '.join(f.metadata['one_of'])}")
+class _Checked(Checked):
+    error = InvalidProfile
 
 
 @dataclass(frozen=True, kw_only=True)
-class Licence(Checked):
+class Licence(_Checked):
     """Licence of the weights, and where it is stated."""
 
     name: str
@@ -72,7 +53,7 @@ def _size() -> typing.Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSizes(Checked):
+class TextSizes(_Checked):
     """Sizes of a decoder, named as in ``config.json``."""
 
     hidden_size: int = _size()
@@ -84,7 +65,7 @@ class TextSizes(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionSizes(Checked):
+class VisionSizes(_Checked):
     """Sizes of a vision tower, named as in ``config.json``."""
 
     depth: int = _size()
@@ -98,7 +79,7 @@ class VisionSizes(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointShape(Checked):
+class CheckpointShape(_Checked):
     """What the checkpoints of a profile look like: the model's own and every fine-tune of the same shape.
 
     Attributes
@@ -113,7 +94,7 @@ class CheckpointShape(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(Checked):
+class Task(_Checked):
     """One thing a model can be asked.
 
     Attributes
@@ -148,7 +129,7 @@ class Task(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mode(Checked):
+class Mode(_Checked):
     """How a model is asked to answer: the text appended to a task's prompt and the grammar that it calls for."""
 
     description: str
@@ -157,7 +138,7 @@ class Mode(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoding(Checked):
+class Decoding(_Checked):
     """Decoding defaults; temperature 0 is greedy, repetition penalty 1 is none.
 
     A checkpoint's own repetition penalty wins: see `ModelProfile.merge_generation_config`.
@@ -209,7 +190,7 @@ def grids(min_pixels: int, max_pixels: int, max_aspect_ratio: float) -> tuple[tu
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelProfile(Checked):
+class ModelProfile(_Checked):
     """Everything that differs between two models of the same architecture.
 
     Attributes
@@ -319,7 +300,7 @@ class ModelProfile(Checked):
         if penalty is None:
             return self
         try:
-            penalty = _value(float, penalty, "repetition_penalty")
+            penalty = value_of(float, penalty, "repetition_penalty", InvalidProfile)
             return dataclasses.replace(self, decoding=dataclasses.replace(self.decoding, repetition_penalty=penalty))
         except InvalidProfile as error:
             raise UnsupportedCheckpoint(f"generation_config.json: {error.message}; correct the file") from None
@@ -368,27 +349,11 @@ def _find(name_or_path: str | Path, folder: Path) -> Path:
     raise InvalidProfile(unknown_key(text, profile_names(), "profile names"))
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe loader that refuses a key given twice."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise InvalidProfile(f"line {node.start_mark.line + 1}: key {key!r} is given twice; keep one")
-        return super().construct_mapping(node, deep)
-
-
 def _read(path: Path, seen: tuple[Path, ...]) -> dict:
     path = path.resolve()
     if path in seen:
         raise InvalidProfile(f"{path.name}: extends itself; remove one extends")
-    try:
-        data = yaml.load(path.read_text("utf-8"), _Loader)
-    except InvalidProfile as error:
-        raise InvalidProfile(f"{path.name}: {error.message}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
-        raise InvalidProfile(f"{path.name}: not readable as YAML: {error or type(error).__name__}") from None
+    data = read_yaml(path, InvalidProfile)
     if not isinstance(data, dict):
         raise InvalidProfile(f"{path.name}: is {type(data).__name__}, expected a mapping of keys")
     base = data.pop("extends", None)
@@ -405,49 +370,3 @@ def _overlay(base: dict, over: dict) -> dict:
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
         merged[key] = _overlay(base[key], value) if both else value
     return merged
-
-
-@functools.lru_cache
-def _hints(cls: type) -> dict[str, typing.Any]:
-    return typing.get_type_hints(cls)
-
-
-def build(cls: type, data: object, where: str):
-    """An instance of dataclass `cls` from parsed YAML; errors carry the path of the key."""
-    if not isinstance(data, dict):
-        raise InvalidProfile(f"{where}: is {type(data).__name__}, expected a mapping of keys")
-    hints = _hints(cls)
-    for key in data:
-        if key not in hints:
-            raise InvalidProfile(unknown_key(str(key), hints, where))
-    for f in dataclasses.fields(cls):
-        if f.name not in data and f.default is f.default_factory is dataclasses.MISSING:
-            raise InvalidProfile(f"{where}.{f.name}: is missing; add it")
-    values = {key: _value(hints[key], value, f"{where}.{key}") for key, value in data.items()}
-    try:
-        return cls(**values)
-    except InvalidProfile as error:
-        raise InvalidProfile(f"{where}.{error.message}") from None
-
-
-def _value(kind, value: object, where: str):
-    if type(None) in typing.get_args(kind):
-        if value is None:
-            return None
-        kind = typing.get_args(kind)[0]
-    if dataclasses.is_dataclass(kind):
-        return build(kind, value, where)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is dict:
-        if not isinstance(value, dict) or not value:
-            raise InvalidProfile(f"{where}: is {value!r:.60}, expected a mapping with at least one name")
-        return {str(key): _value(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise InvalidProfile(f"{where}: is {value!r:.60}, expected a list")
-        return tuple(_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise InvalidProfile(f"{where}: is {value!r:.60} ({type(value).__name__}), expected {kind.__name__}")
-    return value

@@ -9,14 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
+from cxr_triton.config import Checked, build, in_range, one_of, read_yaml
 from cxr_triton.errors import CxrError, InvalidRecipe, unknown_key
-from cxr_triton.profile import Checked, in_range, load_profile, one_of, profile_names
+from cxr_triton.profile import load_profile, profile_names
 
 RECIPES = Path(__file__).with_name("recipes")
 CPU_ENGINES = ("onnxruntime", "openvino")
@@ -380,49 +378,6 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         if "/" in text or text.endswith((".yaml", ".yml")):
             raise InvalidRecipe(f"no recipe file {text}; give the path of a YAML file or one of {recipe_names()}")
         raise InvalidRecipe(unknown_key(text, recipe_names(), "recipe names"))
-    try:
-        data = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
-        raise InvalidRecipe(f"{path.name}: not readable as YAML: {error or type(error).__name__}") from None
-    recipe = _build(Recipe, data, path.name)
+    recipe = build(Recipe, read_yaml(path, InvalidRecipe), path.name)
     recipe.check_memory()
     return recipe
-
-
-def _build(cls: type, data: object, where: str):
-    """An instance of dataclass `cls` from parsed YAML; errors carry the path of the key."""
-    if not isinstance(data, dict):
-        raise InvalidRecipe(f"{where}: is {type(data).__name__}, expected a mapping of keys")
-    hints = typing.get_type_hints(cls)
-    for key in data:
-        if key not in hints:
-            raise InvalidRecipe(unknown_key(str(key), hints, where))
-    values = {}
-    for f in dataclasses.fields(cls):
-        if f.name in data:
-            values[f.name] = _value(hints[f.name], data[f.name], f"{where}.{f.name}")
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise InvalidRecipe(f"{where}.{f.name}: is missing; add it")
-    try:
-        return cls(**values)
-    except InvalidRecipe as error:
-        raise InvalidRecipe(f"{where}.{error.message}") from None
-
-
-def _value(kind, value: object, where: str):
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where)
-    args = typing.get_args(kind)
-    if typing.get_origin(kind) is dict:
-        if not isinstance(value, dict):
-            raise InvalidRecipe(f"{where}: is {value!r:.60}, expected a mapping of names to numbers")
-        return {str(key): _value(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if type(None) in args:
-        if value is None:
-            return None
-        kind = args[0]
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
-        raise InvalidRecipe(f"{where}: is {value!r:.60} ({type(value).__name__}), expected {kind.__name__}")
-    return value

@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import yaml
 
-from cxr_triton.errors import InvalidImage, InvalidProfile, InvalidRequest, unknown_key
-from cxr_triton.profile import Checked, build, in_range, one_of
+from cxr_triton.config import Checked, build, in_range, one_of, read_yaml
+from cxr_triton.errors import InvalidImage, InvalidRequest, unknown_key
 
 WORKLOADS = Path(__file__).with_name("workloads")
 ARRIVALS = ("poisson", "constant")
@@ -29,8 +28,12 @@ NOISE = 0.004
 Z95 = 1.6449  # standard normal, 95 %
 
 
+class _Checked(Checked):
+    error = InvalidRequest
+
+
 @dataclass(frozen=True, kw_only=True)
-class Images(Checked):
+class Images(_Checked):
     """Where images come from: files of a folder, or phantoms that are drawn.
 
     Attributes
@@ -57,19 +60,19 @@ class Images(Checked):
         super().__post_init__()
         for size in self.sizes:
             if not re.fullmatch(r"[1-9]\d{1,4}x[1-9]\d{1,4}", size):
-                raise InvalidProfile(f"sizes: {size!r} is not ROWSxCOLUMNS, for example 2500x2048")
+                raise InvalidRequest(f"sizes: {size!r} is not ROWSxCOLUMNS, for example 2500x2048")
         for syntax in self.syntaxes:
             if syntax not in SYNTAXES:
-                raise InvalidProfile(unknown_key(syntax, SYNTAXES, "syntaxes"))
+                raise InvalidRequest(unknown_key(syntax, SYNTAXES, "syntaxes"))
         if not self.syntaxes or not self.bits_stored:
-            raise InvalidProfile("syntaxes and bits_stored: name at least one")
+            raise InvalidRequest("syntaxes and bits_stored: name at least one")
         for bits in self.bits_stored:
             if not 8 <= bits <= 16:
-                raise InvalidProfile(f"bits_stored: {bits} is outside 8 to 16")
+                raise InvalidRequest(f"bits_stored: {bits} is outside 8 to 16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output(Checked):
+class Output(_Checked):
     """Length limits of answers, in tokens: log-normal with this median and 95th percentile, cut at `max`."""
 
     median: int = in_range(1, 32768)
@@ -79,7 +82,7 @@ class Output(Checked):
     def __post_init__(self):
         super().__post_init__()
         if not self.median <= self.p95 <= self.max:
-            raise InvalidProfile(f"output: median {self.median}, p95 {self.p95} and max {self.max} have to ascend")
+            raise InvalidRequest(f"output: median {self.median}, p95 {self.p95} and max {self.max} have to ascend")
 
     def draw(self, rng: np.random.Generator) -> int:
         sigma = math.log(self.p95 / self.median) / Z95
@@ -87,7 +90,7 @@ class Output(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ask(Checked):
+class Ask(_Checked):
     """One kind of request; what is left out is left to the server's profile.
 
     Attributes
@@ -110,7 +113,7 @@ class Ask(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec(Checked):
+class Spec(_Checked):
     """A workload file."""
 
     name: str
@@ -202,14 +205,7 @@ def load_spec(name_or_path: str | Path) -> tuple[Spec, Path]:
         if "/" in text or text.endswith((".yaml", ".yml")):
             raise InvalidRequest(f"no workload file {text}; give the path of a YAML file or one of {workload_names()}")
         raise InvalidRequest(unknown_key(text, workload_names(), "workload names"))
-    try:
-        data = yaml.safe_load(path.read_text("utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
-        raise InvalidRequest(f"{path.name}: not readable as YAML: {error or type(error).__name__}") from None
-    try:
-        spec = build(Spec, data, path.name)
-    except InvalidProfile as error:
-        raise InvalidRequest(error.message) from None
+    spec = build(Spec, read_yaml(path, InvalidRequest), path.name)
     if not spec.requests:
         raise InvalidRequest(f"{path.name}.requests: is empty; name at least one kind of request")
     return spec, path.parent

@@ -8,11 +8,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from cxr_triton.client.limits import Timeouts, Tls
-from cxr_triton.errors import InvalidConfig, InvalidProfile
-from cxr_triton.profile import Checked, build, in_range, one_of
+from cxr_triton.config import Checked, build, in_range, one_of, read_yaml
+from cxr_triton.errors import InvalidConfig
 
 EXAMPLE = Path(__file__).with_name("gateway.yaml")
 KINDS = ("findings_sr", "text_sr", "gsps", "pdf")
@@ -22,14 +20,7 @@ LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Section(Checked):
-    """Base of the sections."""
-
-    error = InvalidProfile  # `build` puts the path of the key before it, and `load_config` the right code
-
-
-@dataclass(frozen=True, kw_only=True)
-class TlsFiles(Section):
+class TlsFiles(Checked):
     """PEM files of an encrypted connection: own certificate and key, and the authorities that the peer's has to be of.
 
     A listener with `ca` asks each peer for a certificate; a sender without it trusts the system's authorities.
@@ -64,7 +55,7 @@ class TlsFiles(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Peer(Section):
+class Peer(Checked):
     """Who may send: an AE title, and the networks that it calls from."""
 
     aet: str
@@ -80,11 +71,11 @@ class Peer(Section):
         try:
             return tuple(ipaddress.ip_network(address) for address in self.addresses)
         except ValueError as error:
-            raise InvalidProfile(f"addresses: {error}; give addresses or networks such as 10.1.0.0/16") from None
+            raise InvalidConfig(f"addresses: {error}; give addresses or networks such as 10.1.0.0/16") from None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dicom(Section):
+class Dicom(Checked):
     """The DICOM listener.
 
     Attributes
@@ -117,9 +108,9 @@ class Dicom(Section):
         super().__post_init__()
         _require_aet("aet", self.aet)
         if self.tls and not self.tls.cert:
-            raise InvalidProfile("tls.cert: is missing; a listener needs a certificate and its key")
+            raise InvalidConfig("tls.cert: is missing; a listener needs a certificate and its key")
         if not self.peers and not _is_loopback(self.host):
-            raise InvalidProfile(f"peers: is empty and host is {self.host}; name who may send")
+            raise InvalidConfig(f"peers: is empty and host is {self.host}; name who may send")
 
     @property
     def pdu_limit(self) -> int:
@@ -127,7 +118,7 @@ class Dicom(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Web(Section):
+class Web(Checked):
     """The HTTP listener: ``/metrics``, ``/health/live``, ``/health/ready``, and STOW-RS where `stow` is true.
 
     Attributes
@@ -145,11 +136,11 @@ class Web(Section):
     def __post_init__(self):
         super().__post_init__()
         if self.stow and not _is_loopback(self.host) and not self.token_file:
-            raise InvalidProfile(f"token_file: is missing and host is {self.host}; STOW-RS there needs a token")
+            raise InvalidConfig(f"token_file: is missing and host is {self.host}; STOW-RS there needs a token")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folder(Section):
+class Folder(Checked):
     """A watched folder. A file that no longer grows is taken; what is refused moves to ``rejected/`` in it."""
 
     path: str
@@ -157,7 +148,7 @@ class Folder(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Intake(Section):
+class Intake(Checked):
     """What is accepted from whatever door.
 
     Attributes
@@ -173,7 +164,7 @@ class Intake(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grouping(Section):
+class Grouping(Checked):
     """When a study is complete: nothing new for `quiet_s`, or `max_wait_s` after its first image."""
 
     quiet_s: float = in_range(0.0, 86400.0, default=30.0)
@@ -181,7 +172,7 @@ class Grouping(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading(Section):
+class Reading(Checked):
     """How studies are read.
 
     Attributes
@@ -227,7 +218,7 @@ class Reading(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Priors(Section):
+class Priors(Checked):
     """Where the patient's earlier radiograph is fetched before a study is read: a PACS (C-FIND, C-GET) or QIDO/WADO-RS.
 
     Attributes
@@ -255,11 +246,11 @@ class Priors(Section):
     def __post_init__(self):
         super().__post_init__()
         if bool(self.url) == bool(self.aet and self.host):
-            raise InvalidProfile("url: give either the url of a DICOMweb server, or aet and host of a PACS")
+            raise InvalidConfig("url: give either the url of a DICOMweb server, or aet and host of a PACS")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results(Section):
+class Results(Checked):
     """What is made of a reading; see `docs/sr.md`."""
 
     kinds: tuple[str, ...] = ("findings_sr", "text_sr")
@@ -268,13 +259,13 @@ class Results(Section):
         super().__post_init__()
         for kind in self.kinds:
             if kind not in KINDS:
-                raise InvalidProfile(f"kinds: {kind!r} is none of {', '.join(KINDS)}")
+                raise InvalidConfig(f"kinds: {kind!r} is none of {', '.join(KINDS)}")
         if not self.kinds:
-            raise InvalidProfile("kinds: is empty; name at least one")
+            raise InvalidConfig("kinds: is empty; name at least one")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Destination(Section):
+class Destination(Checked):
     """Where results go: `dicom` (C-STORE to `aet` at `host`:`port`), `stow` (STOW-RS to `url`), `fhir` (PUT to `url`).
 
     Attributes
@@ -306,20 +297,20 @@ class Destination(Section):
     def __post_init__(self):
         super().__post_init__()
         if not _NAME.fullmatch(self.name):
-            raise InvalidProfile(f"name: {self.name!r:.80} has to be letters, digits, '.', '_' or '-'")
+            raise InvalidConfig(f"name: {self.name!r:.80} has to be letters, digits, '.', '_' or '-'")
         if self.kind == "dicom":
             if not self.host or not self.aet:
-                raise InvalidProfile("host: aet and host of a dicom destination are needed")
+                raise InvalidConfig("host: aet and host of a dicom destination are needed")
             _require_aet("aet", self.aet)
         elif not (self.url or "").startswith(("http://", "https://")):
-            raise InvalidProfile(f"url: {self.url!r:.80} of a {self.kind} destination has to start with http(s)://")
+            raise InvalidConfig(f"url: {self.url!r:.80} of a {self.kind} destination has to start with http(s)://")
         elif self.commitment:
-            raise InvalidProfile(f"commitment: is of dicom destinations, {self.kind} has none; remove it")
+            raise InvalidConfig(f"commitment: is of dicom destinations, {self.kind} has none; remove it")
         _require_ladder("retry_s", self.retry_s)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retention(Section):
+class Retention(Checked):
     """How long objects, results and their history stay after a study is done or dropped, and dead."""
 
     done_h: float = in_range(0.0, 1e6, default=24.0)
@@ -327,7 +318,7 @@ class Retention(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Logging(Section):
+class Logging(Checked):
     """JSON lines on standard error. UIDs appear as HMAC-SHA256 under a key, so that lines of one study can be joined.
 
     Attributes
@@ -341,7 +332,7 @@ class Logging(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Section):
+class Config(Checked):
     """The whole file.
 
     Attributes
@@ -372,16 +363,16 @@ class Config(Section):
     def __post_init__(self):
         super().__post_init__()
         if not _NAME.fullmatch(self.name):
-            raise InvalidProfile(f"name: {self.name!r:.80} has to be letters, digits, '.', '_' or '-'")
+            raise InvalidConfig(f"name: {self.name!r:.80} has to be letters, digits, '.', '_' or '-'")
         names = [destination.name for destination in self.destinations]
         if not names or len(set(names)) != len(names):
-            raise InvalidProfile("destinations: at least one is needed, each with a name of its own")
+            raise InvalidConfig("destinations: at least one is needed, each with a name of its own")
         if any(destination.commitment for destination in self.destinations) and not self.dicom:
-            raise InvalidProfile("dicom: is missing; the answer to a storage commitment needs a listener")
+            raise InvalidConfig("dicom: is missing; the answer to a storage commitment needs a listener")
         if not self.dicom and not self.folder and not (self.web and self.web.stow):
-            raise InvalidProfile("dicom: is missing; nothing would come in without it, web.stow or folder")
+            raise InvalidConfig("dicom: is missing; nothing would come in without it, web.stow or folder")
         if self.priors and self.read.max_images < 2:
-            raise InvalidProfile("read.max_images: is 1, which leaves no room for a prior; raise it or drop priors")
+            raise InvalidConfig("read.max_images: is 1, which leaves no room for a prior; raise it or drop priors")
 
     @property
     def own_aet(self) -> str:
@@ -402,14 +393,7 @@ def load_config(path: str | os.PathLike) -> Config:
         Not YAML, or a key that is unknown, missing, of the wrong type or out of range.
     """
     path = Path(path)
-    try:
-        data = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError) as error:
-        raise InvalidConfig(f"{path.name}: not readable as YAML: {error or type(error).__name__}") from None
-    try:
-        return build(Config, data, path.name)
-    except InvalidProfile as error:
-        raise InvalidConfig(error.message) from None
+    return build(Config, read_yaml(path, InvalidConfig), path.name)
 
 
 def _is_loopback(host: str) -> bool:
@@ -422,9 +406,9 @@ def _is_loopback(host: str) -> bool:
 
 def _require_aet(name: str, aet: str) -> None:
     if not _AET.fullmatch(aet):
-        raise InvalidProfile(f"{name}: {aet!r:.40} is no AE title (1 to 16 printable characters, no backslash)")
+        raise InvalidConfig(f"{name}: {aet!r:.40} is no AE title (1 to 16 printable characters, no backslash)")
 
 
 def _require_ladder(name: str, waits: tuple[float, ...]) -> None:
     if not waits or any(not wait > 0 for wait in waits):
-        raise InvalidProfile(f"{name}: {list(waits)} has to be one or more waits over 0 s")
+        raise InvalidConfig(f"{name}: {list(waits)} has to be one or more waits over 0 s")

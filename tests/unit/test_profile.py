@@ -119,7 +119,7 @@ def test_extends_lays_keys_over_a_base(write):
         ("max_pixels: 1.5", "mine.yaml.max_pixels: is 1.5 (float), expected int"),
         ("max_images: true", "mine.yaml.max_images: is True (bool), expected int"),
         ("max_images: 0", "mine.yaml.max_images: 0 is outside 1 to 16"),
-        ("decoding: {temperature: .nan}", "mine.yaml.decoding.temperature: nan is outside"),
+        ("decoding: {temperature: .nan}", "mine.yaml.decoding.temperature: is nan"),
         ("decoding: {top_p: 0}", "mine.yaml.decoding.top_p: 0.0 is outside"),
         ("min_pixels: 300000", "mine.yaml.min_pixels: 300000 is more than max_pixels 226576"),
         ("max_sequence: 128", "mine.yaml.max_sequence: 128 is less than 2337"),
