@@ -255,7 +255,7 @@ class _Plain(click.ClickException):
 
 @contextlib.contextmanager
 def _alike() -> Iterator[None]:
-    """click writes ``Error:``, and its own help where no argument was given."""
+    """Click writes ``Error:``, and its own help where no argument was given."""
     try:
         yield
     except (_Usage, _Plain, Failure, click.exceptions.NoArgsIsHelpError):

@@ -32,7 +32,7 @@ def _modules(extra: str) -> set[str]:
 
 def extra_of(module: str, asked: str | None = None) -> str | None:
     """The extra that brings a module: `asked` where it does, or where none is known to; else the first that adds it."""
-    top = module.split(".")[0]
+    top = module.split(".", maxsplit=1)[0]
     if asked and top in _modules(asked):
         return asked
     return next((extra for extra, (_, own) in EXTRAS.items() if top in own.split()), asked)

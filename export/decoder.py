@@ -120,7 +120,7 @@ def _embed(g: GraphWriter, checkpoint: Checkpoint) -> str:
 
 
 def _rotary(g: GraphWriter, checkpoint: Checkpoint) -> tuple[str, str]:
-    """cos and sin [B, S, head_dim / 2], fp32: each frequency turns with time, height or width (M-RoPE sections)."""
+    """Cos and sin [B, S, head_dim / 2], fp32: each frequency turns with time, height or width (M-RoPE sections)."""
     text = checkpoint.text
     exponents = np.arange(0, text.head_dim, 2, dtype=np.float32) / np.float32(text.head_dim)
     frequencies = (1 / np.float32(text.rope_theta) ** exponents).astype(np.float32)
@@ -132,7 +132,7 @@ def _rotary(g: GraphWriter, checkpoint: Checkpoint) -> tuple[str, str]:
 
 
 def _causal_mask(g: GraphWriter) -> str:
-    """bool [B, 1, S, max_seq]: new token s of sequence b sees cache positions 0 to write_index[b] + s."""
+    """Bool [B, 1, S, max_seq]: new token s of sequence b sees cache positions 0 to write_index[b] + s."""
     zero, one = g.constant("zero", np.array(0, np.int64)), g.constant("one", np.array(1, np.int64))
 
     def count(tensor: str, axis: int) -> str:

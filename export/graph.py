@@ -246,7 +246,7 @@ class GraphWriter:
         return self.node("Add", y, self.vector(name.removesuffix("weight") + "bias", bias))
 
     def _float8(self, x: str, scale: np.float32) -> str:
-        """x rounded to float8 · scale, [..., K] compute type; one pair of nodes for layers that share x and scale."""
+        """X rounded to float8 · scale, [..., K] compute type; one pair of nodes for layers that share x and scale."""
         if (x, scale) not in self._rounded:
             scale_name = self.constant(f"{x}.float8_scale.{scale.tobytes().hex()}", np.asarray(scale, np.float32))
             values = self.node("QuantizeLinear", x, scale_name, self._float8_zero())

@@ -430,7 +430,7 @@ def _generate(model, checkpoint: Checkpoint, ids: np.ndarray, pictures: Sequence
 
 
 def _config(scheme: str, group: int | None, kv_fp8: bool) -> dict:
-    """modelopt's preset; later entries win, so what must stay as it is comes last."""
+    """Modelopt's preset; later entries win, so what must stay as it is comes last."""
     import modelopt.torch.quantization as mtq
 
     config = copy.deepcopy(mtq.FP8_DEFAULT_CFG if scheme == "fp8" else mtq.INT4_AWQ_CFG)

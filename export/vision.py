@@ -92,7 +92,7 @@ def _embed(g: GraphWriter, checkpoint: Checkpoint) -> str:
 
 
 def _rotary(g: GraphWriter, checkpoint: Checkpoint) -> tuple[str, str]:
-    """cos and sin [B, W, 64, head_dim / 2], fp32: the first half of the frequencies turns with the row."""
+    """Cos and sin [B, W, 64, head_dim / 2], fp32: the first half of the frequencies turns with the row."""
     vision = checkpoint.vision
     half = vision.head_dim // 2
     exponents = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)

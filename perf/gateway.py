@@ -207,7 +207,8 @@ def throughput(folder: Path, *, count: int, rounds: int, associations: int) -> d
 
 def turnaround(folder: Path, repository: Path, *, count: int) -> dict:
     """Seconds from the success of a C-STORE to the last report in a PACS, one study at a time, with and without its
-    reading."""
+    reading.
+    """
     from cxr_triton import phantom, phantom_file
     from cxr_triton.client.gateway.store import Store
     from cxr_triton.triton_repo.serve import Server
@@ -255,7 +256,8 @@ def turnaround(folder: Path, repository: Path, *, count: int) -> dict:
 @json_option
 def main(repository: Path | None, objects: int, rounds: int, associations: int, studies: int, json_path: str | None):
     """Objects a second, stored and durable, of the gateway and of Orthanc; with a model REPOSITORY also the time from
-    C-STORE to report."""
+    C-STORE to report.
+    """
     load = os.getloadavg()[0]
     result = {"schema": SCHEMA, "date": datetime.now(UTC).isoformat(timespec="seconds"), "load_average_before": load}
     with tempfile.TemporaryDirectory(prefix="cxr-gateway-perf-") as name:

@@ -13,18 +13,43 @@ from pathlib import Path
 
 RECORD = Path(__file__).with_suffix(".json")
 WHEELS = ("10.14.1.48.post1", "10.15.1.29", "11.0.0.114", "11.4.0.106")
-CLASSES = (
-    "Builder BuilderFlag ComputeCapability ExecutionContextAllocationStrategy IBuilderConfig ICudaEngine "
-    "IExecutionContext ILayer ILogger INetworkDefinition IOptimizationProfile IProgressMonitor IRuntimeCache "
-    "IRuntimeConfig IStreamReader IStreamWriter ITensor ITimingCache LayerType NetworkDefinitionCreationFlag "
-    "OnnxParser ParserError Runtime"
-).split()
+CLASSES = [
+    "Builder",
+    "BuilderFlag",
+    "ComputeCapability",
+    "ExecutionContextAllocationStrategy",
+    "IBuilderConfig",
+    "ICudaEngine",
+    "IExecutionContext",
+    "ILayer",
+    "ILogger",
+    "INetworkDefinition",
+    "IOptimizationProfile",
+    "IProgressMonitor",
+    "IRuntimeCache",
+    "IRuntimeConfig",
+    "IStreamReader",
+    "IStreamWriter",
+    "ITensor",
+    "ITimingCache",
+    "LayerType",
+    "NetworkDefinitionCreationFlag",
+    "OnnxParser",
+    "ParserError",
+    "Runtime",
+]
 """What `cxr_triton.engines` uses, and where TensorRT 11 removed most."""
-LINKED = (
-    "createInferBuilder_INTERNAL createInferRefitter_INTERNAL createInferRuntime_INTERNAL createNvOnnxParser_INTERNAL "
-    "createNvOnnxParserRefitter_INTERNAL getBuilderPluginRegistry getNvOnnxParserVersion getPluginRegistry "
-    "initLibNvInferPlugins"
-).split()
+LINKED = [
+    "createInferBuilder_INTERNAL",
+    "createInferRefitter_INTERNAL",
+    "createInferRuntime_INTERNAL",
+    "createNvOnnxParser_INTERNAL",
+    "createNvOnnxParserRefitter_INTERNAL",
+    "getBuilderPluginRegistry",
+    "getNvOnnxParserVersion",
+    "getPluginRegistry",
+    "initLibNvInferPlugins",
+]
 
 
 def names(module) -> dict[str, list[str]]:

@@ -433,7 +433,7 @@ def take_commitment(report: Dataset, on_commitment: Callable[[str, set[str], dic
 
 def _is_in(address: str, networks) -> bool:
     try:
-        ip = ipaddress.ip_address(address.split("%")[0])
+        ip = ipaddress.ip_address(address.split("%", maxsplit=1)[0])
     except ValueError:
         return False
     ip = getattr(ip, "ipv4_mapped", None) or ip

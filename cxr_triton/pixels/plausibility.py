@@ -50,44 +50,256 @@ MAX_COLOURED, MAX_COLOURED_SILENT = 0.20, 0.02
 # Whole words without accents, in the languages of the headers that were seen. Missing on purpose: "face" (French for a
 # frontal view), "main" (French for a hand), "arm" (C-arm), "thoracic" (the spine's word too).
 _CHEST = frozenset(
-    """
-    chest thorax torax torace cxr lung lungs rib ribs heart mediastinum sternum bronchus trachea pleura
-    lunge lungen rippen brustkorb longen borstkas lungor brostkorg keuhkot rintakeha
-    poumon poumons cotes pulmon pulmones costillas pulmao pulmoes costelas polmone polmoni coste
-    klatka klatki pluca hrudnik hrudni mellkas akciger gogus
-    """.split()
+    [
+        "chest",
+        "thorax",
+        "torax",
+        "torace",
+        "cxr",
+        "lung",
+        "lungs",
+        "rib",
+        "ribs",
+        "heart",
+        "mediastinum",
+        "sternum",
+        "bronchus",
+        "trachea",
+        "pleura",
+        "lunge",
+        "lungen",
+        "rippen",
+        "brustkorb",
+        "longen",
+        "borstkas",
+        "lungor",
+        "brostkorg",
+        "keuhkot",
+        "rintakeha",
+        "poumon",
+        "poumons",
+        "cotes",
+        "pulmon",
+        "pulmones",
+        "costillas",
+        "pulmao",
+        "pulmoes",
+        "costelas",
+        "polmone",
+        "polmoni",
+        "coste",
+        "klatka",
+        "klatki",
+        "pluca",
+        "hrudnik",
+        "hrudni",
+        "mellkas",
+        "akciger",
+        "gogus",
+    ]
 )
 _CHEST_STARTS = ("chest", "thorax", "torax")
 _ELSEWHERE = frozenset(
-    """
-    abdomen abdominal abdome addome kub bauch ventre colon stomach bladder uterus kidney kidneys breast mammography
-    pelvis pelvic bassin bacino bacia becken hip hips hanche anca cadera quadril hufte
-    knee knees genou ginocchio rodilla joelho knie patella leg legs tibia fibula tibfib femur thigh calf
-    ankle ankles cheville caviglia tobillo tornozelo foot feet pied piede calcaneus heel toe toes
-    hand hands hande mano mao wrist wrists poignet polso muneca punho finger fingers thumb forearm radius ulna
-    elbow elbows coude gomito codo cotovelo ellenbogen humerus extremity extremities limb limbs
-    shoulder shoulders epaule spalla hombro ombro clavicle clavicula scapula
-    spine spinal cspine tspine lspine sspine lsspine ctspine tlspine rachis colonne columna coluna colonna
-    cervical lumbar lumbosacral sacrum coccyx lws bws hws
-    skull crane cranio craneo head neck sinus sinuses mandible maxilla jaw orbit orbits facial nasal zygoma mastoid tmj
-    tooth teeth dental zahn zahne panoramic orthopan orthopantomogram
-    """.split()
+    [
+        "abdomen",
+        "abdominal",
+        "abdome",
+        "addome",
+        "kub",
+        "bauch",
+        "ventre",
+        "colon",
+        "stomach",
+        "bladder",
+        "uterus",
+        "kidney",
+        "kidneys",
+        "breast",
+        "mammography",
+        "pelvis",
+        "pelvic",
+        "bassin",
+        "bacino",
+        "bacia",
+        "becken",
+        "hip",
+        "hips",
+        "hanche",
+        "anca",
+        "cadera",
+        "quadril",
+        "hufte",
+        "knee",
+        "knees",
+        "genou",
+        "ginocchio",
+        "rodilla",
+        "joelho",
+        "knie",
+        "patella",
+        "leg",
+        "legs",
+        "tibia",
+        "fibula",
+        "tibfib",
+        "femur",
+        "thigh",
+        "calf",
+        "ankle",
+        "ankles",
+        "cheville",
+        "caviglia",
+        "tobillo",
+        "tornozelo",
+        "foot",
+        "feet",
+        "pied",
+        "piede",
+        "calcaneus",
+        "heel",
+        "toe",
+        "toes",
+        "hand",
+        "hands",
+        "hande",
+        "mano",
+        "mao",
+        "wrist",
+        "wrists",
+        "poignet",
+        "polso",
+        "muneca",
+        "punho",
+        "finger",
+        "fingers",
+        "thumb",
+        "forearm",
+        "radius",
+        "ulna",
+        "elbow",
+        "elbows",
+        "coude",
+        "gomito",
+        "codo",
+        "cotovelo",
+        "ellenbogen",
+        "humerus",
+        "extremity",
+        "extremities",
+        "limb",
+        "limbs",
+        "shoulder",
+        "shoulders",
+        "epaule",
+        "spalla",
+        "hombro",
+        "ombro",
+        "clavicle",
+        "clavicula",
+        "scapula",
+        "spine",
+        "spinal",
+        "cspine",
+        "tspine",
+        "lspine",
+        "sspine",
+        "lsspine",
+        "ctspine",
+        "tlspine",
+        "rachis",
+        "colonne",
+        "columna",
+        "coluna",
+        "colonna",
+        "cervical",
+        "lumbar",
+        "lumbosacral",
+        "sacrum",
+        "coccyx",
+        "lws",
+        "bws",
+        "hws",
+        "skull",
+        "crane",
+        "cranio",
+        "craneo",
+        "head",
+        "neck",
+        "sinus",
+        "sinuses",
+        "mandible",
+        "maxilla",
+        "jaw",
+        "orbit",
+        "orbits",
+        "facial",
+        "nasal",
+        "zygoma",
+        "mastoid",
+        "tmj",
+        "tooth",
+        "teeth",
+        "dental",
+        "zahn",
+        "zahne",
+        "panoramic",
+        "orthopan",
+        "orthopantomogram",
+    ]
 )
-_ELSEWHERE_STARTS = tuple("knie schulter becken wirbel schadel huftgelenk handgelenk sprunggelenk fuss".split())
-_ELSEWHERE_CODED = frozenset("arm face eye nose ear".split())  # in a description too often something else
-_BOTH = frozenset("chestabdomen chestabdpelvis neckchest neckchestabdomen neckchestabdpelv".split())
+_ELSEWHERE_STARTS = tuple(
+    ["knie", "schulter", "becken", "wirbel", "schadel", "huftgelenk", "handgelenk", "sprunggelenk", "fuss"]
+)
+_ELSEWHERE_CODED = frozenset(["arm", "face", "eye", "nose", "ear"])  # in a description too often something else
+_BOTH = frozenset(["chestabdomen", "chestabdpelvis", "neckchest", "neckchestabdomen", "neckchestabdpelv"])
 # SNOMED CT, and the SNOMED RT codes that older files have, of PS3.16 CID 4031 and what lies in the chest
 _CHEST_CODES = frozenset(
-    "816094009 51185008 T-D3000 39607008 T-28000 86598002 T-280A0 3341006 44029006 80891009 T-32000 113197003 T-11300"
-    " 56873002 T-11210 72410000 T-D3300 3120008 T-29000 955009 T-26000 44567001 T-25000".split()
+    [
+        "816094009",
+        "51185008",
+        "T-D3000",
+        "39607008",
+        "T-28000",
+        "86598002",
+        "T-280A0",
+        "3341006",
+        "44029006",
+        "80891009",
+        "T-32000",
+        "113197003",
+        "T-11300",
+        "56873002",
+        "T-11210",
+        "72410000",
+        "T-D3300",
+        "3120008",
+        "T-29000",
+        "955009",
+        "T-26000",
+        "44567001",
+        "T-25000",
+    ]
 )
 _BOTH_CODES = frozenset(
-    "416550000 R-FAB55 416775004 R-FAB56 417437006 R-FAB52 416152001 R-FAB53 416319003 R-FAB54".split()
+    [
+        "416550000",
+        "R-FAB55",
+        "416775004",
+        "R-FAB56",
+        "417437006",
+        "R-FAB52",
+        "416152001",
+        "R-FAB53",
+        "416319003",
+        "R-FAB54",
+    ]
 )
-_SILENT_CODES = frozenset("706342009 R-FE0C7 38266002 T-D0010 22943007 T-D2000".split())  # phantom, whole body, trunk
-_SNOMED = frozenset("SCT SRT SNM3 99SDM".split())
-_LATERAL = frozenset("lateral lat ll rl laterale seitlich profil perfil profilo".split())
-_FRONTAL = frozenset("pa ap frontal frontale dv vd decubitus decub".split())
+_SILENT_CODES = frozenset(
+    ["706342009", "R-FE0C7", "38266002", "T-D0010", "22943007", "T-D2000"]
+)  # phantom, whole body, trunk
+_SNOMED = frozenset(["SCT", "SRT", "SNM3", "99SDM"])
+_LATERAL = frozenset(["lateral", "lat", "ll", "rl", "laterale", "seitlich", "profil", "perfil", "profilo"])
+_FRONTAL = frozenset(["pa", "ap", "frontal", "frontale", "dv", "vd", "decubitus", "decub"])
 
 
 class Code(NamedTuple):

@@ -139,7 +139,7 @@ class _Decoder:
         return self._node("Where", is_image, image, rows)
 
     def _rotary(self) -> tuple[str, str]:
-        """cos and sin of each token of the run, [B · S + max_sequence, head_dim / 2].
+        """Cos and sin of each token of the run, [B · S + max_sequence, head_dim / 2].
 
         Attention looks rows up by `rotary_index`, so M-RoPE's three axes need no kernel of their own. The rows of
         zeros make the tables as long as attention wants them, the sequence's longest length.
@@ -174,7 +174,7 @@ class _Decoder:
         return self._skip(self._linear(y, f"{prefix}.mlp.down_proj"), x, self._norm(i + 1, "input"))
 
     def _skip(self, y: str, x: str, weight: str) -> tuple[str, str]:
-        """x + y, and its norm."""
+        """X + y, and its norm."""
         name = f"SkipNorm_{len(self.nodes)}"
         normed, total = f"{name}.norm", f"{name}.sum"
         self._node(
@@ -284,7 +284,7 @@ def fuse_norms(graph: GraphProto, weights: Weights) -> None:
 
 
 def fuse_silu(graph: GraphProto, weights: Weights) -> None:
-    """x · sigmoid(x) becomes one `QuickGelu`."""
+    """X · sigmoid(x) becomes one `QuickGelu`."""
     from onnx import helper
 
     made_by = {node.output[0]: node for node in graph.node}
@@ -306,7 +306,7 @@ def fuse_rotary(graph: GraphProto, weights: Weights) -> None:
     nodes = []
 
     def table(name: str) -> str:
-        """cos or sin [N, 1, L, D / 2] without its axis of heads."""
+        """Cos or sin [N, 1, L, D / 2] without its axis of heads."""
         if name not in tables:
             tables[name] = f"{name}.rows"
             axis = weights.add("axis_1", lambda: np.array([1], np.int64))

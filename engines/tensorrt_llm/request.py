@@ -231,7 +231,7 @@ def stop_tensors() -> dict[str, np.ndarray]:
 
 
 def rotary_table(position_ids: np.ndarray, config: EngineConfig) -> np.ndarray:
-    """cos and sin of every position of the context, interleaved, as the engine reads them.
+    """Cos and sin of every position of the context, interleaved, as the engine reads them.
 
     Parameters
     ----------

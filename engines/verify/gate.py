@@ -87,20 +87,44 @@ THRESHOLDS = {
 
 _READINGS = {"images": 8, "format_drop": 0.02, "truncated_rise": 0.02, "unknown_rise": 0.02, "length_drift": 0.05}
 _EXACT = {
-    **{"top1_agreement": 0.999, "kl": 1e-5, "label_iou": 0.99, "prose_f1": 0.95, "label_flips": 0.02},
-    **{"reward_drop": 0.02, "control_iou": 0.97, "control_reaction": 0.03},
+    "top1_agreement": 0.999,
+    "kl": 1e-5,
+    "label_iou": 0.99,
+    "prose_f1": 0.95,
+    "label_flips": 0.02,
+    "reward_drop": 0.02,
+    "control_iou": 0.97,
+    "control_reaction": 0.03,
 }
 _HALF = {
-    **{"top1_agreement": 0.985, "kl": 5e-3, "label_iou": 0.97, "prose_f1": 0.80, "label_flips": 0.05},
-    **{"reward_drop": 0.04, "control_iou": 0.95, "control_reaction": 0.06},
+    "top1_agreement": 0.985,
+    "kl": 5e-3,
+    "label_iou": 0.97,
+    "prose_f1": 0.80,
+    "label_flips": 0.05,
+    "reward_drop": 0.04,
+    "control_iou": 0.95,
+    "control_reaction": 0.06,
 }
 _EIGHT = {
-    **{"top1_agreement": 0.97, "kl": 0.02, "label_iou": 0.97, "prose_f1": 0.70, "label_flips": 0.08},
-    **{"reward_drop": 0.06, "control_iou": 0.90, "control_reaction": 0.10},
+    "top1_agreement": 0.97,
+    "kl": 0.02,
+    "label_iou": 0.97,
+    "prose_f1": 0.70,
+    "label_flips": 0.08,
+    "reward_drop": 0.06,
+    "control_iou": 0.90,
+    "control_reaction": 0.10,
 }
 _FOUR = {
-    **{"top1_agreement": 0.95, "kl": 0.05, "label_iou": 0.95, "prose_f1": 0.60, "label_flips": 0.10},
-    **{"reward_drop": 0.08, "control_iou": 0.85, "control_reaction": 0.15},
+    "top1_agreement": 0.95,
+    "kl": 0.05,
+    "label_iou": 0.95,
+    "prose_f1": 0.60,
+    "label_flips": 0.10,
+    "reward_drop": 0.08,
+    "control_iou": 0.85,
+    "control_reaction": 0.15,
 }
 _BY_PRECISION = {"fp32": _EXACT, "fp16": _HALF, "bf16": _HALF, "fp8": _EIGHT, "int4": _FOUR, "int4-awq": _FOUR}
 _BY_COMPUTE = {
@@ -521,7 +545,10 @@ class _Gate:
             agrees, kl = np.concatenate(agreements), np.concatenate(divergences)
             name = f"{whose}'s embeddings"
             measured[name] = {
-                **{"tokens": len(kl), "top1_agreement": agrees.mean(), "kl_mean": kl.mean(), "kl_max": kl.max()},
+                "tokens": len(kl),
+                "top1_agreement": agrees.mean(),
+                "kl_mean": kl.mean(),
+                "kl_max": kl.max(),
                 "kl_p99": np.quantile(kl, 0.99),
                 "histogram": _histogram(np.maximum(kl, 1e-9), -9, 2),
             }
@@ -532,7 +559,9 @@ class _Gate:
             forced = self._forced(self.reference.embeddings, tick)
             errors = np.concatenate([logit_error(theirs, ours) for _, ours, theirs in forced])
         measured["stored weights"] = {
-            **{"tokens": len(errors), "logit_error": errors.mean(), "logit_error_max": errors.max()},
+            "tokens": len(errors),
+            "logit_error": errors.mean(),
+            "logit_error_max": errors.max(),
             "histogram": _histogram(np.maximum(errors, 1e-9), -9, 1),
         }
         checks.append(self.check("logit_error", errors.mean()))

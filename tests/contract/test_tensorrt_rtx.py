@@ -29,11 +29,19 @@ LAYERS = 2
 TYPES = {"bf16": "compute", "int4": "int4", "int4-awq": "int4", "fp8": "fp8"}
 """Precisions of the decoder, and the head of each; what is not float comes as a quantized checkpoint, int4 apart."""
 TEXT = TEXT_3B | {
-    **{"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": LAYERS, "vocab_size": 4096},
-    **{"num_attention_heads": 8, "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}},
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": LAYERS,
+    "vocab_size": 4096,
+    "num_attention_heads": 8,
+    "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
 }
 VISION = VISION_3B | {
-    **{"hidden_size": 128, "num_heads": 4, "intermediate_size": 256, "depth": 2, "fullatt_block_indexes": [1]},
+    "hidden_size": 128,
+    "num_heads": 4,
+    "intermediate_size": 256,
+    "depth": 2,
+    "fullatt_block_indexes": [1],
     "out_hidden_size": 512,
 }
 PLAN_BYTES = 4 << 20

@@ -86,20 +86,25 @@ def write_paper_bundle(folder: Path, *, penalty: float = 1.05, max_sequence: int
         (folder / name).write_text(text)
     geometry = {
         **dict.fromkeys(("layers", "kv_heads", "head_dim"), 1),
-        **{"hidden": 64, "vocab": 320, "compute": "fp32", "merge_size": 2},
-        **{"window_budget": profile.window_budget, "token_budget": profile.token_budget},
-        **{"max_sequence": max_sequence, "eos_token_ids": [END], "image_token_id": IMAGE_TOKEN},
+        "hidden": 64,
+        "vocab": 320,
+        "compute": "fp32",
+        "merge_size": 2,
+        "window_budget": profile.window_budget,
+        "token_budget": profile.token_budget,
+        "max_sequence": max_sequence,
+        "eos_token_ids": [END],
+        "image_token_id": IMAGE_TOKEN,
         "vision_start_token_id": VISION_START,
     }
     manifest = {
-        **{
-            "schema": 1,
-            "engine": "onnxruntime",
-            "vision_engine": "onnxruntime",
-            "precision": "int4",
-            "geometry": geometry,
-        },
-        **{"source": {"name": "paper", "revision": "r1"}, "versions": {"onnxruntime": "1.0"}},
+        "schema": 1,
+        "engine": "onnxruntime",
+        "vision_engine": "onnxruntime",
+        "precision": "int4",
+        "geometry": geometry,
+        "source": {"name": "paper", "revision": "r1"},
+        "versions": {"onnxruntime": "1.0"},
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
             for path in folder.iterdir()

@@ -123,7 +123,7 @@ def test_an_object_is_stored_as_it_came_and_a_repeat_is_no_second_one(gateway):
 
     file = phantom_dicom(3)
     before = objects(gateway)["image"]
-    known = {path: None for path in gateway.storage.glob("objects/*/*.dcm")}
+    known = dict.fromkeys(gateway.storage.glob("objects/*/*.dcm"))
     assert send(gateway.port, [file, file]) == [0, 0]
     (path,) = [path for path in gateway.storage.glob("objects/*/*.dcm") if path not in known]
     assert objects(gateway)["image"] == before + 1

@@ -35,8 +35,12 @@ def bundle(unverified):
 def passing(bundle: Bundle) -> dict:
     part = {"passed": True, "error": None, "checks": [{"name": "paper", "passed": True}], "measured": {}}
     return {
-        **{"schema": SCHEMA, "passed": True, "subject": subject(bundle.manifest), "made": "2026-11-22T00:00:00Z"},
-        **{"runtime": {"engine": "onnxruntime", "standin": None}, "images": {"count": 8}},
+        "schema": SCHEMA,
+        "passed": True,
+        "subject": subject(bundle.manifest),
+        "made": "2026-11-22T00:00:00Z",
+        "runtime": {"engine": "onnxruntime", "standin": None},
+        "images": {"count": 8},
         "parts": {name: dict(part) for name in PARTS},
     }
 
