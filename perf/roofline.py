@@ -126,7 +126,7 @@ def gemm_speed(precision: str, threads: int, shape: tuple[int, int, int] = GEMM,
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     feeds = {"x": rng.standard_normal((m, k), np.float32)}
     if engine == "openvino":
-        from cxr_triton.engines.openvino.compiler import open_request
+        from cxr_triton.engines.openvino.session import open_request
 
         request = open_request(model, threads, "bf16" if precision == "bf16" else "fp32")
 
