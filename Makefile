@@ -15,8 +15,8 @@ test: server-python $(VENV)/.test debian
 # The tests that compare numbers or texts, computed as an older CPU would: torch and OpenVINO without AVX-512, VNNI and
 # bf16, MKL and OpenBLAS without AVX. ONNX Runtime goes by the CPU alone. OpenVINO needs both of the first two.
 ISA := ONEDNN_MAX_CPU_ISA=AVX2 OV_CPU_MAX_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem
-NUMERICAL := $(addprefix tests/unit/test_,$(addsuffix .py,bundle checkpoint dicom display export image pipeline quantize \
-	rewards roofline runtime sampling))
+NUMERICAL := $(addprefix tests/unit/test_,$(addsuffix .py,bundle checkpoint dicom display export_command image pipeline quantize \
+	rewards roofline sampler scheduler))
 .PHONY: test-isa
 test-isa: $(VENV)/.test
 	$(ISA) $(BIN)/python -m pytest tests/contract --ignore tests/contract/test_sr.py $(NUMERICAL)

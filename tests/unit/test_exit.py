@@ -14,8 +14,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fake_server import FakeServer, failure, pause, response
-from test_bench_load import READING as BENCH_READING
-from test_client import READING, TEXT
+from test_load import READING as BENCH_READING
+from test_reader import READING, TEXT
 
 REPORT = """
 import atexit, gc, os, signal, sys, threading

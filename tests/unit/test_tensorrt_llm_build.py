@@ -376,7 +376,7 @@ import sys
 from pathlib import Path
 import pytest
 sys.path[:0] = [{tests!r}, {unit!r}]
-from test_trtllm_build import paper_gpu
+from test_tensorrt_llm_build import paper_gpu
 paper_gpu(pytest.MonkeyPatch())
 from cxr_triton.cli import main
 main(["build", {export!r}, "-o", {out!r}, "--recipe", {recipe!r}, "--no-cache"])
