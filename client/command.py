@@ -33,7 +33,7 @@ from cxr_triton.client.reader import Reader, ReadingStream
 from cxr_triton.errors import CxrError, InvalidRequest, ServerMismatch
 from cxr_triton.files import write
 from cxr_triton.identity import IDENTIFIERS, require_same_images
-from cxr_triton.pixels.dicom import FLAGS as IMAGE_FLAGS
+from cxr_triton.pixels.flags import FLAGS as IMAGE_FLAGS
 from cxr_triton.pixels.sandbox import identify
 from cxr_triton.reading import FLAGS as READING_FLAGS
 from cxr_triton.reading import Reading

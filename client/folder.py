@@ -9,7 +9,7 @@ from pathlib import Path
 from cxr_triton.errors import DeadlineExceeded, InternalError, InvalidImage, ServerMismatch
 from cxr_triton.files import write
 from cxr_triton.identity import sha256
-from cxr_triton.pixels.dicom import kind_of, may_be_image
+from cxr_triton.pixels.filetype import kind_of, may_be_image
 from cxr_triton.reading import Reading
 
 DICOMDIR = "DICOMDIR"

@@ -17,8 +17,8 @@ from cxr_triton import __version__
 from cxr_triton.cli import printable
 from cxr_triton.identity import UIDS, require_same_images
 from cxr_triton.numbers import duration, glued, moment, number, percent
-from cxr_triton.pixels.dicom import DOUBTFUL
-from cxr_triton.pixels.dicom import FLAGS as IMAGE_FLAGS
+from cxr_triton.pixels.flags import DOUBTFUL
+from cxr_triton.pixels.flags import FLAGS as IMAGE_FLAGS
 from cxr_triton.pixels.image import PATCH
 from cxr_triton.reading import FLAGS as READING_FLAGS
 from cxr_triton.reading import Box, Reading, parse

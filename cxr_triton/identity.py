@@ -16,7 +16,7 @@ import numpy as np
 from cxr_triton.errors import ReadingMismatch
 
 if TYPE_CHECKING:
-    from cxr_triton.pixels.dicom import Radiograph
+    from cxr_triton.pixels.radiograph import Radiograph
 
 IDENTIFIERS = ("plain", "hashed")
 UIDS = {

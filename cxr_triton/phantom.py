@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cxr_triton.pixels import display
+from cxr_triton.pixels.transforms import Window
 
 LABELS = ("Cardiomegaly", "Pleural Effusion", "Pneumothorax", "Lung Opacity", "Support Devices")
 SIDED = ("Pleural Effusion", "Pneumothorax", "Lung Opacity")
@@ -64,7 +65,7 @@ class Phantom:
         monochrome1 = photometric == "MONOCHROME1"
         if preset == "mimic_jpg":
             return display.mimic_jpg(stored, monochrome1)
-        voi = display.Window(*window) if window else None
+        voi = Window(*window) if window else None
         return display.voi_display(stored, monochrome1=monochrome1, bits_stored=self.bits_stored, voi=voi)
 
 

@@ -81,7 +81,7 @@ class Parsed:
     status : str
         ``ok``; ``malformed``: a piece of the grammar is missing or unreadable; ``truncated``: the token limit came
         first; ``out_of_vocabulary``: well formed, but `unknown_labels` are none of the profile's; ``doubtful_image``:
-        well formed, but an image has one of `cxr_triton.pixels.dicom.DOUBTFUL` (of a `Reading` only).
+        well formed, but an image has one of `cxr_triton.pixels.flags.DOUBTFUL` (of a `Reading` only).
     text : str
         The model's text, untouched.
     reasoning, answer : str or None

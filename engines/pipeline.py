@@ -24,7 +24,8 @@ from cxr_triton.engines.verify.record import is_verified
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, PromptTooLong
 from cxr_triton.identity import hashed
 from cxr_triton.pixels import image
-from cxr_triton.pixels.dicom import DOUBTFUL, Limits
+from cxr_triton.pixels.flags import DOUBTFUL
+from cxr_triton.pixels.limits import Limits
 from cxr_triton.pixels.sandbox import Sandbox
 from cxr_triton.reading import Reading, parse
 from cxr_triton.request import ReadRequest

@@ -38,7 +38,8 @@ from cxr_triton.client.gateway.config import LOOPBACK, Config
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.store import CommitInDoubt, Received, Store, is_full
 from cxr_triton.errors import InvalidImage, LimitExceeded, QueueFull, Unavailable
-from cxr_triton.pixels.dicom import Identity, Limits, read_identity
+from cxr_triton.pixels.dicom import Identity, read_identity
+from cxr_triton.pixels.limits import Limits
 
 SUCCESS, OUT_OF_RESOURCES, WRONG_CLASS, CANNOT_UNDERSTAND, PROCESSING_FAILURE = 0x0000, 0xA700, 0xA900, 0xC000, 0x0110
 STOW_IDLE_S = 30.0

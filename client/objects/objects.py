@@ -32,7 +32,7 @@ from cxr_triton import __version__
 from cxr_triton.client.objects.codes import FHIR_SYSTEMS, PRIVATE_SCHEME, STATUSES, Concept
 from cxr_triton.errors import InvalidImage, InvalidRequest
 from cxr_triton.identity import UIDS, require_same_images
-from cxr_triton.pixels.dicom import kind_of
+from cxr_triton.pixels.filetype import kind_of
 
 if TYPE_CHECKING:
     from cxr_triton.client.page import Shown

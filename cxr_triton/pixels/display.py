@@ -7,80 +7,14 @@ grayscale pipeline. Both are curves over the at most 65,536 stored codes, so a p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from cxr_triton.errors import InvalidImage
+from cxr_triton.pixels.radiograph import Radiograph
+from cxr_triton.pixels.transforms import LookupTable, Rescale, Window, declared_range
 
-if TYPE_CHECKING:
-    from cxr_triton.pixels.dicom import Radiograph
-
-VoiFunction = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
 PRESETS = ("mimic_jpg", "voi_display")
-
-
-@dataclass(frozen=True)
-class Rescale:
-    """Linear modality transform ``slope * stored + intercept`` (PS3.3 C.11.1.1.2)."""
-
-    slope: float = 1.0
-    intercept: float = 0.0
-
-    def __call__(self, values: np.ndarray) -> np.ndarray:
-        return values * self.slope + self.intercept
-
-
-@dataclass(frozen=True, eq=False)
-class LookupTable:
-    """Modality or VOI LUT of PS3.3 C.11.1.1.1 and C.11.2.1.1.
-
-    Attributes
-    ----------
-    first : int
-        Input value that maps to entry 0; inputs outside the table take its first or last entry.
-    entries : ndarray (n,) uint16
-    bits : int
-        Declared bits of an entry; the output range is 0 .. 2**bits - 1.
-    """
-
-    first: int
-    entries: np.ndarray
-    bits: int
-
-    def __call__(self, values: np.ndarray) -> np.ndarray:
-        index = np.clip(np.rint(values) - self.first, 0, len(self.entries) - 1).astype(np.intp)
-        return self.entries[index].astype(np.float64)
-
-    @property
-    def output_range(self) -> tuple[float, float]:
-        return 0.0, float(2**self.bits - 1)
-
-
-@dataclass(frozen=True)
-class Window:
-    """VOI window of PS3.3 C.11.2.1.2 and C.11.2.1.3; the output is 0 .. 1."""
-
-    center: float
-    width: float
-    function: VoiFunction = "LINEAR"
-
-    @property
-    def usable(self) -> bool:
-        """LINEAR needs a width of at least 1, the others more than 0."""
-        if not (np.isfinite(self.center) and np.isfinite(self.width)):
-            return False
-        return self.width >= 1 if self.function == "LINEAR" else self.width > 0
-
-    def __call__(self, values: np.ndarray) -> np.ndarray:
-        if self.function == "SIGMOID":
-            # the clip keeps exp() finite and changes nothing in 8 bits
-            return 1 / (1 + np.exp(np.clip(-4 * (values - self.center) / self.width, -700, 700)))
-        if self.function == "LINEAR_EXACT":
-            return np.clip((values - self.center) / self.width + 0.5, 0, 1)
-        if self.width == 1:
-            return (values > self.center - 0.5).astype(np.float64)
-        return np.clip((values - (self.center - 0.5)) / (self.width - 1) + 0.5, 0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +31,7 @@ class Picture:
     padding_share : float
         Part of the pixels that is padding.
     flags : tuple of str
-        The radiograph's and the preset's members of `cxr_triton.pixels.dicom.FLAGS`, sorted.
+        The radiograph's and the preset's members of `cxr_triton.pixels.flags.FLAGS`, sorted.
     """
 
     pixels: np.ndarray
@@ -306,17 +240,6 @@ def _voi_curve(
     curve = np.floor(grey * 255 + (0.5 + 1e-9)).astype(np.uint8)
     curve[padded] = 0
     return curve, scaling
-
-
-def declared_range(
-    bits_stored: int, signed: bool, modality: Rescale | LookupTable | None = None
-) -> tuple[float, float]:
-    """Smallest and largest value that the header allows after the modality transform."""
-    if isinstance(modality, LookupTable):
-        return modality.output_range
-    low, high = (-(2 ** (bits_stored - 1)), 2 ** (bits_stored - 1) - 1) if signed else (0, 2**bits_stored - 1)
-    ends = (modality or Rescale())(np.array([low, high], np.float64))
-    return float(ends.min()), float(ends.max())
 
 
 def fills_declared_range(values: np.ndarray, low: float, high: float) -> bool:

@@ -26,8 +26,10 @@ from typing import Any
 import numpy as np
 
 from cxr_triton.errors import CODES, InternalError, InvalidImage, LimitExceeded, NotAChest
-from cxr_triton.pixels.dicom import Limits, Metadata
-from cxr_triton.pixels.plausibility import VIEWS, Anatomy, judge
+from cxr_triton.pixels.anatomy import Anatomy
+from cxr_triton.pixels.limits import Limits
+from cxr_triton.pixels.plausibility import VIEWS, judge
+from cxr_triton.pixels.radiograph import Metadata
 
 _HEAD = struct.Struct("<II")  # bytes of JSON, bytes of payload
 _START_S = 30.0
@@ -48,7 +50,7 @@ class Prepared:
         What the reading reports about the image; JSON-serialisable. The UIDs of its `cxr_triton.identity` are the only
         patient data.
     study_date : str
-        As `cxr_triton.pixels.dicom.Metadata` has it; not among the facts, so that no server sends it.
+        As `cxr_triton.pixels.radiograph.Metadata` has it; not among the facts, so that no server sends it.
     decode_ms, preprocess_ms : float
         Reading the file; rendering and resizing.
     """
@@ -429,9 +431,9 @@ def _warm_up() -> None:
     import imagecodecs
 
     import cxr_triton.identity  # noqa: F401
-    from cxr_triton.pixels.dicom import Metadata, Radiograph
     from cxr_triton.pixels.display import render
     from cxr_triton.pixels.image import resize
+    from cxr_triton.pixels.radiograph import Metadata, Radiograph
 
     picture = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
     render(Radiograph(picture, Metadata("dicom", 64, 64, 12)), "voi_display")

@@ -31,8 +31,10 @@ from pydicom.uid import (
 )
 
 from cxr_triton import errors
-from cxr_triton.pixels.dicom import FLAGS, Limits, read_image
-from cxr_triton.pixels.display import LookupTable, Rescale, Window
+from cxr_triton.pixels.dicom import read_image
+from cxr_triton.pixels.flags import FLAGS
+from cxr_triton.pixels.limits import Limits
+from cxr_triton.pixels.transforms import LookupTable, Rescale, Window
 
 ROWS, COLUMNS = 45, 67  # odd, so that 8-bit data need padding
 

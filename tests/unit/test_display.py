@@ -18,8 +18,10 @@ from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from test_dicom import dataset_of, file_bytes, pattern
 
 from cxr_triton.errors import InvalidImage
-from cxr_triton.pixels.dicom import Metadata, Radiograph, read_image
-from cxr_triton.pixels.display import LookupTable, Rescale, Window, equalize_histogram, mimic_jpg, render, voi_display
+from cxr_triton.pixels.dicom import read_image
+from cxr_triton.pixels.display import equalize_histogram, mimic_jpg, render, voi_display
+from cxr_triton.pixels.radiograph import Metadata, Radiograph
+from cxr_triton.pixels.transforms import LookupTable, Rescale, Window
 
 STORED = hnp.arrays(
     st.sampled_from([np.uint8, np.uint16, np.int16]),

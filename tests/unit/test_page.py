@@ -25,9 +25,9 @@ from cxr_triton.client.page import _IMAGE, Shown, _result, draw, reading_page
 from cxr_triton.engines.pipeline import Preprocessor, build_reading, completion_json
 from cxr_triton.engines.runtime.scheduler import Completion
 from cxr_triton.numbers import number
-from cxr_triton.pixels.dicom import FLAGS as IMAGE_FLAGS
 from cxr_triton.pixels.dicom import read_image
 from cxr_triton.pixels.display import render
+from cxr_triton.pixels.flags import FLAGS as IMAGE_FLAGS
 from cxr_triton.reading import FLAGS as READING_FLAGS
 from cxr_triton.reading import Box, Finding, Reading
 

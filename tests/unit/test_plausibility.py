@@ -13,9 +13,11 @@ from test_dicom import dataset_of, file_bytes
 
 from cxr_triton import phantom, phantom_file
 from cxr_triton.errors import CxrError, NotAChest
+from cxr_triton.pixels.anatomy import Anatomy, Code, weigh
 from cxr_triton.pixels.dicom import read_identity, read_image
 from cxr_triton.pixels.display import render
-from cxr_triton.pixels.plausibility import DOUBTS, MIN_CHEST, Anatomy, Code, anatomy, judge, likeness
+from cxr_triton.pixels.flags import DOUBTS
+from cxr_triton.pixels.plausibility import MIN_CHEST, judge, likeness
 from cxr_triton.pixels.sandbox import Sandbox
 
 SIDE = 256
@@ -155,7 +157,7 @@ def test_the_gateway_is_told_what_is_no_chest():
 
 
 def test_a_code_s_meaning_can_widen_what_its_number_says():
-    found = anatomy(body_part="", regions=[Code("999999", "SCT", "Entire left lung")], descriptions=[])
+    found = weigh(body_part="", regions=[Code("999999", "SCT", "Entire left lung")], descriptions=[])
     assert found.says == "chest"
 
 

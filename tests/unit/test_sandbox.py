@@ -19,9 +19,10 @@ from PIL import Image
 from test_dicom import compressed_bytes, dataset_of, deflated, file_bytes, pattern
 
 from cxr_triton import errors
-from cxr_triton.pixels.dicom import Limits, read_image
+from cxr_triton.pixels.dicom import read_image
 from cxr_triton.pixels.display import render
 from cxr_triton.pixels.image import resize, target_size
+from cxr_triton.pixels.limits import Limits
 from cxr_triton.pixels.sandbox import Sandbox
 
 BUDGET = {"min_pixels": 28 * 28 * 4, "max_pixels": 476 * 476}
