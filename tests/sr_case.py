@@ -10,7 +10,8 @@ from pydicom.dataset import Dataset
 
 from cxr_triton import phantom, phantom_file
 from cxr_triton.client.objects.codes import LABELS
-from cxr_triton.client.objects.objects import ObjectOptions, source_header
+from cxr_triton.client.objects.source import source_header
+from cxr_triton.client.objects.study import ObjectOptions
 from cxr_triton.identity import UIDS, identity_of
 from cxr_triton.pixels.dicom import read_image
 from cxr_triton.reading import Reading, parse

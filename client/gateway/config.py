@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cxr_triton.client.limits import Timeouts, Tls
+from cxr_triton.client.objects import KINDS
 from cxr_triton.config import Checked, build, in_range, one_of, read_yaml
 from cxr_triton.errors import InvalidConfig
 
 EXAMPLE = Path(__file__).with_name("gateway.yaml")
-KINDS = ("findings_sr", "text_sr", "gsps", "pdf")
 _AET = re.compile(r"(?! )[\x20-\x5b\x5d-\x7e]{1,16}(?<! )")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))

@@ -27,7 +27,7 @@ from cxr_triton.client.gateway.deliver import Unreachable, associate
 from cxr_triton.client.gateway.read import choose
 from cxr_triton.client.gateway.receive import OUT_OF_RESOURCES, SUCCESS, IncomingFile, Intake
 from cxr_triton.client.gateway.store import Store
-from cxr_triton.client.objects.objects import source_header
+from cxr_triton.client.objects.source import source_header
 from cxr_triton.errors import InvalidImage, QueueFull, Unavailable
 from cxr_triton.pixels.codestream import TRANSFER_SYNTAXES
 

@@ -23,13 +23,9 @@ from cxr_triton.client.aio import AsyncReader
 from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.store import LeaseLost, Result, Store, is_full
-from cxr_triton.client.objects.objects import (
-    ObjectOptions,
-    diagnostic_report,
-    header_faults,
-    result_objects,
-    source_header,
-)
+from cxr_triton.client.objects.results import diagnostic_report, result_objects
+from cxr_triton.client.objects.source import header_faults, source_header
+from cxr_triton.client.objects.study import ObjectOptions
 from cxr_triton.client.page import DOCUMENT_PIXELS, Shown, draw
 from cxr_triton.errors import (
     Cancelled,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import importlib
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -102,8 +101,6 @@ class Gateway:
         await asyncio.to_thread(self.store.start)
         self.intake.draining = await asyncio.to_thread(self.store.is_draining)
         runner = await self._start_web()
-        # Takes a second, which the first study would pay.
-        await asyncio.to_thread(importlib.import_module, "cxr_triton.client.objects.sr")
         try:
             if self.config.dicom:
                 self._listener = Listener(self.intake, self.deliverers[0].take_commitment)

@@ -9,7 +9,6 @@ import json
 import sys
 
 import click
-import highdicom  # noqa: F401  # here, so that an install without it is told which extra to take
 
 from cxr_triton.cli import EXIT_NOT_AS_ASKED, OUT_FOLDER, TASKS, Waiting, json_option, printable, write_json
 from cxr_triton.client.command import (
@@ -21,17 +20,13 @@ from cxr_triton.client.command import (
     stored_reading,
     unchecked_reading_option,
 )
-from cxr_triton.client.objects.objects import (
-    KINDS,
-    ObjectOptions,
-    diagnostic_report,
-    file_digest,
-    header_faults,
-    result_objects,
-    source_header,
-)
+from cxr_triton.client.objects import KINDS
+from cxr_triton.client.objects.results import diagnostic_report, result_objects
+from cxr_triton.client.objects.source import header_faults, source_header
+from cxr_triton.client.objects.study import ObjectOptions
 from cxr_triton.client.page import DOCUMENT_PIXELS, NOT_FOR_DIAGNOSIS, draw
 from cxr_triton.files import write
+from cxr_triton.identity import sha256
 from cxr_triton.reading import Reading
 
 
@@ -101,7 +96,7 @@ def sr(
         made_at = datetime.datetime.now().astimezone().replace(microsecond=0)
     options = ObjectOptions(
         made_at=made_at,
-        digests=tuple(file_digest(data) for data in images),
+        digests=tuple(map(sha256, images)),
         unchecked_reading=unchecked_reading,
     )
     pictures = ()

@@ -9,8 +9,8 @@ from typing import Any
 
 from cxr_triton import __version__
 from cxr_triton.client.objects.codes import FHIR_SYSTEMS, PRESENT, STATUS, STATUSES, Concept, label_concept, presence
-from cxr_triton.client.objects.objects import MANUFACTURER, UNVERIFIED, Study
-from cxr_triton.client.objects.sr import box_text, flags, has_area, notice, statements
+from cxr_triton.client.objects.statements import box_text, flags, has_area, notice, statements
+from cxr_triton.client.objects.study import MANUFACTURER, UNVERIFIED, Study
 
 DICOM_UID = "urn:dicom:uid"
 
@@ -66,7 +66,7 @@ def report(study: Study) -> dict[str, Any]:
 def _observations(study: Study) -> list[dict[str, Any]]:
     """Status of the reading, presence of each label, and each box with its outline in words."""
     reading = study.reading
-    common = {
+    common: dict[str, Any] = {
         "resourceType": "Observation",
         "status": "preliminary",
         "category": [
@@ -116,14 +116,16 @@ def _patient(study: Study) -> dict[str, Any]:
         if issuer := str(source.get("IssuerOfPatientID") or "").strip():
             patient["identifier"][0]["assigner"] = {"display": _text(issuer)}
     if name := str(source.get("PatientName") or "").strip("^= "):
-        names = []
+        names: list[dict[str, Any]] = []
         for group in filter(None, _text(name).split("=")):
             family, *given = group.split("^")[:3]
-            entry = {"family": family.strip(), "given": [part.strip() for part in given if part.strip()]}
-            names.append(
-                {"text": " ".join(group.split("^")).strip()} | {key: part for key, part in entry.items() if part}
-            )
-        patient["name"] = names
+            entry = {
+                "text": " ".join(group.split("^")).strip(),
+                "family": family.strip(),
+                "given": [part.strip() for part in given if part.strip()],
+            }
+            names.append({key: part for key, part in entry.items() if part})
+        patient["name"] = [name for name in names if name]
     if date := _date(source.get("PatientBirthDate")):
         patient["birthDate"] = date
     if gender := {"M": "male", "F": "female", "O": "other"}.get(str(source.get("PatientSex") or "")):

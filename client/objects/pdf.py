@@ -5,20 +5,22 @@ from __future__ import annotations
 import datetime
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
 import fontpkg_noto_sans
 from fpdf import FPDF, XPos, YPos
+from fpdf.fonts import TTFFont
 from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.uid import EncapsulatedPDFStorage
 
 from cxr_triton import __version__
 from cxr_triton.client.objects.codes import UNTOUCHED, Concept
-from cxr_triton.client.objects.objects import UNVERIFIED, Study, code_item, reference
-from cxr_triton.client.objects.sr import flags, has_area, notice, statements, untouched
+from cxr_triton.client.objects.source import reference
+from cxr_triton.client.objects.statements import flags, has_area, notice, statements, untouched
+from cxr_triton.client.objects.study import UNVERIFIED, Study, code_item
 from cxr_triton.client.page import LATERALITIES, NOT_FOR_DIAGNOSIS, image_name
 
 FONT = Path(fontpkg_noto_sans.__file__).parent / "files" / "NotoSans[wdth,wght].ttf"
@@ -46,7 +48,8 @@ class _Sheet(FPDF):
     def say(self, size: int, text: str) -> None:
         """A paragraph from the cursor to the right margin."""
         self.set_font("Noto", size=size)
-        drawn, missing = _drawable(text, self.fonts["noto"].cmap)
+        font = self.fonts["noto"]
+        drawn, missing = _drawable(text, font.cmap if isinstance(font, TTFFont) else {})
         self.missing += missing
         self.multi_cell(0, size * 0.5, drawn, align="L", new_x=XPos.LMARGIN, new_y=YPos.NEXT)
         self.ln(1.5)
@@ -178,7 +181,7 @@ def _label(box: dict[str, Any]) -> str:
     return box["label"] or "unnamed"
 
 
-def _drawable(text: str, glyphs) -> tuple[str, int]:
+def _drawable(text: str, glyphs: Container[int]) -> tuple[str, int]:
     """Text of characters that the font has, and how many were replaced."""
     text = re.sub(r"\r\n?", "\n", text).translate(SUBSTITUTES)
     drawn = [c if c == "\n" or ord(c) in glyphs else "?" for c in text]

@@ -13,8 +13,9 @@ from typing import Any
 from pydicom.dataset import Dataset
 from pydicom.uid import GrayscaleSoftcopyPresentationStateStorage
 
-from cxr_triton.client.objects.objects import UNVERIFIED, Study, copy_attributes, long_string, reference
-from cxr_triton.client.objects.sr import corners, has_area
+from cxr_triton.client.objects.source import copy_attributes, reference
+from cxr_triton.client.objects.statements import corners, has_area
+from cxr_triton.client.objects.study import UNVERIFIED, Study, long_string
 
 LAYER = "AI"
 
@@ -24,7 +25,7 @@ def presentation_states(study: Study) -> list[Dataset]:
 
     A presentation state may only be of images of its own study (PS3.3 C.11.11), so a prior of another one has none.
     """
-    states = []
+    states: list[Dataset] = []
     for index, source in enumerate(study.sources):
         boxes = [box for box in study.reading["boxes"] if box["image"] == index and has_area(box)]
         if boxes and source.StudyInstanceUID == study.current.StudyInstanceUID:

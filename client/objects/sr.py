@@ -12,12 +12,11 @@ from pydicom.sr.codedict import codes
 from pydicom.uid import Comprehensive3DSRStorage, ComputedRadiographyImageStorage, EnhancedSRStorage
 
 from cxr_triton.client.objects.codes import (
-    ABSENT,
     ALGORITHM,
+    LABELS,
     NAMED_REGION,
     NOTICE,
     PLAIN_RADIOGRAPHY,
-    PRESENT,
     REASONING,
     STATUS,
     STATUSES,
@@ -26,12 +25,9 @@ from cxr_triton.client.objects.codes import (
     label_concept,
     presence,
 )
-from cxr_triton.client.objects.codes import LABELS as KNOWN_LABELS
-from cxr_triton.client.objects.objects import MANUFACTURER, UNVERIFIED, Study, code_item, free_text, long_string
-from cxr_triton.client.page import NOT_FOR_DIAGNOSIS
+from cxr_triton.client.objects.statements import box_text, corners, flags, has_area, notice, statements, untouched
+from cxr_triton.client.objects.study import MANUFACTURER, Study, code_item, free_text, long_string
 from cxr_triton.client.page import STATUSES as STATUS_TEXTS
-from cxr_triton.pixels.flags import FLAGS as IMAGE_FLAGS
-from cxr_triton.reading import FLAGS as READING_FLAGS
 
 COMMENT = codes.DCM.Comment
 RELATION = sr.RelationshipTypeValues
@@ -42,16 +38,26 @@ def findings_report(study: Study) -> list[Dataset]:
 
     One measurement group (TID 1501) is about the whole reading; each box with an area is a planar region (TID 1410).
     """
+    boxes = enumerate(study.reading["boxes"], 1)
+    report = sr.MeasurementReport(
+        observation_context=_observation_context(study),
+        procedure_reported=_procedures(study),
+        imaging_measurements=[
+            _whole_reading(study),
+            *(_region(study, number, box) for number, box in boxes if has_area(box)),
+        ],
+        title=codes.DCM.ImagingMeasurementReport,
+        language_of_content_item_and_descendants=_english(),
+    )
+    report[0].ContentSequence.insert(len(report[0].ContentSequence) - 1, _image_library(study))
+    return [_document(study, "findings_sr", Comprehensive3DSRStorage, "findings", report[0])]
+
+
+def _whole_reading(study: Study) -> sr.MeasurementsAndQualitativeEvaluations:
     reading = study.reading
-    algorithm = {
-        "name": free_text(study.algorithm),
-        "version": free_text(study.algorithm_version),
-        "manufacturer": MANUFACTURER,
-    }
-    parameters = [free_text(parameter) for parameter in _parameters(study)]
     whole = sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(study.uid("tracking", "reading"), "Machine reading"),
-        algorithm_id=sr.AlgorithmIdentification(**algorithm, parameters=parameters),
+        algorithm_id=_algorithm(study, [free_text(parameter) for parameter in _parameters(study)]),
         source_images=[
             sr.SourceImageForMeasurementGroup(source.SOPClassUID, source.SOPInstanceUID) for source in study.sources
         ],
@@ -61,33 +67,32 @@ def findings_report(study: Study) -> list[Dataset]:
         ],
     )
     whole[0].ContentSequence.extend(_text(COMMENT, text) for text in _comments(study))
-    groups = [whole]
-    for number, box in enumerate(reading["boxes"], 1):
-        if not has_area(box):
-            continue
-        source = study.sources[box["image"]]
-        label, concept = free_text(box["label"] or "unnamed region"), _box_concept(box)
-        region = sr.PlanarROIMeasurementsAndQualitativeEvaluations(
-            tracking_identifier=sr.TrackingIdentifier(study.uid("tracking", f"box {number}"), label),
-            referenced_region=sr.ImageRegion(
-                sr.GraphicTypeValues.POLYLINE,
-                np.array(corners(box)),
-                sr.SourceImageForRegion(source.SOPClassUID, source.SOPInstanceUID),
-            ),
-            finding_type=_concept(concept),
-            finding_sites=[sr.FindingSite(_concept(concept.site))] if concept.site else None,
-            algorithm_id=sr.AlgorithmIdentification(**algorithm),
-        )
-        groups.append(region)
-    report = sr.MeasurementReport(
-        observation_context=_observation_context(study),
-        procedure_reported=_procedures(study),
-        imaging_measurements=groups,
-        title=codes.DCM.ImagingMeasurementReport,
-        language_of_content_item_and_descendants=_english(),
+    return whole
+
+
+def _region(study: Study, number: int, box: dict[str, Any]) -> sr.PlanarROIMeasurementsAndQualitativeEvaluations:
+    source = study.sources[box["image"]]
+    label, concept = free_text(box["label"] or "unnamed region"), _box_concept(box)
+    return sr.PlanarROIMeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(study.uid("tracking", f"box {number}"), label),
+        referenced_region=sr.ImageRegion(
+            sr.GraphicTypeValues.POLYLINE,
+            np.array(corners(box)),
+            sr.SourceImageForRegion(source.SOPClassUID, source.SOPInstanceUID),
+        ),
+        finding_type=_concept(concept),
+        finding_sites=[sr.FindingSite(_concept(concept.site))] if concept.site else None,
+        algorithm_id=_algorithm(study),
     )
-    report[0].ContentSequence.insert(len(report[0].ContentSequence) - 1, _image_library(study))
-    return [_document(study, "findings_sr", Comprehensive3DSRStorage, "findings", report[0])]
+
+
+def _algorithm(study: Study, parameters: Sequence[str] | None = None) -> sr.AlgorithmIdentification:
+    return sr.AlgorithmIdentification(
+        name=free_text(study.algorithm),
+        version=free_text(study.algorithm_version),
+        manufacturer=MANUFACTURER,
+        parameters=parameters,
+    )
 
 
 def text_report(study: Study) -> list[Dataset]:
@@ -118,79 +123,9 @@ def text_report(study: Study) -> list[Dataset]:
     return [_document(study, "text_sr", EnhancedSRStorage, "report", root)]
 
 
-def notice(reading: dict[str, Any]) -> str:
-    """What has to be shown wherever a reading is shown."""
-    return f"{NOT_FOR_DIAGNOSIS} {UNVERIFIED}. {reading['notice']}"
-
-
-def statements(reading: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """The reading as sentences for people: findings, and impression.
-
-    A reading that is not well formed says so first. Prose of a task with "impression" in its name is the impression,
-    other prose the findings; a list of labels or options is the impression as the model wrote it.
-    """
-    findings, impression = [], []
-    if reading["status"] != "ok":
-        findings.append(f"This reading is {STATUS_TEXTS[reading['status']]}.")
-    called = presence(reading)
-    findings += [f"Present: {label}" for label, value in called.items() if value is PRESENT]
-    if absent := [label for label, value in called.items() if value is ABSENT]:
-        findings.append(f"Absent, as the algorithm does not list them: {', '.join(absent)}")
-    findings += [f"Not in the vocabulary: {label}" for label in reading["unknown_labels"]]
-    for box in reading["boxes"]:
-        findings.append(f"Box: {box_text(box, len(reading['images']))}")
-    prose = reading["report"]
-    if prose and "impression" in (reading["task"] or ""):
-        impression.append(prose)
-    elif prose:
-        findings.append(prose)
-    elif reading["answer"] and not reading["boxes"]:
-        impression.append(reading["answer"])
-    return findings or ["None stated."], impression
-
-
-def untouched(reading: dict[str, Any]) -> list[str]:
-    """The model's own text where the reading is not well formed, so that nothing of it is lost."""
-    return [reading["text"]] if reading["status"] != "ok" and reading["text"].strip() else []
-
-
-def box_text(box: dict[str, Any], images: int) -> str:
-    """A box in words: label, percent and pixels."""
-    text = f"{box['label'] or 'unnamed'}, {' '.join(f'{v:g}' for v in box['percent'])} % of width and height"
-    if box["pixels"]:
-        left, top, right, bottom = box["pixels"]
-        text += f", columns {left:g} to {right:g}, rows {top:g} to {bottom:g}"
-    if box["image"] is not None and images > 1:
-        text += f", image {box['image'] + 1} of {images}"
-    return text if has_area(box) else f"{text}; it has no area inside the image"
-
-
-def has_area(box: dict[str, Any]) -> bool:
-    """Whether a box can be drawn."""
-    if box["pixels"] is None or box["image"] is None:
-        return False
-    left, top, right, bottom = box["pixels"]
-    return left < right and top < bottom
-
-
-def corners(box: dict[str, Any]) -> list[list[float]]:
-    """Closed outline, (column, row) with 0, 0 at the top left corner of the top left pixel (PS3.3 C.18.6.1.1)."""
-    left, top, right, bottom = box["pixels"]
-    return [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
-
-
-def flags(reading: dict[str, Any]) -> list[str]:
-    """What is doubtful about the answer and the images."""
-    texts = [READING_FLAGS.get(flag, flag) for flag in reading["flags"]]
-    for i, facts in enumerate(reading["images"], 1):
-        where = f"image {i}: " if len(reading["images"]) > 1 else ""
-        texts += [where + IMAGE_FLAGS.get(flag, flag) for flag in facts.get("flags", ())]
-    return [f"Flag: {text}" for text in texts]
-
-
 def _box_concept(box: dict[str, Any]) -> Concept:
     concept = label_concept(box["label"] or "")
-    return concept if concept in KNOWN_LABELS.values() else NAMED_REGION
+    return concept if concept in LABELS.values() else NAMED_REGION
 
 
 def _evaluation(concept: Concept, value: Concept) -> sr.QualitativeEvaluation:
@@ -243,12 +178,12 @@ def _image_library(study: Study) -> sr.ContainerContentItem:
         )
         is_cr = source.get("Modality", "CR" if source.SOPClassUID == ComputedRadiographyImageStorage else "DX") == "CR"
         modality = codes.DCM.ComputedRadiography if is_cr else codes.DCM.DigitalRadiography
-        context = {"relationship_type": RELATION.HAS_ACQ_CONTEXT}
+        context = RELATION.HAS_ACQ_CONTEXT
         entry.ContentSequence = sr.ContentSequence(
             [
-                sr.CodeContentItem(codes.DCM.Modality, modality, **context),
-                sr.NumContentItem(codes.DCM.PixelDataRows, source.Rows, pixels, **context),
-                sr.NumContentItem(codes.DCM.PixelDataColumns, source.Columns, pixels, **context),
+                sr.CodeContentItem(codes.DCM.Modality, modality, context),
+                sr.NumContentItem(codes.DCM.PixelDataRows, source.Rows, pixels, relationship_type=context),
+                sr.NumContentItem(codes.DCM.PixelDataColumns, source.Columns, pixels, relationship_type=context),
             ]
         )
         group.ContentSequence.append(entry)

@@ -32,7 +32,7 @@ def open_vision(bundle, *, threads: int | None = None):
     if bundle.vision_engine == "onnxruntime":
         return VisionSession(bundle, threads=threads)
     if bundle.vision_engine == "openvino":
-        from cxr_triton.engines.openvino.compiler import OpenVINOVision
+        from cxr_triton.engines.openvino.session import OpenVINOVision
 
         return OpenVINOVision(bundle, threads=threads)
     if bundle.vision_engine == "onnxruntime-cuda":
@@ -59,7 +59,7 @@ def open_decoder(bundle, *, slots: int, threads: int | None = None, batch_invari
     if batch_invariant:
         raise InvalidRequest(f"batch-invariant readings were asked for, {bundle.engine} has none; use onnxruntime")
     if bundle.engine == "openvino":
-        from cxr_triton.engines.openvino.compiler import OpenVINODecoder
+        from cxr_triton.engines.openvino.session import OpenVINODecoder
 
         return OpenVINODecoder(bundle, slots=slots, threads=threads)
     if bundle.engine == "onnxruntime-cuda":

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageDraw
 from pydicom.data import get_charset_files
 
+from cxr_triton.client.objects import KINDS
 from cxr_triton.client.objects.codes import (
     ABSENT,
     CHEST,
@@ -28,7 +29,8 @@ from cxr_triton.client.objects.codes import (
     STATUSES,
     label_concept,
 )
-from cxr_triton.client.objects.objects import KINDS, diagnostic_report, result_objects, source_header
+from cxr_triton.client.objects.results import diagnostic_report, result_objects
+from cxr_triton.client.objects.source import source_header
 from cxr_triton.client.page import DOCUMENT_PIXELS, Shown, draw
 from cxr_triton.errors import CxrError
 from cxr_triton.identity import hashed, identity_of

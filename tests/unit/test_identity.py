@@ -20,7 +20,8 @@ from PIL import Image
 
 from cxr_triton import cli, phantom, phantom_file
 from cxr_triton.client.aio import AsyncReader
-from cxr_triton.client.objects.objects import diagnostic_report, result_objects, source_header
+from cxr_triton.client.objects.results import diagnostic_report, result_objects
+from cxr_triton.client.objects.source import source_header
 from cxr_triton.client.page import draw
 from cxr_triton.client.reader import Reader
 from cxr_triton.errors import ReadingMismatch

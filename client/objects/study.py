@@ -1,77 +1,42 @@
-"""A reading as standard objects: DICOM structured reports, presentation state and PDF, and a FHIR DiagnosticReport.
-
-In go a reading and the headers of the images that were read; out come complete instances of the same study. They are
-the same bytes for the same input: UIDs are made from what was asked of which images, times come from the caller. Every
-object is preliminary, unverified, and carries the research-only notice.
-"""
+"""What the objects of a reading share: patient, study, algorithm, times and UIDs; and values as DICOM holds them."""
 
 from __future__ import annotations
 
 import datetime
-import hashlib
-import io
 import json
 import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydicom import config
-from pydicom.datadict import keyword_for_tag, tag_for_keyword
-from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.errors import InvalidDicomError
-from pydicom.filereader import dcmread
-from pydicom.tag import Tag
-from pydicom.uid import RE_VALID_UID, UID, ExplicitVRLittleEndian
-from pydicom.valuerep import validate_value
+from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from cxr_triton import __version__
+from cxr_triton.client.objects import KINDS
 from cxr_triton.client.objects.codes import FHIR_SYSTEMS, PRIVATE_SCHEME, STATUSES, Concept
+from cxr_triton.client.objects.source import (
+    FILED_UID,
+    PATIENT_AND_STUDY,
+    SEXES,
+    SOURCE_UIDS,
+    copy_attributes,
+    reference,
+)
 from cxr_triton.errors import InvalidImage, InvalidRequest
 from cxr_triton.identity import UIDS, require_same_images
-from cxr_triton.pixels.filetype import kind_of
 
 if TYPE_CHECKING:
     from cxr_triton.client.page import Shown
 
-KINDS = ("findings_sr", "text_sr", "gsps", "pdf")
 MANUFACTURER = "cxr-triton"
 UNVERIFIED = "AI, not verified"
 NAMESPACE = uuid.UUID("b2f0e3a4-6c0b-5d0e-9a55-5d9f0b1c7e21")
 IMPLEMENTATION_UID = UID(f"2.25.{uuid.uuid5(NAMESPACE, 'implementation').int}")
 
-# PS3.3 C.7.1.1 Patient, C.7.1.3 Clinical Trial Subject, C.7.2.1 General Study, C.7.2.2 Patient Study, C.7.2.3 Clinical
-# Trial Study: what an object shares with the images of its study.
-PATIENT_AND_STUDY = (
-    "PatientName", "PatientID", "IssuerOfPatientID", "IssuerOfPatientIDQualifiersSequence", "TypeOfPatientID",
-    "PatientBirthDate", "PatientBirthTime", "PatientSex", "OtherPatientIDsSequence", "OtherPatientNames", "EthnicGroup",
-    "PatientComments", "QualityControlSubject", "PatientIdentityRemoved", "DeidentificationMethod",
-    "DeidentificationMethodCodeSequence",
-    "ClinicalTrialSponsorName", "ClinicalTrialProtocolID", "ClinicalTrialProtocolName", "ClinicalTrialSiteID",
-    "ClinicalTrialSiteName", "ClinicalTrialSubjectID", "ClinicalTrialSubjectReadingID",
-    "StudyInstanceUID", "StudyDate", "StudyTime", "ReferringPhysicianName", "StudyID", "AccessionNumber",
-    "IssuerOfAccessionNumberSequence", "StudyDescription", "PhysiciansOfRecord", "ProcedureCodeSequence",
-    "PatientAge", "PatientSize", "PatientWeight", "AdmissionID", "IssuerOfAdmissionIDSequence",
-    "ClinicalTrialTimePointID", "ClinicalTrialTimePointDescription",
-)  # fmt: skip
 TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime",
           "ReferringPhysicianName", "StudyID", "AccessionNumber")  # fmt: skip
-SOURCE = (
-    *PATIENT_AND_STUDY, "SpecificCharacterSet", "TimezoneOffsetFromUTC", "SOPClassUID", "SOPInstanceUID",
-    "SeriesInstanceUID", "Modality", "Rows", "Columns", "PhotometricInterpretation", "Manufacturer",
-    "ManufacturerModelName", "SoftwareVersions", "DeviceSerialNumber", "StationName", "InstitutionName",
-    "RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "WindowCenter", "WindowWidth",
-    "VOILUTFunction", "VOILUTSequence", "PixelRepresentation", "BitsStored", "PixelSpacing", "ImagerPixelSpacing",
-    "NominalScannedPixelSpacing", "PixelAspectRatio",
-)  # fmt: skip
-SEXES = ("M", "F", "O")
-CHECKED_VRS = {"AS", "CS", "DA", "DS", "DT", "IS", "TM", "UI"}
-SOURCE_UIDS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
-_UID = re.compile(r"[0-9][0-9.]{0,63}")
-"""A UID by which something is filed, whether or not it has the form of PS3.5 section 9.1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,137 +67,6 @@ class ObjectOptions:
             raise ValueError(f"made_at is {self.made_at}, has to know its time zone; use datetime.astimezone()")
         if not 0 < len(self.station) <= 16 or "\\" in self.station:
             raise ValueError(f"station is {self.station!r}, allowed are 1 to 16 characters without a backslash")
-
-
-def source_header(file: bytes | str | Path) -> Dataset:
-    """What `result_objects` needs of a DICOM file, without its pixels.
-
-    Parameters
-    ----------
-    file : bytes or path
-        DICOM Part 10.
-
-    Raises
-    ------
-    InvalidImage
-        Not DICOM, or damaged, or with a Patient ID that cannot be decoded.
-    """
-    try:
-        stream = io.BytesIO(file) if isinstance(file, bytes) else file
-        with config.disable_value_validation():
-            source = dcmread(stream, stop_before_pixels=True, specific_tags=list(SOURCE))
-            source.undecoded = []
-            for tag in list(source.keys()):
-                try:
-                    source[tag]
-                except Exception:  # a value that pydicom cannot decode is no value
-                    del source[tag]
-                    source.undecoded.append(keyword_for_tag(tag))
-    except InvalidDicomError:
-        kind = kind_of(file if isinstance(file, bytes) else Path(file).read_bytes())
-        raise InvalidImage(f"the file is not DICOM but {kind}; objects are made for DICOM images only") from None
-    except OSError:
-        raise
-    except Exception as error:  # pydicom has no closed set of errors, and their texts quote the header
-        raise InvalidImage(f"the file's header is damaged ({type(error).__name__}); send it again") from None
-    if "PatientID" in source.undecoded:
-        raise InvalidImage("the file's Patient ID cannot be decoded; correct the file's header")
-    return source
-
-
-def header_faults(source: Dataset) -> list[str]:
-    """What objects of an image keep though the standard forbids it, and what they leave out; without the values.
-
-    Parameters
-    ----------
-    source : pydicom.Dataset
-        See `source_header`.
-
-    Returns
-    -------
-    list of str
-        A sentence for each; they name attributes and are free of patient data.
-    """
-    faults = [
-        f"{keyword} is no valid UID (PS3.5 section 9.1); it is kept as it is"
-        for keyword in SOURCE_UIDS
-        if source.get(keyword) and not re.fullmatch(RE_VALID_UID, str(source.get(keyword)))
-    ]
-    with config.disable_value_validation():
-        left_out = [*getattr(source, "undecoded", ()), *copy_attributes(source, Dataset(), PATIENT_AND_STUDY)]
-    if source.get("PatientSex") and source.PatientSex not in SEXES:
-        left_out.append("PatientSex")
-    left_out = dict.fromkeys(keyword for keyword in left_out if keyword)
-    return faults + [f"{keyword} breaks its value representation; it is left out" for keyword in left_out]
-
-
-def result_objects(
-    reading: dict[str, Any],
-    sources: Sequence[Dataset],
-    *,
-    kinds: Sequence[str] = ("findings_sr", "text_sr"),
-    pictures: Sequence[Shown] = (),
-    options: ObjectOptions,
-) -> list[Dataset]:
-    """The DICOM instances of a reading, ready to be stored.
-
-    Parameters
-    ----------
-    reading : dict
-        READING, as ``docs/reading.schema.json`` describes it.
-    sources : sequence of pydicom.Dataset
-        Headers of the images that were read, in the reading's order: prior first, current last. See `source_header`.
-    kinds : sequence of str
-        Of `KINDS`. ``gsps`` gives one presentation state for each image with a box, so possibly none.
-    pictures : sequence of Shown
-        Of the sources, as `cxr_triton.client.page.draw` gives them, for the ``pdf``; none leaves them out of it.
-    options : ObjectOptions
-
-    Returns
-    -------
-    list of pydicom.Dataset
-        In the order of `kinds`, with file meta information, Explicit VR Little Endian, UTF-8. They belong to the study
-        of the current image.
-
-    Raises
-    ------
-    InvalidRequest
-        An unknown kind; the sources are of several patients.
-    ReadingMismatch
-        The reading is of other images than `sources`, by their UIDs; or does not say of which.
-    InvalidImage
-        A source lacks a UID, or its Patient ID cannot be decoded.
-    """
-    for kind in kinds:
-        if kind not in KINDS:
-            raise InvalidRequest(f"kinds: {kind!r} is none of {', '.join(KINDS)}")
-    with config.disable_value_validation():  # pydicom's warnings would put a header's values into logs
-        study = Study(reading, sources, options, pictures)
-        return [instance for kind in kinds for instance in _instances(kind, study)]
-
-
-def _instances(kind: str, study: Study) -> list[Dataset]:
-    match kind:
-        case "findings_sr":
-            from cxr_triton.client.objects.sr import findings_report as write
-        case "text_sr":
-            from cxr_triton.client.objects.sr import text_report as write
-        case "gsps":
-            from cxr_triton.client.objects.presentation import presentation_states as write
-        case "pdf":
-            from cxr_triton.client.objects.pdf import pdf_report as write
-    return write(study)
-
-
-def diagnostic_report(reading: dict[str, Any], sources: Sequence[Dataset], *, options: ObjectOptions) -> dict[str, Any]:
-    """FHIR R4 DiagnosticReport of a reading, with the findings as contained Observations.
-
-    Parameters and errors are those of `result_objects`.
-    """
-    from cxr_triton.client.objects.fhir import report
-
-    with config.disable_value_validation():
-        return report(Study(reading, sources, options))
 
 
 class Study:
@@ -287,6 +121,7 @@ class Study:
 
     @property
     def algorithm_version(self) -> str:
+        """Revision of the weights, engine and precision."""
         model = self.reading["model"]
         parts = [model.get("revision"), model.get("engine"), model.get("precision")]
         return " ".join(str(part) for part in parts if part) or "unknown"
@@ -310,6 +145,7 @@ class Study:
         return f"2.25.{uuid.uuid5(NAMESPACE, json.dumps(key)).int}"
 
     def device_uid(self) -> str:
+        """The same for every reading of one engine bundle."""
         return f"2.25.{uuid.uuid5(NAMESPACE, json.dumps(['device', self.algorithm, self.bundle])).int}"
 
     def instance(self, kind: str, sop_class: str, modality: str, description: str, *, part: str = "") -> Dataset:
@@ -363,7 +199,8 @@ class Study:
             instances = series.setdefault(str(source.SeriesInstanceUID), [])
             if source.SOPInstanceUID not in [item.ReferencedSOPInstanceUID for item in instances]:
                 instances.append(reference(source))
-        current, others = [], []
+        current: list[Dataset] = []
+        others: list[Dataset] = []
         for study_uid, series in groups.items():
             item = Dataset()
             item.StudyInstanceUID, item.ReferencedSeriesSequence = study_uid, []
@@ -397,36 +234,12 @@ class Study:
         return [acquisition, algorithm]
 
 
-def copy_attributes(source: Dataset, target: Dataset, keywords: Sequence[str]) -> list[str]:
-    """Copy elements as decoded text, so that the target's character set encodes them.
-
-    A date, number or code that breaks its VR stays out; names and other free text are copied as they are, and so are
-    UIDs, because things are filed by them.
-
-    Returns
-    -------
-    list of str
-        Keywords of what stayed out, elements of nested items among them.
-    """
-    left_out = []
-    for keyword in keywords:
-        _copy(source, target, tag_for_keyword(keyword), left_out)
-    return left_out
-
-
 def code_item(concept: Concept) -> Dataset:
     """A code sequence's item (PS3.3 section 8.8), with the RadLex equivalent where the concept has one."""
     item = Dataset()
     item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = concept[:3]
     if concept.radlex:
         item.EquivalentCodeSequence = [code_item(Concept(concept.radlex[0], "RADLEX", concept.radlex[1]))]
-    return item
-
-
-def reference(source: Dataset) -> Dataset:
-    """Referenced SOP Class and Instance UID of an image."""
-    item = Dataset()
-    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = source.SOPClassUID, source.SOPInstanceUID
     return item
 
 
@@ -458,7 +271,7 @@ def _check_reading(reading: dict[str, Any]) -> None:
 
 def _check_source(source: Dataset, facts: dict[str, Any], name: str) -> None:
     for keyword in SOURCE_UIDS:
-        if not _UID.fullmatch(str(source.get(keyword) or "")):
+        if not FILED_UID.fullmatch(str(source.get(keyword) or "")):
             raise InvalidImage(f"{name} has no valid {keyword}; objects can only be made for a complete DICOM image")
     stored = source.get("Rows"), source.get("Columns")
     if not all(isinstance(size, int) and size > 0 for size in stored):
@@ -471,49 +284,9 @@ def _check_source(source: Dataset, facts: dict[str, Any], name: str) -> None:
         )
 
 
-def _copy(source: Dataset, target: Dataset, tag: int, left_out: list[str]) -> None:
-    if tag not in source:
-        return
-    try:
-        target[tag] = _copied(source[tag], left_out)
-    except Exception:  # a value that breaks its VR, or that pydicom cannot decode
-        left_out.append(keyword_for_tag(tag) or str(Tag(tag)))
-
-
-def _copied(element: DataElement, left_out: list[str]) -> DataElement:
-    """A copy that holds no bytes of the source's character set.
-
-    Raises
-    ------
-    ValueError
-        The value breaks its VR.
-    """
-    value = element.value
-    if element.VR == "SQ":
-        items = []
-        for source in value:
-            item = Dataset()
-            for tag in sorted(source.keys() - {tag_for_keyword("SpecificCharacterSet")}):
-                _copy(source, item, tag, left_out)
-            items.append(item)
-        return DataElement(element.tag, "SQ", items)
-    if element.VR == "PN":
-        value = [str(name) for name in value] if element.VM > 1 else str(value)
-    if element.VR in CHECKED_VRS:
-        for part in value if element.VM > 1 else [value]:
-            if not (element.VR == "UI" and _UID.fullmatch(str(part))):
-                validate_value(element.VR, str(part or ""), config.RAISE)
-    return DataElement(element.tag, element.VR, value, validation_mode=config.IGNORE)
-
-
 def _coding_scheme() -> Dataset:
     item = Dataset()
     item.CodingSchemeDesignator, item.CodingSchemeName = PRIVATE_SCHEME, "cxr-triton concepts"
     item.CodingSchemeUID = FHIR_SYSTEMS[PRIVATE_SCHEME].removeprefix("urn:oid:")
     item.CodingSchemeResponsibleOrganization = MANUFACTURER
     return item
-
-
-def file_digest(data: bytes) -> str:
-    """SHA-256 of a source's file, for `ObjectOptions.digests`."""
-    return hashlib.sha256(data).hexdigest()
