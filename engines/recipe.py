@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cxr_triton.config import Checked, build, in_range, one_of, read_yaml
+from cxr_triton.engines.verify.thresholds import thresholds_of
 from cxr_triton.errors import CxrError, InvalidRecipe, unknown_key
 from cxr_triton.profile import load_profile, profile_names
 
@@ -125,7 +126,7 @@ class Recipe(_Checked):
     container : str or None
         Image that serves the bundle; that of tensorrt-llm builds it too.
     thresholds : dict
-        Limits of the verification gate that differ from its defaults, see `cxr_triton.engines.verify.gate`.
+        Limits of the verification gate that differ from its defaults, see `cxr_triton.engines.verify.thresholds`.
     """
 
     name: str
@@ -238,8 +239,6 @@ class Recipe(_Checked):
             )
 
     def _check_thresholds(self) -> None:
-        from cxr_triton.engines.verify.gate import thresholds_of
-
         try:
             thresholds_of(self.decoder.precision, self.decoder.compute, self.thresholds)
         except CxrError as error:

@@ -28,7 +28,8 @@ from cxr_triton import __version__
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.pipeline import Preprocessor, sampling_of
 from cxr_triton.engines.verify.record import PARTS, SCHEMA, holds, require_verified, subject, write_record
-from cxr_triton.errors import CxrError, InvalidBundle, InvalidImage, InvalidRequest, unknown_key
+from cxr_triton.engines.verify.thresholds import THRESHOLDS, thresholds_of
+from cxr_triton.errors import CxrError, InvalidBundle, InvalidImage, InvalidRequest
 from cxr_triton.pixels import image
 from cxr_triton.profile import WINDOW_UNITS, ModelProfile, grids, load_profile, profile_names
 from cxr_triton.reading import Parsed, parse
@@ -51,124 +52,6 @@ QUANTIZED = ("fp8", "int4-awq")
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done and how much there is."""
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """A limit that a measurement is held against."""
-
-    part: str
-    at_least: bool
-    meaning: str
-
-
-THRESHOLDS = {
-    "vision_cosine": Threshold("vision", True, "mean over tokens of the cosine of image embeddings"),
-    "vision_cosine_min": Threshold("vision", True, "cosine of the worst token"),
-    "vision_norm": Threshold("vision", False, "relative error of an image's root mean square, worst image"),
-    "top1_agreement": Threshold("decoder", True, "share of tokens with the same most likely next token"),
-    "kl": Threshold("decoder", False, "mean over tokens of KL(reference || engine), nats"),
-    "logit_error": Threshold(
-        "decoder", False, "relative difference of logits from transformers on the weights as the engine stores them"
-    ),
-    "images": Threshold("readings", True, "images that were read"),
-    "label_iou": Threshold("readings", True, "mean intersection over union of label sets, options or boxes"),
-    "prose_f1": Threshold("readings", True, "mean F1 of the words of prose answers"),
-    "label_flips": Threshold("readings", False, "share of images on which a label flips, worst label"),
-    "format_drop": Threshold("readings", False, "well-formed answers: the reference's share less the engine's"),
-    "truncated_rise": Threshold("readings", False, "truncated answers: the engine's share less the reference's"),
-    "unknown_rise": Threshold("readings", False, "answers out of vocabulary: the engine's share less the reference's"),
-    "length_drift": Threshold("readings", False, "relative difference of the mean lengths, tokens"),
-    "reward_drop": Threshold("readings", False, "mean reward of the reference less the engine's, worst reward"),
-    "control_iou": Threshold("controls", True, "mean agreement of the answers, worse of occluded and flipped"),
-    "control_reaction": Threshold("controls", False, "mean difference of how much the answers change, worst control"),
-}
-"""Everything that the gate checks against a number, by the name that a recipe uses."""
-
-_READINGS = {"images": 8, "format_drop": 0.02, "truncated_rise": 0.02, "unknown_rise": 0.02, "length_drift": 0.05}
-_EXACT = {
-    "top1_agreement": 0.999,
-    "kl": 1e-5,
-    "label_iou": 0.99,
-    "prose_f1": 0.95,
-    "label_flips": 0.02,
-    "reward_drop": 0.02,
-    "control_iou": 0.97,
-    "control_reaction": 0.03,
-}
-_HALF = {
-    "top1_agreement": 0.985,
-    "kl": 5e-3,
-    "label_iou": 0.97,
-    "prose_f1": 0.80,
-    "label_flips": 0.05,
-    "reward_drop": 0.04,
-    "control_iou": 0.95,
-    "control_reaction": 0.06,
-}
-_EIGHT = {
-    "top1_agreement": 0.97,
-    "kl": 0.02,
-    "label_iou": 0.97,
-    "prose_f1": 0.70,
-    "label_flips": 0.08,
-    "reward_drop": 0.06,
-    "control_iou": 0.90,
-    "control_reaction": 0.10,
-}
-_FOUR = {
-    "top1_agreement": 0.95,
-    "kl": 0.05,
-    "label_iou": 0.95,
-    "prose_f1": 0.60,
-    "label_flips": 0.10,
-    "reward_drop": 0.08,
-    "control_iou": 0.85,
-    "control_reaction": 0.15,
-}
-_BY_PRECISION = {"fp32": _EXACT, "fp16": _HALF, "bf16": _HALF, "fp8": _EIGHT, "int4": _FOUR, "int4-awq": _FOUR}
-_BY_COMPUTE = {
-    "fp32": {"vision_cosine": 0.99999, "vision_cosine_min": 0.9999, "vision_norm": 1e-3},
-    "fp16": {"vision_cosine": 0.999, "vision_cosine_min": 0.99, "vision_norm": 0.01},
-    "bf16": {"vision_cosine": 0.99, "vision_cosine_min": 0.95, "vision_norm": 0.03},
-}
-
-
-def default_thresholds(precision: str, compute: str) -> dict[str, float]:
-    """Defaults for a decoder's precision and the type that the vision tower computes in.
-
-    Raises
-    ------
-    InvalidRequest
-        One of them is unknown.
-    """
-    for kind, value, table in (("precision", precision, _BY_PRECISION), ("compute", compute, _BY_COMPUTE)):
-        if value not in table:
-            raise InvalidRequest(f"no thresholds for {kind} {value!r}, known are {', '.join(table)}")
-    # Int8 activations of the CPU's int4 kernel alone make 0.006 in the phantom's four layers, fp32 throughout 3e-7.
-    logit_error = 1e-3 if precision == "fp32" else {"fp32": 0.02, "fp16": 0.02, "bf16": 0.05}[compute]
-    return {**_READINGS, **_BY_PRECISION[precision], **_BY_COMPUTE[compute], "logit_error": logit_error}
-
-
-def thresholds_of(precision: str, compute: str, given: Mapping[str, float] | None = None) -> dict[str, float]:
-    """The defaults with `given` laid over them.
-
-    Raises
-    ------
-    InvalidRequest
-        A key is unknown, or a value is no finite number.
-    """
-    chosen = default_thresholds(precision, compute)
-    for name, value in (given or {}).items():
-        if name not in THRESHOLDS:
-            raise InvalidRequest(unknown_key(str(name), THRESHOLDS, "thresholds"))
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InvalidRequest(f"thresholds.{name} is {value!r:.40}, must be a finite number")
-        chosen[name] = value
-    return chosen
-
-
-# The gate.
 
 
 def verify_bundle(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from cxr_triton.client.page import _STYLE as BASE_STYLE
 from cxr_triton.client.page import NOT_FOR_DIAGNOSIS, document
 from cxr_triton.client.page import _text as text
-from cxr_triton.engines.verify.gate import THRESHOLDS
+from cxr_triton.engines.verify.thresholds import THRESHOLDS
 from cxr_triton.numbers import glued, moment, number, shortest
 
 CHART_BINS = 12

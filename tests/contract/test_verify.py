@@ -25,10 +25,11 @@ from cxr_triton import phantom_file  # noqa: E402
 from cxr_triton.cli import main  # noqa: E402
 from cxr_triton.engines.bundle import Bundle, build_bundle  # noqa: E402
 from cxr_triton.engines.verify import gate as verify  # noqa: E402
-from cxr_triton.engines.verify.gate import thresholds_of, verify_bundle, write_record  # noqa: E402
+from cxr_triton.engines.verify.gate import verify_bundle, write_record  # noqa: E402
 from cxr_triton.engines.verify.page import verification_page  # noqa: E402
 from cxr_triton.engines.verify.record import PARTS, is_verified, require_verified  # noqa: E402
 from cxr_triton.engines.verify.reference import Reference  # noqa: E402
+from cxr_triton.engines.verify.thresholds import THRESHOLDS, thresholds_of  # noqa: E402
 from cxr_triton.errors import InvalidRequest, NotVerified  # noqa: E402
 from cxr_triton.export.command import export_checkpoint  # noqa: E402
 from cxr_triton.profile import load_profile  # noqa: E402
@@ -348,7 +349,7 @@ def test_thresholds_are_checked(given, match):
 def test_every_threshold_has_a_default():
     for precision in ("fp32", "fp16", "bf16", "fp8", "int4", "int4-awq"):
         for compute in ("fp32", "fp16", "bf16"):
-            assert set(thresholds_of(precision, compute)) == set(verify.THRESHOLDS)
+            assert set(thresholds_of(precision, compute)) == set(THRESHOLDS)
     assert thresholds_of("fp8", "bf16")["label_iou"] >= 0.97 and thresholds_of("int4-awq", "bf16")["label_iou"] >= 0.95
 
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from served import radiograph
 
 from cxr_triton.cli import main
-from cxr_triton.engines.verify.gate import thresholds_of
+from cxr_triton.engines.verify.thresholds import thresholds_of
 
 REQUESTS = ({}, {"prompt": "Describe the heart."})  # labels, and text
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from cxr_triton.cli import main
 from cxr_triton.engines.recipe import GIB, RECIPES, TEXT_3B, VISION_3B, Recipe, load_recipe, recipe_names
-from cxr_triton.engines.verify.gate import THRESHOLDS
+from cxr_triton.engines.verify.thresholds import THRESHOLDS
 from cxr_triton.errors import InvalidRecipe
 
 ASKED_FOR = {"h100-fp8", "h200-fp8", "h100-int4", "a100-int4", "l40s-fp8", "l4-int4", "rtx4090-int4", "rtx5090-fp8"}
