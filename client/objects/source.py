@@ -18,7 +18,7 @@ from pydicom.uid import RE_VALID_UID
 from pydicom.valuerep import validate_value
 
 from cxr_triton.errors import InvalidImage
-from cxr_triton.pixels.dicom import kind_of
+from cxr_triton.pixels.filetype import kind_of
 
 # PS3.3 C.7.1.1 Patient, C.7.1.3 Clinical Trial Subject, C.7.2.1 General Study, C.7.2.2 Patient Study, C.7.2.3 Clinical
 # Trial Study: what an object shares with the images of its study.
