@@ -3,14 +3,37 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEBIAN_PACKAGES := dcmtk dicom3tools ghostscript chromium orthanc orthanc-dicomweb postgresql
 
-.PHONY: demo server-python test bench lint clean
+.PHONY: demo server-python check lint tree imports types fast test bench clean
 
 demo: server-python $(VENV)/.local
 	$(BIN)/cxr-triton demo -o build/demo
 
+# Before a commit, in a minute and a half: style, import contracts, types, and the tests that are quick.
+check: $(VENV)/.test
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target lint imports types fast
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The folders as the one package that they install as.
+TREE := build/tree
+tree: $(VENV)/.test
+	@$(BIN)/python tests/tree.py $(TREE)
+
+imports: tree
+	cd $(TREE) && $(CURDIR)/$(BIN)/lint-imports --no-logo --no-cache $(CURDIR)/pyproject.toml
+
+types: tree
+	cd $(TREE) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --show-absolute-path
+
+# A test that is not marked `slow` and takes ten seconds fails here: it lacks the mark.
+fast: $(VENV)/.test
+	$(BIN)/python -m pytest tests/unit -m 'not slow' --timeout 10 -q
+
 test: server-python $(VENV)/.test debian
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST)
 
 # The tests that compare numbers or texts, computed as an older CPU would: torch and OpenVINO without AVX-512, VNNI and
 # bf16, MKL and OpenBLAS without AVX. ONNX Runtime goes by the CPU alone. OpenVINO needs both of the first two.
@@ -26,10 +49,6 @@ bench: $(VENV)/.test
 	mkdir -p build
 	$(BIN)/python -m pytest tests/bench -o python_files='bench_*.py' -q --benchmark-json=build/bench.json
 	$(BIN)/python tests/bench/ratios.py build/bench.json build/bench-ratios.json
-
-lint: $(VENV)/.test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
 
 # Said before anything is installed.
 server-python:

@@ -2,14 +2,18 @@
 
 import copy
 import json
+from pathlib import Path
 
 import bench_results
 import numpy as np
 import pytest
+import record
 from click.testing import CliRunner
 
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.perf.compare import compare, compare_command, history, history_command, load_result
+
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 
 def run(speed: float = 1.0, seed: int = 0, repeats: int = 3) -> dict:
@@ -158,3 +162,17 @@ def test_a_file_that_is_no_result_is_refused(files):
         path.write_text(text)
         with pytest.raises(InvalidRequest, match=message):
             load_result(path)
+
+
+def test_a_record_of_a_result_compares_and_draws_as_the_result_does(tmp_path, files):
+    (tmp_path / "cut.json").write_text(record.text(record.record(copy.deepcopy(run()))))
+    for other, status in ((run(0.8, 1), 3), (run(1.25, 2), 0)):
+        whole, cut = (compare(result, other) for result in (run(), load_result(tmp_path / "cut.json")))
+        assert whole["verdict"] == cut["verdict"] != "no difference shown"
+        paths = [str(tmp_path / "cut.json"), files("other.json", other), "--html", str(tmp_path / "page.html")]
+        assert CliRunner().invoke(compare_command, paths).exit_code == status
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
+def test_published_records_are_cut(path):
+    assert path.stat().st_size <= 55_000, f"python tests/bench/record.py {path} {path}"
