@@ -30,9 +30,9 @@ from cxr_triton.client.objects.objects import (
     result_objects,
     source_header,
 )
-from cxr_triton.client.page import DOCUMENT_PIXELS, NOT_FOR_DIAGNOSIS, draw
+from cxr_triton.client.page import DOCUMENT_PIXELS, draw
 from cxr_triton.files import write
-from cxr_triton.reading import Reading
+from cxr_triton.reading import NOT_FOR_DIAGNOSIS, Reading
 
 
 def _kinds(context, parameter, value: str) -> tuple[str, ...]:

@@ -28,10 +28,10 @@ from cxr_triton.client.objects.codes import (
 )
 from cxr_triton.client.objects.codes import LABELS as KNOWN_LABELS
 from cxr_triton.client.objects.objects import MANUFACTURER, UNVERIFIED, Study, code_item, free_text, long_string
-from cxr_triton.client.page import NOT_FOR_DIAGNOSIS
-from cxr_triton.client.page import STATUSES as STATUS_TEXTS
 from cxr_triton.pixels.dicom import FLAGS as IMAGE_FLAGS
 from cxr_triton.reading import FLAGS as READING_FLAGS
+from cxr_triton.reading import NOT_FOR_DIAGNOSIS
+from cxr_triton.reading import STATUSES as STATUS_TEXTS
 
 COMMENT = codes.DCM.Comment
 RELATION = sr.RelationshipTypeValues
