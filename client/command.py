@@ -28,15 +28,16 @@ from cxr_triton.cli import (
 )
 from cxr_triton.client.folder import DICOMDIR, files_in, read_folder
 from cxr_triton.client.limits import Timeouts, Tls
-from cxr_triton.client.page import NOT_FOR_DIAGNOSIS, STATUSES, decode_rate, draw, duration, reading_page
+from cxr_triton.client.page import decode_rate, draw, reading_page
 from cxr_triton.client.reader import Reader, ReadingStream
 from cxr_triton.errors import CxrError, InvalidRequest, ServerMismatch
 from cxr_triton.files import write
 from cxr_triton.identity import IDENTIFIERS, require_same_images
+from cxr_triton.numbers import duration
 from cxr_triton.pixels.flags import FLAGS as IMAGE_FLAGS
 from cxr_triton.pixels.sandbox import identify
 from cxr_triton.reading import FLAGS as READING_FLAGS
-from cxr_triton.reading import Reading
+from cxr_triton.reading import NOT_FOR_DIAGNOSIS, STATUSES, Reading
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

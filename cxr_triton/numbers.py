@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import math
+import re
+from collections.abc import Callable
 
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
@@ -22,16 +24,37 @@ def number(value: object, digits: int = 3) -> str:
     return _signed(f"{value:,.{max(0, digits - 1 - int(exponent))}f}")
 
 
-def shortest(value: float) -> str:
+def shortest(value: float, digits: int = 6) -> str:
     """A number that somebody chose, such as a limit or a tick of an axis: no digit more than it needs."""
-    mantissa, _, exponent = f"{value:,.6g}".partition("e")
+    mantissa, _, exponent = f"{float(f'{value:.{digits}g}'):,.6g}".partition("e")
     if not exponent:
         return _signed(mantissa)
     return _signed(_power(int(exponent)) if mantissa == "1" else f"{mantissa} × {_power(int(exponent))}")
 
 
-def percent(share: float) -> str:
+def measured(value: float | None, holds: Callable[[float], bool] = lambda value: True) -> str:
+    """Three digits, or as many as leave the answer of `holds` as it is; what is all but 1 as what it lacks."""
+    if value is None:
+        return "not finite"
+    is_near_one = 0 < 1 - value < 1e-4
+    told, digits = (1 - value, 2) if is_near_one else (value, 4 if 0.99 < value < 1 else 3)
+    while digits < 17:
+        rounded = float(f"{told:.{digits - 1}e}")
+        if holds(1 - rounded if is_near_one else rounded) == holds(value):
+            break
+        digits += 1
+    return f"1 − {number(told, digits)}" if is_near_one else number(told, digits)
+
+
+def in_unit(metric: str, value: float | None) -> str:
+    """A value of a metric, with the unit that the metric's name says."""
+    return duration(value) if re.search(r"_ms\b", metric) else number(value)
+
+
+def percent(share: float | None) -> str:
     """One decimal; less than that is not called nothing."""
+    if share is None:
+        return number(None)
     if 0 < share < 0.0005:
         return "< 0.1 %"
     return _signed(f"{100 * share:.1f} %".removeprefix("-") if share > -0.0005 else f"{100 * share:.1f} %")
@@ -43,8 +66,10 @@ def change(share: float) -> str:
     return _signed("0.0 %" if told in ("+0.0 %", "-0.0 %") else told)
 
 
-def duration(ms: float) -> str:
+def duration(ms: float | None) -> str:
     """Milliseconds, from a second on seconds."""
+    if ms is None:
+        return number(None)
     if abs(ms) < 1000:
         return _signed(f"{ms:.1f} ms")
     return _signed(f"{ms / 1000:.2f} s" if abs(ms) < 100_000 else f"{ms / 1000:,.1f} s")
@@ -52,11 +77,10 @@ def duration(ms: float) -> str:
 
 def moment(time: str | datetime.datetime) -> str:
     """A point in time to the minute, with its zone; a text that is none stays as it is."""
-    if isinstance(time, str):
-        try:
-            time = datetime.datetime.fromisoformat(time)
-        except ValueError:
-            return time
+    try:
+        time = datetime.datetime.fromisoformat(time) if isinstance(time, str) else time
+    except ValueError:
+        return str(time)
     return f"{time:%Y-%m-%d %H:%M %Z}".rstrip()
 
 

@@ -15,7 +15,17 @@ from typing import Any
 from cxr_triton.errors import ServerMismatch
 
 VERSION = 1
-STATUSES = ("ok", "malformed", "truncated", "out_of_vocabulary", "doubtful_image")
+NOT_FOR_DIAGNOSIS = "Research only. Not for diagnosis."
+STATUSES = {
+    "ok": "well formed",
+    "malformed": "malformed: a part of the expected form is missing, so an empty list of findings does not mean none",
+    "truncated": "truncated: the token limit came before the end of the answer",
+    "out_of_vocabulary": "out of vocabulary: the answer lists labels that the model was not trained to give",
+    "doubtful_image": "of a doubtful image: it may be damaged, no chest, or of a view new to the model; see the flags",
+}
+STAGES = ("image_decode", "preprocess", "vision", "queue", "prefill", "decode", "report")
+"""Of `Reading.timings_ms`, one after the other."""
+LATERALITIES = {"L": "left", "R": "right", "U": "unpaired", "B": "both"}
 FLAGS = {
     "thinking_alias": "the reasoning block is written <thinking>",
     "missing_reasoning": "there is no closed reasoning block, or nothing before the boxed answer",
@@ -32,6 +42,13 @@ FLAGS = {
     "box_empty": "a box has no area inside the image",
     "box_image_assumed": "boxes are taken to be on the last (current) of several images",
 }
+
+
+def image_name(index: int, count: int) -> str:
+    """What an image of a reading is called: prior ones come first, the current one last."""
+    if count == 1:
+        return "Image"
+    return f"Image {index + 1}, {'current' if index == count - 1 else 'prior'}"
 
 
 @dataclass(frozen=True, kw_only=True)

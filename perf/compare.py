@@ -239,7 +239,8 @@ def compare_command(a: Path, b: Path, alpha: float, min_change: float, html_path
 
     Exit status 3 if B is worse: by at least MIN_CHANGE, and shown by the repeats at level ALPHA.
     """
-    from cxr_triton.perf.report import number, result_page
+    from cxr_triton.numbers import number
+    from cxr_triton.perf.report import result_page
 
     earlier, now = load_result(a), load_result(b)
     told = compare(earlier, now, alpha=alpha, min_change=min_change)
@@ -266,7 +267,8 @@ def compare_command(a: Path, b: Path, alpha: float, min_change: float, html_path
 @json_option
 def history_command(folder: Path, html_path: Path | None, json_path: str | None):
     """List the results in FOLDER, oldest first."""
-    from cxr_triton.perf.report import headline, history_page, number
+    from cxr_triton.numbers import number
+    from cxr_triton.perf.report import headline, history_page
 
     results = history(folder)
     rows = []

@@ -24,10 +24,10 @@ from cxr_triton.client.objects import KINDS
 from cxr_triton.client.objects.results import diagnostic_report, result_objects
 from cxr_triton.client.objects.source import header_faults, source_header
 from cxr_triton.client.objects.study import ObjectOptions
-from cxr_triton.client.page import DOCUMENT_PIXELS, NOT_FOR_DIAGNOSIS, draw
+from cxr_triton.client.page import DOCUMENT_PIXELS, draw
 from cxr_triton.files import write
 from cxr_triton.identity import sha256
-from cxr_triton.reading import Reading
+from cxr_triton.reading import NOT_FOR_DIAGNOSIS, Reading
 
 
 def _kinds(context, parameter, value: str) -> tuple[str, ...]:

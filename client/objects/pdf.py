@@ -21,7 +21,7 @@ from cxr_triton.client.objects.codes import UNTOUCHED, Concept
 from cxr_triton.client.objects.source import reference
 from cxr_triton.client.objects.statements import flags, has_area, notice, statements, untouched
 from cxr_triton.client.objects.study import UNVERIFIED, Study, code_item
-from cxr_triton.client.page import LATERALITIES, NOT_FOR_DIAGNOSIS, image_name
+from cxr_triton.reading import LATERALITIES, NOT_FOR_DIAGNOSIS, image_name
 
 FONT = Path(fontpkg_noto_sans.__file__).parent / "files" / "NotoSans[wdth,wght].ttf"
 TITLE = f"Machine reading of a chest radiograph ({UNVERIFIED})"

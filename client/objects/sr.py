@@ -27,7 +27,7 @@ from cxr_triton.client.objects.codes import (
 )
 from cxr_triton.client.objects.statements import box_text, corners, flags, has_area, notice, statements, untouched
 from cxr_triton.client.objects.study import MANUFACTURER, Study, code_item, free_text, long_string
-from cxr_triton.client.page import STATUSES as STATUS_TEXTS
+from cxr_triton.reading import STATUSES as STATUS_TEXTS
 
 COMMENT = codes.DCM.Comment
 RELATION = sr.RelationshipTypeValues

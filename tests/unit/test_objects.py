@@ -428,7 +428,7 @@ boxes = st.builds(
     name=words,
     patient=words,
     box=boxes,
-    status=st.sampled_from(READING_STATUSES),
+    status=st.sampled_from(tuple(READING_STATUSES)),
 )
 def test_any_text_is_written_and_read_back(said_words, prose, label, name, patient, box, status):
     """Whatever a model, a profile or a header says becomes valid objects, and the texts come back from the bytes."""

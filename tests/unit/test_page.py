@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,7 +22,7 @@ from pydicom import dcmread
 from test_dicom import dataset_of, file_bytes
 
 from cxr_triton import phantom, phantom_file
-from cxr_triton.client.page import _IMAGE, Shown, _result, draw, reading_page
+from cxr_triton.client.page import _IMAGE, Shown, draw, reading_page
 from cxr_triton.engines.pipeline import Preprocessor, build_reading, completion_json
 from cxr_triton.engines.runtime.scheduler import Completion
 from cxr_triton.numbers import number
@@ -31,7 +32,8 @@ from cxr_triton.pixels.flags import FLAGS as IMAGE_FLAGS
 from cxr_triton.reading import FLAGS as READING_FLAGS
 from cxr_triton.reading import Box, Finding, Reading
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("integration", ".")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("integration", ".")]
 from served import write_paper_bundle  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -213,13 +215,14 @@ def test_doubts_and_flags_of_a_served_reading_are_said_in_words(served, elements
     data = chest(**elements)
     reading = served(data)
     assert reading.status == status and flag in reading.images[0]["flags"]
-    html = reading_page(reading, draw([data], reading))
+    pictures = draw([data], reading)
+    html = reading_page(reading, pictures)
     meaning = IMAGE_FLAGS[flag]
     assert meaning[:1].upper() + meaning[1:] in Page(html).text and f"image · {flag}" in Page(html).text
-    result = Page(html[html.index('class="result"') : html.index('class="pictures"')]).text
-    assert (meaning in result) == (status == "doubtful_image")
-    malformed = dataclasses.replace(reading, status="malformed")
-    assert (meaning in Page(_result(malformed)).text) == (status == "doubtful_image")
+    for status_of in (reading, dataclasses.replace(reading, status="malformed")):
+        page = reading_page(status_of, pictures)
+        result = Page(page[page.index('class="result"') : page.index('class="pictures"')]).text
+        assert (meaning in result) == (status == "doubtful_image")
     if flag == "pixels_not_square":
         assert "height of a pixel over its width 2" in Page(html).text
 
@@ -284,6 +287,13 @@ def test_hostile_text_stays_text(poison):
     assert not set("\x00\x1b\u202e\ud800") & set(page.text)
     for char in poison:
         assert char in page.text or char in "\x00\x1b\u202e\ud800 *"
+
+
+def test_templates_and_styles_travel_in_the_wheel():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    kinds = {f"*{path.suffix}" for path in (ROOT / "cxr_triton" / "page").iterdir() if path.is_file()}
+    assert "cxr_triton.page" in setuptools["packages"] and "*.html" in kinds
+    assert kinds - {"*.py"} == set(setuptools["package-data"]["cxr_triton.page"])
 
 
 def test_nothing_on_the_page_points_elsewhere():
@@ -373,7 +383,7 @@ def test_findings_come_first_on_a_phone_and_beside_the_picture_on_a_desktop(tmp_
         const at = s => d.querySelector(s).getBoundingClientRect();
         document.body.dataset.found = JSON.stringify([at('.chips').bottom, at('.pictures').top, at('.pictures').bottom,
             at('.rest').top, at('.result').top, at('.chips').left - at('.pictures').right, d.body.scrollWidth,
-            ...[...d.querySelectorAll('.scroll')].map(s => s.scrollWidth - s.clientWidth)]);
+            ...[...d.querySelectorAll('.scroll, figcaption')].map(s => s.scrollWidth - s.clientWidth)]);
     """
     frame = f'<iframe width="{width}" height="800" srcdoc="{escape(page)}"></iframe>'
     dom = chromium(tmp_path, f"{frame}<script>onload = () => {{ {script} }}</script>", "--dump-dom").stdout

@@ -324,7 +324,7 @@ def test_every_text_gives_a_reading_that_the_schema_knows(text, grammar, answer,
 def test_schema_and_code_name_the_same_statuses_and_flags():
     Draft202012Validator.check_schema(SCHEMA)
     assert set(SCHEMA["properties"]["flags"]["items"]["enum"]) == set(FLAGS)
-    assert tuple(SCHEMA["properties"]["status"]["enum"]) == STATUSES
+    assert tuple(SCHEMA["properties"]["status"]["enum"]) == tuple(STATUSES)
 
 
 def test_schema_refuses_what_is_no_reading():

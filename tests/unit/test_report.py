@@ -86,7 +86,11 @@ def test_hostile_text_stays_text(result):
         made = copy.deepcopy(result)
         for key in ("environment", "server", "workload", "model", "baselines", "notice", "command", "created"):
             made[key] = poisoned(made[key], poison)
-        page, harmless = Page(result_page(made)), Page(result_page(poisoned(made, "harmless")))
+        for scenario in made["scenarios"]:
+            scenario["name"] = poison
+        whole = result_page(made) + history_page([made])
+        made = poisoned(made, "harmless")
+        page, harmless = Page(whole), Page(result_page(made) + history_page([made]))
         assert not {"script", "img", "iframe", "link", "object", "form", "a"} & set(page.tags)
         assert not [name for _, name, *_ in page.attributes if name.startswith("on") or name in ("src", "href")]
         assert poison in page.text
@@ -214,7 +218,12 @@ def test_pages_fit_a_phone_and_follow_light_and_dark(tmp_path, pages):
         for html in pages.values()
         for width in (360, 1280)
     )
-    script = "d.textContent = [...document.querySelectorAll('iframe')].map(f => f.contentDocument.body.scrollWidth)"
+    script = """
+        const hidden = s => s.scrollWidth - s.clientWidth;
+        const shown = d => (d.querySelectorAll('details').forEach(e => e.open = true), d);
+        d.textContent = [...document.querySelectorAll('iframe')].map(f => shown(f.contentDocument).body.scrollWidth +
+            Math.max(0, ...[...f.contentDocument.querySelectorAll('.scroll')].map(hidden)));
+    """
     wrapper = f'{frames}<p id="d"></p><script>onload = () => {{ {script} }}</script>'
     dom = chromium(tmp_path, wrapper, "--dump-dom").stdout
     found = [int(width) for width in re.search(r'<p id="d">([\d,]+)</p>', dom)[1].split(",")]
