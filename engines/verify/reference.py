@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -181,7 +181,7 @@ class Reference:
 
     def read(self, cases: Sequence[Case], progress: Callable[[int], None] | None = None) -> list[Answer]:
         """Greedy answers; cases of one prompt length and grid run as a batch."""
-        torch, groups = self._torch, defaultdict(dict)
+        groups: defaultdict[tuple, dict[str, _Input]] = defaultdict(dict)
         for case in cases:
             if case.key not in self._answers:
                 entry = self._input(case)
@@ -191,34 +191,37 @@ class Reference:
                 groups[len(entry.prompt.input_ids), entry.grid, limit, asked.repetition_penalty][case.key] = entry
             elif progress:
                 progress(1)
-        ends = set(self.source.eos_token_ids)
         for (_, _, limit, penalty), members in groups.items():
             keys = list(members)
             for at in range(0, len(keys), BATCH):
                 batch = keys[at : at + BATCH]
-                inputs = self._batch([members[key] for key in batch])
-                with torch.inference_mode():
-                    out = self._model.generate(
-                        **inputs,
-                        do_sample=False,
-                        temperature=None,
-                        top_p=None,
-                        top_k=None,
-                        max_new_tokens=limit,
-                        repetition_penalty=penalty,
-                        eos_token_id=sorted(ends),
-                        pad_token_id=min(ends),
-                    )
-                new = out[:, inputs["input_ids"].shape[1] :].cpu().numpy().astype(np.int64)
-                for key, row in zip(batch, new, strict=True):
-                    stops = np.flatnonzero(np.isin(row, list(ends)))
-                    ids = row[: stops[0] + 1] if len(stops) else row
-                    stream = self._tokenizer.stream()
-                    text = stream.push(ids) + stream.finish()
-                    self._answers[key] = Answer(ids, text, "stop" if len(stops) else "length")
-                    if progress:
-                        progress(1)
+                answers = self._generate([members[key] for key in batch], limit, penalty)
+                self._answers |= dict(zip(batch, answers, strict=True))
+                if progress:
+                    progress(len(batch))
         return [self._answers[case.key] for case in cases]
+
+    def _generate(self, entries: Sequence[_Input], limit: int, repetition_penalty: float) -> list[Answer]:
+        inputs, ends = self._batch(entries), sorted(self.source.eos_token_ids)
+        with self._torch.inference_mode():
+            out = self._model.generate(
+                **inputs,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                max_new_tokens=limit,
+                repetition_penalty=repetition_penalty,
+                eos_token_id=ends,
+                pad_token_id=ends[0],
+            )
+        answers = []
+        for row in out[:, inputs["input_ids"].shape[1] :].cpu().numpy().astype(np.int64):
+            stops = np.flatnonzero(np.isin(row, ends))
+            ids = row[: stops[0] + 1] if len(stops) else row
+            stream = self._tokenizer.stream()
+            answers.append(Answer(ids, stream.push(ids) + stream.finish(), "stop" if len(stops) else "length"))
+        return answers
 
     @contextlib.contextmanager
     def storing(self, weights: Checkpoint, precision: str, head: str) -> Iterator[None]:
@@ -234,30 +237,20 @@ class Reference:
         if precision not in ("int4", "int4-awq", "fp8"):
             yield  # one float type for another: that is the engine's arithmetic, not what it stores
             return
-        torch, decoder, hooks = self._torch, self._model, []
-        embedding = decoder.model.language_model.embed_tokens.weight
-        tied = decoder.lm_head.weight is embedding
-        try:
+        layer = self._model.lm_head
+        with contextlib.ExitStack() as hooks:
+            hooks.callback(self._load, self.source, hooks)
+            hooks.callback(setattr, layer, "weight", layer.weight)
             self._load(weights, hooks, rounded=precision == "int4")
             if head != "compute":
                 stored = weights.array("language_model.embed_tokens.weight" if weights.tied else "lm_head.weight")
                 values = _rounded_int4(stored) if head == "int4" else _rounded_fp8(stored)
-                decoder.lm_head.weight = torch.nn.Parameter(self._tensor(values), requires_grad=False)
-                if head == "fp8":
-                    hooks.append(decoder.lm_head.register_forward_pre_hook(self._fp8_input(weights.head_input_scale())))
+                layer.weight = self._torch.nn.Parameter(self._tensor(values), requires_grad=False)
+            if head == "fp8":
+                hooks.enter_context(self._rounded_input(layer, weights.head_input_scale()))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            if tied:
-                decoder.lm_head.weight = embedding
-            elif head != "compute":
-                decoder.lm_head.weight = torch.nn.Parameter(
-                    self._tensor(self.source.array("lm_head.weight")), requires_grad=False
-                )
-            self._load(self.source, [])
 
-    def _load(self, weights: Checkpoint, hooks: list, rounded: bool = False) -> None:
+    def _load(self, weights: Checkpoint, hooks: contextlib.ExitStack, rounded: bool = False) -> None:
         """Fill the decoder from a checkpoint, linear layers rounded to int4; fp8 layers get a hook on their input."""
         from cxr_triton.export.checkpoint import Fp8Weight, Int4Weight
 
@@ -266,7 +259,7 @@ class Reference:
             stored = weights.weight(name)
             if isinstance(stored, Fp8Weight):
                 module = model.get_submodule(name.removesuffix(".weight"))
-                hooks.append(module.register_forward_pre_hook(self._fp8_input(stored.input_scale)))
+                hooks.enter_context(self._rounded_input(module, stored.input_scale))
                 stored = stored.values.astype(np.float32) * stored.scale
             elif isinstance(stored, Int4Weight):
                 stored = _unpacked(stored)
@@ -278,16 +271,17 @@ class Reference:
         values = np.array(values, np.float32)
         return self._torch.from_numpy(values).to(self.device, self._model.dtype)
 
-    def _fp8_input(self, scale: np.float32):
-        torch, scale = self._torch, float(scale)
+    def _rounded_input(self, module, scale: np.float32 | None):
+        """A hook that rounds a module's input to float8 e4m3 by a scale."""
+        if scale is None:
+            raise InvalidRequest("the checkpoint has no scale of the fp8 head's input; quantize it again")
+        float8, by = self._torch.float8_e4m3fn, float(scale)
 
-        def round_input(module, inputs):
-            x = inputs[0]
-            return ((x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).to(x.dtype), *inputs[
-                1:
-            ]
+        def rounded(_module, inputs):
+            x, *others = inputs
+            return ((x.float() / by).clamp(-448, 448).to(float8).float() * by).to(x.dtype), *others
 
-        return round_input
+        return module.register_forward_pre_hook(rounded)
 
     def logits(self, case: Case) -> np.ndarray:
         """Logits with which each token of the reference's own answer is predicted: (A, vocab) float32."""
@@ -372,7 +366,7 @@ def _rounded_fp8(stored: np.ndarray) -> np.ndarray:
     import ml_dtypes
 
     values = stored.astype(np.float32)
-    scale = np.float32(np.abs(values).max() / 448) or np.float32(1)
+    scale = np.float32(np.abs(values).max() / 448 or 1)
     return np.clip(values / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
 
 
@@ -385,9 +379,9 @@ def _unpacked(stored) -> np.ndarray:
     return values if stored.pre_quant_scale is None else values * stored.pre_quant_scale.astype(np.float32)
 
 
-def request_json(request: dict | None) -> str:
-    """REQUEST text of a request's keys."""
-    return json.dumps(request or {}, sort_keys=True, ensure_ascii=False)
+def request_json(request: Mapping) -> str:
+    """REQUEST, as JSON, of a request's keys."""
+    return json.dumps(dict(request), sort_keys=True, ensure_ascii=False)
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -93,10 +93,10 @@ def thresholds_of(precision: str, compute: str, given: Mapping[str, float] | Non
     chosen = _ALWAYS | {name: limits[column] for name, limits in _BY_PRECISION.items()} | _BY_COMPUTE[compute]
     if precision == "fp32":
         chosen["logit_error"] = 1e-3  # nothing is rounded: 3e-7 in the phantom's four layers
-    for name, value in (given or {}).items():
+    for name, limit in (given or {}).items():
         if name not in THRESHOLDS:
             raise InvalidRequest(unknown_key(str(name), THRESHOLDS, "thresholds"))
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InvalidRequest(f"thresholds.{name} is {value!r:.40}, must be a finite number")
-        chosen[name] = value
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not math.isfinite(limit):
+            raise InvalidRequest(f"thresholds.{name} is {limit!r:.40}, must be a finite number")
+        chosen[name] = limit
     return chosen
