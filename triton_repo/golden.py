@@ -20,7 +20,7 @@ from cxr_triton.cli import EXIT_FAILED, json_option, printable, write_json
 from cxr_triton.client.command import connect, connection
 from cxr_triton.client.reader import Reader
 from cxr_triton.engines.bundle import Bundle
-from cxr_triton.engines.verify.answers import MEASURES, Said, agreement_of
+from cxr_triton.engines.verify.answers import MEASURES, Answer, agreement_of
 from cxr_triton.errors import InvalidRequest, ServerMismatch
 from cxr_triton.profile import ModelProfile
 from cxr_triton.reading import Reading
@@ -135,7 +135,7 @@ def _measured(cases: Sequence[dict], readings: Sequence[Reading], profile: Model
     for case, reading in zip(cases, readings, strict=True):
         asked = ReadRequest.from_json(json.dumps(case["request"]), profile)
         text, tokens, reason = (case["reference"][key] for key in ("text", "tokens", "finish_reason"))
-        theirs = Said.of(text, tokens, reason, grammar=asked.grammar, kind=asked.answer, profile=profile)
+        theirs = Answer.of(text, tokens, reason, asked, profile)
         held.setdefault(MEASURES[asked.answer], []).append(agreement_of(asked.answer, reading, theirs.parsed))
     speeds = [
         (reading.usage["completion_tokens"] - 1) / reading.timings_ms["decode"] * 1e3

@@ -104,7 +104,8 @@ def make_engine(
     folder, _ = located(source, model)
     checkpoint = Checkpoint(folder)
     require_fit(source, checkpoint, model)
-    with opened(out, say) as stages:
+    made_from = {"versions": _versions(), "checkpoint": fingerprint(folder), "profile": model.to_yaml()}
+    with opened(out, made_from, say) as stages:
         run = _Run(
             stages=stages,
             source=source,
@@ -116,8 +117,10 @@ def make_engine(
             device=device,
             accept_licence=accept_licence,
         )
-        weights = run.quantize(images) if chosen.decoder.precision in QUANTIZED else None
-        graphs = run.export(weights)
+        decoder = chosen.decoder
+        weights = run.quantize(images) if decoder.precision in QUANTIZED else None
+        form = "tensorrt-llm" if decoder.compiler == "tensorrt-llm" else "onnx"
+        graphs = run.export("export", weights, decoder.compute, decoder.head, form)
         bundle = stages.run(
             "bundle",
             chosen.to_json(),
@@ -175,21 +178,13 @@ class _Run:
     device: str
     accept_licence: bool
 
-    @property
-    def made_from(self) -> dict:
-        return {
-            "versions": _versions(),
-            "checkpoint": fingerprint(self.checkpoint),
-            "profile": self.profile.to_yaml(),
-        }
-
     def quantize(self, images: Path | None) -> Path:
         from cxr_triton.export.quantize import DEFAULT_LIMIT, quantize_checkpoint
 
         decoder = self.recipe.decoder
         return self.stages.run(
             "quantized",
-            [self.made_from, decoder.precision, decoder.kv, fingerprint(images) if images else None, self.limit],
+            [decoder.precision, decoder.kv, fingerprint(images) if images else None, self.limit],
             lambda path: quantize_checkpoint(
                 self.source,
                 path,
@@ -203,23 +198,22 @@ class _Run:
             ),
         )
 
-    def export(self, weights: Path | None) -> Path:
-        decoder = self.recipe.decoder
-        types = {"compute": decoder.compute, "head": decoder.head}
-        if decoder.compiler == "tensorrt-llm":
-            types["form"] = "tensorrt-llm"
-        inputs = [self.made_from, decoder.precision, types, self.sequence]
-        return self.stages.run("export", inputs, lambda path: self._export(weights, path, **types))
-
-    def _export(self, weights: Path | None, path: Path, **types: str | None) -> None:
-        export_checkpoint(
-            str(weights or self.source),
-            path,
-            self.profile,
-            precision=self.recipe.decoder.precision,
-            max_sequence=self.sequence,
-            accept_licence=self.accept_licence,
-            **types,
+    def export(self, stage: str, weights: Path | None, compute: str, head: str | None, form: str = "onnx") -> Path:
+        precision = self.recipe.decoder.precision
+        return self.stages.run(
+            stage,
+            [precision, compute, head, form, self.sequence],
+            lambda path: export_checkpoint(
+                str(weights or self.source),
+                path,
+                self.profile,
+                precision=precision,
+                compute=compute,
+                head=head,
+                form=form,
+                max_sequence=self.sequence,
+                accept_licence=self.accept_licence,
+            ),
         )
 
     def verify(self, bundle: Path, weights: Path | None, images: Path | None) -> None:
@@ -245,8 +239,7 @@ class _Run:
         head = self.recipe.decoder.head
         if self.recipe.decoder.compiler == "onnxruntime" or why_not_here(_bundle(bundle)) is None:
             return None
-        types = {"compute": "fp32", "head": head if head != "compute" else None}
-        graphs = self.stages.run("standin-export", types, lambda path: self._export(weights, path, **types))
+        graphs = self.export("standin-export", weights, "fp32", head if head != "compute" else None)
         return self.stages.run("standin", {}, lambda path: build_bundle(graphs, path))
 
     @property
@@ -254,7 +247,7 @@ class _Run:
         return self.stages.folder / "verification.html"
 
     def _verify(self, path: Path, bundle: Path, pictures: Path, weights: Path | None, standin: Path | None) -> None:
-        """Run the gate, put its record into the bundle and its readings on a page; the folder holds the whole record."""
+        """Run the gate: its record goes into the bundle, its readings on a page, all of it into the folder."""
         from cxr_triton.engines.verify.gate import verify_bundle
         from cxr_triton.engines.verify.page import verification_page
 

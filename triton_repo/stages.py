@@ -27,6 +27,8 @@ class Stages:
     Parameters
     ----------
     folder : Path
+    of : object
+        Plain values that all stages are made from.
     say : callable
         Called with a line for each stage.
 
@@ -36,9 +38,9 @@ class Stages:
         Of each stage ``stage``, ``cached`` and ``seconds``.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], None]):
+    def __init__(self, folder: Path, of: object, say: Callable[[str], None]):
         self.folder, self.done = folder, list[dict]()
-        self._say, self._key, self._stale = say, "", False  # stale: a stage before was made anew
+        self._say, self._key, self._stale = say, of, False  # stale: a stage before was made anew
         try:
             state = json.loads((folder / STATE).read_bytes())
         except (OSError, ValueError, RecursionError):
@@ -95,8 +97,8 @@ class Stages:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, say: Callable[[str], None]) -> Iterator[Stages]:
-    """The stages of a folder, for one process alone, without what a killed one left half made.
+def opened(folder: Path, of: object, say: Callable[[str], None]) -> Iterator[Stages]:
+    """`Stages` of a folder, for one process alone, without what a killed one left half made.
 
     Raises
     ------
@@ -114,7 +116,7 @@ def opened(folder: Path, say: Callable[[str], None]) -> Iterator[Stages]:
         for stale in folder.glob(".*"):
             if stale.is_dir():
                 shutil.rmtree(stale, ignore_errors=True)
-        yield Stages(folder, say)
+        yield Stages(folder, of, say)
 
 
 def fingerprint(folder: Path) -> list:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cxr_triton.profile import ModelProfile
 from cxr_triton.reading import Parsed, parse
+from cxr_triton.request import ReadRequest
 from cxr_triton.rewards import box_iou
 
 MEASURES = {
@@ -20,8 +21,8 @@ MEASURES = {
 
 
 @dataclass(frozen=True)
-class Said:
-    """An answer.
+class Answer:
+    """What an engine or the reference says of a case.
 
     Attributes
     ----------
@@ -43,10 +44,10 @@ class Said:
     parsed: Parsed
 
     @classmethod
-    def of(cls, text: str, tokens: int, finish_reason: str, *, grammar: str, kind: str, profile: ModelProfile) -> Said:
-        """Parse a text with a profile's labels."""
+    def of(cls, text: str, tokens: int, finish_reason: str, asked: ReadRequest, profile: ModelProfile) -> Answer:
+        """Parse a text as the answer to what was asked, with a profile's labels."""
+        grammar, kind, sizes = asked.grammar, asked.answer, [(100, 100)]
         labels = profile.labels if kind in ("labels", "text") else ()
-        sizes = [(100, 100)]
         parsed = parse(
             text, grammar=grammar, answer=kind, labels=labels, finish_reason=finish_reason, image_sizes=sizes
         )
@@ -60,7 +61,7 @@ class Said:
         """Status and the answer in short, as a record holds them."""
         return {"status": self.parsed.status, "says": _says(self.kind, self.parsed)}
 
-    def agreement(self, other: Said) -> float:
+    def agreement(self, other: Answer) -> float:
         """`agreement_of` with another answer to the same."""
         return agreement_of(self.kind, self.parsed, other.parsed)
 

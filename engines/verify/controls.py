@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cxr_triton.engines.verify.answers import Said
+from cxr_triton.engines.verify.answers import Answer
 from cxr_triton.engines.verify.reference import Case, png
 from cxr_triton.engines.verify.trial import Judged, Trial
 
@@ -20,15 +20,14 @@ def judge(trial: Trial) -> Judged:
     cases, measured = trial.cases[:IMAGES], {}
     for control in CONTROLS:
         changed = [Case(_png(control, trial.reference.picture(case.image)), case.request) for case in cases]
-        answers = trial.reference.read(changed, trial.counter(f"reference reads {control}", len(cases)))
-        theirs = [trial.said(case, answer) for case, answer in zip(changed, answers, strict=True)]
+        theirs = trial.reference.read(changed, trial.counter(f"reference reads {control}", len(cases)))
         measured[control] = _compare(trial, control, theirs, trial.read(changed, control))
     agreement = min(measured[control]["agreement"] for control in CONTROLS if control != "blank")
     reaction = max(compared["change_difference"] for compared in measured.values())
     return [trial.check("control_iou", agreement), trial.check("control_reaction", reaction)], measured
 
 
-def _compare(trial: Trial, control: str, theirs: list[Said], ours: list[Said]) -> dict:
+def _compare(trial: Trial, control: str, theirs: list[Answer], ours: list[Answer]) -> dict:
     """Agreement of the answers to a control, and how far each went from that to the image itself."""
     agreements, changes = [], []
     for detail, its, mine, before, mine_before in zip(

@@ -69,7 +69,7 @@ def _forced(trial: Trial, embed: Embed, count: Callable[[int], None]) -> Iterato
         some = slice(at, at + SLOTS)
         cases = trial.cases[some]
         prompts, given = [trial.reference.prompt(case) for case in cases], [embed(case) for case in cases]
-        scored = trial.engine.forced(prompts, given, [answer.ids for answer in trial.answers[some]])
+        scored = trial.engine.forced(prompts, given, [trial.reference.ids(case) for case in cases])
         for case, detail, ours in zip(cases, trial.details[some], scored, strict=True):
             yield detail, ours, trial.reference.logits(case)
             count(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from pathlib import Path
@@ -16,12 +15,13 @@ from cxr_triton.engines.bundle import SIDE_FILES, Bundle
 from cxr_triton.engines.onnxruntime.session import open_decoder, open_vision
 from cxr_triton.engines.pipeline import Preprocessor, StepTensors, sampling_of
 from cxr_triton.engines.runtime.scheduler import Chunk, Completion, DecoderRuntime, Generation
-from cxr_triton.engines.verify.answers import Said
+from cxr_triton.engines.verify.answers import Answer
 from cxr_triton.engines.verify.record import subject
 from cxr_triton.engines.verify.reference import Case
 from cxr_triton.errors import CxrError, InvalidRequest
 from cxr_triton.pixels import image
 from cxr_triton.profile import ModelProfile
+from cxr_triton.request import ReadRequest
 
 SLOTS = 4
 """Sequences that the engine decodes together; also how many reference logits are in memory."""
@@ -125,9 +125,8 @@ class EngineUnderTest:
             self._prepared[case.key] = step, np.array(rows[: int((step.image_index >= 0).sum())])
         return self._prepared[case.key]
 
-    def read(self, cases: Sequence[Case], profile: ModelProfile, count: Callable[[int], None]) -> list[Said]:
+    def read(self, cases: Sequence[Case], profile: ModelProfile, count: Callable[[int], None]) -> list[Answer]:
         """The engine's answers through the decoder runtime, `SLOTS` at a time; `count` is called with 1 for each."""
-        contexts: list[dict] = []
         ends: list[futures.Future[Completion]] = []
         with DecoderRuntime(self.bundle, session=self._decoder, queue_size=len(cases)) as runtime:
             for case in cases:
@@ -139,21 +138,14 @@ class EngineUnderTest:
                     image_embeddings=embeddings,
                     sampling=sampling_of(step.context),
                 )
-                contexts.append(json.loads(step.context))
                 ends.append(futures.Future())
                 runtime.submit(generation, functools.partial(_settle, ends[-1], count))
             futures.wait(ends)
-        return [
-            Said.of(
-                done.text,
-                done.usage["completion_tokens"],
-                done.finish_reason,
-                grammar=context["grammar"],
-                kind=context["answer"],
-                profile=profile,
-            )
-            for context, done in zip(contexts, (end.result() for end in ends), strict=True)
-        ]
+        answers = []
+        for case, done in zip(cases, (end.result() for end in ends), strict=True):
+            asked, tokens = ReadRequest.from_json(case.request, profile), done.usage["completion_tokens"]
+            answers.append(Answer.of(done.text, tokens, done.finish_reason, asked, profile))
+        return answers
 
     def forced(
         self, prompts: Sequence[Prompt], embeddings: Sequence[np.ndarray], answers: Sequence[np.ndarray]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cxr_triton.engines.verify.answers import MEASURES, Said
+from cxr_triton.engines.verify.answers import MEASURES, Answer
 from cxr_triton.engines.verify.trial import Judged, Trial, finite
 from cxr_triton.rewards import Sample, gold_of, rewards_for
 
@@ -52,14 +52,14 @@ def _means(pairs: Sequence[Sequence[float]]) -> dict[str, float]:
     return {"reference": reference, "engine": engine}
 
 
-def _rewards(theirs: Said, ours: Said, labels: tuple[str, ...]) -> dict[str, list[float]]:
+def _rewards(theirs: Answer, ours: Answer, labels: tuple[str, ...]) -> dict[str, list[float]]:
     """By name, both answers' rewards where the reference's is the right one."""
     gold = gold_of(theirs.text, ours.grammar)
     samples = [Sample(text=said.text, gold=gold, tokens=said.tokens, labels=labels) for said in (theirs, ours)]
     return {name: [reward(s) for s in samples] for name, reward in rewards_for(ours.grammar, ours.kind).items()}
 
 
-def _flips(pairs: Sequence[tuple[Said, Said]], labels: Sequence[str]) -> dict[str, dict[str, int]]:
+def _flips(pairs: Sequence[tuple[Answer, Answer]], labels: Sequence[str]) -> dict[str, dict[str, int]]:
     """Of each label that either side gave: on how many images each gave it, and on how many only one did."""
     given = [[{finding.label for finding in said.parsed.findings} for said in pair] for pair in pairs]
     table = {}

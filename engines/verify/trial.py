@@ -13,9 +13,9 @@ from typing import SupportsFloat
 import numpy as np
 
 from cxr_triton.engines.bundle import Bundle
-from cxr_triton.engines.verify.answers import Said
+from cxr_triton.engines.verify.answers import Answer
 from cxr_triton.engines.verify.engine_under_test import EngineUnderTest
-from cxr_triton.engines.verify.reference import Answer, Case, Reference
+from cxr_triton.engines.verify.reference import Case, Reference
 from cxr_triton.engines.verify.thresholds import THRESHOLDS
 
 Progress = Callable[[str, int, int], None]
@@ -44,8 +44,8 @@ class Trial:
 
     Attributes
     ----------
-    answers : list of Answer
-        The reference's; `theirs` are the same as `Said`.
+    theirs : list of Answer
+        The reference's.
     details : list of dict
         Of each case what a page shows; the parts add to it.
     """
@@ -64,15 +64,14 @@ class Trial:
     ):
         self.bundle, self.reference, self.cases, self.quantized = bundle, reference, cases, quantized
         self._runs, self._threads, self._limits, self._say = runs, threads, limits, say
-        self.answers = reference.read(cases, self.counter("reference reads", len(cases)))
-        self.theirs = [self.said(case, answer) for case, answer in zip(cases, self.answers, strict=True)]
+        self.theirs = reference.read(cases, self.counter("reference reads", len(cases)))
         self.details: list[dict] = [
             {
                 "sha256": hashlib.sha256(case.image).hexdigest(),
                 "request": json.loads(case.request),
-                "reference": said.raw(),
+                "reference": answer.raw(),
             }
-            for case, said in zip(cases, self.theirs, strict=True)
+            for case, answer in zip(cases, self.theirs, strict=True)
         ]
 
     @functools.cached_property
@@ -81,25 +80,13 @@ class Trial:
         return EngineUnderTest(self._runs, self._threads)
 
     @functools.cached_property
-    def ours(self) -> list[Said]:
+    def ours(self) -> list[Answer]:
         """The engine's answers to the cases."""
         return self.read(self.cases, "engine reads")
 
-    def read(self, cases: Sequence[Case], what: str) -> list[Said]:
+    def read(self, cases: Sequence[Case], what: str) -> list[Answer]:
         """The engine's answers to any cases; `what` is for who looks on."""
         return self.engine.read(cases, self.reference.profile, self.counter(what, len(cases)))
-
-    def said(self, case: Case, answer: Answer) -> Said:
-        """An answer of the reference, parsed by the grammar that the case asks for."""
-        asked, profile = self.reference.asked(case), self.reference.profile
-        return Said.of(
-            answer.text,
-            len(answer.ids),
-            answer.finish_reason,
-            grammar=asked.grammar,
-            kind=asked.answer,
-            profile=profile,
-        )
 
     def check(self, name: str, value: SupportsFloat, what: str = "") -> dict:
         """One measurement against its threshold; a value that is not finite fails."""

@@ -42,7 +42,7 @@ def engine(served_bundle, tmp_path_factory):
                         "request": json.loads(case.request),
                         "reference": {
                             "text": a.text,
-                            "tokens": len(a.ids),
+                            "tokens": a.tokens,
                             "finish_reason": a.finish_reason,
                             "status": "ok",  # as the gate adds it
                             "says": [],
