@@ -130,7 +130,7 @@ def _read(name: str, file: Path, folder: Path, url: str) -> dict:
     from cxr_triton.reading import Reading
 
     out, page = folder / f"{name}.json", folder / f"{name}.html"
-    _run(read, ["--url", url, "--json", str(out), "--html", str(page), str(file)])
+    _invoke(read, ["--url", url, "--json", str(out), "--html", str(page), str(file)])
     reading = Reading.from_json(out.read_bytes())
     return {
         "json": str(out),
@@ -148,11 +148,11 @@ def _objects(name: str, file: Path, folder: Path) -> list[dict]:
 
     written = folder / f"{name}-objects.json"
     words = ["--reading", str(folder / f"{name}.json"), "--kinds", "findings_sr,text_sr,pdf,fhir"]
-    _run(sr, [*words, "--out", str(folder), "--json", str(written), str(file)])
+    _invoke(sr, [*words, "--out", str(folder), "--json", str(written), str(file)])
     return json.loads(written.read_text("utf-8"))["objects"]
 
 
-def _run(verb: click.Command, words: list[str]) -> None:
+def _invoke(verb: click.Command, words: list[str]) -> None:
     """Run a verb as a user would; what it has to say it says, and an answer that is not well formed is no failure."""
     click.secho(f"\n$ cxr-triton {verb.name} {' '.join(words)}", bold=True)
     with contextlib.suppress(SystemExit):

@@ -237,7 +237,7 @@ class _Run:
         from cxr_triton.engines.verify.engine_under_test import why_not_here
 
         head = self.recipe.decoder.head
-        if self.recipe.decoder.compiler == "onnxruntime" or why_not_here(_bundle(bundle)) is None:
+        if why_not_here(_bundle(bundle)) is None:
             return None
         graphs = self.export("standin-export", weights, "fp32", head if head != "compute" else None)
         return self.stages.run("standin", {}, lambda path: build_bundle(graphs, path))

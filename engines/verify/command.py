@@ -57,7 +57,7 @@ def verify(
     profile: str | None,
     recipe: str | None,
     requests: tuple[Path, ...],
-    html: str | None,
+    html: Path | None,
     json_path: str | None,
     **options,
 ):
