@@ -104,8 +104,16 @@ def verify_bundle(
     with _opened(checkpoint, profile, bundle, device) as reference:
         data, refused = _readable(_drawn(images, limit, seed), reference)
         cases = [Case(entry, request_json(requests[i % len(requests)])) for i, entry in enumerate(data)]
-        say = progress or (lambda what, done, total: None)
-        trial = Trial(bundle, runs, reference, cases, limits=limits, quantized=quantized, threads=threads, say=say)
+        trial = Trial(
+            bundle=bundle,
+            runs=runs,
+            reference=reference,
+            cases=cases,
+            limits=limits,
+            quantized=quantized,
+            threads=threads,
+            say=progress or (lambda what, done, total: None),
+        )
         with contextlib.closing(trial):
             parts = {name: _run(JUDGES[name], trial) for name in PARTS}
         pictures = {

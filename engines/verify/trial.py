@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import SupportsFloat
 
@@ -24,16 +25,17 @@ Judged = tuple[list[dict], Mapping[str, object]]
 """What a part gives: its checks, and what else it measured."""
 
 
+@dataclass(kw_only=True, eq=False)
 class Trial:
     """One run of the gate; each part takes it and gives a `Judged`.
 
-    Parameters
+    Attributes
     ----------
     bundle, runs : Bundle
         What is judged, and what runs here: itself or its stand-in.
     reference : Reference
-        Reads the cases at once.
     cases : sequence of Case
+        What both are asked; the reference at once.
     limits : dict
         Of every threshold.
     quantized : path or None
@@ -41,43 +43,36 @@ class Trial:
     threads : int or None
         CPU threads of the engine.
     say : Progress
-
-    Attributes
-    ----------
     theirs : list of Answer
         The reference's.
     details : list of dict
         Of each case what a page shows; the parts add to it.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        runs: Bundle,
-        reference: Reference,
-        cases: Sequence[Case],
-        *,
-        limits: dict[str, float],
-        quantized: str | Path | None,
-        threads: int | None,
-        say: Progress,
-    ):
-        self.bundle, self.reference, self.cases, self.quantized = bundle, reference, cases, quantized
-        self._runs, self._threads, self._limits, self._say = runs, threads, limits, say
-        self.theirs = reference.read(cases, self.counter("reference reads", len(cases)))
+    bundle: Bundle
+    runs: Bundle
+    reference: Reference
+    cases: Sequence[Case]
+    limits: dict[str, float]
+    quantized: str | Path | None
+    threads: int | None
+    say: Progress
+
+    def __post_init__(self):
+        self.theirs = self.reference.read(self.cases, self.counter("reference reads", len(self.cases)))
         self.details: list[dict] = [
             {
                 "sha256": hashlib.sha256(case.image).hexdigest(),
                 "request": json.loads(case.request),
                 "reference": answer.raw(),
             }
-            for case, answer in zip(cases, self.theirs, strict=True)
+            for case, answer in zip(self.cases, self.theirs, strict=True)
         ]
 
     @functools.cached_property
     def engine(self) -> EngineUnderTest:
         """Opened by the first part that needs it, so that what cannot be opened fails its parts."""
-        return EngineUnderTest(self._runs, self._threads)
+        return EngineUnderTest(self.runs, self.threads)
 
     @functools.cached_property
     def ours(self) -> list[Answer]:
@@ -90,7 +85,7 @@ class Trial:
 
     def check(self, name: str, value: SupportsFloat, what: str = "") -> dict:
         """One measurement against its threshold; a value that is not finite fails."""
-        limit, value, at_least = self._limits[name], float(value) + 0.0, THRESHOLDS[name].at_least  # no minus zero
+        limit, value, at_least = self.limits[name], float(value) + 0.0, THRESHOLDS[name].at_least  # no minus zero
         return {
             "name": name + (f", {what}" if what else ""),
             "value": value if math.isfinite(value) else None,
@@ -102,12 +97,12 @@ class Trial:
     def counter(self, what: str, total: int) -> Callable[[int], None]:
         """Something to call with how much more is done."""
         done = 0
-        self._say(what, 0, total)
+        self.say(what, 0, total)
 
         def count(more: int) -> None:
             nonlocal done
             done += more
-            self._say(what, done, total)
+            self.say(what, done, total)
 
         return count
 
