@@ -43,7 +43,7 @@ VERBS = {
         "Hold an engine bundle against its checkpoint.",
     ),
     "make-engine": (
-        "cxr_triton.triton_repo.make_engine:command",
+        "cxr_triton.triton_repo.command:make_engine",
         "quantize",
         "All of that for a target GPU, in one go.",
     ),

@@ -1,4 +1,4 @@
-"""`cxr-triton package`, `serve` and `demo`."""
+"""`cxr-triton package`, `serve`, `demo` and `make-engine`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,19 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import OUT_FILE, OUT_FOLDER, Waiting, json_option, say_next, write_json
+from cxr_triton.cli import (
+    OUT_FILE,
+    OUT_FOLDER,
+    PROFILES,
+    RECIPES,
+    Waiting,
+    json_option,
+    say_next,
+    write_json,
+)
+from cxr_triton.profile import profile_names
+
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.command()
@@ -76,7 +88,7 @@ def serve(repository: Path, json_path: str | None, **options):
     """
     from cxr_triton.triton_repo.serve import Server
 
-    stopping = []
+    stopping: list[bool] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: _stop(stopping, number))
     server = Server(repository, **options)
@@ -143,3 +155,53 @@ def demo(folder: Path, json_path: str | None):
     with contextlib.redirect_stdout(sys.stderr if json_path == "-" else sys.stdout):
         result = run(folder)
     write_json(result, json_path)
+
+
+@click.command("make-engine")
+@click.argument("checkpoint")
+@click.option(
+    "--recipe",
+    shell_complete=RECIPES,
+    required=True,
+    metavar="NAME|YAML",
+    help="Target; `cxr-triton recipes` lists them.",
+)
+@click.option(
+    "--profile",
+    shell_complete=PROFILES,
+    required=True,
+    metavar="NAME|YAML",
+    help=f"One of {', '.join(profile_names())}, or a file.",
+)
+@click.option("-o", "--out", required=True, type=OUT_FOLDER, help="Folder for all of it; made if it is not there.")
+@click.option("--images", type=FOLDER, help="Radiographs to calibrate and to verify on.  [default: synthetic phantoms]")
+@click.option("--verify-images", type=FOLDER, help="Others to verify on.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Most images to take of each.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Folder of compiled plans.")
+@click.option("--unverified", is_flag=True, help="Package without the gate; the repository says so.")
+@click.option("--accept-licence", is_flag=True, help="You accept the weights' non-commercial licence.")
+@click.option("--print", "only_print", is_flag=True, help="Of a tensorrt-llm recipe: show `docker run`, do nothing.")
+@json_option
+def make_engine(checkpoint: str, json_path: str | None, only_print: bool, **options):
+    """Make a served engine of CHECKPOINT, a folder or a hub id ORG/NAME, for the target of a recipe.
+
+    Quantizes, exports, builds, verifies and packages. A run that was stopped goes on where it was; a second run does
+    only what has changed. A tensorrt-llm recipe runs in its container, on its GPU.
+    """
+    from cxr_triton.engines.recipe import load_recipe
+    from cxr_triton.triton_repo import make_engine as library
+
+    if only_print:
+        if load_recipe(options["recipe"]).decoder.compiler != "tensorrt-llm":
+            raise click.UsageError("--print is for recipes whose decoder is for tensorrt-llm, see `cxr-triton recipes`")
+        line = library.in_container(checkpoint, **options)
+        click.echo(line, err=json_path == "-")
+        write_json({"docker": line}, json_path)
+        return
+    started_s = time.monotonic()
+    result = library.make_engine(checkpoint, **options, say=lambda line: click.echo(line, err=True))
+    result["seconds"] = round(time.monotonic() - started_s, 1)
+    click.echo(f"{result['repository']}: {result['recipe']}, digest {result['digest'][:12]}", err=json_path == "-")
+    write_json(result, json_path)
+    say_next("serve", result["repository"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -48,10 +50,6 @@ def run(folder: Path, model: Path = PHANTOM) -> dict:
     ServerMismatch
         This Python cannot run the server.
     """
-    from cxr_triton.engines.bundle import build_bundle
-    from cxr_triton.export.command import export_checkpoint
-    from cxr_triton.profile import load_profile
-    from cxr_triton.triton_repo.package import Settings, write_repository
     from cxr_triton.triton_repo.serve import Server, installation
 
     if not (model / "checkpoint").is_dir():
@@ -67,18 +65,9 @@ def run(folder: Path, model: Path = PHANTOM) -> dict:
 
     click.secho(NOTICE, bold=True)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("export", "bundle"):
-        shutil.rmtree(folder / name, ignore_errors=True)
     files = {"rg1": _radiograph(), "phantom": folder / "phantom.dcm"}
     drawn = _draw_phantom(files["phantom"])
-    profile = load_profile(model / "profile.yaml")
-    export_checkpoint(str(model / "checkpoint"), folder / "export", profile, precision="fp32")
-    done("export", f"checkpoint to two graphs in {folder / 'export'}")
-    bundle = build_bundle(folder / "export", folder / "bundle")
-    done("build", f"engine bundle {bundle.digest[:12]} in {folder / 'bundle'}")
-    settings = Settings(preprocess_instances=1)
-    write_repository(folder / "bundle", folder / "repository", settings, force=True, unverified=True)
-    done("package", f"Triton model repository in {folder / 'repository'}, unverified: the demo runs no `verify`")
+    _package(folder, model, done)
     with Server(folder / "repository", grpc_port=0, http_port=0, metrics_port=0) as server:
         done("serve", f"Triton ready at {server.grpc}, log {server.log}")
         readings = {name: _read(name, file, folder, server.grpc) for name, file in files.items()}
@@ -95,6 +84,25 @@ def run(folder: Path, model: Path = PHANTOM) -> dict:
     for name in files:
         click.echo(f"{folder / name}.html")
     return {"seconds": seconds, "readings": readings}
+
+
+def _package(folder: Path, model: Path, done: Callable[[str, str], None]) -> None:
+    """Export, build and package."""
+    from cxr_triton.engines.bundle import build_bundle
+    from cxr_triton.export.command import export_checkpoint
+    from cxr_triton.profile import load_profile
+    from cxr_triton.triton_repo.package import Settings, write_repository
+
+    for name in ("export", "bundle"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    profile = load_profile(model / "profile.yaml")
+    export_checkpoint(str(model / "checkpoint"), folder / "export", profile, precision="fp32")
+    done("export", f"checkpoint to two graphs in {folder / 'export'}")
+    bundle = build_bundle(folder / "export", folder / "bundle")
+    done("build", f"engine bundle {bundle.digest[:12]} in {folder / 'bundle'}")
+    settings = Settings(preprocess_instances=1)
+    write_repository(folder / "bundle", folder / "repository", settings, force=True, unverified=True)
+    done("package", f"Triton model repository in {folder / 'repository'}, unverified: the demo runs no `verify`")
 
 
 def _radiograph() -> Path:
@@ -122,12 +130,7 @@ def _read(name: str, file: Path, folder: Path, url: str) -> dict:
     from cxr_triton.reading import Reading
 
     out, page = folder / f"{name}.json", folder / f"{name}.html"
-    command = ["--url", url, "--json", str(out), "--html", str(page), str(file)]
-    click.secho(f"\n$ cxr-triton read {' '.join(command)}", bold=True)
-    try:
-        read.main(command, standalone_mode=False)
-    except SystemExit:  # the answer was not well formed, which `read` has said
-        pass
+    _invoke(read, ["--url", url, "--json", str(out), "--html", str(page), str(file)])
     reading = Reading.from_json(out.read_bytes())
     return {
         "json": str(out),
@@ -143,11 +146,14 @@ def _objects(name: str, file: Path, folder: Path) -> list[dict]:
     """`cxr-triton sr` on a file and its reading; the objects that it wrote."""
     from cxr_triton.client.objects.command import sr
 
-    command = ["--reading", str(folder / f"{name}.json"), "--kinds", "findings_sr,text_sr,pdf,fhir"]
-    command += ["--out", str(folder), "--json", str(folder / f"{name}-objects.json"), str(file)]
-    click.secho(f"\n$ cxr-triton sr {' '.join(command)}", bold=True)
-    try:
-        sr.main(command, standalone_mode=False)
-    except SystemExit:
-        pass
-    return json.loads((folder / f"{name}-objects.json").read_text("utf-8"))["objects"]
+    written = folder / f"{name}-objects.json"
+    words = ["--reading", str(folder / f"{name}.json"), "--kinds", "findings_sr,text_sr,pdf,fhir"]
+    _invoke(sr, [*words, "--out", str(folder), "--json", str(written), str(file)])
+    return json.loads(written.read_text("utf-8"))["objects"]
+
+
+def _invoke(verb: click.Command, words: list[str]) -> None:
+    """Run a verb as a user would; what it has to say it says, and an answer that is not well formed is no failure."""
+    click.secho(f"\n$ cxr-triton {verb.name} {' '.join(words)}", bold=True)
+    with contextlib.suppress(SystemExit):
+        verb.main(words, standalone_mode=False)

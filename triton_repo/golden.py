@@ -9,22 +9,30 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean, median
 
 import click
 
 from cxr_triton.cli import EXIT_FAILED, json_option, printable, write_json
 from cxr_triton.client.command import connect, connection
+from cxr_triton.client.reader import Reader
+from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.verify.answers import MEASURES, Answer, agreement_of
 from cxr_triton.errors import InvalidRequest, ServerMismatch
+from cxr_triton.profile import ModelProfile
+from cxr_triton.reading import Reading
+from cxr_triton.request import ReadRequest
 
 SCHEMA = 1
 RECORD = "verification/record.json"
-LIMITS = {"labels": "label_iou", "option": "label_iou", "boxes": "label_iou", "prose": "prose_f1", "text": "prose_f1"}
-"""Threshold of the gate that holds for an answer's kind."""
 
 
-def hold(engine: Path, images: Path | None, reader, *, concurrency: int, progress=lambda: None) -> dict:
+def hold(
+    engine: Path, images: Path | None, reader: Reader, *, concurrency: int, progress: Callable[[], object]
+) -> dict:
     """Read the images of a verification record through a server and compare with the reference.
 
     Parameters
@@ -55,35 +63,32 @@ def hold(engine: Path, images: Path | None, reader, *, concurrency: int, progres
     CxrError
         A reading failed.
     """
-    from cxr_triton.engines.bundle import Bundle
-
     record, bundle = _record(engine), Bundle.open(engine / "bundle", verify=False)
     cases = record["details"]["images"]
     pictures = _pictures(images or engine / "phantoms", {case["sha256"] for case in cases})
     info = reader.server_info()
+
+    def read(case: dict) -> Reading:
+        reading = reader.read([pictures[case["sha256"]]], **case["request"]).result()
+        if reading.model.get("bundle") != bundle.digest:
+            raise ServerMismatch(
+                f"the server serves bundle {str(reading.model.get('bundle'))[:12]}, {engine} holds "
+                f"{bundle.digest[:12]}; serve the repository of this folder"
+            )
+        progress()
+        return reading
+
     rounds = {}
     for name, workers in (("alone", 1), ("together", concurrency)):
         started_s = time.monotonic()
-
-        def one(case):
-            reading = reader.read([pictures[case["sha256"]]], **case["request"]).result()
-            if reading.model.get("bundle") != bundle.digest:
-                raise ServerMismatch(
-                    f"the server serves bundle {str(reading.model.get('bundle'))[:12]}, {engine} holds "
-                    f"{bundle.digest[:12]}; serve the repository of this folder"
-                )
-            progress()
-            return reading
-
         with ThreadPoolExecutor(workers) as pool:
-            readings = list(pool.map(one, cases))
+            readings = list(pool.map(read, cases))
         rounds[name] = _measured(cases, readings, bundle.profile) | {"seconds": round(time.monotonic() - started_s, 1)}
-    limits = {kind: record["thresholds"][kind] for kind in set(LIMITS.values())}
+    limits = {kind: record["thresholds"][kind] for kind in set(MEASURES.values())}
+    agreed = [item for measured in rounds.values() for item in measured["agreement"].items()]
     return {
         "schema": SCHEMA,
-        "passed": all(
-            held >= limits[kind] for measured in rounds.values() for kind, held in measured["agreement"].items()
-        ),
+        "passed": all(agreement >= limits[kind] for kind, agreement in agreed),
         "rounds": rounds,
         "limits": limits,
         "reference": record["reference"],
@@ -125,18 +130,13 @@ def _pictures(folder: Path, wanted: set[str]) -> dict[str, bytes]:
     return found
 
 
-def _measured(cases: list[dict], readings: list, profile) -> dict:
-    from statistics import fmean, median
-
-    from cxr_triton.engines.verify.gate import agreement_of, parse_answer
-    from cxr_triton.request import ReadRequest
-
+def _measured(cases: Sequence[dict], readings: Sequence[Reading], profile: ModelProfile) -> dict:
     held: dict[str, list[float]] = {}
     for case, reading in zip(cases, readings, strict=True):
         asked = ReadRequest.from_json(json.dumps(case["request"]), profile)
-        said = case["reference"]
-        theirs = parse_answer(said["text"], said["finish_reason"], asked.grammar, asked.answer, profile)
-        held.setdefault(LIMITS[asked.answer], []).append(agreement_of(asked.answer, reading, theirs))
+        text, tokens, reason = (case["reference"][key] for key in ("text", "tokens", "finish_reason"))
+        theirs = Answer.of(text, tokens, reason, asked, profile)
+        held.setdefault(MEASURES[asked.answer], []).append(agreement_of(asked.answer, reading, theirs.parsed))
     speeds = [
         (reading.usage["completion_tokens"] - 1) / reading.timings_ms["decode"] * 1e3
         for reading in readings
@@ -171,25 +171,30 @@ def golden(engine: Path, images: Path | None, concurrency: int, json_path: str |
 
     with tqdm(unit="reading", disable=None, leave=False) as bar, connect(images or engine, **where) as reader:
         result = hold(engine, images, reader, concurrency=concurrency, progress=bar.update)
-    to_error = json_path == "-"
+    for line in summary(result):
+        click.echo(line, err=json_path == "-")
+    write_json(result, json_path)
+    if not result["passed"]:
+        raise SystemExit(EXIT_FAILED)
+
+
+def summary(result: dict) -> list[str]:
+    """A line for each round of `hold`, and the verdict."""
+    lines = []
     for name, measured in result["rounds"].items():
         agreed = ", ".join(
             f"{kind} {value:.3f} (at least {result['limits'][kind]:g})" for kind, value in measured["agreement"].items()
         )
         speed = measured["median_tokens_per_s"]
-        click.echo(
+        lines.append(
             f"{name:<9}{measured['images']} readings in {measured['seconds']} s: {agreed}; the same text in "
             f"{measured['identical']:.0%}; well-formed {measured['ok']:.0%}"
-            + (f"; {speed:.1f} tokens/s each" if speed else ""),
-            err=to_error,
+            + (f"; {speed:.1f} tokens/s each" if speed else "")
         )
     bundle, server = result["bundle"], result["server"]
-    click.echo(
+    lines.append(
         f"{'passed' if result['passed'] else 'REFUSED'}: {bundle['engine']} {bundle['precision']}, bundle "
         f"{bundle['digest'][:12]}, {printable(server['name'])} {printable(server['version'])}, against "
-        f"transformers {result['reference']['versions']['transformers']}",
-        err=to_error,
+        f"transformers {result['reference']['versions']['transformers']}"
     )
-    write_json(result, json_path)
-    if not result["passed"]:
-        raise SystemExit(EXIT_FAILED)
+    return lines

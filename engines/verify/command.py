@@ -51,8 +51,16 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--html", type=OUT_FILE, help="Write the readings as one HTML page.")
 @json_option
 def verify(
-    bundle, checkpoint, images, profile, recipe, standin, quantized, requests, limit, seed, device, html, json_path
-):  # fmt: skip
+    bundle: Path,
+    *,
+    images: Path,
+    profile: str | None,
+    recipe: str | None,
+    requests: tuple[Path, ...],
+    html: Path | None,
+    json_path: str | None,
+    **options,
+):
     """Hold the engines in BUNDLE against their checkpoint, and put the record into its manifest.
 
     The reference is the checkpoint in transformers (fp32 on a CPU, bf16 on a CUDA device), greedy, on the same images.
@@ -61,7 +69,8 @@ def verify(
     from tqdm import tqdm
 
     from cxr_triton.engines.bundle import MANIFEST, Bundle
-    from cxr_triton.engines.verify.gate import verify_bundle, write_record
+    from cxr_triton.engines.verify.gate import verify_bundle
+    from cxr_triton.engines.verify.record import write_record
     from cxr_triton.profile import load_profile
 
     require("torch", "transformers")
@@ -81,17 +90,12 @@ def verify(
 
         record = verify_bundle(
             opened,
-            checkpoint,
-            load_profile(profile) if profile else None,
-            files,
+            profile=load_profile(profile) if profile else None,
+            images=files,
             thresholds=_thresholds(opened, recipe),
-            standin=standin,
-            quantized=quantized,
             requests=asked,
-            limit=limit,
-            seed=seed,
-            device=device,
             progress=progress,
+            **options,
         )
     record["seconds"] = round(time.monotonic() - started_s, 1)
     written = write_record(opened, record)

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cxr_triton.chat import ChatTokenizer, Prompt
+from cxr_triton.engines.verify.answers import Answer
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.pixels.sandbox import Sandbox
 from cxr_triton.profile import ModelProfile
@@ -54,28 +55,9 @@ class Case:
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
-    """What a model says.
-
-    Attributes
-    ----------
-    ids : (A,) int64 array
-        Generated tokens; the last one ends the answer if `finish_reason` is ``stop``.
-    text : str
-    finish_reason : str
-        ``stop`` or ``length``.
-    """
-
-    ids: np.ndarray
-    text: str
-    finish_reason: str
-
-
-@dataclass(frozen=True, eq=False)
 class _Input:
     prompt: Prompt
-    pixel_values: object  # torch tensor
-    grid: tuple[int, int]  # patches
+    picture: tuple  # patches as a torch tensor, and how many there are in a column and a row
     asked: ReadRequest
 
 
@@ -119,6 +101,7 @@ class Reference:
         self._sandbox = Sandbox()
         self._pictures: dict[str, np.ndarray] = {}
         self._answers: dict[str, Answer] = {}
+        self._ids: dict[str, np.ndarray] = {}
         self._embeddings: dict[str, np.ndarray] = {}
 
     def close(self) -> None:
@@ -149,10 +132,6 @@ class Reference:
         """SHA-256 of the checkpoint's files."""
         return self.source.digests()
 
-    def asked(self, case: Case) -> ReadRequest:
-        """The request of a case, checked against the profile."""
-        return ReadRequest.from_json(case.request, self.profile)
-
     def picture(self, image: bytes) -> np.ndarray:
         """Displayed picture in the file's size: uint8 [rows, cols] or [rows, cols, 3]."""
         key = hashlib.sha256(image).hexdigest()
@@ -167,58 +146,67 @@ class Reference:
         """Token ids and positions of a case."""
         return self._input(case).prompt
 
+    def ids(self, case: Case) -> np.ndarray:
+        """(A,) int64 tokens of a case's answer; the last one ends it if its `finish_reason` is ``stop``."""
+        self.read([case])
+        return self._ids[case.key]
+
     def encode(self, pixels: np.ndarray, *, resize: bool = True) -> np.ndarray:
         """Image embeddings of a picture: (T, hidden) float32."""
         values, grid = self._patches(pixels, resize)
-        return self._visual(values, grid)
+        visual = self._model.model.visual
+        with self._torch.inference_mode():
+            out = visual(values.to(self.device, visual.dtype), self._torch.tensor([[1, *grid]], device=self.device))
+        return out.pooler_output.float().cpu().numpy()
 
     def embeddings(self, case: Case) -> np.ndarray:
         """Image embeddings of a case: (T, hidden) float32."""
         if case.key not in self._embeddings:
-            entry = self._input(case)
-            self._embeddings[case.key] = self._visual(entry.pixel_values, entry.grid)
+            self._embeddings[case.key] = self.encode(self.picture(case.image))
         return self._embeddings[case.key]
 
-    def read(self, cases: Sequence[Case], progress: Callable[[int], None] | None = None) -> list[Answer]:
+    def read(self, cases: Sequence[Case], progress: Callable[[int], None] = lambda more: None) -> list[Answer]:
         """Greedy answers; cases of one prompt length and grid run as a batch."""
-        torch, groups = self._torch, defaultdict(dict)
+        groups: defaultdict[tuple, dict[str, _Input]] = defaultdict(dict)
         for case in cases:
-            if case.key not in self._answers:
-                entry = self._input(case)
-                asked = entry.asked
-                room = self.profile.max_sequence - len(entry.prompt.input_ids)
-                limit = min(asked.max_new_tokens, room)
-                groups[len(entry.prompt.input_ids), entry.grid, limit, asked.repetition_penalty][case.key] = entry
-            elif progress:
+            if case.key in self._answers:
                 progress(1)
-        ends = set(self.source.eos_token_ids)
+                continue
+            entry = self._input(case)
+            length, asked = len(entry.prompt.input_ids), entry.asked
+            limit = min(asked.max_new_tokens, self.profile.max_sequence - length)
+            groups[length, entry.picture[1], limit, asked.repetition_penalty][case.key] = entry
         for (_, _, limit, penalty), members in groups.items():
             keys = list(members)
             for at in range(0, len(keys), BATCH):
-                batch = keys[at : at + BATCH]
-                inputs = self._batch([members[key] for key in batch])
-                with torch.inference_mode():
-                    out = self._model.generate(
-                        **inputs,
-                        do_sample=False,
-                        temperature=None,
-                        top_p=None,
-                        top_k=None,
-                        max_new_tokens=limit,
-                        repetition_penalty=penalty,
-                        eos_token_id=sorted(ends),
-                        pad_token_id=min(ends),
-                    )
-                new = out[:, inputs["input_ids"].shape[1] :].cpu().numpy().astype(np.int64)
-                for key, row in zip(batch, new, strict=True):
-                    stops = np.flatnonzero(np.isin(row, list(ends)))
-                    ids = row[: stops[0] + 1] if len(stops) else row
-                    stream = self._tokenizer.stream()
-                    text = stream.push(ids) + stream.finish()
-                    self._answers[key] = Answer(ids, text, "stop" if len(stops) else "length")
-                    if progress:
-                        progress(1)
+                batch = {key: members[key] for key in keys[at : at + BATCH]}
+                self._generate(batch, limit, penalty)
+                progress(len(batch))
         return [self._answers[case.key] for case in cases]
+
+    def _generate(self, batch: dict[str, _Input], limit: int, repetition_penalty: float) -> None:
+        """Keep answers to a batch, by the keys of its cases."""
+        ends = sorted(self.source.eos_token_ids)
+        inputs = self._batch([e.prompt.input_ids for e in batch.values()], [e.picture for e in batch.values()])
+        with self._torch.inference_mode():
+            out = self._model.generate(
+                **inputs,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                max_new_tokens=limit,
+                repetition_penalty=repetition_penalty,
+                eos_token_id=ends,
+                pad_token_id=ends[0],
+            )
+        rows = out[:, inputs["input_ids"].shape[1] :].cpu().numpy().astype(np.int64)
+        for (key, entry), row in zip(batch.items(), rows, strict=True):
+            stops = np.flatnonzero(np.isin(row, ends))
+            ids = self._ids[key] = row[: stops[0] + 1] if len(stops) else row
+            stream = self._tokenizer.stream()
+            text, reason = stream.push(ids) + stream.finish(), "stop" if len(stops) else "length"
+            self._answers[key] = Answer.of(text, len(ids), reason, entry.asked, self.profile)
 
     @contextlib.contextmanager
     def storing(self, weights: Checkpoint, precision: str, head: str) -> Iterator[None]:
@@ -234,30 +222,20 @@ class Reference:
         if precision not in ("int4", "int4-awq", "fp8"):
             yield  # one float type for another: that is the engine's arithmetic, not what it stores
             return
-        torch, decoder, hooks = self._torch, self._model, []
-        embedding = decoder.model.language_model.embed_tokens.weight
-        tied = decoder.lm_head.weight is embedding
-        try:
+        layer = self._model.lm_head
+        with contextlib.ExitStack() as hooks:
+            hooks.callback(self._load, self.source, hooks)
+            hooks.callback(setattr, layer, "weight", layer.weight)
             self._load(weights, hooks, rounded=precision == "int4")
             if head != "compute":
                 stored = weights.array("language_model.embed_tokens.weight" if weights.tied else "lm_head.weight")
                 values = _rounded_int4(stored) if head == "int4" else _rounded_fp8(stored)
-                decoder.lm_head.weight = torch.nn.Parameter(self._tensor(values), requires_grad=False)
-                if head == "fp8":
-                    hooks.append(decoder.lm_head.register_forward_pre_hook(self._fp8_input(weights.head_input_scale())))
+                layer.weight = self._torch.nn.Parameter(self._tensor(values), requires_grad=False)
+            if head == "fp8":
+                hooks.enter_context(self._rounded_input(layer, weights.head_input_scale()))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            if tied:
-                decoder.lm_head.weight = embedding
-            elif head != "compute":
-                decoder.lm_head.weight = torch.nn.Parameter(
-                    self._tensor(self.source.array("lm_head.weight")), requires_grad=False
-                )
-            self._load(self.source, [])
 
-    def _load(self, weights: Checkpoint, hooks: list, rounded: bool = False) -> None:
+    def _load(self, weights: Checkpoint, hooks: contextlib.ExitStack, rounded: bool = False) -> None:
         """Fill the decoder from a checkpoint, linear layers rounded to int4; fp8 layers get a hook on their input."""
         from cxr_triton.export.checkpoint import Fp8Weight, Int4Weight
 
@@ -266,7 +244,7 @@ class Reference:
             stored = weights.weight(name)
             if isinstance(stored, Fp8Weight):
                 module = model.get_submodule(name.removesuffix(".weight"))
-                hooks.append(module.register_forward_pre_hook(self._fp8_input(stored.input_scale)))
+                hooks.enter_context(self._rounded_input(module, stored.input_scale))
                 stored = stored.values.astype(np.float32) * stored.scale
             elif isinstance(stored, Int4Weight):
                 stored = _unpacked(stored)
@@ -278,24 +256,23 @@ class Reference:
         values = np.array(values, np.float32)
         return self._torch.from_numpy(values).to(self.device, self._model.dtype)
 
-    def _fp8_input(self, scale: np.float32):
-        torch, scale = self._torch, float(scale)
+    def _rounded_input(self, module, scale: np.float32 | None):
+        """A hook that rounds a module's input to float8 e4m3 by a scale."""
+        if scale is None:
+            raise InvalidRequest("the checkpoint has no scale of the fp8 head's input; quantize it again")
+        float8, by = self._torch.float8_e4m3fn, float(scale)
 
-        def round_input(module, inputs):
-            x = inputs[0]
-            return ((x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).to(x.dtype), *inputs[
-                1:
-            ]
+        def rounded(_module, inputs):
+            x, *others = inputs
+            return ((x.float() / by).clamp(-448, 448).to(float8).float() * by).to(x.dtype), *others
 
-        return round_input
+        return module.register_forward_pre_hook(rounded)
 
     def logits(self, case: Case) -> np.ndarray:
         """Logits with which each token of the reference's own answer is predicted: (A, vocab) float32."""
-        torch, (answer,) = self._torch, self.read([case])
-        inputs = self._batch([self._input(case)], answer.ids[:-1])
-        with torch.inference_mode():
-            out = self._model(**inputs, logits_to_keep=len(answer.ids))
-        return out.logits[0].float().cpu().numpy()
+        ids = self.ids(case)
+        before = np.concatenate([self.prompt(case).input_ids, ids[:-1]])
+        return self.forced(before, self.picture(case.image), len(ids))
 
     def forced(self, ids: np.ndarray, pixels: np.ndarray | None, count: int) -> np.ndarray:
         """Logits that predict the token after each of the last `count` of a sequence: (count, vocab) float32.
@@ -307,32 +284,17 @@ class Reference:
             Picture of the sequence's image tokens.
         count : int
         """
-        torch = self._torch
-        tokens = torch.from_numpy(ids[None]).to(self.device)
-        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        if pixels is not None:
-            values, grid = self._patches(pixels, True)
-            inputs |= self._pictures_of(tokens, [values], [grid])
-        with torch.inference_mode():
+        inputs = self._batch([ids], [] if pixels is None else [self._patches(pixels, True)])
+        with self._torch.inference_mode():
             out = self._model(**inputs, logits_to_keep=count)
         return out.logits[0].float().cpu().numpy()
 
-    def _pictures_of(self, ids, pixel_values: Sequence, grids: Sequence[tuple[int, int]]) -> dict:
-        """What the model takes beside token ids where some stand for pictures."""
-        torch = self._torch
-        return {
-            "mm_token_type_ids": (ids == self.source.image_token_id).int(),
-            "pixel_values": torch.cat(list(pixel_values)).to(self.device, self._model.dtype),
-            "image_grid_thw": torch.tensor([[1, *grid] for grid in grids], device=self.device),
-        }
-
     def _input(self, case: Case) -> _Input:
-        pixels = self.picture(case.image)
-        values, grid = self._patches(pixels, True)
-        asked = self.asked(case)
-        return _Input(self._tokenizer.encode(asked.messages(1), [grid]), values, grid, asked)
+        picture = self._patches(self.picture(case.image), True)
+        asked = ReadRequest.from_json(case.request, self.profile)
+        return _Input(self._tokenizer.encode(asked.messages(1), [picture[1]]), picture, asked)
 
-    def _patches(self, pixels: np.ndarray, resize: bool):
+    def _patches(self, pixels: np.ndarray, resize: bool) -> tuple:
         from PIL import Image
 
         limits = {"shortest_edge": self.profile.min_pixels, "longest_edge": self.profile.max_pixels}
@@ -340,21 +302,18 @@ class Reference:
         _, rows, cols = out["image_grid_thw"][0].tolist()
         return out["pixel_values"], (rows, cols)
 
-    def _visual(self, pixel_values, grid: tuple[int, int]) -> np.ndarray:
-        torch, visual = self._torch, self._model.model.visual
-        thw = torch.tensor([[1, *grid]], device=self.device)
-        with torch.inference_mode():
-            out = visual(pixel_values.to(self.device, visual.dtype), thw)
-        return out.pooler_output.float().cpu().numpy()
-
-    def _batch(self, entries: Sequence[_Input], answer: np.ndarray | None = None) -> dict:
+    def _batch(self, rows: Sequence[np.ndarray], pictures: Sequence[tuple]) -> dict:
+        """What the model takes: rows of token ids, all of one length, and the pictures that some stand for."""
         torch = self._torch
-        rows = [entry.prompt.input_ids for entry in entries]
-        if answer is not None:
-            rows = [np.concatenate([row, answer]) for row in rows]
         ids = torch.from_numpy(np.stack(rows)).to(self.device)
-        pictures = self._pictures_of(ids, [e.pixel_values for e in entries], [e.grid for e in entries])
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pictures}
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if pictures:
+            inputs |= {
+                "mm_token_type_ids": (ids == self.source.image_token_id).int(),
+                "pixel_values": torch.cat([values for values, _ in pictures]).to(self.device, self._model.dtype),
+                "image_grid_thw": torch.tensor([[1, *grid] for _, grid in pictures], device=self.device),
+            }
+        return inputs
 
 
 def _rounded_int4(stored: np.ndarray) -> np.ndarray:
@@ -372,7 +331,7 @@ def _rounded_fp8(stored: np.ndarray) -> np.ndarray:
     import ml_dtypes
 
     values = stored.astype(np.float32)
-    scale = np.float32(np.abs(values).max() / 448) or np.float32(1)
+    scale = np.float32(np.abs(values).max() / 448 or 1)
     return np.clip(values / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
 
 
@@ -385,9 +344,9 @@ def _unpacked(stored) -> np.ndarray:
     return values if stored.pre_quant_scale is None else values * stored.pre_quant_scale.astype(np.float32)
 
 
-def request_json(request: dict | None) -> str:
-    """REQUEST text of a request's keys."""
-    return json.dumps(request or {}, sort_keys=True, ensure_ascii=False)
+def request_json(request: Mapping) -> str:
+    """REQUEST, as JSON, of a request's keys."""
+    return json.dumps(dict(request), sort_keys=True, ensure_ascii=False)
 
 
 def png(pixels: np.ndarray) -> bytes:

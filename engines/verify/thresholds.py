@@ -15,39 +15,36 @@ class Threshold:
 
     Attributes
     ----------
-    part : str
-        Of the gate, one of `cxr_triton.engines.verify.record.PARTS`.
     at_least : bool
         The measurement has to be as large; as small otherwise.
     meaning : str
         What is measured, with its unit, for people.
     """
 
-    part: str
     at_least: bool
     meaning: str
 
 
 THRESHOLDS = {
-    "vision_cosine": Threshold("vision", True, "mean over tokens of the cosine of image embeddings"),
-    "vision_cosine_min": Threshold("vision", True, "cosine of the worst token"),
-    "vision_norm": Threshold("vision", False, "relative error of an image's root mean square, worst image"),
-    "top1_agreement": Threshold("decoder", True, "share of tokens with the same most likely next token"),
-    "kl": Threshold("decoder", False, "mean over tokens of KL(reference || engine), nats"),
+    "vision_cosine": Threshold(True, "mean over tokens of the cosine of image embeddings"),
+    "vision_cosine_min": Threshold(True, "cosine of the worst token"),
+    "vision_norm": Threshold(False, "relative error of an image's root mean square, worst image"),
+    "top1_agreement": Threshold(True, "share of tokens with the same most likely next token"),
+    "kl": Threshold(False, "mean over tokens of KL(reference || engine), nats"),
     "logit_error": Threshold(
-        "decoder", False, "relative difference of logits from transformers on the weights as the engine stores them"
+        False, "relative difference of logits from transformers on the weights as the engine stores them"
     ),
-    "images": Threshold("readings", True, "images that were read"),
-    "label_iou": Threshold("readings", True, "mean intersection over union of label sets, options or boxes"),
-    "prose_f1": Threshold("readings", True, "mean F1 of the words of prose answers"),
-    "label_flips": Threshold("readings", False, "share of images on which a label flips, worst label"),
-    "format_drop": Threshold("readings", False, "well-formed answers: the reference's share less the engine's"),
-    "truncated_rise": Threshold("readings", False, "truncated answers: the engine's share less the reference's"),
-    "unknown_rise": Threshold("readings", False, "answers out of vocabulary: the engine's share less the reference's"),
-    "length_drift": Threshold("readings", False, "relative difference of the mean lengths, tokens"),
-    "reward_drop": Threshold("readings", False, "mean reward of the reference less the engine's, worst reward"),
-    "control_iou": Threshold("controls", True, "mean agreement of the answers, worse of occluded and flipped"),
-    "control_reaction": Threshold("controls", False, "mean difference of how much the answers change, worst control"),
+    "images": Threshold(True, "images that were read"),
+    "label_iou": Threshold(True, "mean intersection over union of label sets, options or boxes"),
+    "prose_f1": Threshold(True, "mean F1 of the words of prose answers"),
+    "label_flips": Threshold(False, "share of images on which a label flips, worst label"),
+    "format_drop": Threshold(False, "well-formed answers: the reference's share less the engine's"),
+    "truncated_rise": Threshold(False, "truncated answers: the engine's share less the reference's"),
+    "unknown_rise": Threshold(False, "answers out of vocabulary: the engine's share less the reference's"),
+    "length_drift": Threshold(False, "relative difference of the mean lengths, tokens"),
+    "reward_drop": Threshold(False, "mean reward of the reference less the engine's, worst reward"),
+    "control_iou": Threshold(True, "mean agreement of the answers, worse of occluded and flipped"),
+    "control_reaction": Threshold(False, "mean difference of how much the answers change, worst control"),
 }
 """Everything that the gate checks against a number, by the name that a recipe uses."""
 
@@ -93,10 +90,10 @@ def thresholds_of(precision: str, compute: str, given: Mapping[str, float] | Non
     chosen = _ALWAYS | {name: limits[column] for name, limits in _BY_PRECISION.items()} | _BY_COMPUTE[compute]
     if precision == "fp32":
         chosen["logit_error"] = 1e-3  # nothing is rounded: 3e-7 in the phantom's four layers
-    for name, value in (given or {}).items():
+    for name, limit in (given or {}).items():
         if name not in THRESHOLDS:
             raise InvalidRequest(unknown_key(str(name), THRESHOLDS, "thresholds"))
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InvalidRequest(f"thresholds.{name} is {value!r:.40}, must be a finite number")
-        chosen[name] = value
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not math.isfinite(limit):
+            raise InvalidRequest(f"thresholds.{name} is {limit!r:.40}, must be a finite number")
+        chosen[name] = limit
     return chosen

@@ -24,11 +24,12 @@ from test_page import Page, browser, chromium  # noqa: E402
 from cxr_triton import phantom_file  # noqa: E402
 from cxr_triton.cli import main  # noqa: E402
 from cxr_triton.engines.bundle import Bundle, build_bundle  # noqa: E402
-from cxr_triton.engines.verify import gate as verify  # noqa: E402
-from cxr_triton.engines.verify.gate import verify_bundle, write_record  # noqa: E402
+from cxr_triton.engines.verify import engine_under_test, gate  # noqa: E402
+from cxr_triton.engines.verify.gate import verify_bundle  # noqa: E402
 from cxr_triton.engines.verify.page import verification_page  # noqa: E402
-from cxr_triton.engines.verify.record import PARTS, is_verified, require_verified  # noqa: E402
+from cxr_triton.engines.verify.record import PARTS, is_verified, require_verified, write_record  # noqa: E402
 from cxr_triton.engines.verify.reference import Reference  # noqa: E402
+from cxr_triton.engines.verify.statistics import kl_divergence  # noqa: E402
 from cxr_triton.engines.verify.thresholds import THRESHOLDS, thresholds_of  # noqa: E402
 from cxr_triton.errors import InvalidRequest, NotVerified  # noqa: E402
 from cxr_triton.export.command import export_checkpoint  # noqa: E402
@@ -303,7 +304,7 @@ def test_a_part_that_raises_has_failed(good, reference, images, monkeypatch):
         raise RuntimeError("the engine is gone")
 
     monkeypatch.setattr(DecoderSession, "step", broken)
-    monkeypatch.setattr(verify, "PARTS", ("files", "vision", "decoder"))
+    monkeypatch.setattr(gate, "PARTS", ("files", "vision", "decoder"))
     record = verify_bundle(good, reference, None, images[:8], threads=1)
     assert record["parts"]["decoder"]["error"] == "RuntimeError: the engine is gone"
     assert refused_by(record) == {"decoder"} and not record["passed"]
@@ -322,7 +323,7 @@ def test_a_record_passes_on_its_way_into_the_manifest(good, good_record, tmp_pat
 def test_an_engine_that_cannot_run_here_needs_a_stand_in_of_its_own_source(
     good, exports, tmp_path, reference, images, monkeypatch
 ):
-    monkeypatch.setattr(verify, "why_not_here", lambda bundle: "no GPU")
+    monkeypatch.setattr(engine_under_test, "why_not_here", lambda bundle: "no GPU")
     with pytest.raises(InvalidRequest, match=r"cannot be run here \(no GPU\).*--standin"):
         verify_bundle(good, reference, None, images)
     other = build_bundle(exports / "int4", tmp_path / "other")
@@ -356,11 +357,9 @@ def test_every_threshold_has_a_default():
 def test_divergence_is_that_of_its_definition():
     p, q = np.array([0.5, 0.25, 0.25]), np.array([0.25, 0.5, 0.25])
     expected = (p * np.log(p / q)).sum()
-    assert verify.kl_divergence(np.log(p).astype(np.float32) + 7, np.log(q).astype(np.float32)) == pytest.approx(
-        expected
-    )
-    assert math.isnan(verify.kl_divergence(np.log(p), np.array([0.0, math.inf, 0.0])))
-    assert math.isnan(verify.kl_divergence(np.log(p), np.array([0.0, math.nan, 0.0])))
+    assert kl_divergence(np.log(p).astype(np.float32) + 7, np.log(q).astype(np.float32)) == pytest.approx(expected)
+    assert math.isnan(kl_divergence(np.log(p), np.array([0.0, math.inf, 0.0])))
+    assert math.isnan(kl_divergence(np.log(p), np.array([0.0, math.nan, 0.0])))
 
 
 def test_the_verb_writes_record_and_page(good, images, tmp_path, caplog):

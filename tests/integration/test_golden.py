@@ -40,7 +40,13 @@ def engine(served_bundle, tmp_path_factory):
                     {
                         "sha256": hashlib.sha256(case.image).hexdigest(),
                         "request": json.loads(case.request),
-                        "reference": {"text": a.text, "tokens": len(a.ids), "finish_reason": a.finish_reason},
+                        "reference": {
+                            "text": a.text,
+                            "tokens": a.tokens,
+                            "finish_reason": a.finish_reason,
+                            "status": "ok",  # as the gate adds it
+                            "says": [],
+                        },
                     }
                     for case, a in zip(cases, answers, strict=True)
                 ]

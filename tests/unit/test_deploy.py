@@ -154,12 +154,12 @@ def test_the_smoke_test_builds_starts_judges_and_clears_up(tmp_path):
 
 
 def test_the_verbs_take_what_the_script_gives_them(tmp_path):
+    from cxr_triton.triton_repo.command import make_engine
     from cxr_triton.triton_repo.golden import golden
-    from cxr_triton.triton_repo.make_engine import command
 
     (tmp_path / "pictures").mkdir()
     _, calls = smoke(tmp_path, "org/model", "chexone", "h100-fp8-trtllm", "pictures", ACCEPT_LICENCE="1")
-    for verb, called in (("make-engine", command), ("golden", golden)):
+    for verb, called in (("make-engine", make_engine), ("golden", golden)):
         (line,) = [call for call in calls if f" {verb} " in call]
         called.make_context(verb, line.partition(f" {verb} ")[2].split())
 

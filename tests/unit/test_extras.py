@@ -199,11 +199,11 @@ def test_a_package_that_does_not_load_says_why_and_names_the_command(monkeypatch
 def test_the_gate_records_no_verdict_for_want_of_a_package():
     from cxr_triton.engines.verify.gate import _run
 
-    def part():
+    def part(trial):
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
     with pytest.raises(ModuleNotFoundError):
-        _run(part)
+        _run(part, None)
 
 
 def test_the_extra_is_the_verbs_own_or_else_the_first_that_has_the_module():

@@ -1,0 +1,194 @@
+"""The engine that the gate judges: what can be run of it here, and its sessions, driven as the served models do."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from pathlib import Path
+
+import numpy as np
+
+from cxr_triton.chat import Prompt
+from cxr_triton.engines.bundle import SIDE_FILES, Bundle
+from cxr_triton.engines.onnxruntime.session import open_decoder, open_vision
+from cxr_triton.engines.pipeline import Preprocessor, StepTensors, sampling_of
+from cxr_triton.engines.runtime.scheduler import Chunk, Completion, DecoderRuntime, Generation
+from cxr_triton.engines.verify.answers import Answer
+from cxr_triton.engines.verify.record import subject
+from cxr_triton.engines.verify.reference import Case
+from cxr_triton.errors import CxrError, InvalidRequest
+from cxr_triton.pixels import image
+from cxr_triton.profile import ModelProfile
+from cxr_triton.request import ReadRequest
+
+SLOTS = 4
+"""Sequences that the engine decodes together; also how many reference logits are in memory."""
+
+
+def runnable(bundle: Bundle, standin: Bundle | str | Path | None) -> tuple[Bundle, dict]:
+    """The bundle whose sessions run here, itself or its stand-in, and what the record says of it.
+
+    Raises
+    ------
+    InvalidRequest
+        The bundle cannot be run here, and the stand-in is missing or of another source.
+    """
+    error = why_not_here(bundle)
+    if error is None:
+        return bundle, {"engine": bundle.engine, "standin": None}
+    if standin is None:
+        raise InvalidRequest(
+            f"the {bundle.engine} engines in {bundle.path} cannot be run here ({error}); verify on a machine that runs "
+            "them, or give an onnxruntime bundle of the same export with --standin"
+        )
+    standin = standin if isinstance(standin, Bundle) else Bundle.open(standin)
+    if standin.engine != "onnxruntime":
+        raise InvalidRequest(f"the stand-in in {standin.path} is for {standin.engine}, must be for onnxruntime")
+    mine, its = _made_of(bundle), _made_of(standin)
+    if other := [what for what in mine if mine[what] != its[what]]:
+        raise InvalidRequest(
+            f"the stand-in in {standin.path} has another {other[0]}; build it from the same checkpoint"
+        )
+    said = f"{bundle.engine} cannot be run here ({error}); the same checkpoint was run in onnxruntime in its place"
+    return standin, {"engine": "onnxruntime", "standin": subject(standin.manifest), "said": said}
+
+
+def _made_of(bundle: Bundle) -> dict[str, object]:
+    """What a bundle and its stand-in have in common."""
+    return {
+        "source": bundle.manifest["source"],
+        "precision": bundle.precision,
+        "head": bundle.manifest.get("head"),
+        "geometry": dataclasses.asdict(bundle.geometry) | {"compute": None},
+        **{name: bundle.manifest["files"][name] for name in SIDE_FILES},
+    }
+
+
+def why_not_here(bundle: Bundle) -> str | None:
+    """Why a bundle's engines cannot be run here; None if they can."""
+    if bundle.engine == bundle.vision_engine == "onnxruntime":
+        return None
+    try:
+        open_vision(bundle)
+        open_decoder(bundle, slots=SLOTS)
+    except CxrError as error:
+        return error.message
+    except (ImportError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+class EngineUnderTest:
+    """The sessions of a bundle that runs here.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    threads : int or None
+        CPU threads; all cores if None.
+
+    Raises
+    ------
+    CxrError
+        A session cannot be opened.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None):
+        self.bundle = bundle
+        self._preprocessor = Preprocessor(bundle.path, not_a_chest="flag")  # the controls are no chests
+        self._vision = open_vision(bundle, threads=threads)
+        self._decoder = open_decoder(bundle, slots=SLOTS, threads=threads)
+        self._prepared: dict[str, tuple[StepTensors, np.ndarray]] = {}
+
+    def close(self) -> None:
+        """End the process that decodes images."""
+        self._preprocessor.close()
+
+    def embeddings(self, case: Case) -> np.ndarray:
+        """(T, hidden) float32 image embeddings of a case through the bundle's own preprocessing."""
+        return self._prepare(case)[1]
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """(T, hidden) float32 image embeddings of a uint8 picture that needs no resize."""
+        geometry = self.bundle.geometry
+        vision = image.windows(pixels, window_budget=geometry.window_budget, token_budget=geometry.token_budget)
+        return self._vision.encode(**image.stack([vision]))[0, : vision.tokens]
+
+    def _prepare(self, case: Case) -> tuple[StepTensors, np.ndarray]:
+        """Step tensors and (T, hidden) embeddings of a case."""
+        if case.key not in self._prepared:
+            step = self._preprocessor.prepare([case.image], case.request)
+            inputs = {n: getattr(step, n) for n in ("pixel_windows", "patch_rows_cols", "valid", "merge_order")}
+            rows = self._vision.encode(**inputs)[0]
+            self._prepared[case.key] = step, np.array(rows[: int((step.image_index >= 0).sum())])
+        return self._prepared[case.key]
+
+    def read(self, cases: Sequence[Case], profile: ModelProfile, count: Callable[[int], None]) -> list[Answer]:
+        """The engine's answers through the decoder runtime, `SLOTS` at a time; `count` is called with 1 for each."""
+        ends: list[futures.Future[Completion]] = []
+        with DecoderRuntime(self.bundle, session=self._decoder, queue_size=len(cases)) as runtime:
+            for case in cases:
+                step, embeddings = self._prepare(case)
+                generation = Generation(
+                    input_ids=step.input_ids,
+                    position_ids=step.position_ids,
+                    image_index=step.image_index,
+                    image_embeddings=embeddings,
+                    sampling=sampling_of(step.context),
+                )
+                ends.append(futures.Future())
+                runtime.submit(generation, functools.partial(_settle, ends[-1], count))
+            futures.wait(ends)
+        answers = []
+        for case, done in zip(cases, (end.result() for end in ends), strict=True):
+            asked, tokens = ReadRequest.from_json(case.request, profile), done.usage["completion_tokens"]
+            answers.append(Answer.of(done.text, tokens, done.finish_reason, asked, profile))
+        return answers
+
+    def forced(
+        self, prompts: Sequence[Prompt], embeddings: Sequence[np.ndarray], answers: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        """Logits with which each token of given answers is predicted: prefill, then one step a token, as in serving.
+
+        Parameters
+        ----------
+        prompts : sequence of Prompt
+            At most `SLOTS`, as of the others.
+        embeddings : sequence of (T, hidden) float32 array
+        answers : sequence of (A,) int64 array
+
+        Returns
+        -------
+        list of (A, vocab) float32 array
+        """
+        # The longest first: a step runs the first slots, so the answers that still go on have to be these.
+        order = sorted(range(len(answers)), key=lambda i: -len(answers[i]))
+        session = self._decoder
+        results = [np.empty((len(ids), session.vocab), np.float32) for ids in answers]
+        try:
+            for slot, i in enumerate(order):
+                prompt, rows = prompts[i], max(len(embeddings[i]), 1)
+                inputs = prompt.input_ids, prompt.image_index(rows), embeddings[i], prompt.position_ids
+                results[i][0] = session.prefill(slot, *inputs, is_last=True)
+            for t in range(1, max(len(ids) for ids in answers)):
+                active = [i for i in order if len(answers[i]) > t]
+                tokens = np.array([answers[i][t - 1] for i in active], np.int64)
+                positions = np.array([int(prompts[i].position_ids.max()) + t for i in active], np.int64)
+                for row, i in zip(session.step(tokens, positions), active, strict=True):
+                    results[i][t] = row
+        finally:
+            for slot in range(SLOTS):
+                session.free(slot)
+        return results
+
+
+def _settle(end: futures.Future[Completion], count: Callable[[int], None], chunk: Chunk) -> None:
+    """Receive a stream of which only the end matters."""
+    if chunk.error is not None:
+        count(1)
+        end.set_exception(chunk.error)
+    elif chunk.completion is not None:
+        count(1)
+        end.set_result(chunk.completion)
