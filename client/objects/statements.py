@@ -6,10 +6,10 @@ from typing import Any
 
 from cxr_triton.client.objects.codes import ABSENT, PRESENT, presence
 from cxr_triton.client.objects.study import UNVERIFIED
-from cxr_triton.client.page import STATUSES as STATUS_TEXTS
 from cxr_triton.pixels.flags import FLAGS as IMAGE_FLAGS
 from cxr_triton.reading import FLAGS as READING_FLAGS
 from cxr_triton.reading import NOT_FOR_DIAGNOSIS
+from cxr_triton.reading import STATUSES as STATUS_TEXTS
 
 
 def notice(reading: dict[str, Any]) -> str:
