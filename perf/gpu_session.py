@@ -166,7 +166,7 @@ class Session:
 
     def export(self, scale: Scale, precision: str, compute: str) -> Path:
         """An export folder, written once."""
-        from cxr_triton.export.command import export_checkpoint
+        from cxr_triton.export.export import export_checkpoint
         from cxr_triton.profile import load_profile
 
         source = self.checkpoint(scale, precision if precision == "int4-awq" else None)

@@ -87,7 +87,7 @@ def write_shape(
     Path
         `folder`.
     """
-    from cxr_triton.export.checkpoint import read_config, tensor_shapes
+    from cxr_triton.export.geometry import read_config, tensor_shapes
 
     folder.mkdir(parents=True, exist_ok=True)
     common = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", **TOKENS}

@@ -178,8 +178,9 @@ def make_engine(
     from cxr_triton.engines.recipe import load_recipe
     from cxr_triton.engines.verify.record import is_verified, require_verified
     from cxr_triton.export.checkpoint import Checkpoint
-    from cxr_triton.export.command import export_checkpoint, located, require_fit
+    from cxr_triton.export.export import export_checkpoint
     from cxr_triton.export.quantize import PACKAGES as QUANTIZING
+    from cxr_triton.export.source import located, require_fit
     from cxr_triton.triton_repo.package import Settings, write_repository
 
     chosen, model = load_recipe(recipe), load_profile(profile)

@@ -475,7 +475,7 @@ class _Gate:
             return True
         if self.bundle.precision not in QUANTIZED:
             return False
-        from cxr_triton.export.checkpoint import read_config
+        from cxr_triton.export.geometry import read_config
 
         # A quantizer writes the config anew; what it describes has to stay.
         mine, its = json.loads(own), json.loads(expected)

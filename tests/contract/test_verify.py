@@ -30,7 +30,7 @@ from cxr_triton.engines.verify.page import verification_page  # noqa: E402
 from cxr_triton.engines.verify.record import PARTS, is_verified, require_verified  # noqa: E402
 from cxr_triton.engines.verify.reference import Reference  # noqa: E402
 from cxr_triton.errors import InvalidRequest, NotVerified  # noqa: E402
-from cxr_triton.export.command import export_checkpoint  # noqa: E402
+from cxr_triton.export.export import export_checkpoint  # noqa: E402
 from cxr_triton.profile import load_profile  # noqa: E402
 
 COUNT = 12

@@ -23,7 +23,7 @@ from cxr_triton.engines.bundle import build_bundle  # noqa: E402
 from cxr_triton.engines.verify.gate import verify_bundle  # noqa: E402
 from cxr_triton.engines.verify.page import verification_page  # noqa: E402
 from cxr_triton.engines.verify.reference import Reference  # noqa: E402
-from cxr_triton.export.command import export_checkpoint  # noqa: E402
+from cxr_triton.export.export import export_checkpoint  # noqa: E402
 from cxr_triton.pixels import image  # noqa: E402
 from cxr_triton.profile import load_profile  # noqa: E402
 
