@@ -35,7 +35,7 @@ VERBS = {
     "tasks": ("cxr_triton.command:tasks", None, "List what the models can be asked."),
     "quantize": ("cxr_triton.export.command:quantize", "quantize", "Quantize a checkpoint, calibrated on images."),
     "export": ("cxr_triton.export.command:export", "local", "Write the vision and decoder graphs of a checkpoint."),
-    "recipes": ("cxr_triton.engines.command:recipes", "local", "List the GPUs that bundles are built for."),
+    "recipes": ("cxr_triton.engines.command:recipes", None, "List the GPUs that bundles are built for."),
     "build": ("cxr_triton.engines.command:build", "local", "Compile graphs into an engine bundle."),
     "verify": (
         "cxr_triton.engines.verify.command:verify",
