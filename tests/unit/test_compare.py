@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from cxr_triton.errors import InvalidRequest
-from cxr_triton.perf.compare import compare, compare_command, history, history_command, load_result
+from cxr_triton.perf import command
+from cxr_triton.perf.compare import compare, history, load_result
 
 
 def run(speed: float = 1.0, seed: int = 0, repeats: int = 3) -> dict:
@@ -119,13 +120,13 @@ def files(tmp_path):
 
 def test_ci_sees_the_exit_status(files, tmp_path):
     base, slower = files("a.json", run()), files("b.json", run(0.8, 1))
-    done = CliRunner().invoke(compare_command, [base, slower, "--html", str(tmp_path / "c.html"), "--json", "-"])
+    done = CliRunner().invoke(command.compare, [base, slower, "--html", str(tmp_path / "c.html"), "--json", "-"])
     assert done.exit_code == 3, done.output
     assert json.loads(done.stdout)["verdict"] == "worse"
     assert "Against the earlier run: worse" in (tmp_path / "c.html").read_text()
-    done = CliRunner().invoke(compare_command, [base, base])
+    done = CliRunner().invoke(command.compare, [base, base])
     assert done.exit_code == 0 and done.output.endswith("no difference shown\n")
-    done = CliRunner().invoke(compare_command, [slower, base])
+    done = CliRunner().invoke(command.compare, [slower, base])
     assert done.exit_code == 0 and done.output.endswith("better\n")
 
 
@@ -136,7 +137,7 @@ def test_history_lists_results_by_time_and_leaves_other_files_out(files, tmp_pat
     files("a.json", late), files("deeper/b.json", early)
     files("other.json", {"schema": 1}), (tmp_path / "broken.json").write_text("{")
     assert [result["file"] for result in history(tmp_path)] == ["b.json", "a.json"]
-    done = CliRunner().invoke(history_command, [str(tmp_path), "--html", str(tmp_path / "h.html"), "--json", "-"])
+    done = CliRunner().invoke(command.history, [str(tmp_path), "--html", str(tmp_path / "h.html"), "--json", "-"])
     assert done.exit_code == 0, done.output
     listed = json.loads(done.stdout)["results"]
     assert [entry["file"] for entry in listed] == ["b.json", "a.json"]
