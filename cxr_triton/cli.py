@@ -33,9 +33,9 @@ EXIT_FAILED, EXIT_NOT_AS_ASKED, EXIT_TRY_AGAIN, EXIT_INTERRUPTED = 1, 3, 75, 130
 VERBS = {
     "profiles": ("cxr_triton.command:profiles", None, "List the models that are known."),
     "tasks": ("cxr_triton.command:tasks", None, "List what the models can be asked."),
-    "quantize": ("cxr_triton.export.quantize:quantize", "quantize", "Quantize a checkpoint, calibrated on images."),
+    "quantize": ("cxr_triton.export.command:quantize", "quantize", "Quantize a checkpoint, calibrated on images."),
     "export": ("cxr_triton.export.command:export", "local", "Write the vision and decoder graphs of a checkpoint."),
-    "recipes": ("cxr_triton.engines.command:recipes", "local", "List the GPUs that bundles are built for."),
+    "recipes": ("cxr_triton.engines.command:recipes", None, "List the GPUs that bundles are built for."),
     "build": ("cxr_triton.engines.command:build", "local", "Compile graphs into an engine bundle."),
     "verify": (
         "cxr_triton.engines.verify.command:verify",
@@ -75,7 +75,7 @@ EXAMPLES = {
     ),
     "export": ("export nvidia/NV-Reason-CXR-3B --profile nv-reason-cxr-3b --accept-licence -o export/",),
     "recipes": ("recipes", "recipes rtx4090-int4"),
-    "build": ("build export/ -o bundle/", "build export/ --recipe cpu-int4-openvino -o bundle/"),
+    "build": ("build export/ -o bundle/", "build export/ --recipe rtx4090-int4 -o bundle/"),
     "verify": ("verify bundle/ --checkpoint checkpoint/ --images radiographs/ --html verification.html",),
     "make-engine": (
         "make-engine nvidia/NV-Reason-CXR-3B --profile nv-reason-cxr-3b --recipe rtx4090-int4 --accept-licence"

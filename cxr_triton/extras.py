@@ -49,7 +49,7 @@ def remedy(extra: str | None) -> str:
         if url.scheme == "file" and path.exists():
             editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
             return f"run `pip install {editable}{shlex.quote(f'{path}{wanted}')}`"
-    return f"run `pip install '.{wanted}'` in a clone of cxr-triton"
+    return f"run `pip install -e '.{wanted}'` in a clone of cxr-triton"
 
 
 def require(*modules: str) -> None:

@@ -277,7 +277,7 @@ class Recipe(_Checked):
             ``kv_cache``, ``prompt_tables`` (image rows and M-RoPE tables of all streams, in tensorrt-llm only),
             ``activations``, ``total``, ``card``: bytes.
         """
-        from cxr_triton.export.checkpoint import read_config, tensor_shapes
+        from cxr_triton.export.geometry import read_config, tensor_shapes
 
         text, vision = read_config({"text_config": text, "vision_config": vision})
         decoder, item = self.decoder, BYTES[self.decoder.compute]

@@ -1,17 +1,15 @@
 """Read a Qwen2.5-VL checkpoint folder without torch: configs in every spelling, tensors by memory map.
 
-Takes a folder (or a hub id, see `locate`), plain or quantized by nvidia-modelopt (unified Hugging Face layout); gives
-the geometry, the token ids and numpy views of the tensors.
+Takes a folder, plain or quantized by nvidia-modelopt (unified Hugging Face layout); gives the geometry, the token ids
+and numpy views of the tensors.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import hashlib
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,94 +17,31 @@ import ml_dtypes
 import numpy as np
 
 from cxr_triton.errors import UnsupportedCheckpoint
+from cxr_triton.export.geometry import read_config, refuse_other_architectures, tensor_shapes
+from cxr_triton.export.safetensors import Entry, read_header
 from cxr_triton.profile import eos_token_ids
 
-ARCHITECTURE = "Qwen2_5_VLForConditionalGeneration"
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 QUANT_CONFIG = "hf_quant_config.json"
 CALIBRATION = "calibration.json"  # what `cxr-triton quantize` leaves beside the weights
 SCHEMES = {"FP8": "fp8", "W4A16_AWQ": "int4-awq"}  # modelopt's quant_algo, and our name
-GROUP_SIZES = (32, 64, 128)  # block sizes of int4 that ONNX Runtime and TensorRT both take
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-
-_STORED = DTYPES | {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "U8": np.dtype(np.uint8)}
-_ITEM_BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "F8_E5M2": 8,
-    "F8_E4M3": 8,
-    "F8_E8M0": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-    "U16": 16,
-    "I16": 16,
-    "F16": 16,
-    "BF16": 16,
-    "U32": 32,
-    "I32": 32,
-    "F32": 32,
-    "U64": 64,
-    "I64": 64,
-    "F64": 64,
-    "C64": 64,
-}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# What an export reads, and nothing else: no pickles, no code.
-_HUB_FILES = [
+GROUP_SIZES = (32, 64, 128)  # block sizes of int4 that all engines take
+FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
     "*config.json",
     "tokenizer.json",
     "chat_template.*",
     CALIBRATION,
-]
+)
+"""What an export reads, and nothing else: no pickles, no code."""
 
-
-@dataclass(frozen=True)
-class TextConfig:
-    """Decoder geometry. The values here are the class defaults of transformers 5.23, which files leave out."""
-
-    vocab_size: int = 152064
-    hidden_size: int = 8192
-    intermediate_size: int = 29568
-    num_hidden_layers: int = 80
-    num_attention_heads: int = 64
-    num_key_value_heads: int = 8
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 32768
-    rms_norm_eps: float = 1e-5
-    use_sliding_window: bool = False
-    rope_theta: float = 1e6
-    mrope_section: tuple[int, ...] = (16, 24, 24)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """Vision tower geometry. Files usually leave out depth, window and full-attention blocks: class defaults."""
-
-    depth: int = 32
-    hidden_size: int = 3584
-    hidden_act: str = "silu"
-    intermediate_size: int = 3420
-    num_heads: int = 16
-    in_channels: int = 3
-    patch_size: int = 14
-    spatial_merge_size: int = 2
-    temporal_patch_size: int = 2
-    window_size: int = 112
-    out_hidden_size: int = 3584
-    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
-    rope_theta: float = 10000.0
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+_Expected = tuple[tuple[int, ...], tuple[str, ...]]  # shape, and the types that it may be stored in
+_STORED = DTYPES | {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "U8": np.dtype(np.uint8)}
 
 
 @dataclass(frozen=True)
@@ -133,6 +68,7 @@ class Quantization:
     producer: str
 
     def excludes(self, module: str) -> bool:
+        """Whether a module is left as it was, by its name in the file."""
         return any(fnmatch.fnmatchcase(module, pattern) for pattern in self.exclude)
 
 
@@ -152,6 +88,7 @@ class Fp8Weight:
 
     @property
     def nbytes(self) -> int:
+        """Of the values, without scales."""
         return self.values.nbytes
 
 
@@ -174,16 +111,8 @@ class Int4Weight:
 
     @property
     def nbytes(self) -> int:
+        """Of the values, without scales."""
         return self.packed.nbytes
-
-
-@dataclass(frozen=True)
-class _Entry:
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int  # bytes from the start of the file
-    nbytes: int
 
 
 class Checkpoint:
@@ -223,18 +152,17 @@ class Checkpoint:
     def __init__(self, folder: str | Path):
         self.folder = folder = Path(folder)
         config = self._json("config.json")
-        _refuse_other_architectures(config)
+        refuse_other_architectures(config)
         self.text, self.vision = read_config(config)
         text = config.get("text_config") or {}
         self.tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings", False))
         self.image_token_id = int(config.get("image_token_id", 151655))
         self.vision_start_token_id = int(config.get("vision_start_token_id", 151652))
-        self.generation = self._json("generation_config.json") if (folder / "generation_config.json").exists() else {}
+        self.generation = self._json_if_there("generation_config.json")
         self.eos_token_ids = eos_token_ids(self.generation, config)
         self.preprocessor = self._preprocessor()
         self.quantization = self._quantization(config)
-        stored = self.quantization and (folder / CALIBRATION).exists()
-        self.calibration = self._json(CALIBRATION) if stored else {}
+        self.calibration = self._json_if_there(CALIBRATION) if self.quantization else {}
         self._entries, self._file_names = self._canonical(self._read_headers())
         self._check_tensors()
 
@@ -256,6 +184,7 @@ class Checkpoint:
         return mapped.view(_STORED[entry.dtype]).reshape(entry.shape)
 
     def dtype(self, name: str) -> np.dtype:
+        """Type in which a tensor is stored."""
         return _STORED[self._entries[name].dtype]
 
     def weight(self, name: str) -> np.ndarray | Fp8Weight | Int4Weight:
@@ -343,9 +272,7 @@ class Checkpoint:
 
     def token_ids(self) -> dict[str, int]:
         """Id of every token that `tokenizer.json` names; empty without one."""
-        if not (self.folder / "tokenizer.json").exists():
-            return {}
-        tokenizer = self._json("tokenizer.json")
+        tokenizer = self._json_if_there("tokenizer.json")
         vocab = (tokenizer.get("model") or {}).get("vocab")
         ids = dict(vocab) if isinstance(vocab, dict) else {}
         added = [token for token in tokenizer.get("added_tokens") or () if isinstance(token, dict)]
@@ -356,7 +283,7 @@ class Checkpoint:
         if path.exists():
             return path.read_text(encoding="utf-8")
         for name in ("chat_template.json", "tokenizer_config.json"):
-            template = self._json(name).get("chat_template") if (self.folder / name).exists() else None
+            template = self._json_if_there(name).get("chat_template")
             if isinstance(template, str):
                 return template
         raise UnsupportedCheckpoint(
@@ -367,7 +294,7 @@ class Checkpoint:
     def digests(self) -> dict[str, str]:
         """sha256 of every file that this checkpoint is read from, by file name."""
         names = {entry.path.name for entry in self._entries.values()}
-        names |= {path.name for pattern in _HUB_FILES for path in self.folder.glob(pattern)}
+        names |= {path.name for pattern in FILES for path in self.folder.glob(pattern)}
         result = {}
         for name in sorted(names):
             with open(self.folder / name, "rb") as file:
@@ -388,18 +315,21 @@ class Checkpoint:
             raise UnsupportedCheckpoint(f"{path} holds a {type(value).__name__}, not an object; download it again")
         return value
 
+    def _json_if_there(self, name: str) -> dict:
+        return self._json(name) if (self.folder / name).exists() else {}
+
     def _preprocessor(self) -> dict:
         if (self.folder / "preprocessor_config.json").exists():
             return self._json("preprocessor_config.json")
-        processor = self._json("processor_config.json") if (self.folder / "processor_config.json").exists() else {}
-        if not isinstance(processor.get("image_processor"), dict):
+        processor = self._json_if_there("processor_config.json").get("image_processor")
+        if not isinstance(processor, dict):
             raise UnsupportedCheckpoint(
                 f"{self.folder} has no preprocessor_config.json (mean, std and pixel limits of the images); "
                 "copy it from the checkpoint's source"
             )
-        return processor["image_processor"]
+        return processor
 
-    def _read_headers(self) -> dict[str, _Entry]:
+    def _read_headers(self) -> dict[str, Entry]:
         index = self.folder / "model.safetensors.index.json"
         if not index.exists():
             return read_header(self.folder / "model.safetensors")
@@ -457,7 +387,7 @@ class Checkpoint:
             producer=f"{producer.get('name', 'unknown')} {producer.get('version', 'unknown')}",
         )
 
-    def _canonical(self, entries: dict[str, _Entry]) -> tuple[dict[str, _Entry], dict[str, str]]:
+    def _canonical(self, entries: dict[str, Entry]) -> tuple[dict[str, Entry], dict[str, str]]:
         """Entries under our names, and the file's name of each."""
         nested = any(name.startswith("model.language_model.") for name in entries)
         prefixes = (
@@ -483,11 +413,11 @@ class Checkpoint:
                 f"vision_config has out_hidden_size {self.vision.out_hidden_size}, the decoder has hidden_size "
                 f"{self.text.hidden_size}; they have to be equal"
             )
-        expected = {
+        expected: dict[str, _Expected] = {
             name: (shape, tuple(DTYPES)) for name, shape in tensor_shapes(self.text, self.vision, self.tied).items()
         }
         if self.quantization:
-            expected = self._quantized(expected)
+            expected = self._quantized(expected, self.quantization)
         for name, (shape, dtypes) in expected.items():
             entry = self._entries.get(name)
             if entry is None:
@@ -507,10 +437,10 @@ class Checkpoint:
                 )
         self._entries = {name: self._entries[name] for name in expected}
 
-    def _quantized(self, plain: dict) -> dict:
-        """The tensors that a quantized checkpoint has in place of the plain ones: shape and types by name."""
-        kind, float32 = self.quantization, ("F32",)
-        expected = {}
+    def _quantized(self, plain: dict[str, _Expected], kind: Quantization) -> dict[str, _Expected]:
+        """The tensors that a quantized checkpoint has in place of the plain ones."""
+        float32 = ("F32",)
+        expected: dict[str, _Expected] = {}
         for name, (shape, dtypes) in plain.items():
             module = name.removesuffix(".weight")
             file_module = self._file_names.get(name, name).removesuffix(".weight")
@@ -518,11 +448,11 @@ class Checkpoint:
             if not is_layer or kind.excludes(file_module) or kind.excludes(module):
                 expected[name] = shape, dtypes
                 continue
-            n, k = shape
-            if kind.scheme == "fp8":
+            if kind.group_size is None:
                 expected[name] = shape, ("F8_E4M3",)
                 expected[f"{module}.weight_scale"] = expected[f"{module}.input_scale"] = (), float32
             else:
+                n, k = shape
                 if n % 2 or k % kind.group_size:
                     raise UnsupportedCheckpoint(
                         f"{name} is [{n}, {k}], int4 needs an even number of rows and columns in groups of "
@@ -537,240 +467,3 @@ class Checkpoint:
                 for part in "kv":
                     expected[f"language_model.layers.{i}.self_attn.{part}_proj.{part}_scale"] = (), float32
         return expected
-
-
-def read_header(path: Path) -> dict[str, _Entry]:
-    """Tensors of one safetensors file, after checking that the header is true to the file.
-
-    Raises
-    ------
-    UnsupportedCheckpoint
-        The header is longer than the file, not JSON, or its tensors overlap, leave holes, or pass the end.
-    """
-
-    def damaged(what: str) -> UnsupportedCheckpoint:
-        return UnsupportedCheckpoint(f"{path} is not a sound safetensors file: {what}; download it again")
-
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                allowed = max(0, min(size - 8, MAX_HEADER_BYTES))
-                raise damaged(f"header length {length} bytes, at most {allowed} possible")
-            header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise UnsupportedCheckpoint(f"{path} does not exist; the checkpoint is incomplete: download it again") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise damaged(f"header unreadable ({error})") from None
-    if not isinstance(header, dict):
-        raise damaged("header is not an object")
-    header.pop("__metadata__", None)
-    entries = {}
-    for name, item in header.items():
-        try:
-            dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
-        except (TypeError, KeyError, ValueError):
-            raise damaged(f"entry of {name!r} lacks dtype, shape or data_offsets") from None
-        numbers = [begin, end, *shape] if isinstance(shape, list) else [None]
-        if not all(type(n) is int and n >= 0 for n in numbers) or str(dtype) not in _ITEM_BITS:
-            raise damaged(f"entry of {name!r} has dtype {dtype!r}, shape {shape!r}, data_offsets {[begin, end]}")
-        if math.prod(shape) * _ITEM_BITS[dtype] != 8 * (end - begin):
-            raise damaged(f"{name!r} of {dtype} {shape} is given {end - begin} bytes")
-        entries[name] = _Entry(path, dtype, tuple(shape), 8 + length + begin, end - begin)
-    position = 8 + length
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
-        if entry.offset != position:
-            raise damaged(f"{name!r} starts at byte {entry.offset}, its predecessor ends at {position}")
-        position += entry.nbytes
-    if position != size:
-        raise damaged(f"its tensors end at byte {position}, the file at {size}")
-    return entries
-
-
-def _refuse_other_architectures(config: dict) -> None:
-    architectures = config.get("architectures") or []
-    found = architectures[0] if architectures else config.get("model_type")
-    if ARCHITECTURE not in architectures and not (not architectures and config.get("model_type") == "qwen2_5_vl"):
-        raise UnsupportedCheckpoint(
-            f"the checkpoint is a {found}; only {ARCHITECTURE} (NV-Reason-CXR-3B, CheXOne) is exported"
-        )
-
-
-def _pick(cls, values: dict, **overrides):
-    """`cls` from a config's known, non-null keys, each of its default's type."""
-    chosen = {}
-    for field in dataclasses.fields(cls):
-        value = overrides.get(field.name, values.get(field.name))
-        if value is None:
-            continue
-        kind = type(field.default)
-        try:
-            value = tuple(int(v) for v in value) if kind is tuple else kind(value)
-        except (TypeError, ValueError):
-            raise UnsupportedCheckpoint(f"config.json has {field.name} = {value!r}, not a {kind.__name__}") from None
-        if kind is int and value < 1:
-            raise UnsupportedCheckpoint(f"config.json has {field.name} = {value}, at least 1 is needed")
-        chosen[field.name] = value
-    return cls(**chosen)
-
-
-def read_config(config: dict) -> tuple[TextConfig, VisionConfig]:
-    """Geometry from `config.json`, flat or nested; raises `UnsupportedCheckpoint` where it cannot be exported."""
-    return _text_config(config), _vision_config(config)
-
-
-def _text_config(config: dict) -> TextConfig:
-    values = config.get("text_config") or config  # a flat config keeps the text keys at its top
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    text = _pick(
-        TextConfig,
-        values,
-        rope_theta=rope.get("rope_theta", values.get("rope_theta")),
-        mrope_section=rope.get("mrope_section"),
-    )
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "mrope"):
-        raise UnsupportedCheckpoint(f"config.json has rope type {kind!r}; only default (mrope) is exported")
-    if text.hidden_act != "silu" or text.use_sliding_window:
-        raise UnsupportedCheckpoint(
-            f"config.json has hidden_act {text.hidden_act!r}, use_sliding_window {text.use_sliding_window}; "
-            "only 'silu' and false are exported"
-        )
-    if text.hidden_size % text.num_attention_heads or text.num_attention_heads % text.num_key_value_heads:
-        raise UnsupportedCheckpoint(
-            f"config.json has hidden_size {text.hidden_size}, {text.num_attention_heads} heads and "
-            f"{text.num_key_value_heads} KV heads; each has to be a multiple of the next"
-        )
-    if 2 * sum(text.mrope_section) != text.head_dim or len(text.mrope_section) != 3:
-        raise UnsupportedCheckpoint(
-            f"config.json has mrope_section {list(text.mrope_section)}; three numbers with sum {text.head_dim // 2} "
-            "(half the head size) are needed"
-        )
-    return text
-
-
-def _vision_config(config: dict) -> VisionConfig:
-    values = config.get("vision_config") or {}
-    values = {"in_channels": values.get("in_chans"), **values}
-    vision = _pick(VisionConfig, values, rope_theta=(values.get("rope_parameters") or {}).get("rope_theta"))
-    fixed = {
-        "in_channels": 3,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 112,
-        "hidden_act": "silu",
-    }
-    for name, value in fixed.items():
-        if getattr(vision, name) != value:
-            raise UnsupportedCheckpoint(f"vision_config has {name} {getattr(vision, name)!r}; {value!r} is exported")
-    if vision.hidden_size % (4 * vision.num_heads):
-        raise UnsupportedCheckpoint(
-            f"vision_config has hidden_size {vision.hidden_size} over {vision.num_heads} heads; "
-            "the head size has to be a multiple of 4 (row and column rotary halves)"
-        )
-    return vision
-
-
-def tensor_shapes(text: TextConfig, vision: VisionConfig, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the graphs use, with the shape that the config calls for."""
-    hidden, kv = text.hidden_size, text.num_key_value_heads * text.head_dim
-    shapes = {"language_model.embed_tokens.weight": (text.vocab_size, hidden), "language_model.norm.weight": (hidden,)}
-    if not tied:
-        shapes["lm_head.weight"] = (text.vocab_size, hidden)
-    for i in range(text.num_hidden_layers):
-        layer = {
-            "input_layernorm.weight": (hidden,),
-            "self_attn.q_proj.weight": (hidden, hidden),
-            "self_attn.q_proj.bias": (hidden,),
-            "self_attn.k_proj.weight": (kv, hidden),
-            "self_attn.k_proj.bias": (kv,),
-            "self_attn.v_proj.weight": (kv, hidden),
-            "self_attn.v_proj.bias": (kv,),
-            "self_attn.o_proj.weight": (hidden, hidden),
-            "post_attention_layernorm.weight": (hidden,),
-            "mlp.gate_proj.weight": (text.intermediate_size, hidden),
-            "mlp.up_proj.weight": (text.intermediate_size, hidden),
-            "mlp.down_proj.weight": (hidden, text.intermediate_size),
-        }
-        shapes.update({f"language_model.layers.{i}.{name}": shape for name, shape in layer.items()})
-    width, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
-    shapes["visual.patch_embed.proj.weight"] = (
-        width,
-        vision.in_channels,
-        vision.temporal_patch_size,
-        vision.patch_size,
-        vision.patch_size,
-    )
-    for i in range(vision.depth):
-        block = {
-            "norm1.weight": (width,),
-            "attn.qkv.weight": (3 * width, width),
-            "attn.qkv.bias": (3 * width,),
-            "attn.proj.weight": (width, width),
-            "attn.proj.bias": (width,),
-            "norm2.weight": (width,),
-        }
-        for name, (rows, cols) in {
-            "gate_proj": (vision.intermediate_size, width),
-            "up_proj": (vision.intermediate_size, width),
-            "down_proj": (width, vision.intermediate_size),
-        }.items():
-            block |= {f"mlp.{name}.weight": (rows, cols), f"mlp.{name}.bias": (rows,)}
-        shapes.update({f"visual.blocks.{i}.{name}": shape for name, shape in block.items()})
-    return shapes | {
-        "visual.merger.ln_q.weight": (width,),
-        "visual.merger.mlp.0.weight": (merged, merged),
-        "visual.merger.mlp.0.bias": (merged,),
-        "visual.merger.mlp.2.weight": (vision.out_hidden_size, merged),
-        "visual.merger.mlp.2.bias": (vision.out_hidden_size,),
-    }
-
-
-def hub_id(source: str) -> str | None:
-    """Hub repository of a checkpoint: the id itself, or the one whose snapshot in the hub's cache a folder is."""
-    if not Path(source).is_dir():
-        return source
-    names = [part for part in Path(source).resolve().parts if part.startswith("models--")]
-    return names[-1].removeprefix("models--").replace("--", "/") if names else None
-
-
-def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
-    """Folder of a checkpoint, downloaded when `source` is a hub id.
-
-    Parameters
-    ----------
-    source : str
-        An existing folder, or `ORG/NAME` on the Hugging Face hub.
-    revision : str, optional
-        Branch, tag or commit of a hub id.
-
-    Returns
-    -------
-    folder : Path
-    revision : str or None
-        The commit that a hub id resolved to; None for a plain folder.
-
-    Raises
-    ------
-    UnsupportedCheckpoint
-        Neither a folder nor a hub id, or the hub does not give it.
-    """
-    if Path(source).is_dir():
-        return Path(source), None
-    if not _HUB_ID.fullmatch(source):
-        raise UnsupportedCheckpoint(f"{source!r} is neither a folder nor a hub id ORG/NAME; check the spelling")
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedCheckpoint(
-            f"the hub does not give {source} at revision {revision or 'main'}: {reason}; check id, revision, network "
-            "and access (`hf auth login`), or give a local folder"
-        ) from None
-    return folder, folder.name  # a snapshot's folder is named after its commit

@@ -1,7 +1,7 @@
 """Author of `decoder.onnx`: the Qwen2.5-VL language model with a KV cache that is updated in place.
 
-Standard operators of opset 24 only (RMSNormalization, RotaryEmbedding, TensorScatter, Attention), so that ONNX
-Runtime, TensorRT and TensorRT-RTX compile the same file. Inputs and outputs: docs/architecture.md.
+Standard operators of opset 24 only (RMSNormalization, RotaryEmbedding, TensorScatter, Attention), so that every engine
+compiles the same file. Inputs and outputs: docs/architecture.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from onnx import TensorProto
 
 from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
 from cxr_triton.export.checkpoint import CALIBRATION, Checkpoint
-from cxr_triton.export.graph import QUANTIZED, GraphWriter, Precision
+from cxr_triton.export.graph import QUANTIZED, Form, GraphWriter, Precision, check
 
 OPSET = 24
 _TABLE = "language_model.embed_tokens.weight"
@@ -39,8 +39,8 @@ def write_decoder(
     precision, compute, head : str
         See `Precision`.
     max_sequence : int, optional
-        Fixes the length of the KV cache in the graph, which TensorRT needs. By default it is the symbol `max_seq`:
-        ONNX Runtime attends over the whole length it is given, so a CPU runtime binds the length it needs now.
+        Fixes the length of the KV cache in the graph, which some compilers need. By default it is the symbol `max_seq`:
+        kernels that attend over the whole length they are given then get the length that is needed now.
     progress : bool, optional
         Show a bar; by default on a terminal.
 
@@ -86,9 +86,19 @@ def write_decoder(
         x = _embed(g, checkpoint)  # [B, S, hidden] fp32
         rotary, mask = _rotary(g, checkpoint), _causal_mask(g)
         for i in range(text.num_hidden_layers):
-            x = _layer(g, checkpoint, i, x, rotary, mask)
+            x = _layer(g, checkpoint, i, x, rotary=rotary, mask=mask)
         _head(g, checkpoint, x)
     return path
+
+
+def _write(
+    checkpoint: Checkpoint, folder: Path, precision: Precision, max_sequence: int, progress: bool | None
+) -> None:
+    weights, compute, head = precision.weights, precision.compute, precision.head
+    check(write_decoder(checkpoint, folder, precision=weights, compute=compute, head=head, progress=progress))
+
+
+FORM = Form("onnx", Precision.of, _write)
 
 
 def check_source(checkpoint: Checkpoint, precision: Precision) -> None:
@@ -151,13 +161,15 @@ def _norm(g: GraphWriter, checkpoint: Checkpoint, name: str, x: str) -> str:
     return g.to_compute(y)
 
 
-def _layer(g: GraphWriter, checkpoint: Checkpoint, i: int, x: str, rotary: tuple[str, str], mask: str) -> str:
+def _layer(g: GraphWriter, checkpoint: Checkpoint, i: int, x: str, *, rotary: tuple[str, str], mask: str) -> str:
     text, prefix = checkpoint.text, f"language_model.layers.{i}"
 
-    def linear(y: str, name: str, bias: bool = False) -> str:
-        write = g.int4 if g.precision.weights == "int4" else g.linear
-        weight = checkpoint.weight(f"{prefix}.{name}.weight")
-        return write(y, f"{prefix}.{name}.weight", weight, checkpoint.array(f"{prefix}.{name}.bias") if bias else None)
+    def linear(y: str, name: str, *, has_bias: bool = False) -> str:
+        weight = f"{prefix}.{name}.weight"
+        bias = checkpoint.array(f"{prefix}.{name}.bias") if has_bias else None
+        if g.precision.weights == "int4":
+            return g.int4(y, weight, checkpoint.array(weight), bias)
+        return g.linear(y, weight, checkpoint.weight(weight), bias)
 
     def heads(y: str, count: int) -> str:  # [B, S, heads · head_dim] → [B, heads, S, head_dim]
         y = g.node("Reshape", y, g.ints(0, 0, count, text.head_dim))
@@ -167,9 +179,9 @@ def _layer(g: GraphWriter, checkpoint: Checkpoint, i: int, x: str, rotary: tuple
         return g.to_compute(g.node("RotaryEmbedding", g.to_fp32(y), *rotary))
 
     y = _norm(g, checkpoint, f"{prefix}.input_layernorm.weight", x)
-    query = rotate(heads(linear(y, "self_attn.q_proj", bias=True), text.num_attention_heads))
-    key = rotate(heads(linear(y, "self_attn.k_proj", bias=True), text.num_key_value_heads))
-    value = heads(linear(y, "self_attn.v_proj", bias=True), text.num_key_value_heads)
+    query = rotate(heads(linear(y, "self_attn.q_proj", has_bias=True), text.num_attention_heads))
+    key = rotate(heads(linear(y, "self_attn.k_proj", has_bias=True), text.num_key_value_heads))
+    value = heads(linear(y, "self_attn.v_proj", has_bias=True), text.num_key_value_heads)
     key = g.node("TensorScatter", f"past_key.{i}", key, "write_index", name=f"present_key.{i}", axis=2)
     value = g.node("TensorScatter", f"past_value.{i}", value, "write_index", name=f"present_value.{i}", axis=2)
     y = g.node(
@@ -194,8 +206,8 @@ def _head(g: GraphWriter, checkpoint: Checkpoint, x: str) -> None:
     weight = checkpoint.array(name)
     if g.precision.head == "int4":
         logits = g.to_fp32(g.int4(x, "lm_head.weight", weight))
-    elif g.precision.head == "fp8":
-        logits = g.to_fp32(g.fp8(x, "lm_head.weight", weight, checkpoint.head_input_scale()))
+    elif g.precision.head == "fp8" and (scale := checkpoint.head_input_scale()):
+        logits = g.to_fp32(g.fp8(x, "lm_head.weight", weight, scale))
     else:
         # Gemm reads the table as it lies, [vocab, hidden], so that a tied head needs no second copy.
         rows = g.node("Reshape", x, g.ints(-1, text.hidden_size))

@@ -7,16 +7,19 @@ their names only when the block ends well, and nothing is left behind when it do
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
-from cxr_triton.export.checkpoint import Fp8Weight, Int4Weight
+from cxr_triton.export.checkpoint import Checkpoint, Fp8Weight, Int4Weight
+from cxr_triton.export.progress import bar
 
 BLOCK, SMALL_BLOCK = 128, 32  # int4 weights that share one scale; the second where the first does not divide K
 INT4_MAX = 7
@@ -25,18 +28,18 @@ FP8_MAX = 448
 QUANTIZED = ("fp8", "int4-awq")
 """Precisions that are read from a quantized checkpoint, under the name of its scheme."""
 
-_FLOATS = {
+_FLOATS: dict[str, tuple[int, np.dtype]] = {
     "fp32": (TensorProto.FLOAT, np.dtype(np.float32)),
     "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
     "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
 }
-_TYPES = {dtype: kind for kind, dtype in _FLOATS.values()} | {
+_TYPES: dict[np.dtype, int] = {dtype: kind for kind, dtype in _FLOATS.values()} | {
     np.dtype(np.int64): TensorProto.INT64,
     np.dtype(np.bool_): TensorProto.BOOL,
     FP8: TensorProto.FLOAT8E4M3FN,
 }
 _IR_VERSION = 11
-_ALIGNMENT = 4096  # a page: ONNX Runtime and TensorRT map the data file instead of copying it
+_ALIGNMENT = 4096  # a page: engines map the data file instead of copying it
 _CHUNK_BYTES = 2 << 20  # fp32 rows converted at a time: within a core's L2, or the transposed writes take twice as long
 _INLINE_BYTES = 1024  # smaller constants stay in the graph, where shape inference reads them
 
@@ -94,6 +97,26 @@ class Precision:
         return cls(weights, compute, head)
 
 
+@dataclass(frozen=True)
+class Form:
+    """A form in which an export holds the decoder.
+
+    Attributes
+    ----------
+    name : str
+        As `--format` takes it.
+    precision : callable
+        `Precision` of the names of weights, compute and head, as `Precision.of`.
+    write : callable
+        Takes the checkpoint, the folder of the export, the precision, the longest prompt and answer in tokens and
+        whether to show a bar.
+    """
+
+    name: str
+    precision: Callable[[str, str | None, str | None], Precision]
+    write: Callable[[Checkpoint, Path, Precision, int, bool | None], None]
+
+
 class GraphWriter:
     """Author of one ONNX file and its `.data` file.
 
@@ -116,23 +139,18 @@ class GraphWriter:
         self.kind, self.dtype = _FLOATS[precision.compute]
         self._data_path = self.path.with_name(self.path.name + ".data")
         self._partial = [p.with_name(p.name + ".partial") for p in (self._data_path, self.path)]
-        self._inputs, self._outputs, self._nodes, self._initializers = [], [], [], []
+        self._inputs: list[ValueInfoProto] = []
+        self._outputs: list[ValueInfoProto] = []
+        self._nodes: list[NodeProto] = []
+        self._initializers: list[TensorProto] = []
         self._names: set[str] = set()
         self._rounded: dict[tuple[str, np.float32], str] = {}  # inputs in float8 by name and scale
         self._source_bytes, self._progress = source_bytes, progress
 
     def __enter__(self) -> GraphWriter:
-        from tqdm import tqdm
-
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._data = open(self._partial[0], "wb")
-        self._bar = tqdm(
-            total=self._source_bytes,
-            desc=self.path.name,
-            unit="B",
-            unit_scale=True,
-            disable=None if self._progress is None else not self._progress,
-        )
+        self._bar = bar(self._source_bytes, self.path.name, self._progress, unit="B", unit_scale=True)
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -149,10 +167,12 @@ class GraphWriter:
                 path.unlink(missing_ok=True)
 
     def input(self, name: str, kind: int, shape: list) -> str:
+        """Declare an input; gives its name."""
         self._inputs.append(helper.make_tensor_value_info(name, kind, shape))
         return name
 
     def output(self, name: str, kind: int, shape: list) -> str:
+        """Declare an output, which a node of its name gives."""
         self._outputs.append(helper.make_tensor_value_info(name, kind, shape))
         return name
 
@@ -163,7 +183,7 @@ class GraphWriter:
         self._nodes.append(helper.make_node(op, inputs, names, name=name, **attributes))
         return name if outputs == 1 else names
 
-    def constant(self, name: str, value: np.ndarray) -> str:
+    def constant(self, name: str, value: np.ndarray | np.generic) -> str:
         """A small constant, stored once for each name; one over 1 KiB goes to the data file."""
         if name not in self._names:
             self._names.add(name)
@@ -181,6 +201,7 @@ class GraphWriter:
         return self.constant("ints_" + "_".join(str(v) for v in values), np.array(values, np.int64))
 
     def cast(self, x: str, kind: int) -> str:
+        """X in the type that `TensorProto` numbers so."""
         return self.node("Cast", x, to=kind)
 
     def to_compute(self, x: str) -> str:
@@ -263,7 +284,7 @@ class GraphWriter:
 
     def _dequantized(self, values: str, scale: str) -> str:
         # The scale stays fp32, to the bit; the type that comes out is named, because it follows the scale otherwise.
-        typed = {} if self.kind == TensorProto.FLOAT else {"output_dtype": self.kind}
+        typed: dict[str, Any] = {} if self.kind == TensorProto.FLOAT else {"output_dtype": self.kind}
         return self.node("DequantizeLinear", values, scale, self._float8_zero(), **typed)
 
     def _awq(self, name: str, weight: Int4Weight) -> str:

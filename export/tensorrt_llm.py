@@ -17,6 +17,9 @@ import numpy as np
 
 from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
 from cxr_triton.export.checkpoint import Checkpoint, Fp8Weight, Int4Weight
+from cxr_triton.export.graph import Form, Precision
+from cxr_triton.export.progress import bar
+from cxr_triton.export.safetensors import header
 from cxr_triton.files import new_folder, require_new
 
 PRECISIONS = {"bf16": None, "fp8": "FP8", "int4-awq": "W4A16_AWQ", "int4": "W4A16"}  # and its quant_algo
@@ -72,8 +75,6 @@ def write_tensorrt_llm(
     InvalidRequest
         An unknown precision, one that the checkpoint does not hold, or a folder in use.
     """
-    from tqdm import tqdm
-
     folder = Path(folder)
     _check(checkpoint, precision, max_position_embeddings)
     require_new(folder)
@@ -81,24 +82,41 @@ def write_tensorrt_llm(
     tensors = _tensors(checkpoint, config)
     with new_folder(folder) as partial:
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        bar = tqdm(
-            total=total,
-            desc="rank0.safetensors",
-            unit="B",
-            unit_scale=True,
-            disable=None if progress is None else not progress,
-        )
-        with open(partial / "rank0.safetensors", "wb") as file, bar:
-            file.write(_header(tensors))
+        path, total = partial / "rank0.safetensors", sum(tensor.nbytes for tensor in tensors.values())
+        with open(path, "wb") as file, bar(total, path.name, progress, unit="B", unit_scale=True) as shown:
+            file.write(header({name: (_STORED[t.dtype], t.shape, t.nbytes) for name, t in tensors.items()}))
             for name, tensor in tensors.items():
                 written = 0
                 for rows in tensor.rows():
                     written += file.write(np.ascontiguousarray(rows, tensor.dtype).view(np.uint8).data)
-                    bar.update(rows.size * tensor.dtype.itemsize)
+                    shown.update(rows.size * tensor.dtype.itemsize)
                 if written != tensor.nbytes:
                     raise AssertionError(f"{name}: {written} bytes written, {tensor.nbytes} announced")
     return config
+
+
+def _precision(weights: str, compute: str | None, head: str | None) -> Precision:
+    if compute not in (None, "bf16") or head not in (None, "compute"):
+        raise InvalidRequest(
+            f"compute {compute} with head {head} was asked for; TensorRT-LLM's decoder has bf16 for both, leave "
+            "them out"
+        )
+    return Precision.of(weights, "bf16", "compute")
+
+
+def _write(
+    checkpoint: Checkpoint, folder: Path, precision: Precision, max_sequence: int, progress: bool | None
+) -> None:
+    write_tensorrt_llm(
+        checkpoint,
+        folder / "decoder",
+        precision=precision.weights,
+        max_position_embeddings=max_sequence,
+        progress=progress,
+    )
+
+
+FORM = Form("tensorrt-llm", _precision, _write)
 
 
 def _check(checkpoint: Checkpoint, precision: str, max_position_embeddings: int) -> None:
@@ -126,9 +144,9 @@ def decoder_config(checkpoint: Checkpoint, precision: str, max_position_embeddin
     if precision != "bf16":
         # Named outright: without the second pattern W4A16 rounds the embedding table too.
         quantization["exclude_modules"] = ["*lm_head", "*vocab_embedding"]
-    if precision == "int4-awq":
+    if held and held.scheme == "int4-awq":
         quantization |= {"group_size": held.group_size, "has_zero_point": False, "pre_quant_scale": True}
-    if held and held.kv == "fp8":
+    if held and held.kv:
         quantization["kv_cache_quant_algo"] = "FP8"
     return {
         "architecture": "Qwen2VLForConditionalGeneration",
@@ -189,12 +207,13 @@ def _tensors(checkpoint: Checkpoint, config: dict) -> dict[str, _Tensor]:
 def _linear(checkpoint: Checkpoint, name: str, sources: list[str], awq: bool) -> dict[str, _Tensor]:
     """Weight and scales of one layer, of several that lie side by side in TensorRT-LLM."""
     weights = [checkpoint.weight(f"{source}.weight") for source in sources]
-    kinds = {type(weight) for weight in weights}
-    if kinds == {Fp8Weight}:
-        return _fp8(name, weights)
-    if kinds == {Int4Weight}:
-        return _awq(name, weights)
-    if awq or kinds != {np.memmap}:
+    fp8 = [weight for weight in weights if isinstance(weight, Fp8Weight)]
+    int4 = [weight for weight in weights if isinstance(weight, Int4Weight)]
+    if len(fp8) == len(weights):
+        return _fp8(name, fp8)
+    if len(int4) == len(weights):
+        return _awq(name, int4)
+    if awq or fp8 or int4:
         # Nothing in the format says which layers of the decoder are left in bf16.
         raise UnsupportedCheckpoint(
             f"{' and '.join(sources)}: not quantized, or not alike, in a quantized checkpoint; "
@@ -223,17 +242,14 @@ def _fp8(name: str, weights: list[Fp8Weight]) -> dict[str, _Tensor]:
 
 def _awq(name: str, weights: list[Int4Weight]) -> dict[str, _Tensor]:
     packed, scales = [weight.packed.view(np.int8) for weight in weights], [weight.scales for weight in weights]
-    smoothing = [weight.pre_quant_scale for weight in weights]
-    if any(s is not None for s in smoothing) and not all(
-        s is not None and np.array_equal(s, smoothing[0]) for s in smoothing
-    ):
+    folded = np.ones(packed[0].shape[1], _BF16)  # into the norm before
+    smoothing = [folded if weight.pre_quant_scale is None else weight.pre_quant_scale for weight in weights]
+    if not all(np.array_equal(s, smoothing[0]) for s in smoothing):
         raise UnsupportedCheckpoint(f"{name}: the layers that TensorRT-LLM fuses differ in pre_quant_scale")
-    k = packed[0].shape[1]
-    smooth = np.ones(k, _BF16) if smoothing[0] is None else smoothing[0].astype(_BF16)  # ones: folded into the norm
     return {
         f"{name}.weight": _joined(packed, np.dtype(np.int8)),
         f"{name}.weights_scaling_factor": _joined(scales, _FP32),
-        f"{name}.prequant_scaling_factor": _values(smooth),
+        f"{name}.prequant_scaling_factor": _values(smoothing[0].astype(_BF16)),
     }
 
 
@@ -254,15 +270,3 @@ def _values(array: np.ndarray) -> _Tensor:
 def _slices(array: np.ndarray) -> Iterator[np.ndarray]:
     step = max(1, _ROWS_BYTES * len(array) // max(1, array.nbytes))
     return (array[start : start + step] for start in range(0, len(array), step))
-
-
-def _header(tensors: dict[str, _Tensor]) -> bytes:
-    """Head of a safetensors file: length and JSON, padded to 8 bytes."""
-    header: dict = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _STORED[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    return len(encoded).to_bytes(8, "little") + encoded

@@ -10,34 +10,30 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import statistics
-import time
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from cxr_triton.client import Reader, Timeouts
-from cxr_triton.errors import InvalidRequest
+from cxr_triton.errors import CxrError, InternalError, InvalidRequest, unknown_key
 from cxr_triton.perf import perf_analyzer
-from cxr_triton.perf.environment import Stolen, environment, nvidia_smi
+from cxr_triton.perf.environment import Stolen, environment
 from cxr_triton.perf.load import OVERLOAD, Load, offer, prompt_threads
+from cxr_triton.perf.observer import MODEL, Observed, Observer
 from cxr_triton.perf.perf_analyzer import PerfAnalyzer
 from cxr_triton.perf.stages import waterfall
-from cxr_triton.perf.summary import Record, columns, over_repeats, summarize
+from cxr_triton.perf.summary import over_repeats
 from cxr_triton.perf.workload import Workload
 
 SCHEMA_VERSION = 1
-MODEL = "cxr_reader"
 METRICS = {"single_stream": "latency_ms.p90", "offline": "readings_per_s", "server": "rate_per_s"}
 METRICS["interactive"] = METRICS["server"]
 SCENARIOS = tuple(METRICS)
-SETTLE_S = 10.0
 WIDTHS = (12, 10, 9, 9, 10, 9)
-GPU_COUNTERS = ("utilization.gpu", "memory.used", "power.draw", "clocks.sm", "temperature.gpu")
+INTERRUPTED = "INTERRUPTED"
 OFFERED_SHARES = (0.5, 0.7, 0.85)
 """Rates of `server` and `interactive` where none are given, in parts of what `offline` reached."""
 
@@ -82,6 +78,9 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self):
+        for name in self.scenarios:
+            if name not in SCENARIOS:
+                raise InvalidRequest(unknown_key(name, SCENARIOS, "--scenario"))
         if list(self.rates_per_s) != sorted(self.rates_per_s) or min(self.rates_per_s, default=1) <= 0:
             raise InvalidRequest(f"rates {self.rates_per_s} have to be over 0 and ascend")
         for name in ("repeats", "min_requests", "warm_up", "offline_concurrency"):
@@ -104,97 +103,15 @@ class Plan:
         return self.repeats * (points + len(self.concurrencies))
 
 
-class Observer:
-    """What the server counts and takes, read before and after a repeat.
-
-    Parameters
-    ----------
-    url : str
-        Its gRPC endpoint.
-    metrics : str, optional
-        ``HOST:PORT`` of its metrics.
-    pids : callable, optional
-        Gives its processes where they are on this machine.
-    """
-
-    def __init__(self, url: str, metrics: str | None = None, pids: Callable[[], Sequence[int]] | None = None):
-        self._url, self._metrics, self._pids = url, metrics, pids or (lambda: ())
-
-    def triton(self) -> dict[str, dict[str, float]]:
-        """Model to what Triton has counted so far."""
-        import grpc
-        from tritonclient.grpc.service_pb2 import ModelStatisticsRequest
-        from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
-
-        with grpc.insecure_channel(self._url) as channel:
-            statistics = GRPCInferenceServiceStub(channel).ModelStatistics(ModelStatisticsRequest(), timeout=30)
-        counts = {}
-        for model in statistics.model_stats:
-            counted = model.inference_stats
-            counts[model.name] = {
-                "requests": counted.success.count,
-                "executions": model.execution_count,
-                "failed": counted.fail.count,
-                "request_ms": counted.success.ns / 1e6,
-                "queue_ms": counted.queue.ns / 1e6,
-                "compute_input_ms": counted.compute_input.ns / 1e6,
-                "compute_infer_ms": counted.compute_infer.ns / 1e6,
-                "compute_output_ms": counted.compute_output.ns / 1e6,
-            }
-        return counts
-
-    def metrics(self) -> dict[str, float]:
-        """Our own metrics, labels added up, and the counters of each GPU."""
-        totals = Counter()
-        if self._metrics:
-            with urllib.request.urlopen(f"http://{self._metrics}/metrics", timeout=30) as page:
-                lines = page.read().decode().splitlines()
-            for line in lines:
-                if line.startswith("cxr_"):
-                    name, _, value = line.rpartition(" ")
-                    totals[name.partition("{")[0]] += float(value)
-        for index, gpu in enumerate(nvidia_smi(*GPU_COUNTERS)):
-            for name, value in gpu.items():
-                with contextlib.suppress(ValueError):  # [N/A]
-                    totals[f"gpu{index}.{name}"] = float(value)
-        return dict(totals)
-
-    def resident_bytes(self) -> dict[str, int]:
-        """Process to resident memory: this client, and the server's where they are known."""
-        totals = Counter({"client": _resident("self")})
-        for pid in self._pids():
-            totals[_process_name(pid)] += _resident(pid)
-        return dict(totals)
-
-
-def _resident(pid: int | str) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # it has ended
-        return 0
-
-
-def _process_name(pid: int) -> str:
-    """The model of a Python backend's process, ``decoding child``, or the program's name."""
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
-        return "ended"
-    if command[0].endswith("_stub"):
-        return Path(command[1]).parts[-3]
-    return "tritonserver" if command[0].endswith("tritonserver") else "decoding child"
-
-
 class Bench:
     """Runs a plan against one server.
 
     Parameters
     ----------
-    url : str
-        gRPC endpoint of a warm server.
     workload : Workload
     plan : Plan
     observer : Observer
+        Of a warm server.
     tool : PerfAnalyzer, optional
         Without it our driver sweeps alone.
     timeout_s : float
@@ -205,7 +122,6 @@ class Bench:
 
     def __init__(
         self,
-        url: str,
         workload: Workload,
         plan: Plan,
         observer: Observer,
@@ -214,32 +130,41 @@ class Bench:
         timeout_s: float = 600.0,
         on_run: Callable[[str], None] = lambda what: None,
     ):
-        self.url, self.workload, self.plan, self.observer, self.tool = url, workload, plan, observer, tool
+        self.url, self.workload, self.plan, self.observer, self.tool = observer.url, workload, plan, observer, tool
         self.timeout_s, self.on_run = timeout_s, on_run
         self.messages = [item.message(MODEL) for item in workload.items]
-        self._is_interrupted = False
+        self.ended_by: BaseException | None = None
+
+    @contextlib.contextmanager
+    def keeping(self, measured: Sized) -> Iterator[None]:
+        """What ends the block ends the run, as `ended_by`; it is raised where nothing was measured yet."""
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            if not measured:
+                raise
+            self.ended_by = error
 
     def run(self, command: Sequence[str]) -> dict:
-        """Everything, as a result; after Ctrl-C what was measured until then, with ``interrupted``.
+        """Everything, as a result; what was measured until `ended_by`, if something ended it before its time.
 
         Raises
         ------
-        CxrError
-            The first failure that is no overload; nothing is reported then.
-        KeyboardInterrupt
-            Before the first repeat had ended.
+        CxrError, KeyboardInterrupt
+            The first failure that is no overload, or Ctrl-C, before the first repeat had ended.
         """
         environment_, stolen = environment(), Stolen()
         with prompt_threads() as environment_["client_priority"]:
             pass  # asked only: each load has it for itself
         reading, server = self.warm_up()
-        scenarios, sweep = [], []
+        scenarios: list[dict] = []
+        sweep: list[dict] = []
         try:
             self._measure(scenarios, sweep)
-        except KeyboardInterrupt:
-            self._is_interrupted = True
+        except (Exception, KeyboardInterrupt) as error:
             if not scenarios and not sweep:
                 raise
+            self.ended_by = error
         workload = self.workload.as_json()
         self._count_prompts(workload, [*(p for s in scenarios for p in s["points"]), *sweep])
         return {
@@ -256,23 +181,23 @@ class Bench:
             "roofline": [],
             "baselines": [],
             "notice": reading.notice,
-            **({"interrupted": True} if self._is_interrupted else {}),
+            **ending(self.ended_by),
         }
 
     def _measure(self, scenarios: list[dict], sweep: list[dict]) -> None:
-        """Fill both lists, as far as nobody interrupts."""
+        """Fill both lists, until something ends the run."""
         for name in SCENARIOS:
-            if name in self.plan.scenarios and not self._is_interrupted:
+            if name in self.plan.scenarios and not self.ended_by:
                 scenarios.append(self.scenario(name, scenarios))
         for concurrency in self.plan.concurrencies:
-            if not self._is_interrupted:
+            if not self.ended_by:
                 sweep += self.sweep(concurrency)
 
     def warm_up(self):
         """A first reading, which names the model, and then what the plan wants; the reading, and the server."""
         item = self.workload.items[0]
         self.on_run("warm-up")
-        observed = _Observed(self.observer)
+        observed = Observed(self.observer)
         timeouts = Timeouts(first_delta_s=None, idle_s=None, total_s=self.timeout_s)
         with Reader(self.url, timeouts=timeouts, max_message_mib=1024) as reader:
             info = reader.server_info()
@@ -292,24 +217,23 @@ class Bench:
             loads = [Load("rate_per_s", rate, arrival) for rate in plan.rates_per_s or self._rates(before)]
         else:
             loads = [Load("concurrency", 1 if name == "single_stream" else plan.offline_concurrency)]
-        points = []
+        points: list[dict] = []
         for load in loads:
-            try:
+            with self.keeping(points):
                 points.append(self.point(name, load, bounds))
-            except KeyboardInterrupt:
-                if not points:
-                    raise
-                self._is_interrupted = True
-            if self._is_interrupted or (METRICS[name] == "rate_per_s" and not meets(points[-1], bounds)):
+            if self.ended_by or (METRICS[name] == "rate_per_s" and not meets(points[-1], bounds)):
                 break
         result = outcome(METRICS[name], points, bounds)
+        if self.ended_by:
+            why = "interrupted" if self._stopped == INTERRUPTED else f"ended by {self._stopped}"
+            result |= {"valid": False, "why": why}
         return {
             "name": name,
             "driver": "open_loop",
             "bounds": bounds,
             "metric": METRICS[name],
             "points": points,
-            "result": result | ({"valid": False, "why": "interrupted"} if self._is_interrupted else {}),
+            "result": result,
         }
 
     def _rates(self, before: Sequence[dict]) -> list[float]:
@@ -320,51 +244,48 @@ class Bench:
 
     def point(self, name: str, load: Load, bounds: Mapping[str, float]) -> dict:
         """A load, `Plan.repeats` times by our driver."""
-        runs, stopped = [], None
-        try:
+        runs: list = []
+        stopped = None
+        with self.keeping(runs):
             for repeat in range(self.plan.repeats):
                 self.on_run(f"{name}, {load}")
                 run, stopped = self._repeat(load, bounds, repeat)
                 runs.append(run)
                 if stopped:
                     break
-        except KeyboardInterrupt:
-            stopped = self._interrupted(runs)
-        return point_of("open_loop", load, runs, stopped=stopped)
+        return point_of("open_loop", load, runs, stopped=self._stopped or stopped)
 
     def sweep(self, concurrency: int) -> list[dict]:
         """A concurrency by both drivers, turn by turn.
 
         Who goes first alternates: a machine that gets slower would favour the one that always does.
         """
-        load, ours, theirs, stopped, requests = Load("concurrency", concurrency), [], [], None, concurrency
-        try:
+        load, stopped, requests = Load("concurrency", concurrency), None, concurrency
+        ours: list = []
+        theirs: list = []
+        with self.keeping(ours):
             for repeat in range(self.plan.repeats):
                 self.on_run(f"sweep, {load}")
                 if self.tool and repeat % 2:
-                    theirs.append(self._perf_analyzer(concurrency, requests))
+                    theirs.append(self._perf_analyzer(self.tool, concurrency, requests))
                 run, stopped = self._repeat(load, {}, repeat)
                 ours.append(run)
                 if stopped:
                     break
                 requests = max(concurrency, math.ceil(run[0]["summary"]["readings_per_s"] * self.plan.min_seconds))
                 if self.tool and not repeat % 2:
-                    theirs.append(self._perf_analyzer(concurrency, requests))
-        except KeyboardInterrupt:
-            stopped = self._interrupted(ours)
-        points = [point_of("open_loop", load, ours, stopped=stopped)]
+                    theirs.append(self._perf_analyzer(self.tool, concurrency, requests))
+        points = [point_of("open_loop", load, ours, stopped=self._stopped or stopped)]
         if theirs:
             points.append(
                 point_of("perf_analyzer", load, [run for run, _ in theirs], said=[said for _, said in theirs])
             )
         return points
 
-    def _interrupted(self, runs: Sequence) -> str:
-        """What stopped a point, whose whole repeats are kept; raises again where there is none."""
-        if not runs:
-            raise KeyboardInterrupt
-        self._is_interrupted = True
-        return "INTERRUPTED"
+    @property
+    def _stopped(self) -> str | None:
+        """``stopped`` of the point that was being measured when the run ended."""
+        return ending(self.ended_by).get("error", {"code": INTERRUPTED})["code"] if self.ended_by else None
 
     def _offer(self, load: Load, *, min_seconds: float, min_requests: int, seed: int):
         return offer(
@@ -381,19 +302,19 @@ class Bench:
         """One repeat by our driver, and the code of the overload that ended it, if one did."""
         plan = self.plan
         seed = 1000 * plan.seed + repeat
-        observed = _Observed(self.observer)
+        observed = Observed(self.observer)
         records, failure = self._offer(load, min_seconds=plan.min_seconds, min_requests=plan.min_requests, seed=seed)
         if failure and failure.code not in OVERLOAD:
             raise failure
         return (observed.repeat(records, bounds), records), failure.code if failure else None
 
-    def _perf_analyzer(self, concurrency: int, requests: int):
+    def _perf_analyzer(self, tool: PerfAnalyzer, concurrency: int, requests: int):
         """One repeat by perf_analyzer, and what it printed."""
         items = self.workload.items
         requests = min(max(requests, self.plan.min_requests), perf_analyzer.request_limit(items))
-        observed = _Observed(self.observer)
+        observed = Observed(self.observer)
         records, said = perf_analyzer.run(
-            self.tool,
+            tool,
             self.url,
             items,
             concurrency=concurrency,
@@ -412,38 +333,15 @@ class Bench:
                         workload["items"][index]["prompt_tokens"] = tokens
 
 
-class _Observed:
-    """What the server counts from here to `repeat`."""
-
-    def __init__(self, observer: Observer):
-        self._observer = observer
-        self.started = datetime.now(UTC).isoformat(timespec="seconds")
-        self._triton, self._metrics = observer.triton(), observer.metrics()
-
-    def counted(self, requests: int) -> dict[str, dict[str, float]]:
-        """``triton`` of the schema, once all requests are in it: Triton counts one after its last response has gone."""
-        deadline_s = time.monotonic() + SETTLE_S
-        while True:
-            after = self._observer.triton()
-            counted = {
-                model: {name: value - self._triton.get(model, {}).get(name, 0) for name, value in numbers.items()}
-                for model, numbers in after.items()
-            }
-            if counted[MODEL]["requests"] + counted[MODEL]["failed"] >= requests or time.monotonic() > deadline_s:
-                return counted
-            time.sleep(0.02)
-
-    def repeat(self, records: Sequence[Record], bounds: Mapping[str, float]) -> dict:
-        """``repeat`` of the schema."""
-        triton, metrics = self.counted(len(records)), self._observer.metrics()
-        return {
-            "started": self.started,
-            "summary": summarize(records, bounds),
-            "requests": columns(records),
-            "triton": triton,
-            "metrics": {name: [self._metrics.get(name, 0.0), value] for name, value in metrics.items()},
-            "resident_bytes": self._observer.resident_bytes(),
-        }
+def ending(error: BaseException | None) -> dict:
+    """``interrupted`` or ``error`` of a result that something ended before its time."""
+    if error is None:
+        return {}
+    if isinstance(error, KeyboardInterrupt):
+        return {"interrupted": True}
+    if not isinstance(error, CxrError):
+        error = InternalError(f"{type(error).__name__}: {error}")
+    return {"error": {"code": error.code, "message": error.message}}
 
 
 def point_of(driver: str, load: Load, runs: Sequence, *, stopped: str | None = None, said: Sequence[dict] = ()) -> dict:
@@ -506,9 +404,9 @@ def cross_check(sweep: Sequence[Mapping]) -> list[dict]:
     """Both drivers on the same load, and perf_analyzer's own numbers beside those of its export."""
     checks = []
 
-    def check(concurrency, metric: str, a: str, a_value: float, b: str, b_value: float) -> None:
-        names = {"concurrency": int(concurrency), "metric": metric, "a": a, "b": b}
-        checks.append({**names, "a_value": a_value, "b_value": b_value, "relative_difference": a_value / b_value - 1})
+    def check(at: float, metric: str, a: tuple[str, float], b: tuple[str, float]) -> None:
+        named = {"concurrency": int(at), "metric": metric, "a": a[0], "b": b[0], "a_value": a[1], "b_value": b[1]}
+        checks.append({**named, "relative_difference": a[1] / b[1] - 1})
 
     for theirs in (point for point in sweep if point["driver"] == "perf_analyzer"):
         at = theirs["load"]["value"]
@@ -516,9 +414,9 @@ def cross_check(sweep: Sequence[Mapping]) -> list[dict]:
         printed, exported, measured = theirs["perf_analyzer"], theirs["summary"], ours["summary"]
         for name in ("mean", "p50", "p90", "p95", "p99"):
             value = exported[f"latency_ms.{name}"]["mean"]
-            check(at, f"latency_ms.{name}", "printed", printed["latency_ms"][name], "perf_analyzer", value)
+            check(at, f"latency_ms.{name}", ("printed", printed["latency_ms"][name]), ("perf_analyzer", value))
         rate = printed["requests_per_window_s"]
-        check(at, "requests in its window per s", "printed", printed["throughput_per_s"], "perf_analyzer", rate)
+        check(at, "requests in its window per s", ("printed", printed["throughput_per_s"]), ("perf_analyzer", rate))
         for name in (
             "readings_per_s",
             "output_tokens_per_s",
@@ -527,7 +425,7 @@ def cross_check(sweep: Sequence[Mapping]) -> list[dict]:
             "ttft_ms.p50",
             "itl_ms.p50",
         ):
-            check(at, name, "open_loop", measured[name]["mean"], "perf_analyzer", exported[name]["mean"])
+            check(at, name, ("open_loop", measured[name]["mean"]), ("perf_analyzer", exported[name]["mean"]))
     return checks
 
 

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import EXIT_INTERRUPTED, OUT_FILE, Waiting, json_option, write_json
+from cxr_triton.cli import EXIT_INTERRUPTED, EXIT_NOT_AS_ASKED, OUT_FILE, json_option, printable, write_json
 from cxr_triton.files import write
-from cxr_triton.perf.compare import compare_command, history_command
+from cxr_triton.perf.compare import ALPHA, MIN_CHANGE
+
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_RESULT = click.Path(exists=True, dir_okay=False, path_type=Path)
+_html_option = click.option("--html", "html_path", type=OUT_FILE, help="Write it as a page too.")
 
 
 @click.group()
@@ -29,29 +33,33 @@ def _numbers(kind):
 
 
 @bench.command()
-@click.argument("repository", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("repository", required=False, type=_FOLDER)
 @click.option("--url", help="gRPC endpoint of a server that runs already, in place of REPOSITORY.")
 @click.option("--metrics", metavar="HOST:PORT", help="Metrics of the server at --url.")
 @click.option(
     "--workload", default="phantom", show_default=True, help="A bundled workload, or the path of a YAML file."
 )
-@click.option(
-    "--images", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of images to use instead."
-)
+@click.option("--images", type=_FOLDER, help="Folder of images to use instead.")
 @click.option("--scenario", "scenarios", multiple=True, help="Only this; may be repeated.  [default: all four]")
-@click.option("--seconds", default=20.0, show_default=True, help="Least duration of a repeat.")
-@click.option("--requests", default=20, show_default=True, help="Fewest requests of a repeat.")
+@click.option("--seconds", "min_seconds", default=20.0, show_default=True, help="Least duration of a repeat.")
+@click.option("--requests", "min_requests", default=20, show_default=True, help="Fewest requests of a repeat.")
 @click.option("--repeats", default=3, show_default=True, help="Of each load; two or more give confidence intervals.")
 @click.option("--warm-up", default=4, show_default=True, help="Requests before anything counts.")
 @click.option("--offline-concurrency", default=16, show_default=True, help="Requests under way in offline.")
 @click.option(
     "--rates",
+    "rates_per_s",
     default="",
     callback=_numbers(float),
     help="Readings per second of server and interactive, ascending.  [default: 0.5, 0.7 and 0.85 of offline]",
 )
 @click.option(
-    "--sweep", default="1,2,4,8", show_default=True, callback=_numbers(int), help="Concurrencies; '' for none."
+    "--sweep",
+    "concurrencies",
+    default="1,2,4,8",
+    show_default=True,
+    callback=_numbers(int),
+    help="Concurrencies; '' for none.",
 )
 @click.option("--latency-ms", default=12_000.0, show_default=True, help="Bound of server, 99th percentile.")
 @click.option("--ttft-ms", default=500.0, show_default=True, help="Bound of interactive, 99th percentile.")
@@ -79,106 +87,129 @@ def _numbers(kind):
 @click.option("--html", "html_path", type=OUT_FILE, help="Write the report page.")
 @json_option
 def run(
-    repository,
-    url,
-    metrics,
-    workload,
-    images,
-    scenarios,
-    tool,
-    baseline,
-    timeout_s,
-    csv_path,
-    html_path,
-    json_path,
-    **numbers,
+    *,
+    repository: Path | None,
+    url: str | None,
+    metrics: str | None,
+    workload: str,
+    images: Path | None,
+    scenarios: tuple[str, ...],
+    tool: str,
+    baseline: tuple[str, ...],
+    baseline_rounds: int,
+    ready_timeout_s: float,
+    timeout_s: float,
+    csv_path: Path | None,
+    html_path: Path | None,
+    json_path: str | None,
+    **planned,
 ):
     """Measure REPOSITORY, which is served for it on free ports of this machine, or the server at --url.
 
     Four scenarios in MLPerf's words, then a sweep over concurrency by our client and by perf_analyzer in turn. Ends
-    with an error at the first request that fails for another reason than overload. Ctrl-C keeps the repeats that were
-    measured, and ends with status 130.
+    with an error at the first request that fails for another reason than overload. An error and Ctrl-C, which ends with
+    status 130, keep the repeats that were measured.
     """
-    from tqdm import tqdm
-
     from cxr_triton.client.wire import require_endpoint
-    from cxr_triton.engines.bundle import Bundle
-    from cxr_triton.errors import InvalidRequest, unknown_key
-    from cxr_triton.perf import baselines, perf_analyzer, roofline
-    from cxr_triton.perf.bench import SCENARIOS, Bench, Observer, Plan, served_models, table
+    from cxr_triton.perf import baselines, served
+    from cxr_triton.perf.bench import SCENARIOS, Observer, Plan, table
+    from cxr_triton.perf.perf_analyzer import chosen
     from cxr_triton.perf.report import extras, result_page, to_csv
     from cxr_triton.perf.workload import load_workload
-    from cxr_triton.triton_repo.package import BUNDLE
-    from cxr_triton.triton_repo.serve import Server
 
-    if (repository is None) == (url is None):
-        raise click.UsageError("give REPOSITORY or --url, one of them")
-    if url:
+    server: contextlib.AbstractContextManager[Observer]
+    if repository and not url:
+        server = served.serving(repository, ready_timeout_s)
+    elif url and not repository:
         require_endpoint(url)
+        server = contextlib.nullcontext(Observer(url, metrics))
+    else:
+        raise click.UsageError("give REPOSITORY or --url, one of them")
     beside = baselines.parse(baseline)
     if beside and not repository:
         raise click.UsageError("--baseline runs on the server's own cores: give REPOSITORY, not --url")
-    for name in scenarios:
-        if name not in SCENARIOS:
-            raise InvalidRequest(unknown_key(name, SCENARIOS, "--scenario"))
-    plan = Plan(
-        scenarios=scenarios or SCENARIOS,
-        min_seconds=numbers["seconds"],
-        min_requests=numbers["requests"],
-        repeats=numbers["repeats"],
-        warm_up=numbers["warm_up"],
-        offline_concurrency=numbers["offline_concurrency"],
-        rates_per_s=numbers["rates"],
-        concurrencies=numbers["sweep"],
-        latency_ms=numbers["latency_ms"],
-        ttft_ms=numbers["ttft_ms"],
-        itl_ms=numbers["itl_ms"],
-        seed=numbers["seed"],
-    )
-    analyzer = None
-    if tool != "none" and plan.concurrencies:
-        analyzer = perf_analyzer.find() if tool == "find" else perf_analyzer.PerfAnalyzer.at(Path(tool).resolve())
+    plan = Plan(scenarios=scenarios or SCENARIOS, **planned)
+    analyzer = chosen(tool) if plan.concurrencies else None
     drawn = load_workload(workload, images=images)
-    with contextlib.ExitStack() as stack:
-        if repository:
-            ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
-            with Waiting("starting the server"):
-                server = stack.enter_context(Server(repository, **ports, ready_timeout_s=numbers["ready_timeout_s"]))
-            url, observer = server.grpc, Observer(server.grpc, server.metrics, lambda: server.pids)
-        else:
-            observer = Observer(url, metrics)
-        more = bool(beside) * (1 + numbers["baseline_rounds"]) + len(beside)
-        bar = stack.enter_context(tqdm(total=1 + plan.runs + more, unit="run", disable=None))
-
-        def on_run(what: str) -> None:
-            bar.set_description(what)
-            bar.update()
-
-        measured = Bench(url, drawn, plan, observer, analyzer, timeout_s=timeout_s, on_run=on_run)
-        result = measured.run(["cxr-triton", *sys.argv[1:]])
-        if repository:
-            result["server"]["models"] = served_models(repository)
-        if repository and not result.get("interrupted"):
-            bundle, rounds = Bundle.open(repository / BUNDLE, verify=False), numbers["baseline_rounds"]
-            try:
-                result["roofline"] = roofline.measure(result, bundle)
-                if beside:
-                    items = [([image.data for image in item.images], item.request) for item in drawn.items]
-                    result["baselines"] = baselines.measure(
-                        url, items, bundle.profile, beside, rounds=rounds, on_round=on_run
-                    )
-            except KeyboardInterrupt:
-                result["interrupted"] = True
+    with server as observer:
+        result, error = served.measure(
+            observer,
+            drawn,
+            plan,
+            repository=repository,
+            tool=analyzer,
+            beside=beside,
+            rounds=baseline_rounds,
+            timeout_s=timeout_s,
+            command=["cxr-triton", *sys.argv[1:]],
+        )
     click.echo("\n".join([table(result), *extras(result)]), err=json_path == "-")
     click.secho(result["notice"], fg="yellow", err=True)
     write_json(result, json_path)
     for path, text in ((csv_path, to_csv), (html_path, result_page)):
         if path:
             write(path, text(result))
-    if result.get("interrupted"):
+    if isinstance(error, KeyboardInterrupt):
         click.echo("interrupted: the result has what was measured until then", err=True)
         sys.exit(EXIT_INTERRUPTED)
+    if error:
+        click.echo("ended before its time: the result has what was measured until then", err=True)
+        raise error
 
 
-bench.add_command(compare_command)
-bench.add_command(history_command)
+@bench.command()
+@click.argument("a", type=_RESULT)
+@click.argument("b", type=_RESULT)
+@click.option("--alpha", type=click.FloatRange(0, 0.5, min_open=True), default=ALPHA, show_default=True)
+@click.option("--min-change", type=click.FloatRange(0), default=MIN_CHANGE, show_default=True)
+@_html_option
+@json_option
+def compare(a: Path, b: Path, *, alpha: float, min_change: float, html_path: Path | None, json_path: str | None):
+    """Hold result B against the earlier result A.
+
+    Exit status 3 if B is worse: by at least MIN_CHANGE, and shown by the repeats at level ALPHA.
+    """
+    from cxr_triton.perf.compare import compare, load_result
+    from cxr_triton.perf.report import number, result_page
+
+    earlier, now = load_result(a), load_result(b)
+    told = compare(earlier, now, alpha=alpha, min_change=min_change)
+    to_stderr = json_path == "-"
+    for entry in told["metrics"]:
+        click.echo(
+            f"{entry['scenario']}, {entry['load']}: {entry['metric']} {number(entry['a'])} -> {number(entry['b'])} "
+            f"({100 * entry['change']:+.1f} %, p {entry['p']:.3f}): {entry['verdict']}",
+            err=to_stderr,
+        )
+    for difference in told["differences"]:
+        click.echo(f"differs: {printable(difference)}", err=to_stderr)
+    click.echo(told["verdict"], err=to_stderr)
+    write_json(told, json_path)
+    if html_path:
+        write(html_path, result_page(now, earlier, told))
+    if told["verdict"] == "worse":
+        click.get_current_context().exit(EXIT_NOT_AS_ASKED)
+
+
+@bench.command()
+@click.argument("folder", type=_FOLDER)
+@_html_option
+@json_option
+def history(folder: Path, html_path: Path | None, json_path: str | None):
+    """List the results in FOLDER, oldest first."""
+    from cxr_triton.perf.compare import SCHEMA_VERSION, history, identity
+    from cxr_triton.perf.report import headline, history_page, number
+
+    results = history(folder)
+    rows = []
+    for result in results:
+        told = [{"scenario": s, "metric": m, "value": value} for s, m, value in headline(result)]
+        rows.append({"file": result["file"], **identity(result), "headline": told})
+        values = ", ".join(f"{entry['scenario']} {entry['metric']} {number(entry['value'])}" for entry in told)
+        click.echo(
+            printable(f"{result['created']} {result['environment']['revision'] or ''} {result['file']}: {values}"),
+            err=json_path == "-",
+        )
+    write_json({"schema_version": SCHEMA_VERSION, "results": rows}, json_path)
+    if html_path:
+        write(html_path, history_page(results))

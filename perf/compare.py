@@ -13,11 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import click
-
-from cxr_triton.cli import EXIT_NOT_AS_ASKED, OUT_FILE, json_option, printable, write_json
 from cxr_triton.errors import InvalidRequest
-from cxr_triton.files import write
 
 SCHEMA_VERSION = 1
 ALPHA = 0.05
@@ -104,8 +100,8 @@ def compare(a: Mapping, b: Mapping, *, alpha: float = ALPHA, min_change: float =
     verdict = next((name for name in ("worse", "better") if name in verdicts), "no difference shown")
     return {
         "schema_version": SCHEMA_VERSION,
-        "a": _identity(a),
-        "b": _identity(b),
+        "a": identity(a),
+        "b": identity(b),
         "alpha": alpha,
         "min_change": min_change,
         "differences": _differences(a, b),
@@ -171,7 +167,8 @@ def _tell(scenario: str, load: str, metric: str, x: Sequence[float], y: Sequence
     }
 
 
-def _identity(result: Mapping) -> dict:
+def identity(result: Mapping) -> dict:
+    """When a result was made, of which revision, and what was served."""
     model = result["model"]
     return {
         "created": result["created"],
@@ -185,7 +182,7 @@ def _identity(result: Mapping) -> dict:
 
 def _differences(a: Mapping, b: Mapping) -> list[str]:
     """What else is not the same, so that a change is not put down to the wrong cause."""
-    found = []
+    found: list[tuple] = []
     for part, keys in (
         (
             "environment",
@@ -194,14 +191,10 @@ def _differences(a: Mapping, b: Mapping) -> list[str]:
         ("model", ("profile", "engine", "precision", "bundle")),
         ("server", ("version",)),
     ):
-        for key in keys:
-            if a[part].get(key) != b[part].get(key):
-                found.append(f"{part}.{key}: {a[part].get(key)} and {b[part].get(key)}")
-    versions = a["environment"]["versions"], b["environment"]["versions"]
-    for name in sorted(versions[0].keys() | versions[1].keys()):
-        if versions[0].get(name) != versions[1].get(name):
-            found.append(f"{name}: {versions[0].get(name)} and {versions[1].get(name)}")
-    return found
+        found += [(f"{part}.{key}", a[part].get(key), b[part].get(key)) for key in keys]
+    ours, theirs = a["environment"]["versions"], b["environment"]["versions"]
+    found += [(name, ours.get(name), theirs.get(name)) for name in sorted(ours.keys() | theirs.keys())]
+    return [f"{name}: {x} and {y}" for name, x, y in found if x != y]
 
 
 def history(folder: Path) -> list[dict]:
@@ -221,65 +214,3 @@ def history(folder: Path) -> list[dict]:
     if not found:
         raise InvalidRequest(f"{folder} holds no benchmark result; write some there with `bench run --json`")
     return sorted(found, key=lambda result: result["created"])
-
-
-_result_file = click.Path(exists=True, dir_okay=False, path_type=Path)
-_html_option = click.option("--html", "html_path", type=OUT_FILE, help="Write it as a page too.")
-
-
-@click.command("compare")
-@click.argument("a", type=_result_file)
-@click.argument("b", type=_result_file)
-@click.option("--alpha", type=click.FloatRange(0, 0.5, min_open=True), default=ALPHA, show_default=True)
-@click.option("--min-change", type=click.FloatRange(0), default=MIN_CHANGE, show_default=True)
-@_html_option
-@json_option
-def compare_command(a: Path, b: Path, alpha: float, min_change: float, html_path: Path | None, json_path: str | None):
-    """Hold result B against the earlier result A.
-
-    Exit status 3 if B is worse: by at least MIN_CHANGE, and shown by the repeats at level ALPHA.
-    """
-    from cxr_triton.numbers import number
-    from cxr_triton.perf.report import result_page
-
-    earlier, now = load_result(a), load_result(b)
-    told = compare(earlier, now, alpha=alpha, min_change=min_change)
-    to_stderr = json_path == "-"
-    for entry in told["metrics"]:
-        click.echo(
-            f"{entry['scenario']}, {entry['load']}: {entry['metric']} {number(entry['a'])} -> {number(entry['b'])} "
-            f"({100 * entry['change']:+.1f} %, p {entry['p']:.3f}): {entry['verdict']}",
-            err=to_stderr,
-        )
-    for difference in told["differences"]:
-        click.echo(f"differs: {printable(difference)}", err=to_stderr)
-    click.echo(told["verdict"], err=to_stderr)
-    write_json(told, json_path)
-    if html_path:
-        write(html_path, result_page(now, earlier, told))
-    if told["verdict"] == "worse":
-        click.get_current_context().exit(EXIT_NOT_AS_ASKED)
-
-
-@click.command("history")
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@_html_option
-@json_option
-def history_command(folder: Path, html_path: Path | None, json_path: str | None):
-    """List the results in FOLDER, oldest first."""
-    from cxr_triton.numbers import number
-    from cxr_triton.perf.report import headline, history_page
-
-    results = history(folder)
-    rows = []
-    for result in results:
-        told = [{"scenario": s, "metric": m, "value": value} for s, m, value in headline(result)]
-        rows.append({"file": result["file"], **_identity(result), "headline": told})
-        values = ", ".join(f"{entry['scenario']} {entry['metric']} {number(entry['value'])}" for entry in told)
-        click.echo(
-            printable(f"{result['created']} {result['environment']['revision'] or ''} {result['file']}: {values}"),
-            err=json_path == "-",
-        )
-    write_json({"schema_version": SCHEMA_VERSION, "results": rows}, json_path)
-    if html_path:
-        write(html_path, history_page(results))

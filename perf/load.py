@@ -85,6 +85,7 @@ class Load:
     arrival: str = "poisson"
 
     def as_json(self) -> dict:
+        """``load`` of the schema."""
         arrival = {"arrival": self.arrival} if self.kind == "rate_per_s" else {}
         return {"kind": self.kind, "value": self.value, **arrival}
 
@@ -125,7 +126,7 @@ def offer(
     CxrError or None
         The first failure; it ends the load early.
     """
-    run = _Run(url, messages, load, min_seconds, min_requests, seed, timeout_s)
+    run = _Run(url, messages, load, min_seconds=min_seconds, min_requests=min_requests, seed=seed, timeout_s=timeout_s)
     run.run()
     exchanges = sorted(run.exchanges, key=lambda exchange: exchange.scheduled_s)
     return [record(exchange) for exchange in exchanges], run.failure
@@ -150,6 +151,7 @@ class _Run:
         url: str,
         messages: Sequence[bytes],
         load: Load,
+        *,
         min_seconds: float,
         min_requests: int,
         seed: int,
@@ -166,7 +168,8 @@ class _Run:
         self._leading, self._idle = threading.Lock(), threading.Semaphore(0)
         self._turns = itertools.count()
         if load.kind == "rate_per_s":
-            self._due, self._at_first = arrivals(load.arrival, load.value, [seed]), 1
+            self._due: Iterator[float] | None = arrivals(load.arrival, load.value, [seed])
+            self._at_first = 1
         else:
             self._due, self._at_first = None, int(load.value)
 
@@ -284,7 +287,8 @@ class _Run:
 
 def record(exchange: _Exchange) -> Record:
     """What a request took, out of its responses."""
-    deltas_s, end_s, reading = [], exchange.end_s, None
+    deltas_s: list[float] = []
+    end_s, reading = exchange.end_s, {}
     if not exchange.error:
         for at_s, response in zip(exchange.arrived_s, exchange.responses, strict=True):
             delta, text = wire.parse_response(pb.ModelStreamInferResponse.FromString(response))

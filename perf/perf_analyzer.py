@@ -72,7 +72,9 @@ class PerfAnalyzer:
         folders = [str(path.parent), os.environ.get("LD_LIBRARY_PATH", "")]
         environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, folders))}
         try:
-            done = subprocess.run([path, "--version"], env=environment, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(
+                [path, "--version"], env=environment, capture_output=True, text=True, timeout=60, check=False
+            )
         except OSError as error:
             raise Unavailable(f"perf_analyzer at {path} does not start ({error.strerror}); {REMEDY}") from None
         said = done.stdout + done.stderr
@@ -107,6 +109,13 @@ def find(cache: Path | None = None) -> PerfAnalyzer:
     return PerfAnalyzer.at(folder / "perf_analyzer")
 
 
+def chosen(tool: str) -> PerfAnalyzer | None:
+    """What ``--perf-analyzer`` says: ``find`` as `find`, ``none``, or the path of a binary."""
+    if tool == "none":
+        return None
+    return find() if tool == "find" else PerfAnalyzer.at(Path(tool).resolve())
+
+
 def install(folder: Path) -> None:
     """Put perf_analyzer and the libraries that it needs into a folder, out of wheels."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +123,7 @@ def install(folder: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
         command += ["--platform", "manylinux1_x86_64", "--dest", scratch, f"{WHEEL}=={VERSION}"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         except subprocess.TimeoutExpired:
             raise Unavailable(f"no perf_analyzer here, and its download took over 600 s; {REMEDY}") from None
         wheels = list(Path(scratch).glob("*.whl"))
@@ -136,7 +145,7 @@ def install(folder: Path) -> None:
 def _libraries() -> dict[str, Path]:
     """The libraries out of nvidia-pytriton; none without it, then the system's have to do."""
     spec = importlib.util.find_spec("pytriton")
-    if spec is None:
+    if spec is None or spec.origin is None:
         return {}
     folder = Path(spec.origin).parent.parent / "nvidia_pytriton.libs"
     found = {name: next(folder.glob(pattern), None) for name, pattern in LIBRARIES.items()}
@@ -198,6 +207,7 @@ def run(
                     text=True,
                     errors="replace",
                     timeout=timeout_s,
+                    check=False,
                 )
         except subprocess.TimeoutExpired:
             raise InternalError(f"perf_analyzer did not end within {timeout_s:g} s; see the server's log") from None
@@ -226,11 +236,11 @@ def read_report(path: Path) -> dict:
 
 
 def read_export(path: Path, items: Sequence[Item]) -> tuple[list[Record], float]:
-    """Records of a profile export, and the seconds of the window that perf_analyzer divides by: it ends up to a second
-    after the last response.
+    """Records of a profile export, and the seconds of the window that perf_analyzer divides by.
 
-    An export is no JSON as it stands: the bytes of BYTES tensors are written as they are, and requests are copied into
-    it whole. So their images are cut out, and each text is read as the bytes that it is.
+    The window ends up to a second after the last response. An export is no JSON as it stands: the bytes of BYTES
+    tensors are written as they are, and requests are copied into it whole. So their images are cut out, and each text
+    is read as the bytes that it is.
     """
     asked = {json.dumps(item.request).encode(): index for index, item in enumerate(items)}
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:

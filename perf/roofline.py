@@ -257,7 +257,7 @@ class ModelWork:
     """
 
     def __init__(self, config: dict, *, vision_bytes: int, step_bytes: int, cache_item: int):
-        from cxr_triton.export.checkpoint import read_config, tensor_shapes
+        from cxr_triton.export.geometry import read_config, tensor_shapes
 
         self.text, self.tower = read_config(config)
         self.vision_bytes, self.step_bytes = vision_bytes, step_bytes

@@ -16,7 +16,11 @@ import numpy as np
 
 from cxr_triton.cli import Command
 from cxr_triton.engines.recipe import TEXT_3B, VISION_3B
+from cxr_triton.export.geometry import read_config, tensor_shapes
+from cxr_triton.export.safetensors import header
+from cxr_triton.extras import require
 
+_Stored = tuple[tuple[int, ...], str]  # shape and type of a tensor
 SHARD_BYTES = 4_000_000_000
 GROUP = 128
 ITEM_BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
@@ -87,8 +91,7 @@ def write_shape(
     Path
         `folder`.
     """
-    from cxr_triton.export.checkpoint import read_config, tensor_shapes
-
+    require("ml_dtypes")
     folder.mkdir(parents=True, exist_ok=True)
     common = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", **TOKENS}
     config = {**common, "tie_word_embeddings": True, "vision_config": vision_values}
@@ -101,30 +104,23 @@ def write_shape(
     for name in ("tokenizer.json", "chat_template.jinja"):
         shutil.copyfile(tokenizer / name, folder / name)
     text, vision = read_config(config)
-    prefixes = (
-        {"language_model.": "model.language_model.", "visual.": "model.visual."}
-        if nested
-        else {"language_model.": "model.", "visual.": "visual."}
-    )
-    shapes = {}
-    for name, shape in tensor_shapes(text, vision, tied=True).items():
-        part = name.split(".")[0] + "."
-        name = prefixes[part] + name.removeprefix(part)
-        shapes |= (
-            _quantized(name, shape, scheme)
-            if name.endswith("_proj.weight") and scheme and part[0] == "l"
-            else {name: (shape, "BF16")}
-        )
+    shapes: dict[str, _Stored] = {}
+    for ours, shape in tensor_shapes(text, vision, tied=True).items():
+        name = _file_name(ours, nested=nested)
+        if scheme and len(shape) == 2 and ours.startswith("language_model.") and ours.endswith("_proj.weight"):
+            shapes |= _quantized(name, *shape, scheme)
+        else:
+            shapes[name] = shape, "BF16"
     if scheme:
         (folder / "hf_quant_config.json").write_text(json.dumps(QUANTIZATION[scheme], indent=2))
         (folder / "calibration.json").write_text(json.dumps({"head_input_amax": 16.0}))
-    shards: list[dict] = [{}]
+    shards: list[dict[str, _Stored]] = [{}]
     for name, tensor in shapes.items():
         if sum(map(_nbytes, (*shards[-1].values(), tensor))) > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = tensor
     random = np.random.Generator(np.random.SFC64(seed))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(shard, file)
@@ -135,32 +131,33 @@ def write_shape(
     return folder
 
 
-def _nbytes(tensor: tuple[tuple[int, ...], str]) -> int:
+def _file_name(ours: str, *, nested: bool) -> str:
+    """A tensor's name in a file of this layout."""
+    if nested:
+        return f"model.{ours}"
+    return ours if ours.startswith("visual.") else f"model.{ours.removeprefix('language_model.')}"
+
+
+def _nbytes(tensor: _Stored) -> int:
     shape, kind = tensor
     return ITEM_BYTES[kind] * int(np.prod(shape))
 
 
-def _quantized(name: str, shape: tuple[int, int], scheme: str) -> dict:
-    """Tensors of a layer in modelopt's unified layout, as (shape, type) by name."""
-    (n, k), module = shape, name.removesuffix(".weight")
+def _quantized(name: str, n: int, k: int, scheme: str) -> dict[str, _Stored]:
+    """Tensors of a layer [n, k] in modelopt's unified layout."""
+    module = name.removesuffix(".weight")
     if scheme == "fp8":
-        scales = dict.fromkeys((f"{module}.weight_scale", f"{module}.input_scale"), ((), "F32"))
-        return {name: (shape, "F8_E4M3")} | scales
-    tensors = {name: ((n // 2, k), "U8"), f"{module}.weight_scale": ((n, k // GROUP), "F32")}
+        scale: _Stored = ((), "F32")
+        return {name: ((n, k), "F8_E4M3"), f"{module}.weight_scale": scale, f"{module}.input_scale": scale}
+    tensors: dict[str, _Stored] = {name: ((n // 2, k), "U8"), f"{module}.weight_scale": ((n, k // GROUP), "F32")}
     if module.endswith(("o_proj", "down_proj")):
         tensors[f"{module}.pre_quant_scale"] = ((k,), "BF16")
     return tensors
 
 
-def _write_shard(path: Path, tensors: dict, random: np.random.Generator, normal: Callable | None) -> None:
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, (shape, kind) in tensors.items():
-        begin, end = end, end + _nbytes((shape, kind))
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
+def _write_shard(path: Path, tensors: dict[str, _Stored], random: np.random.Generator, normal: Callable | None) -> None:
     with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.write(header({name: (kind, shape, _nbytes((shape, kind))) for name, (shape, kind) in tensors.items()}))
         for name, (shape, kind) in tensors.items():
             for values in _values(name, shape, kind, random, normal):
                 file.write(np.ascontiguousarray(values).view(np.uint8).data)

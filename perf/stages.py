@@ -57,7 +57,7 @@ def waterfall(records: Sequence[Record], triton: Mapping[str, Mapping[str, float
     remainder_ms = means.pop("remainder")
     shares = [abs(record.stages_ms["remainder"]) / ms for record, ms in zip(done, end_to_end, strict=True)]
     share = remainder_ms / float(end_to_end.mean())
-    decoded = sum(record.tokens - 1 for record in done)
+    decoded = sum(record.tokens - 1 for record in done if record.tokens)
     decode_ms = sum(record.stages_ms["decode"] for record in done)
     return {
         "stages_ms": means,

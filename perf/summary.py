@@ -50,14 +50,17 @@ class Record:
 
     @property
     def failed(self) -> bool:
+        """It ended in an error."""
         return self.status.isupper()
 
     @property
     def latency_ms(self) -> float:
+        """From its time to its last response."""
         return 1e3 * (self.end_s - self.scheduled_s)
 
     @property
     def ttft_ms(self) -> float | None:
+        """From its time to the first text; None without any."""
         return 1e3 * (self.deltas_s[0] - self.scheduled_s) if self.deltas_s else None
 
     @property
@@ -130,7 +133,7 @@ def summarize(records: Sequence[Record], bounds: Mapping[str, float]) -> dict:
         "goodput_per_s": kept * per_s,
         "goodput_share": kept / len(records) if records else 0.0,
         "latency_ms": distribution([record.latency_ms for record in done]),
-        "ttft_ms": distribution([record.ttft_ms for record in done if record.deltas_s]),
+        "ttft_ms": distribution([record.ttft_ms for record in done if record.ttft_ms is not None]),
         "itl_ms": distribution([record.itl_ms for record in done if record.itl_ms is not None]),
         "chunk_gap_ms": distribution(gaps),
         "lateness_ms": distribution([1e3 * (record.sent_s - record.scheduled_s) for record in records]),

@@ -85,6 +85,7 @@ class Output(_Checked):
             raise InvalidRequest(f"output: median {self.median}, p95 {self.p95} and max {self.max} have to ascend")
 
     def draw(self, rng: np.random.Generator) -> int:
+        """A limit in tokens."""
         sigma = math.log(self.p95 / self.median) / Z95
         return min(self.max, max(1, round(self.median * math.exp(sigma * rng.standard_normal()))))
 
@@ -135,6 +136,7 @@ class Image:
     facts: dict = field(default_factory=dict)
 
     def as_json(self) -> dict:
+        """Name, bytes, digest and what is known of it."""
         digest = hashlib.sha256(self.data).hexdigest()
         return {"name": self.name, "bytes": len(self.data), "sha256": digest, **self.facts}
 
@@ -154,6 +156,7 @@ class Item:
         return infer_request(model, contents, self.request, max_message_mib=1024).SerializeToString()
 
     def as_json(self) -> dict:
+        """``item`` of a result's workload."""
         return {"images": [image.as_json() for image in self.images], "request": self.request}
 
 
@@ -188,6 +191,7 @@ class Workload:
 
 
 def workload_names() -> list[str]:
+    """The bundled workloads."""
     return sorted(path.stem for path in WORKLOADS.glob("*.yaml"))
 
 
@@ -252,7 +256,7 @@ def _file(name: str, path: Path) -> Image:
         found = read_image(data).metadata
     except InvalidImage as error:
         raise type(error)(f"{path}: {error.message}") from None
-    short = {uid: syntax for syntax, uid in SYNTAXES.items()}
+    short = {str(uid): syntax for syntax, uid in SYNTAXES.items()}
     syntax = short.get(found.transfer_syntax, found.transfer_syntax_name) or found.format
     facts = {"syntax": syntax, "rows": found.rows, "columns": found.columns, "bits_stored": found.bits_stored}
     return Image(name, data, facts)

@@ -16,8 +16,9 @@ from cxr_triton.engines.recipe import Recipe, load_recipe
 from cxr_triton.engines.verify.record import is_verified, require_verified, write_record
 from cxr_triton.errors import InvalidRequest, NotVerified
 from cxr_triton.export.checkpoint import Checkpoint
-from cxr_triton.export.command import export_checkpoint, located, require_fit
+from cxr_triton.export.export import export_checkpoint
 from cxr_triton.export.graph import QUANTIZED
+from cxr_triton.export.source import located, require_fit
 from cxr_triton.extras import require
 from cxr_triton.files import new_folder, write
 from cxr_triton.profile import ModelProfile, load_profile, profile_names

@@ -28,7 +28,7 @@ from cxr_triton.engines.plan_cache import PlanCache, plan_key
 from cxr_triton.engines.recipe import TENSORRT_LLM_CONTAINERS, Recipe, recipe_names
 from cxr_triton.engines.tensorrt.compiler import CONTAINER_TENSORRT, Target, load_library, released, target
 from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle, InvalidRequest, UnsupportedCheckpoint
-from cxr_triton.export.checkpoint import read_header
+from cxr_triton.export.safetensors import read_header
 from cxr_triton.profile import load_profile
 
 TOOL = "trtllm-build"

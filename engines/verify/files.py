@@ -8,7 +8,7 @@ import json
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.verify.reference import Reference
 from cxr_triton.engines.verify.trial import Judged, Trial
-from cxr_triton.export.checkpoint import read_config
+from cxr_triton.export.geometry import read_config
 from cxr_triton.export.graph import QUANTIZED
 from cxr_triton.profile import ModelProfile
 

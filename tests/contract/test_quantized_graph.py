@@ -25,7 +25,7 @@ from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
 from cxr_triton.export.checkpoint import CALIBRATION, Checkpoint
 from cxr_triton.export.decoder import write_decoder
 from cxr_triton.export.graph import check
-from cxr_triton.export.quantize import _config, share_scales
+from cxr_triton.export.quantize import Config, share_scales
 
 pytest.importorskip("modelopt")
 
@@ -50,7 +50,7 @@ def quantized(folder, scheme, *, group=128, kv_fp8=False, dtype="float32", exclu
     from modelopt.torch.export.unified_export_hf import requantize_resmooth_fused_llm_layers
 
     model = random_checkpoint(folder / "plain", dtype=dtype, **shape)
-    config = _config(scheme, group if scheme == "int4-awq" else None, kv_fp8)
+    config = Config(scheme, group if scheme == "int4-awq" else None, "fp8" if kv_fp8 else None).of_modelopt()
     config["quant_cfg"] += [{"quantizer_name": f"*{name}*", "enable": False} for name in exclude]
 
     def calibrate(model):

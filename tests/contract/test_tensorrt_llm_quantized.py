@@ -17,7 +17,7 @@ from test_decoder_graph import relative_error, tokens
 from test_quantized_graph import quantized
 
 from cxr_triton.export.checkpoint import Checkpoint
-from cxr_triton.export.quantize import _config
+from cxr_triton.export.quantize import Config
 from cxr_triton.export.tensorrt_llm import write_tensorrt_llm
 
 CONTEXT = 128
@@ -158,7 +158,8 @@ def both(scheme, folder):
 
     with torch.no_grad():
         if scheme != "bf16":
-            mtq.quantize(twin, _config(scheme, 128 if scheme == "int4-awq" else None, scheme == "fp8"), calibrate)
+            config = Config("fp8", None, "fp8") if scheme == "fp8" else Config(scheme, 128)
+            mtq.quantize(twin, config.of_modelopt(), calibrate)
         export_tensorrt_llm_checkpoint(
             twin, "qwen", torch.bfloat16, export_dir=folder / "theirs", inference_tensor_parallel=1
         )

@@ -32,7 +32,7 @@ from cxr_triton.engines.verify.reference import Reference  # noqa: E402
 from cxr_triton.engines.verify.statistics import kl_divergence  # noqa: E402
 from cxr_triton.engines.verify.thresholds import THRESHOLDS, thresholds_of  # noqa: E402
 from cxr_triton.errors import InvalidRequest, NotVerified  # noqa: E402
-from cxr_triton.export.command import export_checkpoint  # noqa: E402
+from cxr_triton.export.export import export_checkpoint  # noqa: E402
 from cxr_triton.profile import load_profile  # noqa: E402
 
 COUNT = 12

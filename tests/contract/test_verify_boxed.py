@@ -23,7 +23,7 @@ from cxr_triton.engines.bundle import build_bundle  # noqa: E402
 from cxr_triton.engines.verify.gate import verify_bundle  # noqa: E402
 from cxr_triton.engines.verify.page import verification_page  # noqa: E402
 from cxr_triton.engines.verify.reference import Reference  # noqa: E402
-from cxr_triton.export.command import export_checkpoint  # noqa: E402
+from cxr_triton.export.export import export_checkpoint  # noqa: E402
 from cxr_triton.pixels import image  # noqa: E402
 from cxr_triton.profile import load_profile  # noqa: E402
 
@@ -68,7 +68,7 @@ class Taught:
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory) -> Taught:
     import torch
-    import train
+    import training
     from tokenizers import Tokenizer
     from torch.nn.functional import cross_entropy
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -78,14 +78,14 @@ def taught(tmp_path_factory) -> Taught:
     phantoms = [p for p in evaluate.held_out(40) if p.findings][:COUNT]
     tokenizer = Tokenizer.from_file(str(PHANTOM / "checkpoint" / "tokenizer.json"))
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(PHANTOM / "checkpoint", dtype=torch.float32)
-    ids = {token: tokenizer.token_to_id(token) for token in train.SPECIAL}
-    limits = {"min_pixels": train.MIN_PIXELS, "max_pixels": MAX_PIXELS}
+    ids = {token: tokenizer.token_to_id(token) for token in training.SPECIAL}
+    limits = {"min_pixels": training.MIN_PIXELS, "max_pixels": MAX_PIXELS}
     rows, labels, pixels, grids, answers = [], [], [], [], []
     for i, source in enumerate(phantoms):
         task = TASKS[i % 3]
         picture = source.picture("mimic_jpg")
         picture = image.resize(picture, image.target_size(*picture.shape, **limits))
-        pixels.append(torch.from_numpy(train.patches(picture)))
+        pixels.append(torch.from_numpy(training.patches(picture)))
         grids.append([1, *image.grid(*picture.shape)])
         pads = "<|image_pad|>" * (grids[-1][1] * grids[-1][2] // 4)
         question = (
@@ -120,7 +120,7 @@ def taught(tmp_path_factory) -> Taught:
         optimizer.zero_grad()
     else:
         pytest.fail(f"the checkpoint has not learned its answers in {STEPS} steps")
-    train.save_checkpoint(model, tokenizer, folder / "checkpoint")
+    training.save_checkpoint(model, tokenizer, folder / "checkpoint")
 
     profile = yaml.safe_load((PHANTOM / "profile.yaml").read_text())
     profile |= {

@@ -14,8 +14,10 @@ import pytest
 import qwen
 from click.testing import CliRunner
 
-from cxr_triton.perf import gpu_session
-from cxr_triton.perf.loads import keep_capability
+from cxr_triton.perf.gpu_session.command import main
+from cxr_triton.perf.gpu_session.loads import keep_capability
+from cxr_triton.perf.gpu_session.run import child
+from cxr_triton.perf.gpu_session.session import Session
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def test_a_dry_run_finds_an_engine_that_agrees_and_measures_it(tokenizer, tmp_pa
     out = tmp_path / "out"
     command = ["run", str(out), "--tokenizer", str(tokenizer), "--dry-run", "--limit-s", "300", "--json", "-"]
     steps = [part for step in ("prepare", "providers", "speed") for part in ("--step", step)]
-    done = CliRunner().invoke(gpu_session.main, [*command, *steps])
+    done = CliRunner().invoke(main, [*command, *steps])
     result = json.loads(done.stdout)
     assert {told["status"] for told in result["steps"].values()} == {"done"} and len(result["steps"]) == 3
     assert done.exit_code == 0 and result == json.loads((out / "session.json").read_text())
@@ -48,24 +50,24 @@ def test_a_dry_run_finds_an_engine_that_agrees_and_measures_it(tokenizer, tmp_pa
 
 
 def test_a_step_that_takes_too_long_is_stopped(tokenizer, tmp_path):
-    session = gpu_session.Session(tmp_path, tmp_path / "work", tokenizer, True)
+    session = Session(tmp_path, tmp_path / "work", tokenizer, True)
     # A Python that imports anything takes longer than this.
-    assert gpu_session._child("providers", session, 0.01) == "stopped after 0 s"
+    assert child("providers", session, 0.01) == "stopped after 0 s"
 
 
 def test_what_is_missing_is_said_before_anything_runs(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
     command = ["run", str(tmp_path), "--tokenizer", str(tokenizer), "--dry-run", "--step", "stack", "--json", "-"]
-    done = CliRunner().invoke(gpu_session.main, command)
+    done = CliRunner().invoke(main, command)
     status = json.loads(done.stdout)["steps"]["stack"]["status"]
     assert done.exit_code == 3 and status.startswith("not run: imagecodecs (ModuleNotFoundError")
-    listed = json.loads(CliRunner().invoke(gpu_session.main, ["parts", "--json", "-"]).stdout)["parts"]
+    listed = json.loads(CliRunner().invoke(main, ["parts", "--json", "-"]).stdout)["parts"]
     parts = {part["part"]: part for part in listed}
     assert parts["imagecodecs"]["present"] is None and parts["onnx"]["present"]
 
 
 def test_a_row_is_kept_even_where_the_step_fails(tokenizer, tmp_path):
-    session = gpu_session.Session(tmp_path / "out", tmp_path / "work", tokenizer, True)
+    session = Session(tmp_path / "out", tmp_path / "work", tokenizer, True)
     with session.noting("providers", engine="x") as row:
         row["found"] = 1
         raise ValueError("the exact message")
@@ -79,7 +81,7 @@ def test_files_travel_in_pieces_and_are_checked(tmp_path):
         sent[name] = rng.bytes(size)
         (tmp_path / name).write_bytes(sent[name])
     files = [str(tmp_path / name) for name in sent]
-    packed = CliRunner().invoke(gpu_session.main, ["pack", *files, "-o", str(tmp_path / "loads"), "--limit-mib", "1"])
+    packed = CliRunner().invoke(main, ["pack", *files, "-o", str(tmp_path / "loads"), "--limit-mib", "1"])
     assert packed.exit_code == 0, packed.output
     loads = sorted((tmp_path / "loads").iterdir())
     assert len(loads) == 4
@@ -90,10 +92,10 @@ def test_files_travel_in_pieces_and_are_checked(tmp_path):
     piece.write_bytes(b"\0" * len(whole))
     there = tmp_path / "there"
     for load in reversed(loads):
-        CliRunner().invoke(gpu_session.main, ["unpack", str(load), str(there)])
+        CliRunner().invoke(main, ["unpack", str(load), str(there)])
     assert not (there / "a.whl").exists() and (there / "b.whl").exists()  # a damaged piece is seen
     piece.write_bytes(whole)
-    done = CliRunner().invoke(gpu_session.main, ["unpack", str(loads[0]), str(there)])
+    done = CliRunner().invoke(main, ["unpack", str(loads[0]), str(there)])
     assert "a.whl: complete" in done.output
     for name, data in sent.items():
         assert hashlib.sha256((there / name).read_bytes()).digest() == hashlib.sha256(data).digest()
@@ -126,8 +128,8 @@ def test_a_wheel_travels_with_the_kernels_of_one_gpu(tmp_path):
         archive.writestr("engine/__init__.py", "x = 1\n")
     loads, there = tmp_path / "loads", tmp_path / "there"
     command = ["pack", str(wheel), "-o", str(loads), "--capability", "9.0", "--limit-mib", "1"]
-    assert CliRunner().invoke(gpu_session.main, command).exit_code == 0
-    done = CliRunner().invoke(gpu_session.main, ["unpack", str(loads / "load-0"), str(there)])
+    assert CliRunner().invoke(main, command).exit_code == 0
+    done = CliRunner().invoke(main, ["unpack", str(loads / "load-0"), str(there)])
     assert "complete" in done.output, done.output
     assert (there / "engine" / "lib.so.1").read_bytes() == kept
     assert (there / "engine" / "__init__.py").read_text() == "x = 1\n"

@@ -56,7 +56,7 @@ def served(request, tmp_path_factory):
     pytest.importorskip("pytriton")
     from cxr_triton.engines.bundle import build_bundle
     from cxr_triton.engines.recipe import load_recipe
-    from cxr_triton.export.command import export_checkpoint
+    from cxr_triton.export.export import export_checkpoint
     from cxr_triton.triton_repo.package import Settings, write_repository
     from cxr_triton.triton_repo.serve import Server
 

@@ -41,7 +41,7 @@ MORE_TASKS["compare"]["max_images"], MORE_TASKS["quiz"]["max_images"] = 2, 0
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Folder with the demonstration model's export, in fp32, with tasks for two images and for none."""
-    from cxr_triton.export.command import export_checkpoint
+    from cxr_triton.export.export import export_checkpoint
     from cxr_triton.profile import load_profile
 
     folder = tmp_path_factory.mktemp("tensorrt-llm")

@@ -10,13 +10,15 @@ from types import SimpleNamespace
 import jsonschema
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import bench_results  # noqa: E402
 
-from cxr_triton.errors import InvalidRequest  # noqa: E402
+from cxr_triton.cli import main  # noqa: E402
+from cxr_triton.errors import InvalidRequest, Unavailable  # noqa: E402
 from cxr_triton.perf import bench  # noqa: E402
 from cxr_triton.perf.bench import Plan, cross_check, meets, outcome  # noqa: E402
 from cxr_triton.perf.environment import Stolen  # noqa: E402
@@ -214,17 +216,17 @@ def test_the_table_has_a_line_for_every_point_and_scenario():
 
 
 class Interrupted(bench.Bench):
-    """Repeats made by hand; Ctrl-C comes in the one of this number."""
+    """Repeats made by hand; Ctrl-C, or another error, comes in the one of this number."""
 
-    def __init__(self, at: int, plan: Plan):
+    def __init__(self, at: int, plan: Plan, error: BaseException | None = None):
         image = SimpleNamespace(data=b"x")
         item = SimpleNamespace(images=[image], request={}, message=lambda model: b"")
         workload = bench_results.result(repeats=1)["workload"]
         drawn = SimpleNamespace(
             items=[item] * 4, spec=SimpleNamespace(arrival="poisson"), as_json=lambda: json.loads(json.dumps(workload))
         )
-        super().__init__("127.0.0.1:8001", drawn, plan, None)
-        self.left = at
+        super().__init__(drawn, plan, SimpleNamespace(url="127.0.0.1:8001"))
+        self.left, self.error = at, error or KeyboardInterrupt()
 
     def warm_up(self):
         whole = bench_results.result(repeats=1)
@@ -232,7 +234,7 @@ class Interrupted(bench.Bench):
 
     def _repeat(self, load, bounds, repeat):
         if not self.left:
-            raise KeyboardInterrupt
+            raise self.error
         self.left -= 1
         rng = random.Random(repeat)
         records = [bench_results.record(rng, i % 4, i / 8, 1.0) for i in range(24)]
@@ -262,6 +264,53 @@ def test_ctrl_c_keeps_every_whole_repeat(at, repeats, sweep):
     last = result["scenarios"][-1]
     if not sweep and at != 3:  # between two scenarios the one before is whole
         assert (last["result"]["valid"], last["result"]["why"]) == (False, "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(Unavailable("the server went away"), "UNAVAILABLE"), (ZeroDivisionError("division by zero"), "INTERNAL")],
+)
+def test_an_error_keeps_every_whole_repeat(error, code):
+    plan = Plan(rates_per_s=(0.5, 0.6), concurrencies=(1,), latency_ms=1e6, ttft_ms=1e6, itl_ms=1e6)
+    failing = Interrupted(4, plan, error)
+    result = failing.run(["cxr-triton"])
+    jsonschema.validate(result, SCHEMA)
+    assert failing.ended_by is error and result["error"]["code"] == code and str(error) in result["error"]["message"]
+    assert "interrupted" not in result
+    whole, cut = result["scenarios"]
+    assert whole["result"]["valid"] and len(whole["points"][0]["repeats"]) == 3
+    assert (len(cut["points"][0]["repeats"]), cut["points"][0]["stopped"]) == (1, code)
+    assert (cut["result"]["valid"], cut["result"]["why"]) == (False, f"ended by {code}")
+    with pytest.raises(type(error)):
+        Interrupted(0, plan, error).run(["cxr-triton"])
+
+
+def test_what_was_measured_before_an_error_is_written_and_the_exit_says_so(tmp_path, monkeypatch):
+    """`bench run` against a server that goes away in the fourth repeat."""
+    made = Interrupted(3, Plan(), Unavailable("the server went away"))
+    monkeypatch.setattr("cxr_triton.perf.served.Bench", lambda *arguments, **options: made)
+    files = {kind: tmp_path / f"result.{kind}" for kind in ("json", "csv", "html")}
+    options = [part for kind, path in files.items() for part in (f"--{kind}", str(path))]
+    command = ["bench", "run", "--url", "127.0.0.1:8001", "--perf-analyzer", "none", *options]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 75 and done.stderr.splitlines()[-1] == "error: [UNAVAILABLE] the server went away"
+    result = json.loads(files["json"].read_text())
+    jsonschema.validate(result, SCHEMA)
+    assert result["error"] == {"code": "UNAVAILABLE", "message": "the server went away"}
+    assert [len(point["repeats"]) for point in result["scenarios"][0]["points"]] == [3]
+    assert "single_stream" in files["html"].read_text() and files["csv"].read_text().count("single_stream") == 3
+    made.left, made.ended_by = 0, None
+    for path in files.values():
+        path.unlink()
+    assert CliRunner().invoke(main, command).exit_code == 75
+    assert not any(path.exists() for path in files.values())
+
+
+def test_a_server_that_went_away_is_one_error():
+    gone = bench.Observer("127.0.0.1:1", "127.0.0.1:1")
+    for asked in (gone.triton, gone.metrics):
+        with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1.*log"):
+            asked()
 
 
 def test_ctrl_c_before_the_first_repeat_ended_has_no_result():

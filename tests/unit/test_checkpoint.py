@@ -12,7 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cxr_triton.errors import UnsupportedCheckpoint
-from cxr_triton.export.checkpoint import DTYPES, Checkpoint, TextConfig, VisionConfig, locate, read_header
+from cxr_triton.export.checkpoint import DTYPES, Checkpoint
+from cxr_triton.export.geometry import TextConfig, VisionConfig
+from cxr_triton.export.safetensors import read_header
+from cxr_triton.export.source import locate
 
 
 @pytest.fixture(scope="module")

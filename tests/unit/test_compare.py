@@ -11,7 +11,8 @@ import record
 from click.testing import CliRunner
 
 from cxr_triton.errors import InvalidRequest
-from cxr_triton.perf.compare import compare, compare_command, history, history_command, load_result
+from cxr_triton.perf import command
+from cxr_triton.perf.compare import compare, history, load_result
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
@@ -123,13 +124,13 @@ def files(tmp_path):
 
 def test_ci_sees_the_exit_status(files, tmp_path):
     base, slower = files("a.json", run()), files("b.json", run(0.8, 1))
-    done = CliRunner().invoke(compare_command, [base, slower, "--html", str(tmp_path / "c.html"), "--json", "-"])
+    done = CliRunner().invoke(command.compare, [base, slower, "--html", str(tmp_path / "c.html"), "--json", "-"])
     assert done.exit_code == 3, done.output
     assert json.loads(done.stdout)["verdict"] == "worse"
     assert "Against the earlier run: worse" in (tmp_path / "c.html").read_text()
-    done = CliRunner().invoke(compare_command, [base, base])
+    done = CliRunner().invoke(command.compare, [base, base])
     assert done.exit_code == 0 and done.output.endswith("no difference shown\n")
-    done = CliRunner().invoke(compare_command, [slower, base])
+    done = CliRunner().invoke(command.compare, [slower, base])
     assert done.exit_code == 0 and done.output.endswith("better\n")
 
 
@@ -140,7 +141,7 @@ def test_history_lists_results_by_time_and_leaves_other_files_out(files, tmp_pat
     files("a.json", late), files("deeper/b.json", early)
     files("other.json", {"schema": 1}), (tmp_path / "broken.json").write_text("{")
     assert [result["file"] for result in history(tmp_path)] == ["b.json", "a.json"]
-    done = CliRunner().invoke(history_command, [str(tmp_path), "--html", str(tmp_path / "h.html"), "--json", "-"])
+    done = CliRunner().invoke(command.history, [str(tmp_path), "--html", str(tmp_path / "h.html"), "--json", "-"])
     assert done.exit_code == 0, done.output
     listed = json.loads(done.stdout)["results"]
     assert [entry["file"] for entry in listed] == ["b.json", "a.json"]
@@ -170,7 +171,7 @@ def test_a_record_of_a_result_compares_and_draws_as_the_result_does(tmp_path, fi
         whole, cut = (compare(result, other) for result in (run(), load_result(tmp_path / "cut.json")))
         assert whole["verdict"] == cut["verdict"] != "no difference shown"
         paths = [str(tmp_path / "cut.json"), files("other.json", other), "--html", str(tmp_path / "page.html")]
-        assert CliRunner().invoke(compare_command, paths).exit_code == status
+        assert CliRunner().invoke(command.compare, paths).exit_code == status
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)

@@ -19,9 +19,11 @@ from click.testing import CliRunner
 
 from cxr_triton.cli import main
 from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
-from cxr_triton.export import command
-from cxr_triton.export.checkpoint import Checkpoint, read_config, tensor_shapes
+from cxr_triton.export import export as exporting
+from cxr_triton.export import source as sources
+from cxr_triton.export.checkpoint import Checkpoint
 from cxr_triton.export.decoder import write_decoder
+from cxr_triton.export.geometry import read_config, tensor_shapes
 from cxr_triton.export.graph import GraphWriter, Precision
 from cxr_triton.perf import shape as perf_shape
 from cxr_triton.profile import load_profile
@@ -135,17 +137,17 @@ def test_non_commercial_weights_need_acceptance(checkpoint, tmp_path_factory, tm
 
 
 def test_hub_id_keeps_its_licence_whatever_the_profile(free_profile, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "locate", lambda *a: pytest.fail("asked the hub before the licence was accepted"))
+    monkeypatch.setattr(sources, "locate", lambda *a: pytest.fail("asked the hub before the licence was accepted"))
     result = export("nvidia/NV-Reason-CXR-3B", "-o", tmp_path / "out", "--profile", free_profile)
     assert result.exit_code == 1 and "LICENCE_NOT_ACCEPTED" in result.output
 
 
 def test_hub_id_takes_the_profiles_revision_and_records_it(checkpoint, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(command, "locate", lambda *a: asked.append(a) or (checkpoint, "c0ffee"))
+    monkeypatch.setattr(sources, "locate", lambda *a: asked.append(a) or (checkpoint, "c0ffee"))
     profile = dataclasses.replace(load_profile("chexone"), checkpoint=None)
     for name, revision in (("default", None), ("chosen", "main")):
-        command.export_checkpoint(
+        exporting.export_checkpoint(
             profile.checkpoint_id, tmp_path / name, profile, precision="fp32", revision=revision, accept_licence=True
         )
     assert asked == [(profile.checkpoint_id, profile.revision), (profile.checkpoint_id, "main")]
@@ -201,7 +203,7 @@ def test_a_profile_of_another_model_is_refused_with_all_that_differs(shape_3b, t
 
 def test_a_fine_tune_of_the_same_shape_is_taken(shape_3b, tmp_path):
     for name in ("chexone", "nv-reason-cxr-3b"):
-        command.require_fit(str(shape_3b), Checkpoint(shape_3b), load_profile(name))
+        sources.require_fit(str(shape_3b), Checkpoint(shape_3b), load_profile(name))
     tuned = tmp_path / "tuned"
     shutil.copytree(PHANTOM / "checkpoint", tuned)
     weights = bytearray((tuned / "model.safetensors").read_bytes())
@@ -221,17 +223,17 @@ def test_a_profile_of_ones_own_says_what_its_checkpoint_looks_like(shape_3b, tmp
     (changed / "config.json").unlink()
     (changed / "config.json").write_text(json.dumps(own))
     with pytest.raises(UnsupportedCheckpoint, match=r"in config\.json is 151700") as refused:
-        command.require_fit(str(changed), Checkpoint(changed), load_profile("chexone"))
+        sources.require_fit(str(changed), Checkpoint(changed), load_profile("chexone"))
     assert refused.value.message.count(" of the profile ") == 1
     (tmp_path / "mine.yaml").write_text(
         "extends: chexone\nname: mine\ncheckpoint:\n  text: {vocab_size: 151668}\n  tokens: {<|ref|>: 151665}\n"
     )
     with pytest.raises(UnsupportedCheckpoint, match=r"token <\|ref\|> is absent, of the profile 151665") as refused:
-        command.require_fit(str(shape_3b), Checkpoint(shape_3b), load_profile(tmp_path / "mine.yaml"))
+        sources.require_fit(str(shape_3b), Checkpoint(shape_3b), load_profile(tmp_path / "mine.yaml"))
     assert "vocab_size is 151936, of the profile 151668" in refused.value.message
     assert "hidden_size" not in refused.value.message
     (tmp_path / "any.yaml").write_text("extends: chexone\nname: any\ncheckpoint: null\n")
-    command.require_fit(str(changed), Checkpoint(changed), load_profile(tmp_path / "any.yaml"))
+    sources.require_fit(str(changed), Checkpoint(changed), load_profile(tmp_path / "any.yaml"))
 
 
 def test_the_hub_s_checkpoint_of_another_profile_is_refused_though_its_shape_is_the_same(shape_3b, tmp_path):
@@ -239,10 +241,10 @@ def test_the_hub_s_checkpoint_of_another_profile_is_refused_though_its_shape_is_
     cached.mkdir(parents=True)
     for source in ("nvidia/NV-Reason-CXR-3B", str(cached)):
         with pytest.raises(UnsupportedCheckpoint, match="it is nvidia/NV-Reason-CXR-3B, the profile is of Stanf"):
-            command.require_fit(source, Checkpoint(shape_3b), load_profile("chexone"))
-        command.require_fit(source, Checkpoint(shape_3b), load_profile("nv-reason-cxr-3b"))
-        assert command.licence_of(source, load_profile(PHANTOM / "profile.yaml")).non_commercial
-    command.require_fit("org/tuned", Checkpoint(shape_3b), load_profile("chexone"))
+            sources.require_fit(source, Checkpoint(shape_3b), load_profile("chexone"))
+        sources.require_fit(source, Checkpoint(shape_3b), load_profile("nv-reason-cxr-3b"))
+        assert sources.licence_of(source, load_profile(PHANTOM / "profile.yaml")).non_commercial
+    sources.require_fit("org/tuned", Checkpoint(shape_3b), load_profile("chexone"))
 
 
 def test_a_used_folder_is_left_alone(checkpoint, free_profile, tmp_path):

@@ -46,7 +46,8 @@ from cxr_triton.cli import main
 for verb in sys.argv[1:]:
     main([verb, "--help"], "cxr-triton", standalone_mode=False)
 """
-SCRIPT = HIDE + "import runpy; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+SCRIPT = HIDE + "import os, runpy; path = sys.argv.pop(1); sys.path.insert(0, os.path.dirname(path))\n"
+SCRIPT += "runpy.run_path(path, run_name='__main__')"
 MODULE = HIDE + "import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
 
 
@@ -71,7 +72,6 @@ CHECKPOINT = [PHANTOM / "checkpoint", "--profile", PHANTOM / "profile.yaml", "-o
 CALLS = [
     ("quantize", [*CHECKPOINT, "--scheme", "fp8"]),
     ("export", CHECKPOINT),
-    ("recipes", []),
     ("build", ["empty", "-o", "out"]),
     ("verify", ["empty", "--checkpoint", "empty", "--images", "empty"]),
     ("make-engine", [*CHECKPOINT, "--recipe", "cpu-int4"]),
@@ -110,6 +110,12 @@ def test_help_needs_no_extra(tmp_path):
     assert out.returncode == 0 and out.stderr == ""
     assert re.findall("^Usage: cxr-triton ([a-z-]+) ", out.stdout, re.MULTILINE) == list(cli.VERBS)
     assert extras.remedy("client") in " ".join(out.stdout.split())
+
+
+@pytest.mark.parametrize("verb", [verb for verb, (_, extra, _) in cli.VERBS.items() if extra is None])
+def test_what_is_listed_needs_no_extra(tmp_path, verb):
+    out = ended(VERB, ALL, verb, cwd=tmp_path)
+    assert out.returncode == 0 and out.stderr == "" and out.stdout
 
 
 def test_the_gateway_shows_its_commands_and_its_example_without_its_extra(tmp_path):
@@ -155,14 +161,16 @@ def test_comparing_measurements_names_its_extra(folder):
     ("code", "arguments", "extra"),
     [
         (SCRIPT, [PHANTOM / "evaluate.py", "--count", "1"], "export"),
+        (SCRIPT, [PHANTOM / "train.py", "-o", "out"], "export"),
         (MODULE, ["cxr_triton.perf.shape", "out", "--tokenizer", PHANTOM / "checkpoint"], "local"),
         (MODULE, ["cxr_triton.perf.gateway", "--objects", "1"], "gateway"),
     ],
-    ids=["evaluate", "shape", "gateway"],
+    ids=["evaluate", "train", "shape", "gateway"],
 )
 def test_a_script_without_its_packages_names_the_command(tmp_path, code, arguments, extra):
     out = ended(code, ALL, *arguments, cwd=tmp_path)
     assert says_the_remedy(out, extra)
+    assert re.search(r"the package '([\w]+)", out.stderr)[1] in ALL
 
 
 def test_the_parts_of_a_gpu_session_are_listed_where_none_is_here(tmp_path):
@@ -220,9 +228,9 @@ def test_the_extra_is_the_verbs_own_or_else_the_first_that_has_the_module():
     [
         ({"url": "file://{}", "dir_info": {"editable": True}}, "run `pip install -e '{}[perf]'`"),
         ({"url": "file://{}", "dir_info": {}}, "run `pip install '{}[perf]'`"),
-        ({"url": "file://{}/gone.whl", "archive_info": {}}, "run `pip install '.[perf]'` in a clone of cxr-triton"),
-        (None, "run `pip install '.[perf]'` in a clone of cxr-triton"),
-        (metadata.PackageNotFoundError(), "run `pip install '.[perf]'` in a clone of cxr-triton"),
+        ({"url": "file://{}/gone.whl", "archive_info": {}}, "run `pip install -e '.[perf]'` in a clone of cxr-triton"),
+        (None, "run `pip install -e '.[perf]'` in a clone of cxr-triton"),
+        (metadata.PackageNotFoundError(), "run `pip install -e '.[perf]'` in a clone of cxr-triton"),
     ],
 )
 def test_the_command_installs_from_where_this_installation_came(monkeypatch, tmp_path, origin, said):

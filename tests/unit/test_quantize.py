@@ -1,6 +1,7 @@
 """`cxr-triton quantize`: what calibrates, what is written down, what is refused; then readings by quantized models."""
 
 import dataclasses
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -19,15 +20,15 @@ from cxr_triton import phantom, phantom_file  # noqa: E402
 from cxr_triton.cli import main  # noqa: E402
 from cxr_triton.engines.bundle import build_bundle  # noqa: E402
 from cxr_triton.errors import InvalidRequest, LicenceNotAccepted, UnsupportedCheckpoint  # noqa: E402
-from cxr_triton.export import quantize  # noqa: E402
+from cxr_triton.export import calibration, quantize  # noqa: E402
 from cxr_triton.export.checkpoint import Checkpoint  # noqa: E402
-from cxr_triton.export.command import export_checkpoint  # noqa: E402
+from cxr_triton.export.export import export_checkpoint  # noqa: E402
 from cxr_triton.pixels import image  # noqa: E402
 from cxr_triton.profile import load_profile  # noqa: E402
 
 pytest.importorskip("modelopt")
 
-COUNT = quantize.MINIMUM_IMAGES
+COUNT = calibration.MINIMUM_IMAGES
 PROFILE = PHANTOM / "profile.yaml"
 
 
@@ -98,7 +99,7 @@ def test_record_says_what_calibrated(fp8, images):
     record = json.loads((out / "calibration.json").read_text())
     assert record == {key: result[key] for key in record}
     assert set(result) - set(record) == {"path", "bytes", "seconds"}
-    files = {quantize.hashlib.sha256(path.read_bytes()).hexdigest() for path in images.rglob("*") if path.is_file()}
+    files = {hashlib.sha256(path.read_bytes()).hexdigest() for path in images.rglob("*") if path.is_file()}
     seen = record["images"]
     assert seen["kind"] == "files" and seen["count"] == len(seen["sha256"]) == COUNT
     assert set(seen["sha256"]) < files
@@ -124,7 +125,7 @@ def test_the_command_says_what_phantoms_are_worth():
         main, ["quantize", "nowhere/nothing", "--profile", "chexone", "--scheme", "fp8", "-o", "x"]
     )
     assert result.exit_code == 1 and "LICENCE_NOT_ACCEPTED" in result.output
-    assert quantize.PHANTOM_WARNING in result.output
+    assert calibration.PHANTOM_WARNING in result.output
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "awq"])
@@ -152,13 +153,13 @@ def test_head_range_is_what_the_head_gets(awq, profile):
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(PHANTOM / "checkpoint", dtype="auto").eval()
     source = Checkpoint(PHANTOM / "checkpoint")
-    files, _ = quantize._phantoms(COUNT, 0, profile)
-    pictures, _ = quantize._pictures(files, profile, COUNT, False)
+    files, _ = calibration.phantoms(COUNT, 0, profile)
+    pictures, _ = calibration.pictures(files, profile, COUNT, progress=False)
     seen = []
     model.lm_head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].abs().max().item()))
     with torch.no_grad():
-        for sample in quantize._samples(model, source, profile, pictures, 0, False):
-            model(**quantize._inputs(model, source, sample.input_ids, sample.pictures))
+        for sample in calibration.samples(model, source, profile, pictures, reasoning_tokens=0, progress=False):
+            model(**calibration.inputs(model, source, sample.input_ids, sample.pictures))
     assert awq[1]["head_input_amax"] == max(seen)
 
 
@@ -170,7 +171,7 @@ def test_patches_are_those_of_transformers(shape):
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     preprocessor = Checkpoint(PHANTOM / "checkpoint").preprocessor
     expected = processor(Image.fromarray(pixels), do_resize=False, return_tensors="np")["pixel_values"]
-    np.testing.assert_allclose(quantize.pixel_values(pixels, preprocessor), expected, atol=2e-6)
+    np.testing.assert_allclose(calibration.pixel_values(pixels, preprocessor), expected, atol=2e-6)
 
 
 class Untold:
@@ -180,13 +181,13 @@ class Untold:
 def test_prompts_of_a_profile_with_placeholders_and_several_images():
     """CheXOne: every task that shows an image, in turn; two images where a task needs them; placeholders filled."""
     chexone = load_profile("chexone")
-    tasks = quantize._image_tasks(chexone, follow_ups=False)
+    tasks = calibration.image_tasks(chexone, follow_ups=False)
     names = [name for name, _ in tasks]
     assert "findings_summary" not in names and {"vqa", "progression", "phrase_grounding"} < set(names)
-    assert all(word in quantize.EXAMPLES for _, task in tasks for word in task.placeholders)
+    assert all(word in calibration.EXAMPLES for _, task in tasks for word in task.placeholders)
     source = Checkpoint(PHANTOM / "checkpoint")
     pictures = [np.zeros((28, 28 * (1 + i % 3)), np.uint8) for i in range(len(tasks))]
-    samples = quantize._samples(Untold(), source, chexone, pictures, 0, False)
+    samples = calibration.samples(Untold(), source, chexone, pictures, reasoning_tokens=0, progress=False)
     assert [sample.task for sample in samples] == names
     by_task = {sample.task: sample for sample in samples}
     assert len(by_task["progression"].pictures) == 2 and len(by_task["vqa"].pictures) == 1
@@ -196,10 +197,10 @@ def test_prompts_of_a_profile_with_placeholders_and_several_images():
 
 
 def test_what_must_stay_is_switched_off_last():
-    entries = quantize._config("fp8", None, True)["quant_cfg"]
+    entries = quantize.Config("fp8", kv="fp8").of_modelopt()["quant_cfg"]
     assert [entry["quantizer_name"] for entry in entries[-3:]] == ["*[kv]_bmm_quantizer", "*lm_head*", "*visual*"]
     assert all(entry["enable"] is False for entry in entries[-2:])
-    blocks = {64: quantize._config("int4-awq", 64, False), 128: quantize._config("int4-awq", 128, False)}
+    blocks = {group: quantize.Config("int4-awq", group).of_modelopt() for group in (64, 128)}
     for group, config in blocks.items():  # and the preset itself is not changed
         (entry,) = (e for e in config["quant_cfg"] if e["quantizer_name"] == "*weight_quantizer")
         assert entry["cfg"]["block_sizes"][-1] == group
@@ -226,8 +227,8 @@ def test_a_tiny_or_empty_set_is_refused(tmp_path, profile, images):
 
 
 def test_unreadable_files_are_counted_by_their_error(profile, images):
-    files, facts = quantize._files(images, COUNT, 0)
-    pictures, seen = quantize._pictures(files, profile, COUNT + 1, False)
+    files, facts = calibration.files(images, 0)
+    pictures, seen = calibration.pictures(files, profile, COUNT + 1, progress=False)
     assert facts["found"] == COUNT + 3
     assert len(pictures) == seen["count"] == COUNT
     assert seen["refused"].pop("DUPLICATE") == 1
@@ -236,7 +237,7 @@ def test_unreadable_files_are_counted_by_their_error(profile, images):
 
 def test_the_seed_chooses_the_images(images):
     def order(seed):
-        return [len(data) for data in quantize._files(images, COUNT, seed)[0]]
+        return [len(data) for data in calibration.files(images, seed)[0]]
 
     assert order(1) == order(1) != order(2)
 

@@ -45,7 +45,7 @@ TENSORRT = "10.14.1.48"
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
     """What `cxr-triton export --format tensorrt-llm` leaves of a small model."""
-    from cxr_triton.export.command import export_checkpoint
+    from cxr_triton.export.export import export_checkpoint
     from cxr_triton.profile import load_profile
 
     folder = tmp_path_factory.mktemp("export")

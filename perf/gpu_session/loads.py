@@ -12,11 +12,8 @@ import lzma
 import struct
 import tarfile
 import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import click
-
-from cxr_triton.cli import json_option, write_json
 
 SCHEMA = 1
 _FATBIN, _HEADER = 0xBA55ED50, struct.Struct("<IHHQ")  # magic, version, bytes of the header and of what follows
@@ -62,33 +59,38 @@ def keep_capability(library: bytes, capability: int) -> bytes:
 def repack(wheel: Path, target: Path, capability: int) -> Path:
     """A wheel's files as TARGET/NAME.tar.xz, for one GPU; unpacked they lie as an installer puts them."""
     path = target / f"{wheel.stem}.tar.xz"
-    with zipfile.ZipFile(wheel) as source, lzma.open(path, "wb", preset=6) as packed:
-        with tarfile.open(fileobj=packed, mode="w|") as archive:
-            for item in source.infolist():
-                if item.is_dir():
-                    continue
-                data = source.read(item)
-                if ".so" in item.filename.rpartition("/")[2]:
-                    data = keep_capability(data, capability)
-                entry = tarfile.TarInfo(item.filename)
-                entry.size, entry.mode = len(data), 0o755
-                archive.addfile(entry, io.BytesIO(data))
+    with (
+        zipfile.ZipFile(wheel) as source,
+        lzma.open(path, "wb", preset=6) as packed,
+        tarfile.open(fileobj=packed, mode="w|") as archive,
+    ):
+        for item in source.infolist():
+            if item.is_dir():
+                continue
+            data = source.read(item)
+            if ".so" in item.filename.rpartition("/")[2]:
+                data = keep_capability(data, capability)
+            entry = tarfile.TarInfo(item.filename)
+            entry.size, entry.mode = len(data), 0o755
+            archive.addfile(entry, io.BytesIO(data))
     return path
 
 
-@click.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(file_okay=False, path_type=Path))
-@click.option("--limit-mib", default=48, show_default=True, help="Largest load.")
-@click.option("--capability", metavar="9.0", help="Repack wheels with the kernels of this compute capability only.")
-@json_option
-def pack(files, out, limit_mib, capability, json_path):
-    """Split FILES into loads of a least size that travel one by one: OUT/load-N, each with a list of its pieces."""
+def pack(files: Sequence[Path], out: Path, limit: int, capability: int | None = None) -> list[list[dict]]:
+    """Split files into folders ``out/load-N`` of at most `limit` bytes; what each holds, piece by piece.
+
+    Parameters
+    ----------
+    files : sequence of Path
+    out : Path
+    limit : int
+    capability : int, optional
+        Repack wheels for this one, see `keep_capability`.
+    """
     out.mkdir(parents=True, exist_ok=True)
     if capability:
-        kept = int(capability.replace(".", ""))
-        files = [repack(path, out, kept) if path.suffix == ".whl" else path for path in files]
-    loads = _loads(files, limit_mib << 20)
+        files = [repack(path, out, capability) if path.suffix == ".whl" else path for path in files]
+    loads = _loads(files, limit)
     for number, pieces in enumerate(loads):
         folder = out / f"load-{number}"
         folder.mkdir(parents=True)
@@ -98,11 +100,10 @@ def pack(files, out, limit_mib, capability, json_path):
                 (folder / piece["piece"]).write_bytes(source.read(piece["bytes"]))
         listed = [{key: value for key, value in piece.items() if key != "source"} for piece in pieces]
         (folder / "pieces.json").write_text(json.dumps(listed, indent=1))
-        click.echo(f"load-{number}: {sum(piece['bytes'] for piece in pieces) / 2**20:.1f} MiB", err=json_path == "-")
-    write_json({"schema": SCHEMA, "loads": [[piece["piece"] for piece in pieces] for pieces in loads]}, json_path)
+    return loads
 
 
-def _loads(files, limit: int) -> list[list[dict]]:
+def _loads(files: Sequence[Path], limit: int) -> list[list[dict]]:
     loads: list[list[dict]] = [[]]
     room = limit
     for path in files:
@@ -122,22 +123,21 @@ def _loads(files, limit: int) -> list[list[dict]]:
     return loads
 
 
-@click.command()
-@click.argument("load", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("target", type=click.Path(file_okay=False, path_type=Path))
-def unpack(load, target):
-    """Put the pieces of LOAD where they belong in TARGET; a complete file is checked, a .tar.xz unpacked there."""
+def unpack(load: Path, target: Path) -> Iterator[tuple[str, bool]]:
+    """Put the pieces of a load where they belong; name of each file, and whether it is whole now.
+
+    A whole file is checked by its SHA-256; a ``.tar.xz`` is unpacked too.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for piece in json.loads((load / "pieces.json").read_text()):
         path = target / f"{piece['file']}.partial"
         with open(path, "r+b" if path.exists() else "w+b") as file:
             file.seek(piece["offset"])
             file.write((load / piece["piece"]).read_bytes())
-        if hashlib.sha256(path.read_bytes()).hexdigest() != piece["sha256"]:
-            click.echo(f"{piece['file']}: not whole yet")
-            continue
-        whole = path.rename(target / piece["file"])
-        if whole.name.endswith(".tar.xz"):
-            with tarfile.open(whole) as archive:
-                archive.extractall(target, filter="data")
-        click.echo(f"{piece['file']}: complete")
+        is_whole = hashlib.sha256(path.read_bytes()).hexdigest() == piece["sha256"]
+        if is_whole:
+            whole = path.rename(target / piece["file"])
+            if whole.name.endswith(".tar.xz"):
+                with tarfile.open(whole) as archive:
+                    archive.extractall(target, filter="data")
+        yield piece["file"], is_whole
