@@ -52,12 +52,11 @@ def duration(ms: float) -> str:
 
 def moment(time: str | datetime.datetime) -> str:
     """A point in time to the minute, with its zone; a text that is none stays as it is."""
-    if isinstance(time, str):
-        try:
-            time = datetime.datetime.fromisoformat(time)
-        except ValueError:
-            return time
-    return f"{time:%Y-%m-%d %H:%M %Z}".rstrip()
+    try:
+        at = datetime.datetime.fromisoformat(time) if isinstance(time, str) else time
+    except ValueError:
+        return str(time)
+    return f"{at:%Y-%m-%d %H:%M %Z}".rstrip()
 
 
 def glued(text: str) -> str:
