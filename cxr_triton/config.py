@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import typing
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -28,13 +28,20 @@ def one_of(values: tuple[str, ...], **kwargs) -> typing.Any:
     return field(metadata={"one_of": values}, **kwargs)
 
 
+@dataclass(frozen=True, eq=False)
 class Checked:
     """Base of frozen data whose fields declare what they may be, by `in_range` and `one_of`."""
 
     error: typing.ClassVar[type[CxrError]] = InvalidConfig
     """What is raised for a value, or a key, that may not be."""
 
-    def __post_init__(self):
+    @classmethod
+    @functools.cache
+    def types(cls) -> dict[str, typing.Any]:
+        """Types of the fields by name."""
+        return typing.get_type_hints(cls)
+
+    def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if "range" in f.metadata:
@@ -45,16 +52,14 @@ class Checked:
                 raise self.error(f"{f.name}: {value!r} is none of {', '.join(f.metadata['one_of'])}")
 
 
-@functools.lru_cache
-def _hints(cls: type) -> dict[str, typing.Any]:
-    return typing.get_type_hints(cls)
+C = typing.TypeVar("C", bound=Checked)
 
 
-def build(cls: type, data: object, where: str):
+def build(cls: type[C], data: object, where: str) -> C:
     """An instance of a `Checked` dataclass from parsed YAML; errors, of its own type, carry the path of the key."""
     if not isinstance(data, dict):
         raise cls.error(f"{where}: is {type(data).__name__}, expected a mapping of keys")
-    hints = _hints(cls)
+    hints = cls.types()
     names = [f.name for f in dataclasses.fields(cls)]
     for key in data:
         if key not in names:
@@ -75,7 +80,7 @@ def value_of(kind, value: object, where: str, error: type[CxrError]):
         if value is None:
             return None
         kind = typing.get_args(kind)[0]
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and issubclass(kind, Checked):
         return build(kind, value, where)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is dict:
@@ -88,7 +93,7 @@ def value_of(kind, value: object, where: str, error: type[CxrError]):
         return tuple(value_of(args[0], item, f"{where}[{i}]", error) for i, item in enumerate(value))
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+    if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
         raise error(f"{where}: is {value!r:.60} ({type(value).__name__}), expected {kind.__name__}")
     return value
 
@@ -111,7 +116,7 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: Path, error: type[CxrError]) -> object:
     """What a YAML file holds; raises `error` where it cannot be read, is no YAML or gives a key twice."""
     try:
-        return yaml.load(path.read_text("utf-8"), _Loader)
+        return yaml.load(path.read_text("utf-8"), _Loader)  # noqa: S506 - it is a safe loader
     except _GivenTwice as reason:
         raise error(f"{path.name}: {reason}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError, TypeError) as reason:

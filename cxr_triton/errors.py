@@ -64,110 +64,164 @@ class CxrError(Exception):
 
 
 class InvalidRequest(CxrError):
+    """A request or an option is malformed, unknown or out of range; the message names it and what is allowed."""
+
     code = "INVALID_REQUEST"
 
 
 class PromptTooLong(InvalidRequest):
+    """Prompt and images leave no room for an answer; shorten the text, send fewer images or export more context."""
+
     code = "PROMPT_TOO_LONG"
 
 
 class ReadingMismatch(InvalidRequest):
+    """A reading is put with other images than it was made of; give the files that were read, in their order."""
+
     code = "READING_MISMATCH"
 
 
 class InvalidImage(CxrError):
+    """A file is no image that can be read, is cut off or damaged; send the complete original file."""
+
     code = "INVALID_IMAGE"
 
 
 class NotARadiograph(InvalidImage):
+    """SOP class or modality is that of another kind of image; send Computed Radiography or Digital X-Ray."""
+
     code = "NOT_A_RADIOGRAPH"
 
 
 class NotAChest(InvalidImage):
+    """Header or picture show another part of the body; send a chest, or let the profile flag it (`not_a_chest`)."""
+
     code = "NOT_A_CHEST"
 
 
 class ForProcessing(InvalidImage):
+    """The image is raw detector data, not ready for display; send the For Presentation image of the exposure."""
+
     code = "FOR_PROCESSING"
 
 
 class MultiFrame(InvalidImage):
+    """The file holds several frames; send one frame per file."""
+
     code = "MULTI_FRAME"
 
 
 class NoPixels(InvalidImage):
+    """The object has no pixel data, as a report or a presentation state has none; send the image object."""
+
     code = "NO_PIXELS"
 
 
 class UnsupportedSyntax(InvalidImage):
+    """The transfer syntax or its compression cannot be decoded; convert the file to one that the message lists."""
+
     code = "UNSUPPORTED_SYNTAX"
 
 
 class HeaderMismatch(InvalidImage):
+    """The header contradicts the pixels, so that showing them would be a guess; correct the header at its source."""
+
     code = "HEADER_MISMATCH"
 
 
 class LimitExceeded(InvalidImage):
+    """An image would cost more bytes, pixels, memory or time than allowed; send a smaller one or raise the limit."""
+
     code = "LIMIT_EXCEEDED"
 
 
 class QueueFull(CxrError):
+    """The server or gateway takes nothing more in at the moment; send it again later."""
+
     code = "QUEUE_FULL"
 
 
 class DeadlineExceeded(CxrError):
+    """A reading did not come within the caller's time limit and was cancelled; raise it or look at the load."""
+
     code = "DEADLINE_EXCEEDED"
 
 
 class Cancelled(CxrError):
+    """The caller, or the connection's end, stopped a reading before it was complete; call again."""
+
     code = "CANCELLED"
 
 
 class Unavailable(CxrError):
+    """The server cannot be reached, is starting or stopping; check its address and health, then try again."""
+
     code = "UNAVAILABLE"
 
 
 class ServerMismatch(CxrError):
+    """Client and server do not speak of the same models or format; use the client of the server's release."""
+
     code = "SERVER_MISMATCH"
 
 
 class InternalError(CxrError):
+    """Something failed that no input should bring about; see the server's log, restart it and report the message."""
+
     code = "INTERNAL"
 
 
 class InvalidProfile(CxrError):
+    """A model profile has an unknown, missing or impossible value; the message names its key in the YAML."""
+
     code = "INVALID_PROFILE"
 
 
 class InvalidRecipe(CxrError):
+    """A build recipe has an unknown, missing or impossible value; the message names its key in the YAML."""
+
     code = "INVALID_RECIPE"
 
 
 class InvalidConfig(CxrError):
+    """A configuration file has an unknown, missing or impossible value; the message names its key in the YAML."""
+
     code = "INVALID_CONFIG"
 
 
 class UnsupportedCheckpoint(CxrError):
+    """A checkpoint is incomplete, or of a shape that is not exported; download it again or take a supported one."""
+
     code = "UNSUPPORTED_CHECKPOINT"
 
 
 class LicenceNotAccepted(CxrError):
+    """The weights' licence was not accepted; read it, then pass ``--accept-licence``."""
+
     code = "LICENCE_NOT_ACCEPTED"
 
 
 class BuildFailed(CxrError):
+    """A compiler refused a graph or ended early; see its log, then give it more memory or choose another recipe."""
+
     code = "BUILD_FAILED"
 
 
 class DeviceUnavailable(CxrError):
+    """There is no GPU, or no library that can use it; install what the message names or choose another engine."""
+
     code = "DEVICE_UNAVAILABLE"
 
 
 class InvalidBundle(CxrError):
+    """A bundle or an exported folder is incomplete, damaged or made for another machine; export or build it again."""
+
     code = "INVALID_BUNDLE"
 
 
 class NotVerified(InvalidBundle):
+    """A bundle has no passing record of the gate; run `cxr-triton verify` on the machine that serves it."""
+
     code = "NOT_VERIFIED"
 
 

@@ -43,7 +43,7 @@ def pixels_digest(stored: np.ndarray) -> str:
     """
     values = np.ascontiguousarray(stored, stored.dtype.newbyteorder("<"))
     digest = hashlib.sha256(f"{values.dtype.str} {' '.join(map(str, values.shape))}\n".encode())
-    digest.update(values)
+    digest.update(values.data)
     return digest.hexdigest()
 
 
@@ -61,6 +61,7 @@ def hashed(identity: Mapping[str, str]) -> dict[str, str]:
 
 
 def sha256(data: bytes) -> str:
+    """Digest of bytes, as hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -116,7 +117,8 @@ def require_same_images(
             )
     differing = []
     for i, (mine, name) in enumerate(zip(given, names, strict=True)):
-        if recorded[i] is None:
+        identity = recorded[i]
+        if identity is None:
             continue
         if fault := _difference(mine, images[i]):
             for j, facts in enumerate(images):
@@ -127,7 +129,7 @@ def require_same_images(
                 f"{name} is not image {i + 1} of {len(images)} of {reading}: {fault}; "
                 "give the files that were read, in their order"
             )
-        if "file_sha256" in mine and mine["file_sha256"] != recorded[i].get("file_sha256"):
+        if "file_sha256" in mine and mine["file_sha256"] != identity.get("file_sha256"):
             differing.append(name)
     return differing
 
@@ -146,10 +148,9 @@ def _difference(given: Mapping[str, str], facts: Mapping[str, Any]) -> str:
     if pixels:
         if pixels != recorded.get("pixels_sha256") and not (is_same_file and "lossy" in facts.get("flags", ())):
             return _unlike("SHA-256 of its stored pixels", pixels, recorded.get("pixels_sha256"))
-    elif file:
-        if not is_same_file:
-            return _unlike("SHA-256 of the file", file, recorded.get("file_sha256"))
-    elif not known:
+    elif file and not is_same_file:
+        return _unlike("SHA-256 of the file", file, recorded.get("file_sha256"))
+    elif not file and not known:
         return "the image that was read has no UIDs"
     return ""
 

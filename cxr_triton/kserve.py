@@ -17,6 +17,7 @@ STREAM_INFER_TYPES = {
 
 
 def channel_options(max_message_mib: int) -> list[tuple[str, int]]:
+    """Options of a gRPC channel that carries messages of so many MiB."""
     max_bytes = max_message_mib << 20
     return [
         ("grpc.max_send_message_length", max_bytes),

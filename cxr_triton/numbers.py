@@ -78,10 +78,10 @@ def duration(ms: float | None) -> str:
 def moment(time: str | datetime.datetime) -> str:
     """A point in time to the minute, with its zone; a text that is none stays as it is."""
     try:
-        time = datetime.datetime.fromisoformat(time) if isinstance(time, str) else time
+        at = datetime.datetime.fromisoformat(time) if isinstance(time, str) else time
     except ValueError:
         return str(time)
-    return f"{time:%Y-%m-%d %H:%M %Z}".rstrip()
+    return f"{at:%Y-%m-%d %H:%M %Z}".rstrip()
 
 
 def glued(text: str) -> str:

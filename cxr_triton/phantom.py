@@ -48,6 +48,7 @@ class Phantom:
 
     @property
     def labels(self) -> tuple[str, ...]:
+        """Labels of the findings, ``No Finding`` where there are none."""
         return tuple(self.findings) or ("No Finding",)
 
     def encoded(self, photometric: str) -> tuple[np.ndarray, tuple[float, float] | None]:

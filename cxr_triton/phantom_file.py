@@ -32,18 +32,20 @@ def encode(stored: np.ndarray, bits: int, syntax: str) -> bytes:
     """Codestream of [rows, cols] stored values; lossless unless the syntax is in `LOSSY_BITS`."""
     match syntax:
         case "jpeg_baseline":
-            return imagecodecs.jpeg8_encode(stored.astype(np.uint8), level=90)
+            stream = imagecodecs.jpeg8_encode(stored.astype(np.uint8), level=90)
         case "jpeg_extended":
-            return imagecodecs.jpeg8_encode(stored, level=90, bitspersample=12)
+            stream = imagecodecs.jpeg8_encode(stored, level=90, bitspersample=12)
         case "jpeg_lossless":
-            return imagecodecs.jpeg8_encode(stored, lossless=True, predictor=1, bitspersample=bits)
+            stream = imagecodecs.jpeg8_encode(stored, lossless=True, predictor=1, bitspersample=bits)
         case "jpeg_ls":
-            return imagecodecs.jpegls_encode(stored)
+            stream = imagecodecs.jpegls_encode(stored)
         case "jpeg_2000":
-            return imagecodecs.jpeg2k_encode(stored, codecformat="J2K", bitspersample=bits, reversible=True, level=0)
+            stream = imagecodecs.jpeg2k_encode(stored, codecformat="J2K", bitspersample=bits, reversible=True, level=0)
         case "htj2k":
-            return imagecodecs.htj2k_encode(stored, reversible=True)
-    raise ValueError(f"no encoder for {syntax}")
+            stream = imagecodecs.htj2k_encode(stored, reversible=True)
+        case _:
+            raise ValueError(f"no encoder for {syntax}")
+    return bytes(stream)
 
 
 def store(dataset: FileDataset, stored: np.ndarray, syntax: str) -> None:
@@ -87,7 +89,7 @@ def write_dicom(
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = DX_FOR_PRESENTATION
     meta.MediaStorageSOPInstanceUID = uid("instance")
-    dataset = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset = FileDataset(io.BytesIO(), {}, file_meta=meta, preamble=b"\0" * 128)
     dataset.SOPClassUID, dataset.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     dataset.StudyInstanceUID, dataset.SeriesInstanceUID = uid("study"), uid("series")
     dataset.Modality, dataset.PresentationIntentType, dataset.BodyPartExamined = "DX", "FOR PRESENTATION", "CHEST"

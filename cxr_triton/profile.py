@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -239,39 +241,42 @@ class ModelProfile(_Checked):
     not_a_chest: str = one_of(POLICIES, default="refuse")
     views: tuple[str, ...] = ("frontal",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
+        for fault in itertools.chain(self._faults(), self._task_faults(), self._size_faults()):
+            raise InvalidProfile(fault)
+
+    def _faults(self) -> Iterator[str]:
         for view in self.views:
             if view not in VIEWS:
-                raise InvalidProfile(f"views: {unknown_key(view, VIEWS, 'views')}")
+                yield f"views: {unknown_key(view, VIEWS, 'views')}"
         if not _NAME.fullmatch(self.name):
-            raise InvalidProfile(f"name: {self.name!r} is not lower-case letters, digits, dot, dash and underscore")
+            yield f"name: {self.name!r} is not lower-case letters, digits, dot, dash and underscore"
         if not self.notice.strip():
-            raise InvalidProfile("notice: is empty, but every reading has to carry one")
-        if self.min_pixels > self.max_pixels:
-            raise InvalidProfile(f"min_pixels: {self.min_pixels} is more than max_pixels {self.max_pixels}")
-        for key, table in (("tasks", self.tasks), ("modes", self.modes)):
-            for name in table:
+            yield "notice: is empty, but every reading has to carry one"
+        if len({label.casefold() for label in self.labels}) != len(self.labels):
+            yield "labels: two are equal but for case"
+
+    def _task_faults(self) -> Iterator[str]:
+        kinds = (("task", list(self.tasks), self.default_task), ("mode", list(self.modes), self.default_mode))
+        for kind, names, default in kinds:
+            for name in names:
                 if not _NAME.fullmatch(name):
-                    raise InvalidProfile(f"{key}: name {name!r} is not lower-case letters, digits, dash and underscore")
-        for key, name, table in (
-            ("default_task", self.default_task, self.tasks),
-            ("default_mode", self.default_mode, self.modes),
-        ):
-            if name not in table:
-                raise InvalidProfile(f"{key}: {unknown_key(name, table, key.removeprefix('default_') + 's')}")
+                    yield f"{kind}s: name {name!r} is not lower-case letters, digits, dash and underscore"
+            if default not in names:
+                yield f"default_{kind}: {unknown_key(default, names, f'{kind}s')}"
         for name, task in self.tasks.items():
             if task.max_images > self.max_images:
-                raise InvalidProfile(
-                    f"tasks.{name}.max_images: {task.max_images} is more than max_images {self.max_images}"
-                )
+                yield f"tasks.{name}.max_images: {task.max_images} is more than max_images {self.max_images}"
             if task.answer == "labels" and not self.labels:
-                raise InvalidProfile(f"tasks.{name}.answer: is labels, but the profile has no labels")
-        if len({label.casefold() for label in self.labels}) != len(self.labels):
-            raise InvalidProfile("labels: two are equal but for case")
+                yield f"tasks.{name}.answer: is labels, but the profile has no labels"
+
+    def _size_faults(self) -> Iterator[str]:
+        if self.min_pixels > self.max_pixels:
+            yield f"min_pixels: {self.min_pixels} is more than max_pixels {self.max_pixels}"
         need = self.max_images * self.token_budget + self.decoding.max_new_tokens
         if need > self.max_sequence:
-            raise InvalidProfile(
+            yield (
                 f"max_sequence: {self.max_sequence} is less than {need}, the tokens of {self.max_images} images "
                 f"and {self.decoding.max_new_tokens} new tokens"
             )
@@ -291,7 +296,7 @@ class ModelProfile(_Checked):
         return grids(self.min_pixels, self.max_pixels, self.max_aspect_ratio)
 
     def merge_generation_config(self, generation_config: dict) -> ModelProfile:
-        """This profile with the repetition penalty of a checkpoint's ``generation_config.json``, if it has one.
+        """The profile with the repetition penalty of a checkpoint's ``generation_config.json``, if it has one.
 
         The file's ``do_sample`` and ``temperature`` do not win: both models ship the base model's sampling at
         temperature 1e-6, which is greedy, and a profile says greedy as temperature 0.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from cxr_triton.errors import InvalidRequest, unknown_key
 from cxr_triton.identity import IDENTIFIERS
@@ -92,8 +93,8 @@ class ReadRequest:
             if key not in _KEYS:
                 raise InvalidRequest(unknown_key(key[:60], _KEYS, "REQUEST"))
         history = _history(data.get("history", []))
-        prompt = _text(data, "prompt", None)
-        name = _text(data, "task", None if prompt is not None else profile.default_task)
+        is_free = data.get("prompt") is not None
+        name = _text(data, "task", None if is_free else profile.default_task)
         if name is not None and name not in profile.tasks:
             raise InvalidRequest(f"REQUEST.task: {unknown_key(name[:60], profile.tasks, f'tasks of {profile.name}')}")
         mode_name = _text(data, "mode", profile.default_mode)
@@ -101,17 +102,12 @@ class ReadRequest:
             raise InvalidRequest(
                 f"REQUEST.mode: {unknown_key(mode_name[:60], profile.modes, f'modes of {profile.name}')}"
             )
-        task, mode = profile.tasks.get(name), profile.modes[mode_name]
+        task, mode = profile.tasks[name] if name is not None else None, profile.modes[mode_name]
         if task and task.follow_up and not history:
             raise InvalidRequest(
                 f"REQUEST.history: is empty, but task {name!r} continues a conversation; send its turns"
             )
-        if prompt is None:
-            prompt = _fill(task.prompt, data.get("variables", {}), name)
-        elif "variables" in data:
-            raise InvalidRequest("REQUEST.variables: belong to a task's prompt and a free prompt is given; drop one")
-        elif not prompt.strip():
-            raise InvalidRequest("REQUEST.prompt: is empty; leave it out to use the task's prompt")
+        prompt = _free_prompt(data) if is_free or task is None else _fill(task.prompt, data.get("variables", {}), name)
         limits = {**_RANGES, "max_new_tokens": (1, profile.max_sequence)}
         return cls(
             task=name,
@@ -129,7 +125,7 @@ class ReadRequest:
             system_prompt=profile.system_prompt,
         )
 
-    def messages(self, n_images: int) -> list[dict]:
+    def messages(self, n_images: int) -> list[dict[str, Any]]:
         """Chat messages for `cxr_triton.chat.ChatTokenizer.encode`.
 
         Images stand before the text of the first user turn, in the order of IMAGES: prior first, current last. Later
@@ -141,15 +137,13 @@ class ReadRequest:
             The task takes another number of images.
         """
         if not self.min_images <= n_images <= self.max_images:
-            allowed = (
-                f"{self.min_images}"
-                if self.min_images == self.max_images
-                else f"{self.min_images} to {self.max_images}"
-            )
+            allowed = " to ".join(map(str, dict.fromkeys((self.min_images, self.max_images))))
             what = f"task {self.task!r}" if self.task else "a free prompt"
             raise InvalidRequest(f"IMAGES: {n_images} given, {what} takes {allowed}; send that many")
         turns = [*self.history, ("user", self.text)]
-        messages = [{"role": "system", "content": self.system_prompt}] if self.system_prompt is not None else []
+        messages: list[dict[str, Any]] = []
+        if self.system_prompt is not None:
+            messages.append({"role": "system", "content": self.system_prompt})
         for i, (role, text) in enumerate(turns):
             images = [{"type": "image"}] * n_images if i == 0 else []
             messages.append({"role": role, "content": [*images, {"type": "text", "text": text}]})
@@ -202,7 +196,10 @@ def _checked(value: object, where: str) -> str:
     return value
 
 
-def _text(data: dict, key: str, default: str | None) -> str | None:
+Default = TypeVar("Default", bound=str | None)
+
+
+def _text(data: dict, key: str, default: Default) -> str | Default:
     return _checked(data[key], f"REQUEST.{key}") if data.get(key) is not None else default
 
 
@@ -256,7 +253,16 @@ def _stop(values: object) -> tuple[str, ...]:
     return tuple(values)
 
 
-def _fill(prompt: str, variables: object, task: str) -> str:
+def _free_prompt(data: dict) -> str:
+    prompt = _text(data, "prompt", "")
+    if "variables" in data:
+        raise InvalidRequest("REQUEST.variables: belong to a task's prompt and a free prompt is given; drop one")
+    if not prompt.strip():
+        raise InvalidRequest("REQUEST.prompt: is empty; leave it out to use the task's prompt")
+    return prompt
+
+
+def _fill(prompt: str, variables: object, task: str | None) -> str:
     names = tuple(dict.fromkeys(PLACEHOLDER.findall(prompt)))
     if not isinstance(variables, dict):
         raise InvalidRequest(f"REQUEST.variables: is {type(variables).__name__}, expected an object of texts")
@@ -276,6 +282,7 @@ def _variable(value: object, where: str) -> str:
             raise InvalidRequest(f"{where}: {len(value)} options, allowed 1 to {MAX_OPTIONS}")
         lines = [f"({chr(65 + i)}) {_checked(option, f'{where}[{i}]')}" for i, option in enumerate(value)]
         return "\n".join(lines)
-    if not _checked(value, where).strip():
+    text = _checked(value, where)
+    if not text.strip():
         raise InvalidRequest(f"{where}: is empty; give its text")
-    return value
+    return text

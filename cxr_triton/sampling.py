@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
+from typing import TypeGuard
 
 import numpy as np
 
@@ -54,13 +54,17 @@ class Sampling:
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
 
 
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+def _is_whole(value: object, least: int) -> TypeGuard[int]:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     """Of a size that a float32 takes; NaN is none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return (
+        isinstance(value, int | float | np.integer | np.floating)
+        and not isinstance(value, bool)
+        and bool(abs(value) <= _LARGEST)
+    )
 
 
 def _is_list(value: object, of: Callable[[object], bool]) -> bool:
@@ -74,6 +78,9 @@ _ALLOWED: dict[str, tuple[str, Callable[[object], bool]]] = {
     "top_p": ("a number in (0, 1]", lambda value: _is_number(value) and 0 < value <= 1),
     "repetition_penalty": ("a number, more than 0", lambda value: _is_number(value) and value > 0),
     "seed": ("a whole number, 0 or more, or None", lambda value: value is None or _is_whole(value, 0)),
-    "stop": ("strings that are not empty", lambda value: _is_list(value, lambda text: isinstance(text, str) and text)),
+    "stop": (
+        "strings that are not empty",
+        lambda value: _is_list(value, lambda text: isinstance(text, str) and text != ""),
+    ),
     "eos_token_ids": ("token ids", lambda value: _is_list(value, lambda id_: _is_whole(id_, 0) and id_ < 1 << 31)),
 }

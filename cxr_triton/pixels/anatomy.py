@@ -98,6 +98,7 @@ class Anatomy:
 
     @property
     def has_extent_of_chest(self) -> bool:
+        """Whether the extent is unknown or within `EXTENT_MM`."""
         return self.extent_mm is None or EXTENT_MM[0] <= self.extent_mm <= EXTENT_MM[1]
 
 

@@ -11,12 +11,14 @@ import logging
 import re
 import sys
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from cxr_triton.errors import HeaderMismatch, InvalidImage, LimitExceeded, UnsupportedSyntax
-from cxr_triton.pixels.jpeg_scan import has_step, require_whole_scans
+from cxr_triton.pixels.jpeg_scan import require_whole_scans, segment_at
+from cxr_triton.pixels.step import has_step
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,14 @@ class Codestream:
     lossy: bool | None = None
 
 
-def inspect(syntax: str, codestream: bytes | memoryview) -> Codestream:
+def inspect(syntax: str, codestream: bytes) -> Codestream:
     """Read the header of `codestream` and check that it is whole and of a kind that `syntax` allows.
 
     Parameters
     ----------
     syntax : str
         Transfer syntax UID.
-    codestream : bytes or memoryview
+    codestream : bytes
         Joined fragments of one frame.
 
     Raises
@@ -142,31 +144,17 @@ _SOF_OTHER = {0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 _MAX_SEGMENTS = 4096
 
 
-def _stripped(codestream: bytes | memoryview, padding: bytes) -> bytes:
+def _stripped(codestream: bytes, padding: bytes) -> bytes:
     """The end of a codestream without its padding; two bytes or more, or all there is."""
     end = bytes(codestream[-64:]).rstrip(padding)
     return end if len(end) > 1 else bytes(codestream).rstrip(padding)
 
 
-def inspect_jpeg(codestream: bytes | memoryview) -> Codestream:
+def inspect_jpeg(codestream: bytes) -> Codestream:
     """Read the one frame header and the first scan header of a JPEG or JPEG-LS stream (T.81 B.2, T.87 C.2)."""
-    frame = None
-    position = 2
+    frame, position = None, 2
     for _ in range(_MAX_SEGMENTS):
-        while codestream[position : position + 2] == b"\xff\xff":
-            position += 1
-        head = codestream[position : position + 4]
-        if len(head) < 4 or head[0] != 0xFF:
-            raise InvalidImage(
-                f"JPEG stream has no marker at byte {position} of {len(codestream)}; the file is damaged"
-            )
-        marker, length = head[1], int.from_bytes(head[2:], "big")
-        body = codestream[position + 4 : position + 2 + length]
-        if length < 2 or len(body) != length - 2:
-            raise InvalidImage(
-                f"JPEG segment at byte {position} declares {length} bytes, {len(codestream) - position - 2} remain;"
-                " send the complete file"
-            )
+        marker, body, position = segment_at(codestream, position)
         if marker in _SOF_OTHER:
             raise UnsupportedSyntax(
                 f"JPEG process SOF{marker - 0xC0} is not supported; send a baseline or lossless JPEG"
@@ -174,36 +162,40 @@ def inspect_jpeg(codestream: bytes | memoryview) -> Codestream:
         if marker in _SOF_KINDS:
             if frame is not None:
                 raise InvalidImage("JPEG stream has two frame headers; send one picture per file")
-            if len(body) < 6 or len(body) != 6 + 3 * body[5]:
-                raise InvalidImage(f"JPEG frame header has {len(body)} bytes; the file is damaged")
-            frame = Codestream(
-                kind=_SOF_KINDS[marker],
-                precision=body[0],
-                height=int.from_bytes(body[1:3], "big"),
-                width=int.from_bytes(body[3:5], "big"),
-                components=body[5],
-                lossy=marker not in (0xC3, 0xF7),
-            )
-            if not (frame.height and frame.width and frame.components):
-                raise InvalidImage(
-                    f"JPEG frame header declares {frame.height}x{frame.width}x{frame.components};"
-                    " sizes given later in the stream are not supported"
-                )
+            frame = _jpeg_frame(marker, body)
         if marker == 0xDA:
             if frame is None:
                 raise InvalidImage("JPEG stream has a scan before its frame header; the file is damaged")
             if frame.kind == "jpeg_ls":
                 near = body[1 + 2 * body[0]] if body and len(body) > 1 + 2 * body[0] else 0
-                return Codestream(**{**vars(frame), "lossy": near > 0})
+                return replace(frame, lossy=near > 0)
             return frame
-        position += 2 + length
     raise InvalidImage(f"JPEG stream has more than {_MAX_SEGMENTS} segments before its first scan; the file is damaged")
+
+
+def _jpeg_frame(marker: int, body: bytes) -> Codestream:
+    if len(body) < 6 or len(body) != 6 + 3 * body[5]:
+        raise InvalidImage(f"JPEG frame header has {len(body)} bytes; the file is damaged")
+    frame = Codestream(
+        kind=_SOF_KINDS[marker],
+        precision=body[0],
+        height=int.from_bytes(body[1:3], "big"),
+        width=int.from_bytes(body[3:5], "big"),
+        components=body[5],
+        lossy=marker not in (0xC3, 0xF7),
+    )
+    if not (frame.height and frame.width and frame.components):
+        raise InvalidImage(
+            f"JPEG frame header declares {frame.height}x{frame.width}x{frame.components};"
+            " sizes given later in the stream are not supported"
+        )
+    return frame
 
 
 _JP2_SIGNATURE = b"\0\0\0\x0cjP  \r\n\x87\n"
 
 
-def unwrap_jp2(codestream: bytes | memoryview) -> bytes | memoryview:
+def unwrap_jp2(codestream: bytes) -> bytes:
     """Contiguous codestream of a JP2 file (T.800 annex I), which some writers store where DICOM wants the bare one."""
     if codestream[: len(_JP2_SIGNATURE)] != _JP2_SIGNATURE:
         return codestream
@@ -223,47 +215,53 @@ def unwrap_jp2(codestream: bytes | memoryview) -> bytes | memoryview:
     raise InvalidImage("JP2 wrapper holds no codestream; the file is damaged")
 
 
-def _inspect_jpeg2000(codestream: bytes | memoryview) -> Codestream:
+def _number(data: bytes, at: int, size: int) -> int:
+    if at + size > len(data):
+        raise InvalidImage(f"JPEG 2000 stream ends at byte {len(data)} inside a header; send the complete file")
+    return int.from_bytes(data[at : at + size], "big")
+
+
+_CAP, _COD, _SOT = 0xFF50, 0xFF52, 0xFF90
+
+
+def _main_header(data: bytes) -> Iterator[tuple[int, int]]:
+    """Marker and position of each segment (T.800 A.3), the start of the first tile-part last."""
+    position = 2
+    for _ in range(_MAX_SEGMENTS):
+        marker = _number(data, position, 2)
+        yield marker, position
+        if marker == _SOT:
+            return
+        position += 2 + _number(data, position + 2, 2)
+    raise InvalidImage(f"JPEG 2000 main header has more than {_MAX_SEGMENTS} segments; the file is damaged")
+
+
+def _inspect_jpeg2000(codestream: bytes) -> Codestream:
     """Read SIZ, CAP and COD (T.800 A.5.1, A.6.1; T.814 A.3) and walk the tile-parts to the end marker."""
     data = unwrap_jp2(codestream)
     if data[:4] != b"\xff\x4f\xff\x51":
         raise InvalidImage(
             f"pixel data starts with {data[:4].hex() or 'nothing'}, no known codestream; the file is damaged"
         )
-
-    def number(at: int, size: int) -> int:
-        if at + size > len(data):
-            raise InvalidImage(f"JPEG 2000 stream ends at byte {len(data)} inside a header; send the complete file")
-        return int.from_bytes(data[at : at + size], "big")
-
-    width, height = number(8, 4) - number(16, 4), number(12, 4) - number(20, 4)
-    tile_width, tile_height = number(24, 4), number(28, 4)
-    components = number(40, 2)
+    right, bottom, left, top, tile_width, tile_height = (_number(data, at, 4) for at in range(8, 32, 4))
+    width, height, components = right - left, bottom - top, _number(data, 40, 2)
     if width <= 0 or height <= 0 or not components or not tile_width or not tile_height:
         raise InvalidImage(f"JPEG 2000 header declares {height}x{width}x{components}; the file is damaged")
-    # bytes, because the hash of a view is that of the whole file
-    if len({bytes(data[42 + 3 * i : 45 + 3 * i]) for i in range(components)}) != 1 or number(43, 2) != 0x0101:
+    if (
+        len({bytes(data[at : at + 3]) for at in range(42, 42 + 3 * components, 3)}) != 1
+        or _number(data, 43, 2) != 0x0101
+    ):
         raise InvalidImage("JPEG 2000 components differ in depth or are subsampled; send one full-size component")
-    tiles = -(-(width + number(16, 4)) // tile_width) * -(-(height + number(20, 4)) // tile_height)
+    tiles = -(-right // tile_width) * -(-bottom // tile_height)
     if tiles > 65535:
         raise InvalidImage(f"JPEG 2000 header declares {tiles} tiles, allowed 65535; the file is damaged")
-    depth = number(42, 1)
-    high_throughput = reversible = False
-    position = 2
-    for _ in range(_MAX_SEGMENTS):
-        marker, length = number(position, 2), number(position + 2, 2)
-        if marker == 0xFF90:
-            break
-        if marker == 0xFF50:  # CAP: bit 17 of Pcap is part 15
-            high_throughput = bool(number(position + 4, 4) & 1 << 17)
-        if marker == 0xFF52:
-            reversible = number(position + 13, 1) == 1
-        position += 2 + length
-    else:
-        raise InvalidImage(f"JPEG 2000 main header has more than {_MAX_SEGMENTS} segments; the file is damaged")
-    _walk_tile_parts(data, position, tiles)
+    segments = dict(_main_header(data))
+    _walk_tile_parts(data, segments[_SOT], tiles)
+    part_15 = _CAP in segments and _number(data, segments[_CAP] + 4, 4) & 1 << 17  # of Pcap
+    reversible = _COD in segments and _number(data, segments[_COD] + 13, 1) == 1
+    depth = data[42]
     return Codestream(
-        kind="htj2k" if high_throughput else "jpeg2000",
+        kind="htj2k" if part_15 else "jpeg2000",
         width=width,
         height=height,
         components=components,
@@ -273,7 +271,7 @@ def _inspect_jpeg2000(codestream: bytes | memoryview) -> Codestream:
     )
 
 
-def _walk_tile_parts(data: bytes | memoryview, position: int, tiles: int) -> None:
+def _walk_tile_parts(data: bytes, position: int, tiles: int) -> None:
     """Follow the tile-part lengths (T.800 A.4.2): every tile has to come, and the last one has to be whole."""
     seen = set()
     while data[position : position + 2] == b"\xff\x90":
@@ -294,7 +292,7 @@ def _walk_tile_parts(data: bytes | memoryview, position: int, tiles: int) -> Non
         raise InvalidImage(f"JPEG 2000 stream has {len(seen)} of {tiles} tiles; send the complete file")
 
 
-def _inspect_rle(codestream: bytes | memoryview) -> Codestream:
+def _inspect_rle(codestream: bytes) -> Codestream:
     """Read the segment table (PS3.5 G.5); one segment per byte of a grayscale sample."""
     table = np.frombuffer(codestream[:64], "<u4")
     segments = int(table[0]) if table.size == 16 else 0
@@ -315,7 +313,7 @@ def _inspect_rle(codestream: bytes | memoryview) -> Codestream:
 
 def decode(
     header: Codestream,
-    codestream: bytes | memoryview,
+    codestream: bytes,
     shape: tuple[int, int],
     dtype: np.dtype,
     flags: set[str] | None = None,
@@ -326,7 +324,7 @@ def decode(
     ----------
     header : Codestream
         With ``lossy`` False the picture has to be the one that was encoded, so that a warning is an error.
-    codestream : bytes or memoryview
+    codestream : bytes
     shape : (int, int)
         Rows and columns that the result has to have.
     dtype : dtype
@@ -346,35 +344,9 @@ def decode(
     HeaderMismatch
         The decoded size is another one.
     """
-    import imagecodecs
-
     rows, columns = shape
-    suspicious, doubtful = "", False
     try:
-        if header.kind == "rle":
-            # a fixed output buffer: the decoder refuses data that would give more
-            out = bytearray(rows * columns * dtype.itemsize)
-            decoded = imagecodecs.dicomrle_decode(codestream, dtype=dtype.newbyteorder("<").str, out=out)
-            if len(decoded) != len(out):
-                raise HeaderMismatch(
-                    f"RLE data decode to {len(decoded)} bytes, {rows}x{columns} pixels need {len(out)}; correct it"
-                )
-            values = np.frombuffer(decoded, dtype.newbyteorder("<")).reshape(shape)
-        elif header.kind == "jpeg_ls":
-            values = imagecodecs.jpegls_decode(codestream)
-        elif header.kind == "jpeg2000":
-            values, suspicious = _decode_jpeg2000(unwrap_jp2(codestream))
-        elif header.kind == "htj2k":
-            values = _decode_htj2k(unwrap_jp2(codestream))
-            doubtful = _ZEROED in bytes(codestream)
-        else:
-            require_whole_scans(codestream)
-            values = imagecodecs.jpeg8_decode(codestream)
-            if header.kind == "lossless" and values.max() >> header.precision:
-                raise InvalidImage(
-                    f"JPEG decodes to {values.max()}, its samples have {header.precision} bits; the file is damaged"
-                )
-            doubtful = values.shape == shape and has_step(values)
+        values, doubt = _DECODERS.get(header.kind, _decode_jpeg)(codestream, header, shape, dtype)
     except InvalidImage:
         raise
     except MemoryError as error:
@@ -385,9 +357,7 @@ def decode(
         ) from error
     if values.shape != shape:
         raise HeaderMismatch(f"codestream decodes to {values.shape}, the header declares {shape}; correct the header")
-    if suspicious and header.lossy is False:
-        raise InvalidImage(f"{header.kind} codestream is damaged: {suspicious}; send the file again")
-    if (suspicious or doubtful) and flags is not None:
+    if doubt and flags is not None:
         flags.add("damage_suspected")
     return values
 
@@ -441,38 +411,67 @@ _TORN = re.compile("remaining bytes|segment too long")  # of OpenJPEG's warnings
 _MOST_MADE_UP = 8  # bytes: encoders of the conformance streams leave off up to 8 that the decoder makes up rightly
 _ZEROED = bytes(48)  # magnitudes of HTJ2K are stored as they are, but not so many zeros in a row
 
+# each decoder gives the values, and whether something speaks against them
 
-def _decode_jpeg2000(codestream: bytes | memoryview) -> tuple[np.ndarray, str]:
-    """Picture, and what speaks against it.
 
-    OpenJPEG decodes a torn code-block without a word. But where a stream announces predictable termination it warns if
-    the arithmetic decoder does not end where the code-block does, and the announcement changes nothing else. Other
-    streams end there too, so it is added to all.
+def _decode_jpeg(codestream: bytes, header: Codestream, shape: tuple[int, int], _: np.dtype) -> tuple[np.ndarray, bool]:
+    import imagecodecs
+
+    require_whole_scans(codestream)
+    values = imagecodecs.jpeg8_decode(codestream)
+    if header.kind == "lossless" and values.max() >> header.precision:
+        raise InvalidImage(
+            f"JPEG decodes to {values.max()}, its samples have {header.precision} bits; the file is damaged"
+        )
+    return values, values.shape == shape and has_step(values)
+
+
+def _decode_jpeg_ls(codestream: bytes, *_: object) -> tuple[np.ndarray, bool]:
+    import imagecodecs
+
+    return imagecodecs.jpegls_decode(codestream), False
+
+
+def _decode_rle(codestream: bytes, _: Codestream, shape: tuple[int, int], dtype: np.dtype) -> tuple[np.ndarray, bool]:
+    import imagecodecs
+
+    little = dtype.newbyteorder("<")
+    # a fixed output buffer: the decoder refuses data that would give more
+    out = bytearray(shape[0] * shape[1] * dtype.itemsize)
+    decoded = imagecodecs.dicomrle_decode(codestream, dtype=little.str, out=out)
+    if len(decoded) != len(out):
+        raise HeaderMismatch(
+            f"RLE data decode to {len(decoded)} bytes, {shape[0]}x{shape[1]} pixels need {len(out)}; correct it"
+        )
+    return np.frombuffer(decoded, little).reshape(shape), False
+
+
+def _decode_jpeg2000(codestream: bytes, header: Codestream, *_: object) -> tuple[np.ndarray, bool]:
+    """OpenJPEG decodes a torn code-block without a word.
+
+    But where a stream announces predictable termination it warns if the arithmetic decoder does not end where the
+    code-block does, and the announcement changes nothing else. Other streams end there too, so it is added to all.
     """
     import imagecodecs
 
-    announced = bytearray(codestream)
-    announced[_coding_style(codestream) + 12] |= _PREDICTABLE_TERMINATION
+    data = unwrap_jp2(codestream)
+    coding_style = next((position for marker, position in _main_header(data) if marker == _COD), None)
+    if coding_style is None:
+        raise InvalidImage("JPEG 2000 stream has no coding style; the file is damaged")
+    announced = bytearray(data)
+    announced[coding_style + 12] |= _PREDICTABLE_TERMINATION
     with _Messages() as warnings:
-        values = imagecodecs.jpeg2k_decode(bytes(announced), numthreads=2, verbose=2)
+        values = imagecodecs.jpeg2k_decode(announced, numthreads=2, verbose=2)
     for warning in warnings:
         made_up = re.search(r"(\d+) synthesized", warning)
         if _TORN.search(warning) or (made_up and int(made_up[1]) > _MOST_MADE_UP):
-            return values, warning
-    return values, ""
+            if header.lossy is False:
+                raise InvalidImage(f"{header.kind} codestream is damaged: {warning}; send the file again")
+            return values, True
+    return values, False
 
 
-def _coding_style(codestream: bytes | memoryview) -> int:
-    """Where the main header's COD marker stands (T.800 A.6.1)."""
-    position = 2
-    while codestream[position : position + 2] != b"\xff\x52":
-        position += 2 + int.from_bytes(codestream[position + 2 : position + 4], "big")
-        if codestream[position : position + 2] in (b"\xff\x90", b""):
-            raise InvalidImage("JPEG 2000 stream has no coding style; the file is damaged")
-    return position
-
-
-def _decode_htj2k(codestream: bytes | memoryview) -> np.ndarray:
+def _decode_htj2k(codestream: bytes, *_: object) -> tuple[np.ndarray, bool]:
     """OpenJPH raises in a function of imagecodecs that cannot, and the rows from there on are black.
 
     What Python then hands to `sys.unraisablehook` is an error here.
@@ -480,7 +479,15 @@ def _decode_htj2k(codestream: bytes | memoryview) -> np.ndarray:
     import imagecodecs
 
     with _Unraised() as swallowed:
-        values = imagecodecs.htj2k_decode(codestream)
+        values = imagecodecs.htj2k_decode(unwrap_jp2(codestream))
     if swallowed:
         raise InvalidImage(f"HTJ2K code-block does not decode ({swallowed[0]}); the file is damaged, send it again")
-    return values
+    return values, _ZEROED in codestream
+
+
+_DECODERS: dict[str, Callable[[bytes, Codestream, tuple[int, int], np.dtype], tuple[np.ndarray, bool]]] = {
+    "rle": _decode_rle,
+    "jpeg_ls": _decode_jpeg_ls,
+    "jpeg2000": _decode_jpeg2000,
+    "htj2k": _decode_htj2k,
+}

@@ -98,6 +98,11 @@ def read_identity(data: bytes | mmap, limits: Limits | None = None) -> Identity:
     uid = uid or recognise(data, offset)
     syntax = TRANSFER_SYNTAXES.get(uid, TRANSFER_SYNTAXES["1.2.840.10008.1.2.1"])
     dataset = walk_data_set(data, offset, syntax, limits or Limits(), WANTED | frozenset(_IdentityTag))
+    sop_class = _require_uid("SOP class", dataset.first(Tag.SOP_CLASS))
+    sop_instance = _require_uid("SOP instance", dataset.first(Tag.SOP_INSTANCE))
+    study = _require_uid("study", dataset.first(Tag.STUDY))
+    series = _require_uid("series", dataset.first(Tag.SERIES))
+    transfer_syntax = _require_uid("transfer syntax", uid)
     view, _ = header.view(dataset, set())
     is_radiograph = _is_radiograph(dataset)
     if is_radiograph:
@@ -105,11 +110,11 @@ def read_identity(data: bytes | mmap, limits: Limits | None = None) -> Identity:
         view = "elsewhere" if header.anatomy(dataset).says == "elsewhere" else view
     number = dataset.first(_IdentityTag.INSTANCE_NUMBER)
     return Identity(
-        sop_class=_require_uid("SOP class", dataset.first(Tag.SOP_CLASS)),
-        sop_instance=_require_uid("SOP instance", dataset.first(Tag.SOP_INSTANCE)),
-        study=_require_uid("study", dataset.first(Tag.STUDY)),
-        series=_require_uid("series", dataset.first(Tag.SERIES)),
-        transfer_syntax=_require_uid("transfer syntax", uid),
+        sop_class=sop_class,
+        sop_instance=sop_instance,
+        study=study,
+        series=series,
+        transfer_syntax=transfer_syntax,
         modality=dataset.text(Tag.MODALITY)[:16],
         view=view,
         patient_id=dataset.first(_IdentityTag.PATIENT_ID),

@@ -277,16 +277,14 @@ class DataSet:
             f"element {name_of(tag)} holds {len(raw)} bytes that are not one integer; the file is damaged"
         )
 
-    def numbers(self, tag: int) -> list[float] | None:
-        """Decimal strings; None if absent or empty, NaN where a value is malformed."""
+    def numbers(self, tag: int) -> list[float]:
+        """Decimal strings; none if absent or empty, NaN where a value is malformed."""
         element = self.elements.get(tag)
-        if element is None or element.length == 0:
-            return None
-        if element.vr in (b"FD", b"FL"):
+        if element and element.vr in (b"FD", b"FL"):
             kind = np.dtype(("<" if self.little else ">") + ("f8" if element.vr == b"FD" else "f4"))
             raw = self.raw(tag)
-            return np.frombuffer(raw, kind, len(raw) // kind.itemsize).tolist() or None
-        return [_decimal(text) for text in self.texts(tag)] or None
+            return np.frombuffer(raw, kind, len(raw) // kind.itemsize).tolist()
+        return [_decimal(text) for text in self.texts(tag)]
 
 
 def name_of(tag: int) -> str:

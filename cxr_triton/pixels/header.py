@@ -14,7 +14,7 @@ import numpy as np
 from cxr_triton.errors import HeaderMismatch
 from cxr_triton.pixels.anatomy import Anatomy, Code, view_of, weigh
 from cxr_triton.pixels.elements import DataSet, Tag
-from cxr_triton.pixels.transforms import LookupTable, Rescale, Window
+from cxr_triton.pixels.transforms import VOI_FUNCTIONS, LookupTable, Rescale, Window
 
 
 def is_uid(text: str) -> bool:
@@ -148,10 +148,10 @@ def voi(dataset: DataSet, negative_input: bool, flags: set[str]) -> Window | Loo
         flags.add("voi_lut_unusable")
     if not centers and not widths:
         return None
-    function = dataset.text(Tag.VOI_FUNCTION) or "LINEAR"
-    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+    named = dataset.text(Tag.VOI_FUNCTION) or "LINEAR"
+    if named not in VOI_FUNCTIONS:
         flags.add("voi_function_unknown")
-        function = "LINEAR"
+    function = next((known for known in VOI_FUNCTIONS if known == named), VOI_FUNCTIONS[0])
     window = Window(centers[0], widths[0], function) if centers and widths else None
     if window is None or not window.usable:
         flags.add("window_fallback")
@@ -165,7 +165,7 @@ def _first_table(dataset: DataSet, tag: Tag, negative_input: bool, flags: set[st
     """LUT Descriptor and LUT Data of the first item (PS3.3 C.11.1.1.1); None if malformed."""
     item = next(iter(dataset.items(tag)), None)
     descriptor = item.shorts(Tag.LUT_DESCRIPTOR) if item else []
-    if len(descriptor) != 3:
+    if item is None or len(descriptor) != 3:
         return None
     count, first, bits = descriptor[0] or 65536, descriptor[1], descriptor[2]
     raw = item.raw(Tag.LUT_DATA)
@@ -224,7 +224,7 @@ def view(dataset: DataSet, flags: set[str]) -> tuple[str, tuple[str, ...]]:
 
 def anatomy(dataset: DataSet, shape: tuple[int, int] = (0, 0)) -> Anatomy:
     """What the header says of the part of the body; codes and texts stay here."""
-    spacing = dataset.numbers(Tag.IMAGER_PIXEL_SPACING) or dataset.numbers(Tag.PIXEL_SPACING) or []
+    spacing = dataset.numbers(Tag.IMAGER_PIXEL_SPACING) or dataset.numbers(Tag.PIXEL_SPACING)
     extent = max((side * step for side, step in zip(shape, spacing, strict=False)), default=0.0)
     return weigh(
         body_part=_free_text(dataset, Tag.BODY_PART),

@@ -57,7 +57,38 @@ class _Frame(NamedTuple):
     components: list[_Component]
 
 
-def require_whole_scans(codestream: bytes | memoryview) -> None:
+class Segment(NamedTuple):
+    """A marker segment of a JPEG (T.81 B.1.1.4)."""
+
+    marker: int  # second byte
+    body: bytes
+    end: int  # where the next one starts
+
+
+def segment_at(codestream: bytes, position: int) -> Segment:
+    """The marker segment at a byte, or behind the fill bytes there.
+
+    Raises
+    ------
+    InvalidImage
+        There is none, or it is cut off.
+    """
+    while codestream[position : position + 2] == b"\xff\xff":
+        position += 1
+    head = codestream[position : position + 4]
+    if len(head) < 4 or head[0] != 0xFF or not 0xC0 <= head[1] <= 0xFE or 0xD0 <= head[1] <= 0xD9:
+        raise InvalidImage(f"JPEG stream has no segment at byte {position} of {len(codestream)}; the file is damaged")
+    length = int.from_bytes(head[2:], "big")
+    body = codestream[position + 4 : position + 2 + length]
+    if length < 2 or len(body) != length - 2:
+        raise InvalidImage(
+            f"JPEG segment at byte {position} declares {length} bytes, {len(codestream) - position - 2} remain;"
+            " send the complete file"
+        )
+    return Segment(head[1], body, position + 2 + length)
+
+
+def require_whole_scans(codestream: bytes) -> None:
     """Walk every scan of a JPEG that `cxr_triton.pixels.codestream.inspect_jpeg` accepted (T.81 B.2, F.2.2, H.2).
 
     Raises
@@ -71,13 +102,7 @@ def require_whole_scans(codestream: bytes | memoryview) -> None:
     steps: dict[int, int] = {}
     frame, interval, scanned, position = None, 0, 0, 2
     while frame is None or scanned < len(frame.components):
-        while codestream[position : position + 2] == b"\xff\xff":
-            position += 1
-        head = bytes(codestream[position : position + 4])
-        if len(head) < 4 or head[0] != 0xFF or not 0xC0 <= head[1] <= 0xFE or 0xD0 <= head[1] <= 0xD9:
-            raise InvalidImage(f"JPEG has no segment at byte {position} where a scan is missing; the file is damaged")
-        marker, length = head[1], int.from_bytes(head[2:], "big")
-        body, position = bytes(codestream[position + 4 : position + 2 + length]), position + 2 + length
+        marker, body, position = segment_at(codestream, position)
         if marker == 0xC2:
             return
         if marker == 0xC4:
@@ -87,18 +112,22 @@ def require_whole_scans(codestream: bytes | memoryview) -> None:
         elif marker == 0xDD:
             interval = int.from_bytes(body, "big")
         elif marker in _HUFFMAN_FRAMES:
-            components = [
-                _Component(body[i], body[i + 1] >> 4, body[i + 1] & 15, body[i + 2]) for i in range(6, len(body), 3)
-            ]
-            if not all(part.across and part.down for part in components):
-                raise InvalidImage("JPEG component has sampling factor 0; the file is damaged")
-            size = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
-            frame = _Frame(_HUFFMAN_FRAMES[marker], body[0], *size, components)
+            frame = _frame(marker, body)
         elif marker == 0xDA:
+            if frame is None:
+                raise InvalidImage("JPEG stream has a scan before its frame header; the file is damaged")
             components, blocks = _plan(body, frame, tables, steps)
             parts, position = _intervals(data, position)
             _walk(parts, frame, components, blocks, interval)
             scanned += len(components)
+
+
+def _frame(marker: int, body: bytes) -> _Frame:
+    components = [_Component(body[i], body[i + 1] >> 4, body[i + 1] & 15, body[i + 2]) for i in range(6, len(body), 3)]
+    if not all(part.across and part.down for part in components):
+        raise InvalidImage("JPEG component has sampling factor 0; the file is damaged")
+    height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
+    return _Frame(_HUFFMAN_FRAMES[marker], body[0], height, width, components)
 
 
 def _tables(body: bytes) -> dict[int, _Table]:
@@ -135,12 +164,12 @@ def _dc_steps(body: bytes) -> dict[int, int]:
 
 
 def _plan(
-    body: bytes, frame: _Frame | None, tables: dict[int, _Table], steps: dict[int, int]
+    body: bytes, frame: _Frame, tables: dict[int, _Table], steps: dict[int, int]
 ) -> tuple[list[_Component], list[_Block]]:
     """Components of a scan, and the blocks of its MCU (T.81 B.2.3, A.2.3)."""
     count = body[0] if body else 0
     selected = {body[i]: body[i + 1] for i in range(1, min(1 + 2 * count, len(body) - 1), 2)}
-    components = [part for part in frame.components if part.identifier in selected] if frame else []
+    components = [part for part in frame.components if part.identifier in selected]
     if not components or len(components) != count:
         raise InvalidImage("JPEG scan has components that its frame lacks; the file is damaged")
     blocks: list[_Block] = []
@@ -205,9 +234,9 @@ def _mcus(frame: _Frame, components: list[_Component]) -> int:
     for size, name in ((frame.height, "down"), (frame.width, "across")):
         most = max(getattr(part, name) for part in frame.components)
         if len(components) == 1:
-            size = math.ceil(size * getattr(components[0], name) / most)
-            most = 1
-        count *= math.ceil(size / (frame.side * most))
+            count *= math.ceil(math.ceil(size * getattr(components[0], name) / most) / frame.side)
+        else:
+            count *= math.ceil(size / (frame.side * most))
     return count
 
 
@@ -243,12 +272,13 @@ def _walk_samples(part: np.ndarray, table: _Table, samples: int) -> None:
     entries, _, _ = _walk_together(windows, table.advance, np.maximum(starts - _RUN_IN_BITS, 0), starts)
     exits, counts, valid = _walk_together(windows, table.advance, entries, goals)
     position, left = 0, samples
-    for first, last, count, known, goal in zip(
-        *(array.tolist() for array in (entries, exits, counts, valid, goals)), strict=True
-    ):
-        if position != first or not known or count >= left:
-            last, count = _walk_alone(data, advance, position, goal, left)
-        position, left = last, left - count
+    chunks = zip(*(array.tolist() for array in (entries, exits, counts, valid, goals)), strict=True)
+    for entry, exit_, count, known, goal in chunks:
+        if position == entry and known and count < left:
+            position, left = exit_, left - count
+        else:
+            position, walked = _walk_alone(data, advance, position, goal, left)
+            left -= walked
         if not left:
             break
     if left:
@@ -354,54 +384,3 @@ def _values(windows: np.ndarray, table: _Table, at: np.ndarray) -> np.ndarray:
     category = table.advance[code] - length
     value = bits >> (40 - bit - length - category) & (1 << category) - 1
     return np.where(value << 1 >> category, value, value - (1 << category) + 1)
-
-
-_STRIPS = 8  # columns are looked at in so many parts
-_MOST_STEPS = 16  # candidates that are looked at; damage makes one
-_AROUND = 8  # lines on each side, which is as far as the next blocks of a DCT
-
-
-def has_step(values: np.ndarray) -> bool:
-    """Whether from one row or column to the next the grey values jump by a constant, through structure that goes on.
-
-    Parameters
-    ----------
-    values : ndarray (rows, columns)
-
-    Notes
-    -----
-    The jump has to be over four times any other in the sixteen lines around it, over twice the spread within the line,
-    over a fiftieth of the picture's range, and the same in two neighbouring eighths of the line. Edges of anatomy are
-    blurred over several lines, and at the edge of a collimator the structure does not go on.
-    """
-    least = max(2.0, np.ptp(values) / 50)
-    return _steps_down(values, least) or _steps_down(values.T, least)
-
-
-def _steps_down(values: np.ndarray, least: float) -> bool:
-    width = values.shape[1] // _STRIPS
-    if width < 8 or len(values) <= 2 * _AROUND:
-        return False
-    strips = values[:, : _STRIPS * width].reshape(len(values), _STRIPS, width)
-    step = np.diff(strips.mean(axis=2, dtype=np.float32), axis=0)  # [rows - 1, strips]
-    others = np.delete(_around(np.abs(step)), _AROUND, axis=0).max(axis=0)
-    alike = np.abs(np.diff(step, axis=1)) <= np.maximum(2, 0.1 * np.abs(step[:, :-1]))
-    jumps = np.abs(step) > 4 * others + least
-    rows = np.flatnonzero((jumps[:, :-1] & jumps[:, 1:] & alike).any(axis=1))
-    return any(_goes_on(strips[row : row + 2].astype(np.int32), jumps[row], alike[row]) for row in rows[:_MOST_STEPS])
-
-
-def _goes_on(lines: np.ndarray, jumps: np.ndarray, alike: np.ndarray) -> bool:
-    """Whether two lines, [2, strips, columns], differ by a constant in two neighbouring strips that jump alike."""
-    difference = lines[1] - lines[0]
-    step = np.median(difference, axis=1)
-    spread = np.median(np.abs(difference - step[:, None]), axis=1)
-    structure = np.median(np.abs(lines - np.median(lines, axis=2)[..., None]), axis=2).min(axis=0)
-    constant = jumps & (np.abs(step) > 2 * spread) & (structure > 1.5 * spread) & (structure > 0)
-    return bool((constant[:-1] & constant[1:] & alike).any())
-
-
-def _around(values: np.ndarray) -> np.ndarray:
-    """The lines around each one, itself in the middle: [2 * _AROUND + 1, rows, strips]."""
-    padded = np.pad(values, ((_AROUND, _AROUND), (0, 0)), mode="edge")
-    return np.stack([padded[first : first + len(values)] for first in range(2 * _AROUND + 1)])

@@ -166,8 +166,8 @@ def _require_exact_end(dataset: DataSet) -> None:
         position = dataset.after(following, end)
 
 
-def _join_fragments(dataset: DataSet) -> bytes | memoryview:
-    """Codestream of the one frame, copied only if it comes in several fragments (PS3.5 A.4)."""
+def _join_fragments(dataset: DataSet) -> bytes:
+    """Codestream of the one frame (PS3.5 A.4)."""
     data, position = dataset.data, dataset.elements[Tag.PIXELS].start
     fragments: list[memoryview] = []
     while position < len(data):
@@ -185,7 +185,7 @@ def _join_fragments(dataset: DataSet) -> bytes | memoryview:
         raise NoPixels("pixel data hold no fragment; send the image object")
     if len(fragments[0]) > 4:
         raise MultiFrame(f"offset table lists {len(fragments[0]) // 4} frames, allowed 1; send one frame per file")
-    return fragments[1] if len(fragments) == 2 else b"".join(fragments[1:])
+    return b"".join(fragments[1:])
 
 
 def _to_stored(raw: np.ndarray, bits_stored: int, signed: bool, lossy: bool, flags: set[str]) -> tuple[np.ndarray, int]:
@@ -233,7 +233,7 @@ def _continued_bits(raw: np.ndarray, bits_stored: int, signed: bool) -> int:
 
     masked = steps(bits_stored)
     closer = {bits: np.sign(masked - steps(bits)).sum() for bits in range(bits_stored, 8 * raw.dtype.itemsize + 1)}
-    best = max(closer, key=closer.get)  # the fewest bits of equals
+    best = max(closer, key=lambda bits: closer[bits])  # the fewest bits of equals
     above = rows - _lowest_bits(rows, best, signed).view(rows.dtype)
     if (above == np.median(above)).mean() > 0.999:  # the same everywhere, but for a few dead pixels
         return best

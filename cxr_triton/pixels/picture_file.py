@@ -10,9 +10,10 @@ import numpy as np
 from cxr_triton.errors import HeaderMismatch, InvalidImage, LimitExceeded, MultiFrame
 from cxr_triton.pixels.codestream import inspect_jpeg
 from cxr_triton.pixels.header import stretch
-from cxr_triton.pixels.jpeg_scan import has_step, require_whole_scans
+from cxr_triton.pixels.jpeg_scan import require_whole_scans
 from cxr_triton.pixels.limits import Limits
 from cxr_triton.pixels.radiograph import Metadata, Radiograph
+from cxr_triton.pixels.step import has_step
 
 _MAX_CHUNKS = 100_000
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 VoiFunction = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
+VOI_FUNCTIONS: tuple[VoiFunction, ...] = get_args(VoiFunction)
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Rescale:
     intercept: float = 0.0
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
+        """Modality values of stored ones, float64."""
         return values * self.slope + self.intercept
 
 
@@ -39,6 +41,7 @@ class LookupTable:
     bits: int
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
+        """Entries of input values of any number type, float64."""
         index = np.clip(np.rint(values) - self.first, 0, len(self.entries) - 1).astype(np.intp)
         return self.entries[index].astype(np.float64)
 
@@ -64,6 +67,7 @@ class Window:
         return self.width >= 1 if self.function == "LINEAR" else self.width > 0
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
+        """Greys of modality values, float64 from 0 to 1."""
         if self.function == "SIGMOID":
             # the clip keeps exp() finite and changes nothing in 8 bits
             return 1 / (1 + np.exp(np.clip(-4 * (values - self.center) / self.width, -700, 700)))

@@ -18,7 +18,8 @@ from cxr_triton.phantom import draw
 from cxr_triton.phantom_file import encode, write_dicom
 from cxr_triton.pixels.codestream import decode, inspect
 from cxr_triton.pixels.dicom import read_image
-from cxr_triton.pixels.jpeg_scan import has_step, require_whole_scans
+from cxr_triton.pixels.jpeg_scan import require_whole_scans
+from cxr_triton.pixels.step import has_step
 
 JPEG_2000, HTJ2K, LOSSY_JPEG_2000 = "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.91"
 FLIP = "1 bit flipped"
