@@ -49,10 +49,15 @@ class Clock:
 
     def __init__(self, timeouts: Timeouts):
         self._timeouts = timeouts
-        self._started = time.monotonic()
+        self._started = float("inf")
         self._is_heard = self._has_text = False
 
+    def start(self) -> None:
+        """The request is on its way."""
+        self._started = time.monotonic()
+
     def heard(self, delta: str) -> None:
+        """A response came, with or without text."""
         self._is_heard = True
         self._has_text = self._has_text or delta != ""
 
@@ -83,6 +88,7 @@ class Tls:
     key: str | os.PathLike | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
+        """The files' contents, as gRPC takes them."""
         import grpc
 
         ca, cert, key = (Path(path).read_bytes() if path else None for path in (self.ca, self.cert, self.key))

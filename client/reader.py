@@ -6,21 +6,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2 as pb
-from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from cxr_triton import kserve
 from cxr_triton.client import wire
-from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Clock, Timeouts, Tls
-from cxr_triton.errors import Cancelled, CxrError, Unavailable
-from cxr_triton.identity import sha256
+from cxr_triton.client.base import Attempts, BaseReader, BaseStream
 from cxr_triton.reading import Reading
 
 
-class Reader:
+class Reader(BaseReader["ReadingStream"]):
     """Blocking client; one connection, any number of threads and simultaneous readings.
 
     Parameters
@@ -50,89 +48,11 @@ class Reader:
     ...     print(stream.reading.findings)
     """
 
-    def __init__(
-        self,
-        url: str = "127.0.0.1:8001",
-        *,
-        timeouts: Timeouts = DEFAULT_TIMEOUTS,
-        model: str = "cxr_reader",
-        max_message_mib: int = 256,
-        tls: Tls | None = None,
-    ):
-        self.url, self.timeouts, self.model, self.max_message_mib = (
-            wire.require_endpoint(url),
-            timeouts,
-            model,
-            max_message_mib,
-        )
-        options = kserve.channel_options(max_message_mib)
-        if tls:
-            channel = grpc.secure_channel(url, tls.credentials(), options)
-        else:
-            channel = grpc.insecure_channel(url, options)
-        self._channel: grpc.Channel | None = channel
-        self._stub = GRPCInferenceServiceStub(channel)
-        self._stream_infer = channel.unary_stream(kserve.STREAM_INFER, **kserve.STREAM_INFER_TYPES)
+    def __post_init__(self):
+        super().__post_init__()
+        self._calls = self._open(grpc)
         self._watchdog = _Watchdog()
-        self._closed = False
         kserve.at_exit(self, Reader.close)
-
-    def read(
-        self,
-        images: wire.Image | Sequence[wire.Image] = (),
-        *,
-        task: str | None = None,
-        prompt: str | None = None,
-        mode: str | None = None,
-        history: Sequence[dict] | None = None,
-        variables: dict[str, str | list[str]] | None = None,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] | None = None,
-        identifiers: str | None = None,
-    ) -> ReadingStream:
-        """One reading of one patient's pictures; what is None is left to the server's profile.
-
-        Parameters
-        ----------
-        images : bytes, path, or a sequence of these
-            DICOM Part 10, PNG or JPEG; prior first, current last; none for a text-only task. Paths are read here.
-        task, prompt, mode, history, variables, max_new_tokens, temperature, top_p, repetition_penalty, seed, stop,
-        identifiers
-            Keys of the request, see `cxr_triton.request.ReadRequest`.
-
-        Returns
-        -------
-        ReadingStream
-            Sends the request when its iteration starts.
-
-        Raises
-        ------
-        OSError
-            A path cannot be read.
-        LimitExceeded
-            The images are larger than `max_message_mib`.
-        """
-        request = {
-            "task": task,
-            "prompt": prompt,
-            "mode": mode,
-            "history": history,
-            "variables": variables,
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-            "stop": stop,
-            "identifiers": identifiers,
-        }
-        contents = wire.image_bytes(images)
-        message = wire.infer_request(self.model, contents, request, self.max_message_mib)
-        return ReadingStream(self, message, [sha256(content) for content in contents])
 
     def server_info(self) -> wire.ServerInfo:
         """What answers at the URL, once it is ready and serves the contract.
@@ -143,20 +63,20 @@ class Reader:
             No ready server within `Timeouts.connect_s`.
         ServerMismatch
             The server has no such model, or its tensors are not those of the contract.
+        Cancelled
+            The reader was closed meanwhile.
         """
         model = self._connect()
         try:
-            server = self._stub.ServerMetadata(pb.ServerMetadataRequest(), timeout=self.timeouts.connect_s)
+            server = self._call(self._opened().server, pb.ServerMetadataRequest(), self.timeouts.connect_s)
         except grpc.RpcError as error:
-            raise wire.connect_error(error, self.url, self.model, self.timeouts) from None
+            raise self._failure(error) from None
         return wire.ServerInfo(server.name, server.version, model.name, tuple(model.versions))
 
     def close(self) -> None:
         """Cancel what is under way and close the connection."""
-        self._closed = True
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            channel.close()
+        if calls := self._release():
+            calls.channel.close()
         self._watchdog.close()
 
     def __enter__(self) -> Reader:
@@ -170,33 +90,34 @@ class Reader:
         if not getattr(self, "_closed", True) and not sys.is_finalizing():
             self.close()
 
-    def _connect(self) -> pb.ModelMetadataResponse:
-        """Ask for the model's tensors until the server answers: connection, readiness and contract in one call.
+    def _stream(self, request: pb.ModelInferRequest, sent: Sequence[str]) -> ReadingStream:
+        return ReadingStream(self, request, sent)
 
-        Only this call is ever repeated, so a reading never runs twice.
-        """
-        if self._closed:
-            raise RuntimeError("Reader is closed; make a new one")
-        ends = time.monotonic() + (self.timeouts.connect_s or float("inf"))
-        for delay_s in wire.backoff_s():
-            left_s = ends - time.monotonic()
+    def _call(self, rpc: Callable[..., Any], request: object, timeout_s: float | None) -> Any:
+        try:
+            return rpc(request, timeout=timeout_s)
+        except ValueError:  # so gRPC says that its channel is closed
+            raise self._closed_meanwhile() from None
+
+    def _connect(self) -> pb.ModelMetadataResponse:
+        self._require_open()
+        attempts = Attempts(self)
+        while True:
             try:
-                request = pb.ModelMetadataRequest(name=self.model)
-                model = self._stub.ModelMetadata(request, timeout=wire.rpc_timeout_s(left_s))
+                model = self._call(self._opened().model, attempts.request, attempts.timeout_s())
+            except grpc.RpcError as error:
+                failure = self._failure(error)
+            else:
                 wire.check_contract(model, self.url)
                 return model
-            except grpc.RpcError as error:
-                failure = wire.connect_error(error, self.url, self.model, self.timeouts)
-            if not isinstance(failure, Unavailable) or delay_s > left_s:
-                raise failure
-            time.sleep(delay_s)
+            time.sleep(attempts.wait_s(failure))
 
     def _start(self, request: pb.ModelInferRequest) -> grpc.Call:
         self._connect()
-        return self._stream_infer(request, timeout=self.timeouts.total_s)
+        return self._call(self._opened().infer, request, self.timeouts.total_s)
 
 
-class ReadingStream:
+class ReadingStream(BaseStream):
     """Text of one reading as it comes; closing or dropping it cancels the request on the server at once.
 
     Attributes
@@ -206,19 +127,8 @@ class ReadingStream:
     """
 
     def __init__(self, reader: Reader, request: pb.ModelInferRequest, sent: Sequence[str]):
-        self.reading: Reading | None = None
+        super().__init__(reader.url, reader.timeouts, request, sent)
         self._reader = reader
-        self._request: pb.ModelInferRequest | None = request
-        self._sent = sent
-        self._call: grpc.Call | None = None
-        self._clock: Clock | None = None
-        self._late = ""  # the limit that ran out
-        self._ended = False
-
-    @property
-    def is_sent(self) -> bool:
-        """The server was found, and the request is on its way."""
-        return self._call is not None
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -234,17 +144,12 @@ class ReadingStream:
         """
         try:
             if self._call is None and not self._ended:
-                request, self._request = self._request, None
-                self._call = self._reader._start(request)
-                self._clock = Clock(self._reader.timeouts)
-                kserve.at_exit(self, ReadingStream.close)
-                if self._ended:  # closed while it connected
-                    self.close()
+                self._follow(self._reader._start(self._taken_request()))
             while not self._ended:
                 if delta := self._receive():
                     return delta
         except BaseException as error:
-            self.close()
+            self._cancel()
             traceback.clear_frames(error.__traceback__)  # they would keep the call
             raise
         raise StopIteration
@@ -259,26 +164,21 @@ class ReadingStream:
         """
         for _ in self:
             pass
-        if self.reading is None:
-            raise Cancelled(f"reading at {self._reader.url} was closed before its end; call read again")
-        return self.reading
+        return self._complete()
 
     def close(self) -> None:
         """Cancel the request if it is still under way."""
-        self._ended, self._request = True, None
-        call, self._call = self._call, None
-        if call is not None:
-            call.cancel()
+        self._cancel()
 
     def __enter__(self) -> ReadingStream:
         return self
 
     def __exit__(self, *exc) -> None:
-        self.close()
+        self._cancel()
 
     def __del__(self):
         if not sys.is_finalizing():
-            self.close()
+            self._cancel()
 
     def _receive(self) -> str:
         call, message, failure = self._call, None, None
@@ -289,26 +189,14 @@ class ReadingStream:
         try:
             message = next(call, None)
         except grpc.RpcError as error:
-            failure = wire.stream_error(error, self._reader.url, self._reader.timeouts)
+            failure = wire.stream_error(error, self._url, self._timeouts)
         finally:
             if self._reader._watchdog.forget(call):
                 self._late = limit
         if message is None:
             self._end(failure)
             return ""
-        delta, reading = wire.parse_response(message)
-        if reading:
-            self.reading = wire.own_reading(reading, self._sent, self._reader.url)
-        self._clock.heard(delta)
-        return delta
-
-    def _end(self, failure: CxrError | None) -> None:
-        """The stream is over; how matters only while the reading is not complete."""
-        self.close()
-        if self.reading is None:
-            if self._late:
-                raise wire.late(self._late, self._reader.timeouts, self._reader.url)
-            raise failure or wire.no_reading(self._reader.url)
+        return self._heard(message)
 
 
 class _Watchdog:
@@ -343,6 +231,7 @@ class _Watchdog:
             return overdue
 
     def close(self) -> None:
+        """End its thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()

@@ -78,13 +78,8 @@ def backoff_s() -> Iterator[float]:
     """Waits between two attempts to connect: doubling from 0.1 s to 1 s, each spread by half."""
     step = 0.1
     while True:
-        yield step * random.uniform(0.5, 1.5)
+        yield step * random.uniform(0.5, 1.5)  # noqa: S311  # spreads callers, keeps no secret
         step = min(2 * step, 1.0)
-
-
-def rpc_timeout_s(left_s: float) -> float | None:
-    """What is left of a limit as gRPC takes it: positive, and None without limit."""
-    return None if left_s == float("inf") else max(left_s, 0.001)
 
 
 def image_bytes(images: Image | Sequence[Image]) -> list[bytes]:
@@ -229,7 +224,7 @@ def connect_error(error: grpc.RpcError, url: str, model: str, timeouts: Timeouts
     return stream_error(error, url, timeouts)
 
 
-def stream_error(error: grpc.RpcError, url: str, timeouts: Timeouts) -> CxrError:
+def stream_error(error: grpc.RpcError, url: str, timeouts: Timeouts) -> CxrError:  # noqa: PLR0911  # one for a status
     """The exception for a gRPC status other than OK once the request is on its way."""
     error.__traceback__ = None  # the error of a stream is its call, which its traceback would keep
     code, details = error.code(), error.details() or ""
@@ -252,6 +247,7 @@ def stream_error(error: grpc.RpcError, url: str, timeouts: Timeouts) -> CxrError
 
 
 def late(limit: str, timeouts: Timeouts, url: str) -> DeadlineExceeded:
+    """The exception for one of `Timeouts` that ran out, by its name."""
     what = {
         "first_delta_s": "no text came within first_delta_s",
         "idle_s": "nothing was heard for idle_s",
@@ -264,4 +260,5 @@ def late(limit: str, timeouts: Timeouts, url: str) -> DeadlineExceeded:
 
 
 def no_reading(url: str) -> InternalError:
+    """The exception for a stream that ended well and said nothing."""
     return InternalError(f"{url} ended the stream without a reading; see the server's log")

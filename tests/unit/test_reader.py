@@ -16,7 +16,7 @@ import grpc
 import pytest
 from tritonclient.utils import deserialize_bytes_tensor
 
-from cxr_triton.client import AsyncReader, Reader, Timeouts, Tls, limits
+from cxr_triton.client import AsyncReader, Reader, Timeouts, Tls, limits, wire
 from cxr_triton.client.limits import DEFAULT_TIMEOUTS
 from cxr_triton.errors import (
     CODES,
@@ -454,6 +454,51 @@ def test_a_closed_reader_says_so():
         reader.close()
         with pytest.raises(RuntimeError, match="closed"):
             reader.read(b"x").result()
+
+
+def closed_while_it_connects(kind, url, monkeypatch, *, between_attempts):
+    """What the caller of a reader gets that another thread or task closes."""
+
+    def backoff_s():
+        if between_attempts:
+            close()
+        while True:
+            yield 0.05
+
+    async def run():
+        nonlocal close
+        reader = AsyncReader(url)
+        loop = asyncio.get_running_loop()
+        close = lambda: loop.create_task(reader.close())  # noqa: E731
+        if not between_attempts:
+            loop.call_later(0.2, close)
+        return await reader.read(b"x").result()
+
+    close = None
+    monkeypatch.setattr(wire, "backoff_s", backoff_s)
+    if kind is AsyncReader:
+        return asyncio.run(run())
+    reader = Reader(url)
+    close = reader.close
+    if not between_attempts:
+        threading.Timer(0.2, close).start()
+    return reader.read(b"x").result()
+
+
+@both
+def test_closing_a_reader_between_two_attempts_to_connect_cancels(kind, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(Cancelled, match="closed before the server answered"):
+        closed_while_it_connects(kind, url, monkeypatch, between_attempts=True)
+
+
+@both
+def test_closing_a_reader_in_the_middle_of_an_attempt_to_connect_cancels(kind, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(Cancelled):
+            closed_while_it_connects(kind, url, monkeypatch, between_attempts=False)
 
 
 def test_readings_run_side_by_side():
