@@ -67,6 +67,15 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[local,test]'
 	touch $(VENV)/.local $@
 
+# The site, into build/site; `python -m http.server -d build/site` shows it with its search.
+.PHONY: docs
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $(VENV)/.local $@
+
 # Kills and breaks everything around the gateway; about ten minutes on two cores. GATEWAYS=2 shares a PostgreSQL queue.
 GATEWAYS ?= 1
 .PHONY: faults

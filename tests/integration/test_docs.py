@@ -1,4 +1,4 @@
-"""README and guides run as printed: their blocks are taken out of the files and run, in order, in a fresh clone.
+"""README, guides and examples run as printed: their blocks are taken out and run, in order, in a fresh clone.
 
 A block is a diagram, Python, or shell. Every command of it is run unless `NOT_RUN` gives a reason; `SUBSTITUTES` puts
 what can be had in place of what cannot. Command lines that are not run are still held against click's command tree.
@@ -27,8 +27,10 @@ from click.testing import CliRunner
 
 from cxr_triton import cli, phantom, phantom_file
 from cxr_triton.engines.recipe import load_recipe
+from cxr_triton.errors import CODES
 
 ROOT = Path(__file__).resolve().parents[2]
+INSTALL = "docs/install.md"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 SUBSTITUTES = (
@@ -36,7 +38,7 @@ SUBSTITUTES = (
     (r"nvidia/NV-Reason-CXR-3B", "tests/phantom/checkpoint"),
     (r"--profile nv-reason-cxr-3b", "--profile tests/phantom/profile.yaml"),
     (r"^python -m cxr_triton.perf.shape (\S+) .*", r"mkdir -p $(dirname \1) && cp -r tests/phantom/checkpoint \1"),
-    # The fixture `clone` ran the README's own two lines; the extras are held against the project.
+    # The fixture `clone` ran the first two lines of INSTALL; the extras are held against the project.
     (r"python3 -m venv .venv && ", ""),
     (r"pip install .*'\.\[[a-z,]+\]'.*", "true"),
     # Ports that are free, and folders of a user.
@@ -46,10 +48,17 @@ SUBSTITUTES = (
     ),
     (r"^cxr-triton read ", "cxr-triton read --url $SERVER "),
     (r"127\.0\.0\.1:8001", "$SERVER"),
+    (
+        r"^(/usr/sbin/Orthanc examples/orthanc/\S+ .*)",
+        r's="s/4242/$PACS/; s/8052/$REST/; s/11112/$DICOM/; s/8042/$WEB/; s/127.0.0.1:8001/$SERVER/"; '
+        r'sed -i "$s" examples/orthanc/*.json examples/orthanc/*.yaml; \1',
+    ),
+    (r"127\.0\.0\.1:8052", "127.0.0.1:$REST"),
     (r" example > (gateway.yaml)$", r' example | sed "s|/var/lib/|build/|; s/11112/$DICOM/; s/8042/$WEB/" > \1'),
     (r"/tmp/checkpoint", "build/checkpoint"),
     # What runs until it is stopped; an exit status that the block says.
     (r"^(cxr-triton gateway --config \S+)$", r"\1 2> gateway.out & ready gateway.out started; kill $!; wait $!"),
+    (r"^(cxr-triton gateway --config \S+) &$", r"\1 2> gateway.out & ready gateway.out started"),
     (r"^(cxr-triton bench compare .*)", r"\1 || [ $? = 3 ]"),
     # Minutes; and what was done a moment ago.
     (r"^make demo$", "[ -d build/demo/repository ] || make demo"),
@@ -61,7 +70,12 @@ SUBSTITUTES = (
 """What is run in place of what is printed: patterns of a command without its comment, applied in turn."""
 
 NOT_RUN = {
-    "README.md": {r"^make test(-isa)?$": "they run this suite"},
+    "README.md": {r"^make test$": "it runs this suite"},
+    "CONTRIBUTING.md": {
+        r"^make (check|test)$|^pytest ": "they run this suite",
+        r"^make docs$": "test_the_site_is_whole_and_takes_nothing_from_the_net does",
+    },
+    "docs/connect.md": {r"^storescu ": "to a gateway that was stopped a line before; examples/orthanc sends one"},
     "deploy/README.md": {
         r"^git clone ": "what it leads to needs a GPU",
         r"deploy/smoke.sh": "needs Docker and a GPU; tests/unit/test_deploy.py runs it with a stand-in",
@@ -208,7 +222,7 @@ def test_shell_blocks_are_bash(block):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """A copy of what git tracks, installed by the README's own lines, beside it a user's pictures.
+    """A copy of what git tracks, installed by the lines of INSTALL, beside it a user's pictures.
 
     The environment borrows the packages of this one, so that nothing is downloaded but the build's own tools.
     """
@@ -217,7 +231,7 @@ def clone(tmp_path_factory) -> Path:
     for name in listed.stdout.rstrip("\0").split("\0"):
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, clone / name, follow_symlinks=False)
-    typed = [command.text for command in commands("README.md")]
+    typed = [command.text for command in commands(INSTALL)]
     (venv,) = [text for text in typed if " -m venv " in text]
     install = next(text for text in typed if text.startswith("pip install "))
     borrowed = "\n".join(path for path in sys.path if path.endswith("-packages"))
@@ -235,7 +249,7 @@ def clone(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(clone) -> str:
-    """Where the demonstration model is served, for documents that go on where the README has served a model."""
+    """Where the demonstration model is served, for documents that go on where another has served it."""
     from cxr_triton.engines.bundle import build_bundle
     from cxr_triton.export.export import export_checkpoint
     from cxr_triton.profile import load_profile
@@ -257,18 +271,21 @@ def served(clone) -> str:
 @pytest.mark.parametrize("document", [d for d in documents() if any(not c.reason for c in commands(d))])
 def test_a_document_runs_as_printed(document, clone, request):
     pytest.importorskip("pytriton")
+    if "orthanc" in document and not Path("/usr/sbin/Orthanc").exists():
+        pytest.skip("no Orthanc here; install it with `make debian`")
     typed = [command for command in commands(document) if not command.reason]
-    port, dicom, web = free_ports(3)
+    port, dicom, web, pacs, rest = free_ports(5)
     serves = any(command.text.startswith("cxr-triton serve ") for command in typed)
     server = f"127.0.0.1:{port}" if serves else request.getfixturevalue("served")
     lines = [PRELUDE]
-    if document != "README.md":
+    if document != INSTALL:
         lines.append(". .venv/bin/activate")
     for command in typed:
         lines += [f"echo @ {command} $SECONDS s", to_run(command, server)]
     own = Path(sys.prefix) / "bin"
     path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if Path(part) != own)
-    given = {"PORT": port, "DICOM": dicom, "WEB": web, "SERVER": server, "PATH": path, "PIP_NO_INDEX": 1}
+    given = {"PORT": port, "DICOM": dicom, "WEB": web, "PACS": pacs, "REST": rest, "SERVER": server}
+    given |= {"PATH": path, "PIP_NO_INDEX": 1}
     bash("\n".join(lines), clone, **{name: str(value) for name, value in given.items()})
 
 
@@ -451,7 +468,7 @@ def needed(words: list[str]) -> set[str]:
     """Extras that a command line needs: its verb's, its recipe's compilers', its baselines'."""
     if words[0] != "cxr-triton":
         return set()
-    extras = {cli.VERBS[words[1]][1]}
+    extras = {cli.VERBS[words[1]][1]} - {None}
     for option, value in itertools.pairwise(words):
         if option == "--recipe":
             recipe = load_recipe(value)
@@ -515,3 +532,30 @@ def test_links_lead_somewhere(document):
         name = os.path.relpath(target, ROOT)
         assert name in tracked, f"{document} links to {link}, which is not in the repository"
         assert not anchor or anchor in anchors(target), f"{document} links to {link}; {name} has no such heading"
+
+
+# ----------------------------------------------------------------------------------------------------------------- site
+
+
+def test_every_error_code_has_its_cause_and_its_remedy():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    parts = dict(re.findall(r"^### (\w+)\n(.*?)(?=^##|\Z)", text, re.MULTILINE | re.DOTALL))
+    assert set(parts) == set(CODES)
+    for code, part in parts.items():
+        assert re.search(r"^- \*\*Cause\.\*\* .+^- \*\*Remedy\.\*\* ", part, re.MULTILINE | re.DOTALL), code
+
+
+def test_the_site_is_whole_and_takes_nothing_from_the_net(tmp_path):
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(package, reason="install it with pip install -e '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = {path.relative_to(tmp_path).as_posix(): path.read_text("utf-8") for path in tmp_path.rglob("*.html")}
+    for name, page in pages.items():
+        for tag in re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*>", page):
+            assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", tag), f"{name}: {tag}"
+    for verb in cli.VERBS:
+        assert f'id="cxr-triton-{verb}"' in pages["reference/cli.html"]
+    for page, name in (("client", "client.reader.Reader.read"), ("bundle", "engines.bundle.Bundle.open")):
+        assert f'id="cxr_triton.{name}"' in pages[f"reference/{page}.html"]

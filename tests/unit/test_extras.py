@@ -266,11 +266,12 @@ def test_the_table_of_extras_is_that_of_the_project(extra):
 
 
 def test_every_extra_is_in_the_table_but_those_that_no_verb_names():
-    assert set(PROJECT["optional-dependencies"]) - set(extras.EXTRAS) == {"serve", "test"}
+    assert set(PROJECT["optional-dependencies"]) - set(extras.EXTRAS) == {"docs", "serve", "test"}
 
 
-def test_readme_says_which_verb_needs_which_extra():
-    rows = re.findall(r"^\| `\[([a-z]+)\]` \| (.*?) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+def test_the_guide_says_which_verb_needs_which_extra():
+    guide = (ROOT / "docs" / "install.md").read_text("utf-8")
+    rows = re.findall(r"^\| `\[([a-z]+)\]` \| (.*?) \|", guide, re.MULTILINE)
     told = {verb: extra for extra, verbs in rows for verb in re.findall(r"`([a-z-]+)`", verbs)}
     assert told == {verb: extra for verb, (_, extra, _) in cli.VERBS.items() if extra}
     assert {extra for extra, _ in rows} == set(PROJECT["optional-dependencies"]) - {"serve", "test"}
@@ -278,7 +279,12 @@ def test_readme_says_which_verb_needs_which_extra():
 
 def test_documents_install_from_a_clone():
     """The package is on no index: a bare name would install nothing, or somebody else's package."""
-    texts = [ROOT / "README.md", ROOT / "deploy" / "README.md", *(ROOT / "docs").glob("*.md")]
+    texts = [
+        *ROOT.glob("*.md"),
+        ROOT / "deploy" / "README.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "examples").rglob("*.md"),
+    ]
     assert [path.name for path in texts if re.search(r"pip install\S* '?cxr-triton", path.read_text())] == []
     code = [path for part in ("cxr_triton", "client", "engines", "export", "perf", "triton_repo")
             for path in (ROOT / part).rglob("*.py")]  # fmt: skip

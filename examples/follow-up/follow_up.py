@@ -1,0 +1,29 @@
+"""Read a radiograph, then ask on about it: each turn is sent with all turns before it."""
+
+from pathlib import Path
+
+import click
+
+from cxr_triton.client import Reader
+
+
+@click.command()
+@click.argument("image", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("tasks", nargs=-1, required=True)
+@click.option("--url", default="127.0.0.1:8001", show_default=True)
+def main(image: Path, tasks: tuple[str, ...], url: str) -> None:
+    """Read IMAGE with the profile's default task, then ask TASKS in turn. Research only, never for diagnosis."""
+    history: list[dict] = []
+    with Reader(url) as reader:
+        for task in (None, *tasks):
+            stream = reader.read(image, task=task, history=history or None)
+            print(f"\n== {task or 'first turn'}")
+            for delta in stream:
+                print(delta, end="", flush=True)
+            reading = stream.result()
+            history += [{"role": "user", "content": reading.prompt}, {"role": "assistant", "content": reading.text}]
+    print(f"\n\n{reading.notice}")
+
+
+if __name__ == "__main__":
+    main()
