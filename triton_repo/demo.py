@@ -48,7 +48,7 @@ def run(folder: Path, model: Path = PHANTOM) -> dict:
     ServerMismatch
         This Python cannot run the server.
     """
-    from cxr_triton.engines.bundle import build_bundle
+    from cxr_triton.engines.build import build_bundle
     from cxr_triton.export.command import export_checkpoint
     from cxr_triton.profile import load_profile
     from cxr_triton.triton_repo.package import Settings, write_repository

@@ -173,7 +173,7 @@ def make_engine(
     CxrError
         What a stage raises. The stages before it stay.
     """
-    from cxr_triton.engines.bundle import build_bundle
+    from cxr_triton.engines.build import build_bundle
     from cxr_triton.engines.plan_cache import default_folder
     from cxr_triton.engines.recipe import load_recipe
     from cxr_triton.engines.verify.record import is_verified, require_verified
@@ -440,8 +440,8 @@ def command(checkpoint: str, json_path: str | None, only_print: bool, **options)
 
 def _in_container(checkpoint: str, *, recipe: str, profile: str, out: Path, cache: Path | None, **options) -> str:
     """`docker run` of this verb for a tensorrt-llm recipe; the cache of plans and the hub's lie in `out`."""
+    from cxr_triton.engines.container import in_container, located_recipe
     from cxr_triton.engines.recipe import load_recipe
-    from cxr_triton.engines.tensorrt_llm.build import in_container, located_recipe
 
     chosen = load_recipe(recipe)
     if chosen.decoder.compiler != "tensorrt-llm":

@@ -234,11 +234,10 @@ def why_not_here(bundle: Bundle) -> str | None:
     """Why a bundle's engines cannot be run here; None if they can."""
     if bundle.engine == bundle.vision_engine == "onnxruntime":
         return None
-    from cxr_triton.engines.onnxruntime.session import open_decoder, open_vision
 
     try:
-        open_vision(bundle)
-        open_decoder(bundle, slots=SLOTS)
+        bundle.open_vision()
+        bundle.open_decoder(slots=SLOTS)
     except CxrError as error:
         return error.message
     except (ImportError, OSError) as error:
@@ -594,12 +593,11 @@ class _Engine:
     """The sessions of a bundle that runs here, driven as the served models drive them."""
 
     def __init__(self, bundle: Bundle, threads: int | None):
-        from cxr_triton.engines.onnxruntime.session import open_decoder, open_vision
 
         self.bundle = bundle
         self._preprocessor = Preprocessor(bundle.path, not_a_chest="flag")  # the controls are no chests
-        self._vision = open_vision(bundle, threads=threads)
-        self._decoder = open_decoder(bundle, slots=SLOTS, threads=threads)
+        self._vision = bundle.open_vision(threads=threads)
+        self._decoder = bundle.open_decoder(slots=SLOTS, threads=threads)
         self._prepared: dict = {}
 
     def close(self) -> None:
