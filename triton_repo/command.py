@@ -29,13 +29,15 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("-o", "--out", required=True, type=OUT_FOLDER, help="Folder of the repository; must be new or empty.")
 @click.option(
-    "--slots", type=int, help="Readings that decode at the same time.  [default: 4; all of a TensorRT-LLM engine]"
+    "--slots",
+    type=int,
+    help="Readings that decode at the same time.  [default: 4, or all that the engine is for]",
 )
 @click.option("--preprocess-instances", default=2, show_default=True, help="Processes that decode images.")
 @click.option("--threads", default=0, help="CPU threads of each graph.  [default: all cores]")
 @click.option("--queue-size", default=64, show_default=True, help="Requests that may wait before each step.")
 @click.option("--batch-invariant", is_flag=True, help="Readings never depend on what else runs; int4 alone is slower.")
-@click.option("--prefix-reuse", is_flag=True, help="TensorRT-LLM: keep KV blocks of equal prompts; not proved.")
+@click.option("--prefix-reuse", is_flag=True, help="Keep KV blocks of equal prompts, where the engine can; not proved.")
 @click.option("--force", is_flag=True, help="Replace an older repository.")
 @click.option("--unverified", is_flag=True, help="Take a bundle that did not pass `verify`; the repository says so.")
 @json_option

@@ -10,7 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 from cxr_triton import __version__
-from cxr_triton.engines.bundle import Bundle, build_bundle
+from cxr_triton.engines.build import build_bundle
+from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.plan_cache import default_folder
 from cxr_triton.engines.recipe import Recipe, load_recipe
 from cxr_triton.engines.verify.record import is_verified, require_verified, write_record

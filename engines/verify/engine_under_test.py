@@ -12,7 +12,6 @@ import numpy as np
 
 from cxr_triton.chat import Prompt
 from cxr_triton.engines.bundle import SIDE_FILES, Bundle
-from cxr_triton.engines.onnxruntime.session import open_decoder, open_vision
 from cxr_triton.engines.pipeline import Preprocessor, StepTensors, sampling_of
 from cxr_triton.engines.runtime.scheduler import Chunk, Completion, DecoderRuntime, Generation
 from cxr_triton.engines.verify.answers import Answer
@@ -71,8 +70,8 @@ def why_not_here(bundle: Bundle) -> str | None:
     if bundle.engine == bundle.vision_engine == "onnxruntime":
         return None
     try:
-        open_vision(bundle)
-        open_decoder(bundle, slots=SLOTS)
+        bundle.open_vision()
+        bundle.open_decoder(slots=SLOTS)
     except CxrError as error:
         return error.message
     except (ImportError, OSError) as error:
@@ -98,8 +97,8 @@ class EngineUnderTest:
     def __init__(self, bundle: Bundle, threads: int | None):
         self.bundle = bundle
         self._preprocessor = Preprocessor(bundle.path, not_a_chest="flag")  # the controls are no chests
-        self._vision = open_vision(bundle, threads=threads)
-        self._decoder = open_decoder(bundle, slots=SLOTS, threads=threads)
+        self._vision = bundle.open_vision(threads=threads)
+        self._decoder = bundle.open_decoder(slots=SLOTS, threads=threads)
         self._prepared: dict[str, tuple[StepTensors, np.ndarray]] = {}
 
     def close(self) -> None:

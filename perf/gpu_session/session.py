@@ -143,7 +143,8 @@ class Session:
 
     def bundle(self, scale: Scale, precision: str, engine: str = GPU) -> Bundle:
         """A bundle for an engine, built once."""
-        from cxr_triton.engines.bundle import Bundle, build_bundle
+        from cxr_triton.engines.build import build_bundle
+        from cxr_triton.engines.bundle import Bundle
 
         compute = "fp32" if self.is_dry or engine == CPU else "bf16"
         if engine == CPU and precision == "bf16":
@@ -188,21 +189,19 @@ class Session:
 
     def decoder(self, bundle: Bundle, slots: int):
         """A decoder session; in a dry run that of the GPU's graph has the host's memory."""
-        from cxr_triton.engines.onnxruntime.session import open_decoder
         from cxr_triton.engines.onnxruntime_cuda.session import CudaDecoder, Host
 
         if self.is_dry and GPU in bundle.path.name:
             return CudaDecoder(bundle, slots=slots, memory=Host())
-        return open_decoder(bundle, slots=slots)
+        return bundle.open_decoder(slots=slots)
 
     def vision(self, bundle: Bundle):
         """A vision session, likewise."""
-        from cxr_triton.engines.onnxruntime.session import open_vision
         from cxr_triton.engines.onnxruntime_cuda.session import CudaVision, Host
 
         if self.is_dry and GPU in bundle.path.name:
             return CudaVision(bundle, memory=Host())
-        return open_vision(bundle)
+        return bundle.open_vision()
 
     @property
     def arguments(self) -> list[str]:
