@@ -26,10 +26,7 @@ from cxr_triton.cli import main  # noqa: E402
 from cxr_triton.engines.build import build_bundle  # noqa: E402
 from cxr_triton.engines.bundle import Bundle  # noqa: E402
 from cxr_triton.engines.verify import engine_under_test, gate  # noqa: E402
-from cxr_triton.engines.verify.gate import (
-    verify_bundle,  # noqa: E402
-    write_record,  # noqa: E402
-)
+from cxr_triton.engines.verify.gate import verify_bundle  # noqa: E402
 from cxr_triton.engines.verify.page import verification_page  # noqa: E402
 from cxr_triton.engines.verify.record import PARTS, is_verified, require_verified, write_record  # noqa: E402
 from cxr_triton.engines.verify.reference import Reference  # noqa: E402
