@@ -107,7 +107,7 @@ def history_page(results: Sequence[Mapping]) -> str:
         plot = Plot(list(known), [0, *known.values()], "run", metric, x_ticks=())
         plot.line(values, "one")
         for index, run in enumerate(runs):
-            run[name] = in_unit(metric, known.get(index))
+            run[_name(name)] = in_unit(metric, known.get(index))
             if index in known:
                 plot.dot(index, known[index], "one", title=f"{index}, {number(known[index])}")
         charts.append((name, plot, ()))
