@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from cxr_triton.cli import OUT_FOLDER, RECIPES, json_option, say_next, write_json
+from cxr_triton.engines import DEFAULT
 
 GIB = 1 << 30
 
@@ -19,11 +20,13 @@ GIB = 1 << 30
     "--recipe",
     shell_complete=RECIPES,
     metavar="NAME|YAML",
-    help="Target; see `recipes`.  [default: onnxruntime on a CPU]",
+    help=f"Target; see `recipes`.  [default: {DEFAULT} on a CPU]",
 )
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Folder of compiled plans.")
 @click.option("--no-cache", is_flag=True, help="Compile, whatever was compiled before.")
-@click.option("--print", "only_print", is_flag=True, help="Of a tensorrt-llm recipe: show the commands, build nothing.")
+@click.option(
+    "--print", "only_print", is_flag=True, help="Of a recipe that builds in a container: show how, build nothing."
+)
 @json_option
 def build(
     export_dir: Path,
@@ -36,12 +39,12 @@ def build(
 ):
     """Compile the graphs in EXPORT_DIR into an engine bundle.
 
-    The bundle is a folder that holds everything a server needs, and a manifest with the SHA-256 of each file. For a
-    tensorrt-llm recipe the decoder is built by `trtllm-build`, in the recipe's container on the recipe's GPU.
+    The bundle is a folder that holds everything a server needs, and a manifest with the SHA-256 of each file. Some
+    recipes have it built in their container, on their GPU.
     """
     from tqdm import tqdm
 
-    from cxr_triton.engines.bundle import build_bundle
+    from cxr_triton.engines.build import build_bundle
     from cxr_triton.engines.plan_cache import default_folder
     from cxr_triton.engines.recipe import load_recipe
 
@@ -89,7 +92,7 @@ def build(
         )
         for setting in plan.get("changed", ()):
             click.echo(
-                f"{graph}: {setting['name']} {setting['built']}, not {setting['asked']}: trtllm-build's choice",
+                f"{graph}: {setting['name']} {setting['built']}, not {setting['asked']}: the compiler's choice",
                 err=True,
             )
     if result["container"]:
@@ -99,28 +102,23 @@ def build(
 
 
 def _print_commands(export_dir: Path, out: Path, recipe, named: str | None, json_path: str | None) -> None:
-    """Show how a tensorrt-llm recipe is built, with what and where."""
+    """Show how a bundle is built in a container, with what and where."""
     import shlex
 
-    from cxr_triton.engines.bundle import read_export
-    from cxr_triton.engines.tensorrt_llm.build import TOOL, asked, command, in_container, located_recipe
+    from cxr_triton.engines import ROOMS, engine
+    from cxr_triton.engines.build import Job, read_export
 
-    if recipe is None or recipe.decoder.compiler != "tensorrt-llm":
-        raise click.UsageError("--print needs a recipe whose decoder is for tensorrt-llm, see `cxr-triton recipes`")
+    if recipe is None or not engine(recipe.decoder.compiler).in_container:
+        known = " or ".join(name for name in ROOMS if engine(name).in_container)
+        raise click.UsageError(f"--print needs a recipe whose decoder is for {known}, see `cxr-triton recipes`")
     _, geometry = read_export(export_dir, recipe)
-    export_dir, out, source = export_dir.resolve(), out.resolve(), located_recipe(named)
-    checkpoint, chosen = asked(export_dir, geometry, recipe)
-    line = command(TOOL, checkpoint, out / "tensorrt_llm", chosen, {})
-    docker = in_container(
-        recipe,
-        ["build", export_dir, "-o", out, "--recipe", source, "--no-cache"],
-        read=[export_dir, *([source] if isinstance(source, Path) else [])],
-        write=out.parent,
-    )
+    export_dir, out = export_dir.resolve(), out.resolve()
+    job = Job(graph="decoder", source=export_dir, geometry=geometry, recipe=recipe, out=out)
+    commands = engine(recipe.decoder.compiler).commands(job, named)
     if json_path != "-":
-        click.echo(f"# the decoder alone, where trtllm-build is on the path\n{shlex.join(line)}")
-        click.echo(f"# the whole bundle, in {recipe.container} (deploy/README.md makes the image)\n{docker}")
-    write_json({"recipe": recipe.name, "trtllm_build": line, "docker": docker}, json_path)
+        for said, line in commands.values():
+            click.echo(f"# {said}\n{line if isinstance(line, str) else shlex.join(line)}")
+    write_json({"recipe": recipe.name} | {key: line for key, (_, line) in commands.items()}, json_path)
 
 
 @click.command()

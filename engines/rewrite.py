@@ -1,10 +1,11 @@
-"""Rewrite a graph and its data file step by step, without holding the weights in memory.
+"""Rewrite a graph and its data file step by step, without holding the weights in memory; steps that engines share.
 
 Weights stream from the export's data file to the bundle's, a few tensors at a time.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ import numpy as np
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto, TensorProto
 
-_PAGE_BYTES = 4096  # ONNX Runtime maps tensors that begin on a page instead of reading them
+_PAGE_BYTES = 4096  # tensors that begin on a page are mapped instead of read
 _CHUNK_BYTES = 32 << 20
 _INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference reads them
 
@@ -152,3 +153,116 @@ def replace_nodes(graph: GraphProto, nodes: list[NodeProto]) -> None:
     nodes = live[::-1]
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def fuse_int4(graph: GraphProto, weights: Weights) -> None:
+    """`DequantizeLinear` of int4 blocks with the `MatMul` behind it becomes `MatMulNBits`.
+
+    An engine that does the same when it opens a graph then holds the weights twice and takes seconds.
+    """
+    from onnx import TensorProto, helper
+
+    def is_int4(name: str) -> bool:
+        tensor = weights.tensor(name)
+        return tensor is not None and tensor.data_type == TensorProto.INT4
+
+    dequantized = {node.output[0]: node for node in graph.node if node.input and is_int4(node.input[0])}
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in dequantized:
+            weight, scale = dequantized[node.input[1]].input[:2]
+            (block,) = (a.i for a in dequantized[node.input[1]].attribute if a.name == "block_size")
+            k, n = weights.tensor(weight).dims
+            stored = (n, k // block, block // 2)
+            values = weights.add(
+                f"{weight}.packed", lambda w=weight, k=k, n=n, s=stored: pack_int4(weights.value(w), k, n).reshape(s)
+            )
+            scales = weights.add(f"{scale}.packed", lambda s=scale: weights.value(s).T.ravel())
+            node = helper.make_node(
+                "MatMulNBits",
+                [node.input[0], values, scales],
+                node.output,
+                node.name,
+                domain="com.microsoft",
+                K=k,
+                N=n,
+                bits=4,
+                block_size=block,
+                accuracy_level=4,  # activations in int8 by blocks, products summed in int32
+            )
+        if node.output[0] not in dequantized:
+            nodes.append(node)
+    replace_nodes(graph, nodes)
+
+
+def merge_projections(graph: GraphProto, weights: Weights) -> None:
+    """`MatMulNBits` nodes of one input become one: query, key and value, gate and up.
+
+    The input is quantized once, and the threads meet once.
+    """
+    from onnx import helper
+
+    siblings, consumers = defaultdict(list), defaultdict(list)
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            siblings[node.input[0]].append(node)
+        for name in node.input:
+            consumers[name].append(node)
+    merged, gone = {}, set()
+    for x, group in siblings.items():
+        if len(group) == 1:
+            continue
+        sizes = [{a.name: a.i for a in node.attribute} for node in group]
+        adds = [_bias(consumers[node.output[0]], weights) for node in group]
+        inputs = [
+            x,
+            *(
+                joined(weights, f"{x}.{part}", [node.input[i] for node in group])
+                for i, part in ((1, "weights"), (2, "scales"))
+            ),
+        ]
+        outputs = [node.output[0] for node in group]
+        if all(adds):
+            inputs += ["", "", joined(weights, f"{x}.bias", [bias for _, bias in adds])]
+            outputs = [add.output[0] for add, _ in adds]
+            gone |= {add.name for add, _ in adds}
+        counts = [size["N"] for size in sizes]
+        product = f"{x}.product"
+        merged[group[0].name] = [
+            helper.make_node(
+                "MatMulNBits", inputs, [product], product, domain="com.microsoft", **sizes[0] | {"N": sum(counts)}
+            ),
+            helper.make_node(
+                "Split",
+                [product, weights.add(f"split_{'_'.join(map(str, counts))}", lambda c=counts: np.array(c))],
+                outputs,
+                f"{x}.split",
+                axis=-1,
+            ),
+        ]
+        gone |= {node.name for node in group}
+    kept = [merged.get(node.name, [] if node.name in gone else [node]) for node in graph.node]
+    replace_nodes(graph, [node for nodes in kept for node in nodes])
+
+
+def _bias(nodes: list[NodeProto], weights: Weights) -> tuple[NodeProto, str] | None:
+    """The `Add` of a bias that is all that follows a product, and the bias."""
+    if len(nodes) == 1 and nodes[0].op_type == "Add" and nodes[0].input[1] in weights:
+        return nodes[0], nodes[0].input[1]
+    return None
+
+
+def step_bytes(graph: Path) -> int:
+    """Weights that one run of a graph reads: all but the tables of which it takes a row."""
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False).graph
+    gathered = {node.input[0] for node in model.node if node.op_type == "Gather"}
+    whole = {name for node in model.node if node.op_type != "Gather" for name in node.input}
+    lengths = {
+        tensor.name: int(entry.value)
+        for tensor in model.initializer
+        for entry in tensor.external_data
+        if entry.key == "length"
+    }
+    return sum(length for name, length in lengths.items() if name in whole or name not in gathered)

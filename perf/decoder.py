@@ -23,10 +23,12 @@ import click
 import numpy as np
 
 from cxr_triton.cli import Command, json_option, write_json
-from cxr_triton.engines.bundle import Bundle, graph_files
+from cxr_triton.engines import engine
+from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.rewrite import step_bytes
 from cxr_triton.errors import InternalError, InvalidRequest
 from cxr_triton.perf.environment import Stolen
-from cxr_triton.perf.roofline import copy_bandwidth, run_bytes, step_bytes
+from cxr_triton.perf.roofline import copy_bandwidth
 from cxr_triton.triton_repo.serve import HUGE_PAGES
 
 SCHEMA = 1
@@ -138,12 +140,12 @@ def resident_bytes(field: str) -> int:
     raise KeyError(field)
 
 
-def serve(pipe, engine, cpus, *arguments) -> None:
+def serve(pipe, kind, cpus, *arguments) -> None:
     """Body of an engine's process: answer each call, a method's name and its arguments, with the result."""
     os.sched_setaffinity(0, cpus)
     started_s = time.perf_counter()
     try:
-        running = engine(*arguments)
+        running = kind(*arguments)
         pipe.send({"load_s": time.perf_counter() - started_s, "loaded_resident_bytes": resident_bytes("VmRSS")})
         while call := pipe.recv():
             method, *given = call
@@ -163,10 +165,10 @@ def serve(pipe, engine, cpus, *arguments) -> None:
 class Process:
     """An engine in a process of its own."""
 
-    def __init__(self, engine, cpus, *arguments):
+    def __init__(self, kind, cpus, *arguments):
         spawn = multiprocessing.get_context("spawn")
         self.pipe, child = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(child, engine, cpus, *arguments), daemon=True)
+        self.process = spawn.Process(target=serve, args=(child, kind, cpus, *arguments), daemon=True)
         self.process.start()
         child.close()
         self.facts = self._receive()
@@ -231,6 +233,7 @@ def measure(bundle: Path, genai: Path | None, prompt: int, tokens: int, rounds: 
     cpus = sorted(os.sched_getaffinity(0))[:threads]
     os.sched_setaffinity(0, cpus)
     opened = Bundle.open(bundle, verify=False)
+    ours = engine(opened.engine)
     result = {
         "schema": SCHEMA,
         "engine": opened.engine,
@@ -238,18 +241,18 @@ def measure(bundle: Path, genai: Path | None, prompt: int, tokens: int, rounds: 
         "cpu": _cpu_name(),
         "threads": len(cpus),
         "load_average_before": os.getloadavg()[0],
-        "versions": {name: metadata.version(name) for name in (opened.engine, "numpy")},
+        "versions": {name: metadata.version(name) for name in (*ours.distributions, "numpy")},
         "prompt_tokens": prompt,
         "new_tokens": tokens,
         "engines": {},
     }
-    data = bundle / graph_files("decoder", opened.engine)[-1]
-    engines = {"bundle": (BundleEngine, bundle, data, run_bytes(opened, "decoder"))}
+    data = bundle / ours.files("decoder")[-1]
+    engines = {"bundle": (BundleEngine, bundle, data, ours.run_bytes(opened, "decoder"))}
     if genai:
         result["versions"]["onnxruntime-genai"] = metadata.version("onnxruntime-genai")
         engines["genai"] = (GenaiEngine, genai, genai / "model.onnx.data", step_bytes(genai / "model.onnx"))
     os.environ.update(HUGE_PAGES | os.environ)  # for every engine, as `serve` sets it
-    processes = {name: Process(engine, cpus, str(path), prompt, tokens) for name, (engine, path, *_) in engines.items()}
+    processes = {name: Process(kind, cpus, str(path), prompt, tokens) for name, (kind, path, *_) in engines.items()}
     for process in processes.values():
         process.call("round")  # warm up
     runs: dict[str, list[dict]] = {name: [] for name in processes}
@@ -280,7 +283,7 @@ def measure(bundle: Path, genai: Path | None, prompt: int, tokens: int, rounds: 
     result["copy_bytes_per_s"] = bandwidth
     if genai:
         result["ratio_to_genai"] = medians(
-            [{key: ours[key] / theirs[key] for key in ours} for ours, theirs in zip(*runs.values(), strict=True)]
+            [{key: mine[key] / theirs[key] for key in mine} for mine, theirs in zip(*runs.values(), strict=True)]
         )
     result |= {"load_average_after": os.getloadavg()[0], "stolen_share": stolen.share()}
     return result
@@ -316,11 +319,11 @@ def main(bundle, genai, checkpoint, prompt, tokens, rounds, threads, json_path):
     click.echo(f"{result['cpu']}, {result['threads']} cores, load {result['load_average_before']:.1f} before")
     click.echo(f"the hypervisor gave {result['stolen_share']:.1%} of the cores' time to others")
     click.echo(f"copy: {result['copy_bytes_per_s'] / 1e9:.1f} GB/s read and written")
-    for name, engine in result["engines"].items():
+    for name, measured in result["engines"].items():
         click.echo(
-            f"{name}: {_rates(engine)}; {engine['decode_bytes_per_s'] / 1e9:.1f} GB/s of weights, "
-            f"{engine['share_of_copy_bandwidth']:.0%} of the copy; load {engine['load_s']:.1f} s; peak resident "
-            f"{engine['peak_resident_bytes'] / 2**30:.2f} GiB = {engine['peak_resident_to_weights']:.2f} x weights"
+            f"{name}: {_rates(measured)}; {measured['decode_bytes_per_s'] / 1e9:.1f} GB/s of weights, "
+            f"{measured['share_of_copy_bandwidth']:.0%} of the copy; load {measured['load_s']:.1f} s; peak resident "
+            f"{measured['peak_resident_bytes'] / 2**30:.2f} GiB = {measured['peak_resident_to_weights']:.2f} x weights"
         )
     crowd = result["engines"]["bundle"]["crowd"]
     click.echo(f"bundle, {crowd['streams']} streams: decode {crowd['decode_tokens_per_s']:.2f} tok/s together")

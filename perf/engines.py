@@ -19,10 +19,10 @@ from pathlib import Path
 import click
 
 from cxr_triton.cli import Command, json_option, write_json
-from cxr_triton.engines.bundle import EXPORT, Geometry
+from cxr_triton.engines import engine
+from cxr_triton.engines.build import EXPORT, Job
+from cxr_triton.engines.geometry import Geometry
 from cxr_triton.engines.recipe import Recipe, load_recipe
-from cxr_triton.engines.tensorrt.compiler import compile_graph, shape_ranges, target
-from cxr_triton.profile import load_profile
 
 SCHEMA = 1
 
@@ -41,19 +41,10 @@ def recipe_of(export: dict, recipe: Recipe) -> Recipe:
 
 def measure(folder: Path, graph: str, recipe: Recipe, queue) -> None:
     """Build one plan, in a process of its own."""
-    export = json.loads((folder / EXPORT).read_bytes())
-    geometry = Geometry.from_json(export["geometry"], EXPORT)
-    engine = getattr(recipe, graph).compiler
-    ranges = shape_ranges(graph, geometry, recipe, load_profile(folder / "profile.yaml").max_images)
+    geometry = Geometry.from_json(json.loads((folder / EXPORT).read_bytes())["geometry"], EXPORT)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        report = compile_graph(
-            engine,
-            folder / f"{graph}.onnx",
-            Path(scratch) / f"{graph}.plan",
-            ranges,
-            max_sequence=geometry.max_sequence,
-            target=target(engine, recipe),
-        )
+        job = Job(graph=graph, source=folder, geometry=geometry, recipe=recipe, out=Path(scratch))
+        report = engine(getattr(recipe, graph).compiler).compile(job, Path(scratch)).plan
     queue.put(report | {"peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
 
 

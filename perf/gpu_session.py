@@ -183,7 +183,8 @@ class Session:
 
     def bundle(self, scale: Scale, precision: str, engine: str = "onnxruntime-cuda"):
         """A bundle for an engine, built once."""
-        from cxr_triton.engines.bundle import Bundle, build_bundle
+        from cxr_triton.engines.build import build_bundle
+        from cxr_triton.engines.bundle import Bundle
 
         compute = "fp32" if self.is_dry or engine == "onnxruntime" else "bf16"
         if engine == "onnxruntime" and precision == "bf16":
@@ -226,21 +227,19 @@ class Session:
 
     def decoder(self, bundle, slots: int):
         """A decoder session; in a dry run that of the GPU's graph has the host's memory."""
-        from cxr_triton.engines.onnxruntime.session import open_decoder
         from cxr_triton.engines.onnxruntime_cuda.session import CudaDecoder, Host
 
         if self.is_dry and "onnxruntime-cuda" in bundle.path.name:
             return CudaDecoder(bundle, slots=slots, memory=Host())
-        return open_decoder(bundle, slots=slots)
+        return bundle.open_decoder(slots=slots)
 
     def vision(self, bundle):
         """A vision session, likewise."""
-        from cxr_triton.engines.onnxruntime.session import open_vision
         from cxr_triton.engines.onnxruntime_cuda.session import CudaVision, Host
 
         if self.is_dry and "onnxruntime-cuda" in bundle.path.name:
             return CudaVision(bundle, memory=Host())
-        return open_vision(bundle)
+        return bundle.open_vision()
 
     @property
     def arguments(self) -> list[str]:

@@ -15,12 +15,10 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from cxr_triton.engines.recipe import CPU_ENGINES
-from cxr_triton.errors import InvalidBundle
+from cxr_triton.engines import DEFAULT, engine
 from cxr_triton.pixels.image import target_size
 
 COPY_BYTES = 512 << 20
@@ -80,18 +78,28 @@ def copy_bandwidth(threads: int) -> float:
     return 2 * COPY_BYTES * threads / (time.perf_counter() - started_s)
 
 
-def gemm_speed(precision: str, threads: int, shape: tuple[int, int, int] = GEMM, engine: str = "onnxruntime") -> float:
+def gemm_speed(precision: str, threads: int, shape: tuple[int, int, int] = GEMM, name: str = DEFAULT) -> float:
     """Operations per second of one large product, as an engine runs it on a CPU.
 
     Parameters
     ----------
-    precision : {"fp32", "bf16", "int4"}
-        Type of the weights; int4 is computed in int8, like the decoder's layers. bf16 in openvino only.
+    precision : str
+        Type of the weights, one of the engine's `products`; int4 is computed in int8, like the decoder's layers.
     threads : int
     shape : (int, int, int)
         M, K and N.
-    engine : {"onnxruntime", "openvino"}
+    name : str
+        Of the engine.
     """
+    m, k, n = shape
+    feeds = {"x": np.random.default_rng(0).standard_normal((m, k), np.float32)}
+    run = engine(name).product(_product(precision, shape), feeds, precision, threads)
+    run()
+    return 2.0 * m * k * n / statistics.median(_timed(run))
+
+
+def _product(precision: str, shape: tuple[int, int, int]) -> bytes:
+    """An ONNX model of one product, of ``x`` with random weights."""
     from onnx import TensorProto, helper, numpy_helper
 
     (m, k, n), rng = shape, np.random.default_rng(0)
@@ -101,17 +109,8 @@ def gemm_speed(precision: str, threads: int, shape: tuple[int, int, int] = GEMM,
             "w": rng.integers(0, 256, (n, blocks, INT4_BLOCK // 2), np.uint8),
             "scales": rng.uniform(0.01, 0.02, n * blocks).astype(np.float32),
         }
-        node = helper.make_node(
-            "MatMulNBits",
-            ["x", "w", "scales"],
-            ["y"],
-            domain="com.microsoft",
-            K=k,
-            N=n,
-            bits=4,
-            block_size=INT4_BLOCK,
-            accuracy_level=4,
-        )
+        sizes = {"K": k, "N": n, "bits": 4, "block_size": INT4_BLOCK, "accuracy_level": 4}
+        node = helper.make_node("MatMulNBits", ["x", "w", "scales"], ["y"], domain="com.microsoft", **sizes)
     else:
         weights = {"w": rng.standard_normal((k, n), np.float32)}
         node = helper.make_node("MatMul", ["x", "w"], ["y"])
@@ -123,27 +122,8 @@ def gemm_speed(precision: str, threads: int, shape: tuple[int, int, int] = GEMM,
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
-    feeds = {"x": rng.standard_normal((m, k), np.float32)}
-    if engine == "openvino":
-        from cxr_triton.engines.openvino.compiler import open_request
-
-        request = open_request(model, threads, "bf16" if precision == "bf16" else "fp32")
-
-        def run() -> None:
-            request.infer(feeds, share_inputs=True)
-    else:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-        def run() -> None:
-            session.run(None, feeds)
-
-    run()
-    return 2.0 * m * k * n / statistics.median(_timed(run))
+    model: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    return model
 
 
 def _timed(run) -> list[float]:
@@ -155,12 +135,11 @@ def _timed(run) -> list[float]:
     return seconds
 
 
-def cpu_ceilings(engine: str = "onnxruntime") -> Ceilings:
-    """Medians of `ROUNDS` on all cores that this process may use; products as `engine` runs them."""
+def cpu_ceilings(name: str = DEFAULT) -> Ceilings:
+    """Medians of `ROUNDS` on all cores that this process may use; products as the engine of a name runs them."""
     threads = len(os.sched_getaffinity(0))
     copies = [copy_bandwidth(threads) for _ in range(ROUNDS)]
-    precisions = ("fp32", "bf16", "int4") if engine == "openvino" else ("fp32", "int4")
-    gemm = {precision: gemm_speed(precision, threads, engine=engine) for precision in precisions}
+    gemm = {precision: gemm_speed(precision, threads, name=name) for precision in engine(name).products}
     return Ceilings("cpu", statistics.median(copies), gemm)
 
 
@@ -198,49 +177,6 @@ def gpu_seconds(run, rounds: int = 20) -> float:
         ended.synchronize()
         seconds.append(began.elapsed_time(ended) / 1e3)
     return statistics.median(seconds)
-
-
-def run_bytes(bundle, graph: str) -> int:
-    """Weights that one run of a bundle's ``vision`` or ``decoder`` reads: all but the tables of which it takes a row.
-
-    Raises
-    ------
-    InvalidBundle
-        The manifest does not say how large the weights of a plan are.
-    """
-    engine = bundle.engine if graph == "decoder" else bundle.vision_engine
-    if engine.startswith("onnxruntime"):
-        return step_bytes(bundle.path / f"{graph}.onnx")
-    if engine == "openvino":
-        size = (bundle.path / f"{graph}.bin").stat().st_size
-    else:
-        try:
-            size = int(bundle.manifest["plans"][graph]["weights_bytes"])
-        except (KeyError, TypeError, ValueError):
-            raise InvalidBundle(
-                f"manifest.json: plans.{graph}.weights_bytes is missing, so the bytes of a step are not known; "
-                "build the bundle again"
-            ) from None
-    if graph == "decoder" and bundle.manifest.get("head") not in (None, "compute"):
-        # The table that tokens are looked up in stands beside a head of its own, and takes 2 bytes a value.
-        size -= 2 * bundle.geometry.vocab * bundle.geometry.hidden
-    return size
-
-
-def step_bytes(graph: Path) -> int:
-    """Weights that one decode step reads: all but the tables of which it takes a row."""
-    import onnx
-
-    model = onnx.load(graph, load_external_data=False).graph
-    gathered = {node.input[0] for node in model.node if node.op_type == "Gather"}
-    whole = {name for node in model.node if node.op_type != "Gather" for name in node.input}
-    lengths = {
-        tensor.name: int(entry.value)
-        for tensor in model.initializer
-        for entry in tensor.external_data
-        if entry.key == "length"
-    }
-    return sum(length for name, length in lengths.items() if name in whole or name not in gathered)
 
 
 class ModelWork:
@@ -284,7 +220,8 @@ class ModelWork:
         """
         config = json.loads((bundle.path / "config.json").read_text("utf-8"))
         item = ITEM_BYTES[bundle.geometry.compute]
-        vision, decoder = (run_bytes(bundle, graph) for graph in ("vision", "decoder"))
+        vision = engine(bundle.vision_engine).run_bytes(bundle, "vision")
+        decoder = engine(bundle.engine).run_bytes(bundle, "decoder")
         return cls(config, vision_bytes=vision, step_bytes=decoder, cache_item=item)
 
     def vision(self, tokens: int, images: int = 1) -> Work:
@@ -395,7 +332,7 @@ def rows(result: Mapping, bundle, ceilings: Ceilings) -> list[dict]:
 
 def measure(result: Mapping, bundle) -> list[dict]:
     """`rows` of a result, against ceilings measured now on what the bundle runs on."""
-    return rows(result, bundle, cpu_ceilings(bundle.engine) if bundle.engine in CPU_ENGINES else gpu_ceilings())
+    return rows(result, bundle, cpu_ceilings(bundle.engine) if bundle.is_on_cpu else gpu_ceilings())
 
 
 def _done(repeat: Mapping):

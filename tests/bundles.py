@@ -90,7 +90,7 @@ def build_openvino(export: Path, out: Path, precision: str = "fp32", vision: str
     """An openvino bundle of an export; `precision` as there, `vision` what its vision graph computes in."""
     from dataclasses import replace
 
-    from cxr_triton.engines.bundle import build_bundle
+    from cxr_triton.engines.build import build_bundle
     from cxr_triton.engines.recipe import load_recipe
 
     recipe = load_recipe("cpu-int4-openvino")

@@ -34,31 +34,7 @@ def parameters(args: dict) -> dict[str, str]:
 
 def open_runtime(bundle, values: dict[str, str]):
     """The `Runtime` of a bundle's decoder engine, as the parameters of `decoder` ask for it."""
-    slots, queue_size = int(values["slots"]), int(values["queue_size"])
-    if bundle.engine == "tensorrt-llm":
-        from cxr_triton.chat import ChatTokenizer
-        from cxr_triton.engines.tensorrt_llm.backend import TensorRTLLMBackend
-        from cxr_triton.engines.tensorrt_llm.request import EngineConfig
-        from cxr_triton.engines.tensorrt_llm.runtime import TensorRTLLMRuntime
-
-        return TensorRTLLMRuntime(
-            EngineConfig.read(bundle.path / "tensorrt_llm"),
-            TensorRTLLMBackend(os.environ.get(GRPC_ADDRESS, "127.0.0.1:8001")),
-            ChatTokenizer(bundle.path),
-            slots=slots,
-            queue_size=queue_size,
-            prefix_reuse=values["prefix_reuse"] == "1",
-        )
-    from cxr_triton.engines.onnxruntime.session import open_decoder
-    from cxr_triton.engines.runtime.scheduler import DecoderRuntime
-
-    session = open_decoder(
-        bundle,
-        slots=slots,
-        threads=int(values["threads"]) or None,
-        batch_invariant=values["batch_invariant"] == "1",
-    )
-    return DecoderRuntime(bundle, session=session, queue_size=queue_size)
+    return bundle.open_runtime(values, os.environ.get(GRPC_ADDRESS, "127.0.0.1:8001"))
 
 
 def input_types(args: dict) -> dict[str, str]:

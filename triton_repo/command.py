@@ -29,13 +29,15 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("-o", "--out", required=True, type=OUT_FOLDER, help="Folder of the repository; must be new or empty.")
 @click.option(
-    "--slots", type=int, help="Readings that decode at the same time.  [default: 4; all of a TensorRT-LLM engine]"
+    "--slots",
+    type=int,
+    help="Readings that decode at the same time.  [default: 4, or all that the engine is for]",
 )
 @click.option("--preprocess-instances", default=2, show_default=True, help="Processes that decode images.")
 @click.option("--threads", default=0, help="CPU threads of each graph.  [default: all cores]")
 @click.option("--queue-size", default=64, show_default=True, help="Requests that may wait before each step.")
 @click.option("--batch-invariant", is_flag=True, help="Readings never depend on what else runs; int4 alone is slower.")
-@click.option("--prefix-reuse", is_flag=True, help="TensorRT-LLM: keep KV blocks of equal prompts; not proved.")
+@click.option("--prefix-reuse", is_flag=True, help="Keep KV blocks of equal prompts, where the engine can; not proved.")
 @click.option("--force", is_flag=True, help="Replace an older repository.")
 @click.option("--unverified", is_flag=True, help="Take a bundle that did not pass `verify`; the repository says so.")
 @json_option
@@ -181,20 +183,21 @@ def demo(folder: Path, json_path: str | None):
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Folder of compiled plans.")
 @click.option("--unverified", is_flag=True, help="Package without the gate; the repository says so.")
 @click.option("--accept-licence", is_flag=True, help="You accept the weights' non-commercial licence.")
-@click.option("--print", "only_print", is_flag=True, help="Of a tensorrt-llm recipe: show `docker run`, do nothing.")
+@click.option("--print", "only_print", is_flag=True, help="Of a recipe built in a container: show `docker run`.")
 @json_option
 def make_engine(checkpoint: str, json_path: str | None, only_print: bool, **options):
     """Make a served engine of CHECKPOINT, a folder or a hub id ORG/NAME, for the target of a recipe.
 
     Quantizes, exports, builds, verifies and packages. A run that was stopped goes on where it was; a second run does
-    only what has changed. A tensorrt-llm recipe runs in its container, on its GPU.
+    only what has changed. Some recipes are built in their container, on its GPU: --print shows how.
     """
+    from cxr_triton.engines import engine
     from cxr_triton.engines.recipe import load_recipe
     from cxr_triton.triton_repo import make_engine as library
 
     if only_print:
-        if load_recipe(options["recipe"]).decoder.compiler != "tensorrt-llm":
-            raise click.UsageError("--print is for recipes whose decoder is for tensorrt-llm, see `cxr-triton recipes`")
+        if not engine(load_recipe(options["recipe"]).decoder.compiler).in_container:
+            raise click.UsageError("--print is for recipes that are built in a container, see `cxr-triton recipes`")
         line = library.in_container(checkpoint, **options)
         click.echo(line, err=json_path == "-")
         write_json({"docker": line}, json_path)

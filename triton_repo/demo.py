@@ -88,7 +88,7 @@ def run(folder: Path, model: Path = PHANTOM) -> dict:
 
 def _package(folder: Path, model: Path, done: Callable[[str, str], None]) -> None:
     """Export, build and package."""
-    from cxr_triton.engines.bundle import build_bundle
+    from cxr_triton.engines.build import build_bundle
     from cxr_triton.export.command import export_checkpoint
     from cxr_triton.profile import load_profile
     from cxr_triton.triton_repo.package import Settings, write_repository

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cxr_triton.engines import ROOMS, engine
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, ServerMismatch, Unavailable
 from cxr_triton.extras import remedy
 
@@ -228,8 +229,9 @@ class Server:
             causes = dict.fromkeys(line.strip()[:300] for line in wrong[-3:])
         if "No space left on device" in text or "shared memory pool" in text:
             causes[f"the models exchange tensors in {SHM}: make it larger (docker run --shm-size=1g)"] = None
-        if "unable to find backend library for backend 'tensorrt" in text:
-            causes["this repository is for NVIDIA's container with TensorRT-LLM, see deploy/README.md"] = None
+        for each in map(engine, ROOMS):
+            if any(f"unable to find backend library for backend '{name}'" in text for name in each.backends):
+                causes[f"this repository is for {each.home}"] = None
         return "".join(f"; {cause}" for cause in causes) + f"; see {self.log}"
 
     def _check_shm(self) -> None:

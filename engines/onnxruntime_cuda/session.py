@@ -11,12 +11,11 @@ import logging
 import math
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from cxr_triton.engines.cuda import call, device, runtime
-from cxr_triton.engines.onnxruntime.session import VisionSession
 from cxr_triton.engines.runtime.sampler import TopLogits
+from cxr_triton.engines.session import DTYPES, DecoderSession, VisionSession
 from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRequest
 from cxr_triton.extras import remedy
 
@@ -27,7 +26,6 @@ PROVIDER = "CUDAExecutionProvider"
 LEAST_VERSION = (1, 31)
 """Of ONNX Runtime: the first one that was run on a GPU here."""
 PREFILL_TOKENS = 512
-DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 _ALIGNMENT = 256
 
 
@@ -76,25 +74,11 @@ class Gpu:
 
     def upload(self, pointer: int, value: np.ndarray) -> None:
         """Copy a contiguous array to the GPU; it must stay as it is until `synchronize`."""
-        call(
-            "cudaMemcpyAsync",
-            pointer,
-            value.ctypes.data,
-            value.nbytes,
-            self._to_device,
-            self.stream,
-        )
+        call("cudaMemcpyAsync", pointer, value.ctypes.data, value.nbytes, self._to_device, self.stream)
 
     def download(self, value: np.ndarray, pointer: int) -> None:
         """Copy to a contiguous array; it is there after `synchronize`."""
-        call(
-            "cudaMemcpyAsync",
-            value.ctypes.data,
-            pointer,
-            value.nbytes,
-            self._to_host,
-            self.stream,
-        )
+        call("cudaMemcpyAsync", value.ctypes.data, pointer, value.nbytes, self._to_host, self.stream)
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
         call("cudaMemcpyAsync", target, source, nbytes, self._within, self.stream)
@@ -181,7 +165,7 @@ def open_graph(path: Path, memory: Gpu | Host, *, graphs: bool = False):
 
 
 class CudaVision(VisionSession):
-    """The vision graph of a bundle; see `session.VisionSession`.
+    """The vision graph of a bundle.
 
     Parameters
     ----------
@@ -198,9 +182,12 @@ class CudaVision(VisionSession):
     def __init__(self, bundle, *, memory: Gpu | Host | None = None):
         self._session = open_graph(bundle.path / "vision.onnx", memory or Gpu())
 
+    def _run(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+        return self._session.run(["image_embeddings"], feeds)[0]
 
-class CudaDecoder:
-    """The decoder graph of a bundle with its KV cache on the GPU; see `session.DecoderSession`.
+
+class CudaDecoder(DecoderSession):
+    """The decoder graph of a bundle with its KV cache on the GPU.
 
     Parameters
     ----------
@@ -268,7 +255,6 @@ class CudaDecoder:
         *,
         is_last: bool,
     ) -> np.ndarray | None:
-        """Append prompt tokens to a slot; see `session.DecoderSession.prefill`."""
         tokens, rows = len(input_ids), len(image_embeddings)
         if rows and image_embeddings is not self._held:  # the pieces of a prompt come with the same array
             self._hold(image_embeddings)
@@ -289,7 +275,6 @@ class CudaDecoder:
         return None
 
     def step(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Append one generated token to each of the first n slots; see `session.DecoderSession.step`."""
         return self._download("logits", self._step(input_ids, positions))
 
     def step_top(self, input_ids: np.ndarray, positions: np.ndarray) -> list[TopLogits]:
@@ -317,15 +302,10 @@ class CudaDecoder:
         ]
 
     def move(self, source: int, target: int) -> None:
-        """Copy what a slot holds to another one."""
         self.lengths[target] = self.lengths[source]
         size = self._slot_bytes
         for pointer in self._cache.values():
             self._memory.copy(pointer + target * size, pointer + source * size, size)
-
-    def free(self, slot: int) -> None:
-        """Forget what a slot holds."""
-        self.lengths[slot] = 0
 
     def _open(self, path: Path):
         """With captured steps where the provider takes every node."""

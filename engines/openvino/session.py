@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cxr_triton.engines.onnxruntime.session import DecoderSession, VisionSession
 from cxr_triton.engines.openvino.compiler import load_library
+from cxr_triton.engines.session import HostDecoder, VisionSession
 from cxr_triton.errors import InvalidBundle
 
 INT8_GROUP = 128  # activations that share one scale where weights are int4
@@ -46,7 +46,7 @@ def _request(path: Path, threads: int | None, precision: str):
 
 
 class OpenVINOVision(VisionSession):
-    """The vision graph of a bundle, in the recipe's precision; see `session.VisionSession`.
+    """The vision graph of a bundle, in the recipe's precision.
 
     Raises
     ------
@@ -54,17 +54,15 @@ class OpenVINOVision(VisionSession):
         OpenVINO is missing, or cannot load the graph.
     """
 
-    def _open(self, bundle, threads):
+    def __init__(self, bundle, *, threads: int | None = None):
         self._request = _request(bundle.path / "vision.xml", threads, bundle.vision_precision)
 
-    def _run(self, feeds):
+    def _run(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
         return self._request.infer(feeds, share_inputs=True)["image_embeddings"]
 
 
-class OpenVINODecoder(DecoderSession):
+class OpenVINODecoder(HostDecoder):
     """The decoder graph of a bundle, fp32; where weights are int4 and the CPU has VNNI, activations are int8 by groups.
-
-    The KV cache stays in this session; see `session.DecoderSession`.
 
     Raises
     ------
@@ -72,11 +70,11 @@ class OpenVINODecoder(DecoderSession):
         OpenVINO is missing, or cannot load the graph.
     """
 
-    def _open(self, bundle, threads):
+    def _open(self, bundle, threads: int | None) -> None:
         self._tensor = load_library().Tensor
         self._request = _request(bundle.path / "decoder.xml", threads, "fp32")
 
-    def _run(self, rows, **inputs):
+    def _run(self, rows: slice, **inputs: np.ndarray) -> np.ndarray:
         self._bind(rows)
         inputs["write_index"] = self.lengths[rows]
         for name, value in inputs.items():
@@ -90,7 +88,7 @@ class OpenVINODecoder(DecoderSession):
                 cache[slot, :, length : length + tokens] = values
         return self._request.get_tensor("logits").data
 
-    def _bind(self, rows) -> None:
+    def _bind(self, rows: slice) -> None:
         """Have the graph read these rows of the cache where they lie."""
         if (rows.start, rows.stop) in self._bindings:
             return

@@ -499,9 +499,7 @@ class DecoderRuntime(Runtime):
         **pace: float,
     ):
         if session is None:
-            from cxr_triton.engines.onnxruntime.session import open_decoder
-
-            session = open_decoder(bundle, slots=slots, threads=threads)
+            session = bundle.open_decoder(slots=slots, threads=threads)
         if tokenizer is None:
             from cxr_triton.chat import ChatTokenizer
 

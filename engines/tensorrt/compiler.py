@@ -1,8 +1,4 @@
-"""Compile a graph with TensorRT or TensorRT-RTX, which have one Python interface.
-
-TensorRT times kernels on the GPU that will run them. TensorRT-RTX compiles ahead of time, for the compute capability of
-a recipe, and needs no GPU for that.
-"""
+"""Compile a graph to a plan, with TensorRT or a library that has its Python interface, as the room says."""
 
 from __future__ import annotations
 
@@ -16,23 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cxr_triton.engines.recipe import PREFILL_PROMPTS, PREFILL_TOKENS, Recipe
+from cxr_triton.engines import DEFAULT
+from cxr_triton.engines.interface import PREFILL_PROMPTS, PREFILL_TOKENS
 from cxr_triton.errors import BuildFailed, DeviceUnavailable
 from cxr_triton.extras import remedy
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-    from cxr_triton.engines.bundle import Geometry
+    from cxr_triton.engines.geometry import Geometry
+    from cxr_triton.engines.recipe import Recipe
+    from cxr_triton.engines.tensorrt import TensorRT
 
-MODULES = {"tensorrt": ("tensorrt", "trt"), "tensorrt-rtx": ("tensorrt_rtx", "rtx")}
-"""Python module of a compiler, and the extra of cxr-triton that installs it."""
-LEAST_VERSION = {"tensorrt": (10, 15), "tensorrt-rtx": (1, 7)}
-"""First TensorRT with `KV_CACHE_UPDATE`, `ATTENTION` and `ROTARY_EMBEDDING` layers; the TensorRT-RTX that is tested."""
-LEAST_FOR_VISION = {**LEAST_VERSION, "tensorrt": (10, 14)}
-"""The vision graph has none of those layers: the TensorRT beside TensorRT-LLM's last engines builds it too."""
-LAST_MAJOR = {"tensorrt": 11, "tensorrt-rtx": 1}
-"""Last major version whose interface is known to have what is called here; the next one may remove it."""
 CONTAINER_TENSORRT = {
     **dict.fromkeys((f"26.0{month}-trtllm-python-py3" for month in (3, 4, 5, 6, 7)), "10.14.1.48"),
     **dict.fromkeys(("25.11-trtllm-python-py3", "25.12-trtllm-python-py3"), "10.13.3.9"),
@@ -54,6 +45,7 @@ _SOURCE = re.compile(r"^(\S+\.(cpp|h):\d+:?\s*|In function \S+\s*|I\w+::\w+: |Er
 _NODE = re.compile(r"node[: ]+\{?([\w.:/\[\]+ -]+?)[\]}]*(?:\.| due|,|:|$)")
 _OPERATOR = re.compile(r"(\w+) operation was not supported")
 _INITIALIZER = re.compile(r"Failed to import initializer: ([\w.]+)$")
+_OTHER = f"use a newer version of the compiler, or engine {DEFAULT}"
 _REMEDIES = (
     ("initializer", "the graph and its .data file are not of one export; export again"),
     ("softmax precision", "export again with this version of cxr-triton"),
@@ -61,40 +53,39 @@ _REMEDIES = (
     ("dedicated kernel", "attention has fused kernels in fp16 and bf16 only: export with --compute fp16 or bf16"),
     ("implementation", "export with --compute fp16 or bf16, or choose another precision"),
     ("opset", "use a newer version of the compiler"),
-    ("unsupported", "use a newer version of the compiler, or engine onnxruntime"),
-    ("not supported", "use a newer version of the compiler, or engine onnxruntime"),
+    ("unsupported", _OTHER),
+    ("not supported", _OTHER),
     ("memory", "free memory, or lower slots, max_sequence or image_budget of the recipe"),
 )
 
 
-def load_library(engine: str, graph: str = "decoder"):
-    """The module `tensorrt` or `tensorrt_rtx`, of a version that compiles a graph.
+def load_library(room: TensorRT, graph: str = "decoder"):
+    """The module of a room's library, of a version that compiles a graph.
 
     Raises
     ------
     DeviceUnavailable
         It is not installed, its libraries do not load, or it is too old or too new.
     """
-    module, extra = MODULES[engine]
     try:
-        library = importlib.import_module(module)
+        library = importlib.import_module(room.module)
         version = tuple(int(part) for part in re.findall(r"\d+", library.__version__)[:2])
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         reason = (str(error).splitlines() or ["no message"])[0]
         raise DeviceUnavailable(
-            f"{engine} cannot be loaded ({type(error).__name__}: {reason}); {remedy(extra)}"
+            f"{room.name} cannot be loaded ({type(error).__name__}: {reason}); {remedy(room.extra)}"
         ) from None
-    needed = (LEAST_FOR_VISION if graph == "vision" else LEAST_VERSION)[engine]
+    needed = room.least_for_vision if graph == "vision" else room.least_version
     if version < needed:
         least = ".".join(map(str, needed))
         raise DeviceUnavailable(
-            f"{engine} {library.__version__} is installed, {least} is the least that has the {graph}'s layers; "
-            f"{remedy(extra)}"
+            f"{room.name} {library.__version__} is installed, {least} is the least that has the {graph}'s layers; "
+            f"{remedy(room.extra)}"
         )
-    if version[0] > LAST_MAJOR[engine]:
+    if version[0] > room.last_major:
         raise DeviceUnavailable(
-            f"{engine} {library.__version__} is installed, {LAST_MAJOR[engine]}.x is the last that is supported; "
-            f"{remedy(extra)}"
+            f"{room.name} {library.__version__} is installed, {room.last_major}.x is the last that is supported; "
+            f"{remedy(room.extra)}"
         )
     return library
 
@@ -153,16 +144,14 @@ class Target:
     gpu: str | None
 
 
-def target(engine: str, recipe: Recipe) -> Target:
-    """The target of a recipe's build with `engine`.
+def device_target(recipe: Recipe) -> Target:
+    """The GPU that is here, which has to be of a recipe's kind.
 
     Raises
     ------
     DeviceUnavailable
-        TensorRT has no GPU here, or another one than the recipe's.
+        There is none, or another one than the recipe's.
     """
-    if engine == "tensorrt-rtx":
-        return Target(recipe.compute_capability, None)
     from cxr_triton.engines.cuda import device
 
     found = device()
@@ -171,7 +160,7 @@ def target(engine: str, recipe: Recipe) -> Target:
             f"recipe {recipe.name} is for compute capability {recipe.compute_capability} ({recipe.gpu}), this machine "
             f"has a {found.name} with {found.compute_capability}; TensorRT times kernels where it builds: build there"
         )
-    return Target(recipe.compute_capability, found.name)
+    return Target(found.compute_capability, found.name)
 
 
 def shape_ranges(graph: str, geometry: Geometry, recipe: Recipe, max_images: int) -> list[Ranges]:
@@ -234,7 +223,7 @@ def adapt(model: ModelProto, max_sequence: int) -> ModelProto:
 
 
 def compile_graph(
-    engine: str,
+    room: TensorRT,
     graph: Path,
     plan: Path,
     profiles: list[Ranges],
@@ -248,7 +237,8 @@ def compile_graph(
 
     Parameters
     ----------
-    engine : {"tensorrt", "tensorrt-rtx"}
+    room : TensorRT
+        Of the compiler.
     graph : Path
         Its `.data` file lies beside it.
     plan : Path
@@ -279,31 +269,21 @@ def compile_graph(
     """
     import onnx
 
-    trt = load_library(engine, graph.stem)
-    started_s = time.monotonic()
-    log = _logger(trt)
+    trt = load_library(room, graph.stem)
+    what, started_s, log = f"{room.name} {trt.__version__}", time.monotonic(), _logger(trt)
     try:
         builder = trt.Builder(log)
     except (TypeError, RuntimeError):
         raise DeviceUnavailable(
-            f"{engine} {trt.__version__} finds no GPU to build on ({log.last() or 'no message'}); build on a machine "
-            "with the recipe's GPU and driver"
+            f"{what} finds no GPU to build on ({log.last() or 'no message'}); build on a machine with the recipe's GPU "
+            "and driver"
         ) from None
-    # Types are those of the graph: nothing is cast behind its back. From TensorRT 11 on there is no other way.
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)
     model = adapt(onnx.load(graph, load_external_data=False), max_sequence)
-    what = f"{engine} {trt.__version__}"
-    if not parser.parse(model.SerializeToString(), str(graph)):
-        raise _parser_error(what, graph.name, parser)
+    network = _parsed(trt, what, builder, log, model, graph)
     config = builder.create_builder_config()
     for ranges in profiles:
         _add_profile(what, builder, config, network, ranges)
-    if engine == "tensorrt-rtx":
-        capability = target.compute_capability  # or "current": of the GPU that is here
-        name = "CURRENT" if capability == "current" else f"SM{capability.replace('.', '')}"
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(trt.ComputeCapability.__members__[name], 0)
+    room.configure(trt, config, target)
     times = None if timing_cache is None else _attach_times(config, timing_cache)
     with open(plan, "wb") as file, _monitor(trt, plan.name, progress) as monitor:
         config.progress_monitor = monitor
@@ -312,11 +292,11 @@ def compile_graph(
         raise KeyboardInterrupt
     if not done or not plan.stat().st_size:
         raise _builder_error(what, graph.name, log.errors, model)
-    if times is not None:
+    if timing_cache is not None and times is not None:
         timing_cache.parent.mkdir(parents=True, exist_ok=True)
         timing_cache.write_bytes(times.serialize())
     return {
-        "engine": engine,
+        "engine": room.name,
         "version": trt.__version__,
         "compute_capability": target.compute_capability,
         "gpu": target.gpu,
@@ -330,6 +310,16 @@ def compile_graph(
         },
         "layers": dict(sorted(Counter(network.get_layer(i).type.name for i in range(network.num_layers)).items())),
     }
+
+
+def _parsed(trt, what: str, builder, log, model: ModelProto, graph: Path):
+    """The network of a model, whose weights lie beside the file `graph`."""
+    # Types are those of the graph: nothing is cast behind its back. From TensorRT 11 on there is no other way.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse(model.SerializeToString(), str(graph)):
+        raise _parser_error(what, graph.name, parser)
+    return network
 
 
 def weights_bytes(model: ModelProto) -> int:
@@ -376,7 +366,7 @@ def _add_profile(what: str, builder, config, network, ranges: Ranges) -> None:
 
 def _remedy(text: str) -> str:
     found = next((remedy for words, remedy in _REMEDIES if words in text.lower()), None)
-    return found or "use another version of the compiler or engine onnxruntime, and report the node"
+    return found or f"use another version of the compiler or engine {DEFAULT}, and report the node"
 
 
 def _parser_error(what: str, graph: str, parser) -> BuildFailed:

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX sessions of a bundle's two plans, on one GPU, with the methods of the ONNX Runtime ones.
+"""Sessions of a bundle's two plans, on one GPU.
 
 The KV cache lives on the device and is updated in place. A decode step is captured as a CUDA graph for each number of
 sequences, and replayed after that.
@@ -7,22 +7,22 @@ sequences, and replayed after that.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import ml_dtypes
 import numpy as np
 
 from cxr_triton.engines.cuda import call, device, runtime
-from cxr_triton.engines.plan_cache import default_folder
-from cxr_triton.engines.recipe import PREFILL_TOKENS
+from cxr_triton.engines.interface import PREFILL_TOKENS
+from cxr_triton.engines.session import DTYPES, DecoderSession, VisionSession
 from cxr_triton.engines.tensorrt.compiler import load_library, released
 from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRequest
 
+if TYPE_CHECKING:
+    from cxr_triton.engines.tensorrt import TensorRT
+
 log = logging.getLogger(__name__)
-DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 PREFILL, DECODE = 0, 1  # optimization profiles, see `tensorrt.shape_ranges`
 
 
@@ -63,8 +63,8 @@ class Plan:
     Parameters
     ----------
     path : Path
-    engine : str
-        ``tensorrt`` or ``tensorrt-rtx``.
+    room : TensorRT
+        Of the library.
     version : str
         Of the library that built it.
     compute_capability : str
@@ -78,8 +78,8 @@ class Plan:
         The plan is of another version of the library, or does not load.
     """
 
-    def __init__(self, path: Path, engine: str, version: str, compute_capability: str):
-        trt = load_library(engine)
+    def __init__(self, path: Path, room: TensorRT, version: str, compute_capability: str):
+        trt, engine = load_library(room), room.name
         if released(trt.__version__) != released(version):
             raise InvalidBundle(
                 f"{path.name} was built with {engine} {version}, {trt.__version__} is installed; "
@@ -104,11 +104,9 @@ class Plan:
         if self.engine is None:
             raise InvalidBundle(f"{engine} cannot load {path.name} ({self._log.last}); build the bundle again here")
         self.stream = int(call("cudaStreamCreate"))
-        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._kernels = None
-        self._choice = strategy
-        if engine == "tensorrt-rtx":
-            self._kernels = _Kernels(trt, self.engine, path, found.name)
+        self._choice = strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._kernels = room.kernels(trt, self.engine, path, found.name)
+        if self._kernels:
             self._choice = self._kernels.config
             self._choice.set_execution_context_allocation_strategy(strategy)
         profiles = range(self.engine.num_optimization_profiles)
@@ -154,7 +152,7 @@ class Plan:
     def capture(self, context):
         """A run of a context as an executable CUDA graph, which nothing runs yet; None where it cannot be captured.
 
-        TensorRT-RTX says beforehand whether it can be. TensorRT does not, and is tried once, as trtexec does.
+        A library that keeps its kernels says beforehand whether it can be. Another is tried once, as trtexec does.
         """
         if not self._is_capturable or (self._kernels and not context.is_stream_capturable(self.stream)):
             return None
@@ -174,31 +172,9 @@ class Plan:
         return None
 
     def keep(self) -> None:
-        """Write down what TensorRT-RTX compiled for this GPU, so that the next start finds it."""
+        """Write down what the library compiled for this GPU, so that the next start finds it."""
         if self._kernels:
             self._kernels.write()
-
-
-class _Kernels:
-    """The runtime cache of TensorRT-RTX: what it compiled on this machine for a plan; a damaged file is ignored."""
-
-    def __init__(self, trt, engine, plan: Path, gpu: str):
-        key = hashlib.sha256(f"{plan.stat().st_size} {gpu} {trt.__version__}".encode())
-        with open(plan, "rb") as file:
-            key.update(file.read(1 << 20))
-        self._path = default_folder().with_name("kernels") / key.hexdigest()
-        self.config = engine.create_runtime_config()
-        self._cache = self.config.create_runtime_cache()
-        with contextlib.suppress(OSError):
-            self._cache.deserialize(self._path.read_bytes())
-        self.config.set_runtime_cache(self._cache)
-
-    def write(self) -> None:
-        with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-            partial.write_bytes(bytes(self._cache.serialize()))
-            os.replace(partial, self._path)
 
 
 def _quiet(trt):
@@ -216,56 +192,38 @@ def _quiet(trt):
     return Log()
 
 
-def _open_plan(bundle, graph: str) -> Plan:
-    engine = bundle.engine if graph == "decoder" else bundle.vision_engine
+def open_plan(room: TensorRT, bundle, graph: str) -> Plan:
+    """The plan of a bundle's graph; errors as `Plan`."""
     try:
         report = bundle.manifest["plans"][graph]
         version, capability = str(report["version"]), str(report["compute_capability"])
     except (KeyError, TypeError):
         raise InvalidBundle(f"manifest.json: plans.{graph} is missing; build the bundle again") from None
-    return Plan(bundle.path / f"{graph}.plan", engine, version, capability)
+    return Plan(bundle.path / f"{graph}.plan", room, version, capability)
 
 
-class TensorRTVision:
-    """The vision plan of a bundle; see `session.VisionSession`.
+class TensorRTVision(VisionSession):
+    """The vision plan of a bundle; a batch goes in runs of as many images as the plan takes.
 
     Parameters
     ----------
+    plan : Plan
     bundle : Bundle
-
-    Raises
-    ------
-    DeviceUnavailable, InvalidBundle
-        See `Plan`.
     """
 
-    def __init__(self, bundle):
-        self._plan = _open_plan(bundle, "vision")
+    def __init__(self, plan: Plan, bundle):
+        self._plan = plan
         geometry = bundle.geometry
         self._dtype, self._hidden = DTYPES[geometry.compute], geometry.hidden
         self._most = self._plan.engine.get_tensor_profile_shape("pixel_windows", 0)[2][0]
         self._buffers = {name: Buffer() for name in (*_VISION_INPUTS, "image_embeddings")}
         self._is_warm = False
 
-    def encode(
-        self, pixel_windows: np.ndarray, patch_rows_cols: np.ndarray, valid: np.ndarray, merge_order: np.ndarray
-    ) -> np.ndarray:
-        """Embeddings of a batch of images, in runs of as many as the plan takes; see `session.VisionSession.encode`."""
-        used = int(np.flatnonzero(valid.any(axis=(0, 2)))[-1]) + 1
-        feeds = dict(
-            zip(
-                _VISION_INPUTS,
-                (pixel_windows[:, :used], patch_rows_cols[:, :used], valid[:, :used], merge_order),
-                strict=True,
-            )
-        )
-        parts = [
-            self._run({name: value[i : i + self._most] for name, value in feeds.items()})
-            for i in range(0, len(merge_order), self._most)
-        ]
-        return np.concatenate(parts).astype(np.float32)
-
     def _run(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+        starts = range(0, len(feeds["merge_order"]), self._most)
+        return np.concatenate([self._run_part({n: v[i : i + self._most] for n, v in feeds.items()}) for i in starts])
+
+    def _run_part(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
         context = self._plan.context(0)
         for name, value in feeds.items():
             self._buffers[name].reserve(value.nbytes)
@@ -286,26 +244,25 @@ class TensorRTVision:
 _VISION_INPUTS = ("pixel_windows", "patch_rows_cols", "valid", "merge_order")
 
 
-class TensorRTDecoder:
-    """The decoder plan of a bundle with its KV cache on the GPU; see `session.DecoderSession`.
+class TensorRTDecoder(DecoderSession):
+    """The decoder plan of a bundle with its KV cache on the GPU; a prompt goes in pieces that the plan takes.
 
     Parameters
     ----------
+    plan : Plan
     bundle : Bundle
     slots : int
         Sequences that the cache holds; at most the plan's.
 
     Raises
     ------
-    DeviceUnavailable, InvalidBundle
-        See `Plan`.
     InvalidRequest
         More slots than the plan was built for.
     """
 
-    def __init__(self, bundle, *, slots: int):
+    def __init__(self, plan: Plan, bundle, *, slots: int):
         geometry = bundle.geometry
-        self._plan = _open_plan(bundle, "decoder")
+        self._plan = plan
         most = self._plan.engine.get_tensor_profile_shape("input_ids", DECODE)[2][0]
         if slots > most:
             raise InvalidRequest(f"{slots} slots were asked for, decoder.plan takes {most}; build with another recipe")
@@ -341,7 +298,6 @@ class TensorRTDecoder:
         *,
         is_last: bool,
     ) -> np.ndarray | None:
-        """Append prompt tokens to a slot, in pieces that the plan takes; see `session.DecoderSession.prefill`."""
         rows = len(image_embeddings)
         if rows and image_embeddings is not self._held:  # the pieces of a prompt come with the same array
             value = image_embeddings.astype(self._dtype)
@@ -369,7 +325,6 @@ class TensorRTDecoder:
         return self._logits[0]
 
     def step(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Append one generated token to each of the first n slots; see `session.DecoderSession.step`."""
         active = len(input_ids)
         self._feed(
             input_ids=input_ids[:, None],
@@ -394,15 +349,10 @@ class TensorRTDecoder:
         return self._logits[:active]
 
     def move(self, source: int, target: int) -> None:
-        """Copy what a slot holds to another one."""
         self.lengths[target] = self.lengths[source]
         size = self._slot_bytes
         for cache in self._cache.values():
             self._plan.copy(cache.pointer + target * size, cache.pointer + source * size, size)
-
-    def free(self, slot: int) -> None:
-        """Forget what a slot holds."""
-        self.lengths[slot] = 0
 
     def _feed(self, **inputs: np.ndarray) -> None:
         """Upload int64 inputs; their addresses stay, as a captured step reads them again."""

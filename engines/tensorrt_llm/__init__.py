@@ -1,0 +1,126 @@
+"""TensorRT-LLM: a decoder that `trtllm-build` builds and NVIDIA's C++ backend of Triton batches in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from cxr_triton.engines.interface import Compiled, GpuEngine, Serving
+from cxr_triton.engines.tensorrt import TensorRT
+from cxr_triton.errors import DeviceUnavailable, InvalidRecipe
+
+FOLDER, FILES = "tensorrt_llm", ("config.json", "rank0.engine")
+"""Folder of a bundle with what `trtllm-build` wrote, and nothing else."""
+CONTAINERS = {
+    "26.03-trtllm-python-py3": "1.2.0",
+    **dict.fromkeys((f"26.0{month}-trtllm-python-py3" for month in (4, 5, 6, 7)), "1.2.1"),
+}
+"""TensorRT-LLM of the containers whose `trtllm-build` is known here: 1.2, the last that has one."""
+
+
+class TensorRTLLM(GpuEngine):
+    """Runs the decoder alone, in NVIDIA's container; its tower is a TensorRT plan in Triton's own backend."""
+
+    name = "tensorrt-llm"
+    graphs = ("decoder",)
+    form = "tensorrt-llm"
+    folder = FOLDER
+    in_container = True
+    abilities = frozenset({"prefix_reuse"})
+    backends = ("tensorrtllm", "tensorrt")
+    home = "NVIDIA's container with TensorRT-LLM, see deploy/README.md"
+
+    def files(self, graph: str) -> tuple[str, ...]:
+        return tuple(f"{FOLDER}/{name}" for name in FILES)
+
+    def check_cache(self, recipe) -> None:
+        """Its cache is paged; what else is of its own in a recipe is checked here too, before that."""
+        decoder, tag = recipe.decoder, (recipe.container or "").rpartition(":")[2]
+        if recipe.vision.compiler != TensorRT.name:
+            raise InvalidRecipe(
+                f"vision.compiler: {recipe.vision.compiler} beside a tensorrt-llm decoder; its container runs tensorrt"
+            )
+        if tag not in CONTAINERS:
+            raise InvalidRecipe(
+                f"container: {recipe.container} is not known to have trtllm-build of TensorRT-LLM 1.2; use "
+                f"nvcr.io/nvidia/tritonserver:{max(CONTAINERS)}"
+            )
+        if decoder.compute != "bf16" or decoder.head != "compute":
+            raise InvalidRecipe(
+                f"decoder: compute {decoder.compute} with head {decoder.head}; the checkpoint for tensorrt-llm has "
+                "compute bf16 and head compute"
+            )
+        if decoder.precision not in ("bf16", "fp8", "int4-awq"):
+            raise InvalidRecipe(
+                f"decoder.precision: {decoder.precision} would be rounded by trtllm-build, unlike what the gate "
+                "measures; choose bf16, fp8 or int4-awq"
+            )
+        if decoder.kv != "bf16" and (decoder.kv, decoder.precision) != ("fp8", "fp8"):
+            raise InvalidRecipe(
+                f"decoder.kv: {decoder.kv} with {decoder.precision} weights; tensorrt-llm gets a cache in bf16, or in "
+                "fp8 with fp8 weights"
+            )
+        if recipe.kv_tokens < recipe.max_sequence:
+            raise InvalidRecipe(
+                f"decoder.kv_share: {decoder.kv_share:g} leaves {recipe.kv_tokens} tokens, one sequence may take "
+                f"{recipe.max_sequence}; raise it to {1 / recipe.slots:.3g} at least"
+            )
+
+    def step_tokens(self, recipe) -> int:
+        """The longest prompt, and a token of every other stream."""
+        return min(recipe.max_sequence + recipe.slots, recipe.max_sequence * recipe.slots)
+
+    def stream_bytes(self, recipe, text) -> int:
+        """Image rows, and cos and sin of every position."""
+        from cxr_triton.profile import load_profile, profile_names
+
+        profiles = [load_profile(name) for name in profile_names()]
+        rows = max(profile.max_images * profile.token_budget for profile in profiles)
+        return rows * text.hidden_size * 2 + recipe.max_sequence * text.head_dim * 4
+
+    def check_machine(self, recipe) -> None:
+        from cxr_triton.engines.tensorrt_llm.build import check_machine
+
+        check_machine(recipe)
+
+    def prepare(self, job) -> Callable[[Path], Compiled]:
+        from cxr_triton.engines.tensorrt_llm.build import DecoderBuild
+
+        return DecoderBuild.prepare(job).run
+
+    def commands(self, job, named: str) -> dict[str, tuple[str, list | str]]:
+        from cxr_triton.engines.tensorrt_llm.build import commands
+
+        return commands(job, named)
+
+    def open_decoder(self, bundle, *, slots: int, threads: int | None = None, batch_invariant: bool = False):
+        raise DeviceUnavailable(
+            "an engine of tensorrt-llm runs in Triton's tensorrtllm backend only; package the bundle and serve it in "
+            "its container"
+        )
+
+    def open_runtime(self, bundle, parameters: Mapping[str, str], address: str):
+        from cxr_triton.chat import ChatTokenizer
+        from cxr_triton.engines.tensorrt_llm.backend import TensorRTLLMBackend
+        from cxr_triton.engines.tensorrt_llm.request import EngineConfig
+        from cxr_triton.engines.tensorrt_llm.runtime import TensorRTLLMRuntime
+
+        return TensorRTLLMRuntime(
+            EngineConfig.read(bundle.path / FOLDER),
+            TensorRTLLMBackend(address),
+            ChatTokenizer(bundle.path),
+            slots=int(parameters["slots"]),
+            queue_size=int(parameters["queue_size"]),
+            prefix_reuse=parameters["prefix_reuse"] == "1",
+        )
+
+    def serving(self, bundle, settings) -> Serving:
+        from cxr_triton.engines.tensorrt_llm.serving import serving
+
+        return serving(bundle, settings)
+
+    def run_bytes(self, bundle, graph: str) -> int:
+        return TensorRT().run_bytes(bundle, graph)
+
+
+ENGINE = TensorRTLLM()

@@ -19,14 +19,27 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cxr_triton.engines.bundle import TENSORRT_LLM_FILES, Geometry, Progress, sha256
+from cxr_triton.engines import tensorrt
+from cxr_triton.engines.build import Job
+from cxr_triton.engines.bundle import Progress, sha256
+from cxr_triton.engines.container import in_container, located_recipe
+from cxr_triton.engines.geometry import Geometry
+from cxr_triton.engines.interface import Compiled
 from cxr_triton.engines.plan_cache import PlanCache, plan_key
-from cxr_triton.engines.recipe import TENSORRT_LLM_CONTAINERS, Recipe, recipe_names
-from cxr_triton.engines.tensorrt.compiler import CONTAINER_TENSORRT, Target, load_library, released, target
+from cxr_triton.engines.recipe import Recipe
+from cxr_triton.engines.tensorrt.compiler import (
+    CONTAINER_TENSORRT,
+    Target,
+    container_match,
+    device_target,
+    load_library,
+    released,
+)
+from cxr_triton.engines.tensorrt_llm import CONTAINERS, ENGINE, FILES, FOLDER
 from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle, InvalidRequest, UnsupportedCheckpoint
 from cxr_triton.export.checkpoint import read_header
 from cxr_triton.profile import load_profile
@@ -125,7 +138,7 @@ def flags(recipe: Recipe, *, max_sequence: int, image_rows: int) -> dict[str, st
     decoder = recipe.decoder
     limits = {
         "max_batch_size": recipe.slots,
-        "max_num_tokens": min(recipe.step_tokens, recipe.slots * max_sequence),
+        "max_num_tokens": min(ENGINE.step_tokens(recipe), recipe.slots * max_sequence),
         "max_input_len": max_sequence - 1,  # ignored where padding is removed; says what our front end keeps to
         "max_seq_len": max_sequence,
         "max_beam_width": 1,
@@ -156,38 +169,6 @@ def command(tool: str | Path, checkpoint: Path, out: Path, chosen: dict[str, str
     return [str(tool), *(part for name, value in pairs for part in (f"--{name}", str(value)))]
 
 
-def in_container(recipe: Recipe, arguments: list, *, read: Iterable[Path], write: Path, env: dict | None = None) -> str:
-    """`docker run` of cxr-triton in the recipe's container, as one line for a shell.
-
-    The image is that of ``deploy/Dockerfile``, target ``engine``: the recipe's container with cxr-triton in it.
-
-    Parameters
-    ----------
-    recipe : Recipe
-    arguments : list
-        Of `cxr-triton`; paths are the host's, which the container has too.
-    read : iterable of Path
-        Files and folders that it reads.
-    write : Path
-        Folder that it writes in; made by the user, or Docker would make it root's.
-    env : dict, optional
-        Variables of its environment.
-    """
-    parts = ["docker", "run", "--rm", "--gpus", "all", "--ipc", "host", "--ulimit", "memlock=-1"]
-    parts += ["--user", f"{os.getuid()}:{os.getgid()}", "--volume", f"{write}:{write}"]
-    for path in dict.fromkeys(read):
-        parts += ["--volume", f"{path}:{path}:ro"]
-    for name, value in (env or {}).items():
-        parts += ["--env", f"{name}={value}"]
-    image = f"cxr-triton-engine:{recipe.container.rpartition(':')[2]}"
-    return f"{shlex.join(['mkdir', '-p', str(write)])} && {shlex.join([*parts, image, *map(str, arguments)])}"
-
-
-def located_recipe(named: str) -> str | Path:
-    """A recipe as a command can name it anywhere: a bundled one's name, or the whole path of a file."""
-    return named if named in recipe_names() else Path(named).resolve()
-
-
 def check_machine(recipe: Recipe) -> tuple[Tool, Target]:
     """The tool and the GPU that build for a recipe.
 
@@ -197,12 +178,12 @@ def check_machine(recipe: Recipe) -> tuple[Tool, Target]:
         The tool, the GPU or TensorRT's package is missing, or of another version or kind than the recipe's.
     """
     tool = find_tool(recipe)
-    if released(ours := load_library("tensorrt", "vision").__version__) != released(tool.tensorrt):
+    if released(ours := load_library(tensorrt.ENGINE, "vision").__version__) != released(tool.tensorrt):
         raise DeviceUnavailable(
             f"the vision engine would be built by TensorRT {ours}, the decoder by {tool.tensorrt}; both run in "
             f"{recipe.container}: install cxr-triton there so that it sees the container's tensorrt package"
         )
-    return tool, target("tensorrt", recipe)
+    return tool, device_target(recipe)
 
 
 def find_tool(recipe: Recipe) -> Tool:
@@ -213,7 +194,7 @@ def find_tool(recipe: Recipe) -> Tool:
     DeviceUnavailable
         There is none, it does not start, or it is of other versions.
     """
-    remedy = f"run this in {recipe.container}: --print shows the command; or choose a recipe for tensorrt"
+    remedy = f"run this in {recipe.container}: --print shows the command; or choose a recipe for another compiler"
     found = shutil.which(TOOL)
     if found is None:
         raise DeviceUnavailable(f"{TOOL} is not on the path; {remedy}")
@@ -238,7 +219,7 @@ def find_tool(recipe: Recipe) -> Tool:
 def _check_versions(tool: Tool, recipe: Recipe, remedy: str) -> None:
     tag = recipe.container.rpartition(":")[2]
     for name, has, wanted in (
-        ("TensorRT-LLM", tool.tensorrt_llm, TENSORRT_LLM_CONTAINERS[tag]),
+        ("TensorRT-LLM", tool.tensorrt_llm, CONTAINERS[tag]),
         ("TensorRT", tool.tensorrt, CONTAINER_TENSORRT[tag]),
     ):
         if released(has) != wanted:
@@ -255,7 +236,7 @@ def _interpreter(script: Path) -> list[str]:
     return shlex.split(line[2:]) if line.startswith("#!") else ["python3"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DecoderBuild:
     """One decoder that is about to be built.
 
@@ -267,27 +248,27 @@ class DecoderBuild:
         See `flags`.
     tool : Tool
     target : Target
+    container : dict
+        See `container_match`.
     log : Path
+    cache : Path, optional
+        Folder of a `PlanCache`.
+    progress : callable, optional
+        See `bundle.Progress`.
     """
 
     checkpoint: Path
     flags: dict[str, str]
     tool: Tool
     target: Target
+    container: dict
     log: Path
+    cache: Path | None = None
+    progress: Progress | None = None
 
     @classmethod
-    def prepare(cls, export: Path, out: Path, geometry: Geometry, recipe: Recipe) -> DecoderBuild:
+    def prepare(cls, job: Job) -> DecoderBuild:
         """Check everything that can be checked before the first minute of building.
-
-        Parameters
-        ----------
-        export : Path
-            Export folder, whose `decoder` is for `trtllm-build`.
-        out : Path
-            Of the bundle; the log lies beside it.
-        geometry : Geometry
-        recipe : Recipe
 
         Raises
         ------
@@ -296,21 +277,34 @@ class DecoderBuild:
         DeviceUnavailable
             The tool or the recipe's GPU is missing, or of another version or kind.
         """
-        checkpoint, chosen = asked(export, geometry, recipe)
-        return cls(checkpoint, chosen, *check_machine(recipe), out.with_name(f"{out.name}.{TOOL}.log"))
+        checkpoint, chosen = asked(job.source, job.geometry, job.recipe)
+        tool, target = check_machine(job.recipe)
+        return cls(
+            checkpoint=checkpoint,
+            flags=chosen,
+            tool=tool,
+            target=target,
+            container=container_match(job.recipe.container, tool.tensorrt),
+            log=job.out.with_name(f"{job.out.name}.{TOOL}.log"),
+            cache=job.cache,
+            progress=job.progress,
+        )
 
-    def run(self, folder: Path, cache: Path | None, progress: Progress | None = None) -> dict:
-        """Put the engine into `folder`, from the cache of plans if it is there; gives the build report.
+    def run(self, bundle: Path) -> Compiled:
+        """Put the engine into a bundle's folder, from the cache of plans if it is there."""
+        versions = {ENGINE.name: self.tool.tensorrt_llm, tensorrt.ENGINE.name: self.tool.tensorrt}
+        return Compiled(versions, self._report(bundle / FOLDER), self.container)
 
-        The report has the keys of `tensorrt.compile_graph`'s and those of `build_engine`.
-        """
+    def _report(self, folder: Path) -> dict:
+        """Keys of `tensorrt.compiler.compile_graph`'s report and those of `build_engine`."""
         weights = self.checkpoint / "rank0.safetensors"
-        kept = PlanCache(Path(cache)) if cache else None
-        timing = None
+        kept = PlanCache(self.cache) if self.cache else None
+        timing, key = None, ""
         if kept:
+            names = ("config.json", weights.name)
             key = plan_key(
                 {
-                    "checkpoint": [sha256(self.checkpoint / name, progress) for name in ("config.json", weights.name)],
+                    "checkpoint": [sha256(self.checkpoint / name, self.progress) for name in names],
                     "flags": self.flags,
                     "tensorrt_llm": self.tool.tensorrt_llm,
                     "tensorrt": self.tool.tensorrt,
@@ -324,7 +318,7 @@ class DecoderBuild:
             folder.rmdir()
             timing = kept.folder / f"timing-{TOOL}-{self.tool.tensorrt}-{self.target.compute_capability}.cache"
         report = {
-            "engine": "tensorrt-llm",
+            "engine": ENGINE.name,
             "version": self.tool.tensorrt_llm,
             "tensorrt": self.tool.tensorrt,
             **dataclasses.asdict(self.target),
@@ -348,6 +342,22 @@ def asked(export: Path, geometry: Geometry, recipe: Recipe) -> tuple[Path, dict[
             "a request, which go through the vision engine together; raise image_budget"
         )
     return checkpoint, flags(recipe, max_sequence=geometry.max_sequence, image_rows=images * geometry.token_budget)
+
+
+def commands(job: Job, named: str) -> dict[str, tuple[str, list | str]]:
+    """The tool's command line, and that of the whole bundle in the recipe's container; see `Engine.commands`."""
+    recipe, source = job.recipe, located_recipe(named)
+    checkpoint, chosen = asked(job.source, job.geometry, recipe)
+    build = ["build", job.source, "-o", job.out, "--recipe", source, "--no-cache"]
+    read = [job.source, *([source] if isinstance(source, Path) else [])]
+    image = f"the whole bundle, in {recipe.container} (deploy/README.md makes the image)"
+    return {
+        "trtllm_build": (
+            f"the decoder alone, where {TOOL} is on the path",
+            command(TOOL, checkpoint, job.out / FOLDER, chosen, {}),
+        ),
+        "docker": (image, in_container(recipe, build, read=read, write=job.out.parent)),
+    }
 
 
 def read_checkpoint(folder: Path) -> dict:
@@ -452,13 +462,13 @@ def build_engine(
             shutil.copyfile(kept, partial)
             os.replace(partial, timing_cache)
         for file in out.iterdir():
-            if file.name not in TENSORRT_LLM_FILES:
+            if file.name not in FILES:
                 file.unlink()
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
     return {
-        "command": command(TOOL, Path("decoder"), Path("tensorrt_llm"), chosen, {}),
+        "command": command(TOOL, Path("decoder"), Path(FOLDER), chosen, {}),
         "seconds": round(time.monotonic() - started_s, 1),
         "phases_s": phases_s,
         "bytes": (out / "rank0.engine").stat().st_size,

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bundles import TOKEN_BUDGET, WINDOW_BUDGET, build_openvino, write_export
 from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START, random_checkpoint
 
-from cxr_triton.engines.bundle import build_bundle
-from cxr_triton.engines.onnxruntime.session import DecoderSession, open_vision
+from cxr_triton.engines.build import build_bundle
+from cxr_triton.engines.onnxruntime.session import OrtDecoder
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime, Generation
 from cxr_triton.pixels import image
 from cxr_triton.sampling import Sampling
@@ -109,7 +109,7 @@ def reference(model_and_export):
 @pytest.fixture(scope="module")
 def generations(bundle, reference):
     """The same requests for the runtime, image embeddings by the vision session."""
-    vision = open_vision(bundle, threads=1)
+    vision = bundle.open_vision(threads=1)
     result = {}
     for name, case in cases().items():
         ids = np.array(case.input_ids, np.int64)
@@ -178,7 +178,7 @@ def test_image_embeddings_do_not_depend_on_the_batch(bundle):
         image.windows(picture(seed, height, width), window_budget=WINDOW_BUDGET, token_budget=TOKEN_BUDGET)
         for seed, (height, width) in enumerate([(196, 168), (28, 28), (56, 336), (224, 224)])
     ]
-    vision = open_vision(bundle, threads=2)
+    vision = bundle.open_vision(threads=2)
     batch = vision.encode(**image.stack(inputs))
     assert batch.shape == (4, TOKEN_BUDGET, bundle.geometry.hidden)
     for each, together in zip(inputs, batch, strict=True):
@@ -211,7 +211,7 @@ def test_batch_invariant_int4_tokens_do_not_depend_on_the_crowd(tmp_path, genera
         )
         for seed, name in enumerate(cases())
     }
-    session = DecoderSession(built, slots=8, threads=1, batch_invariant=True)
+    session = OrtDecoder(built, slots=8, threads=1, batch_invariant=True)
     with DecoderRuntime(built, session=session) as runtime:
         alone = {}
         for name in ("text_only", "two_images", "follow_up"):
@@ -232,7 +232,7 @@ def test_batch_invariant_int4_steps_give_every_row_the_same_bits(tmp_path, slots
     """Whatever the number of rows, and whichever of them it is: the kernel takes them in pairs."""
     random_checkpoint(tmp_path / "checkpoint", tied=False)
     export = write_export(tmp_path / "export", tmp_path / "checkpoint", precision="int4")
-    session = DecoderSession(build_bundle(export, tmp_path / "bundle"), slots=slots, threads=1, batch_invariant=True)
+    session = OrtDecoder(build_bundle(export, tmp_path / "bundle"), slots=slots, threads=1, batch_invariant=True)
     ids, none = np.arange(10, 60), np.zeros((0, session.hidden), np.float32)
     for slot in range(slots):
         session.prefill(slot, ids, np.full(50, -1), none, np.tile(np.arange(50), (3, 1)), is_last=True)

@@ -14,8 +14,8 @@ import pytest
 from bundles import TOKEN_BUDGET, WINDOW_BUDGET, write_export
 from checkpoints import random_checkpoint
 
-from cxr_triton.engines.bundle import Bundle, build_bundle
-from cxr_triton.engines.onnxruntime.session import open_decoder, open_vision
+from cxr_triton.engines.build import build_bundle
+from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.onnxruntime_cuda import session as onnxruntime_cuda_session
 from cxr_triton.engines.onnxruntime_cuda.compiler import MLP_MULTIPLE, compile_graph
 from cxr_triton.engines.onnxruntime_cuda.session import BATCHES, CudaDecoder, CudaVision, Host
@@ -49,7 +49,7 @@ def pair(request, checkpoint, tmp_path_factory):
 
 
 def sessions(pair, slots):
-    return open_decoder(pair[0], slots=slots, threads=1), CudaDecoder(pair[1], slots=slots, memory=Host())
+    return pair[0].open_decoder(slots=slots, threads=1), CudaDecoder(pair[1], slots=slots, memory=Host())
 
 
 def distance(expected, found):
@@ -85,7 +85,7 @@ def test_image_embeddings_are_those_of_the_cpu(pair):
         )
         for size in GRIDS
     ]
-    expected = open_vision(pair[0], threads=1).encode(**image.stack(inputs))
+    expected = pair[0].open_vision(threads=1).encode(**image.stack(inputs))
     found = CudaVision(pair[1], memory=Host()).encode(**image.stack(inputs))
     for each, ours, theirs in zip(inputs, expected, found, strict=True):
         assert distance(ours[: each.tokens], theirs[: each.tokens]) < 1e-4
@@ -234,11 +234,11 @@ def test_graphs_in_bf16_are_well_typed_and_stop_at_the_first_missing_kernel_of_a
 def test_without_a_gpu_the_error_says_what_is_missing(checkpoint, tmp_path, monkeypatch):
     bundle = bf16_bundle(checkpoint, tmp_path)
     with pytest.raises(DeviceUnavailable, match="GPU"):
-        open_vision(bundle)
+        bundle.open_vision()
     with pytest.raises(DeviceUnavailable, match="GPU"):
-        open_decoder(bundle, slots=1)
+        bundle.open_decoder(slots=1)
     with pytest.raises(InvalidRequest, match="onnxruntime-cuda has none"):
-        open_decoder(bundle, slots=1, batch_invariant=True)
+        bundle.open_decoder(slots=1, batch_invariant=True)
 
     class Gpu(Host):
         kind = "cuda"

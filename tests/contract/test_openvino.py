@@ -13,8 +13,8 @@ import pytest
 from bundles import TOKEN_BUDGET, WINDOW_BUDGET, build_openvino, write_export
 from checkpoints import random_checkpoint
 
-from cxr_triton.engines.bundle import Bundle, build_bundle
-from cxr_triton.engines.onnxruntime.session import open_decoder, open_vision
+from cxr_triton.engines.build import build_bundle
+from cxr_triton.engines.bundle import Bundle
 from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle, InvalidRequest
 from cxr_triton.pixels import image
 
@@ -51,7 +51,7 @@ def pictures(seed=0):
 
 def test_image_embeddings_are_those_of_onnxruntime(pair):
     inputs, (onnxruntime, openvino, precision) = pictures(), pair
-    expected, actual = (open_vision(each, threads=1).encode(**image.stack(inputs)) for each in (onnxruntime, openvino))
+    expected, actual = (each.open_vision(threads=1).encode(**image.stack(inputs)) for each in (onnxruntime, openvino))
     assert actual.dtype == np.float32 and actual.shape == expected.shape
     for each, ours, theirs in zip(inputs, expected, actual, strict=True):
         rows = slice(each.tokens)
@@ -75,7 +75,7 @@ def with_fp32_activations(bundle, folder):
 
 def served_logits(bundle):
     """Logits of four slots in prefill and steps, and the slots' lengths at the end: slots are moved and freed."""
-    decoder = open_decoder(bundle, slots=4, threads=1)
+    decoder = bundle.open_decoder(slots=4, threads=1)
     rng, found = np.random.default_rng(1), []
     embeddings = rng.standard_normal((12, decoder.hidden)).astype(np.float32)
     for slot, count in enumerate((70, 9, 130, 33)):
@@ -135,9 +135,9 @@ def test_the_bundle_says_what_runs_it(pair):
 def test_without_openvino_the_error_says_what_to_install(pair, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(DeviceUnavailable, match=r"\[openvino\]"):
-        open_vision(pair[1])
+        pair[1].open_vision()
     with pytest.raises(DeviceUnavailable, match=r"\[openvino\]"):
-        open_decoder(pair[1], slots=1)
+        pair[1].open_decoder(slots=1)
 
 
 def test_an_older_openvino_than_the_builders_is_refused(pair, monkeypatch):
@@ -151,7 +151,7 @@ def test_a_damaged_graph_is_named(pair, tmp_path):
     (tmp_path / "decoder.bin").write_bytes(b"")
     (tmp_path / "decoder.xml").write_text((pair[1].path / "decoder.xml").read_text()[:5000])
     with pytest.raises(InvalidBundle, match=r"openvino cannot load decoder\.xml"):
-        open_decoder(damaged, slots=1)
+        damaged.open_decoder(slots=1)
 
 
 def test_a_graph_that_openvino_does_not_take_leaves_nothing(checkpoint, tmp_path):
@@ -168,4 +168,4 @@ def test_a_graph_that_openvino_does_not_take_leaves_nothing(checkpoint, tmp_path
 
 def test_batch_invariance_is_not_promised(pair):
     with pytest.raises(InvalidRequest, match="openvino has none"):
-        open_decoder(pair[1], slots=2, batch_invariant=True)
+        pair[1].open_decoder(slots=2, batch_invariant=True)

@@ -18,9 +18,10 @@ from checkpoints import random_checkpoint
 from click.testing import CliRunner
 
 from cxr_triton.cli import main
-from cxr_triton.engines.bundle import Bundle, build_bundle
-from cxr_triton.engines.onnxruntime.session import open_decoder, open_vision
-from cxr_triton.engines.recipe import TEXT_3B, VISION_3B, load_recipe
+from cxr_triton.engines import engine
+from cxr_triton.engines.build import build_bundle
+from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.recipe import RECIPES, TEXT_3B, VISION_3B, load_recipe
 from cxr_triton.engines.tensorrt import compiler as tensorrt
 from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle, InvalidRequest
 from cxr_triton.perf.shape import write_shape
@@ -150,7 +151,7 @@ def test_the_transformers_model_of_the_other_tests_builds_too(tmp_path):
 def test_a_second_build_takes_plans_from_the_cache_and_a_damaged_one_is_built(built, exports, tmp_path, monkeypatch):
     first, compiled = built("int4"), Counter()
 
-    def counting(engine, graph, plan, *args, **kwargs):
+    def counting(room, graph, plan, *args, **kwargs):
         compiled[graph.stem] += 1
         plan.write_bytes(b"built again")
         return first.manifest["plans"][graph.stem]
@@ -173,7 +174,7 @@ def test_another_target_graph_or_weight_is_another_plan(built, exports, tmp_path
     built("int4")
     compiled = []
 
-    def refuse(engine, graph, *args, **kwargs):
+    def refuse(room, graph, *args, **kwargs):
         compiled.append(graph.stem)
         raise BuildFailed("not from the cache")
 
@@ -232,12 +233,12 @@ def test_weights_that_are_not_there_are_named(exports, tmp_path):
     ranges = tensorrt.shape_ranges("decoder", tensorrt_geometry(export), recipe_for("bf16"), 1)
     with pytest.raises(BuildFailed, match=r"cannot read the weights \S+ of decoder\.onnx; .*export again"):
         tensorrt.compile_graph(
-            "tensorrt-rtx",
+            engine("tensorrt-rtx"),
             export / "decoder.onnx",
             tmp_path / "decoder.plan",
             ranges,
             max_sequence=tensorrt_geometry(export).max_sequence,
-            target=tensorrt.target("tensorrt-rtx", recipe_for("bf16")),
+            target=engine("tensorrt-rtx").target(recipe_for("bf16")),
         )
 
 
@@ -249,17 +250,17 @@ def test_attention_without_a_fused_kernel_is_refused_with_the_types_that_have_on
     recipe = recipe_for("bf16")
     with pytest.raises(BuildFailed, match=r"cannot build node Attention_\d+ \(Attention\).*--compute fp16 or bf16"):
         tensorrt.compile_graph(
-            "tensorrt-rtx",
+            engine("tensorrt-rtx"),
             export / "decoder.onnx",
             tmp_path / "plan",
             tensorrt.shape_ranges("decoder", geometry, recipe, 1),
             max_sequence=geometry.max_sequence,
-            target=tensorrt.target("tensorrt-rtx", recipe),
+            target=engine("tensorrt-rtx").target(recipe),
         )
 
 
 def tensorrt_geometry(export):
-    from cxr_triton.engines.bundle import Geometry
+    from cxr_triton.engines.geometry import Geometry
 
     return Geometry.from_json(json.loads((export / "export.json").read_text())["geometry"], "export.json")
 
@@ -279,7 +280,7 @@ def test_ctrl_c_stops_a_build_and_leaves_nothing(exports, tmp_path, monkeypatch)
 
 def test_the_build_verb_says_what_it_built(exports, tmp_path):
     own = tmp_path / "own.yaml"
-    text = (Path(tensorrt.__file__).parent / "recipes" / "rtx4090-int4.yaml").read_text()
+    text = (RECIPES / "rtx4090-int4.yaml").read_text()
     own.write_text(text.replace("int4-awq", "int4").replace("slots: 16", "slots: 4"))
     arguments = ["build", str(exports("int4")), "-o", str(tmp_path / "bundle"), "--recipe", str(own)]
     result = CliRunner().invoke(main, [*arguments, "--cache", str(tmp_path / "cache"), "--json", "-"])
@@ -302,7 +303,7 @@ def has_gpu():
 
 @pytest.mark.skipif(has_gpu(), reason="this machine has a GPU")
 def test_sessions_without_a_gpu_say_so(built):
-    for opened in (open_vision, lambda bundle: open_decoder(bundle, slots=2)):
+    for opened in (lambda bundle: bundle.open_vision(), lambda bundle: bundle.open_decoder(slots=2)):
         with pytest.raises(
             DeviceUnavailable, match=r"no NVIDIA GPU can be used here \(.+\); .*or use a recipe for onnx"
         ):
@@ -315,7 +316,7 @@ def test_a_plan_of_another_version_is_refused_before_the_gpu_is_asked(built, tmp
     manifest["plans"]["vision"]["version"] = "1.0.0.1"
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InvalidBundle, match=r"vision\.plan was built with tensorrt-rtx 1\.0\.0\.1, \S+ is installed"):
-        open_vision(Bundle.open(path))
+        Bundle.open(path).open_vision()
 
 
 def test_tensorrt_is_refused_where_it_cannot_be_loaded_or_has_no_gpu(tmp_path):
@@ -323,8 +324,8 @@ def test_tensorrt_is_refused_where_it_cannot_be_loaded_or_has_no_gpu(tmp_path):
     if has_gpu():
         pytest.skip("this machine has a GPU")
     with pytest.raises(DeviceUnavailable, match=r"cannot be loaded|no NVIDIA GPU"):
-        tensorrt.load_library("tensorrt")
-        tensorrt.target("tensorrt", recipe)
+        tensorrt.load_library(engine("tensorrt"))
+        engine("tensorrt").target(recipe)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +351,7 @@ def test_a_decode_step_on_a_gpu_gives_finite_logits(exports, tmp_path):
     from cxr_triton.engines.cuda import device
 
     recipe = recipe_for("int4", compute_capability=device().compute_capability)
-    session = open_decoder(build_bundle(exports("int4"), tmp_path / "bundle", recipe=recipe), slots=2)
+    session = build_bundle(exports("int4"), tmp_path / "bundle", recipe=recipe).open_decoder(slots=2)
     ids, none = np.arange(1, 9), np.zeros((0, TEXT["hidden_size"]), np.float32)
     for slot in range(2):
         session.prefill(slot, ids, np.full(8, -1), none, np.tile(np.arange(8), (3, 1)), is_last=True)

@@ -18,10 +18,13 @@ import tensorrt_api
 from bundles import MAX_SEQUENCE, TOKEN_BUDGET, WINDOW_BUDGET, write_export
 from checkpoints import random_checkpoint
 
-from cxr_triton.engines import cuda
-from cxr_triton.engines.bundle import Bundle, Geometry, build_bundle
-from cxr_triton.engines.onnxruntime.session import DecoderSession, VisionSession, open_decoder, open_vision
-from cxr_triton.engines.recipe import PREFILL_TOKENS, load_recipe
+from cxr_triton.engines import cuda, engine
+from cxr_triton.engines.build import build_bundle
+from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.geometry import Geometry
+from cxr_triton.engines.interface import PREFILL_TOKENS
+from cxr_triton.engines.onnxruntime.session import OrtDecoder, OrtVision
+from cxr_triton.engines.recipe import load_recipe
 from cxr_triton.engines.tensorrt import compiler as tensorrt
 from cxr_triton.engines.tensorrt import session as tensorrt_session
 from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle, InvalidRequest
@@ -40,27 +43,27 @@ def bundle(tmp_path_factory):
 @pytest.fixture(params=LIBRARIES)
 def installed(request, tmp_path, monkeypatch):
     """Engine, library and device of paper, in place of TensorRT of a version."""
-    engine, version = request.param.split()
+    name, version = request.param.split()
     device = fake_tensorrt.Cuda()
     library = fake_tensorrt.library(version, device)
-    monkeypatch.setitem(sys.modules, tensorrt.MODULES[engine][0], library)
+    monkeypatch.setitem(sys.modules, engine(name).module, library)
     monkeypatch.setattr(cuda, "runtime", lambda: device)
     monkeypatch.setattr(tensorrt_session, "runtime", lambda: device)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return engine, library, device
+    return name, library, device
 
 
-def compile_paper(bundle, folder, engine, graph, **options):
+def compile_paper(bundle, folder, name, graph, **options):
     geometry = Geometry.from_json(bundle.manifest["geometry"], "")
     recipe = dataclasses.replace(load_recipe("rtx4090-int4"), slots=SLOTS, image_budget=2)
     return tensorrt.compile_graph(
-        engine,
+        engine(name),
         # The exported graph: ONNX Runtime's own rewrite takes one sequence at a time.
         bundle.path.parent / "export" / f"{graph}.onnx",
         folder / f"{graph}.plan",
         tensorrt.shape_ranges(graph, geometry, recipe, 2),
         max_sequence=geometry.max_sequence,
-        target=tensorrt.target(engine, recipe),
+        target=engine(name).target(recipe),
         progress=False,
         **options,
     )
@@ -69,9 +72,9 @@ def compile_paper(bundle, folder, engine, graph, **options):
 @pytest.fixture
 def paper(bundle, installed, tmp_path):
     """A plan bundle that runs `bundle`'s graphs on the fake device, and that device."""
-    engine, _, device = installed
-    plans = {graph: compile_paper(bundle, tmp_path, engine, graph) for graph in ("vision", "decoder")}
-    manifest = bundle.manifest | {"engine": engine, "vision_engine": engine, "plans": plans}
+    name, _, device = installed
+    plans = {graph: compile_paper(bundle, tmp_path, name, graph) for graph in ("vision", "decoder")}
+    manifest = bundle.manifest | {"engine": name, "vision_engine": name, "plans": plans}
     return Bundle(tmp_path, manifest, bundle.digest, Geometry.from_json(bundle.manifest["geometry"], "")), device
 
 
@@ -88,14 +91,14 @@ def prompt(rng, tokens, images=0):
 
 def test_prefill_and_steps_of_several_slots_are_those_of_onnx_runtime(bundle, paper):
     rng = np.random.default_rng(0)
-    reference, session = DecoderSession(bundle, slots=SLOTS), open_decoder(paper[0], slots=SLOTS)
+    reference, session = OrtDecoder(bundle, slots=SLOTS), paper[0].open_decoder(slots=SLOTS)
     for slot, (tokens, images) in enumerate(((9, 4), (PREFILL_TOKENS + 5, 40), (3, 0))):  # the second in two pieces
         given = prompt(rng, tokens, images)
-        expected, actual = (engine.prefill(slot, **given, is_last=True).copy() for engine in (reference, session))
+        expected, actual = (each.prefill(slot, **given, is_last=True).copy() for each in (reference, session))
         np.testing.assert_allclose(actual, expected, atol=2e-4)
     for active in (3, 2, 3, 3, 1, 2):  # new, new, replayed, replayed, new, replayed
         ids, positions = rng.integers(0, VOCAB, active), reference.lengths[:active].copy()
-        expected, actual = (engine.step(ids, positions).copy() for engine in (reference, session))
+        expected, actual = (each.step(ids, positions).copy() for each in (reference, session))
         np.testing.assert_allclose(actual, expected, atol=2e-4)
     np.testing.assert_array_equal(session.lengths, reference.lengths)
     assert paper[1].launched == 3
@@ -103,10 +106,10 @@ def test_prefill_and_steps_of_several_slots_are_those_of_onnx_runtime(bundle, pa
 
 def test_an_engine_that_forbids_capture_is_launched_step_by_step(bundle, paper, caplog):
     paper[1].forbids_capture = True
-    reference, session = DecoderSession(bundle, slots=1), open_decoder(paper[0], slots=1)
+    reference, session = OrtDecoder(bundle, slots=1), paper[0].open_decoder(slots=1)
     given = prompt(np.random.default_rng(4), 6)
-    for engine in (reference, session):
-        engine.prefill(0, **given, is_last=True)
+    for each in (reference, session):
+        each.prefill(0, **given, is_last=True)
     for token in range(3):
         expected, actual = (e.step(np.array([token]), np.array([6 + token])).copy() for e in (reference, session))
         np.testing.assert_allclose(actual, expected, atol=2e-4)
@@ -117,14 +120,14 @@ def test_an_engine_that_forbids_capture_is_launched_step_by_step(bundle, paper, 
 
 def test_a_prompt_in_chunks_a_moved_slot_and_a_freed_one(bundle, paper):
     rng = np.random.default_rng(1)
-    engines = DecoderSession(bundle, slots=SLOTS), open_decoder(paper[0], slots=SLOTS)
+    engines = OrtDecoder(bundle, slots=SLOTS), paper[0].open_decoder(slots=SLOTS)
     first, second = prompt(rng, 20, 6), prompt(rng, 12, 3)
     chunks = [slice(0, 8), slice(8, 16), slice(16, 20)]
     results = []
-    for engine in engines:
-        engine.prefill(0, **second, is_last=True)
+    for each in engines:
+        each.prefill(0, **second, is_last=True)
         for chunk in chunks:
-            logits = engine.prefill(
+            logits = each.prefill(
                 1,
                 first["input_ids"][chunk],
                 first["image_index"][chunk],
@@ -134,18 +137,18 @@ def test_a_prompt_in_chunks_a_moved_slot_and_a_freed_one(bundle, paper):
             )
             assert (logits is None) == (chunk.stop != 20)
         ended = logits.copy()
-        engine.move(1, 0)
-        engine.free(1)
-        results.append((ended, engine.step(np.array([5]), np.array([20])).copy(), list(engine.lengths)))
+        each.move(1, 0)
+        each.free(1)
+        results.append((ended, each.step(np.array([5]), np.array([20])).copy(), list(each.lengths)))
     for expected, actual in zip(*results, strict=True):
         np.testing.assert_allclose(actual, expected, atol=2e-4)
 
 
 def test_more_slots_than_the_plan_has_are_refused(paper):
     with pytest.raises(InvalidRequest, match=r"9 slots.*takes 3"):
-        open_decoder(paper[0], slots=9)
+        paper[0].open_decoder(slots=9)
     with pytest.raises(InvalidRequest, match="batch-invariant"):
-        open_decoder(paper[0], slots=2, batch_invariant=True)
+        paper[0].open_decoder(slots=2, batch_invariant=True)
 
 
 def test_images_beyond_the_plans_batch_are_encoded_in_turns(bundle, paper):
@@ -158,14 +161,14 @@ def test_images_beyond_the_plans_batch_are_encoded_in_turns(bundle, paper):
         "valid": valid,
         "merge_order": np.tile(np.arange(TOKEN_BUDGET, dtype=np.int32), (images, 1)),
     }
-    expected = VisionSession(bundle).encode(**feeds)
-    actual = open_vision(paper[0]).encode(**feeds)
+    expected = OrtVision(bundle).encode(**feeds)
+    actual = paper[0].open_vision().encode(**feeds)
     assert actual.dtype == np.float32 and actual.shape == expected.shape
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 def test_memory_is_given_back(paper):
-    session = open_decoder(paper[0], slots=SLOTS)
+    session = paper[0].open_decoder(slots=SLOTS)
     rows = 2 * 2 * 2 * 32 * MAX_SEQUENCE * 4  # layers, key and value, heads, width, positions, bytes
     assert sum(map(len, paper[1].memory.values())) > rows * SLOTS
     del session
@@ -177,21 +180,21 @@ def test_a_plan_for_another_card_or_a_damaged_one_is_refused(paper, tmp_path):
     with pytest.raises(
         DeviceUnavailable, match=r"vision\.plan was built for compute capability 12\.0.*Paper GPU with 8\.9"
     ):
-        open_vision(paper[0])
+        paper[0].open_vision()
     (tmp_path / "decoder.plan").write_bytes(b"damaged")
     with pytest.raises(InvalidBundle, match=r"tensorrt\S* cannot load decoder\.plan \(Serialization assertion"):
-        open_decoder(paper[0], slots=1)
+        paper[0].open_decoder(slots=1)
 
 
 def test_a_plan_loads_where_the_same_tensorrt_was_packed_again(paper):
     paper[0].manifest["plans"]["vision"]["version"] += ".post1"
-    open_vision(paper[0])
+    paper[0].open_vision()
 
 
 def test_a_driver_that_is_too_old_for_the_library_is_named(paper):
     paper[1].is_too_old = True
     with pytest.raises(DeviceUnavailable, match=r"does not start on this Paper GPU \(.+ 35\); update the GPU's driver"):
-        open_vision(paper[0])
+        paper[0].open_vision()
 
 
 def test_networks_are_strongly_typed(paper):
@@ -219,21 +222,21 @@ def test_the_tensorrt_beside_tensorrt_llm_compiles_the_vision_graph_only(bundle,
 
 @pytest.mark.parametrize("installed", ["tensorrt 10.14.1.48.post1"], indirect=True)
 def test_the_least_version_is_the_first_with_the_decoders_layers(bundle, installed, tmp_path, monkeypatch):
-    monkeypatch.setitem(tensorrt.LEAST_VERSION, "tensorrt", (10, 14))
+    monkeypatch.setattr(engine("tensorrt"), "least_version", (10, 14))
     with pytest.raises(BuildFailed, match=r"refuses node \S+ \((RotaryEmbedding|TensorScatter)\) of decoder\.onnx"):
         compile_paper(bundle, tmp_path, "tensorrt", "decoder")
 
 
 def test_a_major_version_that_is_not_known_is_refused(installed):
-    engine, library, _ = installed
+    name, library, _ = installed
     library.__version__ = "12.0.0.1"
     with pytest.raises(DeviceUnavailable, match=r"12\.0\.0\.1 is installed, (11|1)\.x is the last.*pip install"):
-        tensorrt.load_library(engine)
+        tensorrt.load_library(engine(name))
 
 
 @pytest.mark.parametrize("installed", LIBRARIES[:1], indirect=True)
 def test_compiled_kernels_are_kept_for_the_next_start(paper, tmp_path):
-    session = open_decoder(paper[0], slots=1)
+    session = paper[0].open_decoder(slots=1)
     session.prefill(0, **prompt(np.random.default_rng(3), 4), is_last=True)
     session.step(np.array([1]), np.array([4]))
     (kept,) = (tmp_path / "cache" / "cxr-triton" / "kernels").iterdir()

@@ -23,7 +23,8 @@ from test_page import Page, browser, chromium  # noqa: E402
 
 from cxr_triton import phantom_file  # noqa: E402
 from cxr_triton.cli import main  # noqa: E402
-from cxr_triton.engines.bundle import Bundle, build_bundle  # noqa: E402
+from cxr_triton.engines.build import build_bundle  # noqa: E402
+from cxr_triton.engines.bundle import Bundle  # noqa: E402
 from cxr_triton.engines.verify import engine_under_test, gate  # noqa: E402
 from cxr_triton.engines.verify.gate import verify_bundle  # noqa: E402
 from cxr_triton.engines.verify.page import verification_page  # noqa: E402
@@ -298,12 +299,12 @@ def test_too_few_images_are_refused(good, reference, images):
 
 
 def test_a_part_that_raises_has_failed(good, reference, images, monkeypatch):
-    from cxr_triton.engines.onnxruntime.session import DecoderSession
+    from cxr_triton.engines.onnxruntime.session import OrtDecoder
 
     def broken(*_, **__):
         raise RuntimeError("the engine is gone")
 
-    monkeypatch.setattr(DecoderSession, "step", broken)
+    monkeypatch.setattr(OrtDecoder, "step", broken)
     monkeypatch.setattr(gate, "PARTS", ("files", "vision", "decoder"))
     record = verify_bundle(good, reference, None, images[:8], threads=1)
     assert record["parts"]["decoder"]["error"] == "RuntimeError: the engine is gone"

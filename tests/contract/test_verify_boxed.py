@@ -19,7 +19,7 @@ import evaluate  # noqa: E402
 from test_verify import weight  # noqa: E402
 
 from cxr_triton import phantom, phantom_file  # noqa: E402
-from cxr_triton.engines.bundle import build_bundle  # noqa: E402
+from cxr_triton.engines.build import build_bundle  # noqa: E402
 from cxr_triton.engines.verify.gate import verify_bundle  # noqa: E402
 from cxr_triton.engines.verify.page import verification_page  # noqa: E402
 from cxr_triton.engines.verify.reference import Reference  # noqa: E402

@@ -256,7 +256,7 @@ class Postgres(Process):
 
 def phantom_repository(folder: Path) -> Path:
     """The demonstration model as a Triton model repository."""
-    from cxr_triton.engines.bundle import build_bundle
+    from cxr_triton.engines.build import build_bundle
     from cxr_triton.export.command import export_checkpoint
     from cxr_triton.profile import load_profile
     from cxr_triton.triton_repo.package import Settings, write_repository

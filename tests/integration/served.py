@@ -50,7 +50,7 @@ tasks:
 
 def write_bundle(folder: Path) -> Path:
     """Checkpoint, export and bundle in a folder; the path of the bundle."""
-    from cxr_triton.engines.bundle import build_bundle
+    from cxr_triton.engines.build import build_bundle
     from cxr_triton.export.command import export_checkpoint
     from cxr_triton.profile import load_profile
 

@@ -236,7 +236,7 @@ def clone(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def served(clone) -> str:
     """Where the demonstration model is served, for documents that go on where the README has served a model."""
-    from cxr_triton.engines.bundle import build_bundle
+    from cxr_triton.engines.build import build_bundle
     from cxr_triton.export.command import export_checkpoint
     from cxr_triton.profile import load_profile
     from cxr_triton.triton_repo.package import Settings, write_repository

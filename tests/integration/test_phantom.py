@@ -54,7 +54,7 @@ def test_another_picture_gets_another_answer(profile, reference):
 def served(request, tmp_path_factory):
     """A warm server on the phantom model, and its precision with the engine."""
     pytest.importorskip("pytriton")
-    from cxr_triton.engines.bundle import build_bundle
+    from cxr_triton.engines.build import build_bundle
     from cxr_triton.engines.recipe import load_recipe
     from cxr_triton.export.command import export_checkpoint
     from cxr_triton.triton_repo.package import Settings, write_repository

@@ -108,13 +108,13 @@ def files():
 @pytest.fixture(scope="module")
 def native(exported, tmp_path_factory):
     """Completions of the native decoder on the same images, given what the engine is given: embeddings in bf16."""
-    from cxr_triton.engines.bundle import build_bundle
-    from cxr_triton.engines.onnxruntime.session import VisionSession
+    from cxr_triton.engines.build import build_bundle
+    from cxr_triton.engines.onnxruntime.session import OrtVision
     from cxr_triton.engines.pipeline import Preprocessor, sampling_of
     from cxr_triton.engines.runtime.scheduler import DecoderRuntime, Generation
 
     bundle = build_bundle(exported / "export", tmp_path_factory.mktemp("native") / "bundle")
-    vision, preprocessor = VisionSession(bundle, threads=1), Preprocessor(bundle.path)
+    vision, preprocessor = OrtVision(bundle, threads=1), Preprocessor(bundle.path)
 
     def read(images, **asked):
         done, completions = threading.Event(), []

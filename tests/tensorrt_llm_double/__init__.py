@@ -39,7 +39,8 @@ def write_bundle(
     plan : bool
         The vision encoder is a TensorRT plan, which holds nothing either, and not an ONNX graph.
     """
-    from cxr_triton.engines.bundle import SIDE_FILES, TENSORRT_LLM
+    from cxr_triton.engines.bundle import SIDE_FILES
+    from cxr_triton.engines.tensorrt_llm import FOLDER
     from cxr_triton.export.checkpoint import Checkpoint
     from cxr_triton.export.tensorrt_llm import write_tensorrt_llm
 
@@ -49,7 +50,7 @@ def write_bundle(
     weights = folder.parent / "trtllm"
     if not weights.exists():
         write_tensorrt_llm(Checkpoint(checkpoint), weights, precision="bf16", max_position_embeddings=context)
-    (folder / TENSORRT_LLM).mkdir(parents=True)
+    (folder / FOLDER).mkdir(parents=True)
     model = json.loads((weights / "config.json").read_text()) | {"dtype": dtype}
     build = {
         "max_batch_size": max_batch,
@@ -60,8 +61,8 @@ def write_bundle(
         "kv_cache_type": "paged",
     }
     config = {"version": "1.2.1", "pretrained_config": model, "build_config": build}
-    (folder / TENSORRT_LLM / "config.json").write_text(json.dumps(config))
-    (folder / TENSORRT_LLM / "rank0.engine").write_text("no engine")
+    (folder / FOLDER / "config.json").write_text(json.dumps(config))
+    (folder / FOLDER / "rank0.engine").write_text("no engine")
     vision = ["vision.onnx", "vision.onnx.data"]
     for name in (*SIDE_FILES, *([] if plan else vision)):
         shutil.copy(export / name, folder / name)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 
-from cxr_triton.engines.onnxruntime.session import VisionSession
+from cxr_triton.engines.onnxruntime.session import OrtVision
 
 INPUTS = ("pixel_windows", "patch_rows_cols", "valid", "merge_order")
 
@@ -17,7 +17,7 @@ class TritonPythonModel:
         import json
 
         export = json.loads(args["model_config"])["parameters"]["double_export"]["string_value"]
-        self.session = VisionSession(SimpleNamespace(path=Path(export).parent), threads=1)
+        self.session = OrtVision(SimpleNamespace(path=Path(export).parent), threads=1)
 
     def execute(self, requests):
         return [self.encode(request) for request in requests]

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from bundles import write_export
 from checkpoints import random_checkpoint
 
 from cxr_triton.engines import bundle as bundles
-from cxr_triton.engines.bundle import Bundle, build_bundle
+from cxr_triton.engines.build import build_bundle
+from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.onnxruntime import compiler
 from cxr_triton.errors import InvalidBundle, InvalidProfile, InvalidRequest
 
 
@@ -138,7 +141,7 @@ def test_another_schema_is_refused(built, schema):
     "built_with, opens", [("1.31.1", True), ("1.24.0", True), ("1.31.9", True), ("1.99.0", False), (None, False)]
 )
 def test_a_runtime_older_than_the_bundle_is_refused(built, monkeypatch, built_with, opens):
-    monkeypatch.setattr(bundles.metadata, "version", lambda name: "1.31.1")
+    monkeypatch.setattr(metadata, "version", lambda name: "1.31.1")
     edit(built, lambda manifest: manifest["versions"].update(onnxruntime=built_with))
     if opens:
         Bundle.open(built)
@@ -206,7 +209,7 @@ def test_a_build_that_breaks_leaves_nothing(export, tmp_path, monkeypatch, error
         target.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(bundles, "compile_decoder", broken)
+    monkeypatch.setattr(compiler, "compile_decoder", broken)
     with pytest.raises(type(error)):
         build_bundle(export, tmp_path / "bundle")
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ import evaluate  # noqa: E402
 
 from cxr_triton import phantom, phantom_file  # noqa: E402
 from cxr_triton.cli import main  # noqa: E402
-from cxr_triton.engines.bundle import build_bundle  # noqa: E402
+from cxr_triton.engines.build import build_bundle  # noqa: E402
 from cxr_triton.errors import InvalidRequest, LicenceNotAccepted, UnsupportedCheckpoint  # noqa: E402
 from cxr_triton.export import quantize  # noqa: E402
 from cxr_triton.export.checkpoint import Checkpoint  # noqa: E402
@@ -293,7 +293,7 @@ def test_a_quantized_model_reads_a_phantom(scheme, head, request, profile, tmp_p
 def labels(bundle, data):
     """Labels that the bundle reads from a file, greedily, through preprocessing and both sessions."""
     from cxr_triton.chat import ChatTokenizer
-    from cxr_triton.engines.onnxruntime.session import DecoderSession, VisionSession
+    from cxr_triton.engines.onnxruntime.session import OrtDecoder, OrtVision
     from cxr_triton.engines.pipeline import Preprocessor
 
     preprocessor = Preprocessor(bundle.path)
@@ -302,8 +302,8 @@ def labels(bundle, data):
     finally:
         preprocessor.close()
     rows = {name: getattr(step, name) for name in ("pixel_windows", "patch_rows_cols", "valid", "merge_order")}
-    embeddings = VisionSession(bundle, threads=1).encode(**rows)[0]
-    decoder = DecoderSession(bundle, slots=1, threads=1)
+    embeddings = OrtVision(bundle, threads=1).encode(**rows)[0]
+    decoder = OrtDecoder(bundle, slots=1, threads=1)
     logits = decoder.prefill(0, step.input_ids, step.image_index, embeddings, step.position_ids, is_last=True)
     position, said = int(step.position_ids.max()) + 1, []
     while (token := int(logits.argmax())) not in bundle.geometry.eos_token_ids and len(said) < 256:

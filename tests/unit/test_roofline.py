@@ -9,7 +9,7 @@ from bundles import write_export
 from checkpoints import random_checkpoint
 from jsonschema import Draft202012Validator
 
-from cxr_triton.engines.bundle import build_bundle
+from cxr_triton.engines.build import build_bundle
 from cxr_triton.perf.roofline import Ceilings, ModelWork, Work, copy_bandwidth, gemm_speed, row, rows
 
 

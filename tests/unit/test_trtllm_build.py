@@ -30,7 +30,10 @@ from PIL import Image
 from cxr_triton import phantom as phantom_images
 from cxr_triton.cli import main
 from cxr_triton.engines import bundle as bundles
-from cxr_triton.engines.bundle import Bundle, build_bundle, read_export
+from cxr_triton.engines import engine
+from cxr_triton.engines.build import Job, build_bundle, read_export
+from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.interface import Compiled
 from cxr_triton.engines.recipe import RECIPES, load_recipe
 from cxr_triton.engines.tensorrt.compiler import Target
 from cxr_triton.engines.tensorrt_llm import build as trtllm_build
@@ -110,13 +113,18 @@ def gpu(monkeypatch):
 
 
 def paper_gpu(monkeypatch):
-    def plan(source, folder, graph, engine, *rest):
-        (folder / f"{graph}.plan").write_bytes(b"paper")
-        report = {"engine": engine, "version": TENSORRT, "compute_capability": "9.0", "gpu": "NVIDIA H100 80GB HBM3"}
-        return report | {"seconds": 1.0, "bytes": 5, "weights_bytes": 5}
+    def plan(job, folder):
+        (folder / f"{job.graph}.plan").write_bytes(b"paper")
+        report = {
+            "engine": "tensorrt",
+            "version": TENSORRT,
+            "compute_capability": "9.0",
+            "gpu": "NVIDIA H100 80GB HBM3",
+        }
+        return Compiled({"tensorrt": TENSORRT}, report | {"seconds": 1.0, "bytes": 5, "weights_bytes": 5})
 
-    monkeypatch.setattr(bundles, "_build_plan", plan)
-    monkeypatch.setattr(trtllm_build, "target", lambda engine, recipe: Target("9.0", "NVIDIA H100 80GB HBM3"))
+    monkeypatch.setattr(engine("tensorrt"), "compile", plan)
+    monkeypatch.setattr(trtllm_build, "device_target", lambda recipe: Target("9.0", "NVIDIA H100 80GB HBM3"))
     monkeypatch.setattr(trtllm_build, "load_library", lambda engine, graph: SimpleNamespace(__version__=TENSORRT))
 
 
@@ -218,7 +226,9 @@ def test_one_slot_does_not_ask_for_more_tokens_than_it_can_have(tmp_path):
 
 
 def test_the_bar_says_what_the_tool_does(export, recipe, tool, gpu, tmp_path, capfd):
-    build = trtllm_build.DecoderBuild.prepare(export, tmp_path / "bundle", read_export(export, recipe)[1], recipe)
+    geometry = read_export(export, recipe)[1]
+    job = Job(graph="decoder", source=export, geometry=geometry, recipe=recipe, out=tmp_path / "bundle")
+    build = trtllm_build.DecoderBuild.prepare(job)
     trtllm_build.build_engine(build.tool, build.checkpoint, tmp_path / "e", build.flags, log=build.log, progress=True)
     shown = capfd.readouterr().err
     assert all(f"trtllm-build {name}" in shown for name, _ in trtllm_build.PHASES)

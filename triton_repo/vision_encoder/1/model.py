@@ -4,7 +4,6 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from cxr_triton.engines.bundle import Bundle
-from cxr_triton.engines.onnxruntime.session import open_vision
 from cxr_triton.triton_repo.adapter import error_response, parameters
 
 INPUTS = ("PIXEL_WINDOWS", "PATCH_ROWS_COLS", "VALID", "MERGE_ORDER")
@@ -14,7 +13,7 @@ class TritonPythonModel:
     def initialize(self, args):
         values = parameters(args)
         bundle = Bundle.open(values["bundle"], verify=False)
-        self.session = open_vision(bundle, threads=int(values["threads"]) or None)
+        self.session = bundle.open_vision(threads=int(values["threads"]) or None)
 
     def execute(self, requests):
         inputs = [

@@ -1,0 +1,123 @@
+"""What is served for a bundle: how much of it, and the tensors between the models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cxr_triton.errors import InvalidRequest
+
+BUNDLE = "decoder/1/bundle"
+"""Where the bundle lies in a repository."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a repository is served.
+
+    Parameters
+    ----------
+    slots : int, optional
+        Streams that decode at the same time; each takes a KV cache of the bundle's whole context. By default 4, or as
+        many as the engine was built for.
+    preprocess_instances : int
+        Processes that decode images, each with a sandboxed child.
+    threads : int
+        CPU threads of each of the two graphs; 0 takes all cores.
+    queue_size : int
+        Requests that may wait before each of preprocessing, vision encoder and decoder; one more is QUEUE_FULL.
+    batch_invariant : bool
+        A reading never depends on what else runs, to the last bit; see `Bundle.open_decoder`.
+    prefix_reuse : bool
+        The engine keeps KV blocks for prompts that begin alike, images included. Not proved with M-RoPE.
+    """
+
+    slots: int | None = None
+    preprocess_instances: int = 2
+    threads: int = 0
+    queue_size: int = 64
+    batch_invariant: bool = False
+    prefix_reuse: bool = False
+
+    def __post_init__(self):
+        for name, least in (("slots", 1), ("preprocess_instances", 1), ("threads", 0), ("queue_size", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise InvalidRequest(f"{name} is {value}, must be at least {least}")
+
+
+STEPS = {
+    "dicom_preprocess": (
+        ("IMAGES", "REQUEST"),
+        (
+            "PIXEL_WINDOWS",
+            "PATCH_ROWS_COLS",
+            "VALID",
+            "MERGE_ORDER",
+            "INPUT_IDS",
+            "IMAGE_INDEX",
+            "POSITION_IDS",
+            "CONTEXT",
+        ),
+    ),
+    "vision_encoder": (("PIXEL_WINDOWS", "PATCH_ROWS_COLS", "VALID", "MERGE_ORDER"), ("IMAGE_EMBEDDINGS",)),
+    "decoder": (
+        ("INPUT_IDS", "IMAGE_INDEX", "POSITION_IDS", "IMAGE_EMBEDDINGS", "CONTEXT"),
+        ("TEXT", "TOKEN_IDS", "STREAM", "COMPLETION"),
+    ),
+    "report": (("TEXT", "STREAM", "COMPLETION"), ("DELTA", "READING")),
+}
+"""Tensors that each step takes and gives, in the order of the ensemble."""
+
+
+def tensors(geometry, embeddings: str) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of every tensor between the steps; images are the batch of `vision_encoder`.
+
+    Parameters
+    ----------
+    geometry : Geometry
+    embeddings : str
+        Type of the image embeddings, as ``TYPE_FP32``.
+    """
+    windows, tokens = geometry.window_budget, geometry.token_budget
+    text = ("TYPE_STRING", [1])
+    return {
+        "IMAGES": ("TYPE_STRING", [-1]),
+        "REQUEST": text,
+        "PIXEL_WINDOWS": ("TYPE_UINT8", [-1, windows, 64, 588]),
+        "PATCH_ROWS_COLS": ("TYPE_INT32", [-1, windows, 64, 2]),
+        "VALID": ("TYPE_BOOL", [-1, windows, 64]),
+        "MERGE_ORDER": ("TYPE_INT32", [-1, tokens]),
+        "INPUT_IDS": ("TYPE_INT64", [-1]),
+        "IMAGE_INDEX": ("TYPE_INT64", [-1]),
+        "POSITION_IDS": ("TYPE_INT64", [3, -1]),
+        "IMAGE_EMBEDDINGS": (embeddings, [-1, tokens, geometry.hidden]),
+        "CONTEXT": text,
+        "STOP": text,
+        "TEXT": text,
+        "TOKEN_IDS": ("TYPE_INT32", [-1]),
+        "STREAM": text,
+        "COMPLETION": text,
+        "DELTA": text,
+        "READING": text,
+    }
+
+
+def declare(model, inputs, outputs, known: dict, *, skip: int = 0, name_of=str) -> None:
+    """Give a `ModelConfig` its inputs and outputs.
+
+    Parameters
+    ----------
+    model : ModelConfig
+    inputs, outputs : iterable of str
+        Names in `known`, which is of `tensors`.
+    known : dict
+    skip : int
+        Dimensions that Triton leaves out: 1 with batches, else 0.
+    name_of : callable
+        The model's own name of a tensor.
+    """
+    from tritonclient.grpc.model_config_pb2 import DataType
+
+    for tensors_of_model, names in ((model.input, inputs), (model.output, outputs)):
+        for name in names:
+            kind, shape = known[name]
+            tensors_of_model.add(name=name_of(name), data_type=DataType.Value(kind), dims=shape[skip:])

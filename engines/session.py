@@ -1,0 +1,239 @@
+"""Sessions of a bundle's two graphs: what they do alike, and the KV cache in the host's memory that some share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+CAPACITY_STEP = 64  # cache positions; the cache grows and shrinks by so many
+DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class VisionSession:
+    """The vision graph of a bundle; an engine says how a batch is run."""
+
+    def _run(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+        """Embeddings [B, T, hidden] of a batch, by the graph's input names."""
+        raise NotImplementedError
+
+    def encode(
+        self, pixel_windows: np.ndarray, patch_rows_cols: np.ndarray, valid: np.ndarray, merge_order: np.ndarray
+    ) -> np.ndarray:
+        """Embeddings of a batch of images.
+
+        Windows after the last one that any image of the batch uses are dropped.
+
+        Parameters
+        ----------
+        pixel_windows : (B, W, 64, 588) uint8 array
+        patch_rows_cols : (B, W, 64, 2) int32 array
+        valid : (B, W, 64) bool array
+        merge_order : (B, T) int32 array
+
+        Returns
+        -------
+        (B, T, hidden) float32 array
+            Rows beyond an image's tokens are meaningless.
+        """
+        used = int(np.flatnonzero(valid.any(axis=(0, 2)))[-1]) + 1
+        feeds = {
+            "pixel_windows": pixel_windows[:, :used],
+            "patch_rows_cols": patch_rows_cols[:, :used],
+            "valid": valid[:, :used],
+            "merge_order": merge_order,
+        }
+        return self._run(feeds).astype(np.float32, copy=False)
+
+
+class DecoderSession:
+    """The decoder of a bundle with a KV cache of a fixed number of slots.
+
+    Each slot holds one sequence. `step` works on the first slots, so the caller keeps the active sequences there. A
+    session may have `step_top` too, which gives `TopLogits`, and `prefill_chunk`, the prompt tokens that it is best
+    given at a time.
+
+    Attributes
+    ----------
+    slots : int
+        Sequences that the cache holds.
+    max_sequence : int
+        Positions of a slot.
+    vocab, hidden : int
+    lengths : (rows,) int64 array
+        Positions in use, of the slots first.
+    """
+
+    slots: int
+    max_sequence: int
+    vocab: int
+    hidden: int
+    lengths: np.ndarray
+
+    def prefill(
+        self,
+        slot: int,
+        input_ids: np.ndarray,
+        image_index: np.ndarray,
+        image_embeddings: np.ndarray,
+        position_ids: np.ndarray,
+        *,
+        is_last: bool,
+    ) -> np.ndarray | None:
+        """Append prompt tokens to a slot.
+
+        Parameters
+        ----------
+        slot : int
+        input_ids : (S,) int64 array
+        image_index : (S,) int64 array
+        image_embeddings : (N, hidden) float32 array
+        position_ids : (3, S) int64 array
+        is_last : bool
+            The prompt ends here.
+
+        Returns
+        -------
+        (vocab,) float32 array or None
+            Logits of the last token of a prompt, valid until the next call.
+        """
+        raise NotImplementedError
+
+    def step(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Append one generated token to each of the first n slots.
+
+        Parameters
+        ----------
+        input_ids : (n,) int64 array
+        positions : (n,) int64 array
+            The same for time, height and width.
+
+        Returns
+        -------
+        (n, vocab) float32 array
+            Valid until the next call.
+        """
+        raise NotImplementedError
+
+    def move(self, source: int, target: int) -> None:
+        """Copy what a slot holds to another one."""
+        raise NotImplementedError
+
+    def free(self, slot: int) -> None:
+        """Forget what a slot holds."""
+        self.lengths[slot] = 0
+
+
+class HostDecoder(DecoderSession):
+    """A decoder in fp32 on the CPU, whose cache grows and shrinks with what it holds; an engine says how it is run.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    slots : int
+    threads : int, optional
+        CPU threads; all cores if None.
+    together : int
+        A step takes a multiple of so many rows.
+    """
+
+    def __init__(self, bundle, *, slots: int, threads: int | None = None, together: int = 1):
+        geometry = bundle.geometry
+        self.slots = slots
+        self.max_sequence = geometry.max_sequence
+        self.vocab, self.hidden = geometry.vocab, geometry.hidden
+        self._together = together
+        rows = self._rounded(slots)
+        self.lengths = np.zeros(rows, np.int64)
+        self._open(bundle, threads)
+        self._names = [f"{part}.{layer}" for layer in range(geometry.layers) for part in ("key", "value")]
+        self._row = (geometry.kv_heads, geometry.head_dim)
+        self._logits = np.zeros((rows, 1, geometry.vocab), np.float32)
+        self._text_only = np.zeros((1, geometry.hidden), np.float32)
+        self._capacity = 0
+        self._cache: dict[str, np.ndarray] = {}
+        self._bindings: dict[tuple[int, int], Any] = {}  # of the engine to cache rows
+        self._reserve(1)
+
+    def _open(self, bundle, threads: int | None) -> None:
+        """Load the graph."""
+        raise NotImplementedError
+
+    def _run(self, rows: slice, **inputs: np.ndarray) -> np.ndarray:
+        """Logits [rows, 1, vocab] of a run over these rows of the cache, which then holds the new tokens."""
+        raise NotImplementedError
+
+    def prefill(
+        self,
+        slot: int,
+        input_ids: np.ndarray,
+        image_index: np.ndarray,
+        image_embeddings: np.ndarray,
+        position_ids: np.ndarray,
+        *,
+        is_last: bool,
+    ) -> np.ndarray | None:
+        tokens = len(input_ids)
+        self._reserve(int(self.lengths[slot]) + tokens)
+        logits = self._run(
+            slice(slot, slot + 1),
+            input_ids=input_ids[None],
+            image_index=image_index[None],
+            image_embeddings=image_embeddings if len(image_embeddings) else self._text_only,
+            position_ids=position_ids[:, None],
+            logits_index=np.full((1, 1), tokens - 1, np.int64),
+        )
+        self.lengths[slot] += tokens
+        return logits[0, 0] if is_last else None
+
+    def step(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        active = len(input_ids)
+        rows = self._rounded(active)
+        if rows > active:  # what the row more writes lies beyond its length
+            input_ids, positions = np.append(input_ids, input_ids[-1]), np.append(positions, positions[-1])
+        self._reserve(int(self.lengths[:rows].max()) + 1)
+        logits = self._run(
+            slice(0, rows),
+            input_ids=input_ids[:, None],
+            image_index=np.full((rows, 1), -1, np.int64),
+            image_embeddings=self._text_only,
+            position_ids=np.broadcast_to(positions[:, None], (3, rows, 1)),
+            logits_index=np.zeros((rows, 1), np.int64),
+        )
+        self.lengths[:active] += 1
+        return logits[:active, 0]
+
+    def move(self, source: int, target: int) -> None:
+        length = self.lengths[target] = self.lengths[source]
+        for cache in self._cache.values():
+            cache[target, :, :length] = cache[source, :, :length]
+
+    def free(self, slot: int) -> None:
+        """Forget what a slot holds; the cache shrinks when half of it is enough."""
+        super().free(slot)
+        longest = int(self.lengths.max())
+        if longest < self._capacity // 2:
+            self._allocate(longest + 1)
+
+    def _rounded(self, rows: int) -> int:
+        return -(-rows // self._together) * self._together
+
+    def _reserve(self, positions: int) -> None:
+        if positions > self._capacity:
+            self._allocate(positions)
+
+    def _allocate(self, positions: int) -> None:
+        """Give the cache at least so many positions a slot, and keep what the slots hold."""
+        capacity = min(-(-positions // CAPACITY_STEP) * CAPACITY_STEP, self.max_sequence)
+        if capacity == self._capacity:
+            return
+        self._bindings.clear()  # they hold the old arrays
+        for name in self._names:
+            # Zeros, not garbage: a masked position must not be NaN. Pages that are never written cost nothing.
+            grown = np.zeros((len(self.lengths), self._row[0], capacity, self._row[1]), np.float32)
+            for slot in np.flatnonzero(self.lengths):
+                length = self.lengths[slot]
+                grown[slot, :, :length] = self._cache[name][slot, :, :length]
+            self._cache[name] = grown
+        self._capacity = capacity

@@ -1,0 +1,58 @@
+"""TensorRT-RTX: plans compiled ahead of time for a compute capability, which takes no GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cxr_triton.engines.tensorrt import TensorRT
+from cxr_triton.errors import InvalidRecipe
+
+if TYPE_CHECKING:
+    from cxr_triton.engines.recipe import Recipe
+    from cxr_triton.engines.tensorrt.compiler import Target
+
+CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+"""Compute capabilities that TensorRT-RTX 1.7 builds for: its enumeration `ComputeCapability`."""
+
+
+class TensorRTRTX(TensorRT):
+    """Has TensorRT's Python interface, and compiles its kernels on the machine that opens a plan."""
+
+    name = "tensorrt-rtx"
+    extra = "rtx"
+    distributions = ("tensorrt-rtx-cu13",)
+    module = "tensorrt_rtx"
+    least_version = least_for_vision = (1, 7)  # what is tested
+    last_major = 1
+    keeps_times = False
+
+    def check_target(self, recipe, graph: str) -> None:
+        super().check_target(recipe, graph)
+        if recipe.compute_capability not in CAPABILITIES:
+            raise InvalidRecipe(
+                f"compute_capability: tensorrt-rtx builds for {', '.join(CAPABILITIES)}, not for "
+                f"{recipe.compute_capability}; use tensorrt"
+            )
+
+    def target(self, recipe: Recipe) -> Target:
+        from cxr_triton.engines.tensorrt.compiler import Target
+
+        return Target(recipe.compute_capability, None)
+
+    def configure(self, trt, config, target: Target) -> None:
+        capability = target.compute_capability  # or "current": of the GPU that is here
+        name = "CURRENT" if capability == "current" else f"SM{capability.replace('.', '')}"
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.__members__[name], 0)
+
+    def kernels(self, trt, engine, plan: Path, gpu: str):
+        from cxr_triton.engines.tensorrt_rtx.session import Kernels
+
+        return Kernels(trt, engine, plan, gpu)
+
+    def container(self, recipe: Recipe, version: str) -> dict | None:
+        return None  # no container of Triton has it
+
+
+ENGINE = TensorRTRTX()
