@@ -97,9 +97,9 @@ class EngineUnderTest:
 
     def __init__(self, bundle: Bundle, threads: int | None):
         self.bundle = bundle
-        self._preprocessor = Preprocessor(bundle.path, not_a_chest="flag")  # the controls are no chests
         self._vision = bundle.open_vision(threads=threads)
         self._decoder = bundle.open_decoder(slots=SLOTS, threads=threads)
+        self._preprocessor = Preprocessor(bundle.path, not_a_chest="flag")  # the controls are no chests
         self._prepared: dict[str, tuple[StepTensors, np.ndarray]] = {}
 
     def close(self) -> None:
