@@ -183,20 +183,21 @@ def demo(folder: Path, json_path: str | None):
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Folder of compiled plans.")
 @click.option("--unverified", is_flag=True, help="Package without the gate; the repository says so.")
 @click.option("--accept-licence", is_flag=True, help="You accept the weights' non-commercial licence.")
-@click.option("--print", "only_print", is_flag=True, help="Of a tensorrt-llm recipe: show `docker run`, do nothing.")
+@click.option("--print", "only_print", is_flag=True, help="Of a recipe built in a container: show `docker run`.")
 @json_option
 def make_engine(checkpoint: str, json_path: str | None, only_print: bool, **options):
     """Make a served engine of CHECKPOINT, a folder or a hub id ORG/NAME, for the target of a recipe.
 
     Quantizes, exports, builds, verifies and packages. A run that was stopped goes on where it was; a second run does
-    only what has changed. A tensorrt-llm recipe runs in its container, on its GPU.
+    only what has changed. Some recipes are built in their container, on its GPU: --print shows how.
     """
+    from cxr_triton.engines import engine
     from cxr_triton.engines.recipe import load_recipe
     from cxr_triton.triton_repo import make_engine as library
 
     if only_print:
-        if load_recipe(options["recipe"]).decoder.compiler != "tensorrt-llm":
-            raise click.UsageError("--print is for recipes whose decoder is for tensorrt-llm, see `cxr-triton recipes`")
+        if not engine(load_recipe(options["recipe"]).decoder.compiler).in_container:
+            raise click.UsageError("--print is for recipes that are built in a container, see `cxr-triton recipes`")
         line = library.in_container(checkpoint, **options)
         click.echo(line, err=json_path == "-")
         write_json({"docker": line}, json_path)

@@ -1,6 +1,6 @@
 """`cxr-triton golden`: a running server against the reference readings that `make-engine` left.
 
-The gate cannot run an engine of TensorRT-LLM: it judges the same weights in ONNX Runtime. What is served is judged
+The gate cannot run an engine that only Triton opens: it judges the same weights in a stand-in. What is served is judged
 here, against what transformers said of the same images, alone and among other requests.
 """
 

@@ -10,8 +10,11 @@ from importlib import metadata
 from pathlib import Path
 
 from cxr_triton import __version__
+from cxr_triton.engines import ROOMS, engine
 from cxr_triton.engines.build import build_bundle
 from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.container import in_container as docker_run
+from cxr_triton.engines.container import located_recipe
 from cxr_triton.engines.plan_cache import default_folder
 from cxr_triton.engines.recipe import Recipe, load_recipe
 from cxr_triton.engines.verify.record import is_verified, require_verified, write_record
@@ -26,17 +29,8 @@ from cxr_triton.profile import ModelProfile, load_profile, profile_names
 from cxr_triton.triton_repo.package import Settings, write_repository
 from cxr_triton.triton_repo.stages import Stages, fingerprint, opened
 
-LIBRARIES = (
-    "onnx",
-    "onnxruntime",
-    "numpy",
-    "ml_dtypes",
-    "nvidia-modelopt",
-    "torch",
-    "transformers",
-    "tensorrt-rtx-cu13",
-)
-"""Distributions by whose versions a stage has to be made again."""
+LIBRARIES = ("onnx", "numpy", "ml_dtypes", "nvidia-modelopt", "torch", "transformers")
+"""Distributions that, with those of the engines, a stage is made with."""
 PHANTOMS = 32
 PHANTOM_SEED = 1_000_003  # far from the calibration's: what verifies was not calibrated on
 
@@ -65,10 +59,8 @@ def make_engine(
     out : Path
         Gets `quantized/`, `export/`, `bundle/`, `verification.html`, `repository/`, and for engines that cannot run
         here `standin/`. May hold what an earlier run with the same arguments left.
-    recipe : str
-        Name or file.
-    profile : str
-        Name or file.
+    recipe, profile : str
+        Names or files.
     images : Path, optional
         Radiographs to calibrate on, and to verify on where `verify_images` is None; phantoms without.
     verify_images : Path, optional
@@ -93,7 +85,7 @@ def make_engine(
     Raises
     ------
     DeviceUnavailable
-        Of a tensorrt-llm recipe, before the first stage: `trtllm-build` or the recipe's GPU is not here.
+        Before the first stage: the machine cannot build for the recipe.
     NotVerified
         The gate refused the bundle; `verification.html` says why.
     ModuleNotFoundError
@@ -108,56 +100,31 @@ def make_engine(
     require_fit(source, checkpoint, model)
     made_from = {"versions": _versions(), "checkpoint": fingerprint(folder), "profile": model.to_yaml()}
     with opened(out, made_from, say) as stages:
-        run = _Run(
+        return _Run(
             stages=stages,
             source=source,
-            checkpoint=folder,
-            sequence=min(chosen.max_sequence, checkpoint.text.max_position_embeddings),
+            checkpoint=checkpoint,
             recipe=chosen,
             profile=model,
+            images=images,
+            verify_images=verify_images,
             limit=limit,
             device=device,
+            cache=cache or default_folder(),
             accept_licence=accept_licence,
-        )
-        decoder = chosen.decoder
-        weights = run.quantize(images) if decoder.precision in QUANTIZED else None
-        form = "tensorrt-llm" if decoder.compiler == "tensorrt-llm" else "onnx"
-        graphs = run.export("export", weights, decoder.compute, decoder.head, form)
-        bundle = stages.run(
-            "bundle",
-            chosen.to_json(),
-            lambda path: build_bundle(graphs, path, recipe=chosen, cache=cache or default_folder()),
-        )
-        if not unverified:
-            run.verify(bundle, weights, verify_images or images)
-        repository = stages.run(
-            "repository",
-            {"unverified": unverified},
-            lambda path: write_repository(bundle, path, Settings(slots=chosen.slots), unverified=unverified),
-        )
-    return {
-        "recipe": chosen.name,
-        "bundle": str(bundle),
-        "repository": str(repository),
-        "digest": _bundle(bundle).digest,
-        "verified": not unverified,
-        "stages": stages.done,
-    }
+        ).make(unverified)
 
 
 def _check(recipe: Recipe, out: Path, unverified: bool) -> None:
     """Refuse before the first stage what would fail after hours of quantization."""
-    precision = recipe.decoder.precision
-    if recipe.decoder.compiler == "tensorrt-llm":
-        if precision not in QUANTIZED and not unverified:
-            raise InvalidRequest(
-                f"recipe {recipe.name} has {precision} weights, for which the gate has no stand-in of a tensorrt-llm "
-                "engine; choose fp8 or int4-awq, or pass --unverified"
-            )
-        if not (out / "bundle").is_dir():
-            from cxr_triton.engines.tensorrt_llm.build import check_machine
-
-            check_machine(recipe)
+    precision, builder = recipe.decoder.precision, engine(recipe.decoder.compiler)
+    if builder.form != "onnx" and precision not in QUANTIZED and not unverified:
+        raise InvalidRequest(
+            f"recipe {recipe.name} has {precision} weights, for which the gate has no stand-in of a {builder.name} "
+            f"engine; choose {' or '.join(QUANTIZED)}, or pass --unverified"
+        )
+    if not (out / "bundle").is_dir():
+        builder.check_machine(recipe)
     if precision in QUANTIZED:
         from cxr_triton.export.quantize import PACKAGES
 
@@ -172,27 +139,54 @@ class _Run:
 
     stages: Stages
     source: str
-    checkpoint: Path
-    sequence: int
+    checkpoint: Checkpoint
     recipe: Recipe
     profile: ModelProfile
+    images: Path | None
+    verify_images: Path | None
     limit: int | None
     device: str
+    cache: Path
     accept_licence: bool
 
-    def quantize(self, images: Path | None) -> Path:
+    def make(self, unverified: bool) -> dict:
+        decoder, settings = self.recipe.decoder, Settings(slots=self.recipe.slots)
+        weights = self.quantize() if decoder.precision in QUANTIZED else None
+        graphs = self.export("export", weights, decoder.compute, decoder.head, engine(decoder.compiler).form)
+        bundle = self.stages.run(
+            "bundle",
+            self.recipe.to_json(),
+            lambda path: build_bundle(graphs, path, recipe=self.recipe, cache=self.cache),
+        )
+        if not unverified:
+            self.verify(bundle, weights)
+        repository = self.stages.run(
+            "repository",
+            {"unverified": unverified},
+            lambda path: write_repository(bundle, path, settings, unverified=unverified),
+        )
+        return {
+            "recipe": self.recipe.name,
+            "bundle": str(bundle),
+            "repository": str(repository),
+            "digest": _bundle(bundle).digest,
+            "verified": not unverified,
+            "stages": self.stages.done,
+        }
+
+    def quantize(self) -> Path:
         from cxr_triton.export.quantize import DEFAULT_LIMIT, quantize_checkpoint
 
         decoder = self.recipe.decoder
         return self.stages.run(
             "quantized",
-            [decoder.precision, decoder.kv, fingerprint(images) if images else None, self.limit],
+            [decoder.precision, decoder.kv, fingerprint(self.images) if self.images else None, self.limit],
             lambda path: quantize_checkpoint(
                 self.source,
                 path,
                 self.profile,
                 scheme=decoder.precision,
-                images=images,
+                images=self.images,
                 limit=self.limit or DEFAULT_LIMIT,
                 kv_fp8=decoder.kv == "fp8",
                 device=self.device,
@@ -202,9 +196,10 @@ class _Run:
 
     def export(self, stage: str, weights: Path | None, compute: str, head: str | None, form: str = "onnx") -> Path:
         precision = self.recipe.decoder.precision
+        sequence = min(self.recipe.max_sequence, self.checkpoint.text.max_position_embeddings)
         return self.stages.run(
             stage,
-            [precision, compute, head, form, self.sequence],
+            [precision, compute, head, form, sequence],
             lambda path: export_checkpoint(
                 str(weights or self.source),
                 path,
@@ -213,60 +208,59 @@ class _Run:
                 compute=compute,
                 head=head,
                 form=form,
-                max_sequence=self.sequence,
+                max_sequence=sequence,
                 accept_licence=self.accept_licence,
             ),
         )
 
-    def verify(self, bundle: Path, weights: Path | None, images: Path | None) -> None:
-        standin = self.standin(bundle, weights)
-        pictures = images or self.stages.run(
-            "phantoms", [PHANTOMS, PHANTOM_SEED], lambda path: _draw(path, self.profile.pixel_preset)
-        )
+    def verify(self, bundle: Path, weights: Path | None) -> None:
+        standin, page = self.standin(bundle, weights), self.stages.folder / "verification.html"
+        pictures = self.verify_images or self.images
+        if pictures is None:
+            pictures = self.stages.run(
+                "phantoms", [PHANTOMS, PHANTOM_SEED], lambda path: _draw(path, self.profile.pixel_preset)
+            )
         self.stages.run(
             "verification",
             [fingerprint(pictures), self.limit, dict(self.recipe.thresholds)],
-            lambda path: self._verify(path, bundle, pictures, weights, standin),
+            lambda path: self.judge(path, page, _bundle(bundle), pictures, quantized=weights, standin=standin),
             is_whole=lambda path: path.is_dir() and is_verified(_bundle(bundle)),
         )
         try:
             require_verified(_bundle(bundle))
         except NotVerified as error:
-            raise NotVerified(f"{error.message}; see {self.page}") from None
+            raise NotVerified(f"{error.message}; see {page}") from None
 
     def standin(self, bundle: Path, weights: Path | None) -> Path | None:
         """Of engines that cannot run here, the same quantized weights in the one type that a CPU multiplies."""
         from cxr_triton.engines.verify.engine_under_test import why_not_here
 
-        head = self.recipe.decoder.head
         if why_not_here(_bundle(bundle)) is None:
             return None
+        head = self.recipe.decoder.head
         graphs = self.export("standin-export", weights, "fp32", head if head != "compute" else None)
         return self.stages.run("standin", {}, lambda path: build_bundle(graphs, path))
 
-    @property
-    def page(self) -> Path:
-        return self.stages.folder / "verification.html"
-
-    def _verify(self, path: Path, bundle: Path, pictures: Path, weights: Path | None, standin: Path | None) -> None:
-        """Run the gate: its record goes into the bundle, its readings on a page, all of it into the folder."""
+    def judge(
+        self, path: Path, page: Path, bundle: Bundle, pictures: Path, *, quantized: Path | None, standin: Path | None
+    ) -> None:
+        """Run the gate: its record goes into the bundle, its readings on a page, all of it into the folder `path`."""
         from cxr_triton.engines.verify.gate import verify_bundle
         from cxr_triton.engines.verify.page import verification_page
 
-        files = sorted(file for file in pictures.rglob("*") if file.is_file() and not file.name.startswith("."))
         record = verify_bundle(
-            _bundle(bundle),
-            self.checkpoint,
+            bundle,
+            self.checkpoint.folder,
             self.profile,
-            files,
+            sorted(file for file in pictures.rglob("*") if file.is_file() and not file.name.startswith(".")),
             thresholds=dict(self.recipe.thresholds),
-            quantized=weights,
-            standin=standin,
             limit=self.limit,
             device=self.device,
+            quantized=quantized,
+            standin=standin,
         )
         write_record(bundle, record)
-        write(self.page, verification_page(record))
+        write(page, verification_page(record))
         with new_folder(path) as partial:
             (partial / "record.json").write_text(json.dumps(record, indent=1) + "\n")
 
@@ -291,7 +285,7 @@ def _bundle(path: Path) -> Bundle:
 
 def _versions() -> dict[str, str]:
     versions = {"cxr_triton": __version__}
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *(name for room in ROOMS for name in engine(room).distributions)):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
@@ -307,9 +301,6 @@ def in_container(checkpoint: str, *, recipe: str, profile: str, out: Path, cache
     options
         Its others, by name; those that are None or false are left out.
     """
-    from cxr_triton.engines.tensorrt_llm.build import in_container as docker_run
-    from cxr_triton.engines.tensorrt_llm.build import located_recipe
-
     out = out.resolve()
     source = Path(checkpoint).resolve() if Path(checkpoint).is_dir() else checkpoint
     model = profile if profile in profile_names() else Path(profile).resolve()

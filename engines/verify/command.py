@@ -18,6 +18,7 @@ from cxr_triton.cli import (
     say_next,
     write_json,
 )
+from cxr_triton.engines import DEFAULT
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.extras import require
 from cxr_triton.files import why_not_writable, write
@@ -42,7 +43,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     metavar="NAME|YAML",
     help="Takes its thresholds.  [default: those of the bundle's recipe]",
 )
-@click.option("--standin", type=FOLDER, help="onnxruntime bundle of the same export, for engines that cannot run here.")
+@click.option("--standin", type=FOLDER, help=f"{DEFAULT} bundle of the same export, for engines that cannot run here.")
 @click.option("--quantized", type=FOLDER, help="The quantized checkpoint of an fp8 or int4-awq engine.")
 @click.option("--request", "requests", type=FILE, multiple=True, metavar="JSON", help="What to ask; several in turn.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="So many of the images, drawn at random.")

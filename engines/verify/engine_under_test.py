@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from cxr_triton.chat import Prompt
+from cxr_triton.engines import DEFAULT
 from cxr_triton.engines.bundle import SIDE_FILES, Bundle
 from cxr_triton.engines.pipeline import Preprocessor, StepTensors, sampling_of
 from cxr_triton.engines.runtime.scheduler import Chunk, Completion, DecoderRuntime, Generation
@@ -40,18 +41,18 @@ def runnable(bundle: Bundle, standin: Bundle | str | Path | None) -> tuple[Bundl
     if standin is None:
         raise InvalidRequest(
             f"the {bundle.engine} engines in {bundle.path} cannot be run here ({error}); verify on a machine that runs "
-            "them, or give an onnxruntime bundle of the same export with --standin"
+            f"them, or give an {DEFAULT} bundle of the same export with --standin"
         )
     standin = standin if isinstance(standin, Bundle) else Bundle.open(standin)
-    if standin.engine != "onnxruntime":
-        raise InvalidRequest(f"the stand-in in {standin.path} is for {standin.engine}, must be for onnxruntime")
+    if standin.engine != DEFAULT:
+        raise InvalidRequest(f"the stand-in in {standin.path} is for {standin.engine}, must be for {DEFAULT}")
     mine, its = _made_of(bundle), _made_of(standin)
     if other := [what for what in mine if mine[what] != its[what]]:
         raise InvalidRequest(
             f"the stand-in in {standin.path} has another {other[0]}; build it from the same checkpoint"
         )
-    said = f"{bundle.engine} cannot be run here ({error}); the same checkpoint was run in onnxruntime in its place"
-    return standin, {"engine": "onnxruntime", "standin": subject(standin.manifest), "said": said}
+    said = f"{bundle.engine} cannot be run here ({error}); the same checkpoint was run in {DEFAULT} in its place"
+    return standin, {"engine": DEFAULT, "standin": subject(standin.manifest), "said": said}
 
 
 def _made_of(bundle: Bundle) -> dict[str, object]:
@@ -67,7 +68,7 @@ def _made_of(bundle: Bundle) -> dict[str, object]:
 
 def why_not_here(bundle: Bundle) -> str | None:
     """Why a bundle's engines cannot be run here; None if they can."""
-    if bundle.engine == bundle.vision_engine == "onnxruntime":
+    if bundle.engine == bundle.vision_engine == DEFAULT:
         return None
     try:
         bundle.open_vision()
@@ -96,9 +97,9 @@ class EngineUnderTest:
 
     def __init__(self, bundle: Bundle, threads: int | None):
         self.bundle = bundle
-        self._preprocessor = Preprocessor(bundle.path, not_a_chest="flag")  # the controls are no chests
         self._vision = bundle.open_vision(threads=threads)
         self._decoder = bundle.open_decoder(slots=SLOTS, threads=threads)
+        self._preprocessor = Preprocessor(bundle.path, not_a_chest="flag")  # the controls are no chests
         self._prepared: dict[str, tuple[StepTensors, np.ndarray]] = {}
 
     def close(self) -> None:

@@ -70,7 +70,7 @@ def verify_bundle(
     thresholds : mapping, optional
         Over the defaults of the bundle's precision; names as in `cxr_triton.engines.verify.thresholds`.
     standin : Bundle or path, optional
-        onnxruntime bundle of the same export source, run in place of an engine that cannot be loaded here.
+        Bundle of the same export source for `cxr_triton.engines.DEFAULT`, run in place of one that cannot be run here.
     quantized : path, optional
         Folder of the quantized checkpoint that an ``fp8`` or ``int4-awq`` engine was exported from: the engine has to
         compute what that checkpoint says. Without it the decoder part of such an engine fails.
@@ -102,8 +102,7 @@ def verify_bundle(
     if not images:
         raise InvalidRequest("there is no image to verify on; give DICOM, PNG or JPEG radiographs")
     with _opened(checkpoint, profile, bundle, device) as reference:
-        data, refused = _readable(_drawn(images, limit, seed), reference)
-        cases = [Case(entry, request_json(requests[i % len(requests)])) for i, entry in enumerate(data)]
+        cases, pictures = _cases(images, requests, limit, seed, reference)
         trial = Trial(
             bundle=bundle,
             runs=runs,
@@ -116,14 +115,7 @@ def verify_bundle(
         )
         with contextlib.closing(trial):
             parts = {name: _run(JUDGES[name], trial) for name in PARTS}
-        pictures = {
-            "count": len(cases),
-            "refused": refused,
-            "seed": seed,
-            "sha256": hashlib.sha256(b"".join(hashlib.sha256(entry).digest() for entry in data)).hexdigest(),
-            "requests": len(requests),
-        }
-        return _record(trial, parts) | {"runtime": runtime, "images": pictures, "thresholds": limits}
+        return _record(trial, parts) | {"runtime": runtime, "images": pictures}
 
 
 def _opened(
@@ -142,11 +134,18 @@ def _opened(
     return Reference(checkpoint, profile, device=device)
 
 
-def _drawn(images: Sequence, limit: int | None, seed: int) -> list:
-    if limit is None or limit >= len(images):
-        return list(images)
-    chosen = np.random.default_rng(seed).choice(len(images), limit, replace=False)
-    return [images[i] for i in sorted(chosen)]
+def _cases(
+    images: Sequence[bytes | Path], requests: Sequence[Mapping], limit: int | None, seed: int, reference: Reference
+) -> tuple[list[Case], dict]:
+    """What is asked of the images that are drawn and can be read, and what the record says of them."""
+    if limit is not None and limit < len(images):
+        chosen = np.random.default_rng(seed).choice(len(images), limit, replace=False)
+        images = [images[i] for i in sorted(chosen)]
+    data, refused = _readable(images, reference)
+    cases = [Case(entry, request_json(requests[i % len(requests)])) for i, entry in enumerate(data)]
+    digest = hashlib.sha256(b"".join(hashlib.sha256(entry).digest() for entry in data)).hexdigest()
+    facts = {"count": len(cases), "refused": refused, "seed": seed, "sha256": digest, "requests": len(requests)}
+    return cases, facts
 
 
 def _readable(images: Sequence[bytes | Path], reference: Reference) -> tuple[list[bytes], dict[str, int]]:
@@ -191,6 +190,7 @@ def _record(trial: Trial, parts: dict[str, dict]) -> dict:
         "subject": subject(bundle.manifest),
         "made": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "reference": {**reference.facts, "files": reference.digests},
+        "thresholds": trial.limits,
         "parts": parts,
         "versions": {"cxr_triton": __version__},
         "details": {
