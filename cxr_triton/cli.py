@@ -37,11 +37,7 @@ VERBS = {
     "export": ("cxr_triton.export.command:export", "local", "Write the vision and decoder graphs of a checkpoint."),
     "recipes": ("cxr_triton.engines.command:recipes", None, "List the GPUs that bundles are built for."),
     "build": ("cxr_triton.engines.command:build", "local", "Compile graphs into an engine bundle."),
-    "verify": (
-        "cxr_triton.engines.verify.command:verify",
-        "export",
-        "Hold an engine bundle against its checkpoint.",
-    ),
+    "verify": ("cxr_triton.engines.verify.command:verify", "export", "Hold an engine bundle against its checkpoint."),
     "make-engine": (
         "cxr_triton.triton_repo.command:make_engine",
         "quantize",

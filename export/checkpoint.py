@@ -30,14 +30,7 @@ QUANT_CONFIG = "hf_quant_config.json"
 CALIBRATION = "calibration.json"  # what `cxr-triton quantize` leaves beside the weights
 SCHEMES = {"FP8": "fp8", "W4A16_AWQ": "int4-awq"}  # modelopt's quant_algo, and our name
 GROUP_SIZES = (32, 64, 128)  # block sizes of int4 that all engines take
-FILES = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*config.json",
-    "tokenizer.json",
-    "chat_template.*",
-    CALIBRATION,
-)
+FILES = ("*.safetensors", "*.safetensors.index.json", "*config.json", "tokenizer.json", "chat_template.*", CALIBRATION)
 """What an export reads, and nothing else: no pickles, no code."""
 
 _Expected = tuple[tuple[int, ...], tuple[str, ...]]  # shape, and the types that it may be stored in

@@ -91,16 +91,6 @@ def write_decoder(
     return path
 
 
-def _write(
-    checkpoint: Checkpoint, folder: Path, precision: Precision, max_sequence: int, progress: bool | None
-) -> None:
-    weights, compute, head = precision.weights, precision.compute, precision.head
-    check(write_decoder(checkpoint, folder, precision=weights, compute=compute, head=head, progress=progress))
-
-
-FORM = Form("onnx", Precision.of, _write)
-
-
 def check_source(checkpoint: Checkpoint, precision: Precision) -> None:
     """Refuse a precision that the checkpoint's weights do not give; raises as `write_decoder`."""
     holds = checkpoint.quantization.scheme if checkpoint.quantization else None
@@ -215,3 +205,19 @@ def _head(g: GraphWriter, checkpoint: Checkpoint, x: str) -> None:
         shape = g.node("Concat", g.node("Shape", "logits_index"), g.ints(text.vocab_size), axis=0)
         logits = g.node("Reshape", logits, shape)
     g.node("Identity", logits, name="logits")
+
+
+FORM = Form(
+    "onnx",
+    Precision.of,
+    lambda checkpoint, folder, chosen, _, progress: check(
+        write_decoder(
+            checkpoint,
+            folder,
+            precision=chosen.weights,
+            compute=chosen.compute,
+            head=chosen.head,
+            progress=progress,
+        )
+    ),
+)

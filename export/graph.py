@@ -114,7 +114,7 @@ class Form:
 
     name: str
     precision: Callable[[str, str | None, str | None], Precision]
-    write: Callable[[Checkpoint, Path, Precision, int, bool | None], None]
+    write: Callable[[Checkpoint, Path, Precision, int, bool | None], object]
 
 
 class GraphWriter:

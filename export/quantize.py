@@ -25,27 +25,19 @@ from cxr_triton.export.calibration import DEFAULT_LIMIT, MINIMUM_IMAGES, REASONI
 from cxr_triton.export.checkpoint import CALIBRATION, GROUP_SIZES, Checkpoint
 from cxr_triton.export.geometry import ARCHITECTURE
 from cxr_triton.export.progress import bar
-from cxr_triton.export.source import open_source
+from cxr_triton.export.source import Source, open_source
 from cxr_triton.extras import require
 from cxr_triton.files import new_folder, require_new
 from cxr_triton.profile import ModelProfile
 
 SCHEMA = 1
 SCHEMES = ("fp8", "int4-awq")
+DISTRIBUTIONS = ("nvidia-modelopt", "torch", "transformers")
 PACKAGES = ("modelopt", "requests", "torch", "transformers")
 # As they stand beside the weights: the quantized folder has to speak as the source does.
 _COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template.*", "preprocessor_config.json", "processor_config.json", "generation_config.json"),
 )
 
 
@@ -102,12 +94,8 @@ def quantize_checkpoint(
 
     Parameters
     ----------
-    source : str
-        Folder or hub id of an unquantized checkpoint.
-    out : Path
-        Must not exist, or be an empty folder.
-    profile : ModelProfile
-        Whose pixel preset, pixel budget and prompts calibrate.
+    source, out, profile, revision, accept_licence, progress
+        As of `export_checkpoint`. The profile's pixel preset, pixel budget and prompts calibrate.
     scheme : {"fp8", "int4-awq"}
         fp8: weights and inputs in e4m3, one static scale each. int4-awq: weights in signed blocks of 128 along K, or
         of the largest of 64 and 32 that divides every K; inputs stay in the compute type.
@@ -115,19 +103,12 @@ def quantize_checkpoint(
         Also calibrate scales for a KV cache in float8, for engines that have one.
     images : Path, optional
         Folder, searched with its subfolders, of DICOM, PNG or JPEG files; synthetic phantoms if None.
-    limit : int
-        Most images to take; which ones, `seed` decides.
-    seed : int
+    limit, seed : int
+        Most images to take, and what chooses them.
     device : {"auto", "cpu", "cuda"}
         auto takes CUDA where there is some.
     reasoning_tokens : int
         Tokens that a model which reasons writes to each prompt before calibration; 0 for none.
-    revision : str, optional
-        Of a hub id.
-    accept_licence : bool
-        The user accepts the weights' non-commercial licence.
-    progress : bool, optional
-        Show bars on standard error; by default on a terminal.
 
     Returns
     -------
@@ -149,46 +130,45 @@ def quantize_checkpoint(
     require_new(out)
     require(*PACKAGES)
     opened = open_source(source, profile, revision=revision, accept_licence=accept_licence)
-    checkpoint = opened.checkpoint
+    config = Config(scheme, _group_size(opened.checkpoint, scheme), "fp8" if kv_fp8 else None)
+    profile, device = profile.merge_generation_config(opened.checkpoint.generation), _device(device)
+    contents, facts = calibration.files(images, seed) if images else calibration.phantoms(limit, seed, profile)
+    shown, seen = calibration.pictures(contents, profile, limit, progress=progress)
+    with _quiet():
+        model = _load(opened.checkpoint.folder, device)
+        samples = calibration.samples(
+            model, opened.checkpoint, profile, shown, reasoning_tokens=reasoning_tokens, progress=progress
+        )
+        amax = _calibrate(model, opened.checkpoint, samples, config, progress=progress)
+        more = {"images": facts | seen, "seed": seed, "head_input_amax": amax, "device": device}
+        record = _record(opened, config, profile, samples) | more
+        _write(model, opened.checkpoint.folder, out, record)
+    return record
+
+
+def _record(source: Source, config: Config, profile: ModelProfile, samples: Sequence[Sample]) -> dict:
+    return {
+        "schema": SCHEMA,
+        **dataclasses.asdict(config),
+        "source": source.record(),
+        "profile": profile.name,
+        "pixel_preset": profile.pixel_preset,
+        "tasks": dict(Counter(sample.task for sample in samples)),
+        "tokens": sum(len(sample.input_ids) for sample in samples),
+        "generated_tokens": sum(sample.generated for sample in samples),
+        "versions": {"cxr_triton": __version__, **{name: metadata.version(name) for name in DISTRIBUTIONS}},
+    }
+
+
+def _group_size(checkpoint: Checkpoint, scheme: str) -> int | None:
+    """The largest that divides every K; raises where the scheme does not fit the checkpoint."""
     if checkpoint.quantization:
         raise UnsupportedCheckpoint(
             f"{checkpoint.folder} is quantized already ({checkpoint.quantization.scheme}); give the checkpoint that it "
             "was made of"
         )
-    profile = profile.merge_generation_config(checkpoint.generation)
-    config = Config(scheme, _group_size(checkpoint) if scheme == "int4-awq" else None, "fp8" if kv_fp8 else None)
-    device = _device(device)
-    contents, facts = calibration.files(images, seed) if images else calibration.phantoms(limit, seed, profile)
-    shown, seen = calibration.pictures(contents, profile, limit, progress=progress)
-    with _quiet():
-        model = _load(checkpoint.folder, device)
-        samples = calibration.samples(
-            model, checkpoint, profile, shown, reasoning_tokens=reasoning_tokens, progress=progress
-        )
-        amax = _calibrate(model, checkpoint, samples, config, progress=progress)
-        record = {
-            "schema": SCHEMA,
-            **dataclasses.asdict(config),
-            "source": opened.record(),
-            "profile": profile.name,
-            "pixel_preset": profile.pixel_preset,
-            "images": {**facts, **seen},
-            "seed": seed,
-            "tasks": dict(Counter(sample.task for sample in samples)),
-            "tokens": sum(len(sample.input_ids) for sample in samples),
-            "generated_tokens": sum(sample.generated for sample in samples),
-            "head_input_amax": amax,
-            "device": device,
-            "versions": {
-                "cxr_triton": __version__,
-                **{name: metadata.version(name) for name in ("nvidia-modelopt", "torch", "transformers")},
-            },
-        }
-        _write(model, checkpoint.folder, out, record)
-    return record
-
-
-def _group_size(checkpoint: Checkpoint) -> int:
+    if scheme == "fp8":
+        return None
     text = checkpoint.text
     for group in sorted(GROUP_SIZES, reverse=True):
         if text.hidden_size % group == 0 and text.intermediate_size % group == 0:
@@ -280,9 +260,8 @@ def _write(model, source: Path, out: Path, record: dict) -> None:
     model.config.architectures = [ARCHITECTURE]
     with new_folder(out) as partial:
         export_hf_checkpoint(model, export_dir=partial)
-        for name in _COPIED:
-            if (source / name).exists():
-                shutil.copyfile(source / name, partial / name)
+        for path in (path for pattern in _COPIED for path in source.glob(pattern)):
+            shutil.copyfile(path, partial / path.name)
         (partial / CALIBRATION).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         written = Checkpoint(partial).quantization  # what was written can be read
         found = (written.scheme, written.kv) if written else (None, None)

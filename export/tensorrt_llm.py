@@ -104,21 +104,6 @@ def _precision(weights: str, compute: str | None, head: str | None) -> Precision
     return Precision.of(weights, "bf16", "compute")
 
 
-def _write(
-    checkpoint: Checkpoint, folder: Path, precision: Precision, max_sequence: int, progress: bool | None
-) -> None:
-    write_tensorrt_llm(
-        checkpoint,
-        folder / "decoder",
-        precision=precision.weights,
-        max_position_embeddings=max_sequence,
-        progress=progress,
-    )
-
-
-FORM = Form("tensorrt-llm", _precision, _write)
-
-
 def _check(checkpoint: Checkpoint, precision: str, max_position_embeddings: int) -> None:
     if precision not in PRECISIONS:
         raise InvalidRequest(f"precision {precision!r} is unknown to TensorRT-LLM; choose {', '.join(PRECISIONS)}")
@@ -270,3 +255,16 @@ def _values(array: np.ndarray) -> _Tensor:
 def _slices(array: np.ndarray) -> Iterator[np.ndarray]:
     step = max(1, _ROWS_BYTES * len(array) // max(1, array.nbytes))
     return (array[start : start + step] for start in range(0, len(array), step))
+
+
+FORM = Form(
+    "tensorrt-llm",
+    _precision,
+    lambda checkpoint, folder, chosen, tokens, progress: write_tensorrt_llm(
+        checkpoint,
+        folder / "decoder",
+        precision=chosen.weights,
+        max_position_embeddings=tokens,
+        progress=progress,
+    ),
+)

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from cxr_triton.client import Reader, Timeouts
@@ -33,6 +34,7 @@ METRICS = {"single_stream": "latency_ms.p90", "offline": "readings_per_s", "serv
 METRICS["interactive"] = METRICS["server"]
 SCENARIOS = tuple(METRICS)
 WIDTHS = (12, 10, 9, 9, 10, 9)
+CHECKED = ("readings_per_s", "output_tokens_per_s", "latency_ms.p50", "latency_ms.p90", "ttft_ms.p50", "itl_ms.p50")
 INTERRUPTED = "INTERRUPTED"
 OFFERED_SHARES = (0.5, 0.7, 0.85)
 """Rates of `server` and `interactive` where none are given, in parts of what `offline` reached."""
@@ -132,7 +134,8 @@ class Bench:
     ):
         self.url, self.workload, self.plan, self.observer, self.tool = observer.url, workload, plan, observer, tool
         self.timeout_s, self.on_run = timeout_s, on_run
-        self.messages = [item.message(MODEL) for item in workload.items]
+        messages = [item.message(MODEL) for item in workload.items]
+        self._offer = partial(offer, self.url, messages, timeout_s=timeout_s)
         self.ended_by: BaseException | None = None
 
     @contextlib.contextmanager
@@ -287,17 +290,6 @@ class Bench:
         """``stopped`` of the point that was being measured when the run ended."""
         return ending(self.ended_by).get("error", {"code": INTERRUPTED})["code"] if self.ended_by else None
 
-    def _offer(self, load: Load, *, min_seconds: float, min_requests: int, seed: int):
-        return offer(
-            self.url,
-            self.messages,
-            load,
-            min_seconds=min_seconds,
-            min_requests=min_requests,
-            seed=seed,
-            timeout_s=self.timeout_s,
-        )
-
     def _repeat(self, load: Load, bounds: Mapping[str, float], repeat: int):
         """One repeat by our driver, and the code of the overload that ended it, if one did."""
         plan = self.plan
@@ -388,16 +380,10 @@ def outcome(metric: str, points: Sequence[Mapping], bounds: Mapping[str, float])
         why = "" if kept else f"no rate kept its bounds ({said})"
         return {"value": max(kept, default=None), "low": None, "high": None, "valid": bool(kept), "why": why}
     (point,) = points
-    measured = point["summary"][metric]
-    stopped = point.get("stopped")
+    measured, stopped = point["summary"][metric], point.get("stopped")
     why = f"stopped by {stopped}" if stopped else ""
-    return {
-        "value": measured["mean"],
-        "low": measured["low"],
-        "high": measured["high"],
-        "valid": not stopped,
-        "why": why,
-    }
+    value, low, high = (measured[name] for name in ("mean", "low", "high"))
+    return {"value": value, "low": low, "high": high, "valid": not stopped, "why": why}
 
 
 def cross_check(sweep: Sequence[Mapping]) -> list[dict]:
@@ -417,14 +403,7 @@ def cross_check(sweep: Sequence[Mapping]) -> list[dict]:
             check(at, f"latency_ms.{name}", ("printed", printed["latency_ms"][name]), ("perf_analyzer", value))
         rate = printed["requests_per_window_s"]
         check(at, "requests in its window per s", ("printed", printed["throughput_per_s"]), ("perf_analyzer", rate))
-        for name in (
-            "readings_per_s",
-            "output_tokens_per_s",
-            "latency_ms.p50",
-            "latency_ms.p90",
-            "ttft_ms.p50",
-            "itl_ms.p50",
-        ):
+        for name in CHECKED:
             check(at, name, ("open_loop", measured[name]["mean"]), ("perf_analyzer", exported[name]["mean"]))
     return checks
 

@@ -77,7 +77,7 @@ def _numbers(kind):
     "baseline",
     multiple=True,
     metavar="NAME=CHECKPOINT",
-    help="Beside REPOSITORY: transformers, genai or vllm with the checkpoint's folder; may be repeated.",
+    help="Beside REPOSITORY, with the checkpoint's folder (docs/benchmarks.md names them); may be repeated.",
 )
 @click.option("--baseline-rounds", default=3, show_default=True, help="Requests that each baseline takes in turn.")
 @click.option("--ready-timeout-s", default=600.0, show_default=True, help="For REPOSITORY to be loaded and warm.")

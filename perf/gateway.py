@@ -46,30 +46,13 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 def write_files(folder: Path, count: int) -> int:
     """Radiographs of real size, each a study of its own; their bytes."""
-    from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+    from cxr_triton.phantom import Phantom
+    from cxr_triton.phantom_file import write_dicom
 
     folder.mkdir(parents=True)
-    pixels = np.random.default_rng(FIRST_SEED).integers(0, 4096, (ROWS, COLUMNS), np.uint16).tobytes()
-    total = 0
-    for i in range(count):
-        dataset = Dataset()
-        dataset.file_meta = FileMetaDataset()
-        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.1", generate_uid()
-        dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
-        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
-        dataset.StudyInstanceUID, dataset.SeriesInstanceUID = generate_uid(), generate_uid()
-        dataset.PatientID, dataset.PatientName, dataset.Modality = f"BENCH{i}", "BENCH", "CR"
-        dataset.ViewPosition, dataset.InstanceNumber = "PA", 1
-        dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = ROWS, COLUMNS, 1
-        dataset.PhotometricInterpretation, dataset.PixelRepresentation = "MONOCHROME2", 0
-        dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
-        dataset.PixelData = pixels
-        path = folder / f"{i:04d}.dcm"
-        dataset.save_as(path, enforce_file_format=True)
-        total += path.stat().st_size
-    return total
+    noise = np.random.default_rng(FIRST_SEED).integers(0, 4096, (ROWS, COLUMNS), np.uint16)
+    radiograph = Phantom(noise, 12, None, {}, {})
+    return sum((folder / f"{i:04d}.dcm").write_bytes(write_dicom(radiograph)) for i in range(count))
 
 
 def free_port() -> int:

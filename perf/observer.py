@@ -16,6 +16,7 @@ from cxr_triton.perf.environment import nvidia_smi
 from cxr_triton.perf.summary import Record, columns, summarize
 
 MODEL = "cxr_reader"
+PARTS = ("queue", "compute_input", "compute_infer", "compute_output")
 SETTLE_S = 10.0
 GPU_COUNTERS = ("utilization.gpu", "memory.used", "power.draw", "clocks.sm", "temperature.gpu")
 
@@ -55,10 +56,7 @@ class Observer:
                 "executions": model.execution_count,
                 "failed": counted.fail.count,
                 "request_ms": counted.success.ns / 1e6,
-                "queue_ms": counted.queue.ns / 1e6,
-                "compute_input_ms": counted.compute_input.ns / 1e6,
-                "compute_infer_ms": counted.compute_infer.ns / 1e6,
-                "compute_output_ms": counted.compute_output.ns / 1e6,
+                **{f"{part}_ms": getattr(counted, part).ns / 1e6 for part in PARTS},
             }
         return counts
 
