@@ -37,7 +37,7 @@ class Checked:
 
     @classmethod
     @functools.cache
-    def types(cls) -> dict[str, typing.Any]:
+    def field_types(cls) -> dict[str, typing.Any]:
         """Types of the fields by name."""
         return typing.get_type_hints(cls)
 
@@ -59,7 +59,7 @@ def build(cls: type[C], data: object, where: str) -> C:
     """An instance of a `Checked` dataclass from parsed YAML; errors, of its own type, carry the path of the key."""
     if not isinstance(data, dict):
         raise cls.error(f"{where}: is {type(data).__name__}, expected a mapping of keys")
-    hints = cls.types()
+    hints = cls.field_types()
     names = [f.name for f in dataclasses.fields(cls)]
     for key in data:
         if key not in names:

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from cxr_triton.errors import ServerMismatch
 
@@ -42,6 +43,10 @@ FLAGS = {
     "box_empty": "a box has no area inside the image",
     "box_image_assumed": "boxes are taken to be on the last (current) of several images",
 }
+
+
+Corners = tuple[float, float, float, float]
+"""x1, y1, x2, y2"""
 
 
 def image_name(index: int, count: int) -> str:
@@ -84,8 +89,8 @@ class Box:
     """
 
     label: str | None
-    percent: tuple[float, float, float, float]
-    pixels: tuple[float, float, float, float] | None
+    percent: Corners
+    pixels: Corners | None
     image: int | None
 
 
@@ -193,13 +198,13 @@ def parse(
     finish_reason: str = "stop",
     image_sizes: Sequence[tuple[int, int]] = (),
 ) -> Parsed:
-    """Take a model's answer apart.
+    r"""Take a model's answer apart.
 
     Parameters
     ----------
     text : str
     grammar : str
-        ``think_answer`` (``<think>`` or ``<thinking>``, then ``<answer>``), ``boxed`` (reasoning, then ``\\boxed{}``)
+        ``think_answer`` (``<think>`` or ``<thinking>``, then ``<answer>``), ``boxed`` (reasoning, then ``\boxed{}``)
         or ``plain``.
     answer : str
         What the answer is: ``labels``, ``prose``, ``option``, ``boxes`` or ``text`` (see `cxr_triton.profile.Task`).
@@ -212,44 +217,20 @@ def parse(
         Pixels of the original images, for the boxes.
     """
     flags: dict[str, None] = {}  # an ordered set
-    reasoning, content = {"think_answer": _think_answer, "boxed": _boxed, "plain": _plain}[grammar](text, flags)
-    if answer == "text" or (answer == "prose" and grammar == "think_answer"):
-        # Follow-ups and free prompts are answered in prose, after a reasoning block or without one.
-        if "missing_answer" in flags and "unclosed" not in flags:
-            content = _without_tags(text, grammar)
-            reasoning = None if grammar == "boxed" else reasoning
-            for flag in ("missing_answer", "missing_reasoning", "text_outside"):
-                flags.pop(flag, None)
-        flags.pop("missing_reasoning", None)
-    well_formed = not flags.keys() & {"unclosed", "missing_answer"}
-    if grammar == "think_answer" and "missing_reasoning" in flags:
-        well_formed = False
-    if content is not None and not content.strip():
-        content, well_formed = None, False
-        flags["empty_answer"] = None
+    reasoning, content = _blocks(text, grammar, answer, flags)
+    ill = {"unclosed", "missing_answer", *(["missing_reasoning"] if grammar == "think_answer" else [])}
+    well_formed = not flags.keys() & ill
     content = content.strip() if content is not None else None
-    findings, unknown, options, boxes = (), (), (), ()
-    if content is not None:
-        if answer == "labels":
-            findings, unknown = _labels(content, labels)
-            if not findings and not unknown:  # nothing but commas
-                well_formed, flags["empty_answer"] = False, None
-        elif answer == "text":
-            findings, unknown = _labels(content, labels)
-            findings, unknown = ((), ()) if unknown else (findings, ())
-        elif answer == "option":
-            options = _options(content)
-            if not options:
-                flags["no_option"] = None
-        boxes, readable = _boxes(content, image_sizes, flags)
-        if answer == "boxes" and (not readable or not (boxes or _NOT_DETECTED.fullmatch(content))):
-            well_formed = False
+    if content == "":
+        content = None
+        flags["empty_answer"] = None
+    found = _contents(content, answer, labels, image_sizes, flags) if content is not None else _Contents(readable=False)
     status = "ok"
     if finish_reason != "stop":
         status = "truncated"
-    elif not well_formed or content is None:
+    elif not (well_formed and found.readable):
         status = "malformed"
-    elif unknown:
+    elif found.unknown:
         status = "out_of_vocabulary"
     return Parsed(
         status=status,
@@ -257,13 +238,59 @@ def parse(
         text=text,
         reasoning=reasoning.strip() or None if reasoning is not None else None,
         answer=content,
-        findings=findings,
-        unknown_labels=unknown,
-        options=options,
-        boxes=boxes,
-        report=content if answer in ("prose", "text") and not findings else None,
+        findings=found.findings,
+        unknown_labels=found.unknown,
+        options=found.options,
+        boxes=found.boxes,
+        report=content if answer in ("prose", "text") and not found.findings else None,
         flags=tuple(flags),
     )
+
+
+def _blocks(text: str, grammar: str, answer: str, flags: dict) -> tuple[str | None, str | None]:
+    """Reasoning and answer; None where the grammar calls for one and there is none."""
+    if grammar == "plain":
+        return None, text
+    reasoning, content = (_boxed if grammar == "boxed" else _think_answer)(text, flags)
+    if answer == "text" or (answer == "prose" and grammar == "think_answer"):
+        # Follow-ups and free prompts are answered in prose, after a reasoning block or without one.
+        if "missing_answer" in flags and "unclosed" not in flags:
+            content = _without_tags(text, grammar)
+            reasoning = None if grammar == "boxed" else reasoning
+            for flag in ("missing_answer", "text_outside"):
+                flags.pop(flag, None)
+        flags.pop("missing_reasoning", None)
+    return reasoning, content
+
+
+class _Contents(NamedTuple):
+    findings: tuple[Finding, ...] = ()
+    unknown: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    readable: bool = True
+
+
+def _contents(
+    content: str, answer: str, labels: Sequence[str], sizes: Sequence[tuple[int, int]], flags: dict
+) -> _Contents:
+    found = _Contents()
+    if answer in ("labels", "text"):
+        findings, unknown = _labels(content, labels)
+        if answer == "labels":
+            found = _Contents(findings, unknown, readable=bool(findings or unknown))
+            if not found.readable:  # nothing but commas
+                flags["empty_answer"] = None
+        elif not unknown:
+            found = _Contents(findings)
+    elif answer == "option":
+        found = _Contents(options=_options(content))
+        if not found.options:
+            flags["no_option"] = None
+    boxes, readable = _boxes(content, sizes, flags)
+    if answer == "boxes":
+        return _Contents(boxes=boxes, readable=readable and bool(boxes or _NOT_DETECTED.fullmatch(content)))
+    return found._replace(boxes=boxes)
 
 
 _TAG = re.compile(r"<(/?)(think|thinking|answer)\s*>", re.IGNORECASE)
@@ -271,43 +298,35 @@ _TAG = re.compile(r"<(/?)(think|thinking|answer)\s*>", re.IGNORECASE)
 
 def _think_answer(text: str, flags: dict) -> tuple[str | None, str | None]:
     """Text of the reasoning block and of the last answer block; None where there is no closed one."""
-    reasoning = content = None
-    outside, end = [], 0
+    blocks: dict[str, list[str]] = {"think": [], "answer": []}
+    outside, start = [], 0  # of the open block, or of the text outside
     block: str | None = None  # the block that is open
-    start = 0
     for tag in _TAG.finditer(text):
         name = "answer" if tag[2].lower() == "answer" else "think"
         if tag[2].lower() == "thinking":
             flags["thinking_alias"] = None
-        if tag[1] and name == block:
-            if name == "think":
-                reasoning = text[start : tag.start()]
-            else:
-                if content is not None:
-                    flags["multiple_answers"] = None
-                content = text[start : tag.start()]
-            block, end = None, tag.end()
-        elif not tag[1] and block is None:
-            outside.append(text[end : tag.start()])
-            block, start = name, tag.end()
-        elif not tag[1] and (block, name) == ("think", "answer"):
-            reasoning = text[start : tag.start()]
-            flags["unclosed"] = None
-            block, start = name, tag.end()
+        closes = bool(tag[1]) and name == block
+        opens = not tag[1] and (block is None or (block, name) == ("think", "answer"))
+        if not (closes or opens):
+            continue
+        if block is None:
+            outside.append(text[start : tag.start()])
+        else:
+            if block == "answer" and blocks["answer"]:
+                flags["multiple_answers"] = None
+            blocks[block].append(text[start : tag.start()])
+            if opens:
+                flags["unclosed"] = None
+        block, start = name if opens else None, tag.end()
+    reasoning, content = (parts[-1] if parts else None for parts in blocks.values())
     if block is None:
-        outside.append(text[end:])
+        outside.append(text[start:])
     else:
         flags["unclosed"] = None
-        if block == "think":
-            reasoning = text[start:]
-        else:
-            content = None
-    if reasoning is None:
-        flags["missing_reasoning"] = None
-    if content is None:
-        flags["missing_answer"] = None
-    if any(part.strip() for part in outside):
-        flags["text_outside"] = None
+        reasoning, content = (text[start:], content) if block == "think" else (reasoning, None)
+    missing = {"missing_reasoning": reasoning is None, "missing_answer": content is None}
+    missing["text_outside"] = any(part.strip() for part in outside)
+    flags.update(dict.fromkeys(flag for flag, holds in missing.items() if holds))
     return reasoning, content
 
 
@@ -321,38 +340,49 @@ _LATEX_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
 
 
 def _boxed(text: str, flags: dict) -> tuple[str | None, str | None]:
-    """Text before the last ``\\boxed{...}`` and its content by brace depth; None where there is no closed one."""
-    stack: list[tuple[bool, int | None, int]] = []  # is a box; start of the outermost box; start of the content
-    last: tuple[int, int, int, int] | None = None  # content's start and end, start of the outermost box, box's end
-    openings = 0
-    for brace in _BRACE.finditer(text):
-        if brace[0] == "}":
-            box, outermost, start = stack.pop() if stack else (False, None, 0)
-            if box and (last is None or start > last[0]):
-                last = (start, brace.start(), outermost, brace.end())
-        elif brace[0] not in (r"\{", r"\}"):
-            box = brace[0] != "{"
-            openings += box
-            outermost = stack[-1][1] if stack and stack[-1][1] is not None else brace.start() if box else None
-            stack.append((box, outermost, brace.end()))
-    if openings > 1:
-        flags["multiple_boxed"] = None
-    if any(box for box, _, _ in stack):
-        flags["unclosed"] = None
+    r"""Text before the last ``\boxed{...}`` and its content by brace depth; None where there is no closed one."""
+    last = _last_box(text, flags)
     if last is None:
         flags["missing_answer"] = None
         return _strip_headings(text), None
-    start, stop, outermost, end = last
-    reasoning = _strip_headings(text[:outermost])
+    reasoning = _strip_headings(text[: last.outermost])
     if not reasoning:
         flags["missing_reasoning"] = None
-    if _AFTER_BOX.match(text, end).end() != len(text):
+    if not _AFTER_BOX.fullmatch(text, last.end):
         flags["text_outside"] = None
-    content = text[start:stop].strip()
+    content = text[last.start : last.stop].strip()
     for wrapper in (_ECHOED_BRACES, _LATEX_TEXT):
         if whole := wrapper.fullmatch(content):
             content = whole[1]
     return reasoning, content
+
+
+class _Boxed(NamedTuple):
+    start: int  # of the content
+    stop: int
+    outermost: int  # where the outermost box around it starts
+    end: int
+
+
+def _last_box(text: str, flags: dict) -> _Boxed | None:
+    """The closed box that starts last."""
+    stack: list[tuple[bool, int, int]] = []  # is a box; start of the outermost box or -1; start of the content
+    last: _Boxed | None = None
+    openings = 0
+    for brace in _BRACE.finditer(text):
+        if brace[0] == "}":
+            box, outermost, start = stack.pop() if stack else (False, -1, 0)
+            if box and (last is None or start > last.start):
+                last = _Boxed(start, brace.start(), outermost, brace.end())
+        elif brace[0] not in (r"\{", r"\}"):
+            box, outermost = brace[0] != "{", stack[-1][1] if stack else -1
+            openings += box
+            stack.append((box, brace.start() if box and outermost < 0 else outermost, brace.end()))
+    if openings > 1:
+        flags["multiple_boxed"] = None
+    if any(box for box, _, _ in stack):
+        flags["unclosed"] = None
+    return last
 
 
 def _strip_headings(text: str) -> str:
@@ -360,10 +390,6 @@ def _strip_headings(text: str) -> str:
     while tail := _TAIL.search(text, max(0, len(text) - _TAIL_CHARS)):
         text = text[: tail.start()].rstrip()
     return text.strip()
-
-
-def _plain(text: str, flags: dict) -> tuple[str | None, str | None]:
-    return None, text
 
 
 def _without_tags(text: str, grammar: str) -> str:
@@ -421,8 +447,8 @@ def _boxes(content: str, sizes: Sequence[tuple[int, int]], flags: dict) -> tuple
         if match[1] is not None:
             label = match[1].strip() or None
             continue
-        percent = tuple(float(number) for number in match.groups()[1:])
-        boxes.append(_box(label, percent, sizes, flags))
+        x1, y1, x2, y2 = map(float, match.groups()[1:])
+        boxes.append(_box(label, (x1, y1, x2, y2), sizes, flags))
     readable = len(_BOX_TAG.findall(content)) == 2 * len(boxes)
     if not readable:
         flags["unreadable_box"] = None
@@ -431,7 +457,7 @@ def _boxes(content: str, sizes: Sequence[tuple[int, int]], flags: dict) -> tuple
     return tuple(boxes), readable
 
 
-def _box(label: str | None, percent: tuple, sizes: Sequence[tuple[int, int]], flags: dict) -> Box:
+def _box(label: str | None, percent: Corners, sizes: Sequence[tuple[int, int]], flags: dict) -> Box:
     x1, y1, x2, y2 = percent
     if x1 > x2 or y1 > y2:
         flags["box_reversed"] = None
@@ -447,30 +473,18 @@ def _box(label: str | None, percent: tuple, sizes: Sequence[tuple[int, int]], fl
     return Box(label=label, percent=percent, pixels=pixels, image=len(sizes) - 1 if sizes else None)
 
 
-_KINDS = {
-    "status": str,
-    "finish_reason": str,
-    "text": str,
-    "reasoning": (str, type(None)),
-    "answer": (str, type(None)),
-    "findings": list,
-    "unknown_labels": list,
-    "options": list,
-    "boxes": list,
-    "report": (str, type(None)),
-    "flags": list,
-    "task": (str, type(None)),
-    "prompt": str,
-    "model": dict,
-    "images": list,
-    "usage": dict,
-    "timings_ms": dict,
-    "notice": str,
-}
+@functools.cache
+def _kinds() -> dict[str, Any]:
+    """What `isinstance` takes for the JSON value of each field of a `Reading`."""
+    kinds: dict[str, Any] = {}
+    for name, hint in get_type_hints(Reading).items():
+        origin = get_origin(hint)
+        kinds[name] = list if origin is tuple else dict if origin is dict else get_args(hint) or hint
+    return kinds
 
 
 def _typed(name: str, value: Any) -> Any:
-    if not isinstance(value, _KINDS[name]):
+    if not isinstance(value, _kinds()[name]):
         raise TypeError(f"{name} is {type(value).__name__}")
     if name in ("usage", "timings_ms"):
         for key, number in value.items():

@@ -63,7 +63,7 @@ def _is_number(value: object) -> TypeGuard[float]:
     return (
         isinstance(value, int | float | np.integer | np.floating)
         and not isinstance(value, bool)
-        and bool(abs(value) <= _LARGEST)
+        and bool(-_LARGEST <= value <= _LARGEST)
     )
 
 

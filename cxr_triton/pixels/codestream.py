@@ -7,6 +7,7 @@ what they return for damaged input believed: a scan has to end where its picture
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import sys
@@ -311,6 +312,19 @@ def _inspect_rle(codestream: bytes) -> Codestream:
     )
 
 
+@contextlib.contextmanager
+def decoding(what: str, pixels: str) -> Iterator[None]:
+    """What a codec raises, as `InvalidImage` of `what`, or `LimitExceeded` of `pixels`."""
+    try:
+        yield
+    except InvalidImage:
+        raise
+    except MemoryError as error:
+        raise LimitExceeded(f"decoding {pixels} needs more memory than allowed") from error
+    except Exception as error:
+        raise InvalidImage(f"{what} does not decode ({str(error)[:120]}); the file is damaged") from error
+
+
 def decode(
     header: Codestream,
     codestream: bytes,
@@ -345,16 +359,8 @@ def decode(
         The decoded size is another one.
     """
     rows, columns = shape
-    try:
+    with decoding(f"{header.kind} codestream", f"{rows}x{columns} {header.kind} pixels"):
         values, doubt = _DECODERS.get(header.kind, _decode_jpeg)(codestream, header, shape, dtype)
-    except InvalidImage:
-        raise
-    except MemoryError as error:
-        raise LimitExceeded(f"decoding {rows}x{columns} {header.kind} pixels needs more memory than allowed") from error
-    except Exception as error:
-        raise InvalidImage(
-            f"{header.kind} codestream does not decode ({str(error)[:120]}); the file is damaged"
-        ) from error
     if values.shape != shape:
         raise HeaderMismatch(f"codestream decodes to {values.shape}, the header declares {shape}; correct the header")
     if doubt and flags is not None:

@@ -16,7 +16,7 @@ from cxr_triton.errors import InvalidImage, UnsupportedSyntax
 from cxr_triton.pixels import header
 from cxr_triton.pixels.codestream import TRANSFER_SYNTAXES
 from cxr_triton.pixels.elements import UNDEFINED, WANTED, DataSet, Tag
-from cxr_triton.pixels.filetype import EXECUTABLES, PICTURES, has_prefix, kind_of, may_be_bare
+from cxr_triton.pixels.filetype import EXECUTABLE, PICTURES, has_prefix, kind_of, may_be_bare
 from cxr_triton.pixels.layout import require_layout, stored_values
 from cxr_triton.pixels.limits import Limits
 from cxr_triton.pixels.part10 import read_meta, recognise, require_radiograph, walk_data_set
@@ -92,7 +92,7 @@ def read_identity(data: bytes | mmap, limits: Limits | None = None) -> Identity:
     prefixed = has_prefix(data)
     if not prefixed and not may_be_bare(data):
         raise InvalidImage(f"file is {kind_of(data)}, no DICOM; send Part 10 files")
-    if prefixed and data[:128].startswith(EXECUTABLES):
+    if prefixed and EXECUTABLE.match(data):
         raise InvalidImage("DICOM file starts like a program; clear its 128-byte preamble")
     uid, offset = read_meta(data, 132 if prefixed else 0)
     uid = uid or recognise(data, offset)
@@ -182,7 +182,7 @@ def read_image(data: bytes, limits: Limits | None = None) -> Radiograph:
     limits = limits or Limits()
     limits.require_file(data)
     prefixed, picture = has_prefix(data), data.startswith(PICTURES)
-    if prefixed and (picture or data.startswith(EXECUTABLES)):
+    if prefixed and (picture or EXECUTABLE.match(data)):
         raise InvalidImage(f"DICOM file starts like {kind_of(data)}; clear its 128-byte preamble")
     if picture:
         return read_png(data, limits) if data[0] == 0x89 else read_jpeg(data, limits)

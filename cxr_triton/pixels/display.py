@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cxr_triton.errors import InvalidImage
-from cxr_triton.pixels.radiograph import Radiograph
+from cxr_triton.pixels.radiograph import Metadata, Radiograph
 from cxr_triton.pixels.transforms import LookupTable, Rescale, Window, declared_range
 
 PRESETS = ("mimic_jpg", "voi_display")
@@ -80,16 +80,7 @@ def render(radiograph: Radiograph, preset: str) -> Picture:
     if preset == "mimic_jpg":
         pixels = _apply(stored, low, _mimic_curve(counts, monochrome1))
     else:
-        curve, scaling = _voi_curve(
-            low,
-            counts,
-            monochrome1=monochrome1,
-            bits_stored=metadata.bits_stored,
-            signed=metadata.signed,
-            modality=metadata.modality_transform,
-            voi=metadata.voi,
-            padding=padding,
-        )
+        curve, scaling = _voi_curve(low, counts, metadata, padding)
         if curve.min() == curve.max():
             raise InvalidImage(
                 f"VOI transform maps every stored value {low}..{low + len(counts) - 1} to grey {curve[0]}; correct the"
@@ -191,31 +182,26 @@ def voi_display(
     ndarray (rows, cols) uint8
     """
     low, counts = _histogram(stored)
-    curve, _ = _voi_curve(
-        low,
-        counts,
-        monochrome1=monochrome1,
+    rows, columns = stored.shape
+    metadata = Metadata(
+        format="dicom",
+        rows=rows,
+        columns=columns,
         bits_stored=bits_stored,
         signed=signed,
-        modality=modality,
+        photometric="MONOCHROME1" if monochrome1 else "MONOCHROME2",
+        modality_transform=modality,
         voi=voi,
-        padding=padding,
     )
+    curve, _ = _voi_curve(low, counts, metadata, padding)
     return _apply(stored, low, curve)
 
 
 def _voi_curve(
-    low: int,
-    counts: np.ndarray,
-    *,
-    monochrome1: bool,
-    bits_stored: int,
-    signed: bool,
-    modality: Rescale | LookupTable | None,
-    voi: Window | LookupTable | None,
-    padding: tuple[int, int] | None,
+    low: int, counts: np.ndarray, metadata: Metadata, padding: tuple[int, int] | None
 ) -> tuple[np.ndarray, str]:
     """Grey of each code, and the flag that says how greys were scaled where no VOI transform did it."""
+    modality, voi = metadata.modality_transform, metadata.voi
     codes = np.arange(low, low + len(counts))
     padded = _between(codes, padding) if padding else np.zeros(len(codes), bool)
     values = modality(codes.astype(np.float64)) if modality else codes.astype(np.float64)
@@ -228,13 +214,13 @@ def _voi_curve(
             black, white = voi.output_range
         else:
             scaling = "full_range"
-            black, white = declared_range(bits_stored, signed, modality)
+            black, white = declared_range(metadata.bits_stored, metadata.signed, modality)
             used = values[(counts > 0) & ~padded]
             if used.size and np.ptp(used) > 0 and not fills_declared_range(used, black, white):
                 scaling = "range_fallback"
                 black, white = float(used.min()), float(used.max())
         grey = np.clip((values - black) / (white - black), 0, 1)
-    if monochrome1:
+    if metadata.photometric == "MONOCHROME1":
         grey = 1 - grey
     # the addend sends a tie up in spite of rounding errors, so that an inverted twin gets the same grey
     curve = np.floor(grey * 255 + (0.5 + 1e-9)).astype(np.uint8)

@@ -8,16 +8,8 @@ from mmap import mmap
 PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 """How PNG and JPEG files start."""
 
-EXECUTABLES = (
-    b"\x7fELF",
-    b"MZ",
-    b"#!",
-    b"\xfe\xed\xfa\xce",
-    b"\xfe\xed\xfa\xcf",
-    b"\xce\xfa\xed\xfe",
-    b"\xcf\xfa\xed\xfe",
-    b"\xca\xfe\xba\xbe",
-    b"\xbe\xba\xfe\xca",
+EXECUTABLE = re.compile(
+    rb"\x7fELF|MZ|#!|\xfe\xed\xfa[\xce\xcf]|[\xce\xcf]\xfa\xed\xfe|\xca\xfe\xba\xbe|\xbe\xba\xfe\xca"
 )
 """How programs start: ELF, DOS and Windows, scripts, Mach-O in both byte orders and fat (CVE-2019-11687)."""
 
@@ -51,7 +43,7 @@ _KINDS = [
         (rb"(\xef\xbb\xbf)?\s*(?i:<\?xml|<svg)", "XML"),
         (rb"(\xef\xbb\xbf)?\s*#!" + _TEXT, "a script"),
         (rb"\s*(?=\S)" + _TEXT, "text"),
-        (b"|".join(map(re.escape, EXECUTABLES)), "a program"),
+        (EXECUTABLE.pattern, "a program"),
         (rb"BM", "a BMP"),
     )
 ]

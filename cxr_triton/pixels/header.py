@@ -37,38 +37,15 @@ def date(dataset: DataSet, tag: Tag) -> str:
         return ""
 
 
-_VIEW_WORDS = {
-    "PA": "PA",
-    "AP": "AP",
-    "LL": "lateral",
-    "RL": "lateral",
-    "LAT": "lateral",
-    "LATERAL": "lateral",
-    "LLD": "frontal",  # decubitus positions are frontal projections
-    "RLD": "frontal",
-    "LLO": "oblique",
-    "RLO": "oblique",
-    "LAO": "oblique",
-    "RAO": "oblique",
-    "LPO": "oblique",
-    "RPO": "oblique",
-    # View Code Sequence, SNOMED CT and the older SNOMED RT codes of CID 4010
-    "272479007": "PA",
-    "R-40888": "PA",
-    "R-10214": "PA",
-    "399348003": "AP",
-    "R-10206": "AP",
-    "399033003": "frontal",
-    "399067008": "lateral",
-    "R-102CD": "lateral",
-    "399173006": "lateral",
-    "R-10236": "lateral",
-    "399198007": "lateral",
-    "R-10232": "lateral",
-    "399182000": "oblique",
-    "399059000": "oblique",
-    "399312000": "oblique",
+# of View Position and View Code Sequence: SNOMED CT, and the older SNOMED RT codes of CID 4010
+_VIEWS = {
+    "PA": "PA 272479007 R-40888 R-10214",
+    "AP": "AP 399348003 R-10206",
+    "frontal": "LLD RLD 399033003",  # decubitus positions are frontal projections
+    "lateral": "LL RL LAT LATERAL 399067008 R-102CD 399173006 R-10236 399198007 R-10232",
+    "oblique": "LLO RLO LAO RAO LPO RPO 399182000 399059000 399312000",
 }
+_VIEW_WORDS = {word: view for view, words in _VIEWS.items() for word in words.split()}
 
 
 _PIXEL_SHAPES = (

@@ -9,6 +9,7 @@ not walked. Damage that leaves the number of bits right shifts what is predicted
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from cxr_triton.errors import InvalidImage
 
 _CHUNK = 1 << 19  # bytes of DCT blocks that are walked at a time; each takes 8 bytes of every table
 _CHUNK_BITS, _RUN_IN_BITS = 2048, 512  # of lossless samples that are walked together
+_UNKNOWN = 1 << 12  # codes, more than a chunk's bits hold
 _STEPS = 16  # until those that have arrived are left out
 _CODE_BYTES = 8  # that a code may reach into
 _MOST_BLOCKS = 10  # of an MCU (T.81 B.2.3)
@@ -210,12 +212,10 @@ def _walk(
     remaining = _mcus(frame, components)
     if len(parts) != (-(-remaining // interval) if interval else 1):
         raise InvalidImage(f"JPEG scan has {len(parts)} restart intervals of {interval} units; the file is damaged")
+    walk = partial(_walk_blocks, blocks) if frame.side > 1 else partial(_walk_samples, *_steps(blocks[0].dc))
     for part in parts:
         count = min(interval or remaining, remaining)
-        if frame.side == 1:
-            _walk_samples(part, blocks[0].dc, count)
-        else:
-            _walk_blocks(part, blocks, count)
+        walk(part, count)
         remaining -= count
 
 
@@ -259,25 +259,25 @@ def _windows(data: np.ndarray) -> np.ndarray:
     return windows
 
 
-def _walk_samples(part: np.ndarray, table: _Table, samples: int) -> None:
-    """Walk the lossless samples of one component.
+def _walk_samples(two: np.ndarray, one: np.ndarray, part: np.ndarray, samples: int) -> None:
+    """Walk the lossless samples of one component by the `_steps` of its table.
 
     Huffman codes fall into step soon, wherever one starts to read. So many chunks are walked at once, each from a
     little before its start, and only those that came out of step with the one before are walked again.
     """
     padded = np.append(part, np.full(_CODE_BYTES, 0xFF, np.uint8))
-    windows, data, advance = _windows(padded), padded.tobytes(), table.advance.tobytes()
+    windows, data = _windows(padded), padded.tobytes()
     starts = np.arange(0, 8 * len(part), _CHUNK_BITS, dtype=np.int32)
     goals = np.append(starts[1:], np.int32(8 * len(part)))
-    entries, _, _ = _walk_together(windows, table.advance, np.maximum(starts - _RUN_IN_BITS, 0), starts)
-    exits, counts, valid = _walk_together(windows, table.advance, entries, goals)
+    entries, _ = _walk_together(windows, two, one, np.maximum(starts - _RUN_IN_BITS, 0), starts)
+    exits, counts = _walk_together(windows, two, one, entries, goals)
     position, left = 0, samples
-    chunks = zip(*(array.tolist() for array in (entries, exits, counts, valid, goals)), strict=True)
-    for entry, exit_, count, known, goal in chunks:
-        if position == entry and known and count < left:
+    chunks = zip(*(array.tolist() for array in (entries, exits, counts, goals)), strict=True)
+    for entry, exit_, count, goal in chunks:
+        if position == entry and count < min(left, _UNKNOWN):
             position, left = exit_, left - count
         else:
-            position, walked = _walk_alone(data, advance, position, goal, left)
+            position, walked = _walk_alone(data, one.data, position, goal, left)
             left -= walked
         if not left:
             break
@@ -286,46 +286,55 @@ def _walk_samples(part: np.ndarray, table: _Table, samples: int) -> None:
     _require_end(part, position)
 
 
+def _steps(table: _Table) -> tuple[np.ndarray, np.ndarray]:
+    """How far 16 bits lead, as bits + 256 * codes, (65536,) int32 each: by two codes where they hold both, and by one.
+
+    The code that is in no table leads on by a bit, and counts as `_UNKNOWN` codes.
+    """
+    advance, length = table.advance.astype(np.int32), table.length
+    one = np.where(advance > 0, advance + 256, 1 + 256 * _UNKNOWN)
+    following = np.arange(1 << 16, dtype=np.int32) << advance & 0xFFFF
+    both = (advance > 0) & (length[following] > 0) & (advance + length[following] <= 16)
+    return np.where(both, one + one[following], one), one
+
+
 def _walk_together(
-    windows: np.ndarray, advance: np.ndarray, positions: np.ndarray, goals: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    windows: np.ndarray, two: np.ndarray, one: np.ndarray, positions: np.ndarray, goals: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Walk codes from each of `positions` to the first that starts at its goal or later.
 
-    Returns where that is, how many codes there were, and whether all of them are in the table; int32 and bool.
+    Returns where that is, and how many codes there were, `_UNKNOWN` or more if one is in no table; int32.
     """
-    positions, counts, valid = positions.copy(), np.zeros(len(goals), np.int32), np.ones(len(goals), bool)
-    walking = np.flatnonzero(positions < goals)
-    while len(walking):
-        at, goal = positions[walking], goals[walking]
-        count, known = np.zeros(len(at), np.int32), np.ones(len(at), bool)
-        for _ in range(_STEPS):
-            before = at < goal
-            step = advance[windows[at >> 3] >> (8 - (at & 7)) & 0xFFFF]
-            known &= (step > 0) | ~before
-            at += np.maximum(step, 1) * before
-            count += before
-        positions[walking] = at
-        counts[walking] += count
-        valid[walking] &= known
-        walking = walking[at < goal]
-    return positions, counts, valid
+    positions, counts = positions.copy(), np.zeros(len(goals), np.int32)
+    for steps, ends in ((two, goals - 16), (one, goals)):
+        walking = np.flatnonzero(positions < ends)
+        while len(walking):
+            at, end, count = positions[walking], ends[walking], np.zeros(len(walking), np.int32)
+            for _ in range(_STEPS):
+                step = steps[windows[at >> 3] >> (8 - (at & 7)) & 0xFFFF] * (at < end)
+                at += step & 0xFF
+                count += step >> 8
+            positions[walking] = at
+            counts[walking] += count
+            walking = walking[at < end]
+    return positions, counts
 
 
-def _walk_alone(data: bytes, advance: bytes, position: int, goal: int, most: int) -> tuple[int, int]:
+def _walk_alone(data: bytes, one: memoryview, position: int, goal: int, most: int) -> tuple[int, int]:
     """Walk up to `most` codes that start before `goal`; where the last ends, and how many there were."""
     for count in range(most):
         if position >= goal:
             return position, count
         byte = position >> 3
         window = data[byte] << 16 | data[byte + 1] << 8 | data[byte + 2]
-        step = advance[window >> (8 - (position & 7)) & 0xFFFF]
-        if not step:
+        step = one[window >> (8 - (position & 7)) & 0xFFFF]
+        if step >> 8 >= _UNKNOWN:
             raise InvalidImage("JPEG scan has a code that is in no table; the file is damaged, send it again")
-        position += step
+        position += step & 0xFF
     return position, most
 
 
-def _walk_blocks(part: np.ndarray, blocks: list[_Block], mcus: int) -> None:
+def _walk_blocks(blocks: list[_Block], part: np.ndarray, mcus: int) -> None:
     """Walk MCUs of DCT blocks, and check what their DC coefficients say."""
     padded = np.append(part, np.full(_MCU_BYTES, 0xFF, np.uint8))
     start = position = 0  # byte of the chunk, bit in it

@@ -7,8 +7,8 @@ import struct
 
 import numpy as np
 
-from cxr_triton.errors import HeaderMismatch, InvalidImage, LimitExceeded, MultiFrame
-from cxr_triton.pixels.codestream import inspect_jpeg
+from cxr_triton.errors import HeaderMismatch, InvalidImage, MultiFrame
+from cxr_triton.pixels.codestream import decoding, inspect_jpeg
 from cxr_triton.pixels.header import stretch
 from cxr_triton.pixels.jpeg_scan import require_whole_scans
 from cxr_triton.pixels.limits import Limits
@@ -27,12 +27,8 @@ def read_png(data: bytes, limits: Limits) -> Radiograph:
     width, height = struct.unpack_from(">II", data, 16)
     limits.require_size(height, width)
     density = _walk_png(data)
-    try:
+    with decoding("PNG", f"a {height}x{width} PNG"):
         pixels = imagecodecs.png_decode(data)
-    except MemoryError as error:
-        raise LimitExceeded(f"decoding a {height}x{width} PNG needs more memory than allowed") from error
-    except Exception as error:
-        raise InvalidImage(f"PNG does not decode ({str(error)[:120]}); the file is damaged") from error
     flags = {"palette"} if data[25] == 3 else set()
     pixels = pixels.reshape(height, width, -1)
     if pixels.shape[2] in (2, 4):
@@ -81,14 +77,10 @@ def read_jpeg(data: bytes, limits: Limits) -> Radiograph:
     if data.rfind(b"\xff\xd9") < len(data) // 2:
         raise InvalidImage("JPEG has no end-of-image marker: it is truncated; send the complete file")
     require_whole_scans(data)
-    try:
+    with decoding("JPEG", f"a {header.height}x{header.width} JPEG"):
         picture = Image.open(io.BytesIO(data), formats=["JPEG"])
         turned = ImageOps.exif_transpose(picture)
         pixels = np.asarray(turned)
-    except MemoryError as error:
-        raise LimitExceeded(f"decoding a {header.height}x{header.width} JPEG needs more memory than allowed") from error
-    except Exception as error:
-        raise InvalidImage(f"JPEG does not decode ({str(error)[:120]}); the file is damaged") from error
     if pixels.shape[0] * pixels.shape[1] != header.height * header.width:
         raise HeaderMismatch(f"JPEG decodes to {pixels.shape}, its header declares {header.height}x{header.width}")
     flags = {"lossy"}

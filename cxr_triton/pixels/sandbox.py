@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -63,6 +63,98 @@ class Prepared:
     preprocess_ms: float
 
 
+class _Child:
+    """A decoding process and its pipes; it is started without waiting for it."""
+
+    def __init__(self, interpreter: str, limits: Limits):
+        environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ}
+        environment |= {
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)]),
+            # threads that reserve address space would eat up the memory limit
+            "OPENBLAS_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "2",
+        }
+        self.limits = limits
+        self.is_ready = False
+        self.served = 0
+        self.process = subprocess.Popen(
+            [interpreter, "-P", "-m", "cxr_triton.pixels.sandbox", json.dumps(asdict(limits))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            bufsize=0,
+            start_new_session=True,
+        )
+        # they are there, because they were asked for
+        self._orders, self._answers = cast(IO[bytes], self.process.stdin), cast(IO[bytes], self.process.stdout)
+        os.set_blocking(self._orders.fileno(), False)
+
+    def await_ready(self) -> None:
+        """Wait until it has imported everything; raises `EOFError` or `TimeoutError` if it cannot."""
+        hello, _ = self._receive(time.monotonic() + _START_S)
+        if hello["python"] != list(sys.version_info[:2]):
+            raise EOFError
+        self.is_ready = True
+
+    def stop(self) -> None:
+        """End it, whatever it does."""
+        self._orders.close()  # it ends by itself when it is idle
+        try:
+            self.process.wait(0.05)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._answers.close()
+
+    def ask(self, order: bytes, data: bytes) -> tuple[dict, bytes]:
+        """What it answers, and the picture's bytes; after an error it has to be replaced."""
+        deadline = time.monotonic() + self.limits.time_s
+        self.served += 1
+        try:
+            for part in (_HEAD.pack(len(order), len(data)), order, data):
+                self._send(part, deadline)
+            return self._receive(deadline)
+        except TimeoutError:
+            self.process.kill()
+            raise LimitExceeded(
+                f"image took more than the {self.limits.time_s:g} s allowed to decode; send a smaller or simpler file"
+            ) from None
+        except (EOFError, BrokenPipeError):
+            status = self.process.wait()
+            if -status in (signal.SIGKILL, signal.SIGXCPU):
+                raise LimitExceeded(
+                    f"image needs more than the {self.limits.memory_mib} MiB or {self.limits.time_s:g} s allowed;"
+                    " send a smaller or simpler file"
+                ) from None
+            raise InvalidImage(f"decoder crashed (status {status}); the file is damaged") from None
+
+    def _send(self, part: bytes, deadline: float) -> None:
+        view, fd = memoryview(part), self._orders.fileno()
+        while view:
+            _wait(fd, select.POLLOUT, deadline)
+            try:
+                view = view[os.write(fd, view[:_PIPE_BYTES]) :]
+            except BlockingIOError:
+                continue
+
+    def _receive(self, deadline: float) -> tuple[dict, bytes]:
+        sizes = _HEAD.unpack(self._read(_HEAD.size, deadline))
+        body = self._read(sum(sizes), deadline)
+        return json.loads(body[: sizes[0]]), body[sizes[0] :]
+
+    def _read(self, size: int, deadline: float) -> bytes:
+        parts, fd = [], self._answers.fileno()
+        while size:
+            _wait(fd, select.POLLIN, deadline)
+            parts.append(os.read(fd, min(size, _PIPE_BYTES)))
+            if not parts[-1]:
+                raise EOFError
+            size -= len(parts[-1])
+        return b"".join(parts)
+
+
 class Sandbox:
     """One decoding process, started at once and replaced when it has served its time.
 
@@ -85,9 +177,7 @@ class Sandbox:
         self.recycle_after = recycle_after
         self._lock = threading.Lock()
         self._closed = False
-        self._process: subprocess.Popen | None = None
-        self._ready = False
-        self._served = 0
+        self._child: _Child | None = None
         self._interpreters = list(_interpreters())
         self._start()
 
@@ -100,7 +190,7 @@ class Sandbox:
     @property
     def pid(self) -> int | None:
         """Process id of the current child."""
-        return self._process.pid if self._process else None
+        return self._child.process.pid if self._child else None
 
     def close(self) -> None:
         """End the child; no process stays behind."""
@@ -142,26 +232,26 @@ class Sandbox:
         InternalError
             The child cannot be started.
         """
-        if len(data) > self.limits.max_file_bytes:
-            raise LimitExceeded(
-                f"file has {len(data)} bytes, allowed {self.limits.max_file_bytes}; send a smaller file"
-            )
-        order = {"preset": preset, "min_pixels": min_pixels, "max_pixels": max_pixels, "factor": factor}
-        order |= {"not_a_chest": not_a_chest, "views": list(views)}
+        self.limits.require_file(data)
+        order = {
+            "preset": preset,
+            "min_pixels": min_pixels,
+            "max_pixels": max_pixels,
+            "factor": factor,
+            "not_a_chest": not_a_chest,
+            "views": list(views),
+        }
         with self._lock:
             if self._closed:
                 raise InternalError("decoding process is closed")
-            self._await_ready()
-            self._served += 1
+            child, is_spent = self._ready_child(), True
             try:
-                answer, pixels = self._ask(json.dumps(order).encode(), data)
-            except BaseException:
-                self._stop()
-                self._start()
-                raise
-            if answer["recycle"] or self._served >= self.recycle_after:
-                self._stop()
-                self._start()
+                answer, pixels = child.ask(json.dumps(order).encode(), data)
+                is_spent = answer["recycle"] or child.served >= self.recycle_after
+            finally:
+                if is_spent:
+                    self._stop()
+                    self._start()
         if "error" in answer:
             raise CODES[answer["error"]](answer["message"])
         return Prepared(
@@ -173,108 +263,35 @@ class Sandbox:
             answer["preprocess_ms"],
         )
 
-    def _start(self) -> None:
-        """Start a child without waiting for it."""
-        environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ}
-        environment |= {
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)]),
-            # threads that reserve address space would eat up the memory limit
-            "OPENBLAS_NUM_THREADS": "1",
-            "OMP_NUM_THREADS": "1",
-            "MALLOC_ARENA_MAX": "2",
-        }
-        for interpreter in list(self._interpreters):
+    def _start(self) -> _Child:
+        """Start a child of the likeliest interpreter that there is."""
+        while self._interpreters:
             try:
-                self._process = subprocess.Popen(
-                    [interpreter, "-P", "-m", "cxr_triton.pixels.sandbox", json.dumps(asdict(self.limits))],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    env=environment,
-                    bufsize=0,
-                    start_new_session=True,
-                )
-                break
+                self._child = _Child(self._interpreters[0], self.limits)
+                return self._child
             except OSError:
-                self._interpreters.remove(interpreter)
-        else:
-            self._interpreters = list(_interpreters())
-            raise InternalError("decoding process does not start: no fitting Python interpreter; reinstall cxr-triton")
-        self._ready = False
-        self._served = 0
-        os.set_blocking(self._process.stdin.fileno(), False)
+                del self._interpreters[0]
+        self._interpreters = list(_interpreters())
+        raise InternalError("decoding process does not start: no fitting Python interpreter; reinstall cxr-triton")
 
-    def _await_ready(self) -> None:
-        """Wait until the child has imported everything; try the next interpreter if it cannot."""
-        if self._process and self._process.poll() is not None:
+    def _stop(self) -> None:
+        child, self._child = self._child, None
+        if child:
+            child.stop()
+
+    def _ready_child(self) -> _Child:
+        """The child, once it is ready; that of the next interpreter if it cannot be."""
+        if self._child and self._child.process.poll() is not None:
             self._stop()  # somebody ended it between two images
-        while not self._ready:
-            if self._process is None:
-                self._start()
+        child = self._child or self._start()
+        while not child.is_ready:
             try:
-                hello, _ = self._receive(time.monotonic() + _START_S)
-                if hello["python"] != list(sys.version_info[:2]):
-                    raise EOFError
-                self._ready = True
+                child.await_ready()
             except (EOFError, TimeoutError):
                 self._stop()
                 del self._interpreters[0]
-
-    def _stop(self) -> None:
-        process, self._process, self._ready = self._process, None, False
-        if process is None:
-            return
-        process.stdin.close()  # the child ends by itself when it is idle
-        try:
-            process.wait(0.05)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
-
-    def _ask(self, order: bytes, data: bytes) -> tuple[dict, bytes]:
-        deadline = time.monotonic() + self.limits.time_s
-        try:
-            for part in (_HEAD.pack(len(order), len(data)), order, data):
-                self._send(part, deadline)
-            return self._receive(deadline)
-        except TimeoutError:
-            self._process.kill()
-            raise LimitExceeded(
-                f"image took more than the {self.limits.time_s:g} s allowed to decode; send a smaller or simpler file"
-            ) from None
-        except (EOFError, BrokenPipeError):
-            status = self._process.wait()
-            if -status in (signal.SIGKILL, signal.SIGXCPU):
-                raise LimitExceeded(
-                    f"image needs more than the {self.limits.memory_mib} MiB or {self.limits.time_s:g} s allowed;"
-                    " send a smaller or simpler file"
-                ) from None
-            raise InvalidImage(f"decoder crashed (status {status}); the file is damaged") from None
-
-    def _send(self, part: bytes, deadline: float) -> None:
-        view, fd = memoryview(part), self._process.stdin.fileno()
-        while view:
-            _wait(fd, select.POLLOUT, deadline)
-            try:
-                view = view[os.write(fd, view[:_PIPE_BYTES]) :]
-            except BlockingIOError:
-                continue
-
-    def _receive(self, deadline: float) -> tuple[dict, bytes]:
-        sizes = _HEAD.unpack(self._read(_HEAD.size, deadline))
-        body = self._read(sum(sizes), deadline)
-        return json.loads(body[: sizes[0]]), body[sizes[0] :]
-
-    def _read(self, size: int, deadline: float) -> bytes:
-        parts, fd = [], self._process.stdout.fileno()
-        while size:
-            _wait(fd, select.POLLIN, deadline)
-            parts.append(os.read(fd, min(size, _PIPE_BYTES)))
-            if not parts[-1]:
-                raise EOFError
-            size -= len(parts[-1])
-        return b"".join(parts)
+                child = self._start()
+        return child
 
 
 def identify(images: Sequence[bytes]) -> list[dict[str, str]]:
@@ -286,8 +303,10 @@ def identify(images: Sequence[bytes]) -> list[dict[str, str]]:
         Or one of its subclasses, as `Sandbox.prepare` does.
     """
     with Sandbox() as sandbox:
-        smallest = {"preset": "mimic_jpg", "min_pixels": 1, "max_pixels": 28 * 28, "factor": 1}
-        return [sandbox.prepare(data, **smallest).facts["identity"] for data in images]
+        return [
+            sandbox.prepare(data, preset="mimic_jpg", min_pixels=1, max_pixels=28 * 28, factor=1).facts["identity"]
+            for data in images
+        ]
 
 
 def _wait(fd: int, event: int, deadline: float) -> None:
@@ -355,6 +374,25 @@ def _answer(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
         return {"error": InvalidImage.code, "message": message}, b""
 
 
+_FACTS = (
+    "format",
+    "transfer_syntax",
+    "transfer_syntax_name",
+    "sop_class",
+    "modality",
+    "photometric",
+    "bits_stored",
+    "signed",
+    "rows",
+    "columns",
+    "pixel_aspect_ratio",
+    "view",
+    "patient_orientation",
+    "laterality",
+)
+"""Of `Metadata`, those that a reading reports."""
+
+
 def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
     from cxr_triton.identity import identity_of
     from cxr_triton.pixels.dicom import read_image
@@ -365,36 +403,23 @@ def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
     radiograph = read_image(data, limits)
     decoded = time.perf_counter()
     picture = render(radiograph, order["preset"])
-    region = _judge(radiograph.metadata, picture.pixels, order) if order["not_a_chest"] else {}
+    region, doubts = _judge(radiograph.metadata, picture.pixels, order) if order["not_a_chest"] else ({}, ())
     height, width = picture.pixels.shape[:2]
     budget = {name: order[name] for name in ("min_pixels", "max_pixels", "factor")}
     size = target_size(*square_size(height, width, radiograph.metadata.pixel_aspect_ratio), **budget)
     pixels = np.ascontiguousarray(resize(picture.pixels, size))
     finished = time.perf_counter()
     metadata = radiograph.metadata
-    facts = {
-        "format": metadata.format,
-        "transfer_syntax": metadata.transfer_syntax,
-        "transfer_syntax_name": metadata.transfer_syntax_name,
-        "sop_class": metadata.sop_class,
-        "modality": metadata.modality,
-        "photometric": metadata.photometric,
-        "bits_stored": metadata.bits_stored,
-        "signed": metadata.signed,
-        "rows": height,
-        "columns": width,
+    facts = {name: getattr(metadata, name) for name in _FACTS}
+    facts |= {
         "pixel_aspect_ratio": round(metadata.pixel_aspect_ratio, 4),
-        "view": metadata.view,
-        "patient_orientation": list(metadata.patient_orientation),
-        "laterality": metadata.laterality,
         "preset": picture.preset,
-        "percentiles": list(picture.percentiles),
+        "percentiles": picture.percentiles,
         "padding_share": round(picture.padding_share, 4),
-        "flags": list(picture.flags),
+        "flags": sorted({*picture.flags, *doubts}),
         "identity": identity_of(data, radiograph),
+        **region,
     }
-    facts["flags"] = sorted({*facts["flags"], *region.pop("doubts", ())})
-    facts |= region
     answer = {
         "shape": list(pixels.shape),
         "source_size": [height, width],
@@ -406,8 +431,8 @@ def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
     return answer, pixels.tobytes()
 
 
-def _judge(metadata: Metadata, pixels: np.ndarray, order: dict) -> dict:
-    """Facts about the part of the body, and `doubts`.
+def _judge(metadata: Metadata, pixels: np.ndarray, order: dict) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Facts about the part of the body, and flags.
 
     Raises
     ------
@@ -419,11 +444,9 @@ def _judge(metadata: Metadata, pixels: np.ndarray, order: dict) -> dict:
         raise NotAChest(
             f"image is no chest radiograph: {found.refusal}; send a chest, or see not_a_chest of the profile"
         )
-    return {
-        "doubts": [*found.doubts, *(["not_a_chest"] if found.refusal else [])],
-        "region": metadata.anatomy.says,
-        "chest_likeness": None if found.likeness is None else round(found.likeness.chest, 3),
-    }
+    likeness = None if found.likeness is None else round(found.likeness.chest, 3)
+    doubts = (*found.doubts, "not_a_chest") if found.refusal else found.doubts
+    return {"region": metadata.anatomy.says, "chest_likeness": likeness}, doubts
 
 
 def _warm_up() -> None:
