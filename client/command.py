@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import queue
 import re
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -26,10 +26,10 @@ from cxr_triton.cli import (
     printable,
     write_json,
 )
-from cxr_triton.client.folder import DICOMDIR, files_in, read_folder
+from cxr_triton.client.folder import DICOMDIR, Row, files_in, read_folder
 from cxr_triton.client.limits import Timeouts, Tls
 from cxr_triton.client.page import decode_rate, draw, reading_page
-from cxr_triton.client.reader import Reader, ReadingStream
+from cxr_triton.client.reader import Reader
 from cxr_triton.errors import CxrError, InvalidRequest, ServerMismatch
 from cxr_triton.files import write
 from cxr_triton.identity import IDENTIFIERS, require_same_images
@@ -70,7 +70,15 @@ def connection(command):
     return command
 
 
-def connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) -> Reader:
+def connect(
+    images: Sequence[bytes] | Path,
+    *,
+    url: str,
+    timeout_s: float,
+    tls_ca: Path | None,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+) -> Reader:
     """A reader at `url`; warns where `images` would travel in clear text."""
     tls = Tls(ca=tls_ca, cert=tls_cert, key=tls_key) if tls_ca or tls_cert else None
     reader = Reader(url, timeouts=Timeouts(first_delta_s=None, total_s=timeout_s), tls=tls)
@@ -141,6 +149,8 @@ def require_readings_of(
 @click.option(
     "--identifiers",
     type=click.Choice(IDENTIFIERS),
+    envvar="CXR_IDENTIFIERS",
+    show_envvar=True,
     help="How the reading names its images' UIDs; plain if left out. Hashed also keeps file name and date off --html.",
 )
 @connection
@@ -154,8 +164,8 @@ def require_readings_of(
 )
 @json_option
 def read(
-    files, url, task, prompt, mode, variables, history, unchecked_reading, max_new_tokens, temperature, seed,
-    identifiers, timeout_s, tls_ca, tls_cert, tls_key, out, html_path, json_path,
+    *, files, task, prompt, mode, variables, history, unchecked_reading, max_new_tokens, temperature, seed,
+    identifiers, out, html_path, json_path, **server,
 ):  # fmt: skip
     """Read one patient's radiographs and stream the model's reasoning.
 
@@ -182,7 +192,6 @@ def read(
         "seed": seed,
         "identifiers": identifiers,
     }
-    server = (url, timeout_s, tls_ca, tls_cert, tls_key)
     if any(file.is_dir() or file.name == DICOMDIR for file in files):
         if len(files) > 1 or history or html_path or not out:
             raise click.UsageError("a folder is read alone, with -o FOLDER, and without --history and --html")
@@ -194,13 +203,11 @@ def read(
     turns, readings = _history(history)
     require_readings_of(files, images, readings, unchecked_reading=unchecked_reading)
     out = sys.stderr if json_path == "-" else sys.stdout
-    with connect(images, *server) as reader:
-        stream = reader.read(images, history=turns or None, **options)
-        with Waiting("") as waiting, contextlib.closing(received(reader, stream, files, waiting)) as deltas:
-            for delta in deltas:
-                waiting.end()
-                click.echo(click.style(printable(delta), dim=True) if out.isatty() else printable(delta), out, nl=False)
-        reading = stream.result()
+
+    def show(delta: str) -> None:
+        click.echo(click.style(printable(delta), dim=True) if out.isatty() else printable(delta), out, nl=False)
+
+    reading = received(connect(images, **server), files, images, show, history=turns or None, **options)
     read_at = datetime.datetime.now().astimezone()
     click.echo("\n", out)
     for name, lines in _summary(reading):
@@ -215,18 +222,15 @@ def read(
         sys.exit(EXIT_NOT_AS_ASKED)
 
 
-def _read_folder(folder: Path, out: Path, options: dict, server: tuple, json_path: str | None) -> None:
+def _read_folder(folder: Path, out: Path, options: dict, server: dict, json_path: str | None) -> None:
     """Read the images of a folder, a line for each on standard error, then the table."""
-    files, rows, warned = files_in(folder, out), [], []
+    files, is_warned = files_in(folder, out), False
+    rows: list[Row] = []
 
     def ask(file: Path, data: bytes) -> Reading:
-        with connect([] if warned else [data], *server) as reader:
-            warned.append(True)
-            stream = reader.read([data], **options)
-            with Waiting("") as waiting, contextlib.closing(received(reader, stream, [file], waiting)) as deltas:
-                for _ in deltas:
-                    pass
-            return stream.result()
+        nonlocal is_warned
+        reader, is_warned = connect([] if is_warned else [data], **server), True
+        return received(reader, [file], [data], **options)
 
     for number, row in enumerate(read_folder(folder, files, out, options["task"], ask), 1):
         rows.append(row)
@@ -238,8 +242,8 @@ def _read_folder(folder: Path, out: Path, options: dict, server: tuple, json_pat
     to = sys.stderr if json_path == "-" else sys.stdout
     widths = [max(len(printable(getattr(row, name))) for row in images) for name in ("file", "status")]
     for row in images:
-        labels = ", ".join(finding.label for finding in row.reading.findings) if row.reading else ""
-        click.echo(printable(f"{row.file:<{widths[0]}}  {row.status:<{widths[1]}}  {labels}").rstrip(), to)
+        line = f"{row.file:<{widths[0]}}  {row.status:<{widths[1]}}  {', '.join(row.labels)}"
+        click.echo(printable(line).rstrip(), to)
     readings = [row.reading for row in images if row.reading]
     well_formed = sum(reading.status == "ok" for reading in readings)
     click.echo(f"{len(images)} images, {len(readings)} readings, {well_formed} of them well formed, in {out}", to)
@@ -252,11 +256,17 @@ def _read_folder(folder: Path, out: Path, options: dict, server: tuple, json_pat
         sys.exit(EXIT_NOT_AS_ASKED)
 
 
-def received(reader: Reader, stream: ReadingStream, files: Sequence[Path], waiting: Waiting) -> Iterator[str]:
-    """The text of `stream`, received by a thread so that Ctrl-C never interrupts gRPC, whose state that breaks.
+def received(
+    reader: Reader,
+    files: Sequence[Path],
+    images: Sequence[bytes],
+    show: Callable[[str], None] = lambda delta: None,
+    **request: Any,
+) -> Reading:
+    """The reading of `images`, which `files` hold; each text is shown as it comes, and `reader` is closed at the end.
 
-    Errors are about `files`, and `waiting` says what is waited for. However the generator ends, it closes `reader`,
-    which cancels the request on the server. Put it in `contextlib.closing`.
+    A thread receives it, so that Ctrl-C never interrupts gRPC, whose state that breaks; it cancels the request on the
+    server. Errors are about `files`.
     """
     texts: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
 
@@ -268,27 +278,30 @@ def received(reader: Reader, stream: ReadingStream, files: Sequence[Path], waiti
         except BaseException as error:
             texts.put(error)
 
-    thread = threading.Thread(target=receive, name="cxr-received", daemon=True)
-    thread.start()
-    try:
-        while True:
-            what = "".join(file.name for file in files[-1:]) or "the request"
-            waiting.what = f"reading {what}" if stream.is_sent else f"connecting to {reader.url}"
-            try:
-                text = texts.get(timeout=0.2)  # a signal just before a wait does not end it
-            except queue.Empty:
-                continue
-            if text is None:
-                return
-            if isinstance(text, CxrError):
-                raise type(text)(in_options(text.message, files)) from None
-            if isinstance(text, BaseException):
-                raise text
-            yield text
-    finally:
-        stream.close()
-        reader.close()
-        thread.join()
+    with reader, Waiting("") as waiting:
+        stream = reader.read(images, **request)
+        thread = threading.Thread(target=receive, name="cxr-received", daemon=True)
+        thread.start()
+        try:
+            while True:
+                what = "".join(file.name for file in files[-1:]) or "the request"
+                waiting.what = f"reading {what}" if stream.is_sent else f"connecting to {reader.url}"
+                try:
+                    text = texts.get(timeout=0.2)  # a signal just before a wait does not end it
+                except queue.Empty:
+                    continue
+                if text is None:
+                    return stream.result()
+                if isinstance(text, CxrError):
+                    raise type(text)(in_options(text.message, files)) from None
+                if isinstance(text, BaseException):
+                    raise text
+                waiting.end()
+                show(text)
+        finally:
+            stream.close()
+            reader.close()
+            thread.join()
 
 
 _OPTIONS = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cxr_triton.errors import DeadlineExceeded, InternalError, InvalidImage, ServerMismatch
 from cxr_triton.files import write
@@ -38,10 +39,21 @@ class Row:
     reading: Reading | None = None
     was_there: bool = False
 
-    def as_json(self) -> dict:
-        row = {"file": self.file, "status": self.status, "reading": str(self.path) if self.path else None}
-        row["labels"] = [finding.label for finding in self.reading.findings] if self.reading else []
-        return row | {"said": self.said, "was_there": self.was_there}
+    @property
+    def labels(self) -> list[str]:
+        """Of the findings, in the reading's order."""
+        return [finding.label for finding in self.reading.findings] if self.reading else []
+
+    def as_json(self) -> dict[str, Any]:
+        """The row of ``read --json``."""
+        return {
+            "file": self.file,
+            "status": self.status,
+            "reading": str(self.path) if self.path else None,
+            "labels": self.labels,
+            "said": self.said,
+            "was_there": self.was_there,
+        }
 
 
 def files_in(folder: Path, out: Path) -> list[Path]:

@@ -75,11 +75,11 @@ def status(context: click.Context, config_path: str | None, job: int | None, jso
     if job is None:
         result = store.status()
         lines = _status_lines(result)
-    else:
-        result = store.job(job)
-        if result is None:
-            raise InvalidRequest(f"no job {job} in the queue; `gateway status` lists the dead letters")
+    elif found := store.job(job):
+        result = found
         lines = _job_lines(result)
+    else:
+        raise InvalidRequest(f"no job {job} in the queue; `gateway status` lists the dead letters")
     out = sys.stderr if json_path == "-" else sys.stdout
     for line in lines:
         click.echo(printable(line), out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from cxr_triton.client.limits import Timeouts, Tls
 from cxr_triton.client.objects import KINDS
 from cxr_triton.config import Checked, build, in_range, one_of, read_yaml
 from cxr_triton.errors import InvalidConfig
+from cxr_triton.identity import IDENTIFIERS
 
 EXAMPLE = Path(__file__).with_name("gateway.yaml")
 _AET = re.compile(r"(?! )[\x20-\x5b\x5d-\x7e]{1,16}(?<! )")
@@ -30,27 +32,31 @@ class TlsFiles(Checked):
     key: str | None = None
     ca: str | None = None
 
-    def server(self):
-        """`ssl.SSLContext` of a listener, TLS 1.2 or later (BCP 195 profile of PS3.15 B.9)."""
-        import ssl
+    @property
+    def listener_cert(self) -> str:
+        """`cert`, without which no listener can be; `InvalidConfig` says so."""
+        if not self.cert:
+            raise InvalidConfig("tls.cert: is missing; a listener needs a certificate and its key")
+        return self.cert
 
+    def server(self) -> ssl.SSLContext:
+        """For a listener: TLS 1.2 or later (BCP 195 profile of PS3.15 B.9)."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.cert, self.key)
+        context.load_cert_chain(self.listener_cert, self.key)
         if self.ca:
             context.load_verify_locations(self.ca)
             context.verify_mode = ssl.CERT_REQUIRED
         return context
 
-    def client(self):
-        """`ssl.SSLContext` of a sender."""
-        import ssl
-
+    def client(self) -> ssl.SSLContext:
+        """For a sender."""
         context = ssl.create_default_context(cafile=self.ca)
         if self.cert:
             context.load_cert_chain(self.cert, self.key)
         return context
 
     def grpc(self) -> Tls:
+        """For the reader."""
         return Tls(ca=self.ca, cert=self.cert, key=self.key)
 
 
@@ -67,7 +73,8 @@ class Peer(Checked):
         self.networks  # noqa: B018
 
     @property
-    def networks(self) -> tuple:
+    def networks(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+        """`addresses`, parsed."""
         try:
             return tuple(ipaddress.ip_network(address) for address in self.addresses)
         except ValueError as error:
@@ -107,13 +114,14 @@ class Dicom(Checked):
     def __post_init__(self):
         super().__post_init__()
         _require_aet("aet", self.aet)
-        if self.tls and not self.tls.cert:
-            raise InvalidConfig("tls.cert: is missing; a listener needs a certificate and its key")
+        if self.tls:
+            self.tls.listener_cert  # noqa: B018
         if not self.peers and not _is_loopback(self.host):
             raise InvalidConfig(f"peers: is empty and host is {self.host}; name who may send")
 
     @property
     def pdu_limit(self) -> int:
+        """Bytes that any PDU may have."""
         return max(1 << 20, 4 * self.max_pdu_bytes)
 
 
@@ -135,6 +143,8 @@ class Web(Checked):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.tls:
+            self.tls.listener_cert  # noqa: B018
         if self.stow and not _is_loopback(self.host) and not self.token_file:
             raise InvalidConfig(f"token_file: is missing and host is {self.host}; STOW-RS there needs a token")
 
@@ -192,6 +202,8 @@ class Reading(Checked):
         After so long without a sign of life of a gateway another one takes its study.
     unchecked_reading : bool
         Take readings of a server that does not say which images they are of.
+    identifiers : str, optional
+        How a reading names its images' UIDs: ``plain`` or ``hashed``; by default as the server does, plain.
     """
 
     url: str = "127.0.0.1:8001"
@@ -207,18 +219,51 @@ class Reading(Checked):
     retry_s: tuple[float, ...] = (1.0, 5.0, 15.0, 60.0)
     lease_s: float = in_range(1.0, 3600.0, default=60.0)
     unchecked_reading: bool = False
+    identifiers: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        if self.identifiers not in (None, *IDENTIFIERS):
+            raise InvalidConfig(f"identifiers: {self.identifiers!r:.40} is none of {', '.join(IDENTIFIERS)}")
         _require_ladder("retry_s", self.retry_s)
 
     @property
     def timeouts(self) -> Timeouts:
+        """Limits of each reading, as the reader takes them."""
         return Timeouts(first_delta_s=self.first_delta_s, idle_s=self.idle_s, total_s=self.total_s)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Priors(Checked):
+class Remote(Checked):
+    """Another system: a PACS with `aet`, `host` and `port`, or a web server at `url`."""
+
+    aet: str | None = None
+    host: str | None = None
+    port: int = in_range(1, 65535, default=104)
+    tls: TlsFiles | None = None
+    url: str | None = None
+    token_file: str | None = None
+    timeout_s: float = in_range(0.1, 600.0, default=30.0)
+
+    @property
+    def pacs(self) -> tuple[str, str]:
+        """AE title and host; raises `InvalidConfig` where one is missing."""
+        if not self.host or not self.aet:
+            raise InvalidConfig("host: aet and host of a dicom destination are needed")
+        return self.aet, self.host
+
+    @property
+    def root(self) -> str:
+        """`url` without a slash at its end."""
+        return (self.url or "").rstrip("/")
+
+    def authorization(self) -> dict[str, str]:
+        """HTTP header with the token of `token_file`, where there is one."""
+        return {"Authorization": f"Bearer {Path(self.token_file).read_text().strip()}"} if self.token_file else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Priors(Remote):
     """Where the patient's earlier radiograph is fetched before a study is read: a PACS (C-FIND, C-GET) or QIDO/WADO-RS.
 
     Attributes
@@ -233,14 +278,7 @@ class Priors(Checked):
         Task of the profile when a prior was found, such as a comparison.
     """
 
-    aet: str | None = None
-    host: str | None = None
-    port: int = in_range(1, 65535, default=104)
-    tls: TlsFiles | None = None
-    url: str | None = None
-    token_file: str | None = None
     max_age_days: int = in_range(1, 36500, default=1825)
-    timeout_s: float = in_range(0.1, 600.0, default=30.0)
     task: str | None = None
 
     def __post_init__(self):
@@ -265,7 +303,7 @@ class Results(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Destination(Checked):
+class Destination(Remote):
     """Where results go: `dicom` (C-STORE to `aet` at `host`:`port`), `stow` (STOW-RS to `url`), `fhir` (PUT to `url`).
 
     Attributes
@@ -282,15 +320,8 @@ class Destination(Checked):
 
     name: str
     kind: str = one_of(("dicom", "stow", "fhir"), default="dicom")
-    aet: str | None = None
-    host: str | None = None
-    port: int = in_range(1, 65535, default=104)
-    url: str | None = None
-    token_file: str | None = None
-    tls: TlsFiles | None = None
     commitment: bool = False
     commitment_s: float = in_range(0.1, 86400.0, default=300.0)
-    timeout_s: float = in_range(0.1, 600.0, default=30.0)
     retry_s: tuple[float, ...] = (2.0, 10.0, 60.0, 300.0, 1800.0)
     give_up_s: float = in_range(1.0, 31536000.0, default=259200.0)
 
@@ -299,9 +330,8 @@ class Destination(Checked):
         if not _NAME.fullmatch(self.name):
             raise InvalidConfig(f"name: {self.name!r:.80} has to be letters, digits, '.', '_' or '-'")
         if self.kind == "dicom":
-            if not self.host or not self.aet:
-                raise InvalidConfig("host: aet and host of a dicom destination are needed")
-            _require_aet("aet", self.aet)
+            aet, _ = self.pacs
+            _require_aet("aet", aet)
         elif not (self.url or "").startswith(("http://", "https://")):
             raise InvalidConfig(f"url: {self.url!r:.80} of a {self.kind} destination has to start with http(s)://")
         elif self.commitment:
@@ -381,6 +411,7 @@ class Config(Checked):
 
     @property
     def queue_url(self) -> str:
+        """SQLAlchemy URL of the queue."""
         return self.queue or f"sqlite:///{Path(self.storage).absolute()}/queue.sqlite"
 
 

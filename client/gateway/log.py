@@ -42,6 +42,7 @@ class Log:
         return hmac.new(self._key, uid.encode("utf-8", "replace"), hashlib.sha256).hexdigest()[:16]
 
     def __call__(self, level: str, event: str, **fields) -> None:
+        """Write a line, unless `level` is below that of the configuration."""
         if LEVELS.index(level) < self._least:
             return
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

@@ -7,25 +7,31 @@ import json
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sqlalchemy as sa
 import sqlalchemy.exc
 from pydicom import Dataset
-from pynetdicom import build_role, evt
-from pynetdicom.sop_class import (
+from pydicom.uid import (
     ComputedRadiographyImageStorage,
     DigitalXRayImageStorageForPresentation,
     SecondaryCaptureImageStorage,
-    StudyRootQueryRetrieveInformationModelFind,
-    StudyRootQueryRetrieveInformationModelGet,
 )
+from pynetdicom import build_role, evt
 
-from cxr_triton.client.gateway.config import Config
-from cxr_triton.client.gateway.deliver import Unreachable, associate
+from cxr_triton.client.gateway.association import Unreachable, associate, whole_request
+from cxr_triton.client.gateway.config import Priors
+from cxr_triton.client.gateway.dimse import (
+    OUT_OF_RESOURCES,
+    PENDING,
+    STUDY_ROOT_FIND,
+    STUDY_ROOT_GET,
+    SUCCESS,
+    UNCOMPRESSED,
+)
+from cxr_triton.client.gateway.intake import MIB, IncomingFile, Intake
 from cxr_triton.client.gateway.read import choose
-from cxr_triton.client.gateway.receive import OUT_OF_RESOURCES, SUCCESS, IncomingFile, Intake
 from cxr_triton.client.gateway.store import Store
 from cxr_triton.client.objects.source import source_header
 from cxr_triton.errors import InvalidImage, QueueFull, Unavailable
@@ -34,7 +40,6 @@ from cxr_triton.pixels.codestream import TRANSFER_SYNTAXES
 MODALITIES = ("CR", "DX")
 MOST_STUDIES = 5
 """Earlier studies that are looked into, the last first."""
-PENDING = (0xFF00, 0xFF01)
 IMAGES = (ComputedRadiographyImageStorage, DigitalXRayImageStorageForPresentation, SecondaryCaptureImageStorage)
 
 
@@ -44,9 +49,9 @@ class PriorFinder:
     A prior is only taken when the PACS says that it is of the same Patient ID, and its own header does.
     """
 
-    def __init__(self, config: Config, store: Store, intake: Intake):
-        self._settings, self._storage, self._aet = config.priors, Path(config.storage), config.own_aet
-        self._store, self._intake = store, intake
+    def __init__(self, settings: Priors, store: Store, intake: Intake):
+        self.settings, self._store, self._intake = settings, store, intake
+        self._storage, self._aet = Path(intake.config.storage), intake.config.own_aet
 
     def fetch(self, current: sa.Row) -> list[sa.Row]:
         """The row of at most one earlier image.
@@ -61,15 +66,14 @@ class PriorFinder:
         if not patient or set(patient) & set("*?\\"):  # they would match other patients
             return []
         until = _date(date) or datetime.date.today()
-        since = until - datetime.timedelta(days=self._settings.max_age_days)
+        since = until - datetime.timedelta(days=self.settings.max_age_days)
         between = f"{since:%Y%m%d}-{until:%Y%m%d}"
-        way = self._of_web if self._settings.url else self._of_pacs
+        way = self._of_web if self.settings.url else self._of_pacs
         try:
             for study, series in way(patient, between, str(header.StudyInstanceUID), date):
-                rows = [self._store.object_of(sop_instance) for sop_instance in self._bring(study, series)]
-                rows = [
-                    row for row in rows if row and row.kind in ("prior", "image") and row.patient == current.patient
-                ]
+                found = [self._store.object_of(sop_instance) for sop_instance in self._bring(study, series)]
+                rows = [row for row in found if row and row.kind in ("prior", "image")]
+                rows = [row for row in rows if row.patient == current.patient]
                 if rows:
                     return choose(sorted(rows, key=lambda row: (row.taken, row.number)), 1)
         except Unreachable as error:
@@ -77,7 +81,7 @@ class PriorFinder:
         return []
 
     def _bring(self, study: str, series: str) -> list[str]:
-        return (self._wado if self._settings.url else self._get)(study, series)
+        return (self._wado if self.settings.url else self._get)(study, series)
 
     def _take(self, file: IncomingFile, source: str) -> str | None:
         try:
@@ -103,56 +107,49 @@ class PriorFinder:
         identifier.QueryRetrieveLevel = level
         for keyword, value in query.items():
             setattr(identifier, keyword, value)
-        model = StudyRootQueryRetrieveInformationModelFind
-        association = associate(self._settings, self._aet, {model: ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2"]})
         found = []
-        try:
-            for status, answer in association.send_c_find(identifier, model):
-                if status.get("Status") in PENDING and answer is not None:
-                    found.append(answer)
-                elif status.get("Status") != SUCCESS:
-                    raise Unreachable(f"C-FIND ended with status {status.get('Status', 'none')}")
-        except (ValueError, RuntimeError) as error:
-            raise Unreachable(f"C-FIND: {type(error).__name__}") from None
-        finally:
-            if association.is_established:
-                association.release()
+        with associate(self.settings, self._aet, {STUDY_ROOT_FIND: UNCOMPRESSED}) as association:
+            try:
+                for status, answer in association.send_c_find(identifier, STUDY_ROOT_FIND):
+                    if status.get("Status") in PENDING and answer is not None:
+                        found.append(answer)
+                    elif status.get("Status") != SUCCESS:
+                        raise Unreachable(f"C-FIND ended with status {status.get('Status', 'none')}")
+            except (ValueError, RuntimeError) as error:
+                raise Unreachable(f"C-FIND: {type(error).__name__}") from None
         return found
 
     def _get(self, study: str, series: str) -> list[str]:
         taken: list[str] = []
         failed: list[Exception] = []
 
-        def on_store(event) -> int:
-            event.assoc.dul.socket.recv.message_ends()
+        called, _ = self.settings.pacs
+
+        def on_store(event: evt.Event) -> int:
             try:
-                if sop_instance := self._take(event.request._dataset_file, self._settings.aet):
+                if sop_instance := self._take(whole_request(event)._dataset_file, called):
                     taken.append(sop_instance)
             except (QueueFull, OSError, sqlalchemy.exc.SQLAlchemyError) as error:
                 failed.append(error)  # pynetdicom would keep it from `fetch`
                 return OUT_OF_RESOURCES
             return SUCCESS
 
-        model = StudyRootQueryRetrieveInformationModelGet
-        contexts = {
-            model: ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2"],
-            **{uid: [*TRANSFER_SYNTAXES] for uid in IMAGES},
+        contexts: dict[str, Sequence[str]] = {
+            STUDY_ROOT_GET: UNCOMPRESSED,
+            **dict.fromkeys(IMAGES, tuple(TRANSFER_SYNTAXES)),
         }
         roles = [build_role(sop_class, scp_role=True) for sop_class in IMAGES]
         handlers = [(evt.EVT_C_STORE, on_store)]
-        association = associate(self._settings, self._aet, contexts, handlers, roles)
         identifier = Dataset()
         identifier.QueryRetrieveLevel = "SERIES"
         identifier.StudyInstanceUID, identifier.SeriesInstanceUID = study, series
-        try:
-            for status, _ in association.send_c_get(identifier, model):
-                if status.get("Status") not in (*PENDING, SUCCESS, 0xB000):
-                    raise Unreachable(f"C-GET ended with status {status.get('Status', 'none')}")
-        except (ValueError, RuntimeError) as error:
-            raise Unreachable(f"C-GET: {type(error).__name__}") from None
-        finally:
-            if association.is_established:
-                association.release()
+        with associate(self.settings, self._aet, contexts, handlers, roles) as association:
+            try:
+                for status, _ in association.send_c_get(identifier, STUDY_ROOT_GET):
+                    if status.get("Status") not in (*PENDING, SUCCESS, 0xB000):
+                        raise Unreachable(f"C-GET ended with status {status.get('Status', 'none')}")
+            except (ValueError, RuntimeError) as error:
+                raise Unreachable(f"C-GET: {type(error).__name__}") from None
         if failed:
             raise failed[0]
         return taken
@@ -187,15 +184,13 @@ class PriorFinder:
             raise Unreachable("QIDO-RS answered no JSON") from None
 
     def _ask(self, path: str, accept: str) -> tuple[str, bytes]:
-        settings = self._settings
-        headers = {"Accept": accept}
-        if settings.token_file:
-            headers["Authorization"] = f"Bearer {Path(settings.token_file).read_text().strip()}"
-        request = urllib.request.Request(f"{settings.url.rstrip('/')}/{path}", headers=headers)
+        settings = self.settings
+        headers = {"Accept": accept, **settings.authorization()}
+        request = urllib.request.Request(f"{settings.root}/{path}", headers=headers)  # noqa: S310  # an operator's own
         context = settings.tls.client() if settings.tls else None
-        limit = self._intake.max_bytes + (1 << 20)
+        limit = self._intake.max_bytes + MIB
         try:
-            with urllib.request.urlopen(request, timeout=settings.timeout_s, context=context) as answer:
+            with urllib.request.urlopen(request, timeout=settings.timeout_s, context=context) as answer:  # noqa: S310
                 body = answer.read(limit + 1)
                 if len(body) > limit:
                     raise Unreachable(f"DICOMweb answer is over {limit} bytes")

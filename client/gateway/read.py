@@ -8,7 +8,6 @@ import datetime
 import io
 import json
 import os
-import random
 import secrets
 import shutil
 import time
@@ -21,8 +20,11 @@ from pydicom import Dataset
 
 from cxr_triton.client.aio import AsyncReader
 from cxr_triton.client.gateway.config import Config
+from cxr_triton.client.gateway.database import LeaseLost, is_full
 from cxr_triton.client.gateway.log import Log, Metrics
-from cxr_triton.client.gateway.store import LeaseLost, Result, Store, is_full
+from cxr_triton.client.gateway.schema import Result
+from cxr_triton.client.gateway.store import Store
+from cxr_triton.client.gateway.waits import POLL_S, either, spread
 from cxr_triton.client.objects.results import diagnostic_report, result_objects
 from cxr_triton.client.objects.source import header_faults, source_header
 from cxr_triton.client.objects.study import ObjectOptions
@@ -46,12 +48,6 @@ PASSING = (Unavailable, QueueFull, DeadlineExceeded, Cancelled, InternalError, S
 """Failures of the server rather than of the images: worth another attempt."""
 VIEWS = {"lateral": 0, "oblique": 0, "unknown": 1}
 """Rank of a view among those that are read; the frontal ones rank 2."""
-POLL_S = 0.25
-
-
-def spread(wait_s: float) -> float:
-    """A wait changed by up to a third, so that those who failed together do not come back together."""
-    return wait_s * random.uniform(2 / 3, 4 / 3)
 
 
 def choose(images: Sequence[sa.Row], most: int) -> list[sa.Row]:
@@ -74,8 +70,8 @@ class ReadWorker:
     config, store, log, metrics
     on_results : callable
         Called when results wait for delivery.
-    priors : object, optional
-        Its `fetch(current)` gives the rows of at most one earlier image of the patient.
+    find_prior : callable, optional
+        Gives the row of at most one earlier image of the patient whose row it takes.
     """
 
     def __init__(
@@ -85,10 +81,11 @@ class ReadWorker:
         log: Log,
         metrics: Metrics,
         on_results: Callable[[], None],
-        priors=None,
+        *,
+        find_prior: Callable[[sa.Row], list[sa.Row]] | None = None,
     ):
         self._config, self._store, self._log, self._metrics = config, store, log, metrics
-        self._on_results, self._priors = on_results, priors
+        self._on_results, self._find_prior = on_results, find_prior
         self.wake = asyncio.Event()
         self.is_server_ready = False
         self._checks_failed = 0
@@ -99,6 +96,11 @@ class ReadWorker:
         """Until `stopping` is set; then readings under way are given back, and nothing of them is lost."""
         settings = self._config.read
         running: dict[asyncio.Task, int] = {}  # job of each attempt
+
+        def ended(attempt: asyncio.Task) -> None:
+            running.pop(attempt)
+            self.wake.set()
+
         tls = settings.tls.grpc() if settings.tls else None
         async with AsyncReader(settings.url, timeouts=settings.timeouts, tls=tls) as reader:
             while not stopping.is_set():
@@ -112,7 +114,7 @@ class ReadWorker:
                 if job is not None:
                     task = asyncio.create_task(self._read(reader, job))
                     running[task] = job.id
-                    task.add_done_callback(lambda done: (running.pop(done), self.wake.set()))
+                    task.add_done_callback(ended)
                 else:
                     await either(stopping, self.wake, POLL_S)
             for task in running:
@@ -141,9 +143,8 @@ class ReadWorker:
 
     async def _read(self, reader: AsyncReader, job: sa.Row) -> None:
         """One attempt at one job; every way it can end is written into the queue."""
-        name, settings = self._log.uid(job.study), self._config.read
-        attempt = asyncio.current_task()
-        lease = asyncio.create_task(self._keep_lease(job, attempt))
+        name = self._log.uid(job.study)
+        lease = asyncio.create_task(self._keep_lease(job, asyncio.current_task()))
         try:
             outcome = await self._attempt(reader, job)
             self._metrics.readings.labels(outcome).inc()
@@ -157,25 +158,29 @@ class ReadWorker:
                     asyncio.to_thread(self._store.put_back, job, time.time(), "the gateway stopped", counts=False)
                 )
         except Exception as error:
-            is_ours = is_full(error) or isinstance(error, sqlalchemy.exc.SQLAlchemyError)
-            code, text = getattr(error, "code", type(error).__name__), str(error)
-            if isinstance(error, CxrError):
-                text = error.wire()
-            else:  # it may quote a data set
-                text = f"[INTERNAL] {type(error).__name__}"
-            passing = isinstance(error, PASSING) or not isinstance(error, CxrError)
-            if isinstance(error, Unavailable | Cancelled | InternalError | ServerMismatch):
-                self.is_server_ready = False
-            self._metrics.readings.labels(code).inc()
-            again = is_ours or (passing and job.attempts < settings.max_attempts)
-            self._log("warning", "not_read", job=job.id, study=name, error=code, attempt=job.attempts, again=again)
-            if again:
-                wait_s = spread(settings.retry_s[min(job.attempts, len(settings.retry_s)) - 1])
-                await self._tell(self._store.put_back, job, time.time() + wait_s, text, counts=not is_ours)
-            else:
-                await self._tell(self._store.bury, job, text)
+            await self._failed(job, error)
         finally:
             lease.cancel()
+
+    async def _failed(self, job: sa.Row, error: Exception) -> None:
+        """Put a job back for another attempt where that may help, else bury it."""
+        settings, name = self._config.read, self._log.uid(job.study)
+        if isinstance(error, CxrError):
+            code, text, passing = error.code, error.wire(), isinstance(error, PASSING)
+        else:  # its text may quote a data set
+            code, passing = type(error).__name__, True
+            text = f"[INTERNAL] {code}"
+        if isinstance(error, Unavailable | Cancelled | InternalError | ServerMismatch):
+            self.is_server_ready = False
+        self._metrics.readings.labels(code).inc()
+        is_ours = is_full(error) or isinstance(error, sqlalchemy.exc.SQLAlchemyError)
+        again = is_ours or (passing and job.attempts < settings.max_attempts)
+        self._log("warning", "not_read", job=job.id, study=name, error=code, attempt=job.attempts, again=again)
+        if again:
+            wait_s = spread(settings.retry_s[min(job.attempts, len(settings.retry_s)) - 1])
+            await self._tell(self._store.put_back, job, time.time() + wait_s, text, counts=not is_ours)
+        else:
+            await self._tell(self._store.bury, job, text)
 
     async def _tell(self, change: Callable[..., None], *args, **kwargs) -> None:
         """Have the queue change, as soon as it can; the lease is kept until then."""
@@ -185,14 +190,15 @@ class ReadWorker:
             except sqlalchemy.exc.SQLAlchemyError:
                 await asyncio.sleep(4 * POLL_S)
 
-    async def _keep_lease(self, job: sa.Row, attempt: asyncio.Task) -> None:
+    async def _keep_lease(self, job: sa.Row, attempt: asyncio.Task | None) -> None:
         while True:
             await asyncio.sleep(self._config.read.lease_s / 3)
             with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
                 if not await asyncio.to_thread(self._store.renew, job, self._config.read.lease_s):
                     # Dropped by an operator, or taken by another gateway.
                     self._log("warning", "lost_lease", job=job.id, study=self._log.uid(job.study), attempt=job.attempts)
-                    attempt.cancel()
+                    if attempt:
+                        attempt.cancel()
                     return
 
     async def _attempt(self, reader: AsyncReader, job: sa.Row) -> str:
@@ -200,16 +206,19 @@ class ReadWorker:
         images = await asyncio.to_thread(self._store.inputs, job.id)
         if len({image.patient for image in images}) > 1:
             raise InvalidRequest("images of several Patient IDs have the same Study Instance UID; correct the study")
-        priors = await asyncio.to_thread(self._priors.fetch, images[-1]) if self._priors else []
+        priors = await asyncio.to_thread(self._find_prior, images[-1]) if self._find_prior else []
         chosen = [*priors, *choose(images, settings.max_images - len(priors))]
         same = await asyncio.to_thread(self._store.start_reading, job, [image.id for image in chosen])
         if same is not None:
             await asyncio.to_thread(self._store.finish, job, f"reads the same images as job {same}")
             return "same_images"
         files = await asyncio.to_thread(lambda: [self._file(image) for image in chosen])
-        task = self._config.priors.task if priors and self._config.priors.task else settings.task
+        task = settings.task
+        if priors and self._config.priors:
+            task = self._config.priors.task or task
         started = time.monotonic()
-        reading = await reader.read(files, task=task, mode=settings.mode).result()
+        stream = reader.read(files, task=task, mode=settings.mode, identifiers=settings.identifiers)
+        reading = await stream.result()
         del files
         reading_s = time.monotonic() - started
         self._metrics.reading_s.observe(reading_s)
@@ -268,7 +277,7 @@ class ReadWorker:
     def _write_to(
         self, folder: Path, content: dict, sources: list[Dataset], pictures: list[Shown], options: ObjectOptions
     ) -> list[Result]:
-        results = []
+        results: list[Result] = []
         for kind in self._config.results.kinds:
             for instance in result_objects(content, sources, kinds=(kind,), pictures=pictures, options=options):
                 path = folder / f"{len(results)}-{kind}.dcm"
@@ -300,13 +309,3 @@ def _write_file(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-async def either(stopping: asyncio.Event, wake: asyncio.Event, timeout_s: float) -> None:
-    """Wait for either event, or the time."""
-    waits = [asyncio.create_task(event.wait()) for event in (stopping, wake)]
-    try:
-        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for wait in waits:
-            wait.cancel()

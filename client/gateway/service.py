@@ -15,12 +15,17 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydicom import config as pydicom_config
 
-from cxr_triton.client.gateway.config import Config
+from cxr_triton.client.gateway.association import prepare_pynetdicom
+from cxr_triton.client.gateway.config import Config, Folder
 from cxr_triton.client.gateway.deliver import Deliverer
+from cxr_triton.client.gateway.intake import Intake
+from cxr_triton.client.gateway.listen import Listener
 from cxr_triton.client.gateway.log import Log, Metrics
+from cxr_triton.client.gateway.priors import PriorFinder
 from cxr_triton.client.gateway.read import ReadWorker
-from cxr_triton.client.gateway.receive import FolderWatcher, Intake, Listener, stow
 from cxr_triton.client.gateway.store import Store
+from cxr_triton.client.gateway.stow import stow
+from cxr_triton.client.gateway.watch import FolderWatcher
 from cxr_triton.errors import QueueFull, Unavailable
 
 BEAT_S = 1.0
@@ -55,7 +60,7 @@ class Gateway:
         self.config = config
         self._storage = Path(config.storage)
         self._storage.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self._storage / f"{config.name}.lock", "w")
+        self._lock = open(self._storage / f"{config.name}.lock", "w")  # noqa: SIM115  # held until the process ends
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -64,22 +69,23 @@ class Gateway:
             ) from None
         self.log = Log(config, stream)
         self.store = Store(config.queue_url, config.name)
-        self.metrics = Metrics(self.store.counts, lambda: self.intake.free_bytes())
+        self.metrics = Metrics(self.store.counts, lambda: self.intake.free_bytes())  # noqa: PLW0108  # it comes next
         self.intake = Intake(config, self.store, self.log, self.metrics, self._wake_worker)
-        priors = None
-        if config.priors:
-            from cxr_triton.client.gateway.priors import PriorFinder
-
-            priors = PriorFinder(config, self.store, self.intake)
-        self.worker = ReadWorker(config, self.store, self.log, self.metrics, self._wake_deliverers, priors)
+        prepare_pynetdicom(self.intake.new_file)
+        find_prior = PriorFinder(config.priors, self.store, self.intake).fetch if config.priors else None
+        self.worker = ReadWorker(
+            config, self.store, self.log, self.metrics, self._wake_deliverers, find_prior=find_prior
+        )
         self.deliverers = [Deliverer(to, config, self.store, self.log, self.metrics) for to in config.destinations]
         self._listener: Listener | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.dicom_port = self.web_port = None
+        self.dicom_port: int | None = None
+        self.web_port: int | None = None
 
     def _wake_worker(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop ends while the last association does
-            self._loop.call_soon_threadsafe(self.worker.wake.set)
+        if self._loop:
+            with contextlib.suppress(RuntimeError):  # the loop ends while the last association does
+                self._loop.call_soon_threadsafe(self.worker.wake.set)
 
     def _wake_deliverers(self) -> None:
         for deliverer in self.deliverers:
@@ -103,12 +109,12 @@ class Gateway:
         runner = await self._start_web()
         try:
             if self.config.dicom:
-                self._listener = Listener(self.intake, self.deliverers[0].take_commitment)
+                self._listener = Listener(self.config.dicom, self.intake, self.deliverers[0].take_commitment)
                 self.dicom_port = self._listener.port
             parts = [self.worker.run(stopping), self._keep_house(stopping)]
             parts += [deliverer.run(stopping) for deliverer in self.deliverers]
             if self.config.folder:
-                parts.append(self._watch(stopping))
+                parts.append(self._watch(self.config.folder, stopping))
             tasks = [asyncio.create_task(part) for part in parts]
             self.log("info", "started", dicom_port=self.dicom_port, web_port=self.web_port)
             try:
@@ -121,8 +127,8 @@ class Gateway:
                 await asyncio.wait(tasks, timeout=STOP_S)
                 for task in tasks:
                     task.cancel()
-            for task in done - {wait}:
-                task.result()
+            for ended in done & {*tasks}:
+                ended.result()
         finally:
             if runner:
                 await runner.cleanup()
@@ -160,15 +166,15 @@ class Gateway:
         if paths or swept:
             self.log("info", "cleaned", expired=len(paths), leftovers=swept)
 
-    async def _watch(self, stopping: asyncio.Event) -> None:
-        watcher = await asyncio.to_thread(FolderWatcher, self.intake)
+    async def _watch(self, config: Folder, stopping: asyncio.Event) -> None:
+        watcher = await asyncio.to_thread(FolderWatcher, config, self.intake)
         while not stopping.is_set():
             try:
                 await asyncio.to_thread(watcher.scan)
             except OSError as error:
                 self.log("error", "folder_failed", error=type(error).__name__)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stopping.wait(), self.config.folder.every_s)
+                await asyncio.wait_for(stopping.wait(), config.every_s)
 
     async def _start_web(self) -> web.AppRunner | None:
         settings = self.config.web

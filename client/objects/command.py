@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import io
 import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import click
+from pydicom import Dataset
 
-from cxr_triton.cli import EXIT_NOT_AS_ASKED, OUT_FOLDER, TASKS, Waiting, json_option, printable, write_json
+from cxr_triton.cli import EXIT_NOT_AS_ASKED, OUT_FOLDER, TASKS, json_option, printable, write_json
 from cxr_triton.client.command import (
     FILE,
     connect,
@@ -24,7 +26,7 @@ from cxr_triton.client.objects import KINDS
 from cxr_triton.client.objects.results import diagnostic_report, result_objects
 from cxr_triton.client.objects.source import header_faults, source_header
 from cxr_triton.client.objects.study import ObjectOptions
-from cxr_triton.client.page import DOCUMENT_PIXELS, draw
+from cxr_triton.client.page import DOCUMENT_PIXELS, Shown, draw
 from cxr_triton.files import write
 from cxr_triton.identity import sha256
 from cxr_triton.reading import NOT_FOR_DIAGNOSIS, Reading
@@ -60,9 +62,7 @@ def _kinds(context, parameter, value: str) -> tuple[str, ...]:
 @click.option("--task", shell_complete=TASKS, metavar="NAME", help="What to ask the server.")
 @connection
 @json_option
-def sr(
-    files, reading_path, unchecked_reading, out, kinds, task, url, timeout_s, tls_ca, tls_cert, tls_key, json_path
-):  # fmt: skip
+def sr(*, files, reading_path, unchecked_reading, out, kinds, task, json_path, **server):
     """Write the objects of a reading into a folder: structured reports, presentation state, PDF, FHIR report.
 
     FILEs are the DICOM images that were read, in their order: prior first, current last. The objects belong to the
@@ -79,58 +79,67 @@ def sr(
                 for fault in header_faults(source)]  # fmt: skip
     for warning in warnings:
         click.echo(f"warning: {printable(warning)}", err=True)
+    if reading_path and task:
+        raise click.UsageError("--task asks a server, --reading takes what one answered; give one of them")
     if reading_path:
-        if task:
-            raise click.UsageError("--task asks a server, --reading takes what one answered; give one of them")
-        stored = stored_reading(reading_path)
-        require_readings_of(files, images, [(reading_path.name, stored)], unchecked_reading=unchecked_reading)
-        reading = json.loads(stored.to_json())
+        reading = stored_reading(reading_path)
+        require_readings_of(files, images, [(reading_path.name, reading)], unchecked_reading=unchecked_reading)
         made_at = datetime.datetime.fromtimestamp(int(reading_path.stat().st_mtime)).astimezone()
     else:
-        with connect(images, url, timeout_s, tls_ca, tls_cert, tls_key) as reader:
-            stream = reader.read(images, task=task)
-            with Waiting("") as waiting, contextlib.closing(received(reader, stream, files, waiting)) as deltas:
-                for _ in deltas:
-                    pass
-            reading = json.loads(stream.result().to_json())
+        reading = received(connect(images, **server), files, images, task=task)
         made_at = datetime.datetime.now().astimezone().replace(microsecond=0)
     options = ObjectOptions(
         made_at=made_at,
         digests=tuple(map(sha256, images)),
         unchecked_reading=unchecked_reading,
     )
-    pictures = ()
+    pictures: Sequence[Shown] = ()
     if "pdf" in kinds:
-        pictures = draw(
-            images,
-            Reading.from_json(json.dumps(reading)),
-            names=[file.name for file in files],
-            max_pixels=DOCUMENT_PIXELS,
-            unchecked_reading=unchecked_reading,
-        )
-    stem = (reading_path or files[-1]).stem
+        names = [file.name for file in files]
+        pictures = draw(images, reading, names=names, max_pixels=DOCUMENT_PIXELS, unchecked_reading=unchecked_reading)
     out.mkdir(exist_ok=True)
-    written = []
-    for kind in kinds:
-        if kind == "fhir":
-            path = out / f"{stem}-fhir.json"
-            report = diagnostic_report(reading, sources, options=options)
-            write(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-            written.append({"kind": kind, "path": str(path)})
-            continue
-        instances = result_objects(reading, sources, kinds=[kind], pictures=pictures, options=options)
-        for number, instance in enumerate(instances, 1):
-            path = out / (f"{stem}-{kind}.dcm" if number == 1 else f"{stem}-{kind}-{number}.dcm")
-            file = io.BytesIO()
-            instance.save_as(file, enforce_file_format=True)
-            write(path, file.getvalue())
-            written.append({"kind": kind, "path": str(path), "sop_instance_uid": str(instance.SOPInstanceUID)})
+    written = _write(
+        out / (reading_path or files[-1]).stem,
+        kinds,
+        reading=reading,
+        sources=sources,
+        pictures=pictures,
+        options=options,
+    )
     said_to = sys.stderr if json_path == "-" else sys.stdout
     for item in written:
         click.echo(f"{item['kind']:<12} {printable(item['path'])}", said_to)
     if "gsps" in kinds and not any(item["kind"] == "gsps" for item in written):
         click.echo("gsps         none: the reading has no box", said_to)
     click.echo(f"{NOT_FOR_DIAGNOSIS} The objects are preliminary and unverified.", said_to)
-    write_json({"status": reading["status"], "objects": written, "warnings": warnings}, json_path)
-    if reading["status"] != "ok":
+    write_json({"status": reading.status, "objects": written, "warnings": warnings}, json_path)
+    if reading.status != "ok":
         sys.exit(EXIT_NOT_AS_ASKED)
+
+
+def _write(
+    stem: Path,
+    kinds: Sequence[str],
+    *,
+    reading: Reading,
+    sources: Sequence[Dataset],
+    pictures: Sequence[Shown],
+    options: ObjectOptions,
+) -> list[dict[str, str]]:
+    """Files of each kind, whose names begin with `stem`; what `--json` says of each."""
+    content, written = json.loads(reading.to_json()), []
+    for kind in kinds:
+        if kind == "fhir":
+            path = f"{stem}-fhir.json"
+            report = diagnostic_report(content, sources, options=options)
+            write(Path(path), json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+            written.append({"kind": kind, "path": path})
+            continue
+        instances = result_objects(content, sources, kinds=[kind], pictures=pictures, options=options)
+        for number, instance in enumerate(instances, 1):
+            path = f"{stem}-{kind}.dcm" if number == 1 else f"{stem}-{kind}-{number}.dcm"
+            file = io.BytesIO()
+            instance.save_as(file, enforce_file_format=True)
+            write(Path(path), file.getvalue())
+            written.append({"kind": kind, "path": path, "sop_instance_uid": str(instance.SOPInstanceUID)})
+    return written

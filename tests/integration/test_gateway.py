@@ -36,7 +36,8 @@ from gateway_peers import (
 )
 
 from cxr_triton import phantom, phantom_file
-from cxr_triton.client.gateway.store import Received, Result, Store
+from cxr_triton.client.gateway.schema import Received, Result
+from cxr_triton.client.gateway.store import Store
 
 TEXT, FINDINGS = "AI, not verified: report", "AI, not verified: findings"
 

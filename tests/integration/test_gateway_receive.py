@@ -1,5 +1,6 @@
 """The gateway's doors, as peers find them: friendly, wrong and hostile ones. No reader runs; the queue just fills."""
 
+import asyncio
 import functools
 import json
 import os
@@ -33,8 +34,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cxr_triton.cli import main
+from cxr_triton.client.gateway.association import Unreachable
 from cxr_triton.client.gateway.config import Destination, TlsFiles
-from cxr_triton.client.gateway.deliver import DicomSender, Unreachable
+from cxr_triton.client.gateway.send import DicomSender
 from cxr_triton.pixels.dicom import read_identity
 
 NOWHERE = [{"name": "nowhere", "kind": "dicom", "aet": "NOWHERE", "host": "127.0.0.1", "port": 1}]
@@ -270,9 +272,9 @@ def test_tls_is_spoken_and_asks_for_a_certificate(tmp_path):
         def deliver(**tls) -> list[str]:
             """What the gateway's own sender meets."""
             to = Destination(name="s", aet="CXR_GATEWAY", host="127.0.0.1", port=secure.port, timeout_s=10.0, **tls)
-            sender = DicomSender(to, SimpleNamespace(storage=tmp_path, own_aet="MODALITY"), None)
+            sender = DicomSender(to, SimpleNamespace(storage=tmp_path, own_aet="MODALITY"))
             outcomes = []
-            sender.send([row], lambda row, outcome, text: outcomes.append(outcome))
+            asyncio.run(sender.send([row], lambda row, outcome, text: outcomes.append(outcome)))
             return outcomes
 
         server, key = str(tmp_path / "server.pem"), str(tmp_path / "client.key")

@@ -125,7 +125,8 @@ from cxr_triton import phantom, phantom_file
 from cxr_triton.client.gateway.config import load_config
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.read import ReadWorker
-from cxr_triton.client.gateway.store import Received, Store
+from cxr_triton.client.gateway.schema import Received
+from cxr_triton.client.gateway.store import Store
 
 async def run(storage):
     (storage / "image.dcm").write_bytes(phantom_file.write_dicom(phantom.draw(np.random.default_rng(1))))

@@ -121,3 +121,11 @@ def test_wrong_usage_of_a_folder_is_told(folder, server, monkeypatch, args):
     assert ran.exit_code == 2 and "-o FOLDER" in ran.stderr and not server.requests
     ran = read(server, "a.png", "-o", "out")
     assert ran.exit_code == 2 and "of a FOLDER" in ran.stderr
+
+
+def test_a_site_asks_for_hashed_identifiers_once(folder, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXR_IDENTIFIERS", "hashed")
+    assert read(server, folder, "-o", tmp_path / "out").exit_code == 0
+    assert server.asked["identifiers"] == "hashed"
+    assert read(server, folder / "a.png", "--identifiers", "plain").exit_code == 0
+    assert server.asked["identifiers"] == "plain"

@@ -22,12 +22,15 @@ import sqlalchemy.exc
 
 from cxr_triton import phantom, phantom_file
 from cxr_triton.cli import main
-from cxr_triton.client.gateway import read
+from cxr_triton.client.gateway import deliver, read
 from cxr_triton.client.gateway.config import EXAMPLE, Config, load_config
-from cxr_triton.client.gateway.deliver import Deliverer, judge, judge_stow
+from cxr_triton.client.gateway.database import CommitInDoubt, LeaseLost
+from cxr_triton.client.gateway.deliver import Deliverer
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.read import ReadWorker, choose
-from cxr_triton.client.gateway.store import CommitInDoubt, LeaseLost, Received, Result, Store
+from cxr_triton.client.gateway.schema import Received, Result
+from cxr_triton.client.gateway.send import judge, judge_stow
+from cxr_triton.client.gateway.store import Store
 from cxr_triton.errors import InvalidConfig, InvalidImage, LimitExceeded
 from cxr_triton.pixels.dicom import read_identity
 from cxr_triton.reading import Reading
@@ -71,6 +74,8 @@ def test_the_example_is_valid_and_says_the_defaults(tmp_path):
         ("storage: /tmp/x\ndicom: {}\ndestinations: []\n", "at least one"),
         ("storage: /tmp/x\ndicom: {}\ndestinations: [{name: a, kind: stow, url: ftp://x}]\n", "http"),
         (f"storage: /tmp/x\ndicom: {{}}\nresults: {{kinds: [sr]}}\n{DESTINATION}", "'sr' is none of findings_sr"),
+        (f"storage: /tmp/x\ndicom: {{}}\nread: {{identifiers: hash}}\n{DESTINATION}", "'hash' is none of plain, hashed"),
+        (f"storage: /tmp/x\nweb: {{tls: {{ca: x.pem}}}}\n{DESTINATION}", "tls.cert: is missing"),
         (f"storage: /tmp/x\ndicom: {{}}\nread: {{retry_s: []}}\n{DESTINATION}", "waits over 0"),
         (f"storage: /tmp/x\ndicom: {{}}\npriors: {{url: http://x}}\n{DESTINATION}", "no room for a prior"),
         (f"storage: /tmp/x\nweb: {{stow: true, host: 0.0.0.0}}\n{DESTINATION}", "needs a token"),
@@ -191,6 +196,11 @@ def run_out(store):
     with store._begin() as c:
         c.exec_driver_sql("UPDATE jobs SET lease_until = 1 WHERE lease_until IS NOT NULL")
         c.exec_driver_sql("UPDATE deliveries SET lease_until = 1 WHERE lease_until IS NOT NULL")
+
+
+def leases(store):
+    with store._begin() as c:
+        return c.exec_driver_sql("SELECT lease_until FROM deliveries WHERE state = 'pending'").scalars().all()
 
 
 def test_a_gateway_does_not_take_what_it_still_works_on(store, tmp_path):
@@ -393,7 +403,7 @@ def test_outcomes_that_the_queue_could_not_take_are_told_later_and_nothing_is_se
                 raise sqlalchemy.exc.OperationalError("UPDATE", None, Exception("the database is away"))
             super().delivered(*args, **kwargs)
 
-    def send(batch, report):
+    async def send(batch, report):
         for row in batch:
             sent.append(row.sop_instance)
             report(row, "stored", "")
@@ -418,13 +428,41 @@ def test_outcomes_that_the_queue_could_not_take_are_told_later_and_nothing_is_se
     failing.close()
 
 
+def test_a_result_keeps_its_lease_as_long_as_its_destination_takes(tmp_path, monkeypatch):
+    """The lease runs out while it is sent; another gateway of the queue gets it only if it was not renewed."""
+    config = load_config(write(tmp_path, f"storage: {tmp_path}\nfolder: {{path: {tmp_path}/in}}\n{DESTINATION}"))
+    store, other = Store(config.queue_url, config.name), Store(config.queue_url, "two")
+    store.deliver(ready_job(store), [result()], {"pacs": {"findings_sr"}}, 1.0)
+    monkeypatch.setattr(deliver, "RENEW_S", 0.01, raising=False)
+    metrics = Metrics(store.counts, lambda: 0)
+    deliverer = Deliverer(config.destinations[0], config, store, Log(config, io.StringIO()), metrics)
+    stopping = asyncio.Event()
+
+    async def send(batch, report):
+        try:
+            run_out(store)
+            ends = time.monotonic() + 20
+            while leases(store) == [1] and time.monotonic() < ends:
+                await asyncio.sleep(0.01)
+            assert other.claim_deliveries("pacs", 60) == []
+            report(*batch, "stored", "")
+        finally:
+            stopping.set()
+
+    monkeypatch.setattr(deliverer, "_sender", SimpleNamespace(send=send))
+    asyncio.run(deliverer.run(stopping))
+    assert states(store) == {"done": 1}
+    store.close()
+    other.close()
+
+
 class Server:
     """Stands for a reader server: each reading waits for `gate`; counts those that began and that were cancelled."""
 
     def __init__(self, monkeypatch, config, store):
         self.began = self.cancelled = 0
         self.gate = asyncio.Event()
-        self.reader = SimpleNamespace(read=lambda *args, **kwargs: self, server_info=self.info)
+        self.reader = SimpleNamespace(read=self.read, server_info=self.info)
         self.log = io.StringIO()
         monkeypatch.setattr(read, "AsyncReader", lambda *args, **kwargs: contextlib.nullcontext(self.reader))
         self.worker = ReadWorker(config, store, Log(config, self.log), Metrics(store.counts, lambda: 0), lambda: None)
@@ -433,6 +471,10 @@ class Server:
         monkeypatch.setattr(self.worker, "_file", lambda image: b"picture")
         self.stopping = asyncio.Event()
         self.task = asyncio.create_task(self.worker.run(self.stopping))
+
+    def read(self, images, **request):
+        self.asked = request
+        return self
 
     async def info(self):
         return None
@@ -509,6 +551,23 @@ def test_a_job_whose_lease_ran_out_in_an_outage_is_read_once(gateway, monkeypatc
         assert len(store.claim_deliveries("pacs", 60)) == 1
 
     asyncio.run(run())
+
+
+def test_a_site_may_have_every_reading_name_hashes_in_place_of_uids(tmp_path, monkeypatch):
+    text = f"storage: {tmp_path}\nfolder: {{path: {tmp_path}/in}}\nread: {{identifiers: hashed}}\n{DESTINATION}"
+    config = load_config(write(tmp_path, text))
+    store = Store(config.queue_url, config.name)
+    store.add(received(), 0, 0)
+
+    async def run():
+        server = Server(monkeypatch, config, store)
+        server.gate.set()
+        await eventually(lambda: states(store) == {"sending": 1})
+        await server.stop()
+        return server.asked
+
+    assert asyncio.run(run())["identifiers"] == "hashed"
+    store.close()
 
 
 def test_a_worker_ends_an_attempt_whose_job_another_one_took(gateway, monkeypatch):

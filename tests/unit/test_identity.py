@@ -338,9 +338,9 @@ def gateway(tmp_path):
     pytest.importorskip("sqlalchemy")
     pytest.importorskip("pynetdicom")
     from cxr_triton.client.gateway.config import load_config
+    from cxr_triton.client.gateway.intake import Intake
     from cxr_triton.client.gateway.log import Log, Metrics
     from cxr_triton.client.gateway.read import ReadWorker
-    from cxr_triton.client.gateway.receive import Intake
     from cxr_triton.client.gateway.store import Store
 
     class Gateway:
@@ -483,7 +483,8 @@ def test_no_archive_gets_a_result_in_place_of_another(tmp_path, monkeypatch, kin
     """Of three results two files were exchanged; only the third is sent."""
     pytest.importorskip("sqlalchemy")
     pytest.importorskip("pynetdicom")
-    from cxr_triton.client.gateway import deliver
+    from cxr_triton.client.gateway import send
+    from cxr_triton.client.gateway.config import Destination
 
     contents, rows = zip(*[result_of(data, kind) for data in (A, B, dicom("C"))], strict=True)
     for row, name, content in zip(rows, "abc", (contents[1], contents[0], contents[2]), strict=True):
@@ -501,13 +502,11 @@ def test_no_archive_gets_a_result_in_place_of_another(tmp_path, monkeypatch, kin
         return success
 
     association = SimpleNamespace(is_established=False, send_c_store=send_c_store)
-    monkeypatch.setattr(deliver, "associate", lambda *args: association)
+    monkeypatch.setattr(send, "associate", lambda *args: contextlib.nullcontext(association))
     with web_server() as (url, bodies):
-        to = SimpleNamespace(name="archive", kind=kind, url=url, tls=None, token_file=None, timeout_s=30)
-        if kind == "dicom":
-            deliver.DicomSender(to, config, None).send(rows, report)
-        else:
-            asyncio.run(deliver.WebSender(to, config).send(rows, report))
+        to = Destination(name="archive", kind=kind, url=url, aet="ARCHIVE", host="127.0.0.1")
+        sender = (send.DicomSender if kind == "dicom" else send.WebSender)(to, config)
+        asyncio.run(sender.send(rows, report))
     assert reports[:2] == [(name, "refused", "[READING_MISMATCH]") for name in "ab"]
     assert reports[2][:2] == ("c", "stored")
     assert stored == [rows[2].sop_instance] if kind == "dicom" else [contents[2] in body for body in bodies] == [True]

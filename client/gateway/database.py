@@ -1,0 +1,113 @@
+"""The queue's database: SQLite or PostgreSQL, its transactions, and the steps of a job."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import threading
+import time
+from collections.abc import Iterator
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from cxr_triton.client.gateway.schema import deliveries, history, jobs, schema
+from cxr_triton.errors import InvalidConfig
+
+FREE = {"owner": None, "lease_until": None}
+_PATIENCE = {"connect_timeout": "10", "keepalives_idle": "10", "tcp_user_timeout": "30000"}
+"""libpq's settings in s, s and ms; without them it waits without limit for a host that went away."""
+
+
+class CommitInDoubt(sa.exc.SQLAlchemyError):
+    """The connection was lost while a commit was under way: whether it was carried out is not known."""
+
+
+class LeaseLost(Exception):
+    """Somebody else holds the job now, or an operator dropped it."""
+
+
+class Database:
+    """Transactions, usable from any thread, and what every part of the queue does with a job."""
+
+    def __init__(self, url: str, gateway: str):
+        self.gateway = gateway
+        try:
+            parsed = sa.make_url(url)
+            if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+                raise InvalidConfig(f"queue: {parsed.get_backend_name()} is none of sqlite, postgresql")
+            self._is_sqlite = parsed.get_backend_name() == "sqlite"
+            options = {"connect_args": {"timeout": 60}} if self._is_sqlite else {"pool_pre_ping": True}
+            if not self._is_sqlite:
+                parsed = parsed.set(query={**_PATIENCE, **parsed.query})
+            self._engine = sa.create_engine(parsed, **options)
+            if self._is_sqlite:
+                sa.event.listen(self._engine, "connect", _prepare_sqlite)
+                sa.event.listen(self._engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
+            self._insert = sqlite.insert if self._is_sqlite else postgresql.insert
+            # SQLite lets a waiting writer sleep; a lock hands over at once.
+            self._turn = threading.Lock() if self._is_sqlite else contextlib.nullcontext()
+            with self._begin() as c:
+                if not self._is_sqlite:
+                    c.exec_driver_sql("SELECT pg_advisory_xact_lock(726573)")  # several gateways may start at once
+                schema.create_all(c)
+                if "generation" not in {column["name"] for column in sa.inspect(c).get_columns("jobs")}:
+                    c.exec_driver_sql("ALTER TABLE jobs ADD COLUMN generation INTEGER DEFAULT 0 NOT NULL")
+        except (sa.exc.SQLAlchemyError, ImportError) as error:
+            what = str(getattr(error, "orig", error)).strip().splitlines()[0]
+            raise InvalidConfig(f"queue: {what}; check the URL and that the database runs") from None
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._engine.dispose()
+
+    @contextlib.contextmanager
+    def _begin(self) -> Iterator[sa.Connection]:
+        is_written = False
+        try:
+            with self._turn, self._engine.begin() as connection:
+                yield connection
+                is_written = True
+        except sa.exc.DBAPIError as error:
+            if is_written and not is_full(error):
+                raise CommitInDoubt(str(error.orig)) from error
+            raise
+
+    def _settle(self, c: sa.Connection, job: int) -> None:
+        """End a job all of whose deliveries have ended."""
+        # The row is locked first: of two gateways that end the last two deliveries each would see the other's open.
+        if c.execute(sa.select(jobs.c.state).where(jobs.c.id == job).with_for_update()).scalar() != "sending":
+            return
+        rows = c.execute(sa.select(deliveries.c.state, deliveries.c.destination).where(deliveries.c.job == job)).all()
+        if any(row.state in ("pending", "sent") for row in rows):
+            return
+        dead = sorted({row.destination for row in rows if row.state == "dead"})
+        if dead:
+            self._move(c, job, "dead", f"not delivered to {', '.join(dead)}", error=f"not delivered: {', '.join(dead)}")
+        else:
+            self._move(c, job, "done", f"{len(rows)} deliveries")
+
+    def _move(self, c: sa.Connection, job: int, state: str, note: str, where=None, **values) -> bool:
+        where = jobs.c.id == job if where is None else where
+        values |= {"state": state, "changed_at": time.time()}
+        moved = bool(c.execute(sa.update(jobs).where(where).values(values)).rowcount)
+        if moved:
+            self._note(c, job, state, note)
+        return moved
+
+    def _note(self, c: sa.Connection, job: int, state: str, note: str) -> None:
+        row = {"job": job, "at": time.time(), "gateway": self.gateway, "state": state, "note": note}
+        c.execute(sa.insert(history).values(row))
+
+
+def is_full(error: BaseException) -> bool:
+    """The disk is full, as a file or SQLite says it."""
+    if isinstance(error, sa.exc.OperationalError):
+        return "disk is full" in str(error.orig)
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _prepare_sqlite(connection, _) -> None:
+    connection.isolation_level = None  # transactions are begun by `Store`, at once for writing
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
