@@ -87,8 +87,9 @@ def _linked(uri: str, markdown: str) -> Iterator[Path]:
 
 
 def _cli_page() -> str:
+    context = click.Context(cli.main, info_name="cxr-triton", **cli.main.context_settings)
     parts = ["# Command line", "What each command says with `-h`. Exit statuses: [install](../install.md#exit-status)."]
-    return "\n\n".join([*parts, *_help(cli.main, click.Context(cli.main, info_name="cxr-triton"))])
+    return "\n\n".join([*parts, *_help(cli.main, context)])
 
 
 def _help(command: click.Command, context: click.Context) -> Iterator[str]:

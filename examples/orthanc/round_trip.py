@@ -66,9 +66,7 @@ def main(image: Path, orthanc: str) -> None:
     call(f"{orthanc}/modalities/gateway/store", json.dumps(stored["ID"]).encode())
     for instance in wait_for("reports", lambda: reports_of(orthanc, stored["ParentStudy"])):
         report = pydicom.dcmread(io.BytesIO(call(f"{orthanc}/instances/{instance}/file")))
-        print(
-            f"\n== {report.SeriesDescription}: {report.SOPClassUID.name}, {report.PreliminaryFlag}, {report.VerificationFlag}"
-        )
+        print(f"\n== {report.SeriesDescription}, {report.PreliminaryFlag}, {report.VerificationFlag}")
         print("\n".join(texts(report)))
 
 
