@@ -51,11 +51,13 @@ def wheel(tmp_path_factory):
     return zipfile.ZipFile(path)
 
 
+@pytest.mark.slow
 def test_wheel_installs_one_import_package(wheel):
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"cxr_triton"}
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_profiles_the_recipes_the_served_models_and_the_demonstration_model(wheel):
     names = set(wheel.namelist())
     assert {"cxr_triton/profiles/nv-reason-cxr-3b.yaml", "cxr_triton/profiles/chexone.yaml"} <= names
@@ -142,6 +144,7 @@ def some(cases, often):
     return [case if case in often else pytest.param(*case, marks=skipped) for case in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("extra",), some([(extra,) for extra in EXTRAS], [(e,) for e in ("test", "quantize", "cuda")]))
 def test_pip_resolves_every_extra(wheel, pip_of, extra):
     check(HERE, extra, wheel, pip_of)
@@ -150,6 +153,7 @@ def test_pip_resolves_every_extra(wheel, pip_of, extra):
 OTHERS = itertools.product(sorted({"3.11", "3.12", "3.13"} - {HERE}), ["local", "openvino", "perf", "quantize", "test"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("version", "extra"), some(OTHERS, (("3.12", "perf"), ("3.13", "local"))))
 def test_pip_resolves_on_the_other_pythons(wheel, pip_of, version, extra):
     check(version, extra, wheel, pip_of)

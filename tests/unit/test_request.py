@@ -166,6 +166,7 @@ VALUES = st.recursive(
 KEYS = st.sampled_from(["task", "prompt", "variables", "mode", "history", "seed", "stop", "top_p", "temperature"])
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(data=st.dictionaries(KEYS, VALUES, max_size=4), name=st.sampled_from(profile_names()))
 def test_any_json_is_a_request_or_a_typed_refusal(data, name):
