@@ -1,4 +1,4 @@
-"""Shared fixtures: where the real radiographs are, and which optional tools this machine has."""
+"""Shared fixtures: where the real radiographs are; and which tests are quick."""
 
 from pathlib import Path
 
@@ -14,3 +14,10 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no {SHARED_DATA}: real radiographs are not part of the repository")
     return SHARED_DATA
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if ROOT / "tests" / "unit" in item.path.parents and not item.get_closest_marker("slow"):
+            item.add_marker("quick")

@@ -77,7 +77,7 @@ class TritonPythonModel:
         self.decoder, self.open_stream = Decoder(type(self).path(weights)), Stream
         self.decoder.config["dtype"] = self.model["dtype"]
         self.step_s = float(self.config["parameters"].get("double_step_s", {"string_value": "0"})["string_value"])
-        self.log_file = open(self.parameter("double_log"), "a", buffering=1)
+        self.log_file = open(self.parameter("double_log"), "a", buffering=1)  # noqa: SIM115 (as long as the model)
         self.inbox = queue.SimpleQueue()
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()

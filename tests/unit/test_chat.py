@@ -97,6 +97,7 @@ def cases():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "task", "mode", "count"), cases())
 def test_every_task_has_the_processors_tokens_and_positions(name, task, mode, count, chat, processor, rope):
     profile = load_profile(name)

@@ -339,6 +339,7 @@ def test_a_reading_that_is_not_as_asked_is_shown_written_and_ends_with_3(png, tm
     assert Reading.from_json(path.read_text()).text == text
 
 
+@pytest.mark.slow
 def test_no_reading_ends_with_1_and_no_server_with_75(png):
     with FakeServer(lambda request, context: iter([failure("[NOT_A_RADIOGRAPH] is a CT")])) as server:
         result = run("read", png, "--url", server.url)
@@ -452,6 +453,7 @@ def test_wrong_usage_is_said_before_anything_is_sent(tmp_path, monkeypatch, args
         assert server.requests == []
 
 
+@pytest.mark.slow
 def test_a_server_of_http_is_told_from_one_that_is_not_there():
     with socketserver.TCPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

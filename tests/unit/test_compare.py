@@ -41,6 +41,7 @@ def test_a_slower_run_is_worse_a_faster_one_better_and_the_same_neither():
     assert {entry["verdict"] for entry in slower["metrics"]} == {"worse"}
 
 
+@pytest.mark.slow
 def test_chance_is_called_a_difference_about_as_often_as_alpha_says():
     """200 pairs of equal servers, five metrics each that are drawn anew; either direction at level 0.05."""
     base, rng = run(), np.random.default_rng(0)

@@ -79,6 +79,7 @@ def test_whole_phantoms_are_not_suspected(syntax):
         assert "damage_suspected" not in read_image(data).flags
 
 
+@pytest.mark.slow
 def test_whole_radiographs_are_neither_refused_nor_suspected(shared_data):
     kept = 0
     for path in sorted([*shared_data.glob("dicom*/*.dcm"), *shared_data.glob("images/*")]):

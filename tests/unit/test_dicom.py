@@ -856,6 +856,7 @@ def test_animated_png_is_multi_frame():
 # --------------------------------------------------------------------------------------------------------- real files
 
 
+@pytest.mark.slow
 def test_real_radiographs_equal_pydicom_s_reference(shared_data):
     """RG1 and RG2 in each lossless syntax equal the original; lossy ones equal pydicom's decoding within one value."""
     original = {

@@ -182,6 +182,7 @@ def answer(request, context):
         pause(context, 30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "how"),
     [(name, how) for name, (_, ways) in PROGRAMS.items() for how in ways],

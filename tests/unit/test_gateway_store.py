@@ -110,9 +110,20 @@ def store(tmp_path):
 def received(sop="1.2.3", digest="d", study="1.9", kind="image", **more):
     return Received(
         **{
-            **dict(kind=kind, sop_instance=sop, digest=digest, sop_class="1.2", study=study, series="1.8"),
-            **dict(transfer_syntax="1.2.840.10008.1.2.1", patient="p", view="PA", taken="2026", number=1, bytes=10),
-            **dict(path=f"objects/{digest}", source="test"),
+            "kind": kind,
+            "sop_instance": sop,
+            "digest": digest,
+            "sop_class": "1.2",
+            "study": study,
+            "series": "1.8",
+            "transfer_syntax": "1.2.840.10008.1.2.1",
+            "patient": "p",
+            "view": "PA",
+            "taken": "2026",
+            "number": 1,
+            "bytes": 10,
+            "path": f"objects/{digest}",
+            "source": "test",
             **more,
         }
     )

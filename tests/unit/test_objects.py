@@ -58,6 +58,7 @@ def other(options=OPTIONS, **changes) -> ObjectOptions:
     return ObjectOptions(**{**vars(options), **changes})
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes_in_another_process():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); sys.path.insert(0, sys.argv[2]);"
@@ -289,6 +290,7 @@ def odd_header(**attributes) -> bytes:
 uids = st.from_regex(r"[0-9][0-9.]{0,63}", fullmatch=True) | st.text("0123456789.ax-*", max_size=70)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(study=st.just("1.2.826.0.1.03.4") | uids)
 def test_an_object_has_the_study_uid_of_its_image_byte_for_byte_or_is_not_made(study):
@@ -420,6 +422,7 @@ boxes = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     said_words=words,

@@ -29,7 +29,9 @@ HEAVY = (
 )
 
 
-EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+README = (ROOT / "README.md").read_text("utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PROJECT["project"]["optional-dependencies"]
 BY_NEWEST_PIP = ("cuda", "export", "quantize", "test")  # an older one downloads their gigabytes
 WITHOUT_SERVER = ("client", "objects", "gateway", "serve")
 WITH_SERVER = ("3.11", "3.12")
@@ -51,19 +53,31 @@ def wheel(tmp_path_factory):
     return zipfile.ZipFile(path)
 
 
+@pytest.mark.slow
 def test_wheel_installs_one_import_package(wheel):
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"cxr_triton"}
 
 
-def test_wheel_holds_the_profiles_the_recipes_the_served_models_and_the_demonstration_model(wheel):
+@pytest.mark.slow
+def test_wheel_holds_every_file_of_the_folders_and_the_demonstration_model(wheel):
     names = set(wheel.namelist())
-    assert {"cxr_triton/profiles/nv-reason-cxr-3b.yaml", "cxr_triton/profiles/chexone.yaml"} <= names
+    for package, folder in PROJECT["tool"]["setuptools"]["package-dir"].items():
+        listed = subprocess.run(["git", "ls-files", folder], cwd=ROOT, check=True, capture_output=True, text=True)
+        tracked = {path for path in listed.stdout.split() if (ROOT / path).is_file()}
+        assert {package.replace(".", "/") + path.removeprefix(folder) for path in tracked} <= names
     assert {"cxr_triton/triton_repo/phantom/profile.yaml"} <= names
     assert {f"cxr_triton/triton_repo/phantom/checkpoint/{path.name}" for path in CHECKPOINT.iterdir()} <= names
-    assert {"cxr_triton/engines/recipes/h100-fp8.yaml", "cxr_triton/engines/recipes/cpu-int4.yaml"} <= names
-    for model in ("dicom_preprocess", "vision_encoder", "decoder", "report"):
-        assert f"cxr_triton/triton_repo/{model}/1/model.py" in names
+
+
+def test_git_ignores_what_the_readme_s_commands_write_and_no_source():
+    typed = "\n".join(re.findall(r"^    .*$", README, re.MULTILINE))
+    written = set(re.findall(r"(?:-o|--html|--json|>) ([\w.-]+/?)(?=\s|$)", typed))
+    assert {"graphs/", "engine/", "reading.json", "gateway.yaml"} <= written
+    asked = subprocess.run(["git", "check-ignore", *written], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert set(asked.stdout.split()) == written
+    ignored = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert not subprocess.run(ignored, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize("module", ["profile", "request", "reading", "errors", "cli"])
@@ -142,6 +156,7 @@ def some(cases, often):
     return [case if case in often else pytest.param(*case, marks=skipped) for case in cases]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("extra",), some([(extra,) for extra in EXTRAS], [(e,) for e in ("test", "quantize", "cuda")]))
 def test_pip_resolves_every_extra(wheel, pip_of, extra):
     check(HERE, extra, wheel, pip_of)
@@ -150,6 +165,7 @@ def test_pip_resolves_every_extra(wheel, pip_of, extra):
 OTHERS = itertools.product(sorted({"3.11", "3.12", "3.13"} - {HERE}), ["local", "openvino", "perf", "quantize", "test"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("version", "extra"), some(OTHERS, (("3.12", "perf"), ("3.13", "local"))))
 def test_pip_resolves_on_the_other_pythons(wheel, pip_of, version, extra):
     check(version, extra, wheel, pip_of)

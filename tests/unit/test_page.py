@@ -395,6 +395,7 @@ def test_findings_come_first_on_a_phone_and_beside_the_picture_on_a_desktop(tmp_
         assert top == picture and beside > 0
 
 
+@pytest.mark.slow
 @browser
 def test_light_and_dark_follow_the_reader(tmp_path):
     html = reading_page(READING)
@@ -403,6 +404,7 @@ def test_light_and_dark_follow_the_reader(tmp_path):
     assert light.mean() > 200 and dark.mean() < 60
 
 
+@pytest.mark.slow
 @browser
 def test_the_page_is_never_wider_than_the_window(tmp_path):
     long = dataclasses.replace(
@@ -418,6 +420,7 @@ def test_the_page_is_never_wider_than_the_window(tmp_path):
     assert all(0 < width <= frame for width, frame in zip(found, widths, strict=True)), found
 
 
+@pytest.mark.slow
 @browser
 def test_a_browser_finds_no_fault_and_asks_nobody(tmp_path):
     log = tmp_path / "net.json"

@@ -271,6 +271,7 @@ def collection(folder) -> collections.Counter:
     return counts
 
 
+@pytest.mark.slow
 def test_every_file_of_the_collection(shared_data):
     """No chest is refused, no other part of the body passes; docs/architecture.md has the table."""
     counts = collection(shared_data)

@@ -94,6 +94,7 @@ def awq(profile, tmp_path_factory):
     return folder / "out", record
 
 
+@pytest.mark.slow
 def test_record_says_what_calibrated(fp8, images):
     out, result, _ = fp8
     record = json.loads((out / "calibration.json").read_text())
@@ -112,6 +113,7 @@ def test_record_says_what_calibrated(fp8, images):
     assert set(record["versions"]) == {"cxr_triton", "nvidia-modelopt", "torch", "transformers"}
 
 
+@pytest.mark.slow
 def test_phantoms_are_named_for_what_they_are(awq):
     record = awq[1]
     assert record["images"]["kind"] == "phantoms"
@@ -274,6 +276,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, profile, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme, head", [("fp8", "fp8"), ("awq", "compute"), ("awq", "int4")])
 def test_a_quantized_model_reads_a_phantom(scheme, head, request, profile, tmp_path):
     """quantize → export → build → a reading by the engines, from a DICOM file to the labels that are drawn in it."""

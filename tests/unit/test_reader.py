@@ -667,6 +667,7 @@ print(*before, *state(before[0], within_s=10))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "warm", "calls"), [("reader", 50, 1000), ("aio", 50, 1000), ("opened", 10, 50)])
 def test_a_thousand_readings_leave_no_thread_no_descriptor_and_no_memory(kind, warm, calls):
     def answer(request, context):

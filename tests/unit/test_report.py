@@ -148,6 +148,7 @@ def test_a_real_result_s_page_writes_numbers_as_people_do(path):
         assert not (found := re.search(f".{{0,30}}{fault}.{{0,20}}", text)), found[0]
 
 
+@pytest.mark.slow
 @browser
 def test_no_label_of_a_chart_runs_into_another(tmp_path, pages):
     """Eight loads of long names under one axis, and stages whose dots are close together."""
@@ -186,6 +187,7 @@ def pages(result):
     }
 
 
+@pytest.mark.slow
 @browser
 @pytest.mark.parametrize("name", ["result", "compared", "history"])
 def test_a_browser_finds_no_fault_and_asks_nobody(tmp_path, pages, name):
@@ -202,6 +204,7 @@ def test_a_browser_finds_no_fault_and_asks_nobody(tmp_path, pages, name):
         assert "CONSOLE" in out.stderr and f'"url":"{asked}"' in log.read_text()
 
 
+@pytest.mark.slow
 @browser
 def test_bars_have_the_lengths_of_their_numbers(tmp_path, result):
     blue, made = (47, 116, 181), copy.deepcopy(result) | {"scenarios": [], "sweep": [], "roofline": []}
@@ -211,6 +214,7 @@ def test_bars_have_the_lengths_of_their_numbers(tmp_path, result):
     assert min(widths) / max(widths) == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.slow
 @browser
 def test_pages_fit_a_phone_and_follow_light_and_dark(tmp_path, pages):
     frames = "".join(

@@ -105,6 +105,7 @@ def test_a_result_gets_a_row_for_each_stage(model):
     assert all(entry["share"] > 0 for entry in result["roofline"])
 
 
+@pytest.mark.slow
 def test_ceilings_are_measured():
     assert copy_bandwidth(1) > 1e8
     measured = [("onnxruntime", "fp32"), ("onnxruntime", "int4")]

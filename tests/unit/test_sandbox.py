@@ -165,6 +165,7 @@ def test_native_memory_limit_is_limit_exceeded():
         require_good(sandbox)
 
 
+@pytest.mark.slow
 def test_time_limit_kills_the_child_and_fails_one_image(slow):
     with Sandbox(Limits(time_s=0.6)) as sandbox:
         require_good(sandbox)
@@ -176,6 +177,7 @@ def test_time_limit_kills_the_child_and_fails_one_image(slow):
         require_good(sandbox)
 
 
+@pytest.mark.slow
 def test_child_that_does_not_read_cannot_hang_the_parent():
     with Sandbox(Limits(time_s=1.5)) as sandbox:
         require_good(sandbox)
@@ -204,6 +206,7 @@ def test_child_that_died_while_idle_is_replaced_without_an_error(sandbox):
     require_good(sandbox)
 
 
+@pytest.mark.slow
 def test_deep_nesting_and_inflation_bombs_do_not_hurt(sandbox):
     level = b"\x08\0\x40\x11SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff"
     at = GOOD.index(b"\x10\0\x10\0PN")

@@ -581,6 +581,7 @@ def test_an_idle_runtime_uses_no_cpu(serve):
     assert time.process_time() - before < 0.15
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_over_500_requests(serve):
     runtime, _ = serve(queue_size=500)
     process = psutil.Process()

@@ -235,6 +235,7 @@ def test_the_bar_says_what_the_tool_does(export, recipe, tool, gpu, tmp_path, ca
     assert f"{len(trtllm_build.PHASES)}/{len(trtllm_build.PHASES)}" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "failure, error, words",
     [
@@ -280,6 +281,7 @@ def test_a_setting_that_the_tool_changed_is_in_the_manifest(export, recipe, tool
     assert plan["changed"] == [{"name": "use_paged_context_fmha", "asked": "enable", "built": "disable"}]
 
 
+@pytest.mark.slow
 def test_no_tool_and_tools_of_other_versions_are_refused_before_anything_is_built(
     export, recipe, gpu, tmp_path, monkeypatch
 ):
@@ -308,6 +310,7 @@ def test_how_a_version_was_packed_does_not_matter(export, recipe, gpu, tmp_path,
     assert bundle.manifest["versions"]["tensorrt-llm"] == "1.2.1+cu13"
 
 
+@pytest.mark.slow
 def test_a_second_build_takes_the_engine_from_the_cache(export, recipe, tool, gpu, tmp_path):
     first = build_bundle(export, tmp_path / "first", recipe=recipe, cache=tmp_path / "cache")
     again = build_bundle(export, tmp_path / "second", recipe=recipe, cache=tmp_path / "cache")
@@ -393,6 +396,7 @@ main(["build", {export!r}, "-o", {out!r}, "--recipe", {recipe!r}, "--no-cache"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_an_interrupted_build_leaves_no_process_and_no_half_built_file(
     export, tool, tmp_path, monkeypatch, number, status
