@@ -11,6 +11,7 @@ import click
 from cxr_triton.cli import EXIT_INTERRUPTED, EXIT_NOT_AS_ASKED, OUT_FILE, json_option, printable, write_json
 from cxr_triton.files import write
 from cxr_triton.perf.compare import ALPHA, MIN_CHANGE
+from cxr_triton.perf.peers import PEERS
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _RESULT = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -77,7 +78,7 @@ def _numbers(kind):
     "baseline",
     multiple=True,
     metavar="NAME=CHECKPOINT",
-    help="Beside REPOSITORY, with the checkpoint's folder (docs/benchmarks.md names them); may be repeated.",
+    help=f"Beside REPOSITORY: {', '.join(PEERS)}, with the checkpoint's folder; may be repeated.",
 )
 @click.option("--baseline-rounds", default=3, show_default=True, help="Requests that each baseline takes in turn.")
 @click.option("--ready-timeout-s", default=600.0, show_default=True, help="For REPOSITORY to be loaded and warm.")
@@ -111,7 +112,7 @@ def run(
     status 130, keep the repeats that were measured.
     """
     from cxr_triton.client.wire import require_endpoint
-    from cxr_triton.perf import baselines, served
+    from cxr_triton.perf import peers, served
     from cxr_triton.perf.bench import SCENARIOS, Observer, Plan, table
     from cxr_triton.perf.perf_analyzer import chosen
     from cxr_triton.perf.report import extras, result_page, to_csv
@@ -125,7 +126,7 @@ def run(
         server = contextlib.nullcontext(Observer(url, metrics))
     else:
         raise click.UsageError("give REPOSITORY or --url, one of them")
-    beside = baselines.parse(baseline)
+    beside = peers.parse(baseline)
     if beside and not repository:
         raise click.UsageError("--baseline runs on the server's own cores: give REPOSITORY, not --url")
     plan = Plan(scenarios=scenarios or SCENARIOS, **planned)

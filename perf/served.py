@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cxr_triton.cli import Waiting
 from cxr_triton.engines.bundle import Bundle
-from cxr_triton.perf import baselines, roofline
+from cxr_triton.perf import peers, roofline
 from cxr_triton.perf.bench import Bench, Observer, Plan, ending, served_models
 from cxr_triton.perf.perf_analyzer import PerfAnalyzer
 from cxr_triton.perf.workload import Workload
@@ -49,7 +49,7 @@ def measure(
     tool : PerfAnalyzer, optional
         Second driver of the sweep.
     beside : mapping, optional
-        Baseline to its checkpoint, see `baselines.measure`.
+        Baseline to its checkpoint, see `peers.measure`.
     rounds : int
         Requests that each baseline takes in turn.
     timeout_s : float
@@ -84,7 +84,7 @@ def measure(
                     result["roofline"] = roofline.measure(result, bundle)
                 if beside and not bench.ended_by:
                     items = [([image.data for image in item.images], item.request) for item in workload.items]
-                    result["baselines"] = baselines.measure(
+                    result["baselines"] = peers.measure(
                         observer.url, items, bundle.profile, beside, rounds=rounds, on_round=on_run
                     )
     return result | ending(bench.ended_by), bench.ended_by
