@@ -183,7 +183,7 @@ def demo(folder: Path, json_path: str | None):
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Folder of compiled plans.")
 @click.option("--unverified", is_flag=True, help="Package without the gate; the repository says so.")
 @click.option("--accept-licence", is_flag=True, help="You accept the weights' non-commercial licence.")
-@click.option("--print", "only_print", is_flag=True, help="Of a recipe built in a container: show `docker run`.")
+@click.option("--print", "only_print", is_flag=True, help="Of a recipe built in a container: show `docker run` only.")
 @json_option
 def make_engine(checkpoint: str, json_path: str | None, only_print: bool, **options):
     """Make a served engine of CHECKPOINT, a folder or a hub id ORG/NAME, for the target of a recipe.
