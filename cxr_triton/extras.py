@@ -5,29 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
+import tomllib
 import urllib.parse
 from importlib import metadata
 from pathlib import Path
 
-EXTRAS = {
-    "client": ((), "google grpc tritonclient"),
-    "objects": (("client",), "fontpkg_noto_sans fpdf highdicom pydicom"),
-    "gateway": (("objects",), "aiohttp prometheus_client psycopg pynetdicom sqlalchemy tqdm"),
-    "local": (("client",), "huggingface_hub ml_dtypes onnx onnxruntime pydicom pytriton tqdm"),
-    "openvino": (("local",), "openvino"),
-    "rtx": (("local",), "cuda tensorrt_rtx"),
-    "trt": (("local",), "cuda tensorrt"),
-    "cuda": (("client",), "cuda huggingface_hub ml_dtypes onnx onnxruntime pydicom pytriton tqdm"),
-    "export": (("local",), "torch transformers"),
-    "quantize": (("export",), "modelopt requests"),
-    "perf": (("local",), "scipy"),
-}
-"""extra: (extras that it takes in, modules that it adds)"""
+EXTRAS = tomllib.loads(Path(__file__).with_name("extras.toml").read_text("utf-8"))
+"""extra: ``takes``, the extras that it takes in, and ``modules``, which it adds"""
 
 
 def _modules(extra: str) -> set[str]:
-    taken, own = EXTRAS[extra]
-    return set(own.split()).union(*map(_modules, taken))
+    return set(EXTRAS[extra]["modules"]).union(*map(_modules, EXTRAS[extra].get("takes", ())))
 
 
 def extra_of(module: str, asked: str | None = None) -> str | None:
@@ -35,7 +23,7 @@ def extra_of(module: str, asked: str | None = None) -> str | None:
     top = module.split(".", maxsplit=1)[0]
     if asked and top in _modules(asked):
         return asked
-    return next((extra for extra, (_, own) in EXTRAS.items() if top in own.split()), asked)
+    return next((extra for extra, facts in EXTRAS.items() if top in facts["modules"]), asked)
 
 
 def remedy(extra: str | None) -> str:

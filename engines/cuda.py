@@ -1,11 +1,12 @@
-"""The little of CUDA's runtime that TensorRT sessions use, with its errors as exceptions."""
+"""The little of CUDA's runtime that sessions use, with its errors as exceptions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cxr_triton.engines import DEFAULT
 from cxr_triton.errors import DeviceUnavailable, InternalError
-from cxr_triton.extras import remedy
+from cxr_triton.extras import EXTRAS, remedy
 
 
 def runtime():
@@ -13,8 +14,10 @@ def runtime():
     try:
         from cuda.bindings import runtime as cuda
     except ImportError as error:
+        first, *more = (extra for extra, facts in EXTRAS.items() if "cuda" in facts["modules"])
+        others = " or ".join(f"[{extra}]" for extra in more)
         raise DeviceUnavailable(
-            f"CUDA's Python bindings cannot be loaded ({error}); {remedy('rtx')}, or with [trt] or [cuda]"
+            f"CUDA's Python bindings cannot be loaded ({error}); {remedy(first)}, or with {others}"
         ) from None
     return cuda
 
@@ -52,7 +55,7 @@ def device() -> Device:
         text = cuda.cudaGetErrorString(status)[1].decode() if int(status) else "none found"
         raise DeviceUnavailable(
             f"no NVIDIA GPU can be used here ({text}); run on a machine with a GPU and its driver, or use a recipe for "
-            "onnxruntime"
+            f"{DEFAULT}"
         )
     properties = call("cudaGetDeviceProperties", call("cudaGetDevice"))
     name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)

@@ -11,6 +11,7 @@ import click
 from cxr_triton.cli import EXIT_INTERRUPTED, OUT_FILE, Waiting, json_option, write_json
 from cxr_triton.files import write
 from cxr_triton.perf.compare import compare_command, history_command
+from cxr_triton.perf.peers import PEERS
 
 
 @click.group()
@@ -69,7 +70,7 @@ def _numbers(kind):
     "baseline",
     multiple=True,
     metavar="NAME=CHECKPOINT",
-    help="Beside REPOSITORY: transformers, genai or vllm with the checkpoint's folder; may be repeated.",
+    help=f"Beside REPOSITORY: {', '.join(PEERS)}, with the checkpoint's folder; may be repeated.",
 )
 @click.option("--baseline-rounds", default=3, show_default=True, help="Requests that each baseline takes in turn.")
 @click.option("--ready-timeout-s", default=600.0, show_default=True, help="For REPOSITORY to be loaded and warm.")
@@ -104,7 +105,7 @@ def run(
     from cxr_triton.client.wire import require_endpoint
     from cxr_triton.engines.bundle import Bundle
     from cxr_triton.errors import InvalidRequest, unknown_key
-    from cxr_triton.perf import baselines, perf_analyzer, roofline
+    from cxr_triton.perf import peers, perf_analyzer, roofline
     from cxr_triton.perf.bench import SCENARIOS, Bench, Observer, Plan, served_models, table
     from cxr_triton.perf.report import extras, result_page, to_csv
     from cxr_triton.perf.workload import load_workload
@@ -115,7 +116,7 @@ def run(
         raise click.UsageError("give REPOSITORY or --url, one of them")
     if url:
         require_endpoint(url)
-    beside = baselines.parse(baseline)
+    beside = peers.parse(baseline)
     if beside and not repository:
         raise click.UsageError("--baseline runs on the server's own cores: give REPOSITORY, not --url")
     for name in scenarios:
@@ -164,7 +165,7 @@ def run(
                 result["roofline"] = roofline.measure(result, bundle)
                 if beside:
                     items = [([image.data for image in item.images], item.request) for item in drawn.items]
-                    result["baselines"] = baselines.measure(
+                    result["baselines"] = peers.measure(
                         url, items, bundle.profile, beside, rounds=rounds, on_round=on_run
                     )
             except KeyboardInterrupt:

@@ -1,18 +1,14 @@
 """Speed and memory of a bundle's decoder on this CPU: `python -m cxr_triton.perf.decoder BUNDLE`.
 
 Every engine runs in a process of its own, one after the other in every round, beside a copy that measures the
-memory bandwidth. With `--genai` the text decoder as onnxruntime-genai builds it by default runs in the same rounds.
+memory bandwidth. With `--genai` the text decoder as that library builds it by default runs in the same rounds.
 """
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from datetime import UTC, datetime
@@ -26,8 +22,10 @@ from cxr_triton.cli import Command, json_option, write_json
 from cxr_triton.engines import engine
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.rewrite import step_bytes
-from cxr_triton.errors import InternalError, InvalidRequest
 from cxr_triton.perf.environment import Stolen
+from cxr_triton.perf.peers.genai import PACKAGES as GENAI_PACKAGES
+from cxr_triton.perf.peers.genai import GenaiEngine, build_genai
+from cxr_triton.perf.process import Process
 from cxr_triton.perf.roofline import copy_bandwidth
 from cxr_triton.triton_repo.serve import HUGE_PAGES
 
@@ -102,128 +100,6 @@ class Receiver:
             self.done.set()
 
 
-class GenaiEngine:
-    """A folder that `onnxruntime_genai.models.builder` wrote."""
-
-    def __init__(self, folder: str, prompt: int, tokens: int):
-        import onnxruntime_genai
-
-        self.library, self.model = onnxruntime_genai, onnxruntime_genai.Model(folder)
-        self.vocab = json.loads((Path(folder) / "genai_config.json").read_text())["model"]["vocab_size"]
-        self.prompt, self.tokens = prompt, tokens
-
-    def round(self) -> dict:
-        parameters = self.library.GeneratorParams(self.model)
-        parameters.set_search_options(
-            max_length=self.prompt + self.tokens + 1, min_length=self.prompt + self.tokens, do_sample=False
-        )
-        generator = self.library.Generator(self.model, parameters)
-        ids = np.random.default_rng(0).integers(0, self.vocab // 2, self.prompt).astype(np.int32)
-        started_s = time.perf_counter()
-        generator.append_tokens(ids[None])
-        generator.generate_next_token()
-        first_s = time.perf_counter()
-        for _ in range(self.tokens - 1):
-            generator.generate_next_token()
-        ended_s = time.perf_counter()
-        return {
-            "prefill_tokens_per_s": self.prompt / (first_s - started_s),
-            "decode_tokens_per_s": (self.tokens - 1) / (ended_s - first_s),
-        }
-
-
-def resident_bytes(field: str) -> int:
-    """`VmHWM` (peak), `VmRSS`, `RssAnon` or `RssFile` of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
-
-
-def serve(pipe, kind, cpus, *arguments) -> None:
-    """Body of an engine's process: answer each call, a method's name and its arguments, with the result."""
-    os.sched_setaffinity(0, cpus)
-    started_s = time.perf_counter()
-    try:
-        running = kind(*arguments)
-        pipe.send({"load_s": time.perf_counter() - started_s, "loaded_resident_bytes": resident_bytes("VmRSS")})
-        while call := pipe.recv():
-            method, *given = call
-            pipe.send(getattr(running, method)(*given))
-        busy_s = time.process_time()
-        time.sleep(1)
-        idle = time.process_time() - busy_s
-        memory = {
-            f"{name}_bytes": resident_bytes(field)
-            for name, field in (("peak_resident", "VmHWM"), ("anonymous", "RssAnon"), ("mapped_file", "RssFile"))
-        }
-        pipe.send({"idle_cpu_share": idle, **memory})
-    except Exception as error:
-        pipe.send(error)
-
-
-class Process:
-    """An engine in a process of its own."""
-
-    def __init__(self, kind, cpus, *arguments):
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, child = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(child, kind, cpus, *arguments), daemon=True)
-        self.process.start()
-        child.close()
-        self.facts = self._receive()
-
-    def call(self, method: str, *arguments) -> dict:
-        self.pipe.send((method, *arguments))
-        return self._receive()
-
-    def end(self) -> dict:
-        """Stop the process; gives what loading and running took."""
-        self.pipe.send(())
-        self.facts |= self._receive()
-        self.process.join()
-        return self.facts
-
-    def kill(self) -> None:
-        """Make sure that the process is gone."""
-        self.process.kill()
-        self.process.join()
-
-    def _receive(self) -> dict:
-        try:
-            answer = self.pipe.recv()
-        except EOFError:
-            self.process.join()
-            raise InternalError(
-                f"the engine's process ended with {self.process.exitcode}; -9 is the kernel's when memory runs out"
-            ) from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
-def build_genai(checkpoint: Path, folder: Path) -> None:
-    """The text decoder of a flat checkpoint by onnxruntime-genai's builder, with its default int4.
-
-    It is given as Qwen2 (the same layers with the same weights), whose attention the builder fuses.
-    """
-    import tempfile
-
-    config = json.loads((checkpoint / "config.json").read_text())
-    if "text_config" in config:
-        raise InvalidRequest(f"{checkpoint} has a nested config; --checkpoint takes a flat one, as perf.shape writes")
-    vision = ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    config = {key: value for key, value in config.items() if key not in (*vision, "rope_scaling")}
-    config |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
-    with tempfile.TemporaryDirectory() as text:
-        for file in checkpoint.iterdir():
-            (Path(text) / file.name).symlink_to(file.resolve())
-        (Path(text) / "config.json").unlink()
-        (Path(text) / "config.json").write_text(json.dumps(config))
-        builder = (sys.executable, "-m", "onnxruntime_genai.models.builder")
-        subprocess.run([*builder, "-m", text, "-o", str(folder), "-p", "int4", "-e", "cpu"], check=True)
-
-
 def medians(rounds: list[dict]) -> dict:
     return {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
 
@@ -249,7 +125,7 @@ def measure(bundle: Path, genai: Path | None, prompt: int, tokens: int, rounds: 
     data = bundle / ours.files("decoder")[-1]
     engines = {"bundle": (BundleEngine, bundle, data, ours.run_bytes(opened, "decoder"))}
     if genai:
-        result["versions"]["onnxruntime-genai"] = metadata.version("onnxruntime-genai")
+        result["versions"] |= {name: metadata.version(name) for name in GENAI_PACKAGES[:1]}
         engines["genai"] = (GenaiEngine, genai, genai / "model.onnx.data", step_bytes(genai / "model.onnx"))
     os.environ.update(HUGE_PAGES | os.environ)  # for every engine, as `serve` sets it
     processes = {name: Process(kind, cpus, str(path), prompt, tokens) for name, (kind, path, *_) in engines.items()}
@@ -302,7 +178,7 @@ def _rates(rates: dict) -> str:
 
 @click.command(cls=Command, extra="local")
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--genai", type=click.Path(path_type=Path), help="onnxruntime-genai's build; made if it does not exist.")
+@click.option("--genai", type=click.Path(path_type=Path), help="The build of genai; made if it does not exist.")
 @click.option("--checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path), help="To make it from.")
 @click.option("--prompt", default=320, show_default=True, help="Prompt tokens; an image's worth of them from an image.")
 @click.option("--tokens", default=64, show_default=True, help="Tokens to generate.")

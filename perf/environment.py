@@ -11,17 +11,19 @@ import time
 from pathlib import Path
 
 from cxr_triton import __version__
+from cxr_triton.engines import ROOMS, engine
+from cxr_triton.perf.peers import PEERS, peer
 
-LIBRARIES = (
-    *("numpy", "onnxruntime", "openvino", "tritonclient", "grpcio", "nvidia-pytriton", "torch", "transformers"),
-    *("onnxruntime-genai", "tensorrt-cu13", "tensorrt-rtx-cu13", "vllm"),
-)
+LIBRARIES = ("numpy", "tritonclient", "grpcio", "nvidia-pytriton", "torch", "transformers")
+"""Beside those of the engines and of the peers."""
 
 
 def environment() -> dict:
     """What this runs on."""
     versions = {}
-    for name in LIBRARIES:
+    of_engines = [name for each in map(engine, ROOMS) for name in each.distributions]
+    of_peers = [name for each in map(peer, PEERS) for name in each.packages]
+    for name in dict.fromkeys((*LIBRARIES, *of_engines, *of_peers)):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

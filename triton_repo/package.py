@@ -56,10 +56,10 @@ def write_repository(
     NotVerified
         It has no passing record of the verification gate, and `unverified` is false.
     """
-    source, out = Bundle.open(bundle, verify=False), Path(out).resolve()
-    verification = _verification(source, unverified)
     from google.protobuf import text_format
 
+    source, out = Bundle.open(bundle, verify=False), Path(out).resolve()
+    verification = _verification(source, unverified)
     if not force:
         require_new(out, "choose another one or replace a repository with --force")
     used = out.exists() and (not out.is_dir() or any(out.iterdir()))

@@ -4,55 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from cxr_triton.engines.interface import Compiled, GpuEngine, without_table
+from cxr_triton.engines.tensorrt.library import Library
 from cxr_triton.errors import InvalidBundle
 
 if TYPE_CHECKING:
     from cxr_triton.engines.recipe import Recipe
-    from cxr_triton.engines.tensorrt.compiler import Target
 
 
 class TensorRT(GpuEngine):
-    """TensorRT, and what a library with its Python interface does differently.
+    """TensorRT, or what has its Python interface, as `library` says."""
 
-    Attributes
-    ----------
-    module : str
-        Python module of the library.
-    least_version : (int, int)
-        The first with the decoder's layers: `KV_CACHE_UPDATE`, `ATTENTION` and `ROTARY_EMBEDDING`.
-    least_for_vision : (int, int)
-        The first for the vision graph, which has none of those.
-    last_major : int
-        Last major version whose interface is known to have what is called here; the next one may remove it.
-    keeps_times : bool
-        It times kernels, and a later build may use the times.
-    """
-
-    name = "tensorrt"
-    extra = "trt"
+    name = Library.name
+    extra = Library.extra
     distributions = ("tensorrt-cu13",)
     suffixes = ("plan",)
-    module: ClassVar[str] = "tensorrt"
-    least_version: ClassVar[tuple[int, int]] = (10, 15)
-    least_for_vision: ClassVar[tuple[int, int]] = (10, 14)  # as beside TensorRT-LLM's last engines
-    last_major: ClassVar[int] = 11
-    keeps_times: ClassVar[bool] = True
-
-    def target(self, recipe: Recipe) -> Target:
-        """What a recipe's plans are built for; raises `DeviceUnavailable`."""
-        from cxr_triton.engines.tensorrt.compiler import device_target
-
-        return device_target(recipe)
-
-    def configure(self, trt, config, target: Target) -> None:
-        """Set in a builder's config what the library wants to be told of the target."""
-
-    def kernels(self, trt, engine, plan: Path, gpu: str):
-        """What the library compiles when a plan is opened, kept with `write`; None if nothing."""
-        return None
+    library = Library()
 
     def container(self, recipe: Recipe, version: str) -> dict | None:
         """Whether the recipe's container runs plans of a version."""
@@ -64,11 +33,11 @@ class TensorRT(GpuEngine):
         from cxr_triton import __version__
         from cxr_triton.engines.bundle import sha256
         from cxr_triton.engines.plan_cache import PlanCache, plan_key
-        from cxr_triton.engines.tensorrt.compiler import compile_graph, load_library, shape_ranges
+        from cxr_triton.engines.tensorrt.compiler import compile_graph, shape_ranges
         from cxr_triton.profile import load_profile
 
-        library, plan, source = load_library(self, job.graph), folder / f"{job.graph}.plan", job.source
-        chosen, sequence = self.target(job.recipe), job.geometry.max_sequence
+        version, plan, source = self.library.load(job.graph).__version__, folder / f"{job.graph}.plan", job.source
+        chosen, sequence = self.library.target(job.recipe), job.geometry.max_sequence
         images = load_profile(source / "profile.yaml").max_images
         ranges = shape_ranges(job.graph, job.geometry, job.recipe, images)
         kept, timing, key = PlanCache(Path(job.cache)) if job.cache else None, None, ""
@@ -80,18 +49,18 @@ class TensorRT(GpuEngine):
                     "shapes": ranges,
                     "max_sequence": sequence,
                     "engine": self.name,
-                    "version": library.__version__,
+                    "version": version,
                     "cxr_triton": __version__,
                     **dataclasses.asdict(chosen),
                 }
             )
-            if self.keeps_times:
-                name = f"timing-{self.name}-{library.__version__}-{chosen.compute_capability}.cache"
+            if self.library.keeps_times:
+                name = f"timing-{self.name}-{version}-{chosen.compute_capability}.cache"
                 timing = kept.folder / name
         report = kept.get(key, plan) if kept else None
         if report is None:
             report = compile_graph(
-                self,
+                self.library,
                 source / f"{job.graph}.onnx",
                 plan,
                 ranges,
@@ -106,12 +75,12 @@ class TensorRT(GpuEngine):
     def open_vision(self, bundle, *, threads: int | None = None):
         from cxr_triton.engines.tensorrt.session import TensorRTVision, open_plan
 
-        return TensorRTVision(open_plan(self, bundle, "vision"), bundle)
+        return TensorRTVision(open_plan(self.library, bundle, "vision"), bundle)
 
     def open_decoder(self, bundle, *, slots: int, threads: int | None = None, batch_invariant: bool = False):
         from cxr_triton.engines.tensorrt.session import TensorRTDecoder, open_plan
 
-        return TensorRTDecoder(open_plan(self, bundle, "decoder"), bundle, slots=slots)
+        return TensorRTDecoder(open_plan(self.library, bundle, "decoder"), bundle, slots=slots)
 
     def run_bytes(self, bundle, graph: str) -> int:
         try:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cxr_triton.engines import DEFAULT
 from cxr_triton.engines.interface import PREFILL_PROMPTS, PREFILL_TOKENS
+from cxr_triton.engines.tensorrt.library import Library, Target, released
 from cxr_triton.errors import BuildFailed, DeviceUnavailable
-from cxr_triton.extras import remedy
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
     from cxr_triton.engines.geometry import Geometry
     from cxr_triton.engines.recipe import Recipe
-    from cxr_triton.engines.tensorrt import TensorRT
 
 CONTAINER_TENSORRT = {
     **dict.fromkeys((f"26.0{month}-trtllm-python-py3" for month in (3, 4, 5, 6, 7)), "10.14.1.48"),
@@ -59,42 +56,6 @@ _REMEDIES = (
 )
 
 
-def load_library(room: TensorRT, graph: str = "decoder"):
-    """The module of a room's library, of a version that compiles a graph.
-
-    Raises
-    ------
-    DeviceUnavailable
-        It is not installed, its libraries do not load, or it is too old or too new.
-    """
-    try:
-        library = importlib.import_module(room.module)
-        version = tuple(int(part) for part in re.findall(r"\d+", library.__version__)[:2])
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        reason = (str(error).splitlines() or ["no message"])[0]
-        raise DeviceUnavailable(
-            f"{room.name} cannot be loaded ({type(error).__name__}: {reason}); {remedy(room.extra)}"
-        ) from None
-    needed = room.least_for_vision if graph == "vision" else room.least_version
-    if version < needed:
-        least = ".".join(map(str, needed))
-        raise DeviceUnavailable(
-            f"{room.name} {library.__version__} is installed, {least} is the least that has the {graph}'s layers; "
-            f"{remedy(room.extra)}"
-        )
-    if version[0] > room.last_major:
-        raise DeviceUnavailable(
-            f"{room.name} {library.__version__} is installed, {room.last_major}.x is the last that is supported; "
-            f"{remedy(room.extra)}"
-        )
-    return library
-
-
-def released(version: str) -> str:
-    """A version without what says how it was packed, as in ``1.2.1+cu13`` and ``10.14.1.48.post1``."""
-    return re.sub(r"(\+|\.post).*", "", version)
-
-
 def container_match(container: str | None, version: str) -> dict:
     """Whether a plan of TensorRT `version` runs in Triton's `tensorrt_plan` backend of a container.
 
@@ -126,41 +87,6 @@ def container_match(container: str | None, version: str) -> dict:
         "matches": None if known is None else known == version,
         "said": said,
     }
-
-
-@dataclass(frozen=True)
-class Target:
-    """What engines are built for.
-
-    Attributes
-    ----------
-    compute_capability : str
-        As ``"8.9"``.
-    gpu : str or None
-        Name of the GPU that kernels are timed on; None if there is none.
-    """
-
-    compute_capability: str
-    gpu: str | None
-
-
-def device_target(recipe: Recipe) -> Target:
-    """The GPU that is here, which has to be of a recipe's kind.
-
-    Raises
-    ------
-    DeviceUnavailable
-        There is none, or another one than the recipe's.
-    """
-    from cxr_triton.engines.cuda import device
-
-    found = device()
-    if found.compute_capability != recipe.compute_capability:
-        raise DeviceUnavailable(
-            f"recipe {recipe.name} is for compute capability {recipe.compute_capability} ({recipe.gpu}), this machine "
-            f"has a {found.name} with {found.compute_capability}; TensorRT times kernels where it builds: build there"
-        )
-    return Target(found.compute_capability, found.name)
 
 
 def shape_ranges(graph: str, geometry: Geometry, recipe: Recipe, max_images: int) -> list[Ranges]:
@@ -223,7 +149,7 @@ def adapt(model: ModelProto, max_sequence: int) -> ModelProto:
 
 
 def compile_graph(
-    room: TensorRT,
+    library: Library,
     graph: Path,
     plan: Path,
     profiles: list[Ranges],
@@ -237,8 +163,7 @@ def compile_graph(
 
     Parameters
     ----------
-    room : TensorRT
-        Of the compiler.
+    library : Library
     graph : Path
         Its `.data` file lies beside it.
     plan : Path
@@ -269,8 +194,8 @@ def compile_graph(
     """
     import onnx
 
-    trt = load_library(room, graph.stem)
-    what, started_s, log = f"{room.name} {trt.__version__}", time.monotonic(), _logger(trt)
+    trt = library.load(graph.stem)
+    what, started_s, log = f"{library.name} {trt.__version__}", time.monotonic(), _logger(trt)
     try:
         builder = trt.Builder(log)
     except (TypeError, RuntimeError):
@@ -283,7 +208,7 @@ def compile_graph(
     config = builder.create_builder_config()
     for ranges in profiles:
         _add_profile(what, builder, config, network, ranges)
-    room.configure(trt, config, target)
+    library.configure(trt, config, target)
     times = None if timing_cache is None else _attach_times(config, timing_cache)
     with open(plan, "wb") as file, _monitor(trt, plan.name, progress) as monitor:
         config.progress_monitor = monitor
@@ -296,7 +221,7 @@ def compile_graph(
         timing_cache.parent.mkdir(parents=True, exist_ok=True)
         timing_cache.write_bytes(times.serialize())
     return {
-        "engine": room.name,
+        "engine": library.name,
         "version": trt.__version__,
         "compute_capability": target.compute_capability,
         "gpu": target.gpu,

@@ -9,18 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cxr_triton.engines.cuda import call, device, runtime
 from cxr_triton.engines.interface import PREFILL_TOKENS
 from cxr_triton.engines.session import DTYPES, DecoderSession, VisionSession
-from cxr_triton.engines.tensorrt.compiler import load_library, released
+from cxr_triton.engines.tensorrt.library import Library, released
 from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRequest
-
-if TYPE_CHECKING:
-    from cxr_triton.engines.tensorrt import TensorRT
 
 log = logging.getLogger(__name__)
 PREFILL, DECODE = 0, 1  # optimization profiles, see `tensorrt.shape_ranges`
@@ -63,8 +59,7 @@ class Plan:
     Parameters
     ----------
     path : Path
-    room : TensorRT
-        Of the library.
+    library : Library
     version : str
         Of the library that built it.
     compute_capability : str
@@ -78,8 +73,8 @@ class Plan:
         The plan is of another version of the library, or does not load.
     """
 
-    def __init__(self, path: Path, room: TensorRT, version: str, compute_capability: str):
-        trt, engine = load_library(room), room.name
+    def __init__(self, path: Path, library: Library, version: str, compute_capability: str):
+        trt, engine = library.load(), library.name
         if released(trt.__version__) != released(version):
             raise InvalidBundle(
                 f"{path.name} was built with {engine} {version}, {trt.__version__} is installed; "
@@ -105,7 +100,7 @@ class Plan:
             raise InvalidBundle(f"{engine} cannot load {path.name} ({self._log.last}); build the bundle again here")
         self.stream = int(call("cudaStreamCreate"))
         self._choice = strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._kernels = room.kernels(trt, self.engine, path, found.name)
+        self._kernels = library.kernels(trt, self.engine, path, found.name)
         if self._kernels:
             self._choice = self._kernels.config
             self._choice.set_execution_context_allocation_strategy(strategy)
@@ -192,14 +187,14 @@ def _quiet(trt):
     return Log()
 
 
-def open_plan(room: TensorRT, bundle, graph: str) -> Plan:
+def open_plan(library: Library, bundle, graph: str) -> Plan:
     """The plan of a bundle's graph; errors as `Plan`."""
     try:
         report = bundle.manifest["plans"][graph]
         version, capability = str(report["version"]), str(report["compute_capability"])
     except (KeyError, TypeError):
         raise InvalidBundle(f"manifest.json: plans.{graph} is missing; build the bundle again") from None
-    return Plan(bundle.path / f"{graph}.plan", room, version, capability)
+    return Plan(bundle.path / f"{graph}.plan", library, version, capability)
 
 
 class TensorRTVision(VisionSession):

@@ -7,21 +7,14 @@ from pathlib import Path
 
 from cxr_triton.engines.interface import Compiled, GpuEngine, Serving
 from cxr_triton.engines.tensorrt import TensorRT
+from cxr_triton.engines.tensorrt_llm.layout import CONTAINERS, FILES, FOLDER, NAME, step_tokens
 from cxr_triton.errors import DeviceUnavailable, InvalidRecipe
-
-FOLDER, FILES = "tensorrt_llm", ("config.json", "rank0.engine")
-"""Folder of a bundle with what `trtllm-build` wrote, and nothing else."""
-CONTAINERS = {
-    "26.03-trtllm-python-py3": "1.2.0",
-    **dict.fromkeys((f"26.0{month}-trtllm-python-py3" for month in (4, 5, 6, 7)), "1.2.1"),
-}
-"""TensorRT-LLM of the containers whose `trtllm-build` is known here: 1.2, the last that has one."""
 
 
 class TensorRTLLM(GpuEngine):
     """Runs the decoder alone, in NVIDIA's container; its tower is a TensorRT plan in Triton's own backend."""
 
-    name = "tensorrt-llm"
+    name = NAME
     graphs = ("decoder",)
     form = "tensorrt-llm"
     folder = FOLDER
@@ -67,8 +60,7 @@ class TensorRTLLM(GpuEngine):
             )
 
     def step_tokens(self, recipe) -> int:
-        """The longest prompt, and a token of every other stream."""
-        return min(recipe.max_sequence + recipe.slots, recipe.max_sequence * recipe.slots)
+        return step_tokens(recipe.slots, recipe.max_sequence)
 
     def stream_bytes(self, recipe, text) -> int:
         """Image rows, and cos and sin of every position."""

@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cxr_triton.engines import tensorrt
 from cxr_triton.engines.build import Job
 from cxr_triton.engines.bundle import Progress, sha256
 from cxr_triton.engines.container import in_container, located_recipe
@@ -31,15 +30,10 @@ from cxr_triton.engines.geometry import Geometry
 from cxr_triton.engines.interface import Compiled
 from cxr_triton.engines.plan_cache import PlanCache, plan_key
 from cxr_triton.engines.recipe import Recipe
-from cxr_triton.engines.tensorrt.compiler import (
-    CONTAINER_TENSORRT,
-    Target,
-    container_match,
-    device_target,
-    load_library,
-    released,
-)
-from cxr_triton.engines.tensorrt_llm import CONTAINERS, ENGINE, FILES, FOLDER
+from cxr_triton.engines.tensorrt import ENGINE as TENSORRT
+from cxr_triton.engines.tensorrt.compiler import CONTAINER_TENSORRT, container_match
+from cxr_triton.engines.tensorrt.library import Target, released
+from cxr_triton.engines.tensorrt_llm.layout import CONTAINERS, FILES, FOLDER, NAME, step_tokens
 from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle, InvalidRequest, UnsupportedCheckpoint
 from cxr_triton.export.checkpoint import read_header
 from cxr_triton.profile import load_profile
@@ -138,7 +132,7 @@ def flags(recipe: Recipe, *, max_sequence: int, image_rows: int) -> dict[str, st
     decoder = recipe.decoder
     limits = {
         "max_batch_size": recipe.slots,
-        "max_num_tokens": min(ENGINE.step_tokens(recipe), recipe.slots * max_sequence),
+        "max_num_tokens": min(step_tokens(recipe.slots, recipe.max_sequence), recipe.slots * max_sequence),
         "max_input_len": max_sequence - 1,  # ignored where padding is removed; says what our front end keeps to
         "max_seq_len": max_sequence,
         "max_beam_width": 1,
@@ -178,12 +172,12 @@ def check_machine(recipe: Recipe) -> tuple[Tool, Target]:
         The tool, the GPU or TensorRT's package is missing, or of another version or kind than the recipe's.
     """
     tool = find_tool(recipe)
-    if released(ours := load_library(tensorrt.ENGINE, "vision").__version__) != released(tool.tensorrt):
+    if released(ours := TENSORRT.library.load("vision").__version__) != released(tool.tensorrt):
         raise DeviceUnavailable(
             f"the vision engine would be built by TensorRT {ours}, the decoder by {tool.tensorrt}; both run in "
             f"{recipe.container}: install cxr-triton there so that it sees the container's tensorrt package"
         )
-    return tool, device_target(recipe)
+    return tool, TENSORRT.library.target(recipe)
 
 
 def find_tool(recipe: Recipe) -> Tool:
@@ -292,7 +286,7 @@ class DecoderBuild:
 
     def run(self, bundle: Path) -> Compiled:
         """Put the engine into a bundle's folder, from the cache of plans if it is there."""
-        versions = {ENGINE.name: self.tool.tensorrt_llm, tensorrt.ENGINE.name: self.tool.tensorrt}
+        versions = {NAME: self.tool.tensorrt_llm, TENSORRT.name: self.tool.tensorrt}
         return Compiled(versions, self._report(bundle / FOLDER), self.container)
 
     def _report(self, folder: Path) -> dict:
@@ -318,7 +312,7 @@ class DecoderBuild:
             folder.rmdir()
             timing = kept.folder / f"timing-{TOOL}-{self.tool.tensorrt}-{self.target.compute_capability}.cache"
         report = {
-            "engine": ENGINE.name,
+            "engine": NAME,
             "version": self.tool.tensorrt_llm,
             "tensorrt": self.tool.tensorrt,
             **dataclasses.asdict(self.target),

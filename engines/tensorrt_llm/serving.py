@@ -10,7 +10,7 @@ from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.interface import Serving
 from cxr_triton.engines.serving import BUNDLE, STEPS, Settings, declare, tensors
 from cxr_triton.engines.tensorrt import TensorRT
-from cxr_triton.engines.tensorrt_llm import FOLDER
+from cxr_triton.engines.tensorrt_llm.layout import FOLDER
 from cxr_triton.engines.tensorrt_llm.request import EngineConfig
 from cxr_triton.errors import InvalidBundle, InvalidRequest
 

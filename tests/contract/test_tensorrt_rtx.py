@@ -233,12 +233,12 @@ def test_weights_that_are_not_there_are_named(exports, tmp_path):
     ranges = tensorrt.shape_ranges("decoder", tensorrt_geometry(export), recipe_for("bf16"), 1)
     with pytest.raises(BuildFailed, match=r"cannot read the weights \S+ of decoder\.onnx; .*export again"):
         tensorrt.compile_graph(
-            engine("tensorrt-rtx"),
+            engine("tensorrt-rtx").library,
             export / "decoder.onnx",
             tmp_path / "decoder.plan",
             ranges,
             max_sequence=tensorrt_geometry(export).max_sequence,
-            target=engine("tensorrt-rtx").target(recipe_for("bf16")),
+            target=engine("tensorrt-rtx").library.target(recipe_for("bf16")),
         )
 
 
@@ -250,12 +250,12 @@ def test_attention_without_a_fused_kernel_is_refused_with_the_types_that_have_on
     recipe = recipe_for("bf16")
     with pytest.raises(BuildFailed, match=r"cannot build node Attention_\d+ \(Attention\).*--compute fp16 or bf16"):
         tensorrt.compile_graph(
-            engine("tensorrt-rtx"),
+            engine("tensorrt-rtx").library,
             export / "decoder.onnx",
             tmp_path / "plan",
             tensorrt.shape_ranges("decoder", geometry, recipe, 1),
             max_sequence=geometry.max_sequence,
-            target=engine("tensorrt-rtx").target(recipe),
+            target=engine("tensorrt-rtx").library.target(recipe),
         )
 
 
@@ -324,8 +324,8 @@ def test_tensorrt_is_refused_where_it_cannot_be_loaded_or_has_no_gpu(tmp_path):
     if has_gpu():
         pytest.skip("this machine has a GPU")
     with pytest.raises(DeviceUnavailable, match=r"cannot be loaded|no NVIDIA GPU"):
-        tensorrt.load_library(engine("tensorrt"))
-        engine("tensorrt").target(recipe)
+        engine("tensorrt").library.load()
+        engine("tensorrt").library.target(recipe)
 
 
 @pytest.mark.parametrize(

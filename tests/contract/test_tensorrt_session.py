@@ -46,7 +46,7 @@ def installed(request, tmp_path, monkeypatch):
     name, version = request.param.split()
     device = fake_tensorrt.Cuda()
     library = fake_tensorrt.library(version, device)
-    monkeypatch.setitem(sys.modules, engine(name).module, library)
+    monkeypatch.setitem(sys.modules, engine(name).library.module, library)
     monkeypatch.setattr(cuda, "runtime", lambda: device)
     monkeypatch.setattr(tensorrt_session, "runtime", lambda: device)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -57,13 +57,13 @@ def compile_paper(bundle, folder, name, graph, **options):
     geometry = Geometry.from_json(bundle.manifest["geometry"], "")
     recipe = dataclasses.replace(load_recipe("rtx4090-int4"), slots=SLOTS, image_budget=2)
     return tensorrt.compile_graph(
-        engine(name),
+        engine(name).library,
         # The exported graph: ONNX Runtime's own rewrite takes one sequence at a time.
         bundle.path.parent / "export" / f"{graph}.onnx",
         folder / f"{graph}.plan",
         tensorrt.shape_ranges(graph, geometry, recipe, 2),
         max_sequence=geometry.max_sequence,
-        target=engine(name).target(recipe),
+        target=engine(name).library.target(recipe),
         progress=False,
         **options,
     )
@@ -222,7 +222,7 @@ def test_the_tensorrt_beside_tensorrt_llm_compiles_the_vision_graph_only(bundle,
 
 @pytest.mark.parametrize("installed", ["tensorrt 10.14.1.48.post1"], indirect=True)
 def test_the_least_version_is_the_first_with_the_decoders_layers(bundle, installed, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine("tensorrt"), "least_version", (10, 14))
+    monkeypatch.setattr(engine("tensorrt").library, "least_version", (10, 14))
     with pytest.raises(BuildFailed, match=r"refuses node \S+ \((RotaryEmbedding|TensorScatter)\) of decoder\.onnx"):
         compile_paper(bundle, tmp_path, "tensorrt", "decoder")
 
@@ -231,7 +231,7 @@ def test_a_major_version_that_is_not_known_is_refused(installed):
     name, library, _ = installed
     library.__version__ = "12.0.0.1"
     with pytest.raises(DeviceUnavailable, match=r"12\.0\.0\.1 is installed, (11|1)\.x is the last.*pip install"):
-        tensorrt.load_library(engine(name))
+        engine(name).library.load()
 
 
 @pytest.mark.parametrize("installed", LIBRARIES[:1], indirect=True)

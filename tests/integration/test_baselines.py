@@ -11,7 +11,9 @@ from PIL import Image
 from cxr_triton import phantom
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.errors import InvalidRequest
-from cxr_triton.perf import baselines
+from cxr_triton.perf import peers
+from cxr_triton.perf.peers import genai, vllm
+from cxr_triton.perf.peers.peer import Peer
 
 pytestmark = pytest.mark.triton
 
@@ -31,7 +33,7 @@ def items() -> list:
 def test_transformers_gets_the_same_prompts_and_writes_as_many_tokens(server, served_bundle, items):
     profile, rounds = Bundle.open(served_bundle, verify=False).profile, []
     asked = {"transformers": served_bundle.parent / "checkpoint"}
-    (entry,) = baselines.measure(server.grpc, items, profile, asked, rounds=2, on_round=rounds.append)
+    (entry,) = peers.measure(server.grpc, items, profile, asked, rounds=2, on_round=rounds.append)
     assert rounds == ["start transformers", "baselines, warm-up", "baselines, round 1", "baselines, round 2"]
     assert entry["name"] == "transformers.generate" and entry["scope"] == "reading"
     assert entry["same_prompt_tokens"] and entry["same_output_tokens"]
@@ -50,14 +52,12 @@ def test_transformers_gets_the_same_prompts_and_writes_as_many_tokens(server, se
 
 def test_genai_decodes_prompts_of_the_same_lengths(server, served_bundle, items, monkeypatch):
     """onnxruntime-genai's builder takes the 3B's sizes, not a model this small: its place is taken by a double."""
-    monkeypatch.setattr(baselines, "GenaiDecoder", EchoDecoder)
-    monkeypatch.setitem(baselines.MODULES, "genai", "json")
-    monkeypatch.setitem(baselines.PACKAGES, "genai", ("numpy",))
+    monkeypatch.setattr(genai, "PEER", EchoDecoder)
     folder = served_bundle.parent / "genai"
     folder.mkdir(exist_ok=True)
     (folder / "genai_config.json").write_text("{}")
     profile = Bundle.open(served_bundle, verify=False).profile
-    (entry,) = baselines.measure(server.grpc, items, profile, {"genai": folder}, rounds=1)
+    (entry,) = peers.measure(server.grpc, items, profile, {"genai": folder}, rounds=1)
     (each,) = entry["rounds"]
     assert entry["scope"] == "decoder" and entry["same_prompt_tokens"] and entry["same_output_tokens"]
     ours = each["ours"]["tokens"] / each["ours"]["decoder_s"]
@@ -65,10 +65,12 @@ def test_genai_decodes_prompts_of_the_same_lengths(server, served_bundle, items,
     assert entry["ratio_time_to_first_token"] is None
 
 
-class EchoDecoder:
+class EchoDecoder(Peer):
     """Says that it took half a second for the prompt, and two seconds in all."""
 
-    def __init__(self, folder: str):
+    title, packages, module, scope = "echo", ("numpy",), "json", "decoder"
+
+    def __init__(self, folder: str, profile, items):
         pass
 
     def read(self, index: int, prompt_tokens: int, tokens: int) -> dict:
@@ -76,24 +78,24 @@ class EchoDecoder:
 
 
 def test_what_is_not_installed_says_so(server, served_bundle, items, monkeypatch):
-    monkeypatch.setitem(baselines.MODULES, "vllm", "no_such_module")
+    monkeypatch.setattr(vllm.PEER, "module", "no_such_module")
     profile = Bundle.open(served_bundle, verify=False).profile
-    (entry,) = baselines.measure(server.grpc, items, profile, {"vllm": served_bundle}, rounds=1)
+    (entry,) = peers.measure(server.grpc, items, profile, {"vllm": served_bundle}, rounds=1)
     assert entry == {"name": "vLLM", "ratio_output_tokens_per_s": None, "why": "vllm is not installed"}
 
 
 def test_baselines_are_named_with_a_checkpoint(served_bundle, tmp_path):
     folder = served_bundle.parent / "checkpoint"
-    assert baselines.parse([f"transformers={folder}"]) == {"transformers": folder}
+    assert peers.parse([f"transformers={folder}"]) == {"transformers": folder}
     with pytest.raises(InvalidRequest, match="transformers"):
-        baselines.parse([f"transformer={folder}"])
+        peers.parse([f"transformer={folder}"])
     with pytest.raises(InvalidRequest, match="no checkpoint folder"):
-        baselines.parse([f"transformers={tmp_path}"])
+        peers.parse([f"transformers={tmp_path}"])
 
 
 def test_an_engine_whose_process_dies_is_an_error_not_a_wait(tmp_path):
     from cxr_triton.errors import InternalError
-    from cxr_triton.perf.decoder import Process
+    from cxr_triton.perf.process import Process
 
     process = Process(Suicidal, [0])
     with pytest.raises(InternalError, match="ended with 7"):

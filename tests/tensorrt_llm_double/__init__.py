@@ -40,7 +40,7 @@ def write_bundle(
         The vision encoder is a TensorRT plan, which holds nothing either, and not an ONNX graph.
     """
     from cxr_triton.engines.bundle import SIDE_FILES
-    from cxr_triton.engines.tensorrt_llm import FOLDER
+    from cxr_triton.engines.tensorrt_llm.layout import FOLDER
     from cxr_triton.export.checkpoint import Checkpoint
     from cxr_triton.export.tensorrt_llm import write_tensorrt_llm
 

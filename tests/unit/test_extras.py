@@ -32,7 +32,7 @@ MODULES = {  # of distributions that an extra asks for, where the name is not th
     "tensorrt-rtx-cu13": "tensorrt_rtx",
     "tritonclient": "google grpc tritonclient",
 }
-ALL = sorted({module for _, modules in extras.EXTRAS.values() for module in modules.split()})
+ALL = sorted({module for facts in extras.EXTRAS.values() for module in facts["modules"]})
 HIDE = """
 import importlib.machinery, sys
 hidden, find = set(sys.argv.pop(1).split()), importlib.machinery.PathFinder.find_spec
@@ -253,8 +253,8 @@ def _asked(extra: str) -> tuple[set[str], set[str]]:
 
 @pytest.mark.parametrize("extra", extras.EXTRAS)
 def test_the_table_of_extras_is_that_of_the_project(extra):
-    taken, modules = extras.EXTRAS[extra]
-    assert _asked(extra) == (set(taken), set(modules.split()))
+    facts = extras.EXTRAS[extra]
+    assert _asked(extra) == (set(facts.get("takes", ())), set(facts["modules"]))
 
 
 def test_every_extra_is_in_the_table_but_those_that_no_verb_names():

@@ -35,7 +35,7 @@ from cxr_triton.engines.build import Job, build_bundle, read_export
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.interface import Compiled
 from cxr_triton.engines.recipe import RECIPES, load_recipe
-from cxr_triton.engines.tensorrt.compiler import Target
+from cxr_triton.engines.tensorrt.library import Target
 from cxr_triton.engines.tensorrt_llm import build as trtllm_build
 from cxr_triton.engines.tensorrt_llm.request import EngineConfig
 from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidBundle, InvalidRequest
@@ -124,8 +124,8 @@ def paper_gpu(monkeypatch):
         return Compiled({"tensorrt": TENSORRT}, report | {"seconds": 1.0, "bytes": 5, "weights_bytes": 5})
 
     monkeypatch.setattr(engine("tensorrt"), "compile", plan)
-    monkeypatch.setattr(trtllm_build, "device_target", lambda recipe: Target("9.0", "NVIDIA H100 80GB HBM3"))
-    monkeypatch.setattr(trtllm_build, "load_library", lambda engine, graph: SimpleNamespace(__version__=TENSORRT))
+    monkeypatch.setattr(engine("tensorrt").library, "target", lambda recipe: Target("9.0", "NVIDIA H100 80GB HBM3"))
+    monkeypatch.setattr(engine("tensorrt").library, "load", lambda graph="decoder": SimpleNamespace(__version__=TENSORRT))
 
 
 def test_a_bundle_holds_what_the_tool_wrote_and_how(export, recipe, tool, gpu, tmp_path):

@@ -1,0 +1,85 @@
+"""Software that reads a checkpoint itself, and the requests of a workload as it takes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import ClassVar
+
+from cxr_triton.profile import ModelProfile
+
+
+class Peer:
+    """One of them, made in a process of its own from `prepare`'s folder, a profile and the workload's items.
+
+    Attributes
+    ----------
+    title : str
+        As a result names it.
+    packages : tuple of str
+        Distributions, by whose versions a number is to be understood; the first has to be installed.
+    module : str
+        Of the first.
+    scope : str
+        What of a reading it does: ``reading``, all of it, or ``decoder``.
+    """
+
+    title: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]]
+    module: ClassVar[str]
+    scope: ClassVar[str] = "reading"
+
+    @staticmethod
+    def prepare(folder: Path, stack: ExitStack) -> Path:
+        """What to open for a checkpoint; anything made for it goes with `stack`."""
+        return folder
+
+    def read(self, index: int, prompt_tokens: int, tokens: int) -> dict:
+        """One reading of so many tokens.
+
+        Parameters
+        ----------
+        index : int
+            Of the item.
+        prompt_tokens, tokens : int
+            As our reading of the item had.
+
+        Returns
+        -------
+        dict
+            ``prompt_tokens``, ``tokens``, ``first_s`` (None where it cannot be told) and ``seconds``.
+        """
+        raise NotImplementedError
+
+
+class Prompts:
+    """The workload's requests as a peer takes them; decoding of files is done before, and costs it nothing.
+
+    Parameters
+    ----------
+    checkpoint : str
+        Folder with tokenizer and template.
+    profile : ModelProfile
+    items : sequence of (list of bytes, dict)
+        Image files and REQUEST of each.
+    """
+
+    def __init__(self, checkpoint: str, profile: ModelProfile, items: Sequence[tuple[list[bytes], dict]]):
+        from PIL import Image
+
+        from cxr_triton.chat import ChatTokenizer
+        from cxr_triton.pixels.sandbox import Sandbox
+        from cxr_triton.request import ReadRequest
+
+        generation = Path(checkpoint) / "generation_config.json"
+        self.profile = profile.merge_generation_config(json.loads(generation.read_text("utf-8")))
+        self.tokenizer = ChatTokenizer(checkpoint)
+        self.asked = [ReadRequest.from_json(json.dumps(request), self.profile) for _, request in items]
+        whole = {"preset": profile.pixel_preset, "min_pixels": 1, "max_pixels": 2**31, "factor": 1}
+        with Sandbox() as sandbox:
+            self.pictures = [
+                [Image.fromarray(sandbox.prepare(data, **whole).pixels).convert("RGB") for data in images]
+                for images, _ in items
+            ]

@@ -1,0 +1,76 @@
+"""The models' own quick start."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from cxr_triton.perf.peers.peer import Peer, Prompts
+from cxr_triton.profile import ModelProfile
+
+
+class Transformers(Peer):
+    """The processor, then `generate` in bf16, on the GPU if there is one."""
+
+    title = "transformers.generate"
+    packages = ("transformers", "torch")
+    module = "transformers"
+
+    def __init__(self, checkpoint: str, profile: ModelProfile, items):
+        import torch
+        from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+
+        self.torch, self.prompts = torch, Prompts(checkpoint, profile, items)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16)
+        self.model = self.model.eval().to(self.device)
+        self.ends = self.model.generation_config.eos_token_id
+        self.model.generation_config = GenerationConfig()
+        self.limits = {"shortest_edge": profile.min_pixels, "longest_edge": profile.max_pixels}
+        self.processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
+
+    def read(self, index: int, prompt_tokens: int, tokens: int) -> dict:
+        torch, prompts, arrived_s = self.torch, self.prompts, []
+
+        class Streamer:
+            def put(self, value):
+                arrived_s.append(time.perf_counter())
+
+            def end(self):
+                pass
+
+        asked, pictures, inputs, grids = prompts.asked[index], prompts.pictures[index], {}, []
+        started_s = time.perf_counter()
+        if pictures:
+            inputs = dict(self.processor(images=pictures, size=self.limits, return_tensors="pt"))
+            grids = [(rows, cols) for _, rows, cols in inputs["image_grid_thw"].tolist()]
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.device, torch.bfloat16)
+            inputs["image_grid_thw"] = inputs["image_grid_thw"].to(self.device)
+        encoded = prompts.tokenizer.encode(asked.messages(len(pictures)), grids)
+        ids = torch.from_numpy(encoded.input_ids)[None].to(self.device)
+        inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
+        with torch.inference_mode():
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                **inputs,
+                do_sample=False,
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+                repetition_penalty=asked.repetition_penalty,
+                eos_token_id=self.ends,
+                pad_token_id=self.ends[0] if isinstance(self.ends, list) else self.ends,
+                streamer=Streamer(),
+            )
+        seconds = time.perf_counter() - started_s
+        # The prompt comes to the streamer first.
+        return {
+            "prompt_tokens": ids.shape[1],
+            "tokens": out.shape[1] - ids.shape[1],
+            "first_s": arrived_s[1] - started_s,
+            "seconds": seconds,
+        }
+
+
+PEER = Transformers

@@ -1,0 +1,87 @@
+"""What is measured, in a process of its own on cores of its own, so that its memory and its idling can be told."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+from cxr_triton.errors import InternalError
+
+
+def resident_bytes(field: str) -> int:
+    """`VmHWM` (peak), `VmRSS`, `RssAnon` or `RssFile` of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def serve(pipe, kind, cpus, *arguments) -> None:
+    """Body of a process: answer each call, a method's name and its arguments, with the result."""
+    os.sched_setaffinity(0, cpus)
+    started_s = time.perf_counter()
+    try:
+        running = kind(*arguments)
+        pipe.send({"load_s": time.perf_counter() - started_s, "loaded_resident_bytes": resident_bytes("VmRSS")})
+        while call := pipe.recv():
+            method, *given = call
+            pipe.send(getattr(running, method)(*given))
+        busy_s = time.process_time()
+        time.sleep(1)
+        idle = time.process_time() - busy_s
+        memory = {
+            f"{name}_bytes": resident_bytes(field)
+            for name, field in (("peak_resident", "VmHWM"), ("anonymous", "RssAnon"), ("mapped_file", "RssFile"))
+        }
+        pipe.send({"idle_cpu_share": idle, **memory})
+    except Exception as error:
+        pipe.send(error)
+
+
+class Process:
+    """Something with methods, made in a process of its own from a picklable `kind` and arguments.
+
+    Attributes
+    ----------
+    facts : dict
+        ``load_s`` and ``loaded_resident_bytes``; after `end` memory at its peak and idle CPU time too.
+    """
+
+    def __init__(self, kind, cpus, *arguments):
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, child = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(child, kind, cpus, *arguments), daemon=True)
+        self.process.start()
+        child.close()
+        self.facts = self._receive()
+
+    def call(self, method: str, *arguments) -> dict:
+        """What a method returned; raises what it raised, and `InternalError` where the process has ended."""
+        self.pipe.send((method, *arguments))
+        return self._receive()
+
+    def end(self) -> dict:
+        """Stop the process; gives what loading and running took."""
+        self.pipe.send(())
+        self.facts |= self._receive()
+        self.process.join()
+        return self.facts
+
+    def kill(self) -> None:
+        """Make sure that the process is gone."""
+        self.process.kill()
+        self.process.join()
+
+    def _receive(self) -> dict:
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise InternalError(
+                f"the engine's process ended with {self.process.exitcode}; -9 is the kernel's when memory runs out"
+            ) from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
