@@ -20,7 +20,6 @@ from cxr_triton.cli import (
     say_next,
     write_json,
 )
-from cxr_triton.profile import profile_names
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -173,7 +172,7 @@ def demo(folder: Path, json_path: str | None):
     shell_complete=PROFILES,
     required=True,
     metavar="NAME|YAML",
-    help=f"One of {', '.join(profile_names())}, or a file.",
+    help="Model; `cxr-triton profiles` lists them.",
 )
 @click.option("-o", "--out", required=True, type=OUT_FOLDER, help="Folder for all of it; made if it is not there.")
 @click.option("--images", type=FOLDER, help="Radiographs to calibrate and to verify on.  [default: synthetic phantoms]")
