@@ -20,7 +20,6 @@ from cxr_triton.cli import (
     say_next,
     write_json,
 )
-from cxr_triton.profile import profile_names
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -173,7 +172,7 @@ def demo(folder: Path, json_path: str | None):
     shell_complete=PROFILES,
     required=True,
     metavar="NAME|YAML",
-    help=f"One of {', '.join(profile_names())}, or a file.",
+    help="Model; `cxr-triton profiles` lists them.",
 )
 @click.option("-o", "--out", required=True, type=OUT_FOLDER, help="Folder for all of it; made if it is not there.")
 @click.option("--images", type=FOLDER, help="Radiographs to calibrate and to verify on.  [default: synthetic phantoms]")
@@ -183,7 +182,7 @@ def demo(folder: Path, json_path: str | None):
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Folder of compiled plans.")
 @click.option("--unverified", is_flag=True, help="Package without the gate; the repository says so.")
 @click.option("--accept-licence", is_flag=True, help="You accept the weights' non-commercial licence.")
-@click.option("--print", "only_print", is_flag=True, help="Of a recipe built in a container: show `docker run`.")
+@click.option("--print", "only_print", is_flag=True, help="Of a recipe built in a container: show `docker run` only.")
 @json_option
 def make_engine(checkpoint: str, json_path: str | None, only_print: bool, **options):
     """Make a served engine of CHECKPOINT, a folder or a hub id ORG/NAME, for the target of a recipe.

@@ -25,10 +25,6 @@ MAY_NAME = {
     "export/decoder.py": "what an exported graph owes to those who read it",
     "cxr_triton/cli.py": "an example of a command names a recipe",
     "perf/gpu_session.py": "what travels to a GPU machine, and what is measured there",
-    # Until they ask the table: remove each when it does.
-    "engines/verify/": "",
-    "triton_repo/make_engine.py": "",
-    "triton_repo/golden.py": "",
 }
 
 

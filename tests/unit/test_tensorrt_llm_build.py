@@ -125,7 +125,9 @@ def paper_gpu(monkeypatch):
 
     monkeypatch.setattr(engine("tensorrt"), "compile", plan)
     monkeypatch.setattr(engine("tensorrt").library, "target", lambda recipe: Target("9.0", "NVIDIA H100 80GB HBM3"))
-    monkeypatch.setattr(engine("tensorrt").library, "load", lambda graph="decoder": SimpleNamespace(__version__=TENSORRT))
+    monkeypatch.setattr(
+        engine("tensorrt").library, "load", lambda graph="decoder": SimpleNamespace(__version__=TENSORRT)
+    )
 
 
 def test_a_bundle_holds_what_the_tool_wrote_and_how(export, recipe, tool, gpu, tmp_path):
