@@ -78,7 +78,7 @@ def serve(repository: Path, json_path: str | None, **options):
     """
     from cxr_triton.triton_repo.serve import Server
 
-    stopping = []
+    stopping: list[bool] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: _stop(stopping, number))
     server = Server(repository, **options)

@@ -624,7 +624,8 @@ class _Engine:
 
     def read(self, cases: Sequence[Case], profile: ModelProfile, count: Callable[[int], None]) -> list[_Said]:
         """The engine's answers through the decoder runtime, `SLOTS` at a time."""
-        from cxr_triton.engines.runtime.scheduler import DecoderRuntime, Generation
+        from cxr_triton.engines.runtime.scheduler import DecoderRuntime
+        from cxr_triton.engines.runtime.stream import Generation
 
         receivers = []
         with DecoderRuntime(self.bundle, session=self._decoder, queue_size=len(cases)) as runtime:
