@@ -41,7 +41,7 @@ class Job:
         Export folder.
     geometry : Geometry
         Cut to the recipe's length.
-    recipe : Recipe or None
+    chosen : Recipe or None
     out : Path
         Of the bundle; what has to outlive a build that fails lies beside it.
     cache : Path, optional
@@ -53,10 +53,17 @@ class Job:
     graph: str
     source: Path
     geometry: Geometry
-    recipe: Recipe | None
+    chosen: Recipe | None
     out: Path
     cache: Path | None = None
     progress: Progress | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe, of an engine that needs one."""
+        if self.chosen is None:
+            raise InvalidRequest("there is no recipe; name one, see `cxr-triton recipes`")
+        return self.chosen
 
 
 def build_bundle(
@@ -114,7 +121,7 @@ def build_bundle(
     kept = Path(cache) if cache else None
     compilers = {
         graph: each.prepare(
-            Job(graph=graph, source=source, geometry=geometry, recipe=recipe, out=out, cache=kept, progress=progress)
+            Job(graph=graph, source=source, geometry=geometry, chosen=recipe, out=out, cache=kept, progress=progress)
         )
         for graph, each in engines.items()
     }

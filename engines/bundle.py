@@ -37,7 +37,7 @@ GRAPHS = ("vision", "decoder")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 READ_BYTES = 1 << 22
 
-Progress = Callable[[str, int], None]
+Progress = Callable[[str, int], object]
 """Called with a file's name and the bytes just hashed or copied."""
 
 
@@ -180,7 +180,7 @@ def _check_manifest(manifest: object) -> None:
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         raise InvalidBundle(f"{MANIFEST} has schema {schema!r}, this cxr-triton reads {SCHEMA}; build the bundle again")
-    kinds = {"engine": str, "vision_engine": str, "precision": str}
+    kinds: dict[str, type] = dict.fromkeys(("engine", "vision_engine", "precision"), str)
     kinds |= dict.fromkeys(("versions", "source", "geometry", "files"), dict)
     for key, kind in kinds.items():
         if not isinstance(manifest.get(key), kind):

@@ -28,15 +28,7 @@ GIB = 1 << 30
     "--print", "only_print", is_flag=True, help="Of a recipe that builds in a container: show how, build nothing."
 )
 @json_option
-def build(
-    export_dir: Path,
-    out: Path,
-    recipe: str | None,
-    cache: Path | None,
-    no_cache: bool,
-    only_print: bool,
-    json_path: str | None,
-):
+def build(export_dir: Path, out: Path, *, recipe, cache, no_cache, only_print, json_path):
     """Compile the graphs in EXPORT_DIR into an engine bundle.
 
     The bundle is a folder that holds everything a server needs, and a manifest with the SHA-256 of each file. Some
@@ -51,10 +43,10 @@ def build(
     if cache and no_cache:
         raise click.UsageError("--cache and --no-cache exclude each other")
     started_s = time.monotonic()
-    chosen = load_recipe(recipe) if recipe else None
     if only_print:
-        _print_commands(export_dir, out, chosen, recipe, json_path)
+        _print_commands(export_dir, out, recipe, json_path)
         return
+    chosen = load_recipe(recipe) if recipe else None
     total = sum(file.stat().st_size for file in export_dir.rglob("*") if file.is_file())
     with tqdm(total=total, desc=out.name, unit="B", unit_scale=True, disable=None) as bar:
         bundle = build_bundle(
@@ -101,19 +93,21 @@ def build(
     say_next("verify", out, "--checkpoint", "CHECKPOINT", "--images", "RADIOGRAPHS")
 
 
-def _print_commands(export_dir: Path, out: Path, recipe, named: str | None, json_path: str | None) -> None:
+def _print_commands(export_dir: Path, out: Path, named: str | None, json_path: str | None) -> None:
     """Show how a bundle is built in a container, with what and where."""
     import shlex
 
     from cxr_triton.engines import ROOMS, engine
     from cxr_triton.engines.build import Job, read_export
+    from cxr_triton.engines.recipe import load_recipe
 
-    if recipe is None or not engine(recipe.decoder.compiler).in_container:
+    recipe = load_recipe(named) if named else None
+    if named is None or recipe is None or not engine(recipe.decoder.compiler).in_container:
         known = " or ".join(name for name in ROOMS if engine(name).in_container)
         raise click.UsageError(f"--print needs a recipe whose decoder is for {known}, see `cxr-triton recipes`")
     _, geometry = read_export(export_dir, recipe)
     export_dir, out = export_dir.resolve(), out.resolve()
-    job = Job(graph="decoder", source=export_dir, geometry=geometry, recipe=recipe, out=out)
+    job = Job(graph="decoder", source=export_dir, geometry=geometry, chosen=recipe, out=out)
     commands = engine(recipe.decoder.compiler).commands(job, named)
     if json_path != "-":
         for said, line in commands.values():

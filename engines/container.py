@@ -33,7 +33,7 @@ def in_container(recipe: Recipe, arguments: list, *, read: Iterable[Path], write
         parts += ["--volume", f"{path}:{path}:ro"]
     for name, value in (env or {}).items():
         parts += ["--env", f"{name}={value}"]
-    image = f"cxr-triton-engine:{recipe.container.rpartition(':')[2]}"
+    image = f"cxr-triton-engine:{recipe.tag}"
     return f"{shlex.join(['mkdir', '-p', str(write)])} && {shlex.join([*parts, image, *map(str, arguments)])}"
 
 

@@ -59,7 +59,7 @@ class Geometry:
             elif kind == "str":
                 holds = isinstance(value, str)
             else:
-                holds = isinstance(value, list) and value and all(type(item) is int for item in value)
+                holds = isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
             if not holds:
                 raise InvalidBundle(f"{where}: geometry.{name} is {value!r}, expected {kind}; export and build again")
         return cls(**{**values, "eos_token_ids": tuple(values["eos_token_ids"])})

@@ -294,11 +294,13 @@ class CpuEngine(Engine):
     computes = ("fp32",)
 
     def check_target(self, recipe, graph: str) -> None:
+        """Not for a GPU either."""
         super().check_target(recipe, graph)
         if recipe.gpu or recipe.compute_capability:
             raise InvalidRecipe(f"gpu: {recipe.gpu!r} is given, but {self.name} runs on the CPU; leave gpu out")
 
     def check_installed(self, versions: Mapping[str, object]) -> None:
+        """The installed version has to be as new, but for its patch."""
         (library,) = self.distributions
         try:
             installed = metadata.version(library)
@@ -318,6 +320,7 @@ class GpuEngine(Engine):
     computes = ("fp16", "bf16")
 
     def check_target(self, recipe, graph: str) -> None:
+        """The GPU has to be named, with tensor cores for what the decoder computes."""
         super().check_target(recipe, graph)
         capability = recipe.compute_capability
         if not recipe.gpu or not re.fullmatch(r"\d{1,2}\.\d", capability or ""):

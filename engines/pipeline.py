@@ -1,5 +1,6 @@
-"""The model-independent stages of a reading as plain functions: images and REQUEST in, step tensors out; completion in,
-`Reading` out. The adapters in `triton_repo/` only convert tensors around them.
+"""The model-independent stages of a reading, around which the adapters in `triton_repo/` only convert tensors.
+
+Images and REQUEST in, step tensors out; completion in, `Reading` out.
 
 CONTEXT carries what `report` needs through the decoder, so that `report` holds no state. Its time stamps are
 CLOCK_MONOTONIC, which all processes of a machine share.
@@ -80,21 +81,21 @@ class Preprocessor:
     """
 
     def __init__(self, bundle: str | Path, limits: Limits | None = None, not_a_chest: str | None = None):
-        bundle = Bundle.open(bundle, verify=False)
-        generation_config = json.loads((bundle.path / "generation_config.json").read_text("utf-8"))
-        self.profile = bundle.profile.merge_generation_config(generation_config)
+        opened = Bundle.open(bundle, verify=False)
+        generation_config = json.loads((opened.path / "generation_config.json").read_text("utf-8"))
+        self.profile = opened.profile.merge_generation_config(generation_config)
         self._not_a_chest = not_a_chest or self.profile.not_a_chest
-        self._geometry = bundle.geometry
-        self._tokenizer = ChatTokenizer(bundle.path)
+        self._geometry = opened.geometry
+        self._tokenizer = ChatTokenizer(opened.path)
         self._sandbox = Sandbox(limits or Limits())
         self._model = {
             "profile": self.profile.name,
             "title": self.profile.title,
-            "revision": bundle.manifest["source"].get("revision"),
-            "engine": bundle.engine,
-            "precision": bundle.precision,
-            "bundle": bundle.digest,
-            "verification": "passed" if is_verified(bundle) else "none",
+            "revision": opened.manifest["source"].get("revision"),
+            "engine": opened.engine,
+            "precision": opened.precision,
+            "bundle": opened.digest,
+            "verification": "passed" if is_verified(opened) else "none",
             "labels": list(self.profile.labels),
         }
 
@@ -208,7 +209,7 @@ def completion_json(completion, context: str, arrived_s: float) -> str:
 
     Parameters
     ----------
-    completion : cxr_triton.engines.runtime.scheduler.Completion
+    completion : cxr_triton.engines.runtime.stream.Completion
     context : str
     arrived_s : float
         Monotonic time at which the decoder got the request.

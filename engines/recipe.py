@@ -147,6 +147,11 @@ class Recipe(_Checked):
         return dataclasses.asdict(self)
 
     @property
+    def tag(self) -> str:
+        """Of the container; empty without one."""
+        return (self.container or "").rpartition(":")[2]
+
+    @property
     def kv_tokens(self) -> int:
         """Tokens that the KV cache holds in all."""
         return int(self.decoder.kv_share * self.slots * self.max_sequence)
@@ -172,10 +177,10 @@ class Recipe(_Checked):
         """
         from cxr_triton.export.geometry import read_config, tensor_shapes
 
-        text, vision = read_config({"text_config": text, "vision_config": vision})
+        language, tower = read_config({"text_config": text, "vision_config": vision})
         decoder, item = self.decoder, BYTES[self.decoder.compute]
         parts = {"decoder_layers": 0, "embedding": 0, "head": 0, "vision_tower": 0}
-        for name, shape in tensor_shapes(text, vision, tied).items():
+        for name, shape in tensor_shapes(language, tower, tied).items():
             if name.startswith("visual."):
                 # Norms are stored in fp32; the patch kernel is summed over its two frames.
                 size = 4 if "norm" in name or "ln_q" in name else BYTES[self.vision.precision]
@@ -186,15 +191,15 @@ class Recipe(_Checked):
                 parts["decoder_layers"] += math.prod(shape) * item
             elif len(shape) == 1:
                 parts["decoder_layers"] += math.prod(shape) * 4
-        table = (text.vocab_size, text.hidden_size)
+        table = (language.vocab_size, language.hidden_size)
         shared = tied and decoder.head == "compute"
         parts["embedding"] = math.prod(table) * (item if shared else 2)
         if not shared:
             parts["head"] = _linear_bytes(table, decoder.head, item)
-        row = text.num_hidden_layers * 2 * text.num_key_value_heads * text.head_dim * BYTES[decoder.kv]
+        row = language.num_hidden_layers * 2 * language.num_key_value_heads * language.head_dim * BYTES[decoder.kv]
         parts["kv_cache"] = row * self.kv_tokens
-        parts["prompt_tables"] = self.slots * engine(decoder.compiler).stream_bytes(self, text)
-        parts["activations"] = self._activations(text, vision)
+        parts["prompt_tables"] = self.slots * engine(decoder.compiler).stream_bytes(self, language)
+        parts["activations"] = self._activations(language, tower)
         parts["total"] = sum(parts.values())
         parts["card"] = int(self.memory_gib * GIB)
         return parts
@@ -222,7 +227,7 @@ class Recipe(_Checked):
         """
         memory = self.memory()
         if memory["total"] > memory["card"]:
-            largest = max((key for key in memory if key not in ("total", "card")), key=memory.get)
+            largest = max((key for key in memory if key not in ("total", "card")), key=lambda part: memory[part])
             raise InvalidRecipe(
                 f"{self.name}: needs {memory['total'] / GIB:.1f} GiB, {self.gpu or 'the host'} gives "
                 f"{self.memory_gib:g} GiB; {largest} takes {memory[largest] / GIB:.1f} GiB: lower slots, "

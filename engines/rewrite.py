@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, NodeProto, TensorProto
+    from onnx import GraphProto, NodeProto
 
 _PAGE_BYTES = 4096  # tensors that begin on a page are mapped instead of read
 _CHUNK_BYTES = 32 << 20
@@ -50,20 +50,21 @@ class Weights:
     graph : GraphProto
     data : Path
         External data file of the graph.
+
+    Attributes
+    ----------
+    exported : dict of str to TensorProto
+        Initializers as the export wrote them, by name.
     """
 
     def __init__(self, graph: GraphProto, data: Path):
         self._graph = graph
         self._data = np.memmap(data, np.uint8, "r")
         self._values: dict[str, Callable[[], np.ndarray]] = {}  # made by a rewrite
-        self._tensors = {tensor.name: tensor for tensor in graph.initializer}
+        self.exported = {tensor.name: tensor for tensor in graph.initializer}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors or name in self._values
-
-    def tensor(self, name: str) -> TensorProto | None:
-        """An initializer as the export wrote it; None if it wrote none of this name."""
-        return self._tensors.get(name)
+        return name in self.exported or name in self._values
 
     def value(self, name: str) -> np.ndarray:
         """Values of an initializer; bytes where they are packed or in float8."""
@@ -71,7 +72,7 @@ class Weights:
             return self._values[name]()
         from onnx import TensorProto, helper, numpy_helper
 
-        tensor = self._tensors[name]
+        tensor = self.exported[name]
         if not tensor.external_data:
             return numpy_helper.to_array(tensor)
         where = {entry.key: entry.value for entry in tensor.external_data}
@@ -90,7 +91,7 @@ class Weights:
         from onnx import TensorProto, numpy_helper
 
         used = {name for node in self._graph.node for name in node.input}
-        tensors = [tensor for name, tensor in self._tensors.items() if name in used]
+        tensors = [tensor for name, tensor in self.exported.items() if name in used]
         tensors += [TensorProto(name=name) for name in self._values if name in used]
         del self._graph.initializer[:]
         for tensor in tensors:
@@ -163,33 +164,28 @@ def fuse_int4(graph: GraphProto, weights: Weights) -> None:
     from onnx import TensorProto, helper
 
     def is_int4(name: str) -> bool:
-        tensor = weights.tensor(name)
-        return tensor is not None and tensor.data_type == TensorProto.INT4
+        return name in weights.exported and weights.exported[name].data_type == TensorProto.INT4
+
+    def packed(name: str, k: int, n: int, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
+        return lambda: pack_int4(weights.value(name), k, n).reshape(shape)
+
+    def by_column(name: str) -> Callable[[], np.ndarray]:
+        return lambda: np.ravel(weights.value(name), "F")
 
     dequantized = {node.output[0]: node for node in graph.node if node.input and is_int4(node.input[0])}
     nodes = []
-    for node in graph.node:
+    for old in graph.node:
+        node = old
         if node.op_type == "MatMul" and node.input[1] in dequantized:
             weight, scale = dequantized[node.input[1]].input[:2]
             (block,) = (a.i for a in dequantized[node.input[1]].attribute if a.name == "block_size")
-            k, n = weights.tensor(weight).dims
-            stored = (n, k // block, block // 2)
-            values = weights.add(
-                f"{weight}.packed", lambda w=weight, k=k, n=n, s=stored: pack_int4(weights.value(w), k, n).reshape(s)
-            )
-            scales = weights.add(f"{scale}.packed", lambda s=scale: weights.value(s).T.ravel())
-            node = helper.make_node(
-                "MatMulNBits",
-                [node.input[0], values, scales],
-                node.output,
-                node.name,
-                domain="com.microsoft",
-                K=k,
-                N=n,
-                bits=4,
-                block_size=block,
-                accuracy_level=4,  # activations in int8 by blocks, products summed in int32
-            )
+            k, n = weights.exported[weight].dims
+            values = weights.add(f"{weight}.packed", packed(weight, k, n, (n, k // block, block // 2)))
+            scales = weights.add(f"{scale}.packed", by_column(scale))
+            inputs = [old.input[0], values, scales]
+            # Accuracy 4: activations in int8 by blocks, products summed in int32.
+            sizes: dict[str, Any] = {"K": k, "N": n, "bits": 4, "block_size": block, "accuracy_level": 4}
+            node = helper.make_node("MatMulNBits", inputs, old.output, old.name, domain="com.microsoft", **sizes)
         if node.output[0] not in dequantized:
             nodes.append(node)
     replace_nodes(graph, nodes)
@@ -212,33 +208,21 @@ def merge_projections(graph: GraphProto, weights: Weights) -> None:
     for x, group in siblings.items():
         if len(group) == 1:
             continue
-        sizes = [{a.name: a.i for a in node.attribute} for node in group]
-        adds = [_bias(consumers[node.output[0]], weights) for node in group]
-        inputs = [
-            x,
-            *(
-                joined(weights, f"{x}.{part}", [node.input[i] for node in group])
-                for i, part in ((1, "weights"), (2, "scales"))
-            ),
-        ]
+        sizes: list[dict[str, Any]] = [{a.name: a.i for a in node.attribute} for node in group]
+        adds = [found for node in group if (found := _bias(consumers[node.output[0]], weights))]
+        parts = ((1, "weights"), (2, "scales"))
+        inputs = [x, *(joined(weights, f"{x}.{part}", [node.input[i] for node in group]) for i, part in parts)]
         outputs = [node.output[0] for node in group]
-        if all(adds):
+        if len(adds) == len(group):
             inputs += ["", "", joined(weights, f"{x}.bias", [bias for _, bias in adds])]
             outputs = [add.output[0] for add, _ in adds]
             gone |= {add.name for add, _ in adds}
-        counts = [size["N"] for size in sizes]
-        product = f"{x}.product"
+        counts, product = np.array([size["N"] for size in sizes]), f"{x}.product"
+        whole = sizes[0] | {"N": int(counts.sum())}
+        split = weights.add(f"split_{'_'.join(map(str, counts))}", counts.copy)
         merged[group[0].name] = [
-            helper.make_node(
-                "MatMulNBits", inputs, [product], product, domain="com.microsoft", **sizes[0] | {"N": sum(counts)}
-            ),
-            helper.make_node(
-                "Split",
-                [product, weights.add(f"split_{'_'.join(map(str, counts))}", lambda c=counts: np.array(c))],
-                outputs,
-                f"{x}.split",
-                axis=-1,
-            ),
+            helper.make_node("MatMulNBits", inputs, [product], product, domain="com.microsoft", **whole),
+            helper.make_node("Split", [product, split], outputs, f"{x}.split", axis=-1),
         ]
         gone |= {node.name for node in group}
     kept = [merged.get(node.name, [] if node.name in gone else [node]) for node in graph.node]

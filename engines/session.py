@@ -8,7 +8,11 @@ import ml_dtypes
 import numpy as np
 
 CAPACITY_STEP = 64  # cache positions; the cache grows and shrinks by so many
-DTYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES: dict[str, np.dtype] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+}
 
 
 class VisionSession:
@@ -174,6 +178,7 @@ class HostDecoder(DecoderSession):
         *,
         is_last: bool,
     ) -> np.ndarray | None:
+        """See `DecoderSession.prefill`."""
         tokens = len(input_ids)
         self._reserve(int(self.lengths[slot]) + tokens)
         logits = self._run(
@@ -188,6 +193,7 @@ class HostDecoder(DecoderSession):
         return logits[0, 0] if is_last else None
 
     def step(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """See `DecoderSession.step`."""
         active = len(input_ids)
         rows = self._rounded(active)
         if rows > active:  # what the row more writes lies beyond its length
@@ -205,6 +211,7 @@ class HostDecoder(DecoderSession):
         return logits[:active, 0]
 
     def move(self, source: int, target: int) -> None:
+        """See `DecoderSession.move`."""
         length = self.lengths[target] = self.lengths[source]
         for cache in self._cache.values():
             cache[target, :, :length] = cache[source, :, :length]

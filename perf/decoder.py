@@ -7,7 +7,6 @@ memory bandwidth. With `--genai` the text decoder as that library builds it by d
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import threading
 import time
@@ -22,7 +21,9 @@ from cxr_triton.cli import Command, json_option, write_json
 from cxr_triton.engines import engine
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.rewrite import step_bytes
-from cxr_triton.perf.environment import Stolen
+from cxr_triton.engines.runtime.stream import Chunk
+from cxr_triton.errors import CxrError
+from cxr_triton.perf.environment import Stolen, cpu_name
 from cxr_triton.perf.peers.genai import PACKAGES as GENAI_PACKAGES
 from cxr_triton.perf.peers.genai import GenaiEngine, build_genai
 from cxr_triton.perf.process import Process
@@ -44,7 +45,7 @@ class BundleEngine:
         self.runtime = DecoderRuntime(self.bundle, slots=STREAMS)
 
     def _generate(self, streams: int) -> list[Receiver]:
-        from cxr_triton.engines.runtime.scheduler import Generation
+        from cxr_triton.engines.runtime.stream import Generation
         from cxr_triton.sampling import Sampling
 
         geometry, rng = self.bundle.geometry, np.random.default_rng(0)
@@ -64,14 +65,14 @@ class BundleEngine:
             self.runtime.submit(generation, receiver)
         for receiver in receivers:
             receiver.done.wait()
-            if receiver.last.error:
-                raise receiver.last.error
+            if receiver.error:
+                raise receiver.error
         return receivers
 
     def round(self) -> dict:
         """One stream alone: tokens per second of prefill and decode."""
         (receiver,) = self._generate(1)
-        timings = receiver.last.completion.timings_ms
+        timings = receiver.timings_ms
         return {
             "prefill_tokens_per_s": self.prompt / timings["prefill"] * 1e3,
             "decode_tokens_per_s": (self.tokens - 1) / timings["decode"] * 1e3,
@@ -87,89 +88,97 @@ class BundleEngine:
 
 
 class Receiver:
-    """When how many tokens of a stream came."""
+    """When how many tokens of a stream came, and how it ended."""
 
     def __init__(self):
-        self.arrivals, self.done, self.last = [], threading.Event(), None
+        self.arrivals: list[tuple[float, int]] = []
+        self.done = threading.Event()
+        self.error: CxrError | None = None
+        self.timings_ms: dict[str, float] = {}
 
-    def __call__(self, chunk):
+    def __call__(self, chunk: Chunk) -> None:
+        """Take a chunk of the stream."""
         if len(chunk.token_ids):
             self.arrivals.append((time.perf_counter(), len(chunk.token_ids)))
         if chunk.completion or chunk.error:
-            self.last = chunk
+            self.error = chunk.error
+            if chunk.completion:
+                self.timings_ms = chunk.completion.timings_ms
             self.done.set()
 
 
 def medians(rounds: list[dict]) -> dict:
+    """Of each number over the rounds."""
     return {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
 
 
-def measure(bundle: Path, genai: Path | None, prompt: int, tokens: int, rounds: int, threads: int) -> dict:
+def measure(bundle: Path, genai: Path | None, *, prompt: int, tokens: int, rounds: int, threads: int) -> dict:
     """All numbers of one run, as `--json` writes them."""
     cpus = sorted(os.sched_getaffinity(0))[:threads]
     os.sched_setaffinity(0, cpus)
     opened = Bundle.open(bundle, verify=False)
     ours = engine(opened.engine)
-    result = {
-        "schema": SCHEMA,
-        "engine": opened.engine,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu_name(),
-        "threads": len(cpus),
-        "load_average_before": os.getloadavg()[0],
-        "versions": {name: metadata.version(name) for name in (*ours.distributions, "numpy")},
-        "prompt_tokens": prompt,
-        "new_tokens": tokens,
-        "engines": {},
-    }
+    versions = {name: metadata.version(name) for name in (*ours.distributions, "numpy")}
+    kinds: dict[str, tuple[type, Path, Path, int]] = {}
     data = bundle / ours.files("decoder")[-1]
-    engines = {"bundle": (BundleEngine, bundle, data, ours.run_bytes(opened, "decoder"))}
+    kinds["bundle"] = (BundleEngine, bundle, data, ours.run_bytes(opened, "decoder"))
     if genai:
-        result["versions"] |= {name: metadata.version(name) for name in GENAI_PACKAGES[:1]}
-        engines["genai"] = (GenaiEngine, genai, genai / "model.onnx.data", step_bytes(genai / "model.onnx"))
+        versions |= {name: metadata.version(name) for name in GENAI_PACKAGES[:1]}
+        kinds["genai"] = (GenaiEngine, genai, genai / "model.onnx.data", step_bytes(genai / "model.onnx"))
+    began, load, stolen = datetime.now(UTC).isoformat(timespec="seconds"), os.getloadavg()[0], Stolen()
     os.environ.update(HUGE_PAGES | os.environ)  # for every engine, as `serve` sets it
-    processes = {name: Process(kind, cpus, str(path), prompt, tokens) for name, (kind, path, *_) in engines.items()}
+    processes = {name: Process(kind, cpus, str(path), prompt, tokens) for name, (kind, path, *_) in kinds.items()}
     for process in processes.values():
         process.call("round")  # warm up
     runs: dict[str, list[dict]] = {name: [] for name in processes}
-    copies, stolen = [], Stolen()
+    copies = []
     for index in range(rounds):
         copies.append(copy_bandwidth(len(cpus)))
         for name, process in processes.items():
             runs[name].append(process.call("round"))
             click.echo(f"round {index + 1}/{rounds} {name}: {_rates(runs[name][-1])}", err=True)
     copies.append(copy_bandwidth(len(cpus)))
-    bandwidth = statistics.median(copies)
-    crowd = processes["bundle"].call("crowd")
-    for name, (_, _, data, size) in engines.items():
-        rates = medians(runs[name])
-        weights = data.stat().st_size
-        facts = processes[name].end()
-        result["engines"][name] = {
-            **rates,
-            "weights_bytes": weights,
-            "step_weights_bytes": size,
-            "decode_bytes_per_s": size * rates["decode_tokens_per_s"],
-            "share_of_copy_bandwidth": size * rates["decode_tokens_per_s"] / bandwidth,
-            **facts,
-            "peak_resident_to_weights": facts["peak_resident_bytes"] / weights,
-            "rounds": runs[name],
-        }
-    result["engines"]["bundle"]["crowd"] = crowd
-    result["copy_bytes_per_s"] = bandwidth
+    bandwidth, crowd = statistics.median(copies), processes["bundle"].call("crowd")
+    engines = {
+        name: _entry(runs[name], data.stat().st_size, size, bandwidth, processes[name].end())
+        for name, (_, _, data, size) in kinds.items()
+    }
+    engines["bundle"]["crowd"] = crowd
+    result = {
+        "schema": SCHEMA,
+        "engine": opened.engine,
+        "date": began,
+        "cpu": cpu_name(),
+        "threads": len(cpus),
+        "load_average_before": load,
+        "versions": versions,
+        "prompt_tokens": prompt,
+        "new_tokens": tokens,
+        "engines": engines,
+        "copy_bytes_per_s": bandwidth,
+        "load_average_after": os.getloadavg()[0],
+        "stolen_share": stolen.share(),
+    }
     if genai:
-        result["ratio_to_genai"] = medians(
-            [{key: mine[key] / theirs[key] for key in mine} for mine, theirs in zip(*runs.values(), strict=True)]
-        )
-    result |= {"load_average_after": os.getloadavg()[0], "stolen_share": stolen.share()}
+        pairs = zip(*runs.values(), strict=True)
+        result["ratio_to_genai"] = medians([{key: mine[key] / theirs[key] for key in mine} for mine, theirs in pairs])
     return result
 
 
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
+def _entry(rounds: list[dict], weights: int, step_weights: int, bandwidth: float, facts: dict) -> dict:
+    """Medians of the rounds, held against the weights' bytes and the bandwidth of a copy."""
+    rates = medians(rounds)
+    read = step_weights * rates["decode_tokens_per_s"]
+    return {
+        **rates,
+        "weights_bytes": weights,
+        "step_weights_bytes": step_weights,
+        "decode_bytes_per_s": read,
+        "share_of_copy_bandwidth": read / bandwidth,
+        **facts,
+        "peak_resident_to_weights": facts["peak_resident_bytes"] / weights,
+        "rounds": rounds,
+    }
 
 
 def _rates(rates: dict) -> str:
@@ -185,13 +194,13 @@ def _rates(rates: dict) -> str:
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--threads", default=os.cpu_count(), show_default=True, help="CPU cores for everything.")
 @json_option
-def main(bundle, genai, checkpoint, prompt, tokens, rounds, threads, json_path):
+def main(bundle, genai, checkpoint, json_path, **sizes):
     """Decode and prefill speed, bandwidth and memory of BUNDLE's decoder."""
     if genai and not genai.exists():
         if not checkpoint:
             raise click.UsageError(f"{genai} does not exist: give --checkpoint to build it from")
         build_genai(checkpoint, genai)
-    result = measure(bundle, genai, prompt, tokens, rounds, threads)
+    result = measure(bundle, genai, **sizes)
     click.echo(f"{result['cpu']}, {result['threads']} cores, load {result['load_average_before']:.1f} before")
     click.echo(f"the hypervisor gave {result['stolen_share']:.1%} of the cores' time to others")
     click.echo(f"copy: {result['copy_bytes_per_s'] / 1e9:.1f} GB/s read and written")

@@ -43,9 +43,11 @@ def measure(folder: Path, graph: str, recipe: Recipe, queue) -> None:
     """Build one plan, in a process of its own."""
     geometry = Geometry.from_json(json.loads((folder / EXPORT).read_bytes())["geometry"], EXPORT)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        job = Job(graph=graph, source=folder, geometry=geometry, recipe=recipe, out=Path(scratch))
-        report = engine(getattr(recipe, graph).compiler).compile(job, Path(scratch)).plan
-    queue.put(report | {"peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})
+        job = Job(graph=graph, source=folder, geometry=geometry, chosen=recipe, out=Path(scratch))
+        compiled = engine(getattr(recipe, graph).compiler).compile(job, Path(scratch))
+    queue.put(
+        (compiled.plan or {}) | {"peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    )
 
 
 def compare(report: dict, graph: str, recipe: Recipe) -> dict:

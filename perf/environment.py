@@ -29,7 +29,7 @@ def environment() -> dict:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": int(_field("/proc/meminfo", "MemTotal").split()[0]) * 1024,
         "os": platform.freedesktop_os_release().get("PRETTY_NAME", platform.system()),
@@ -42,6 +42,11 @@ def environment() -> dict:
     }
 
 
+def cpu_name() -> str:
+    """Of the first core."""
+    return _field("/proc/cpuinfo", "model name") or platform.processor()
+
+
 class Stolen:
     """Share of the cores' time that the hypervisor gave to others since this was made.
 
@@ -52,7 +57,8 @@ class Stolen:
         self._began_s, self._stolen_s = time.monotonic(), self._so_far_s()
 
     def share(self) -> float:
-        cores_s = (time.monotonic() - self._began_s) * os.cpu_count()
+        """Between 0 and 1."""
+        cores_s = (time.monotonic() - self._began_s) * (os.cpu_count() or 1)
         return (self._so_far_s() - self._stolen_s) / cores_s
 
     @staticmethod
@@ -69,7 +75,7 @@ def _field(file: str, name: str) -> str:
 def _said(*command: str) -> str | None:
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=60, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -79,7 +85,7 @@ def _revision() -> str | None:
     if root is None or Path(root) / "perf" != Path(__file__).resolve().parent:
         return None
     changed = _said("git", "-C", root, "status", "--porcelain", "--untracked-files=no")
-    return _said("git", "rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    return f"{_said('git', 'rev-parse', '--short=12', 'HEAD')}{'+' if changed else ''}"
 
 
 def nvidia_smi(*query: str) -> list[dict[str, str]]:

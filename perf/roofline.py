@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -59,6 +60,7 @@ class Ceilings:
     gemm_flops: dict[str, float]
 
     def to_json(self) -> dict:
+        """In GB/s and TFLOP/s."""
         return {
             "device": self.device,
             "copy_gb_per_s": self.copy_bytes_per_s / 1e9,
@@ -105,11 +107,11 @@ def _product(precision: str, shape: tuple[int, int, int]) -> bytes:
     (m, k, n), rng = shape, np.random.default_rng(0)
     if precision == "int4":
         blocks = k // INT4_BLOCK
-        weights = {
+        weights: dict[str, np.ndarray] = {
             "w": rng.integers(0, 256, (n, blocks, INT4_BLOCK // 2), np.uint8),
             "scales": rng.uniform(0.01, 0.02, n * blocks).astype(np.float32),
         }
-        sizes = {"K": k, "N": n, "bits": 4, "block_size": INT4_BLOCK, "accuracy_level": 4}
+        sizes: dict[str, Any] = {"K": k, "N": n, "bits": 4, "block_size": INT4_BLOCK, "accuracy_level": 4}
         node = helper.make_node("MatMulNBits", ["x", "w", "scales"], ["y"], domain="com.microsoft", **sizes)
     else:
         weights = {"w": rng.standard_normal((k, n), np.float32)}

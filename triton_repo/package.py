@@ -116,14 +116,14 @@ def serving_of(bundle: Bundle, settings: Settings) -> Serving:
 def models(bundle: Bundle, settings: Settings, serving: Serving, verification: str) -> list:
     """``ModelConfig`` of each model and, last, the ensemble; each says how the bundle was verified."""
     known, queue_size = tensors(bundle.geometry, serving.embeddings), settings.queue_size
-    preprocess = _python("dicom_preprocess", known, instances=settings.preprocess_instances, bundle=BUNDLE)
+    preprocess = _python("dicom_preprocess", known, {"bundle": BUNDLE}, instances=settings.preprocess_instances)
     vision = serving.vision
     if vision is None:
-        vision = _python("vision_encoder", known, bundle=BUNDLE, threads=settings.threads)
+        vision = _python("vision_encoder", known, {"bundle": BUNDLE, "threads": settings.threads})
         # A request's images arrive together and have to fit into one batch.
         vision.max_batch_size = max(bundle.profile.max_images, VISION_BATCH)
-    decoder = _python("decoder", known, bundle=BUNDLE, queue_size=queue_size, **serving.parameters)
-    report = _python("report", known)  # one instance: chunks have to stay in order
+    decoder = _python("decoder", known, {"bundle": BUNDLE, "queue_size": queue_size, **serving.parameters})
+    report = _python("report", known, {})  # one instance: chunks have to stay in order
     for model in (preprocess, vision):
         model.dynamic_batching.default_queue_policy.max_queue_size = queue_size
     for tensor in decoder.input:  # STOP comes alone
@@ -136,7 +136,7 @@ def models(bundle: Bundle, settings: Settings, serving: Serving, verification: s
     return result
 
 
-def _python(name: str, known: dict, *, instances: int = 1, **parameters):
+def _python(name: str, known: dict, parameters: dict[str, object], *, instances: int = 1):
     """A model of the Python backend with one process per instance."""
     from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 

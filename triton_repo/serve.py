@@ -33,7 +33,7 @@ from cxr_triton.extras import remedy
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 HOST = "127.0.0.1"
 GRPC_ADDRESS = "CXR_TRITON_GRPC"  # tells the models the server's own gRPC endpoint
-SHM = Path("/dev/shm")
+SHM = Path("/dev/shm")  # noqa: S108 (of the system, in which Triton takes its own)
 EXIT_TIMEOUT_S = 5
 _NOISE = re.compile("CudaDriverHelper|CUDA driver version|pinned")  # said on every machine without a GPU
 _UNAVAILABLE = re.compile(r"^\| \w+ +\| \d+ +\| UNAVAILABLE: (?:Internal: )?(.*?)\|$", re.MULTILINE)  # table of models
@@ -100,7 +100,7 @@ class Server:
         self._process: subprocess.Popen | None = None
         self._models: dict[int, str] = {}
         self._janitor: subprocess.Popen | None = None
-        self._backends: str | None = None
+        self._backends = ""
 
     def __enter__(self) -> Server:
         try:
@@ -115,7 +115,14 @@ class Server:
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        """The server's process."""
+        return self._started.pid
+
+    @property
+    def _started(self) -> subprocess.Popen:
+        if self._process is None:
+            raise InvalidRequest("the server was not started; call start()")
+        return self._process
 
     @property
     def pids(self) -> list[int]:
@@ -205,7 +212,7 @@ class Server:
             _clear(self._backends, self.shm_prefix)
         if self._process:
             self._process.wait()
-        if self._janitor:
+        if self._janitor and self._janitor.stdin:
             self._janitor.stdin.close()
             self._janitor.wait()
 
@@ -214,8 +221,8 @@ class Server:
 
         Triton goes on saying ready without a model's process, and fails each request that comes to it.
         """
-        if self._process.poll() is not None:
-            raise Unavailable(f"the server ended with {_exit_text(self._process.returncode)}{self.trouble()}")
+        if (status := self._started.poll()) is not None:
+            raise Unavailable(f"the server ended with {_exit_text(status)}{self.trouble()}")
         for pid, model in self._models.items():
             if not _is_marked(pid, self._backends):
                 raise Unavailable(f"the process of model {model} died; start the server again{self.trouble()}")
@@ -341,7 +348,7 @@ def installation() -> tuple[Path, Path, list[Path]]:
     """Server binary, stub of this Python, and the library folders both need; `ServerMismatch` without them."""
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     spec = importlib.util.find_spec("pytriton")
-    if spec is None:
+    if spec is None or spec.origin is None:
         if sys.version_info >= (3, 13):
             raise ServerMismatch(
                 f"no Triton server for Python {version}: its Python backend needs numpy 1, which has no wheel there; "
@@ -359,8 +366,8 @@ def installation() -> tuple[Path, Path, list[Path]]:
     if not stub.is_file():
         known = ", ".join(sorted(p.name for p in stub.parent.parent.iterdir()))
         raise ServerMismatch(f"the server has no stub for Python {version}, only for {known}; use one of these")
-    libpython = sysconfig.get_config_var("INSTSONAME")
-    folder = Path(sysconfig.get_config_var("LIBDIR"))
+    libpython = str(sysconfig.get_config_var("INSTSONAME"))
+    folder = Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib")
     folders = [f for f in (folder, folder / (sysconfig.get_config_var("MULTIARCH") or "")) if (f / libpython).exists()]
     if not folders:
         raise ServerMismatch(

@@ -63,7 +63,8 @@ def fuse_attention(graph: GraphProto, weights: Weights) -> None:
         helper.make_node("ReduceMax", ["lengths_int32"], ["longest"], "longest", keepdims=0),
     ]
     rejoined = set()  # heads put side by side again, as the fused node gives them
-    for node in graph.node:
+    for old in graph.node:
+        node = old
         if node.op_type == "TensorScatter" or node.output[0] in rejoined:
             continue
         if node.op_type == "Attention":

@@ -132,7 +132,7 @@ class _Decoder:
         """[B, S, hidden]: rows of the table, or of image_embeddings where image_index is not -1."""
         zero = self.weights.add("first_row", lambda: np.array(0, np.int64))
         rows = self._node("Gather", _TABLE, "input_ids", axis=0)
-        if self.weights.tensor(_TABLE).data_type != self.kind:
+        if self.weights.exported[_TABLE].data_type != self.kind:
             rows = self._cast(rows, self.kind)
         image = self._node("Gather", "image_embeddings", self._node("Max", "image_index", zero), axis=0)
         is_image = self._node("Unsqueeze", self._node("GreaterOrEqual", "image_index", zero), self._ints(-1))
@@ -203,7 +203,7 @@ class _Decoder:
     def _int4(self, x: str, names: list[str]) -> str:
         weights = self.weights
         (block,) = {a.i for a in self.dequantized[f"{names[0]}.int4"].attribute if a.name == "block_size"}
-        sizes = [tuple(weights.tensor(f"{name}.int4").dims) for name in names]
+        sizes = [tuple(weights.exported[f"{name}.int4"].dims) for name in names]
         k, n = sizes[0][0], sum(size[1] for size in sizes)
         shared = block if k >= 4 * n else INT4_BLOCK
 
@@ -238,29 +238,31 @@ class _Decoder:
         self._node("GatherND", blocks, index, name="top_logits", batch_dims=1)
 
     def _declare(self) -> None:
-        from onnx import helper
+        from onnx import ValueInfoProto, helper
+
+        def declared(name: str, kind: int, *shape: str | int) -> ValueInfoProto:
+            return helper.make_tensor_value_info(name, kind, shape)
 
         graph = self.graph
         kept = [v for v in graph.input if v.name not in ("write_index", "logits_index")]
-        values = {
-            "last_index": (self.int32, ["B"]),
-            "longest": (self.int32, [1]),
-            "rotary_index": (self.int64, ["B", "S"]),
-            "logits_index": (self.int64, ["B"]),
-        }
-        kept += [helper.make_tensor_value_info(name, *value) for name, value in values.items()]
+        kept += [
+            declared("last_index", self.int32, "B"),
+            declared("longest", self.int32, 1),
+            declared("rotary_index", self.int64, "B", "S"),
+            declared("logits_index", self.int64, "B"),
+        ]
         caches = [v for v in graph.output if v.name.startswith("present_")]
         for value in (*kept, *caches):
             if value.name.startswith(("past_", "present_")):
                 value.type.tensor_type.shape.dim[2].dim_value = self.max_sequence
-        results = {
-            "logits": (self.float, ["B", self.vocab]),
-            "top_blocks": (self.int64, ["B", self.top]),
-            "top_logits": (self.float, ["B", self.top, self.block]),
-        }
-        outputs = [helper.make_tensor_value_info(name, *value) for name, value in results.items()] + caches
+        outputs = [
+            declared("logits", self.float, "B", self.vocab),
+            declared("top_blocks", self.int64, "B", self.top),
+            declared("top_logits", self.float, "B", self.top, self.block),
+            *caches,
+        ]
         for field, values in ((graph.input, kept), (graph.output, outputs)):
-            held = [type(v).FromString(v.SerializeToString()) for v in values]
+            held = [ValueInfoProto.FromString(value.SerializeToString()) for value in values]
             del field[:]
             field.extend(held)
 
@@ -273,13 +275,15 @@ def fuse_norms(graph: GraphProto, weights: Weights) -> None:
     nodes = []
     for node in graph.node:
         divided = made_by.get(node.input[0]) if node.op_type == "Mul" else None
-        if divided is not None and divided.op_type == "Div" and made_by[divided.input[1]].op_type == "Sqrt":
-            epsilon = weights.value(made_by[made_by[divided.input[1]].input[0]].input[1])
-            node = helper.make_node(
-                "SimplifiedLayerNormalization", [divided.input[0], node.input[1]], node.output, node.name,
-                axis=-1, epsilon=float(epsilon.item()),
-            )  # fmt: skip
-        nodes.append(node)
+        if divided is None or divided.op_type != "Div" or made_by[divided.input[1]].op_type != "Sqrt":
+            nodes.append(node)
+            continue
+        inputs = [divided.input[0], node.input[1]]
+        epsilon = float(weights.value(made_by[made_by[divided.input[1]].input[0]].input[1]).item())
+        fused = helper.make_node(
+            "SimplifiedLayerNormalization", inputs, node.output, node.name, axis=-1, epsilon=epsilon
+        )
+        nodes.append(fused)
     replace_nodes(graph, nodes)
 
 
@@ -291,9 +295,11 @@ def fuse_silu(graph: GraphProto, weights: Weights) -> None:
     nodes = []
     for node in graph.node:
         sigmoid = made_by.get(node.input[1]) if node.op_type == "Mul" else None
-        if sigmoid is not None and sigmoid.op_type == "Sigmoid" and sigmoid.input[0] == node.input[0]:
-            node = helper.make_node("QuickGelu", node.input[:1], node.output, node.name, domain=_MICROSOFT, alpha=1.0)
-        nodes.append(node)
+        if sigmoid is None or sigmoid.op_type != "Sigmoid" or sigmoid.input[0] != node.input[0]:
+            nodes.append(node)
+            continue
+        x = node.input[:1]
+        nodes.append(helper.make_node("QuickGelu", x, node.output, node.name, domain=_MICROSOFT, alpha=1.0))
     replace_nodes(graph, nodes)
 
 
@@ -314,13 +320,14 @@ def fuse_rotary(graph: GraphProto, weights: Weights) -> None:
         return tables[name]
 
     for node in graph.node:
-        parts = [made_by.get(name) for name in node.input] if node.op_type == "Concat" else []
-        if [part and part.op_type for part in parts] == ["Sub", "Add"]:
-            by_cos, by_sin = (made_by[name] for name in parts[0].input)
-            x = made_by[by_cos.input[0]].input[0]  # of the Split
-            tables_of = [table(product.input[1]) for product in (by_cos, by_sin)]
-            node = helper.make_node("RotaryEmbedding", [x, *tables_of], node.output, node.name)
-        nodes.append(node)
+        parts = [made_by[name] for name in node.input if name in made_by] if node.op_type == "Concat" else []
+        if [part.op_type for part in parts] != ["Sub", "Add"]:
+            nodes.append(node)
+            continue
+        by_cos, by_sin = (made_by[name] for name in parts[0].input)
+        x = made_by[by_cos.input[0]].input[0]  # of the Split
+        inputs = [x, *(table(product.input[1]) for product in (by_cos, by_sin))]
+        nodes.append(helper.make_node("RotaryEmbedding", inputs, node.output, node.name))
     replace_nodes(graph, nodes)
 
 
@@ -331,7 +338,7 @@ def pad_mlp(graph: GraphProto, weights: Weights) -> None:
         if ".mlp." not in name or "merger" in name or name not in weights:
             continue
         axis = 0 if "down_proj.weight" in name else -1
-        if "down_proj.bias" in name or not (more := -weights.tensor(name).dims[axis] % MLP_MULTIPLE):
+        if "down_proj.bias" in name or not (more := -weights.exported[name].dims[axis] % MLP_MULTIPLE):
             continue
 
         def widened(name=name, axis=axis, more=more) -> np.ndarray:

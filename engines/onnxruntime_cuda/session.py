@@ -68,7 +68,7 @@ class Gpu:
         """Zeroed memory of the host that the GPU copies from and to directly."""
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         memory = (ctypes.c_byte * nbytes).from_address(int(call("cudaHostAlloc", nbytes, 0)))
-        value = np.frombuffer(memory, dtype).reshape(shape)
+        value = np.frombuffer(memoryview(memory), dtype).reshape(shape)
         value[...] = 0
         return value
 
@@ -290,16 +290,12 @@ class CudaDecoder(DecoderSession):
         for name, value in (("top_blocks", blocks), ("top_logits", logits)):
             self._memory.download(value, self._result_pointers[name])
         self._memory.synchronize()
-        return [
-            TopLogits(
-                blocks=blocks[row],
-                logits=logits[row],
-                # Whatever is in another block is no larger than the least of these blocks' largest.
-                bound=-np.inf if self._has_all else float(logits[row, -1].max()),
-                all=lambda row=row: self._download("logits", 1, row)[0],
-            )
-            for row in range(active)
-        ]
+        return [self._top(blocks, logits, row) for row in range(active)]
+
+    def _top(self, blocks: np.ndarray, logits: np.ndarray, row: int) -> TopLogits:
+        # Whatever is in another block is no larger than the least of these blocks' largest.
+        bound = -np.inf if self._has_all else float(logits[row, -1].max())
+        return TopLogits(blocks[row], logits[row], bound, lambda: self._download("logits", 1, row)[0])
 
     def move(self, source: int, target: int) -> None:
         self.lengths[target] = self.lengths[source]
@@ -358,8 +354,8 @@ class CudaDecoder(DecoderSession):
         binding.bind_input("image_embeddings", kind, 0, element, (rows, self.hidden), embeddings)
         binding.bind_cpu_input("longest", np.array([longest], np.int32))
         shape = (batch, *self._cache_shape)
-        for name, pointer in self._cache.items():
-            pointer += slot * self._slot_bytes
+        for name, whole in self._cache.items():
+            pointer = whole + slot * self._slot_bytes
             binding.bind_input(f"past_{name}", kind, 0, element, shape, pointer)
             binding.bind_output(f"present_{name}", kind, 0, element, shape, pointer)
         for name, value in self._results.items():

@@ -1,0 +1,1 @@
+"""Many generations at once on one decoder: streams, their batching, sampling."""

@@ -55,7 +55,7 @@ class Sampler:
         self._seen = set(np.unique(prompt_ids).tolist()) if self._penalty != 1 else None
         self._seen_ids = np.fromiter(self._seen, np.int64) if self._seen else np.empty(0, np.int64)
         self._greedy = sampling.temperature < GREEDY_BELOW_TEMPERATURE
-        self._generator = None if self._greedy else np.random.default_rng(sampling.seed)
+        self._generator = np.random.default_rng(sampling.seed)
 
     def sample(self, logits: np.ndarray | TopLogits) -> int:
         """The next token id.
@@ -113,7 +113,7 @@ class Sampler:
     def _draw(self, logits: np.ndarray) -> int:
         ids, probabilities = nucleus(logits, self.sampling.temperature, self.sampling.top_p)
         cumulative = np.cumsum(probabilities)
-        position = np.searchsorted(cumulative, self._generator.random() * cumulative[-1], side="right")
+        position = int(np.searchsorted(cumulative, self._generator.random() * cumulative[-1], side="right"))
         return int(ids[min(position, len(ids) - 1)])
 
 

@@ -63,7 +63,7 @@ class TensorRT(GpuEngine):
                 self.library,
                 source / f"{job.graph}.onnx",
                 plan,
-                ranges,
+                profiles=ranges,
                 max_sequence=sequence,
                 target=chosen,
                 timing_cache=timing,

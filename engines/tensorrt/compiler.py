@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ CONTAINER_TENSORRT = {
 That table covers the trtllm containers only; the plain ones are in NVIDIA's frameworks support matrix.
 """
 
-Ranges = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+Ranges = dict[str, list[tuple[int, ...]]]
 """Least, usual and largest shape of each input."""
 
 _REPORTED = {
@@ -106,18 +106,18 @@ def shape_ranges(graph: str, geometry: Geometry, recipe: Recipe, max_images: int
         windows, tokens, images = geometry.window_budget, geometry.token_budget, recipe.image_budget
         values = {"pixel_windows": (64, 588), "patch_rows_cols": (64, 2), "valid": (64,)}
         batches = ((1, 1), (max(1, images // 2), windows), (images, windows))
-        ranges = {name: tuple((b, w, *rest) for b, w in batches) for name, rest in values.items()}
-        return [ranges | {"merge_order": tuple((b, tokens) for b, _ in batches)}]
+        ranges = {name: [(b, w, *rest) for b, w in batches] for name, rest in values.items()}
+        return [ranges | {"merge_order": [(b, tokens) for b, _ in batches]}]
     cache = (geometry.kv_heads, geometry.max_sequence, geometry.head_dim)
     caches = [f"past_{part}.{layer}" for layer in range(geometry.layers) for part in ("key", "value")]
     new = min(PREFILL_TOKENS, geometry.max_sequence)
     rows = geometry.token_budget
-    result = []
+    result: list[Ranges] = []
     for cases in (
         ((1, 1, 1), (1, min(256, new), rows), (PREFILL_PROMPTS, new, max_images * rows)),  # sequences, tokens, rows
         ((1, 1, 1), (recipe.slots, 1, 1), (max(2, recipe.slots), 1, 1)),
     ):
-        shapes = {
+        shapes: dict[str, Callable[[int, int, int], tuple[int, ...]]] = {
             "input_ids": lambda b, s, n: (b, s),
             "image_index": lambda b, s, n: (b, s),
             "image_embeddings": lambda b, s, n: (n, geometry.hidden),
@@ -126,7 +126,7 @@ def shape_ranges(graph: str, geometry: Geometry, recipe: Recipe, max_images: int
             "logits_index": lambda b, s, n: (b, 1),
             **dict.fromkeys(caches, lambda b, s, n: (b, *cache)),
         }
-        result.append({name: tuple(shape(*case) for case in cases) for name, shape in shapes.items()})
+        result.append({name: [shape(*case) for case in cases] for name, shape in shapes.items()})
     return result
 
 
@@ -152,8 +152,8 @@ def compile_graph(
     library: Library,
     graph: Path,
     plan: Path,
-    profiles: list[Ranges],
     *,
+    profiles: list[Ranges],
     max_sequence: int,
     target: Target,
     timing_cache: Path | None = None,
@@ -195,7 +195,8 @@ def compile_graph(
     import onnx
 
     trt = library.load(graph.stem)
-    what, started_s, log = f"{library.name} {trt.__version__}", time.monotonic(), _logger(trt)
+    what, started_s = f"{library.name} {trt.__version__}", time.monotonic()
+    log = _logger(trt, what)
     try:
         builder = trt.Builder(log)
     except (TypeError, RuntimeError):
@@ -204,7 +205,7 @@ def compile_graph(
             "and driver"
         ) from None
     model = adapt(onnx.load(graph, load_external_data=False), max_sequence)
-    network = _parsed(trt, what, builder, log, model, graph)
+    network = _parsed(trt, builder, log, model, graph)
     config = builder.create_builder_config()
     for ranges in profiles:
         _add_profile(what, builder, config, network, ranges)
@@ -237,13 +238,13 @@ def compile_graph(
     }
 
 
-def _parsed(trt, what: str, builder, log, model: ModelProto, graph: Path):
+def _parsed(trt, builder, log, model: ModelProto, graph: Path):
     """The network of a model, whose weights lie beside the file `graph`."""
     # Types are those of the graph: nothing is cast behind its back. From TensorRT 11 on there is no other way.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse(model.SerializeToString(), str(graph)):
-        raise _parser_error(what, graph.name, parser)
+        raise _parser_error(log.what, graph.name, parser)
     return network
 
 
@@ -327,15 +328,16 @@ def _builder_error(what: str, graph: str, messages: list[str], model: ModelProto
     return BuildFailed(f"{what} cannot build {where} of {graph}: {' '.join(message.split())[:400]}; {_remedy(message)}")
 
 
-# What follows derives from classes of a library that is imported on use.
+# What follows derives from classes of a library that is imported on use, which a type checker cannot see.
 
 
-def _logger(trt):
+def _logger(trt, what: str):
     class Log(trt.ILogger):
         """Keeps errors, and the sizes that the builder reports."""
 
         def __init__(self):
             trt.ILogger.__init__(self)
+            self.what = what  # is logged
             self.errors: list[str] = []
             self.reported: Mapping[str, list[int]] = {key: [] for key in _REPORTED}
 
@@ -354,7 +356,7 @@ def _logger(trt):
 
 
 def _writer(trt, file):
-    class Writer(trt.IStreamWriter):
+    class Writer(trt.IStreamWriter):  # type: ignore[name-defined]
         def __init__(self):
             trt.IStreamWriter.__init__(self)
 

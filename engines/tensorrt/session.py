@@ -173,7 +173,7 @@ class Plan:
 
 
 def _quiet(trt):
-    class Log(trt.ILogger):
+    class Log(trt.ILogger):  # type: ignore[name-defined]
         """Keeps the last error."""
 
         def __init__(self):
@@ -311,7 +311,8 @@ class TensorRTDecoder(DecoderSession):
                 write_index=self.lengths[slot : slot + 1],
                 logits_index=np.full((1, 1), tokens - 1),
             )
-            self._bind(context, 1, tokens, slot, self._embeddings if rows else self._text_only, max(rows, 1))
+            embeddings = self._embeddings if rows else self._text_only
+            self._bind(context, 1, tokens, slot=slot, embeddings=embeddings, rows=max(rows, 1))
             self._plan.enqueue(context)
             self.lengths[slot] += tokens
         if not is_last:
@@ -332,7 +333,7 @@ class TensorRTDecoder(DecoderSession):
             call("cudaGraphLaunch", self._graphs[active], self._plan.stream)
         else:
             context = self._plan.context(DECODE, active)
-            self._bind(context, active, 1, 0, self._text_only, 1)
+            self._bind(context, active, 1, slot=0, embeddings=self._text_only, rows=1)
             self._plan.enqueue(context)  # once as it is: kernels are chosen and loaded now, which a capture forbids
             if (graph := self._plan.capture(context)) is not None:
                 self._graphs[active] = graph
@@ -355,7 +356,7 @@ class TensorRTDecoder(DecoderSession):
             self._plan.upload(self._inputs[name], value.astype(np.int64))
         self._plan.synchronize()  # the arrays are gone when this returns
 
-    def _bind(self, context, batch: int, tokens: int, slot: int, embeddings: Buffer, rows: int) -> None:
+    def _bind(self, context, batch: int, tokens: int, *, slot: int, embeddings: Buffer, rows: int) -> None:
         """Shapes and addresses of a run; past and present of a layer are one buffer, so that attention updates it."""
         shapes = {
             "input_ids": (batch, tokens),

@@ -28,12 +28,12 @@ class TensorRTLLM(GpuEngine):
 
     def check_cache(self, recipe) -> None:
         """Its cache is paged; what else is of its own in a recipe is checked here too, before that."""
-        decoder, tag = recipe.decoder, (recipe.container or "").rpartition(":")[2]
+        decoder = recipe.decoder
         if recipe.vision.compiler != TensorRT.name:
             raise InvalidRecipe(
                 f"vision.compiler: {recipe.vision.compiler} beside a tensorrt-llm decoder; its container runs tensorrt"
             )
-        if tag not in CONTAINERS:
+        if recipe.tag not in CONTAINERS:
             raise InvalidRecipe(
                 f"container: {recipe.container} is not known to have trtllm-build of TensorRT-LLM 1.2; use "
                 f"nvcr.io/nvidia/tritonserver:{max(CONTAINERS)}"

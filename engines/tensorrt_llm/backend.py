@@ -65,7 +65,6 @@ class TensorRTLLMBackend:
         self._requests: dict[str, _Request] = {}  # guarded by _lock, as the two streams are
         self._streams: dict[str, queue.SimpleQueue] = {}
         self._threads: set[threading.Thread] = set()
-        self._closed = False
         at_exit(self, TensorRTLLMBackend.close)
 
     def start(self, request_id: str, tensors: dict[str, np.ndarray], listener: Listener) -> None:
@@ -92,7 +91,6 @@ class TensorRTLLMBackend:
     def close(self) -> None:
         """Drop what runs and the connection."""
         with self._lock:
-            self._closed = True
             for requests in self._streams.values():
                 requests.put(None)
             self._streams.clear()
@@ -103,13 +101,17 @@ class TensorRTLLMBackend:
         for thread in threads:  # no call of theirs outlives this client
             thread.join()
 
+    def _opened(self) -> grpc.Channel:
+        if self._channel is None:
+            raise Unavailable("the decoder is shut down; send the request again later")
+        return self._channel
+
     def _queue(self, name: str) -> queue.SimpleQueue:
         """Where a stream's requests go; opens the stream."""
-        if self._closed:
-            raise Unavailable("the decoder is shut down; send the request again later")
+        channel = self._opened()
         if name not in self._streams:
             requests = self._streams[name] = queue.SimpleQueue()
-            call = self._channel.stream_stream(STREAM_INFER, **STREAM_INFER_TYPES)(iter(requests.get, None))
+            call = channel.stream_stream(STREAM_INFER, **STREAM_INFER_TYPES)(iter(requests.get, None))
             ends = (name, requests, call)
             thread = threading.Thread(target=self._read, args=ends, name=f"engine-{name}", daemon=True)
             thread.start()
@@ -130,12 +132,16 @@ class TensorRTLLMBackend:
         except Exception as error:  # nobody else would tell those who wait
             reason = f"{type(error).__name__}: {error}"
             call.cancel()
+        self._end(name, requests, reason)
+
+    def _end(self, name: str, requests: queue.SimpleQueue, reason: str) -> None:
+        """Fail what waits on a stream that has ended, and let the next request open another."""
         with self._lock:
             self._threads.discard(threading.current_thread())
-            if self._closed:
+            if self._channel is None:
                 return
             if self._streams.get(name) is requests:
-                del self._streams[name]  # the next request opens another
+                del self._streams[name]
             requests.put(None)
             lost = [] if name == "stops" else list(self._requests.items())
             if lost:
@@ -143,9 +149,9 @@ class TensorRTLLMBackend:
             for request in self._requests.values():
                 request.is_stop_due |= request.is_stopping
         log.error("the stream of %s to the engine ended (%s), %d requests with it", name, reason, len(lost))
+        broken = Unavailable("the connection to the decoder's engine broke; send the request again")
         for request_id, request in lost:
-            error = Unavailable("the connection to the decoder's engine broke; send the request again")
-            request.listener(request_id, np.empty(0, np.int32), True, error)
+            request.listener(request_id, np.empty(0, np.int32), True, broken)
 
     def _hear(self, message: pb.ModelStreamInferResponse) -> None:
         response, error, token_ids = message.infer_response, None, np.empty(0, np.int32)

@@ -211,7 +211,7 @@ def find_tool(recipe: Recipe) -> Tool:
 
 
 def _check_versions(tool: Tool, recipe: Recipe, remedy: str) -> None:
-    tag = recipe.container.rpartition(":")[2]
+    tag = recipe.tag
     for name, has, wanted in (
         ("TensorRT-LLM", tool.tensorrt_llm, CONTAINERS[tag]),
         ("TensorRT", tool.tensorrt, CONTAINER_TENSORRT[tag]),
@@ -476,7 +476,9 @@ def _run(line: list[str], log: Path, progress: bool | None) -> tuple[int, dict[s
 
     libc = ctypes.CDLL(None)
     bar = tqdm(total=len(PHASES), desc=TOOL, unit="phase", disable=None if progress is None else not progress)
-    phases_s, tail, phase, since_s = {}, deque(maxlen=_TAIL_LINES), -1, time.monotonic()
+    phases_s: dict[str, float] = {}
+    tail: deque[str] = deque(maxlen=_TAIL_LINES)
+    phase, since_s = -1, time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with _stopped_by_sigterm(), bar, open(log, "w", encoding="utf-8") as file:
         file.write(shlex.join(line) + "\n")
@@ -488,10 +490,11 @@ def _run(line: list[str], log: Path, progress: bool | None) -> tuple[int, dict[s
             text=True,
             errors="replace",
             start_new_session=True,
-            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # it never outlives this process
+            # It never outlives this process. No other thread holds a lock that this call takes.
+            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509
         )
         try:
-            for said in process.stdout:
+            for said in process.stdout or ():
                 file.write(said)
                 file.flush()
                 tail.append(said.rstrip())
@@ -519,7 +522,8 @@ def _stop(process: subprocess.Popen) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    process.stdout.close()
+    if process.stdout:
+        process.stdout.close()
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from cxr_triton.engines.runtime.sampler import GREEDY_BELOW_TEMPERATURE
-from cxr_triton.engines.runtime.scheduler import Generation
+from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.errors import InvalidBundle, InvalidRequest, PromptTooLong
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}

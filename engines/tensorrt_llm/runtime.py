@@ -11,7 +11,8 @@ import time
 
 import numpy as np
 
-from cxr_triton.engines.runtime.scheduler import Generation, Runtime, Stream
+from cxr_triton.engines.runtime.scheduler import Runtime
+from cxr_triton.engines.runtime.stream import Generation, Stream
 from cxr_triton.engines.tensorrt_llm.request import EngineConfig, check_request, request_tensors
 from cxr_triton.errors import CxrError, InternalError
 
@@ -32,7 +33,7 @@ class TensorRTLLMRuntime(Runtime):
         Streams in the engine at the same time; all that it was built for if None.
     prefix_reuse : bool
         See `request_tensors`.
-    **options
+    queue_size, **pace
         As `Runtime`.
     """
 
@@ -44,15 +45,22 @@ class TensorRTLLMRuntime(Runtime):
         *,
         slots: int | None = None,
         prefix_reuse: bool = False,
-        **options: float,
+        queue_size: int,
+        **pace: float,
     ):
         self._config, self._backend = config, backend
         self._slots = slots or config.max_batch
         self._prefix_reuse = prefix_reuse
         self._running: dict[str, Stream] = {}  # in the engine, also those that it has yet to stop
         self._outputs: list[tuple[str, np.ndarray, bool, CxrError | None]] = []  # guarded by _wake
-        sizes = {"vocab": config.vocab_size, "hidden": config.hidden, "max_sequence": config.max_sequence}
-        super().__init__(tokenizer, **sizes, **options)
+        super().__init__(
+            tokenizer,
+            vocab=config.vocab_size,
+            hidden=config.hidden,
+            max_sequence=config.max_sequence,
+            queue_size=queue_size,
+            **pace,
+        )
 
     def submit(self, generation: Generation, on_chunk, is_cancelled=None) -> str:
         """Queue a generation; as `Runtime.submit`, which refuses more than the engine takes too."""
@@ -132,10 +140,9 @@ class TensorRTLLMRuntime(Runtime):
             except Exception as error:
                 log.exception("a request did not reach the engine")
                 self._running.pop(stream.id, None)
-                known = isinstance(error, CxrError)
-                self._refuse(
-                    stream, error if known else InternalError("the engine was not reached; see the server's log")
-                )
+                if not isinstance(error, CxrError):
+                    error = InternalError("the engine was not reached; see the server's log")
+                self._refuse(stream, error)
 
     def _silent(self) -> list[Stream]:
         return [stream for stream in self._running.values() if not stream.generated and stream.id in self._streams]

@@ -25,7 +25,7 @@ class RtxLibrary(Library):
     keeps_times = False
 
     def target(self, recipe: Recipe) -> Target:
-        return Target(recipe.compute_capability, None)
+        return Target(str(recipe.compute_capability), None)
 
     def configure(self, trt, config, target: Target) -> None:
         capability = target.compute_capability  # or "current": of the GPU that is here

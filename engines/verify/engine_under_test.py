@@ -14,7 +14,8 @@ from cxr_triton.chat import Prompt
 from cxr_triton.engines import DEFAULT
 from cxr_triton.engines.bundle import SIDE_FILES, Bundle
 from cxr_triton.engines.pipeline import Preprocessor, StepTensors, sampling_of
-from cxr_triton.engines.runtime.scheduler import Chunk, Completion, DecoderRuntime, Generation
+from cxr_triton.engines.runtime.scheduler import DecoderRuntime
+from cxr_triton.engines.runtime.stream import Chunk, Completion, Generation
 from cxr_triton.engines.verify.answers import Answer
 from cxr_triton.engines.verify.record import subject
 from cxr_triton.engines.verify.reference import Case

@@ -77,9 +77,11 @@ class Prompts:
         self.profile = profile.merge_generation_config(json.loads(generation.read_text("utf-8")))
         self.tokenizer = ChatTokenizer(checkpoint)
         self.asked = [ReadRequest.from_json(json.dumps(request), self.profile) for _, request in items]
-        whole = {"preset": profile.pixel_preset, "min_pixels": 1, "max_pixels": 2**31, "factor": 1}
+        preset = profile.pixel_preset
         with Sandbox() as sandbox:
-            self.pictures = [
-                [Image.fromarray(sandbox.prepare(data, **whole).pixels).convert("RGB") for data in images]
-                for images, _ in items
-            ]
+
+            def picture(data: bytes) -> Image.Image:
+                whole = sandbox.prepare(data, preset=preset, min_pixels=1, max_pixels=2**31, factor=1)
+                return Image.fromarray(whole.pixels).convert("RGB")
+
+            self.pictures = [[picture(data) for data in images] for images, _ in items]

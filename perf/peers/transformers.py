@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 
 from cxr_triton.perf.peers.peer import Peer, Prompts
 from cxr_triton.profile import ModelProfile
@@ -28,6 +29,7 @@ class Transformers(Peer):
         self.ends = self.model.generation_config.eos_token_id
         self.model.generation_config = GenerationConfig()
         self.limits = {"shortest_edge": profile.min_pixels, "longest_edge": profile.max_pixels}
+        self.generate: Callable = self.model.generate  # type: ignore[misc]  # its stub is of another class
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
 
     def read(self, index: int, prompt_tokens: int, tokens: int) -> dict:
@@ -51,7 +53,7 @@ class Transformers(Peer):
         ids = torch.from_numpy(encoded.input_ids)[None].to(self.device)
         inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
         with torch.inference_mode():
-            out = self.model.generate(
+            out = self.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 **inputs,

@@ -16,7 +16,8 @@ from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START, random_check
 
 from cxr_triton.engines.build import build_bundle
 from cxr_triton.engines.onnxruntime.session import OrtDecoder
-from cxr_triton.engines.runtime.scheduler import DecoderRuntime, Generation
+from cxr_triton.engines.runtime.scheduler import DecoderRuntime
+from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.pixels import image
 from cxr_triton.sampling import Sampling
 

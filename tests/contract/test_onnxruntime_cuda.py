@@ -21,7 +21,8 @@ from cxr_triton.engines.onnxruntime_cuda.compiler import MLP_MULTIPLE, compile_g
 from cxr_triton.engines.onnxruntime_cuda.session import BATCHES, CudaDecoder, CudaVision, Host
 from cxr_triton.engines.recipe import load_recipe
 from cxr_triton.engines.runtime.sampler import Sampler, TopLogits
-from cxr_triton.engines.runtime.scheduler import DecoderRuntime, Generation
+from cxr_triton.engines.runtime.scheduler import DecoderRuntime
+from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.errors import BuildFailed, DeviceUnavailable, InvalidRecipe, InvalidRequest
 from cxr_triton.pixels import image
 from cxr_triton.sampling import Sampling

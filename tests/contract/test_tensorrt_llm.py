@@ -14,7 +14,7 @@ import torch
 from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START, random_checkpoint
 from tensorrt_llm_reader import Decoder
 
-from cxr_triton.engines.runtime.scheduler import Generation
+from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.engines.tensorrt_llm.request import EngineConfig, extra_ids, request_tensors, stop_tensors
 from cxr_triton.errors import InvalidBundle, InvalidRequest, PromptTooLong
 from cxr_triton.export.checkpoint import Checkpoint

@@ -236,7 +236,7 @@ def test_weights_that_are_not_there_are_named(exports, tmp_path):
             engine("tensorrt-rtx").library,
             export / "decoder.onnx",
             tmp_path / "decoder.plan",
-            ranges,
+            profiles=ranges,
             max_sequence=tensorrt_geometry(export).max_sequence,
             target=engine("tensorrt-rtx").library.target(recipe_for("bf16")),
         )
@@ -253,7 +253,7 @@ def test_attention_without_a_fused_kernel_is_refused_with_the_types_that_have_on
             engine("tensorrt-rtx").library,
             export / "decoder.onnx",
             tmp_path / "plan",
-            tensorrt.shape_ranges("decoder", geometry, recipe, 1),
+            profiles=tensorrt.shape_ranges("decoder", geometry, recipe, 1),
             max_sequence=geometry.max_sequence,
             target=engine("tensorrt-rtx").library.target(recipe),
         )

@@ -61,7 +61,7 @@ def compile_paper(bundle, folder, name, graph, **options):
         # The exported graph: ONNX Runtime's own rewrite takes one sequence at a time.
         bundle.path.parent / "export" / f"{graph}.onnx",
         folder / f"{graph}.plan",
-        tensorrt.shape_ranges(graph, geometry, recipe, 2),
+        profiles=tensorrt.shape_ranges(graph, geometry, recipe, 2),
         max_sequence=geometry.max_sequence,
         target=engine(name).library.target(recipe),
         progress=False,

@@ -111,7 +111,8 @@ def native(exported, tmp_path_factory):
     from cxr_triton.engines.build import build_bundle
     from cxr_triton.engines.onnxruntime.session import OrtVision
     from cxr_triton.engines.pipeline import Preprocessor, sampling_of
-    from cxr_triton.engines.runtime.scheduler import DecoderRuntime, Generation
+    from cxr_triton.engines.runtime.scheduler import DecoderRuntime
+    from cxr_triton.engines.runtime.stream import Generation
 
     bundle = build_bundle(exported / "export", tmp_path_factory.mktemp("native") / "bundle")
     vision, preprocessor = OrtVision(bundle, threads=1), Preprocessor(bundle.path)

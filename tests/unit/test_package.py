@@ -339,7 +339,7 @@ def test_the_engine_declares_what_is_sent(engine_bundle, tmp_path):
     """Every tensor that the front end may send is declared with its type and shape, and no other."""
     import numpy as np
 
-    from cxr_triton.engines.runtime.scheduler import Generation
+    from cxr_triton.engines.runtime.stream import Generation
     from cxr_triton.engines.tensorrt_llm.backend import DATATYPES
     from cxr_triton.engines.tensorrt_llm.request import EngineConfig, request_tensors, stop_tensors
     from cxr_triton.sampling import Sampling

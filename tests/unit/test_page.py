@@ -24,7 +24,7 @@ from test_dicom import dataset_of, file_bytes
 from cxr_triton import phantom, phantom_file
 from cxr_triton.client.page import _IMAGE, Shown, draw, reading_page
 from cxr_triton.engines.pipeline import Preprocessor, build_reading, completion_json
-from cxr_triton.engines.runtime.scheduler import Completion
+from cxr_triton.engines.runtime.stream import Completion
 from cxr_triton.numbers import number
 from cxr_triton.pixels.dicom import read_image
 from cxr_triton.pixels.display import render

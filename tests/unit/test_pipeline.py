@@ -21,7 +21,7 @@ from pydicom import dcmread
 
 from cxr_triton import phantom, phantom_file
 from cxr_triton.engines.pipeline import Preprocessor, build_reading, completion_json, sampling_of, wire_error
-from cxr_triton.engines.runtime.scheduler import Completion
+from cxr_triton.engines.runtime.stream import Completion
 from cxr_triton.errors import InvalidImage, InvalidRequest, NotAChest, PromptTooLong, QueueFull, from_wire
 from cxr_triton.pixels.flags import DOUBTFUL
 

@@ -10,7 +10,8 @@ import numpy as np
 import psutil
 import pytest
 
-from cxr_triton.engines.runtime.scheduler import DecoderRuntime, Generation
+from cxr_triton.engines.runtime.scheduler import DecoderRuntime
+from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.errors import InternalError, InvalidRequest, PromptTooLong, QueueFull, Unavailable
 from cxr_triton.sampling import Sampling
 

@@ -229,7 +229,7 @@ def test_one_slot_does_not_ask_for_more_tokens_than_it_can_have(tmp_path):
 
 def test_the_bar_says_what_the_tool_does(export, recipe, tool, gpu, tmp_path, capfd):
     geometry = read_export(export, recipe)[1]
-    job = Job(graph="decoder", source=export, geometry=geometry, recipe=recipe, out=tmp_path / "bundle")
+    job = Job(graph="decoder", source=export, geometry=geometry, chosen=recipe, out=tmp_path / "bundle")
     build = trtllm_build.DecoderBuild.prepare(job)
     trtllm_build.build_engine(build.tool, build.checkpoint, tmp_path / "e", build.flags, log=build.log, progress=True)
     shown = capfd.readouterr().err

@@ -11,7 +11,7 @@ from test_scheduler import EOS, VOCAB, Letters, Receiver, generation, until
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from cxr_triton.engines.runtime.scheduler import Generation
+from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.engines.tensorrt_llm.backend import TensorRTLLMBackend
 from cxr_triton.engines.tensorrt_llm.request import EngineConfig
 from cxr_triton.engines.tensorrt_llm.runtime import TensorRTLLMRuntime

@@ -17,7 +17,7 @@ import triton_python_backend_utils as pb_utils
 
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.pipeline import completion_json, sampling_of, wire_error
-from cxr_triton.engines.runtime.scheduler import Chunk, Generation
+from cxr_triton.engines.runtime.stream import Chunk, Generation
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.triton_repo.adapter import array, input_types, open_runtime, parameters, text
 

@@ -1,0 +1,201 @@
+"""One request to a decoder: what it asks for, its tokens in, chunks of text out."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cxr_triton.engines.runtime.sampler import Sampler
+from cxr_triton.errors import CxrError, InvalidRequest
+from cxr_triton.sampling import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One request to the decoder.
+
+    Parameters
+    ----------
+    input_ids : (S,) int64 array
+        Prompt with its image pads expanded.
+    position_ids : (3, S) int64 array
+        M-RoPE time, height and width.
+    image_index : (S,) int64 array
+        Row of `image_embeddings` for each token, or -1 for text.
+    image_embeddings : (N, hidden) float32 array
+        N may be 0.
+    sampling : Sampling
+
+    Raises
+    ------
+    InvalidRequest
+        Shapes do not agree, or `image_index` points outside `image_embeddings`.
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    image_index: np.ndarray
+    image_embeddings: np.ndarray
+    sampling: Sampling
+
+    def __post_init__(self):
+        tokens = len(self.input_ids)
+        if self.input_ids.shape != (tokens,) or tokens == 0:
+            raise InvalidRequest(f"input_ids has shape {self.input_ids.shape}, must be (S,) with S at least 1")
+        if self.position_ids.shape != (3, tokens):
+            raise InvalidRequest(f"position_ids has shape {self.position_ids.shape}, must be (3, {tokens})")
+        if self.image_index.shape != (tokens,):
+            raise InvalidRequest(f"image_index has shape {self.image_index.shape}, must be ({tokens},)")
+        if self.image_embeddings.ndim != 2:
+            raise InvalidRequest(f"image_embeddings has shape {self.image_embeddings.shape}, must be (N, hidden)")
+        if self.image_index.min() < -1 or self.image_index.max() >= len(self.image_embeddings):
+            raise InvalidRequest(
+                f"image_index runs from {self.image_index.min()} to {self.image_index.max()}, "
+                f"must stay within -1 and {len(self.image_embeddings) - 1}, the last row of image_embeddings"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """How a stream ended.
+
+    Attributes
+    ----------
+    text : str
+        The whole answer.
+    finish_reason : str
+        ``stop`` (end-of-sequence token or stop string), ``length`` or ``cancelled``.
+    usage : dict of str to int
+        ``prompt_tokens`` (image tokens included), ``completion_tokens``, ``image_tokens``.
+    timings_ms : dict of str to float
+        ``queue``, ``prefill``, ``decode``, ``time_to_first_token``, ``total``; phases not reached are 0.
+    """
+
+    text: str
+    finish_reason: str
+    usage: dict[str, int]
+    timings_ms: dict[str, float]
+
+
+@dataclass(kw_only=True)
+class Chunk:
+    """What a stream gives its caller; the last one holds a completion or an error.
+
+    Attributes
+    ----------
+    text : str
+        Text since the last chunk; empty in a heartbeat.
+    token_ids : (n,) int32 array
+        Tokens since the last chunk.
+    completion : Completion, optional
+    error : CxrError, optional
+    """
+
+    text: str = ""
+    token_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    completion: Completion | None = None
+    error: CxrError | None = None
+
+
+class Stream:
+    """A request on its way through queue, prefill and decode: its tokens in, chunks of text out."""
+
+    def __init__(self, generation: Generation, on_chunk, is_cancelled, detokenizer, max_new_tokens: int):
+        self.id = f"s{uuid.uuid4().hex}"  # a letter first: leading digits may be taken for a number
+        self.generation = generation
+        self.on_chunk = on_chunk
+        self.is_cancelled = is_cancelled
+        self.cancelled = False
+        self.max_new_tokens = max_new_tokens
+        self.sampler = Sampler(generation.sampling, generation.input_ids)
+        self.next_position = int(generation.position_ids.max()) + 1
+        self.prefilled = 0  # prompt tokens in the cache
+        self.generated = 0
+        self.last_token = -1
+        self.finish_reason: str | None = None
+        self.submitted_s = self.sent_s = time.monotonic()
+        self.started_s: float | None = None
+        self.first_token_s: float | None = None
+        self.unsent_since_s = 0.0
+        self._detokenizer = detokenizer
+        self._sent_text: list[str] = []
+        self._text = ""  # decoded, not sent
+        self._token_ids: list[int] = []  # not sent
+
+    @property
+    def unsent(self) -> int:
+        """Tokens that no chunk has held yet."""
+        return len(self._token_ids)
+
+    def accept(self, token: int, now_s: float) -> None:
+        """Take the token that was sampled: extend the text, and set `finish_reason` if it ends the stream."""
+        sampling = self.generation.sampling
+        if self.first_token_s is None:
+            self.first_token_s = now_s
+        if not self._token_ids:
+            self.unsent_since_s = now_s
+        self._token_ids.append(token)
+        self.last_token = token
+        self.generated += 1
+        if token in sampling.eos_token_ids:
+            self.finish_reason = "stop"
+        else:
+            self._text += self._detokenizer.push([token])
+            if self.generated == self.max_new_tokens:
+                self.finish_reason = "length"
+        if self.finish_reason:
+            self._text += self._detokenizer.finish()
+        if (cut := first_stop(self._text, sampling.stop)) is not None:
+            self._text, self.finish_reason = self._text[:cut], "stop"
+
+    def take(self) -> Chunk:
+        """What was decoded since the last chunk, less what may be the start of a stop string."""
+        held = 0 if self.finish_reason else held_back(self._text, self.generation.sampling.stop)
+        split = len(self._text) - held
+        chunk = Chunk(text=self._text[:split], token_ids=np.array(self._token_ids, np.int32))
+        self._text, self._token_ids = self._text[split:], []
+        self._sent_text.append(chunk.text)
+        return chunk
+
+    def complete(self, finish_reason: str) -> Chunk:
+        """The last chunk."""
+        self.finish_reason = finish_reason
+        chunk = self.take()
+        now_s = time.monotonic()
+        started_s = self.started_s or now_s
+        first_token_s = self.first_token_s or now_s
+        seconds = {
+            "queue": started_s - self.submitted_s,
+            "prefill": first_token_s - started_s,
+            "decode": now_s - first_token_s,
+            "time_to_first_token": first_token_s - self.submitted_s if self.first_token_s else 0.0,
+            "total": now_s - self.submitted_s,
+        }
+        chunk.completion = Completion(
+            text="".join(self._sent_text),
+            finish_reason=finish_reason,
+            usage={
+                "prompt_tokens": len(self.generation.input_ids),
+                "completion_tokens": self.generated,
+                "image_tokens": int((self.generation.image_index >= 0).sum()),
+            },
+            timings_ms={phase: round(1e3 * value, 3) for phase, value in seconds.items()},
+        )
+        return chunk
+
+
+def first_stop(text: str, stop: tuple[str, ...]) -> int | None:
+    """Where the first stop string begins in `text`."""
+    return min((cut for cut in map(text.find, stop) if cut >= 0), default=None)
+
+
+def held_back(text: str, stop: tuple[str, ...]) -> int:
+    """Length of the longest end of `text` with which a stop string may begin."""
+    longest = max((len(string) for string in stop), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(string.startswith(text[-length:]) for string in stop):
+            return length
+    return 0
