@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cxr_triton.pixels import display
+from cxr_triton.pixels.display import mimic_jpg, voi_display
 from cxr_triton.pixels.transforms import Window
 
 LABELS = ("Cardiomegaly", "Pleural Effusion", "Pneumothorax", "Lung Opacity", "Support Devices")
 SIDED = ("Pleural Effusion", "Pneumothorax", "Lung Opacity")
 SIDES = ("right", "left")  # of the patient: right is on the left of the picture
-PRESETS = ("mimic_jpg", "voi_display")
 PHOTOMETRICS = ("MONOCHROME1", "MONOCHROME2")
 
 DEFAULT_PROMPT = "Find abnormalities and support devices."
@@ -65,9 +64,9 @@ class Phantom:
         stored, window = self.encoded(photometric)
         monochrome1 = photometric == "MONOCHROME1"
         if preset == "mimic_jpg":
-            return display.mimic_jpg(stored, monochrome1)
+            return mimic_jpg(stored, monochrome1)
         voi = Window(*window) if window else None
-        return display.voi_display(stored, monochrome1=monochrome1, bits_stored=self.bits_stored, voi=voi)
+        return voi_display(stored, monochrome1=monochrome1, bits_stored=self.bits_stored, voi=voi)
 
 
 def draw(rng: np.random.Generator) -> Phantom:

@@ -21,6 +21,7 @@ import yaml
 
 from cxr_triton.config import Checked, build, in_range, one_of, read_yaml, value_of
 from cxr_triton.errors import InvalidProfile, UnsupportedCheckpoint, unknown_key
+from cxr_triton.pixels.display import PRESETS
 from cxr_triton.pixels.plausibility import POLICIES, VIEWS
 
 PROFILES = Path(__file__).with_name("profiles")
@@ -31,7 +32,6 @@ WINDOW_UNITS = 4
 
 ANSWERS = ("labels", "prose", "option", "boxes", "text")
 GRAMMARS = ("think_answer", "boxed", "plain")
-PRESETS = ("mimic_jpg", "voi_display")
 IMAGE_ORDERS = ("prior_first",)
 PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")

@@ -38,6 +38,9 @@ class _IdentityTag(IntEnum):
     INSTANCE_NUMBER = 0x00200013
 
 
+_IDENTIFYING = WANTED | frozenset(_IdentityTag)
+
+
 @dataclass(frozen=True)
 class Identity:
     """Which object a DICOM file is, for a gateway that files it; unlike `Metadata` it identifies the patient.
@@ -97,7 +100,7 @@ def read_identity(data: bytes | mmap, limits: Limits | None = None) -> Identity:
     uid, offset = read_meta(data, 132 if prefixed else 0)
     uid = uid or recognise(data, offset)
     syntax = TRANSFER_SYNTAXES.get(uid, TRANSFER_SYNTAXES["1.2.840.10008.1.2.1"])
-    dataset = walk_data_set(data, offset, syntax, limits or Limits(), WANTED | frozenset(_IdentityTag))
+    dataset = walk_data_set(data, offset, syntax, limits or Limits(), _IDENTIFYING)
     sop_class = _require_uid("SOP class", dataset.first(Tag.SOP_CLASS))
     sop_instance = _require_uid("SOP instance", dataset.first(Tag.SOP_INSTANCE))
     study = _require_uid("study", dataset.first(Tag.STUDY))

@@ -16,10 +16,12 @@ from cxr_triton.pixels.anatomy import Anatomy, Code, view_of, weigh
 from cxr_triton.pixels.elements import DataSet, Tag
 from cxr_triton.pixels.transforms import VOI_FUNCTIONS, LookupTable, Rescale, Window
 
+_UID = re.compile(r"[0-9][0-9.]{0,63}")
+
 
 def is_uid(text: str) -> bool:
     """Whether a text has a UID's characters and length."""
-    return bool(re.fullmatch(r"[0-9][0-9.]{0,63}", text))
+    return _UID.fullmatch(text) is not None
 
 
 def uid(dataset: DataSet, tag: Tag) -> str:

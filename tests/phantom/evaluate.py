@@ -11,7 +11,7 @@ import numpy as np
 
 from cxr_triton import phantom
 from cxr_triton.cli import Command
-from cxr_triton.pixels import image
+from cxr_triton.pixels import display, image
 from cxr_triton.profile import ModelProfile, load_profile
 from cxr_triton.reading import parse
 
@@ -26,7 +26,7 @@ def held_out(count: int) -> list[phantom.Phantom]:
 
 def variant(index: int) -> tuple[str, str]:
     """Preset and photometric of the phantom at `index`: all four pairs, in turn."""
-    return phantom.PRESETS[index % 2], phantom.PHOTOMETRICS[index // 2 % 2]
+    return display.PRESETS[index % 2], phantom.PHOTOMETRICS[index // 2 % 2]
 
 
 class Reference:

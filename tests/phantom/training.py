@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from cxr_triton import phantom
-from cxr_triton.pixels import image
+from cxr_triton.pixels import display, image
 
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 224 * 224
 VOCAB = 640
@@ -88,7 +88,7 @@ class Sample:
 
 def picture(source: phantom.Phantom, rng: np.random.Generator) -> np.ndarray:
     """uint8 [h, w]: a random preset and photometric, now and then JPEG, through the product's resize."""
-    pixels = source.picture(str(rng.choice(phantom.PRESETS)), str(rng.choice(phantom.PHOTOMETRICS)))
+    pixels = source.picture(str(rng.choice(display.PRESETS)), str(rng.choice(phantom.PHOTOMETRICS)))
     if rng.random() < 0.2:
         buffer = BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=int(rng.integers(60, 96)))

@@ -70,7 +70,7 @@ def test_a_file_is_stored_in_another_syntax(syntax):
         np.testing.assert_array_equal(dicom.read_image(file.getvalue()).stored, stored)
 
 
-@pytest.mark.parametrize("preset", phantom.PRESETS)
+@pytest.mark.parametrize("preset", display.PRESETS)
 def test_twins_and_files_give_the_picture_that_training_saw(preset):
     for source in phantoms_of_each_depth():
         pictures = {}

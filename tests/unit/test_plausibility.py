@@ -15,7 +15,7 @@ from cxr_triton import phantom, phantom_file
 from cxr_triton.errors import CxrError, NotAChest
 from cxr_triton.pixels.anatomy import Anatomy, Code, weigh
 from cxr_triton.pixels.dicom import read_identity, read_image
-from cxr_triton.pixels.display import render
+from cxr_triton.pixels.display import PRESETS, render
 from cxr_triton.pixels.flags import DOUBTS
 from cxr_triton.pixels.plausibility import MIN_CHEST, judge, likeness
 from cxr_triton.pixels.sandbox import Sandbox
@@ -246,7 +246,7 @@ def test_phantoms_are_chests_with_and_without_a_word_in_the_header(photometric):
     for seed in range(25):
         drawn = phantom.draw(np.random.default_rng(seed))
         assert verdict(phantom_file.write_dicom(drawn, photometric=photometric)) == "passed"
-        for preset in phantom.PRESETS:
+        for preset in PRESETS:
             assert likeness(drawn.picture(preset, photometric)).chest >= MIN_CHEST, seed
 
 
