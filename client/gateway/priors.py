@@ -33,7 +33,7 @@ from cxr_triton.client.gateway.dimse import (
 from cxr_triton.client.gateway.intake import MIB, IncomingFile, Intake
 from cxr_triton.client.gateway.read import choose
 from cxr_triton.client.gateway.store import Store
-from cxr_triton.client.objects.source import source_header
+from cxr_triton.client.objects.source import item, source_header
 from cxr_triton.errors import InvalidImage, QueueFull, Unavailable
 from cxr_triton.pixels.codestream import TRANSFER_SYNTAXES
 
@@ -103,10 +103,7 @@ class PriorFinder:
                     yield uid, str(series.SeriesInstanceUID)
 
     def _find(self, level: str, query: dict[str, str]) -> list[Dataset]:
-        identifier = Dataset()
-        identifier.QueryRetrieveLevel = level
-        for keyword, value in query.items():
-            setattr(identifier, keyword, value)
+        identifier = item(QueryRetrieveLevel=level, **query)
         found = []
         with associate(self.settings, self._aet, {STUDY_ROOT_FIND: UNCOMPRESSED}) as association:
             try:
@@ -140,9 +137,7 @@ class PriorFinder:
         }
         roles = [build_role(sop_class, scp_role=True) for sop_class in IMAGES]
         handlers = [(evt.EVT_C_STORE, on_store)]
-        identifier = Dataset()
-        identifier.QueryRetrieveLevel = "SERIES"
-        identifier.StudyInstanceUID, identifier.SeriesInstanceUID = study, series
+        identifier = item(QueryRetrieveLevel="SERIES", StudyInstanceUID=study, SeriesInstanceUID=series)
         with associate(self.settings, self._aet, contexts, handlers, roles) as association:
             try:
                 for status, _ in association.send_c_get(identifier, STUDY_ROOT_GET):
@@ -216,9 +211,9 @@ def _date(text: str) -> datetime.date | None:
         return None
 
 
-def _model(item: dict) -> Dataset:
+def _model(answer: dict) -> Dataset:
     try:
-        return Dataset.from_json(item)
+        return Dataset.from_json(answer)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise Unreachable("QIDO-RS answered what is not the DICOM JSON model") from None
 
