@@ -12,6 +12,7 @@ from pynetdicom import evt
 from cxr_triton.client.gateway.association import Unreachable, associate
 from cxr_triton.client.gateway.config import Destination
 from cxr_triton.client.gateway.dimse import PUSH_MODEL, PUSH_MODEL_INSTANCE, SUCCESS, UNCOMPRESSED
+from cxr_triton.client.objects.source import item
 
 SAME_ASSOCIATION_S = 2.0
 """How long an association stays open for an answer to storage commitment."""
@@ -22,10 +23,10 @@ OnCommitment = Callable[[str, set[str], dict[str, str]], None]
 
 def take_commitment(report: Dataset, on_commitment: OnCommitment) -> None:
     """Pass the answer to a storage commitment (PS3.4 table J.3-2) on."""
-    kept = {str(item.ReferencedSOPInstanceUID) for item in report.get("ReferencedSOPSequence") or []}
+    kept = {str(result.ReferencedSOPInstanceUID) for result in report.get("ReferencedSOPSequence") or []}
     failed = {
-        str(item.ReferencedSOPInstanceUID): f"commitment failed with 0x{int(item.get('FailureReason') or 0):04X}"
-        for item in report.get("FailedSOPSequence") or []
+        str(result.ReferencedSOPInstanceUID): f"commitment failed with 0x{int(result.get('FailureReason') or 0):04X}"
+        for result in report.get("FailedSOPSequence") or []
     }
     on_commitment(str(report.get("TransactionUID", "")), kept, failed)
 
@@ -47,12 +48,8 @@ def ask_commitment(
         answered.append(True)
         return SUCCESS, None
 
-    request = Dataset()
-    request.TransactionUID, request.ReferencedSOPSequence = transaction_uid, []
-    for row in rows:
-        item = Dataset()
-        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = row.sop_class, row.sop_instance
-        request.ReferencedSOPSequence.append(item)
+    results = [item(ReferencedSOPClassUID=row.sop_class, ReferencedSOPInstanceUID=row.sop_instance) for row in rows]
+    request = item(TransactionUID=transaction_uid, ReferencedSOPSequence=results)
     handlers = [(evt.EVT_N_EVENT_REPORT, on_report)]
     with associate(to, aet, {PUSH_MODEL: UNCOMPRESSED}, handlers) as association:
         try:

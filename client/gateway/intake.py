@@ -125,7 +125,7 @@ class Intake:
         for i in range(256):
             (self._objects / f"{i:02x}").mkdir(parents=True, exist_ok=True)
         for folder in (self._objects, self._objects.parent):
-            _sync(folder)
+            sync(folder)
 
     @property
     def max_bytes(self) -> int:
@@ -230,7 +230,7 @@ class Intake:
         place = folder / f"{digest}-{secrets.token_hex(4)}.dcm"
         size = path.stat().st_size
         os.rename(path, place)
-        _sync(folder)
+        sync(folder)
         received = Received(
             kind="other" if not identity.is_radiograph else "prior" if is_prior else "image",
             sop_instance=identity.sop_instance,
@@ -285,8 +285,8 @@ def _age_s(path: Path, now: float) -> float:
         return 0.0
 
 
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
+def sync(folder: Path) -> None:
+    """Make the names in a folder outlast a loss of power."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

@@ -10,7 +10,7 @@ import os
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import sqlalchemy.exc
@@ -108,21 +108,19 @@ class Metrics:
             counts = self._counts()
         except sqlalchemy.exc.SQLAlchemyError:
             return
-        jobs = GaugeMetricFamily("cxr_gateway_jobs", "Jobs in the queue, by state.", labels=["state"])
-        for state, count in counts["jobs"].items():
-            jobs.add_metric([state], count)
-        yield jobs
-        kinds = GaugeMetricFamily("cxr_gateway_objects", "Objects kept, by kind.", labels=["kind"])
-        for kind, count in counts["objects"].items():
-            kinds.add_metric([kind], count)
-        yield kinds
-        waiting = GaugeMetricFamily(
-            "cxr_gateway_queued_deliveries", "Results by destination and state.", labels=["destination", "state"]
-        )
-        for destination, states in counts["deliveries"].items():
-            for state, count in states.items():
-                waiting.add_metric([destination, state], count)
-        yield waiting
+        jobs = (([state], count) for state, count in counts["jobs"].items())
+        yield _gauge("jobs", "Jobs in the queue, by state.", ["state"], jobs)
+        objects = (([kind], count) for kind, count in counts["objects"].items())
+        yield _gauge("objects", "Objects kept, by kind.", ["kind"], objects)
+        waiting = (([to, state], n) for to, states in counts["deliveries"].items() for state, n in states.items())
+        yield _gauge("queued_deliveries", "Results by destination and state.", ["destination", "state"], waiting)
         yield GaugeMetricFamily(
             "cxr_gateway_oldest_open_seconds", "Age of the oldest open job.", counts["oldest_open_s"]
         )
+
+
+def _gauge(name: str, text: str, labels: list[str], values: Iterable[tuple[list[str], int]]) -> GaugeMetricFamily:
+    gauge = GaugeMetricFamily(f"cxr_gateway_{name}", text, labels=labels)
+    for key, value in values:
+        gauge.add_metric(key, value)
+    return gauge

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import datetime
 import json
 import urllib.error
@@ -33,7 +34,7 @@ from cxr_triton.client.gateway.dimse import (
 from cxr_triton.client.gateway.intake import MIB, IncomingFile, Intake
 from cxr_triton.client.gateway.read import choose
 from cxr_triton.client.gateway.store import Store
-from cxr_triton.client.objects.source import source_header
+from cxr_triton.client.objects.source import item, source_header
 from cxr_triton.errors import InvalidImage, QueueFull, Unavailable
 from cxr_triton.pixels.codestream import TRANSFER_SYNTAXES
 
@@ -43,14 +44,14 @@ MOST_STUDIES = 5
 IMAGES = (ComputedRadiographyImageStorage, DigitalXRayImageStorageForPresentation, SecondaryCaptureImageStorage)
 
 
-class PriorFinder:
+class PriorFinder(abc.ABC):
     """Finds and fetches; what it fetches is filed as a prior and makes no job.
 
-    A prior is only taken when the PACS says that it is of the same Patient ID, and its own header does.
+    A prior is only taken when the server says that it is of the same Patient ID, and its own header does.
     """
 
     def __init__(self, settings: Priors, store: Store, intake: Intake):
-        self.settings, self._store, self._intake = settings, store, intake
+        self._settings, self._store, self._intake = settings, store, intake
         self._storage, self._aet = Path(intake.config.storage), intake.config.own_aet
 
     def fetch(self, current: sa.Row) -> list[sa.Row]:
@@ -66,11 +67,10 @@ class PriorFinder:
         if not patient or set(patient) & set("*?\\"):  # they would match other patients
             return []
         until = _date(date) or datetime.date.today()
-        since = until - datetime.timedelta(days=self.settings.max_age_days)
+        since = until - datetime.timedelta(days=self._settings.max_age_days)
         between = f"{since:%Y%m%d}-{until:%Y%m%d}"
-        way = self._of_web if self.settings.url else self._of_pacs
         try:
-            for study, series in way(patient, between, str(header.StudyInstanceUID), date):
+            for study, series in self._series_of(patient, between, str(header.StudyInstanceUID), date):
                 found = [self._store.object_of(sop_instance) for sop_instance in self._bring(study, series)]
                 rows = [row for row in found if row and row.kind in ("prior", "image")]
                 rows = [row for row in rows if row.patient == current.patient]
@@ -80,8 +80,26 @@ class PriorFinder:
             raise Unavailable(f"priors: {error}; the study waits, see read.retry_s") from None
         return []
 
+    def _series_of(self, patient: str, between: str, current: str, date: str) -> Iterator[tuple[str, str]]:
+        """Study and series of earlier radiographs, the last study first."""
+        found = [s for s in self._studies(patient, between) if str(s.get("PatientID", "")) == patient]
+        for study in _earlier([s for s in found if s.get("StudyInstanceUID")], current, date):
+            uid = str(study.StudyInstanceUID)
+            for series in self._series(uid):
+                if series.get("Modality") in MODALITIES:
+                    yield uid, str(series.SeriesInstanceUID)
+
+    @abc.abstractmethod
+    def _studies(self, patient: str, between: str) -> Sequence[Dataset]:
+        """Answers about a patient's studies of a range of dates."""
+
+    @abc.abstractmethod
+    def _series(self, study: str) -> Sequence[Dataset]:
+        """Answers about the series of a study."""
+
+    @abc.abstractmethod
     def _bring(self, study: str, series: str) -> list[str]:
-        return (self._wado if self.settings.url else self._get)(study, series)
+        """Fetch a series; the SOP Instance UIDs of what was taken in."""
 
     def _take(self, file: IncomingFile, source: str) -> str | None:
         try:
@@ -89,26 +107,21 @@ class PriorFinder:
         except InvalidImage:
             return None
 
-    # ----------------------------------------------------------------------------------------------------- DIMSE
 
-    def _of_pacs(self, patient: str, between: str, current: str, date: str) -> Iterator[tuple[str, str]]:
-        """Study and series of earlier radiographs, the last study first."""
+class PacsFinder(PriorFinder):
+    """By C-FIND and C-GET."""
+
+    def _studies(self, patient: str, between: str) -> list[Dataset]:
         query = {"PatientID": patient, "StudyDate": between, "StudyInstanceUID": "", "StudyTime": ""}
-        studies = self._find("STUDY", query)
-        studies = [s for s in studies if str(s.get("PatientID", "")) == patient and str(s.get("StudyInstanceUID", ""))]
-        for study in _earlier(studies, current, date):
-            uid = str(study.StudyInstanceUID)
-            for series in self._find("SERIES", {"StudyInstanceUID": uid, "SeriesInstanceUID": "", "Modality": ""}):
-                if series.get("Modality") in MODALITIES:
-                    yield uid, str(series.SeriesInstanceUID)
+        return self._find("STUDY", query)
+
+    def _series(self, study: str) -> list[Dataset]:
+        return self._find("SERIES", {"StudyInstanceUID": study, "SeriesInstanceUID": "", "Modality": ""})
 
     def _find(self, level: str, query: dict[str, str]) -> list[Dataset]:
-        identifier = Dataset()
-        identifier.QueryRetrieveLevel = level
-        for keyword, value in query.items():
-            setattr(identifier, keyword, value)
+        identifier = item(QueryRetrieveLevel=level, **query)
         found = []
-        with associate(self.settings, self._aet, {STUDY_ROOT_FIND: UNCOMPRESSED}) as association:
+        with associate(self._settings, self._aet, {STUDY_ROOT_FIND: UNCOMPRESSED}) as association:
             try:
                 for status, answer in association.send_c_find(identifier, STUDY_ROOT_FIND):
                     if status.get("Status") in PENDING and answer is not None:
@@ -119,11 +132,10 @@ class PriorFinder:
                 raise Unreachable(f"C-FIND: {type(error).__name__}") from None
         return found
 
-    def _get(self, study: str, series: str) -> list[str]:
+    def _bring(self, study: str, series: str) -> list[str]:
         taken: list[str] = []
         failed: list[Exception] = []
-
-        called, _ = self.settings.pacs
+        called, _ = self._settings.pacs
 
         def on_store(event: evt.Event) -> int:
             try:
@@ -140,10 +152,8 @@ class PriorFinder:
         }
         roles = [build_role(sop_class, scp_role=True) for sop_class in IMAGES]
         handlers = [(evt.EVT_C_STORE, on_store)]
-        identifier = Dataset()
-        identifier.QueryRetrieveLevel = "SERIES"
-        identifier.StudyInstanceUID, identifier.SeriesInstanceUID = study, series
-        with associate(self.settings, self._aet, contexts, handlers, roles) as association:
+        identifier = item(QueryRetrieveLevel="SERIES", StudyInstanceUID=study, SeriesInstanceUID=series)
+        with associate(self._settings, self._aet, contexts, handlers, roles) as association:
             try:
                 for status, _ in association.send_c_get(identifier, STUDY_ROOT_GET):
                     if status.get("Status") not in (*PENDING, SUCCESS, 0xB000):
@@ -154,20 +164,20 @@ class PriorFinder:
             raise failed[0]
         return taken
 
-    # -------------------------------------------------------------------------------------------------- DICOMweb
 
-    def _of_web(self, patient: str, between: str, current: str, date: str) -> Iterator[tuple[str, str]]:
+class WebFinder(PriorFinder):
+    """By QIDO-RS and WADO-RS."""
+
+    def _studies(self, patient: str, between: str) -> list[Dataset]:
         query = {"PatientID": patient, "StudyDate": between, "includefield": "00100020"}
-        found = [_model(study) for study in self._qido(f"studies?{urllib.parse.urlencode(query)}")]
-        for study in _earlier([s for s in found if str(s.get("PatientID", "")) == patient], current, date):
-            uid = str(study.StudyInstanceUID)
-            for series in map(_model, self._qido(f"studies/{uid}/series?includefield=00080060")):
-                if series.get("Modality") in MODALITIES:
-                    yield uid, str(series.SeriesInstanceUID)
+        return self._qido(f"studies?{urllib.parse.urlencode(query)}")
 
-    def _wado(self, study: str, series: str) -> list[str]:
+    def _series(self, study: str) -> list[Dataset]:
+        return self._qido(f"studies/{study}/series?includefield=00080060")
+
+    def _bring(self, study: str, series: str) -> list[str]:
         taken = []
-        for instance in map(_model, self._qido(f"studies/{study}/series/{series}/instances")):
+        for instance in self._qido(f"studies/{study}/series/{series}/instances"):
             path = f"studies/{study}/series/{series}/instances/{instance.SOPInstanceUID}"
             kind, body = self._ask(path, 'multipart/related; type="application/dicom"; transfer-syntax=*')
             with self._intake.new_file() as file:
@@ -176,15 +186,19 @@ class PriorFinder:
                     taken.append(sop_instance)
         return taken
 
-    def _qido(self, path: str) -> list[dict]:
+    def _qido(self, path: str) -> list[Dataset]:
         _, body = self._ask(path, "application/dicom+json")
         try:
-            return json.loads(body or b"[]")
+            answers = json.loads(body or b"[]")
         except ValueError:
             raise Unreachable("QIDO-RS answered no JSON") from None
+        try:
+            return [Dataset.from_json(answer) for answer in answers]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise Unreachable("QIDO-RS answered what is not the DICOM JSON model") from None
 
     def _ask(self, path: str, accept: str) -> tuple[str, bytes]:
-        settings = self.settings
+        settings = self._settings
         headers = {"Accept": accept, **settings.authorization()}
         request = urllib.request.Request(f"{settings.root}/{path}", headers=headers)  # noqa: S310  # an operator's own
         context = settings.tls.client() if settings.tls else None
@@ -214,13 +228,6 @@ def _date(text: str) -> datetime.date | None:
         return datetime.datetime.strptime(text, "%Y%m%d").date()
     except ValueError:
         return None
-
-
-def _model(item: dict) -> Dataset:
-    try:
-        return Dataset.from_json(item)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise Unreachable("QIDO-RS answered what is not the DICOM JSON model") from None
 
 
 def _first_part(kind: str, body: bytes) -> bytes:

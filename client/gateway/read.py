@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
-import io
 import json
-import os
 import secrets
 import shutil
 import time
@@ -21,11 +19,12 @@ from pydicom import Dataset
 from cxr_triton.client.aio import AsyncReader
 from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.database import LeaseLost, is_full
+from cxr_triton.client.gateway.intake import sync
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.schema import Result
 from cxr_triton.client.gateway.store import Store
 from cxr_triton.client.gateway.waits import POLL_S, either, spread
-from cxr_triton.client.objects.results import diagnostic_report, result_objects
+from cxr_triton.client.objects.results import diagnostic_report, encoded, result_objects
 from cxr_triton.client.objects.source import header_faults, source_header
 from cxr_triton.client.objects.study import ObjectOptions
 from cxr_triton.client.page import DOCUMENT_PIXELS, Shown, draw
@@ -41,6 +40,7 @@ from cxr_triton.errors import (
     ServerMismatch,
     Unavailable,
 )
+from cxr_triton.files import write
 from cxr_triton.pixels.dicom import read_identity
 from cxr_triton.reading import Reading
 
@@ -278,34 +278,18 @@ class ReadWorker:
         self, folder: Path, content: dict, sources: list[Dataset], pictures: list[Shown], options: ObjectOptions
     ) -> list[Result]:
         results: list[Result] = []
+        place = folder.relative_to(self._storage)
         for kind in self._config.results.kinds:
             for instance in result_objects(content, sources, kinds=(kind,), pictures=pictures, options=options):
-                path = folder / f"{len(results)}-{kind}.dcm"
-                data = io.BytesIO()  # pydicom's writing hides what went wrong with a file
-                instance.save_as(data, enforce_file_format=True)
-                _write_file(path, data.getvalue())
-                place = str(path.relative_to(self._storage))
+                name = f"{len(results)}-{kind}.dcm"
+                write(folder / name, encoded(instance))
                 uids = {"sop_class": str(instance.SOPClassUID), "sop_instance": str(instance.SOPInstanceUID)}
-                results.append(Result(kind=kind, path=place, **uids))
+                results.append(Result(kind=kind, path=str(place / name), **uids))
         if any(destination.kind == "fhir" for destination in self._config.destinations):
             report = diagnostic_report(content, sources, options=options)
-            path = folder / "report.json"
-            _write_file(path, json.dumps(report, ensure_ascii=False).encode())
-            place = str(path.relative_to(self._storage))
-            results.append(Result(kind="fhir", path=place, sop_class="", sop_instance=_short_id(report)))
-        for name in (folder, folder.parent):
-            handle = os.open(name, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+            write(folder / "report.json", json.dumps(report, ensure_ascii=False))
+            path, uid = str(place / "report.json"), str(report["id"])[:64]
+            results.append(Result(kind="fhir", path=path, sop_class="", sop_instance=uid))
+        sync(folder)
+        sync(folder.parent)
         return results
-
-
-def _short_id(report: dict) -> str:
-    return str(report["id"])[:64]
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

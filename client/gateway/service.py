@@ -21,7 +21,7 @@ from cxr_triton.client.gateway.deliver import Deliverer
 from cxr_triton.client.gateway.intake import Intake
 from cxr_triton.client.gateway.listen import Listener
 from cxr_triton.client.gateway.log import Log, Metrics
-from cxr_triton.client.gateway.priors import PriorFinder
+from cxr_triton.client.gateway.priors import PacsFinder, WebFinder
 from cxr_triton.client.gateway.read import ReadWorker
 from cxr_triton.client.gateway.store import Store
 from cxr_triton.client.gateway.stow import stow
@@ -72,7 +72,10 @@ class Gateway:
         self.metrics = Metrics(self.store.counts, lambda: self.intake.free_bytes())  # noqa: PLW0108  # it comes next
         self.intake = Intake(config, self.store, self.log, self.metrics, self._wake_worker)
         prepare_pynetdicom(self.intake.new_file)
-        find_prior = PriorFinder(config.priors, self.store, self.intake).fetch if config.priors else None
+        find_prior = None
+        if config.priors:
+            finder = WebFinder if config.priors.url else PacsFinder
+            find_prior = finder(config.priors, self.store, self.intake).fetch
         self.worker = ReadWorker(
             config, self.store, self.log, self.metrics, self._wake_deliverers, find_prior=find_prior
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from cxr_triton.client.command import (
     unchecked_reading_option,
 )
 from cxr_triton.client.objects import KINDS
-from cxr_triton.client.objects.results import diagnostic_report, result_objects
+from cxr_triton.client.objects.results import diagnostic_report, encoded, result_objects
 from cxr_triton.client.objects.source import header_faults, source_header
 from cxr_triton.client.objects.study import ObjectOptions
 from cxr_triton.client.page import DOCUMENT_PIXELS, Shown, draw
@@ -138,8 +137,6 @@ def _write(
         instances = result_objects(content, sources, kinds=[kind], pictures=pictures, options=options)
         for number, instance in enumerate(instances, 1):
             path = f"{stem}-{kind}.dcm" if number == 1 else f"{stem}-{kind}-{number}.dcm"
-            file = io.BytesIO()
-            instance.save_as(file, enforce_file_format=True)
-            write(Path(path), file.getvalue())
+            write(Path(path), encoded(instance))
             written.append({"kind": kind, "path": path, "sop_instance_uid": str(instance.SOPInstanceUID)})
     return written

@@ -13,7 +13,7 @@ from typing import Any
 from pydicom.dataset import Dataset
 from pydicom.uid import GrayscaleSoftcopyPresentationStateStorage
 
-from cxr_triton.client.objects.source import copy_attributes, reference
+from cxr_triton.client.objects.source import copy_attributes, item, reference
 from cxr_triton.client.objects.statements import corners, has_area
 from cxr_triton.client.objects.study import UNVERIFIED, Study, long_string
 
@@ -41,30 +41,33 @@ def _state(study: Study, source: Dataset, boxes: list[dict[str, Any]], number: i
     state.Laterality = None
     state.ContentLabel, state.ContentDescription = "AI_BOXES", long_string(f"{UNVERIFIED}. {study.algorithm}")
     state.ContentCreatorName = ""
-    series = Dataset()
-    series.SeriesInstanceUID, series.ReferencedImageSequence = source.SeriesInstanceUID, [reference(source)]
-    state.ReferencedSeriesSequence = [series]
+    images = [reference(source)]
+    state.ReferencedSeriesSequence = [item(SeriesInstanceUID=source.SeriesInstanceUID, ReferencedImageSequence=images)]
     _repeat_grey_scale(source, state)
-    area = Dataset()
-    area.DisplayedAreaTopLeftHandCorner = [1, 1]
-    area.DisplayedAreaBottomRightHandCorner = [int(source.Columns), int(source.Rows)]
-    area.PresentationSizeMode = "SCALE TO FIT"
+    area = item(
+        DisplayedAreaTopLeftHandCorner=[1, 1],
+        DisplayedAreaBottomRightHandCorner=[int(source.Columns), int(source.Rows)],
+        PresentationSizeMode="SCALE TO FIT",
+        ReferencedImageSequence=images,
+    )
     spacings = (source.get(f"{kind}PixelSpacing") for kind in ("", "Imager", "NominalScanned"))
     if spacing := next(filter(_is_shape, spacings), None):
         area.PresentationPixelSpacing = spacing
     else:
         ratio = source.get("PixelAspectRatio")
         area.PresentationPixelAspectRatio = ratio if _is_shape(ratio) else [1, 1]
-    area.ReferencedImageSequence = [reference(source)]
     state.DisplayedAreaSelectionSequence = [area]
-    layer = Dataset()
-    layer.GraphicLayer, layer.GraphicLayerOrder, layer.GraphicLayerDescription = LAYER, 1, f"Boxes ({UNVERIFIED})"
-    state.GraphicLayerSequence = [layer]
-    annotation = Dataset()
-    annotation.GraphicLayer, annotation.ReferencedImageSequence = LAYER, [reference(source)]
-    annotation.GraphicObjectSequence = [_outline(box) for box in boxes]
-    annotation.TextObjectSequence = [_label(box) for box in boxes]
-    state.GraphicAnnotationSequence = [annotation]
+    state.GraphicLayerSequence = [
+        item(GraphicLayer=LAYER, GraphicLayerOrder=1, GraphicLayerDescription=f"Boxes ({UNVERIFIED})")
+    ]
+    state.GraphicAnnotationSequence = [
+        item(
+            GraphicLayer=LAYER,
+            ReferencedImageSequence=images,
+            GraphicObjectSequence=[_outline(box) for box in boxes],
+            TextObjectSequence=[_label(box) for box in boxes],
+        )
+    ]
     return state
 
 
@@ -81,12 +84,9 @@ def _repeat_grey_scale(source: Dataset, state: Dataset) -> None:
         state.RescaleType = source.get("RescaleType") or "US"
     voi = Dataset()
     if source.get("VOILUTSequence"):
-        first = Dataset()
-        first.VOILUTSequence = source.VOILUTSequence[:1]
-        copy_attributes(first, voi, ("VOILUTSequence",))
+        copy_attributes(item(VOILUTSequence=source.VOILUTSequence[:1]), voi, ("VOILUTSequence",))
     elif source.get("WindowCenter") is not None and source.get("WindowWidth") is not None:
-        first = Dataset()
-        first.WindowCenter, first.WindowWidth = _first(source.WindowCenter), _first(source.WindowWidth)
+        first = item(WindowCenter=_first(source.WindowCenter), WindowWidth=_first(source.WindowWidth))
         copy_attributes(first, voi, ("WindowCenter", "WindowWidth"))
         copy_attributes(source, voi, ("VOILUTFunction",))
     if len(voi):
@@ -100,17 +100,21 @@ def _first(value):
 
 
 def _outline(box: dict[str, Any]) -> Dataset:
-    outline = Dataset()
     points = corners(box)
-    outline.GraphicAnnotationUnits, outline.GraphicDimensions = "PIXEL", 2
-    outline.NumberOfGraphicPoints, outline.GraphicData = len(points), [value for point in points for value in point]
-    outline.GraphicType, outline.GraphicFilled = "POLYLINE", "N"
-    return outline
+    return item(
+        GraphicAnnotationUnits="PIXEL",
+        GraphicDimensions=2,
+        NumberOfGraphicPoints=len(points),
+        GraphicData=[value for point in points for value in point],
+        GraphicType="POLYLINE",
+        GraphicFilled="N",
+    )
 
 
 def _label(box: dict[str, Any]) -> Dataset:
-    left, top = box["pixels"][:2]
-    label = Dataset()
-    label.UnformattedTextValue = f"{long_string(box['label'] or 'unnamed')} (AI)"
-    label.AnchorPointAnnotationUnits, label.AnchorPoint, label.AnchorPointVisibility = "PIXEL", [left, top], "N"
-    return label
+    return item(
+        UnformattedTextValue=f"{long_string(box['label'] or 'unnamed')} (AI)",
+        AnchorPointAnnotationUnits="PIXEL",
+        AnchorPoint=list(box["pixels"][:2]),
+        AnchorPointVisibility="N",
+    )

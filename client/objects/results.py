@@ -7,6 +7,7 @@ object is preliminary, unverified, and carries the research-only notice.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,13 @@ def result_objects(
     with config.disable_value_validation():  # pydicom's warnings would put a header's values into logs
         study = Study(reading, sources, options, pictures)
         return [instance for kind in kinds for instance in _WRITERS[kind](study)]
+
+
+def encoded(instance: Dataset) -> bytes:
+    """An instance as a DICOM Part 10 file; in memory, since pydicom hides what goes wrong with a file on a disk."""
+    file = io.BytesIO()
+    instance.save_as(file, enforce_file_format=True)
+    return file.getvalue()
 
 
 def diagnostic_report(reading: dict[str, Any], sources: Sequence[Dataset], *, options: ObjectOptions) -> dict[str, Any]:

@@ -128,11 +128,17 @@ def copy_attributes(source: Dataset, target: Dataset, keywords: Sequence[str]) -
     return left_out
 
 
+def item(**attributes: object) -> Dataset:
+    """A data set with attributes by their keywords, as the items of sequences are."""
+    dataset = Dataset()
+    for keyword, value in attributes.items():
+        setattr(dataset, keyword, value)
+    return dataset
+
+
 def reference(source: Dataset) -> Dataset:
     """Referenced SOP Class and Instance UID of an image."""
-    item = Dataset()
-    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = source.SOPClassUID, source.SOPInstanceUID
-    return item
+    return item(ReferencedSOPClassUID=source.SOPClassUID, ReferencedSOPInstanceUID=source.SOPInstanceUID)
 
 
 def _copy(source: Dataset, target: Dataset, tag: int, left_out: list[str]) -> None:
@@ -154,13 +160,11 @@ def _copied(element: DataElement, left_out: list[str]) -> DataElement:
     """
     value = element.value
     if element.VR == "SQ":
-        items = []
-        for source in value:
-            item = Dataset()
+        copies = [(source, Dataset()) for source in value]
+        for source, copy in copies:
             for tag in sorted(source.keys() - {tag_for_keyword("SpecificCharacterSet")}):
-                _copy(source, item, tag, left_out)
-            items.append(item)
-        return DataElement(element.tag, "SQ", items)
+                _copy(source, copy, tag, left_out)
+        return DataElement(element.tag, "SQ", [copy for _, copy in copies])
     if element.VR == "PN":
         value = [str(name) for name in value] if element.VM > 1 else str(value)
     if element.VR in CHECKED_VRS:

@@ -22,6 +22,7 @@ from cxr_triton.client.objects.source import (
     SEXES,
     SOURCE_UIDS,
     copy_attributes,
+    item,
     reference,
 )
 from cxr_triton.errors import InvalidImage, InvalidRequest
@@ -197,18 +198,14 @@ class Study:
         for source in self.sources:
             series = groups.setdefault(str(source.StudyInstanceUID), {})
             instances = series.setdefault(str(source.SeriesInstanceUID), [])
-            if source.SOPInstanceUID not in [item.ReferencedSOPInstanceUID for item in instances]:
+            if source.SOPInstanceUID not in [found.ReferencedSOPInstanceUID for found in instances]:
                 instances.append(reference(source))
         current: list[Dataset] = []
         others: list[Dataset] = []
         for study_uid, series in groups.items():
-            item = Dataset()
-            item.StudyInstanceUID, item.ReferencedSeriesSequence = study_uid, []
-            for series_uid, instances in series.items():
-                member = Dataset()
-                member.SeriesInstanceUID, member.ReferencedSOPSequence = series_uid, instances
-                item.ReferencedSeriesSequence.append(member)
-            (current if study_uid == self.current.StudyInstanceUID else others).append(item)
+            members = [item(SeriesInstanceUID=uid, ReferencedSOPSequence=found) for uid, found in series.items()]
+            study = item(StudyInstanceUID=study_uid, ReferencedSeriesSequence=members)
+            (current if study_uid == self.current.StudyInstanceUID else others).append(study)
         return current, others
 
     def _equipment(self) -> list[Dataset]:
@@ -236,11 +233,10 @@ class Study:
 
 def code_item(concept: Concept) -> Dataset:
     """A code sequence's item (PS3.3 section 8.8), with the RadLex equivalent where the concept has one."""
-    item = Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = concept[:3]
+    code = item(CodeValue=concept.value, CodingSchemeDesignator=concept.scheme, CodeMeaning=concept.meaning)
     if concept.radlex:
-        item.EquivalentCodeSequence = [code_item(Concept(concept.radlex[0], "RADLEX", concept.radlex[1]))]
-    return item
+        code.EquivalentCodeSequence = [code_item(Concept(concept.radlex[0], "RADLEX", concept.radlex[1]))]
+    return code
 
 
 def free_text(text: object) -> str:
@@ -285,8 +281,9 @@ def _check_source(source: Dataset, facts: dict[str, Any], name: str) -> None:
 
 
 def _coding_scheme() -> Dataset:
-    item = Dataset()
-    item.CodingSchemeDesignator, item.CodingSchemeName = PRIVATE_SCHEME, "cxr-triton concepts"
-    item.CodingSchemeUID = FHIR_SYSTEMS[PRIVATE_SCHEME].removeprefix("urn:oid:")
-    item.CodingSchemeResponsibleOrganization = MANUFACTURER
-    return item
+    return item(
+        CodingSchemeDesignator=PRIVATE_SCHEME,
+        CodingSchemeName="cxr-triton concepts",
+        CodingSchemeUID=FHIR_SYSTEMS[PRIVATE_SCHEME].removeprefix("urn:oid:"),
+        CodingSchemeResponsibleOrganization=MANUFACTURER,
+    )
