@@ -123,6 +123,13 @@ def test_max_sequence_is_bounded_by_profile_and_checkpoint(checkpoint, free_prof
     assert not list(tmp_path.iterdir())
 
 
+def test_an_unknown_form_is_told_the_nearest(checkpoint, free_profile, tmp_path):
+    profile = load_profile(free_profile)
+    with pytest.raises(InvalidRequest, match="did you mean 'onnx'"):
+        exporting.export_checkpoint(str(checkpoint), tmp_path / "out", profile, form="onx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_non_commercial_weights_need_acceptance(checkpoint, tmp_path_factory, tmp_path):
     profile = tmp_path_factory.mktemp("profile") / "mine.yaml"
     profile.write_text("extends: nv-reason-cxr-3b\ncheckpoint: null\n")
