@@ -319,9 +319,9 @@ def test_precision_that_does_not_exist_is_refused(arguments, message):
 
 
 def test_int4_refuses_a_layer_that_its_blocks_do_not_fit(tmp_path):
-    with pytest.raises(UnsupportedCheckpoint, match="48 input features"):
-        with GraphWriter(tmp_path / "g.onnx", 24, Precision.of("int4")) as g:
-            g.int4("x", "layer.weight", np.ones((8, 48), np.float32))
+    writer = GraphWriter(tmp_path / "g.onnx", 24, Precision.of("int4"))
+    with pytest.raises(UnsupportedCheckpoint, match="48 input features"), writer as g:
+        g.int4("x", "layer.weight", np.ones((8, 48), np.float32))
     assert not list(tmp_path.iterdir())
 
 
