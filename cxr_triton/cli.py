@@ -117,8 +117,9 @@ class Output(click.Path):
     """A file or folder that a verb writes: refused before any work where it cannot be. Its folder has to be there."""
 
     def convert(self, value, param, ctx):
+        """As `click.Path`, and where the file can be written only."""
         path = super().convert(value, param, ctx)
-        if str(path) != "-" and (why := why_not_writable(Path(path))):
+        if str(path) != "-" and (why := why_not_writable(Path(os.fsdecode(path)))):
             self.fail(printable(why), param, ctx)
         return path
 
@@ -221,16 +222,24 @@ class Waiting:
         click.echo("\r\x1b[K", nl=False, err=True)
 
 
-class Failure(click.ClickException):
+class _Plain(click.ClickException):
+    """A failure, said as every other is."""
+
+    def show(self, file=None):
+        click.echo(f"error: {self.format_message()}", file or sys.stderr)
+
+
+class Failure(_Plain):
     """A verb's failure as one line with its code; never a traceback."""
 
     def __init__(self, error: CxrError):
-        super().__init__(" ".join(printable(error.message).split()))
-        self.code = error.code
-        self.exit_code = EXIT_TRY_AGAIN if isinstance(error, QueueFull | Unavailable) else EXIT_FAILED
+        super().__init__(f"[{error.code}] {' '.join(printable(error.message).split())}")
 
-    def show(self, file=None):
-        click.echo(f"error: [{self.code}] {self.message}", file=file or sys.stderr)
+
+class Busy(Failure):
+    """A failure that may be gone when the verb is tried again."""
+
+    exit_code = EXIT_TRY_AGAIN
 
 
 class _Usage(click.UsageError):
@@ -242,19 +251,12 @@ class _Usage(click.UsageError):
         click.echo(f"error: {printable(self.format_message())}", file or sys.stderr)
 
 
-class _Plain(click.ClickException):
-    """A failure without a code."""
-
-    def show(self, file=None):
-        click.echo(f"error: {self.format_message()}", file or sys.stderr)
-
-
 @contextlib.contextmanager
 def _alike() -> Iterator[None]:
     """Click writes ``Error:``, and its own help where no argument was given."""
     try:
         yield
-    except (_Usage, _Plain, Failure, click.exceptions.NoArgsIsHelpError):
+    except (_Usage, _Plain, click.exceptions.NoArgsIsHelpError):
         raise
     except click.UsageError as error:
         raise _Usage(error.format_message(), error.ctx) from None
@@ -288,32 +290,34 @@ PROFILES, RECIPES = names("cxr_triton.profile:profile_names"), names("cxr_triton
 TASKS, MODES = names("cxr_triton.command:task_names"), names("cxr_triton.command:mode_names")
 
 
-class MissingPackage(click.ClickException):
+class MissingPackage(_Plain):
     """A package of an extra is not here, or does not load."""
 
     def __init__(self, error: ImportError, command: str | None, extra: str | None):
         said = "" if isinstance(error, ModuleNotFoundError) else f", which does not load ({error})"
-        what = f"`{command}` needs" if command else "this needs"
-        super().__init__(printable(f"{what} the package {error.name!r}{said}; {remedy(extra_of(error.name, extra))}"))
+        what, how = f"`{command}` needs" if command else "this needs", remedy(extra_of(str(error.name), extra))
+        super().__init__(printable(f"{what} the package {error.name!r}{said}; {how}"))
 
     @staticmethod
     def is_of(error: ImportError) -> bool:
         """The import is of somebody else's package; one of our own that fails is a bug."""
-        return bool(error.name) and error.name.split(".")[0] != "cxr_triton"
+        return (error.name or "cxr_triton").split(".")[0] != "cxr_triton"
 
 
-class _OneLine:
-    """A command that fails in one line, with its code and its exit status; never in a traceback."""
+class Command(click.Command):
+    """A command, which may need `extra`; it fails in one line with its code and exit status, never in a traceback."""
 
     def __init__(self, *args, extra: str | None = None, **options):
         super().__init__(*args, **options)
         self.extra = extra
 
     def make_context(self, info_name, args, parent=None, **extra):
+        """Parse; wrong usage is said as every other error."""
         with _alike():
             return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx):
+        """Call, and say what failed."""
         with _alike():
             return self._invoke(ctx)
 
@@ -321,14 +325,14 @@ class _OneLine:
         try:
             return super().invoke(ctx)
         except CxrError as error:
-            raise Failure(error) from None
+            raise (Busy if isinstance(error, QueueFull | Unavailable) else Failure)(error) from None
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             ctx.exit(EXIT_INTERRUPTED)
         except (click.ClickException, click.Abort, click.exceptions.Exit, BrokenPipeError):
             raise
         except OSError as error:
-            raise click.ClickException(_said(error)) from None
+            raise _Plain(_said(error)) from None
         except Exception as error:
             if os.environ.get("CXR_TRITON_DEBUG"):
                 raise
@@ -338,24 +342,23 @@ class _OneLine:
             raise Failure(InternalError(message)) from None
 
     def missing(self, error: ImportError, ctx: click.Context) -> MissingPackage:
+        """What says that a package of this command is not here."""
         return MissingPackage(error, None, self.extra)
 
 
-class Command(_OneLine, click.Command):
-    """A command of its own, which needs `extra`."""
+class Group(Command, click.Group):
+    """A group that fails as a `Command`."""
 
 
-class Group(_OneLine, click.Group):
-    """A group of its own, which needs `extra`."""
-
-
-class LazyGroup(_OneLine, click.Group):
+class LazyGroup(Group):
     """A group whose commands are named in `VERBS` and imported on use."""
 
     def list_commands(self, ctx):
+        """The verbs, in the order in which they are used."""
         return list(VERBS)
 
     def get_command(self, ctx, name):
+        """A verb from its module, or what stands for it where a package is missing."""
         if name not in VERBS:
             return None
         path, extra, text = VERBS[name]
@@ -368,15 +371,18 @@ class LazyGroup(_OneLine, click.Group):
             return NotInstalled(name, text, MissingPackage(error, name, extra))
 
     def missing(self, error, ctx):
+        """Of the verb that was called."""
         verb = ctx.invoked_subcommand
         return MissingPackage(error, verb, VERBS[verb][1])
 
     def resolve_command(self, ctx, args):
+        """The verb that is called; an unknown one is told the nearest."""
         if args[0] not in VERBS and not args[0].startswith("-"):
             ctx.fail(unknown_key(args[0], VERBS, "cxr-triton").replace("key", "command", 1))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx, formatter):
+        """The verbs without importing any."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, _, text) in VERBS.items()])
 
@@ -390,6 +396,7 @@ class NotInstalled(click.Command):
         self._missing = missing
 
     def invoke(self, ctx):
+        """Fail, and say which command brings the packages."""
         raise self._missing
 
 

@@ -26,10 +26,12 @@ def write_decoder(
     precision: str = "fp32",
     compute: str | None = None,
     head: str | None = None,
-    max_sequence: int | None = None,
     progress: bool | None = None,
 ) -> Path:
     """Write `decoder.onnx` and `decoder.onnx.data`.
+
+    The length of the KV cache is the symbol `max_seq`: kernels that attend over the whole length that they are given
+    get the length that is needed now; a compiler that needs a number puts it there.
 
     Parameters
     ----------
@@ -38,9 +40,6 @@ def write_decoder(
         Made if absent.
     precision, compute, head : str
         See `Precision`.
-    max_sequence : int, optional
-        Fixes the length of the KV cache in the graph, which some compilers need. By default it is the symbol `max_seq`:
-        kernels that attend over the whole length they are given then get the length that is needed now.
     progress : bool, optional
         Show a bar; by default on a terminal.
 
@@ -52,24 +51,17 @@ def write_decoder(
     Raises
     ------
     InvalidRequest
-        Unknown precision, one that the checkpoint does not hold, or `max_sequence` over its
-        `max_position_embeddings`.
+        Unknown precision, or one that the checkpoint does not hold.
     UnsupportedCheckpoint
         A layer that int4 blocks do not fit, or a head in fp8 whose input was not calibrated.
     """
     text, chosen = checkpoint.text, Precision.of(precision, compute, head)
-    if max_sequence is not None and not 1 <= max_sequence <= text.max_position_embeddings:
-        raise InvalidRequest(
-            f"max_sequence is {max_sequence}, the checkpoint allows 1 to {text.max_position_embeddings} "
-            "(max_position_embeddings)"
-        )
     check_source(checkpoint, chosen)
     path = Path(folder) / "decoder.onnx"
     source_bytes = checkpoint.nbytes("language_model.") + checkpoint.nbytes("lm_head.")
     if checkpoint.tied and chosen.head != "compute":
         source_bytes += checkpoint.nbytes(_TABLE)  # read once more for the head
     with GraphWriter(path, OPSET, chosen, source_bytes=source_bytes, progress=progress) as g:
-        length = max_sequence or "max_seq"
         int64 = TensorProto.INT64
         g.input("input_ids", int64, ["B", "S"])
         g.input("image_index", int64, ["B", "S"])
@@ -78,7 +70,7 @@ def write_decoder(
         g.input("write_index", int64, ["B"])
         g.input("logits_index", int64, ["B", "P"])
         g.output("logits", TensorProto.FLOAT, ["B", "P", text.vocab_size])
-        cache = ["B", text.num_key_value_heads, length, text.head_dim]
+        cache = ["B", text.num_key_value_heads, "max_seq", text.head_dim]
         for i in range(text.num_hidden_layers):
             for part in ("key", "value"):
                 g.input(f"past_{part}.{i}", g.kind, cache)

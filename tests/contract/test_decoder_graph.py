@@ -309,14 +309,6 @@ def test_contract_and_standard_operators(reference, tmp_path, precision, compute
     }
 
 
-def test_max_sequence_fixes_the_cache(reference, tmp_path):
-    path = write_decoder(Checkpoint(reference[0] / "checkpoint"), tmp_path, max_sequence=CAPACITY)
-    check(path)
-    decoder, ids = Decoder(path), tokens(1, 6)
-    assert decoder.session.get_inputs()[-1].shape == ["B", 2, CAPACITY, 32]
-    assert relative_error(decoder(ids, [0]), logits_of(reference[1], ids)) <= RELATIVE
-
-
 def test_fp16_in_onnx_runtime(reference, tmp_path):
     path = write_decoder(Checkpoint(reference[0] / "checkpoint"), tmp_path, precision="fp16")
     ids, decoder = tokens(1, 20), Decoder(path)

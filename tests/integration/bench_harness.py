@@ -176,18 +176,20 @@ def main(repository: Path | None, seconds: float, json_path: str | None):
         "environment": environment_,
         "timestamps": [],
     }
-    with tempfile.TemporaryDirectory() as folder:
-        with Server(scripted.write_repository(Path(folder) / "repository"), **PORTS) as server:
-            result["overhead"] = overhead(server.grpc, seconds)
-            for streams in STREAMS:
-                result["timestamps"].append(timestamps(server.grpc, streams, seconds))
-            result["drivers"] = [drivers(server.grpc, concurrency, seconds) for concurrency in (1, 4, 8)]
-            messages = [item.message("cxr_reader") for item in scripted.workload(1 << 10, **SCRIPT).items]
-            open_loop = load.Load("rate_per_s", 5.0, "poisson")
-            records, _ = load.offer(server.grpc, messages, open_loop, min_seconds=seconds, min_requests=5)
-            due = list(islice(arrivals("poisson", 5.0, [0]), len(records)))
-            assert [record.scheduled_s for record in records] == due
-            result["lateness_ms"] = summarize(records, {})["lateness_ms"]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Server(scripted.write_repository(Path(folder) / "repository"), **PORTS) as server,
+    ):
+        result["overhead"] = overhead(server.grpc, seconds)
+        for streams in STREAMS:
+            result["timestamps"].append(timestamps(server.grpc, streams, seconds))
+        result["drivers"] = [drivers(server.grpc, concurrency, seconds) for concurrency in (1, 4, 8)]
+        messages = [item.message("cxr_reader") for item in scripted.workload(1 << 10, **SCRIPT).items]
+        open_loop = load.Load("rate_per_s", 5.0, "poisson")
+        records, _ = load.offer(server.grpc, messages, open_loop, min_seconds=seconds, min_requests=5)
+        due = list(islice(arrivals("poisson", 5.0, [0]), len(records)))
+        assert [record.scheduled_s for record in records] == due
+        result["lateness_ms"] = summarize(records, {})["lateness_ms"]
     if repository:
         with Server(repository, **PORTS) as server:
             messages = [item.message("cxr_reader") for item in load_workload("radiograph").items]

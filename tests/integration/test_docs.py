@@ -357,7 +357,10 @@ def program(words: list[str]) -> tuple[click.Command, list[str]] | None:
             if argument.startswith("cxr-triton-engine:"):
                 return cli.main, arguments[i + 1 :]
     if Path(words[0]).name.startswith("python") and arguments[0] == "-m" and arguments[1].startswith("cxr_triton"):
-        return importlib.import_module(arguments[1]).main, arguments[2:]
+        module = importlib.import_module(arguments[1])
+        if hasattr(module, "__path__"):
+            module = importlib.import_module(f"{arguments[1]}.__main__")
+        return module.main, arguments[2:]
     if Path(words[0]).name.startswith("python") and arguments[0].endswith(".py"):
         return script(arguments[0]), arguments[1:]
     return None
@@ -470,7 +473,7 @@ def needed(words: list[str]) -> set[str]:
     """Extras that a command line needs: its verb's, its recipe's compilers', its baselines'."""
     if words[0] != "cxr-triton":
         return set()
-    extras = {cli.VERBS[words[1]][1]} - {None}
+    extras = {extra for extra in [cli.VERBS[words[1]][1]] if extra}
     for option, value in itertools.pairwise(words):
         if option == "--recipe":
             recipe = load_recipe(value)

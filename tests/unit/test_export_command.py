@@ -123,6 +123,13 @@ def test_max_sequence_is_bounded_by_profile_and_checkpoint(checkpoint, free_prof
     assert not list(tmp_path.iterdir())
 
 
+def test_an_unknown_form_is_told_the_nearest(checkpoint, free_profile, tmp_path):
+    profile = load_profile(free_profile)
+    with pytest.raises(InvalidRequest, match="did you mean 'onnx'"):
+        exporting.export_checkpoint(str(checkpoint), tmp_path / "out", profile, form="onx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_non_commercial_weights_need_acceptance(checkpoint, tmp_path_factory, tmp_path):
     profile = tmp_path_factory.mktemp("profile") / "mine.yaml"
     profile.write_text("extends: nv-reason-cxr-3b\ncheckpoint: null\n")
@@ -312,9 +319,9 @@ def test_precision_that_does_not_exist_is_refused(arguments, message):
 
 
 def test_int4_refuses_a_layer_that_its_blocks_do_not_fit(tmp_path):
-    with pytest.raises(UnsupportedCheckpoint, match="48 input features"):
-        with GraphWriter(tmp_path / "g.onnx", 24, Precision.of("int4")) as g:
-            g.int4("x", "layer.weight", np.ones((8, 48), np.float32))
+    writer = GraphWriter(tmp_path / "g.onnx", 24, Precision.of("int4"))
+    with pytest.raises(UnsupportedCheckpoint, match="48 input features"), writer as g:
+        g.int4("x", "layer.weight", np.ones((8, 48), np.float32))
     assert not list(tmp_path.iterdir())
 
 
