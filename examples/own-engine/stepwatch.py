@@ -1,0 +1,29 @@
+"""A room of one's own: ONNX Runtime on the CPU, which says on standard error how long each step of the decoder took."""
+
+import sys
+import time
+
+from cxr_triton.engines.onnxruntime import OnnxRuntime
+
+
+class Stepwatch(OnnxRuntime):
+    """Takes, compiles and serves what ONNX Runtime does; only its decoder is opened in another way."""
+
+    name = "stepwatch"
+
+    def open_decoder(self, bundle, *, slots, threads=None, batch_invariant=False):
+        """ONNX Runtime's session, with a watch around its steps."""
+        session = super().open_decoder(bundle, slots=slots, threads=threads, batch_invariant=batch_invariant)
+        step = session.step
+
+        def watched(input_ids, positions):
+            started = time.perf_counter()
+            logits = step(input_ids, positions)
+            print(f"step of {len(input_ids)}: {1e3 * (time.perf_counter() - started):.2f} ms", file=sys.stderr)
+            return logits
+
+        session.step = watched
+        return session
+
+
+ENGINE = Stepwatch()
