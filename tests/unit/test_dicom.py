@@ -734,6 +734,7 @@ def test_offset_table_with_several_frames_is_refused():
         read_image(file_bytes(ds))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damaged_files_give_a_typed_error_or_a_picture_of_the_header_s_shape(data):

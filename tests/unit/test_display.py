@@ -182,6 +182,7 @@ def test_voi_display_equals_dcmtk_within_one_grey(tmp_path, photometric, signed,
     assert np.abs(render(read_image(data), "voi_display").pixels - reference).max() <= 1  # DCMTK truncates, we round
 
 
+@pytest.mark.slow
 def test_real_radiographs_equal_dcmtk_within_one_grey(shared_data, tmp_path):
     if not shutil.which("dcmj2pnm"):
         pytest.skip("no dcmj2pnm: install dcmtk")

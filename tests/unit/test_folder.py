@@ -79,6 +79,7 @@ def test_each_image_of_a_folder_is_a_reading(folder, server, tmp_path, name):
     assert "3 images, 3 readings, 3 of them well formed" in ran.stderr and "Not for diagnosis" in ran.stderr
 
 
+@pytest.mark.slow
 def test_a_second_run_reads_only_what_is_missing_changed_or_asked_otherwise(folder, server, tmp_path):
     out = folder / "readings"  # is not read itself
     assert read(server, folder, "-o", out).exit_code == 0

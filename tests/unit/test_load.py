@@ -110,6 +110,7 @@ def test_a_closed_loop_keeps_its_concurrency():
     assert failure is None and len(records) == 9 and max(most) <= 3
 
 
+@pytest.mark.slow
 def test_both_minima_are_kept():
     with FakeServer(answer) as server:
         began_s = time.monotonic()

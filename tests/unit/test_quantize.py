@@ -129,6 +129,7 @@ def test_the_command_says_what_phantoms_are_worth():
     assert quantize.PHANTOM_WARNING in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["fp8", "awq"])
 def test_everything_but_weights_stays_byte_for_byte(scheme, request):
     out = request.getfixturevalue(scheme)[0]
@@ -137,6 +138,7 @@ def test_everything_but_weights_stays_byte_for_byte(scheme, request):
     assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["fp8", "awq"])
 def test_tower_embedding_and_norms_are_not_quantized(scheme, request):
     source, made = Checkpoint(PHANTOM / "checkpoint"), Checkpoint(request.getfixturevalue(scheme)[0])
@@ -147,6 +149,7 @@ def test_tower_embedding_and_norms_are_not_quantized(scheme, request):
     assert made.tied and made.head_input_scale() > 0
 
 
+@pytest.mark.slow
 def test_head_range_is_what_the_head_gets(awq, profile):
     """The largest input of the language head over the calibration set, as transformers computes it."""
     import torch
@@ -243,6 +246,7 @@ def test_the_seed_chooses_the_images(images):
     assert order(1) == order(1) != order(2)
 
 
+@pytest.mark.slow
 def test_what_makes_no_sense_is_refused(tmp_path, profile, awq):
     refused(tmp_path, profile, InvalidRequest, "scheme 'int8' is unknown; choose fp8 or int4-awq", scheme="int8")
     refused(tmp_path, profile, InvalidRequest, "device 'tpu'", device="tpu")
@@ -255,6 +259,7 @@ def test_what_makes_no_sense_is_refused(tmp_path, profile, awq):
         quantize.quantize_checkpoint(str(PHANTOM / "checkpoint"), tmp_path / "used", profile, scheme="fp8")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_nothing(tmp_path, profile, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt

@@ -127,6 +127,7 @@ def black(kind: str, side: int) -> bytes:
 SYNTAX = {"jpeg2k": "1.2.840.10008.1.2.4.90", "jpegls": "1.2.840.10008.1.2.4.80"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SYNTAX)
 @pytest.mark.parametrize("honest", [True, False])
 def test_decompression_bombs_are_refused_from_their_headers(sandbox, kind, honest):
@@ -186,6 +187,7 @@ def test_child_that_does_not_read_cannot_hang_the_parent():
         require_good(sandbox)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGKILL, errors.LimitExceeded), (signal.SIGSEGV, errors.InvalidImage)]
 )
