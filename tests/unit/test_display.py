@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pydicom
 import pytest
+from dicom_files import dataset_of, file_bytes, pattern
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -15,7 +16,6 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
-from test_dicom import dataset_of, file_bytes, pattern
 
 from cxr_triton.errors import InvalidImage
 from cxr_triton.pixels.dicom import Metadata, Radiograph, read_image

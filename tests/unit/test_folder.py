@@ -1,21 +1,18 @@
 """`read FOLDER`: each image a reading, written as it comes; one refusal stops nothing, and a second run goes on."""
 
 import json
-import sys
 from pathlib import Path
 
 import grpc
 import pytest
 from click.testing import CliRunner
+from fake_server import FakeServer, failure, response
 from PIL import Image
 
 from cxr_triton import cli
 from cxr_triton.client.wire import unpack
 from cxr_triton.pixels.sandbox import identify
 from cxr_triton.reading import Reading, parse
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fake_server import FakeServer, failure, response
 
 TEXT = "<think> {} </think><answer> Cardiomegaly </answer>"
 

@@ -2,16 +2,11 @@
 
 import json
 import os
-import sys
 import threading
 import time
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from itertools import islice
 
+import pytest
 from fake_server import FakeServer, empty_final, failure, pause, response
 
 from cxr_triton.client.wire import infer_request

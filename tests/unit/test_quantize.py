@@ -2,28 +2,25 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from cxr_triton import phantom, phantom_file
+from cxr_triton.cli import main
+from cxr_triton.engines.bundle import build_bundle
+from cxr_triton.errors import InvalidRequest, LicenceNotAccepted, UnsupportedCheckpoint
+from cxr_triton.export import quantize
+from cxr_triton.export.checkpoint import Checkpoint
+from cxr_triton.export.command import export_checkpoint
+from cxr_triton.pixels import image
+from cxr_triton.profile import load_profile
+
 PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
-sys.path.insert(0, str(PHANTOM))
-
-import evaluate  # noqa: E402
-
-from cxr_triton import phantom, phantom_file  # noqa: E402
-from cxr_triton.cli import main  # noqa: E402
-from cxr_triton.engines.bundle import build_bundle  # noqa: E402
-from cxr_triton.errors import InvalidRequest, LicenceNotAccepted, UnsupportedCheckpoint  # noqa: E402
-from cxr_triton.export import quantize  # noqa: E402
-from cxr_triton.export.checkpoint import Checkpoint  # noqa: E402
-from cxr_triton.export.command import export_checkpoint  # noqa: E402
-from cxr_triton.pixels import image  # noqa: E402
-from cxr_triton.profile import load_profile  # noqa: E402
 
 pytest.importorskip("modelopt")
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import imagecodecs
 import numpy as np
 import pytest
+from dicom_files import compressed_bytes, dataset_of, deflated, file_bytes, pattern
 from PIL import Image
-from test_dicom import compressed_bytes, dataset_of, deflated, file_bytes, pattern
 
 from cxr_triton import errors
 from cxr_triton.pixels.dicom import Limits, read_image
