@@ -29,7 +29,7 @@ types: tree
 
 # A test that takes 20 seconds here fails: it lacks the mark `slow`.
 quick: $(VENV)/.test
-	$(BIN)/python -m pytest tests/unit -m quick --timeout 20 -q
+	$(BIN)/python -m pytest tests/unit -m quick --timeout 20 -q -n logical --dist loadfile
 
 test: server-python $(VENV)/.test debian
 	$(BIN)/ruff check .

@@ -1,16 +1,11 @@
 """Greedy tokens of the decoder runtime against `transformers.generate`, alone and in a crowd."""
 
 import dataclasses
-import sys
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bundles import TOKEN_BUDGET, WINDOW_BUDGET, build_openvino, write_export
 from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START, random_checkpoint
 

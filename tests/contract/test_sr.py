@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pydicom
 import pytest
 from PIL import Image, ImageDraw
 from pydicom.data import get_charset_files
+from sr_case import BOXES, OPTIONS, TEXT, file, header, reading, with_boxes
 
 from cxr_triton.client.objects import KINDS
 from cxr_triton.client.objects.codes import (
@@ -37,9 +37,6 @@ from cxr_triton.identity import hashed, identity_of
 from cxr_triton.pixels.dicom import read_identity, read_image
 from cxr_triton.pixels.sandbox import Sandbox
 from cxr_triton.reading import Reading
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sr_case import BOXES, OPTIONS, TEXT, file, header, reading, with_boxes
 
 COPIED = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyDate", "StudyTime",
           "AccessionNumber", "StudyID", "ReferringPhysicianName", "StudyDescription")  # fmt: skip

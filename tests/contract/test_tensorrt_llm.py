@@ -2,14 +2,10 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START, random_checkpoint
 from tensorrt_llm_reader import Decoder

@@ -1,13 +1,8 @@
 """Quantized TensorRT-LLM checkpoints: read back against modelopt's model, laid out as by its own exporter."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 pytest.importorskip("modelopt")
 

@@ -3,14 +3,12 @@
 import dataclasses
 import json
 import shutil
-import sys
 from collections import Counter
 from pathlib import Path
 
 import onnx
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 pytest.importorskip("tensorrt_rtx")
 
 from bundles import write_export, write_tokenizer

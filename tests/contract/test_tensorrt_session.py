@@ -6,14 +6,10 @@ The numbers are those that the ONNX Runtime sessions give, slot by slot.
 import dataclasses
 import json
 import sys
-from pathlib import Path
-
-import numpy as np
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fake_tensorrt
+import numpy as np
+import pytest
 import tensorrt_api
 from bundles import MAX_SEQUENCE, TOKEN_BUDGET, WINDOW_BUDGET, write_export
 from checkpoints import random_checkpoint

@@ -7,34 +7,31 @@ import json
 import math
 import re
 import shutil
-import sys
 from html import escape
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
+from chromium import Page, browser, chromium
 from click.testing import CliRunner
 
+from cxr_triton import phantom_file
+from cxr_triton.cli import main
+from cxr_triton.engines.build import build_bundle
+from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.verify import engine_under_test, gate
+from cxr_triton.engines.verify.gate import verify_bundle
+from cxr_triton.engines.verify.page import verification_page
+from cxr_triton.engines.verify.record import PARTS, is_verified, require_verified, write_record
+from cxr_triton.engines.verify.reference import Reference
+from cxr_triton.engines.verify.statistics import kl_divergence
+from cxr_triton.engines.verify.thresholds import THRESHOLDS, thresholds_of
+from cxr_triton.errors import InvalidRequest, NotVerified
+from cxr_triton.export.export import export_checkpoint
+from cxr_triton.profile import load_profile
+
 PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
-sys.path[:0] = [str(PHANTOM), str(PHANTOM.parent / "unit")]
-
-import evaluate  # noqa: E402
-from test_page import Page, browser, chromium  # noqa: E402
-
-from cxr_triton import phantom_file  # noqa: E402
-from cxr_triton.cli import main  # noqa: E402
-from cxr_triton.engines.build import build_bundle  # noqa: E402
-from cxr_triton.engines.bundle import Bundle  # noqa: E402
-from cxr_triton.engines.verify import engine_under_test, gate  # noqa: E402
-from cxr_triton.engines.verify.gate import verify_bundle  # noqa: E402
-from cxr_triton.engines.verify.page import verification_page  # noqa: E402
-from cxr_triton.engines.verify.record import PARTS, is_verified, require_verified, write_record  # noqa: E402
-from cxr_triton.engines.verify.reference import Reference  # noqa: E402
-from cxr_triton.engines.verify.statistics import kl_divergence  # noqa: E402
-from cxr_triton.engines.verify.thresholds import THRESHOLDS, thresholds_of  # noqa: E402
-from cxr_triton.errors import InvalidRequest, NotVerified  # noqa: E402
-from cxr_triton.export.export import export_checkpoint  # noqa: E402
-from cxr_triton.profile import load_profile  # noqa: E402
 
 COUNT = 12
 CHECKPOINT = PHANTOM / "checkpoint"

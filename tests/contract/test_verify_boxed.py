@@ -4,28 +4,25 @@ The trained phantom model learns by heart what to say of twelve phantoms; nothin
 """
 
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 import yaml
+from test_verify import weight
+
+from cxr_triton import phantom, phantom_file
+from cxr_triton.engines.build import build_bundle
+from cxr_triton.engines.verify.gate import verify_bundle
+from cxr_triton.engines.verify.page import verification_page
+from cxr_triton.engines.verify.reference import Reference
+from cxr_triton.export.export import export_checkpoint
+from cxr_triton.pixels import image
+from cxr_triton.profile import load_profile
 
 PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
-sys.path.insert(0, str(PHANTOM))
-
-import evaluate  # noqa: E402
-from test_verify import weight  # noqa: E402
-
-from cxr_triton import phantom, phantom_file  # noqa: E402
-from cxr_triton.engines.build import build_bundle  # noqa: E402
-from cxr_triton.engines.verify.gate import verify_bundle  # noqa: E402
-from cxr_triton.engines.verify.page import verification_page  # noqa: E402
-from cxr_triton.engines.verify.reference import Reference  # noqa: E402
-from cxr_triton.export.export import export_checkpoint  # noqa: E402
-from cxr_triton.pixels import image  # noqa: E402
-from cxr_triton.profile import load_profile  # noqa: E402
 
 COUNT, STEPS = 12, 300
 SURE = 0.1

@@ -1,14 +1,10 @@
 """One real server for all tests: pip-installed Triton, the served ensemble, a small random model."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-
-from served import Raw, write_bundle  # noqa: E402
+from served import Raw, write_bundle
 
 
 @pytest.fixture(scope="session")

@@ -1,20 +1,17 @@
 """The demonstration model on held-out phantoms: in transformers, and through the whole stack as DICOM."""
 
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import evaluate
 import pytest
 
+from cxr_triton import phantom, phantom_file
+from cxr_triton.pixels import dicom, display, image
+from cxr_triton.profile import load_profile
+
 PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
-sys.path.insert(0, str(PHANTOM))
-
-import evaluate  # noqa: E402
-
-from cxr_triton import phantom, phantom_file  # noqa: E402
-from cxr_triton.pixels import dicom, display, image  # noqa: E402
-from cxr_triton.profile import load_profile  # noqa: E402
 
 HELD_OUT = 200
 SERVED = 100

@@ -8,7 +8,6 @@ import concurrent.futures
 import importlib.util
 import json
 import re
-import sys
 import threading
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from test_serving import until
 from cxr_triton.errors import InternalError
 
 PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
-sys.path.insert(0, str(PHANTOM))
 
 pytestmark = [
     pytest.mark.triton,

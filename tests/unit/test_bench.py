@@ -3,27 +3,24 @@
 import json
 import os
 import random
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_results
 import jsonschema
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from cxr_triton.cli import main
+from cxr_triton.errors import InvalidRequest, Unavailable
+from cxr_triton.perf import bench
+from cxr_triton.perf.bench import Plan, cross_check, meets, outcome
+from cxr_triton.perf.environment import Stolen
+from cxr_triton.perf.stages import STAGES, stages_of, triton_times, waterfall
+from cxr_triton.perf.summary import Record, columns, interval, over_repeats, summarize
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-
-import bench_results  # noqa: E402
-
-from cxr_triton.cli import main  # noqa: E402
-from cxr_triton.errors import InvalidRequest, Unavailable  # noqa: E402
-from cxr_triton.perf import bench  # noqa: E402
-from cxr_triton.perf.bench import Plan, cross_check, meets, outcome  # noqa: E402
-from cxr_triton.perf.environment import Stolen  # noqa: E402
-from cxr_triton.perf.stages import STAGES, stages_of, triton_times, waterfall  # noqa: E402
-from cxr_triton.perf.summary import Record, columns, interval, over_repeats, summarize  # noqa: E402
 
 SCHEMA = json.loads((ROOT / "docs" / "bench.schema.json").read_text())
 TIMINGS = {"image_decode": 10.0, "preprocess": 5.0, "vision": 20.0, "queue": 1.0, "prefill": 30.0, "decode": 100.0}

@@ -2,15 +2,11 @@
 
 import json
 import os
-import sys
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bundles import write_export
 from checkpoints import random_checkpoint
 

@@ -115,6 +115,7 @@ def test_every_task_has_the_processors_tokens_and_positions(name, task, mode, co
         assert (prompt.input_ids.dtype, prompt.position_ids.dtype) == (np.int64, np.int64)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     grids=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)).map(lambda g: (2 * g[0], 2 * g[1])), max_size=4),
@@ -181,6 +182,7 @@ def test_hostile_text_neither_adds_control_tokens_nor_is_lost(chat, text):
     assert shown == f"system\nYou are a helpful assistant.\nuser\n{unicodedata.normalize('NFC', text)}\nassistant\n"
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=60))
 def test_harmless_text_has_the_reference_tokens(chat, processor, text):
@@ -265,6 +267,7 @@ def test_template_runs_in_a_sandbox_and_may_refuse(folder, tmp_path):
             ChatTokenizer(other).encode(messages)
 
 
+@pytest.mark.slow
 def test_no_id_is_hard_coded(folder, tmp_path):
     """The same vocabulary with its added tokens moved gives the same prompt, moved."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))

@@ -23,6 +23,7 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from fake_server import FakeServer, failure, pause, response
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -31,9 +32,6 @@ from cxr_triton import cli, extras
 from cxr_triton.errors import CODES
 from cxr_triton.pixels.sandbox import identify
 from cxr_triton.reading import Reading, parse
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fake_server import FakeServer, failure, pause, response
 
 TEXT = "<think> The heart is large. </think>\n<answer> Cardiomegaly </answer>"
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202eevil\r\x00"

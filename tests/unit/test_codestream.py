@@ -5,9 +5,9 @@ import struct
 import imagecodecs
 import numpy as np
 import pytest
+from dicom_files import pattern
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dicom import pattern
 
 from cxr_triton import errors
 from cxr_triton.pixels.codestream import TRANSFER_SYNTAXES, compressed, decode, inspect

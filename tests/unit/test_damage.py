@@ -10,8 +10,8 @@ import imagecodecs
 import numpy as np
 import pytest
 from damage import COMPRESSED, DAMAGES, damaged, outcome
+from dicom_files import pattern
 from PIL import Image
-from test_dicom import pattern
 
 from cxr_triton import errors
 from cxr_triton.phantom import draw

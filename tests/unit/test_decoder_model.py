@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from test_scheduler import FakeSession, Letters, until
+from fake_session import FakeSession, Letters, until
 
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 

@@ -6,21 +6,20 @@ import shutil
 import struct
 import subprocess
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
+from dicom_files import COLUMNS, ROWS, compressed_bytes, dataset_of, deflated, file_bytes, pattern
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.sequence import Sequence
 from pydicom.uid import (
     CTImageStorage,
-    DigitalXRayImageStorageForPresentation,
     DigitalXRayImageStorageForProcessing,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
@@ -35,64 +34,6 @@ from cxr_triton.pixels.dicom import read_image
 from cxr_triton.pixels.flags import FLAGS
 from cxr_triton.pixels.limits import Limits
 from cxr_triton.pixels.transforms import LookupTable, Rescale, Window
-
-ROWS, COLUMNS = 45, 67  # odd, so that 8-bit data need padding
-
-
-def pattern(bits: int, signed: bool = False, rows: int = ROWS, columns: int = COLUMNS) -> np.ndarray:
-    """Smooth ramp with noise over the whole range of `bits`, both ends included."""
-    span = 2**bits - 1
-    ramp = np.add.outer(np.linspace(0, 0.6, rows), np.linspace(0, 0.3, columns))
-    noise = np.random.default_rng(bits).random((rows, columns)) * 0.1
-    values = np.rint((ramp + noise) * span).astype(np.int64)
-    values[0, 0], values[-1, -1] = 0, span
-    if signed:
-        return (values - 2 ** (bits - 1)).astype(np.int8 if bits <= 8 else np.int16)
-    return values.astype(np.uint8 if bits <= 8 else np.uint16)
-
-
-def dataset_of(values: np.ndarray, bits: int, **elements) -> Dataset:
-    """A minimal DX-like data set with native pixels; `elements` override or add."""
-    ds = Dataset()
-    ds.file_meta = FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    ds.SOPClassUID = DigitalXRayImageStorageForPresentation
-    ds.SOPInstanceUID = "1.2.3.4"
-    ds.PatientName, ds.PatientID, ds.PatientBirthDate = "Secret^Name", "ID-4711", "19700101"
-    ds.Modality = "DX"
-    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
-    ds.Rows, ds.Columns = values.shape
-    ds.BitsAllocated = values.dtype.itemsize * 8
-    ds.BitsStored, ds.HighBit = bits, bits - 1
-    ds.PixelRepresentation = int(values.dtype.kind == "i")
-    raw = values.tobytes()
-    ds.PixelData = raw + b"\0" * (len(raw) % 2)
-    ds["PixelData"].VR = "OW" if values.dtype.itemsize == 2 else "OB"
-    for name, value in elements.items():
-        if value is None:
-            delattr(ds, name)
-        else:
-            setattr(ds, name, value)
-    return ds
-
-
-def file_bytes(ds: Dataset) -> bytes:
-    ds.file_meta.MediaStorageSOPClassUID = ds.get("SOPClassUID", "1.2")
-    ds.file_meta.MediaStorageSOPInstanceUID = "1.2.3.4"
-    out = io.BytesIO()
-    ds.save_as(out, enforce_file_format=True)
-    return out.getvalue()
-
-
-def compressed_bytes(values: np.ndarray, bits: int, syntax: str, codestream: bytes, **elements) -> bytes:
-    ds = dataset_of(values, bits)
-    ds.PixelData = encapsulate([codestream], has_bot=False)
-    ds["PixelData"].VR = "OB"
-    ds["PixelData"].is_undefined_length = True
-    ds.file_meta.TransferSyntaxUID = syntax
-    for name, value in elements.items():
-        setattr(ds, name, value)
-    return file_bytes(ds)
 
 
 def dcmtk(tool: str, data: bytes, tmp_path: Path, *options: str) -> bytes:
@@ -607,14 +548,6 @@ def test_limits_are_checked_before_anything_is_allocated():
     assert read_image(data, Limits(max_pixels=ROWS * COLUMNS)).stored.size == ROWS * COLUMNS
 
 
-def deflated(data_set: bytes) -> bytes:
-    """Part 10 file of transfer syntax 1.2.840.10008.1.2.1.99 around an encoded data set."""
-    uid = b"1.2.840.10008.1.2.1.99"
-    meta = b"\x02\0\x10\0UI" + struct.pack("<H", len(uid)) + uid
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
-    return b"\0" * 128 + b"DICM" + meta + packer.compress(data_set) + packer.flush()
-
-
 def test_inflation_is_bounded():
     bomb = deflated(b"\x09\0\x01\x10OB\0\0" + struct.pack("<I", 100_000_000) + b"\0" * 100_000_000)
     assert len(bomb) < 200_000
@@ -736,6 +669,7 @@ def test_offset_table_with_several_frames_is_refused():
         read_image(file_bytes(ds))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damaged_files_give_a_typed_error_or_a_picture_of_the_header_s_shape(data):

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pydicom
 import pytest
+from dicom_files import dataset_of, file_bytes, pattern
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -15,7 +16,6 @@ from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
-from test_dicom import dataset_of, file_bytes, pattern
 
 from cxr_triton.errors import InvalidImage
 from cxr_triton.pixels.dicom import read_image
@@ -184,6 +184,7 @@ def test_voi_display_equals_dcmtk_within_one_grey(tmp_path, photometric, signed,
     assert np.abs(render(read_image(data), "voi_display").pixels - reference).max() <= 1  # DCMTK truncates, we round
 
 
+@pytest.mark.slow
 def test_real_radiographs_equal_dcmtk_within_one_grey(shared_data, tmp_path):
     if not shutil.which("dcmj2pnm"):
         pytest.skip("no dcmj2pnm: install dcmtk")

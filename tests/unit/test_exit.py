@@ -7,12 +7,9 @@ with the garbage collector off, nothing of gRPC is alive after the last function
 
 import subprocess
 import sys
-from pathlib import Path
 
 import grpc
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fake_server import FakeServer, failure, pause, response
 from test_load import READING as BENCH_READING
 from test_reader import READING, TEXT

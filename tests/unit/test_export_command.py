@@ -356,6 +356,7 @@ def shaped(tmp_path_factory, checkpoint):
     return perf_shape.write_shape(folder, checkpoint, text_values=TEXT, vision_values=VISION)
 
 
+@pytest.mark.slow
 def test_random_checkpoint_is_what_transformers_expects(shaped, checkpoint, tmp_path):
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -376,6 +377,7 @@ def test_random_checkpoint_is_what_transformers_expects(shaped, checkpoint, tmp_
     torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_memory_stays_under_one_and_a_half_of_the_largest_tensor(shaped, tmp_path, precision):
     """The interpreter and 24 MiB of working set beside it: far less than the checkpoint, so nothing piles up."""

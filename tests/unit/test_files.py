@@ -10,14 +10,12 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from fake_server import FakeServer, response
 from PIL import Image
 
 from cxr_triton import cli
 from cxr_triton.files import new_folder, write
 from cxr_triton.reading import Reading, parse
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fake_server import FakeServer, response
 
 TEXT = f"<think> {'x' * 4000} </think><answer> Cardiomegaly </answer>"
 READING = Reading.of(

@@ -1,21 +1,18 @@
 """`read FOLDER`: each image a reading, written as it comes; one refusal stops nothing, and a second run goes on."""
 
 import json
-import sys
 from pathlib import Path
 
 import grpc
 import pytest
 from click.testing import CliRunner
+from fake_server import FakeServer, failure, response
 from PIL import Image
 
 from cxr_triton import cli
 from cxr_triton.client.wire import unpack
 from cxr_triton.pixels.sandbox import identify
 from cxr_triton.reading import Reading, parse
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fake_server import FakeServer, failure, response
 
 TEXT = "<think> {} </think><answer> Cardiomegaly </answer>"
 
@@ -79,6 +76,7 @@ def test_each_image_of_a_folder_is_a_reading(folder, server, tmp_path, name):
     assert "3 images, 3 readings, 3 of them well formed" in ran.stderr and "Not for diagnosis" in ran.stderr
 
 
+@pytest.mark.slow
 def test_a_second_run_reads_only_what_is_missing_changed_or_asked_otherwise(folder, server, tmp_path):
     out = folder / "readings"  # is not read itself
     assert read(server, folder, "-o", out).exit_code == 0

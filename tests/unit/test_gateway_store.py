@@ -4,10 +4,8 @@ import asyncio
 import contextlib
 import io
 import json
-import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +17,7 @@ pytest.importorskip("sqlalchemy")
 pytest.importorskip("pynetdicom")
 
 import sqlalchemy.exc
+import sr_case
 
 from cxr_triton import phantom, phantom_file
 from cxr_triton.cli import main
@@ -34,9 +33,6 @@ from cxr_triton.client.gateway.store import Store
 from cxr_triton.errors import InvalidConfig, InvalidImage, LimitExceeded
 from cxr_triton.pixels.dicom import read_identity
 from cxr_triton.reading import Reading
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import sr_case
 
 DESTINATION = "destinations: [{name: pacs, aet: PACS, host: 127.0.0.1}]\n"
 

@@ -5,7 +5,6 @@ import contextlib
 import hashlib
 import io
 import json
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,7 +15,9 @@ import numpy as np
 import pydicom
 import pytest
 from click.testing import CliRunner
+from fake_server import FakeServer, response
 from PIL import Image
+from sr_case import OPTIONS, reading
 
 from cxr_triton import cli, phantom, phantom_file
 from cxr_triton.client.aio import AsyncReader
@@ -29,10 +30,6 @@ from cxr_triton.identity import hashed, identity_of, pixels_digest
 from cxr_triton.pixels.dicom import read_image
 from cxr_triton.pixels.sandbox import identify
 from cxr_triton.reading import Reading
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fake_server import FakeServer, response
-from sr_case import OPTIONS, reading
 
 PICTURE = phantom.draw(np.random.default_rng(3))
 

@@ -57,6 +57,10 @@ WRONG = {
         "import cxr_triton.engines.tensorrt.session",
         "openvino.session -> cxr_triton.engines.tensorrt.session",
     ),
+    "engines/tensorrt_llm/request.py": (
+        "import cxr_triton.engines.openvino.session",
+        "tensorrt_llm.request -> cxr_triton.engines.openvino.session",
+    ),
     "perf/summary.py": ("def late(): import cxr_triton.perf.stages", "No cycles are allowed in cxr_triton.perf."),
 }
 """Imports that the drawing forbids, one of each kind, and what is said of each."""
@@ -113,7 +117,8 @@ def test_every_package_is_installed(name, folder):
 
 
 def test_every_room_of_an_engine_is_in_the_contract():
-    (contract,) = [c for c in TOOL["importlinter"]["contracts"] if c["type"] == "independence"]
+    contracts = TOOL["importlinter"]["contracts"]
+    (layers,) = [c["layers"] for c in contracts if c.get("containers") == ["cxr_triton.engines"]]
     shared = {"runtime", "verify"}
     rooms = {path.parent.name for path in (ROOT / "engines").glob("*/__init__.py")} - shared
-    assert {f"cxr_triton.engines.{room}" for room in rooms} == set(contract["modules"])
+    assert rooms <= set(re.findall(r"\w+", " ".join(layers)))

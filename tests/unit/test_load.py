@@ -3,16 +3,11 @@
 import contextlib
 import json
 import os
-import sys
 import threading
 import time
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from itertools import islice
 
+import pytest
 from fake_server import FakeServer, empty_final, failure, pause, response
 
 from cxr_triton.client.wire import infer_request
@@ -111,6 +106,7 @@ def test_a_closed_loop_keeps_its_concurrency():
     assert failure is None and len(records) == 9 and max(most) <= 3
 
 
+@pytest.mark.slow
 def test_both_minima_are_kept():
     with FakeServer(answer) as server:
         began_s = time.monotonic()

@@ -16,9 +16,11 @@ from pathlib import Path
 import pydicom
 import pytest
 from click.testing import CliRunner
+from fake_server import FakeServer, response
 from fhir.resources.R4B.diagnosticreport import DiagnosticReport
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sr_case import OPTIONS, file, header, identity, reading, with_boxes
 
 from cxr_triton import cli
 from cxr_triton.client.objects import KINDS
@@ -32,9 +34,6 @@ from cxr_triton.reading import STATUSES as READING_STATUSES
 from cxr_triton.reading import Reading
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "integration")]
-from fake_server import FakeServer, response  # noqa: E402
-from sr_case import OPTIONS, file, header, identity, reading, with_boxes  # noqa: E402
 
 
 def data(instance) -> bytes:

@@ -2,22 +2,18 @@
 
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from google.protobuf import text_format
+from served import write_paper_bundle
 
 from cxr_triton.cli import main
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.verify.record import PARTS, SCHEMA, subject, write_record
 from cxr_triton.errors import InvalidBundle, InvalidRequest, NotVerified
 from cxr_triton.triton_repo.package import BUNDLE, ENSEMBLE, MODELS, VERIFICATION, Settings, write_repository
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("integration", ".")]
-
-from served import write_paper_bundle  # noqa: E402
 
 
 @pytest.fixture

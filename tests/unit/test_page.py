@@ -6,20 +6,18 @@ import hashlib
 import io
 import json
 import re
-import shutil
-import subprocess
-import sys
 import time
 import tomllib
 from html import escape
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from chromium import Page, browser, chromium, is_color, screenshot
+from dicom_files import dataset_of, file_bytes
 from PIL import Image
 from pydicom import dcmread
-from test_dicom import dataset_of, file_bytes
+from served import write_paper_bundle
 
 from cxr_triton import phantom, phantom_file
 from cxr_triton.client.page import _IMAGE, Shown, draw, reading_page
@@ -33,12 +31,6 @@ from cxr_triton.reading import FLAGS as READING_FLAGS
 from cxr_triton.reading import Box, Finding, Reading
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("integration", ".")]
-from served import write_paper_bundle  # noqa: E402
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; apt-get install chromium")
-
 READING = Reading(
     status="ok",
     finish_reason="stop",
@@ -65,29 +57,6 @@ def shown(width: int, height: int, **told) -> Shown:
     out = io.BytesIO()
     Image.new("RGB", (width, height), BLUE).save(out, "PNG")
     return Shown(png=out.getvalue(), **told)
-
-
-class Page(HTMLParser):
-    """Tags, attributes and visible text of a page."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags, self.attributes, self.texts, self._hidden = [], [], [], False
-        self.feed(html)
-        self.close()
-        self.text = " ".join(" ".join(self.texts).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, *attr) for attr in attrs]
-        self._hidden = tag in ("style", "script")
-
-    def handle_endtag(self, tag):
-        self._hidden = False
-
-    def handle_data(self, data):
-        if not self._hidden:
-            self.texts.append(data)
 
 
 def test_the_page_says_everything_a_reader_needs():
@@ -328,28 +297,6 @@ def test_a_box_frames_the_same_pixels_where_they_are_not_square():
     assert pixels.shape == (300, 200)
     y, x = np.nonzero(pixels > 128)
     assert [x.min() / 2, y.min() / 3, (x.max() + 1) / 2, (y.max() + 1) / 3] == [25, 20, 75, 60]
-
-
-def chromium(tmp_path, html: str, *args, size=(1280, 900)) -> subprocess.CompletedProcess:
-    path = tmp_path / "page.html"
-    path.write_text(html, encoding="utf-8")
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-        "--disable-component-update", "--disable-default-apps", "--disable-sync", "--no-first-run",
-        "--hide-scrollbars", "--force-device-scale-factor=1", "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={size[0]},{size[1]}", *args, path.as_uri(),
-    ]  # fmt: skip
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-
-
-def screenshot(tmp_path, html: str, **kwargs) -> np.ndarray:
-    out = tmp_path / "page.png"
-    chromium(tmp_path, html, f"--screenshot={out}", **kwargs)
-    return np.asarray(Image.open(out).convert("RGB")).astype(int)
-
-
-def is_color(pixels: np.ndarray, color, tolerance: int = 40) -> np.ndarray:
-    return (np.abs(pixels - np.array(color)) <= tolerance).all(axis=-1)
 
 
 @browser

@@ -18,16 +18,13 @@ import pytest
 from jsonschema import Draft202012Validator
 from PIL import Image
 from pydicom import dcmread
+from served import radiograph, write_paper_bundle
 
 from cxr_triton import phantom, phantom_file
 from cxr_triton.engines.pipeline import Preprocessor, build_reading, completion_json, sampling_of, wire_error
 from cxr_triton.engines.runtime.stream import Completion
 from cxr_triton.errors import InvalidImage, InvalidRequest, NotAChest, PromptTooLong, QueueFull, from_wire
 from cxr_triton.pixels.flags import DOUBTFUL
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("integration", ".")]
-
-from served import radiograph, write_paper_bundle  # noqa: E402
 
 SCHEMA = json.loads((Path(__file__).resolve().parents[2] / "docs" / "reading.schema.json").read_text())
 

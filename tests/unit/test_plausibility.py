@@ -7,9 +7,9 @@ import json
 
 import numpy as np
 import pytest
+from dicom_files import dataset_of, file_bytes
 from PIL import Image, ImageDraw
 from pydicom import Dataset, dcmread
-from test_dicom import dataset_of, file_bytes
 
 from cxr_triton import phantom, phantom_file
 from cxr_triton.errors import CxrError, NotAChest

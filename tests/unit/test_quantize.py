@@ -3,28 +3,25 @@
 import dataclasses
 import hashlib
 import json
-import sys
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from cxr_triton import phantom, phantom_file
+from cxr_triton.cli import main
+from cxr_triton.engines.build import build_bundle
+from cxr_triton.errors import InvalidRequest, LicenceNotAccepted, UnsupportedCheckpoint
+from cxr_triton.export import calibration, quantize
+from cxr_triton.export.checkpoint import Checkpoint
+from cxr_triton.export.export import export_checkpoint
+from cxr_triton.pixels import image
+from cxr_triton.profile import load_profile
+
 PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
-sys.path.insert(0, str(PHANTOM))
-
-import evaluate  # noqa: E402
-
-from cxr_triton import phantom, phantom_file  # noqa: E402
-from cxr_triton.cli import main  # noqa: E402
-from cxr_triton.engines.build import build_bundle  # noqa: E402
-from cxr_triton.errors import InvalidRequest, LicenceNotAccepted, UnsupportedCheckpoint  # noqa: E402
-from cxr_triton.export import calibration, quantize  # noqa: E402
-from cxr_triton.export.checkpoint import Checkpoint  # noqa: E402
-from cxr_triton.export.export import export_checkpoint  # noqa: E402
-from cxr_triton.pixels import image  # noqa: E402
-from cxr_triton.profile import load_profile  # noqa: E402
 
 pytest.importorskip("modelopt")
 
@@ -130,6 +127,7 @@ def test_the_command_says_what_phantoms_are_worth():
     assert calibration.PHANTOM_WARNING in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["fp8", "awq"])
 def test_everything_but_weights_stays_byte_for_byte(scheme, request):
     out = request.getfixturevalue(scheme)[0]
@@ -138,6 +136,7 @@ def test_everything_but_weights_stays_byte_for_byte(scheme, request):
     assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["fp8", "awq"])
 def test_tower_embedding_and_norms_are_not_quantized(scheme, request):
     source, made = Checkpoint(PHANTOM / "checkpoint"), Checkpoint(request.getfixturevalue(scheme)[0])
@@ -148,6 +147,7 @@ def test_tower_embedding_and_norms_are_not_quantized(scheme, request):
     assert made.tied and made.head_input_scale() > 0
 
 
+@pytest.mark.slow
 def test_head_range_is_what_the_head_gets(awq, profile):
     """The largest input of the language head over the calibration set, as transformers computes it."""
     import torch
@@ -244,6 +244,7 @@ def test_the_seed_chooses_the_images(images):
     assert order(1) == order(1) != order(2)
 
 
+@pytest.mark.slow
 def test_what_makes_no_sense_is_refused(tmp_path, profile, awq):
     refused(tmp_path, profile, InvalidRequest, "scheme 'int8' is unknown; choose fp8 or int4-awq", scheme="int8")
     refused(tmp_path, profile, InvalidRequest, "device 'tpu'", device="tpu")
@@ -256,6 +257,7 @@ def test_what_makes_no_sense_is_refused(tmp_path, profile, awq):
         quantize.quantize_checkpoint(str(PHANTOM / "checkpoint"), tmp_path / "used", profile, scheme="fp8")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_nothing(tmp_path, profile, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
 import pytest
+from fake_server import FakeServer, empty_final, failure, pause, response
 from tritonclient.utils import deserialize_bytes_tensor
 
 from cxr_triton.client import AsyncReader, Reader, Timeouts, Tls, limits, wire
@@ -29,9 +29,6 @@ from cxr_triton.errors import (
     Unavailable,
 )
 from cxr_triton.reading import Reading, parse
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from fake_server import FakeServer, empty_final, failure, pause, response
 
 TEXT = "<think> Lungs are clear. </think>\n<answer> No Finding </answer>"
 READING = Reading.of(

@@ -11,7 +11,7 @@ from pathlib import Path
 import bench_results
 import numpy as np
 import pytest
-from test_page import Page, browser, chromium, is_color, screenshot
+from chromium import Page, browser, chromium, is_color, screenshot
 
 from cxr_triton.numbers import change, duration, moment, number, percent, shortest
 from cxr_triton.perf.compare import compare

@@ -15,8 +15,8 @@ from pathlib import Path
 import imagecodecs
 import numpy as np
 import pytest
+from dicom_files import compressed_bytes, dataset_of, deflated, file_bytes, pattern
 from PIL import Image
-from test_dicom import compressed_bytes, dataset_of, deflated, file_bytes, pattern
 
 from cxr_triton import errors
 from cxr_triton.pixels.dicom import read_image
@@ -128,6 +128,7 @@ def black(kind: str, side: int) -> bytes:
 SYNTAX = {"jpeg2k": "1.2.840.10008.1.2.4.90", "jpegls": "1.2.840.10008.1.2.4.80"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SYNTAX)
 @pytest.mark.parametrize("honest", [True, False])
 def test_decompression_bombs_are_refused_from_their_headers(sandbox, kind, honest):
@@ -187,6 +188,7 @@ def test_child_that_does_not_read_cannot_hang_the_parent():
         require_good(sandbox)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGKILL, errors.LimitExceeded), (signal.SIGSEGV, errors.InvalidImage)]
 )

@@ -14,14 +14,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import fake_trtllm_build
 import numpy as np
 import psutil
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import fake_trtllm_build
 from bundles import TEMPLATE, write_tokenizer
 from checkpoints import random_checkpoint
 from click.testing import CliRunner

@@ -7,7 +7,7 @@ from concurrent import futures
 import grpc
 import numpy as np
 import pytest
-from test_scheduler import EOS, VOCAB, Letters, Receiver, generation, until
+from fake_session import EOS, VOCAB, Letters, Receiver, generation, until
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
