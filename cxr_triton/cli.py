@@ -170,8 +170,7 @@ _REMEDIES = {
     errno.EDQUOT: "free some of your quota, or write to another disk",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f), or write to another disk",
     errno.EROFS: "write to another disk",
-    errno.EACCES: "see its permissions, or choose another place",
-    errno.EPERM: "see its permissions, or choose another place",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "see its permissions, or choose another place"),
     errno.ENOENT: "see how it is spelled",
 }
 

@@ -126,7 +126,7 @@ def offer(
     CxrError or None
         The first failure; it ends the load early.
     """
-    run = _Run(url, messages, load, min_seconds=min_seconds, min_requests=min_requests, seed=seed, timeout_s=timeout_s)
+    run = _Run(url, messages, load, min_seconds, min_requests, seed, timeout_s)
     run.run()
     exchanges = sorted(run.exchanges, key=lambda exchange: exchange.scheduled_s)
     return [record(exchange) for exchange in exchanges], run.failure
@@ -145,20 +145,18 @@ class _Exchange:
     error: CxrError | None = None
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self,
-        url: str,
-        messages: Sequence[bytes],
-        load: Load,
-        *,
-        min_seconds: float,
-        min_requests: int,
-        seed: int,
-        timeout_s: float,
-    ):
-        self.url, self.messages = url, messages
-        self.min_seconds, self.min_requests = min_seconds, min_requests
+    url: str
+    messages: Sequence[bytes]
+    load: Load
+    min_seconds: float
+    min_requests: int
+    seed: int = 0
+    timeout_s: float = 600.0
+
+    def __post_init__(self):
+        timeout_s = self.timeout_s
         self.timeouts = Timeouts(connect_s=min(5.0, timeout_s), first_delta_s=None, idle_s=None, total_s=timeout_s)
         self.exchanges: list[_Exchange] = []
         self.failure: CxrError | None = None
@@ -167,11 +165,9 @@ class _Run:
         self._threads: list[threading.Thread] = []
         self._leading, self._idle = threading.Lock(), threading.Semaphore(0)
         self._turns = itertools.count()
-        if load.kind == "rate_per_s":
-            self._due: Iterator[float] | None = arrivals(load.arrival, load.value, [seed])
-            self._at_first = 1
-        else:
-            self._due, self._at_first = None, int(load.value)
+        is_open = self.load.kind == "rate_per_s"
+        self._due = arrivals(self.load.arrival, self.load.value, [self.seed]) if is_open else None
+        self._at_first = 1 if is_open else int(self.load.value)
 
     def run(self) -> None:
         """Fill `exchanges`; gRPC runs in threads only, because Ctrl-C would break its state."""

@@ -7,8 +7,9 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 from importlib import metadata
+
+from cxr_triton.perf.environment import nvidia_smi
 
 ALL = "prepare providers parity speed stack"
 PARTS = {  # distribution: (module, steps that need it, MiB of its wheel for Python 3.12)
@@ -93,16 +94,8 @@ def gpu() -> dict | None:
         "compute_capability": f"{properties.major}.{properties.minor}",
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "cuda": torch.version.cuda,
-        "driver": _driver(),
+        "driver": next((found["driver_version"] for found in nvidia_smi("driver_version")), None),
     }
-
-
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driverversion", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
 
 
 def _providers() -> list[str]:

@@ -41,15 +41,7 @@ def workload(image_bytes: int, **script) -> Workload:
 
 def offered(url: str, messages: list[bytes], concurrency: int, *, seconds: float = 0.0, requests: int = 1) -> load._Run:
     """A closed loop that ended without a failure."""
-    run = load._Run(
-        url,
-        messages,
-        load.Load("concurrency", concurrency),
-        min_seconds=seconds,
-        min_requests=requests,
-        seed=0,
-        timeout_s=600.0,
-    )
+    run = load._Run(url, messages, load.Load("concurrency", concurrency), seconds, requests)
     run.run()
     if run.failure:
         raise run.failure
