@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -44,12 +45,7 @@ class PlanCache:
         entry = self._entry(key)
         try:
             facts = json.loads((entry / "entry.json").read_bytes())
-            digest = hashlib.sha256()
-            with open(entry / "plan", "rb") as reader, open(target, "wb") as writer:
-                while block := reader.read(_READ_BYTES):
-                    digest.update(block)
-                    writer.write(block)
-            if facts["key"] != key or digest.hexdigest() != facts["sha256"]:
+            if facts["key"] != key or _copy(entry / "plan", target) != facts["sha256"]:
                 raise ValueError("its digest is not that of its entry")
             return dict(facts["report"])
         except FileNotFoundError:
@@ -70,12 +66,7 @@ class PlanCache:
         entry.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=entry.parent))
         try:
-            digest = hashlib.sha256()
-            with open(plan, "rb") as reader, open(partial / "plan", "wb") as writer:
-                while block := reader.read(_READ_BYTES):
-                    digest.update(block)
-                    writer.write(block)
-            facts = {"key": key, "sha256": digest.hexdigest(), "report": report}
+            facts = {"key": key, "sha256": _copy(plan, partial / "plan"), "report": report}
             (partial / "entry.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
             with contextlib.suppress(OSError):  # the entry is there
                 os.replace(partial, entry)
@@ -84,3 +75,37 @@ class PlanCache:
 
     def _entry(self, key: str) -> Path:
         return self.folder / key[:2] / key
+
+
+def _copy(source: Path, target: Path) -> str:
+    """Copy a file; its SHA-256."""
+    digest = hashlib.sha256()
+    with open(source, "rb") as reader, open(target, "wb") as writer:
+        while block := reader.read(_READ_BYTES):
+            digest.update(block)
+            writer.write(block)
+    return digest.hexdigest()
+
+
+def built(cache: Path | None, plan: Path, inputs: Callable[[], dict], build: Callable[[], dict]) -> dict:
+    """The build report of a plan, which comes out of a cache if it is there, or is built and kept.
+
+    Parameters
+    ----------
+    cache : Path, optional
+        Folder of a `PlanCache`; always built if None.
+    plan : Path
+        Where the plan is put.
+    inputs : callable
+        Gives what `plan_key` takes.
+    build : callable
+        Writes the plan and gives its report.
+    """
+    if cache is None:
+        return build()
+    kept, key = PlanCache(cache), plan_key(inputs())
+    report = kept.get(key, plan)
+    if report is None:
+        report = build()
+        kept.put(key, plan, report)
+    return report

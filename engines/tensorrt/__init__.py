@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,46 +29,9 @@ class TensorRT(GpuEngine):
         return container_match(recipe.container, version)
 
     def compile(self, job, folder: Path) -> Compiled:
-        from cxr_triton import __version__
-        from cxr_triton.engines.bundle import sha256
-        from cxr_triton.engines.plan_cache import PlanCache, plan_key
-        from cxr_triton.engines.tensorrt.compiler import compile_graph, shape_ranges
-        from cxr_triton.profile import load_profile
+        from cxr_triton.engines.tensorrt.compiler import build_plan
 
-        version, plan, source = self.library.load(job.graph).__version__, folder / f"{job.graph}.plan", job.source
-        chosen, sequence = self.library.target(job.recipe), job.geometry.max_sequence
-        images = load_profile(source / "profile.yaml").max_images
-        ranges = shape_ranges(job.graph, job.geometry, job.recipe, images)
-        kept, timing, key = PlanCache(Path(job.cache)) if job.cache else None, None, ""
-        if kept:
-            names = (f"{job.graph}.onnx", f"{job.graph}.onnx.data")
-            key = plan_key(
-                {
-                    "graphs": [sha256(source / name, job.progress) for name in names],
-                    "shapes": ranges,
-                    "max_sequence": sequence,
-                    "engine": self.name,
-                    "version": version,
-                    "cxr_triton": __version__,
-                    **dataclasses.asdict(chosen),
-                }
-            )
-            if self.library.keeps_times:
-                name = f"timing-{self.name}-{version}-{chosen.compute_capability}.cache"
-                timing = kept.folder / name
-        report = kept.get(key, plan) if kept else None
-        if report is None:
-            report = compile_graph(
-                self.library,
-                source / f"{job.graph}.onnx",
-                plan,
-                profiles=ranges,
-                max_sequence=sequence,
-                target=chosen,
-                timing_cache=timing,
-            )
-            if kept:
-                kept.put(key, plan, report)
+        report = build_plan(self.library, job, folder / f"{job.graph}.plan")
         return Compiled({self.name: report["version"]}, report, self.container(job.recipe, report["version"]))
 
     def open_vision(self, bundle, *, threads: int | None = None):

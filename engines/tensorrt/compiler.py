@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cxr_triton import __version__
 from cxr_triton.engines import DEFAULT
+from cxr_triton.engines.bundle import sha256
 from cxr_triton.engines.interface import PREFILL_PROMPTS, PREFILL_TOKENS
-from cxr_triton.engines.tensorrt.library import Library, Target, released
+from cxr_triton.engines.plan_cache import built
+from cxr_triton.engines.tensorrt.library import Library, Target, logger, released
 from cxr_triton.errors import BuildFailed, DeviceUnavailable
+from cxr_triton.profile import load_profile
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+    from cxr_triton.engines.build import Job
     from cxr_triton.engines.geometry import Geometry
     from cxr_triton.engines.recipe import Recipe
 
@@ -34,11 +40,6 @@ That table covers the trtllm containers only; the plain ones are in NVIDIA's fra
 Ranges = dict[str, list[tuple[int, ...]]]
 """Least, usual and largest shape of each input."""
 
-_REPORTED = {
-    "weights_bytes": re.compile(r"Total Weights Memory: (\d+) bytes"),
-    "activation_bytes": re.compile(r"Total Activation Memory: (\d+) bytes"),
-}
-_SOURCE = re.compile(r"^(\S+\.(cpp|h):\d+:?\s*|In function \S+\s*|I\w+::\w+: |Error Code \d+: |\[\S+::\d+\]\s*)+")
 _NODE = re.compile(r"node[: ]+\{?([\w.:/\[\]+ -]+?)[\]}]*(?:\.| due|,|:|$)")
 _OPERATOR = re.compile(r"(\w+) operation was not supported")
 _INITIALIZER = re.compile(r"Failed to import initializer: ([\w.]+)$")
@@ -148,6 +149,34 @@ def adapt(model: ModelProto, max_sequence: int) -> ModelProto:
     return model
 
 
+def build_plan(library: Library, job: Job, plan: Path) -> dict:
+    """Put a graph's plan to `plan`, from the job's cache if it is there; report and errors as `compile_graph`."""
+    version, target = library.load(job.graph).__version__, library.target(job.recipe)
+    source, sequence = job.source / f"{job.graph}.onnx", job.geometry.max_sequence
+    images = load_profile(job.source / "profile.yaml").max_images
+    ranges = shape_ranges(job.graph, job.geometry, job.recipe, images)
+
+    def inputs() -> dict:
+        return {
+            "graphs": [sha256(path, job.progress) for path in (source, source.with_name(f"{source.name}.data"))],
+            "shapes": ranges,
+            "max_sequence": sequence,
+            "engine": library.name,
+            "version": version,
+            "cxr_triton": __version__,
+            **dataclasses.asdict(target),
+        }
+
+    def build() -> dict:
+        name = f"timing-{library.name}-{version}-{target.compute_capability}.cache"
+        times = job.cache / name if job.cache and library.keeps_times else None
+        return compile_graph(
+            library, source, plan, profiles=ranges, max_sequence=sequence, target=target, timing_cache=times
+        )
+
+    return built(job.cache, plan, inputs, build)
+
+
 def compile_graph(
     library: Library,
     graph: Path,
@@ -196,12 +225,12 @@ def compile_graph(
 
     trt = library.load(graph.stem)
     what, started_s = f"{library.name} {trt.__version__}", time.monotonic()
-    log = _logger(trt, what)
+    log = logger(trt, what)
     try:
         builder = trt.Builder(log)
     except (TypeError, RuntimeError):
         raise DeviceUnavailable(
-            f"{what} finds no GPU to build on ({log.last() or 'no message'}); build on a machine with the recipe's GPU "
+            f"{what} finds no GPU to build on ({log.last or 'no message'}); build on a machine with the recipe's GPU "
             "and driver"
         ) from None
     model = adapt(onnx.load(graph, load_external_data=False), max_sequence)
@@ -224,8 +253,7 @@ def compile_graph(
     return {
         "engine": library.name,
         "version": trt.__version__,
-        "compute_capability": target.compute_capability,
-        "gpu": target.gpu,
+        **dataclasses.asdict(target),
         "seconds": round(time.monotonic() - started_s, 1),
         "bytes": plan.stat().st_size,
         "weights_bytes": weights_bytes(model),
@@ -329,30 +357,6 @@ def _builder_error(what: str, graph: str, messages: list[str], model: ModelProto
 
 
 # What follows derives from classes of a library that is imported on use, which a type checker cannot see.
-
-
-def _logger(trt, what: str):
-    class Log(trt.ILogger):
-        """Keeps errors, and the sizes that the builder reports."""
-
-        def __init__(self):
-            trt.ILogger.__init__(self)
-            self.what = what  # is logged
-            self.errors: list[str] = []
-            self.reported: Mapping[str, list[int]] = {key: [] for key in _REPORTED}
-
-        def log(self, severity, message):
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(_SOURCE.sub("", message.strip()))
-            elif severity == trt.ILogger.INFO:
-                for key, pattern in _REPORTED.items():
-                    if found := pattern.search(message):
-                        self.reported[key].append(int(found[1]))
-
-        def last(self) -> str:
-            return self.errors[-1] if self.errors else ""
-
-    return Log()
 
 
 def _writer(trt, file):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,13 @@ class Target:
 def released(version: str) -> str:
     """A version without what says how it was packed, as in ``1.2.1+cu13`` and ``10.14.1.48.post1``."""
     return re.sub(r"(\+|\.post).*", "", version)
+
+
+_REPORTED = {
+    "weights_bytes": re.compile(r"Total Weights Memory: (\d+) bytes"),
+    "activation_bytes": re.compile(r"Total Activation Memory: (\d+) bytes"),
+}
+_SOURCE = re.compile(r"^(\S+\.(cpp|h):\d+:?\s*|In function \S+\s*|I\w+::\w+: |Error Code \d+: |\[\S+::\d+\]\s*)+")
 
 
 class Library:
@@ -115,3 +123,31 @@ class Library:
     def kernels(self, trt: Any, engine: Any, plan: Path, gpu: str) -> Any:
         """What the library compiles when a plan is opened, kept with `write`; None if nothing."""
         return None
+
+
+def logger(trt, what: str):
+    """What a builder or a runtime writes to; `what` names the library for messages."""
+
+    class Log(trt.ILogger):
+        """Keeps errors, and the sizes that the builder reports."""
+
+        def __init__(self):
+            trt.ILogger.__init__(self)
+            self.what = what  # is logged
+            self.errors: list[str] = []
+            self.reported: Mapping[str, list[int]] = {key: [] for key in _REPORTED}
+
+        def log(self, severity, message):
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(_SOURCE.sub("", message.strip()))
+            elif severity == trt.ILogger.INFO:
+                for key, pattern in _REPORTED.items():
+                    if found := pattern.search(message):
+                        self.reported[key].append(int(found[1]))
+
+        @property
+        def last(self) -> str:
+            """The last error; empty if there is none."""
+            return self.errors[-1] if self.errors else ""
+
+    return Log()

@@ -15,7 +15,7 @@ import numpy as np
 from cxr_triton.engines.cuda import call, device, runtime
 from cxr_triton.engines.interface import PREFILL_TOKENS
 from cxr_triton.engines.session import DTYPES, DecoderSession, VisionSession
-from cxr_triton.engines.tensorrt.library import Library, released
+from cxr_triton.engines.tensorrt.library import Library, logger, released
 from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Plan:
                 f"{path.name} was built for compute capability {compute_capability}, this machine has a {found.name} "
                 f"with {found.compute_capability}; build the bundle for it with another recipe"
             )
-        self._log = _quiet(trt)
+        self._log = logger(trt, engine)
         try:
             self._runtime = trt.Runtime(self._log)
         except (TypeError, RuntimeError):
@@ -170,21 +170,6 @@ class Plan:
         """Write down what the library compiled for this GPU, so that the next start finds it."""
         if self._kernels:
             self._kernels.write()
-
-
-def _quiet(trt):
-    class Log(trt.ILogger):  # type: ignore[name-defined]
-        """Keeps the last error."""
-
-        def __init__(self):
-            trt.ILogger.__init__(self)
-            self.last = ""
-
-        def log(self, severity, message):
-            if severity <= trt.ILogger.ERROR:
-                self.last = " ".join(message.split())[:400]
-
-    return Log()
 
 
 def open_plan(library: Library, bundle, graph: str) -> Plan:

@@ -28,7 +28,7 @@ from cxr_triton.engines.bundle import Progress, sha256
 from cxr_triton.engines.container import in_container, located_recipe
 from cxr_triton.engines.geometry import Geometry
 from cxr_triton.engines.interface import Compiled
-from cxr_triton.engines.plan_cache import PlanCache, plan_key
+from cxr_triton.engines.plan_cache import built
 from cxr_triton.engines.recipe import Recipe
 from cxr_triton.engines.tensorrt import ENGINE as TENSORRT
 from cxr_triton.engines.tensorrt.compiler import CONTAINER_TENSORRT, container_match
@@ -55,57 +55,49 @@ PHASES = (
 )
 """What the tool does from the line on that the pattern finds in its log, in the order in which they come."""
 
+_NO_GPU = "No CUDA GPUs are available|no CUDA-capable device|Found no NVIDIA driver|CUDA driver version is insufficient"
 _FAILURES = (
     (
-        r"No CUDA GPUs are available|no CUDA-capable device|Found no NVIDIA driver|CUDA driver version is insufficient",
-        DeviceUnavailable,
+        _NO_GPU,
         "it finds no GPU, or its driver is too old; run the container with --gpus all, on a host with its driver",
     ),
     (
         r"unrecognized arguments|invalid choice|the following arguments are required",
-        BuildFailed,
         "it does not know these flags, so it is of another version; use the recipe's container",
     ),
     (
         r"libnvinfer\S*: cannot open shared object|undefined symbol|[Pp]lugin (?:creator )?(?:\S+ )?not found"
         r"|TensorRT-LLM Plugin is unavailable|libnvinfer_plugin_tensorrt_llm|getPluginCreator could not find",
-        BuildFailed,
         "TensorRT and TensorRT-LLM with its plugins do not belong together; use the recipe's container as it is",
     ),
     (
         r"not supported on SM|[Uu]nsupported SM|Unknown SM|no kernel image is available|Unsupported (?:GPU )?arch",
-        BuildFailed,
         "this GPU has no kernels for the recipe's precision; choose another precision, or a recipe for this GPU",
     ),
     (
         r"Required but not provided tensors|Unsupported model architecture|not the same shape as the original"
         r"|KeyError: '(?:architecture|dtype|quantization|transformer\.)|SafetensorError|Error while deserializing",
-        BuildFailed,
         "the checkpoint is not one that it takes; export again with this version of cxr-triton",
     ),
     (
         r"No space left on device",
-        BuildFailed,
         "the disk is full; the engine takes as much room as its weights: free some, or choose another folder",
     ),
     (
         r"OutOfMemory|[Oo]ut of memory|could not be allocated|insufficient memory on requested size",
-        BuildFailed,
         "the GPU's memory is full; stop what else runs there, or lower slots or max_sequence of the recipe",
     ),
     (
         r"MemoryError|Cannot allocate memory|bad_alloc",
-        BuildFailed,
         "the host's memory is full; give the container more of it",
     ),
     (
         r"Could not find any implementation for node",
-        BuildFailed,
         "TensorRT has no kernel for this layer on this GPU, or no memory to try one; free the GPU, or choose another "
         "precision",
     ),
 )
-"""Pattern in the log, error, and what to do; the first that matches."""
+"""Pattern in the log, and what to do; the first that matches."""
 _NO_ERROR = re.compile(r"\] \[[VIW]\] ")  # TensorRT warns of every tactic that it has no memory for, and goes on
 
 
@@ -291,37 +283,30 @@ class DecoderBuild:
 
     def _report(self, folder: Path) -> dict:
         """Keys of `tensorrt.compiler.compile_graph`'s report and those of `build_engine`."""
-        weights = self.checkpoint / "rank0.safetensors"
-        kept = PlanCache(self.cache) if self.cache else None
-        timing, key = None, ""
-        if kept:
-            names = ("config.json", weights.name)
-            key = plan_key(
-                {
-                    "checkpoint": [sha256(self.checkpoint / name, self.progress) for name in names],
-                    "flags": self.flags,
-                    "tensorrt_llm": self.tool.tensorrt_llm,
-                    "tensorrt": self.tool.tensorrt,
-                    **dataclasses.asdict(self.target),
-                }
-            )
-            folder.mkdir()
-            if found := kept.get(key, folder / "rank0.engine"):
-                (folder / "config.json").write_text(found.pop("config"), encoding="utf-8")
-                return found
-            folder.rmdir()
-            timing = kept.folder / f"timing-{TOOL}-{self.tool.tensorrt}-{self.target.compute_capability}.cache"
-        report = {
-            "engine": NAME,
-            "version": self.tool.tensorrt_llm,
-            "tensorrt": self.tool.tensorrt,
-            **dataclasses.asdict(self.target),
-            "weights_bytes": weights.stat().st_size,
-            **build_engine(self.tool, self.checkpoint, folder, self.flags, log=self.log, timing_cache=timing),
-        }
-        if kept:
-            config = (folder / "config.json").read_text(encoding="utf-8")
-            kept.put(key, folder / "rank0.engine", {**report, "config": config})
+        weights, config = self.checkpoint / "rank0.safetensors", folder / "config.json"
+        tool = {"tensorrt_llm": self.tool.tensorrt_llm, "tensorrt": self.tool.tensorrt}
+        target = dataclasses.asdict(self.target)
+
+        def inputs() -> dict:
+            digests = [sha256(path, self.progress) for path in (self.checkpoint / config.name, weights)]
+            return {"checkpoint": digests, "flags": self.flags, **tool, **target}
+
+        def build() -> dict:
+            name = f"timing-{TOOL}-{self.tool.tensorrt}-{self.target.compute_capability}.cache"
+            times = self.cache / name if self.cache else None
+            return {
+                "engine": NAME,
+                "version": self.tool.tensorrt_llm,
+                "tensorrt": self.tool.tensorrt,
+                **target,
+                "weights_bytes": weights.stat().st_size,
+                **build_engine(self.tool, self.checkpoint, folder, self.flags, log=self.log, timing_cache=times),
+                "config": config.read_text(encoding="utf-8"),
+            }
+
+        folder.mkdir()
+        report = built(self.cache, folder / "rank0.engine", inputs, build)
+        config.write_text(report.pop("config"), encoding="utf-8")
         return report
 
 
@@ -438,7 +423,7 @@ def build_engine(
     BuildFailed
         Anything else; names the cause, the remedy and the log.
     """
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     kept = out / "timing.cache"
     timing = {"output_timing_cache": kept}
     if timing_cache is not None and timing_cache.is_file():
@@ -545,7 +530,8 @@ def _stopped_by_sigterm() -> Iterator[None]:
 
 def _failure(code: int, tail: list[str], log: Path) -> BuildFailed | DeviceUnavailable:
     text = "\n".join(line for line in tail if not _NO_ERROR.search(line))
-    for pattern, error, remedy in _FAILURES:
+    for pattern, remedy in _FAILURES:
+        error = DeviceUnavailable if pattern == _NO_GPU else BuildFailed
         if found := re.search(f"^.*(?:{pattern}).*$", text, re.MULTILINE):
             return error(f"{TOOL} failed: {_shortened(found[0])}; {remedy}; the log is {log}")
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
