@@ -70,7 +70,10 @@ def test_the_example_is_valid_and_says_the_defaults(tmp_path):
         ("storage: /tmp/x\ndicom: {}\ndestinations: []\n", "at least one"),
         ("storage: /tmp/x\ndicom: {}\ndestinations: [{name: a, kind: stow, url: ftp://x}]\n", "http"),
         (f"storage: /tmp/x\ndicom: {{}}\nresults: {{kinds: [sr]}}\n{DESTINATION}", "'sr' is none of findings_sr"),
-        (f"storage: /tmp/x\ndicom: {{}}\nread: {{identifiers: hash}}\n{DESTINATION}", "'hash' is none of plain, hashed"),
+        (
+            f"storage: /tmp/x\ndicom: {{}}\nread: {{identifiers: hash}}\n{DESTINATION}",
+            "'hash' is none of plain, hashed",
+        ),
         (f"storage: /tmp/x\nweb: {{tls: {{ca: x.pem}}}}\n{DESTINATION}", "tls.cert: is missing"),
         (f"storage: /tmp/x\ndicom: {{}}\nread: {{retry_s: []}}\n{DESTINATION}", "waits over 0"),
         (f"storage: /tmp/x\ndicom: {{}}\npriors: {{url: http://x}}\n{DESTINATION}", "no room for a prior"),
