@@ -197,7 +197,7 @@ def test_a_late_image_is_read_and_a_repeat_is_not(site):
     assert send(site.port, [phantom_dicom(50_003, study=study, number=2)]) == [0]
     wait_for(lambda: site.queue.counts()["jobs"]["done"] == done + 1, "the new reading")
     series = wait_for(
-        lambda: (found := [i for i in site.pacs.instances("SR").values()]) and len(found) >= 4 and found, "four reports"
+        lambda: (found := list(site.pacs.instances("SR").values())) and len(found) >= 4 and found, "four reports"
     )
     assert len({one["SOPInstanceUID"] for one in series}) == len(series)
 

@@ -74,7 +74,10 @@ def test_the_example_is_valid_and_says_the_defaults(tmp_path):
         ("storage: /tmp/x\ndicom: {}\ndestinations: []\n", "at least one"),
         ("storage: /tmp/x\ndicom: {}\ndestinations: [{name: a, kind: stow, url: ftp://x}]\n", "http"),
         (f"storage: /tmp/x\ndicom: {{}}\nresults: {{kinds: [sr]}}\n{DESTINATION}", "'sr' is none of findings_sr"),
-        (f"storage: /tmp/x\ndicom: {{}}\nread: {{identifiers: hash}}\n{DESTINATION}", "'hash' is none of plain, hashed"),
+        (
+            f"storage: /tmp/x\ndicom: {{}}\nread: {{identifiers: hash}}\n{DESTINATION}",
+            "'hash' is none of plain, hashed",
+        ),
         (f"storage: /tmp/x\nweb: {{tls: {{ca: x.pem}}}}\n{DESTINATION}", "tls.cert: is missing"),
         (f"storage: /tmp/x\ndicom: {{}}\nread: {{retry_s: []}}\n{DESTINATION}", "waits over 0"),
         (f"storage: /tmp/x\ndicom: {{}}\npriors: {{url: http://x}}\n{DESTINATION}", "no room for a prior"),
@@ -110,9 +113,20 @@ def store(tmp_path):
 def received(sop="1.2.3", digest="d", study="1.9", kind="image", **more):
     return Received(
         **{
-            **dict(kind=kind, sop_instance=sop, digest=digest, sop_class="1.2", study=study, series="1.8"),
-            **dict(transfer_syntax="1.2.840.10008.1.2.1", patient="p", view="PA", taken="2026", number=1, bytes=10),
-            **dict(path=f"objects/{digest}", source="test"),
+            "kind": kind,
+            "sop_instance": sop,
+            "digest": digest,
+            "sop_class": "1.2",
+            "study": study,
+            "series": "1.8",
+            "transfer_syntax": "1.2.840.10008.1.2.1",
+            "patient": "p",
+            "view": "PA",
+            "taken": "2026",
+            "number": 1,
+            "bytes": 10,
+            "path": f"objects/{digest}",
+            "source": "test",
             **more,
         }
     )
