@@ -95,9 +95,12 @@ def test_leaving_a_stream_frees_the_decoder(raw, reader, how):
 
 
 def test_the_time_limit_frees_the_decoder(raw, server):
-    with Reader(server.grpc, timeouts=Timeouts(total_s=0.3)) as reader:  # a fast CPU decodes all tokens in a second
-        with pytest.raises(DeadlineExceeded, match="total_s"):
-            reader.read(radiograph(4), **LONG).result()
+    # a fast CPU decodes all tokens in a second
+    with (
+        Reader(server.grpc, timeouts=Timeouts(total_s=0.3)) as reader,
+        pytest.raises(DeadlineExceeded, match="total_s"),
+    ):
+        reader.read(radiograph(4), **LONG).result()
     assert is_idle(raw)
 
 

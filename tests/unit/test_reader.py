@@ -87,9 +87,11 @@ def test_empty_final_response_after_the_reading(kind):
 @both
 def test_a_reading_of_another_release_is_a_mismatch(kind):
     newer = READING.replace('"version": 1', '"version": 99')
-    with FakeServer(lambda request, context: iter([response(TEXT, newer)])) as server:
-        with pytest.raises(ServerMismatch, match="99"):
-            collect(kind, server, b"x")
+    with (
+        FakeServer(lambda request, context: iter([response(TEXT, newer)])) as server,
+        pytest.raises(ServerMismatch, match="99"),
+    ):
+        collect(kind, server, b"x")
 
 
 @both
@@ -158,9 +160,11 @@ def test_every_grpc_status_becomes_an_exception_and_the_request_is_sent_once(kin
 
 @both
 def test_a_stream_without_a_reading_is_an_error(kind):
-    with FakeServer(lambda request, context: iter([response("text"), empty_final()])) as server:
-        with pytest.raises(InternalError, match="without a reading"):
-            collect(kind, server, b"x")
+    with (
+        FakeServer(lambda request, context: iter([response("text"), empty_final()])) as server,
+        pytest.raises(InternalError, match="without a reading"),
+    ):
+        collect(kind, server, b"x")
 
 
 @both
@@ -522,16 +526,21 @@ def test_readings_run_side_by_side():
 
 
 def test_too_large_a_request_is_refused_before_it_is_sent():
-    with FakeServer(streamed) as server, Reader(server.url, max_message_mib=2) as reader:
-        with pytest.raises(LimitExceeded, match=r"1\.5 MiB together, allowed 1 MiB"):
-            reader.read([bytes(3 << 18), bytes(3 << 18)])
+    with (
+        FakeServer(streamed) as server,
+        Reader(server.url, max_message_mib=2) as reader,
+        pytest.raises(LimitExceeded, match=r"1\.5 MiB together, allowed 1 MiB"),
+    ):
+        reader.read([bytes(3 << 18), bytes(3 << 18)])
 
 
 @both
 def test_a_server_with_a_smaller_limit_is_told_apart_from_a_full_queue(kind):
-    with FakeServer(streamed, max_receive_bytes=1 << 16) as server:
-        with pytest.raises(LimitExceeded, match="larger than max"):
-            collect(kind, server, bytes(1 << 17))
+    with (
+        FakeServer(streamed, max_receive_bytes=1 << 16) as server,
+        pytest.raises(LimitExceeded, match="larger than max"),
+    ):
+        collect(kind, server, bytes(1 << 17))
 
 
 def test_a_large_image_and_a_large_reading_fit():
