@@ -70,7 +70,7 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 # The site, into build/site; `python -m http.server -d build/site` shows it with its search.
 .PHONY: docs
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
