@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from cxr_triton import __version__
 from cxr_triton.engines import DEFAULT, ROOMS, engine
-from cxr_triton.engines.bundle import (
-    MANIFEST,
-    READ_BYTES,
-    SCHEMA,
-    SIDE_FILES,
-    Bundle,
-    Progress,
-    present_files,
-    sha256,
-)
+from cxr_triton.engines.bundle import MANIFEST, SCHEMA, SIDE_FILES, Bundle, present_files
+from cxr_triton.engines.digest import Progress, copy, sha256
 from cxr_triton.engines.geometry import Geometry
 from cxr_triton.engines.interface import Compiled, Engine
 from cxr_triton.engines.recipe import Recipe
@@ -47,7 +38,7 @@ class Job:
     cache : Path, optional
         Folder of a `PlanCache`.
     progress : callable, optional
-        See `bundle.Progress`.
+        See `digest.Progress`.
     """
 
     graph: str
@@ -128,9 +119,10 @@ def build_bundle(
     with new_folder(out) as partial:
         compiled = {graph: run(partial) for graph, run in compilers.items()}
         folders = [each.folder for each in engines.values()]
-        files = {name: _entry(partial / name, progress) for name in sorted(present_files(partial, folders))}
+        digests = {name: sha256(partial / name, progress) for name in sorted(present_files(partial, folders))}
         names = SIDE_FILES + tuple(name for graph, each in engines.items() for name in each.files(graph))
-        files |= {name: _copy(source / name, partial / name, progress) for name in names if name not in files}
+        digests |= {name: copy(source / name, partial / name, progress) for name in names if name not in digests}
+        files = {name: {"bytes": (partial / name).stat().st_size, "sha256": digests[name]} for name in digests}
         manifest = _manifest(export, recipe, engines, compiled) | {"files": files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     return Bundle.open(out, verify=False)
@@ -267,20 +259,3 @@ def _check_graph(path: Path) -> None:
     data = path.with_name(f"{path.name}.data")
     if (size := data.stat().st_size) < needed:
         raise InvalidBundle(f"{data} has {size} bytes, its graph needs {needed}: it is cut off; export again")
-
-
-def _copy(source: Path, target: Path, progress: Progress | None) -> dict:
-    """Copy a file and give its manifest entry from the same pass."""
-    digest, size = hashlib.sha256(), 0
-    with open(source, "rb") as reader, open(target, "wb") as writer:
-        while block := reader.read(READ_BYTES):
-            writer.write(block)
-            digest.update(block)
-            size += len(block)
-            if progress:
-                progress(source.name, len(block))
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _entry(path: Path, progress: Progress | None) -> dict:
-    return {"bytes": path.stat().st_size, "sha256": sha256(path, progress)}

@@ -8,19 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cxr_triton.engines import engine, engine_names, require_ability
+from cxr_triton.engines.digest import Progress, sha256
 from cxr_triton.engines.geometry import Geometry
 from cxr_triton.errors import InvalidBundle
 from cxr_triton.profile import ModelProfile, load_profile
 
 if TYPE_CHECKING:
-    from cxr_triton.engines.runtime.scheduler import Runtime
     from cxr_triton.engines.session import DecoderSession, VisionSession
 
 SCHEMA = 1
@@ -35,10 +35,6 @@ SIDE_FILES = (
 )
 GRAPHS = ("vision", "decoder")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-READ_BYTES = 1 << 22
-
-Progress = Callable[[str, int], object]
-"""Called with a file's name and the bytes just hashed or copied."""
 
 
 @dataclass(frozen=True)
@@ -162,10 +158,6 @@ class Bundle:
             require_ability(self.engine, "batch_invariant")
         return engine(self.engine).open_decoder(self, slots=slots, threads=threads, batch_invariant=batch_invariant)
 
-    def open_runtime(self, parameters: dict[str, str], address: str) -> Runtime:
-        """What serves the decoder, as the parameters of its served model ask for it; see `Engine.open_runtime`."""
-        return engine(self.engine).open_runtime(self, parameters, address)
-
 
 def _read(path: Path) -> bytes:
     try:
@@ -232,14 +224,3 @@ def present_files(path: Path, folders: Iterable[str | None]) -> set[str]:
         if (path / folder).is_dir():
             names = names - {folder} | {f"{folder}/{item.name}" for item in (path / folder).iterdir()}
     return names
-
-
-def sha256(path: Path, progress: Progress | None = None) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-            if progress:
-                progress(path.name, len(block))
-    return digest.hexdigest()

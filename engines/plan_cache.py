@@ -12,10 +12,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from cxr_triton.engines.digest import copy
+
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-_READ_BYTES = 1 << 22
 
 
 def default_folder() -> Path:
@@ -45,7 +46,7 @@ class PlanCache:
         entry = self._entry(key)
         try:
             facts = json.loads((entry / "entry.json").read_bytes())
-            if facts["key"] != key or _copy(entry / "plan", target) != facts["sha256"]:
+            if facts["key"] != key or copy(entry / "plan", target) != facts["sha256"]:
                 raise ValueError("its digest is not that of its entry")
             return dict(facts["report"])
         except FileNotFoundError:
@@ -66,7 +67,7 @@ class PlanCache:
         entry.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=entry.parent))
         try:
-            facts = {"key": key, "sha256": _copy(plan, partial / "plan"), "report": report}
+            facts = {"key": key, "sha256": copy(plan, partial / "plan"), "report": report}
             (partial / "entry.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n")
             with contextlib.suppress(OSError):  # the entry is there
                 os.replace(partial, entry)
@@ -75,16 +76,6 @@ class PlanCache:
 
     def _entry(self, key: str) -> Path:
         return self.folder / key[:2] / key
-
-
-def _copy(source: Path, target: Path) -> str:
-    """Copy a file; its SHA-256."""
-    digest = hashlib.sha256()
-    with open(source, "rb") as reader, open(target, "wb") as writer:
-        while block := reader.read(_READ_BYTES):
-            digest.update(block)
-            writer.write(block)
-    return digest.hexdigest()
 
 
 def built(cache: Path | None, plan: Path, inputs: Callable[[], dict], build: Callable[[], dict]) -> dict:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from cxr_triton.engines import engine
 from cxr_triton.engines.pipeline import wire_error
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.triton_repo.serve import GRPC_ADDRESS
@@ -34,7 +35,7 @@ def parameters(args: dict) -> dict[str, str]:
 
 def open_runtime(bundle, values: dict[str, str]):
     """The `Runtime` of a bundle's decoder engine, as the parameters of `decoder` ask for it."""
-    return bundle.open_runtime(values, os.environ.get(GRPC_ADDRESS, "127.0.0.1:8001"))
+    return engine(bundle.engine).open_runtime(bundle, values, os.environ.get(GRPC_ADDRESS, "127.0.0.1:8001"))
 
 
 def input_types(args: dict) -> dict[str, str]:

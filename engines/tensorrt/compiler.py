@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from cxr_triton import __version__
 from cxr_triton.engines import DEFAULT
-from cxr_triton.engines.bundle import sha256
+from cxr_triton.engines.digest import sha256
 from cxr_triton.engines.interface import PREFILL_PROMPTS, PREFILL_TOKENS
 from cxr_triton.engines.plan_cache import built
 from cxr_triton.engines.tensorrt.library import Library, Target, logger, released
@@ -240,11 +240,7 @@ def compile_graph(
         _add_profile(what, builder, config, network, ranges)
     library.configure(trt, config, target)
     times = None if timing_cache is None else _attach_times(config, timing_cache)
-    with open(plan, "wb") as file, _monitor(trt, plan.name, progress) as monitor:
-        config.progress_monitor = monitor
-        done = builder.build_serialized_network_to_stream(network, config, _writer(trt, file))
-    if monitor.interrupted:
-        raise KeyboardInterrupt
+    done = _written(trt, builder, network, config, plan, progress=progress)
     if not done or not plan.stat().st_size:
         raise _builder_error(what, graph.name, log.errors, model)
     if timing_cache is not None and times is not None:
@@ -264,6 +260,16 @@ def compile_graph(
         },
         "layers": dict(sorted(Counter(network.get_layer(i).type.name for i in range(network.num_layers)).items())),
     }
+
+
+def _written(trt, builder, network, config, plan: Path, *, progress: bool | None) -> bool:
+    """Whether the builder says that it wrote a plan; Ctrl-C ends it."""
+    with open(plan, "wb") as file, _monitor(trt, plan.name, progress) as monitor:
+        config.progress_monitor = monitor
+        done = builder.build_serialized_network_to_stream(network, config, _writer(trt, file))
+    if monitor.interrupted:
+        raise KeyboardInterrupt
+    return bool(done)
 
 
 def _parsed(trt, builder, log, model: ModelProto, graph: Path):

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cxr_triton.engines.build import Job
-from cxr_triton.engines.bundle import Progress, sha256
 from cxr_triton.engines.container import in_container, located_recipe
+from cxr_triton.engines.digest import Progress, sha256
 from cxr_triton.engines.geometry import Geometry
 from cxr_triton.engines.interface import Compiled
 from cxr_triton.engines.plan_cache import built
@@ -240,7 +240,7 @@ class DecoderBuild:
     cache : Path, optional
         Folder of a `PlanCache`.
     progress : callable, optional
-        See `bundle.Progress`.
+        See `digest.Progress`.
     """
 
     checkpoint: Path
