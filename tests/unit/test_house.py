@@ -20,11 +20,9 @@ PRODUCT = ("cxr_triton", "export", "engines", "triton_repo", "client", "perf")
 NAMED = re.compile(r"(?i)\b(onnxruntime|openvino|tensorrt(?:[-_]?(?:rtx|llm))?|vllm)\b")
 MAY_NAME = {
     "engines/__init__.py": "the table",
+    "export/forms.py": "the table of forms, one of which an engine takes",
     "perf/peers/": "other people's software, a module each",
-    "export/command.py": "an export has the form that an engine takes",
-    "export/decoder.py": "what an exported graph owes to those who read it",
-    "cxr_triton/cli.py": "an example of a command names a recipe",
-    "perf/gpu_session.py": "what travels to a GPU machine, and what is measured there",
+    "perf/gpu_session/": "what travels to a GPU machine, and what is measured there",
 }
 
 
