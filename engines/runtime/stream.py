@@ -91,13 +91,13 @@ class Chunk:
     token_ids : (n,) int32 array
         Tokens since the last chunk.
     completion : Completion, optional
-    error : CxrError, optional
+    error : Exception, optional
     """
 
     text: str = ""
     token_ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     completion: Completion | None = None
-    error: CxrError | None = None
+    error: Exception | None = None
 
 
 class Stream:

@@ -70,8 +70,9 @@ def test_wheel_holds_every_file_of_the_folders_and_the_demonstration_model(wheel
     assert {f"cxr_triton/triton_repo/phantom/checkpoint/{path.name}" for path in CHECKPOINT.iterdir()} <= names
 
 
-def test_git_ignores_what_the_readme_s_commands_write_and_no_source():
-    typed = "\n".join(re.findall(r"^    .*$", README, re.MULTILINE))
+def test_git_ignores_what_the_documents_commands_write_and_no_source():
+    guides = [README, *(path.read_text("utf-8") for path in (ROOT / "docs").glob("*.md"))]
+    typed = "\n".join(re.findall(r"^    .*$", "\n".join(guides), re.MULTILINE))
     written = set(re.findall(r"(?:-o|--html|--json|>) ([\w.-]+/?)(?=\s|$)", typed))
     assert {"graphs/", "engine/", "reading.json", "gateway.yaml"} <= written
     asked = subprocess.run(["git", "check-ignore", *written], cwd=ROOT, check=False, capture_output=True, text=True)

@@ -63,7 +63,7 @@ class TritonPythonModel:
         }
         self.metrics = {name: family.Metric(labels={}) for name, family in self.families.items()}
         self.counted_steps = 0
-        self.outbox = queue.SimpleQueue()
+        self.outbox: queue.SimpleQueue = queue.SimpleQueue()
         self.responder = threading.Thread(target=self.respond, name="responder", daemon=True)
         self.responder.start()
 
