@@ -118,8 +118,9 @@ def build_bundle(
     }
     with new_folder(out) as partial:
         compiled = {graph: run(partial) for graph, run in compilers.items()}
-        folders = [each.folder for each in engines.values()]
-        digests = {name: sha256(partial / name, progress) for name in sorted(present_files(partial, folders))}
+        digests = {
+            name: sha256(partial / name, progress) for name in sorted(present_files(partial, engines["decoder"].folder))
+        }
         names = SIDE_FILES + tuple(name for graph, each in engines.items() for name in each.files(graph))
         digests |= {name: copy(source / name, partial / name, progress) for name in names if name not in digests}
         files = {name: {"bytes": (partial / name).stat().st_size, "sha256": digests[name]} for name in digests}

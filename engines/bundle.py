@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -186,7 +185,8 @@ def _check_manifest(manifest: object) -> None:
     folder = engine(manifest["engine"]).folder
     for name, entry in manifest["files"].items():
         # A name that leaves the folder would let a bundle vouch for, or load, another file of the machine.
-        if not _FILE_NAME.fullmatch(name.removeprefix(f"{folder}/")) or name == MANIFEST:
+        plain = name.removeprefix(f"{folder}/") if folder else name
+        if not _FILE_NAME.fullmatch(plain) or name == MANIFEST:
             raise InvalidBundle(f"{MANIFEST}: {name[:80]!r} is no plain file name; build the bundle again")
         if not (
             isinstance(entry, dict)
@@ -199,7 +199,7 @@ def _check_manifest(manifest: object) -> None:
 
 def _check_files(path: Path, manifest: dict, verify: bool, progress: Progress | None) -> None:
     decoder, vision = engine(manifest["engine"]), engine(manifest["vision_engine"])
-    files, present = manifest["files"], present_files(path, [decoder.folder])
+    files, present = manifest["files"], present_files(path, decoder.folder)
     graphs = vision.files("vision") + decoder.files("decoder")
     if missing := sorted({*files, *SIDE_FILES, *graphs} - (present & set(files))):
         raise InvalidBundle(f"{missing[0]} is missing from {path} or its manifest; build the bundle again")
@@ -217,10 +217,9 @@ def _check_files(path: Path, manifest: dict, verify: bool, progress: Progress | 
             )
 
 
-def present_files(path: Path, folders: Iterable[str | None]) -> set[str]:
-    """Names of what lies in a bundle besides its manifest; what lies in one of `folders` has the folder before it."""
+def present_files(path: Path, folder: str | None) -> set[str]:
+    """Names of what lies in a bundle besides its manifest; what lies in `folder` has it before its name."""
     names = {item.name for item in path.iterdir()} - {MANIFEST}
-    for folder in names.intersection(folders):
-        if (path / folder).is_dir():
-            names = names - {folder} | {f"{folder}/{item.name}" for item in (path / folder).iterdir()}
+    if folder and (path / folder).is_dir():
+        names = names - {folder} | {f"{folder}/{item.name}" for item in (path / folder).iterdir()}
     return names

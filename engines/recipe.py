@@ -242,7 +242,7 @@ def _linear_bytes(shape: tuple[int, ...], precision: str, item: int) -> int:
         return n * k + 8
     if precision in ("int4", "int4-awq"):
         return n * k // 2 + n * -(-k // INT4_BLOCK) * item
-    return n * k * item
+    return n * k * BYTES.get(precision, item)
 
 
 def recipe_names() -> list[str]:

@@ -44,25 +44,12 @@ class Settings:
                 raise InvalidRequest(f"{name} is {value}, must be at least {least}")
 
 
+_PATCHES = ("PIXEL_WINDOWS", "PATCH_ROWS_COLS", "VALID", "MERGE_ORDER")
+_PROMPT = ("INPUT_IDS", "IMAGE_INDEX", "POSITION_IDS")
 STEPS = {
-    "dicom_preprocess": (
-        ("IMAGES", "REQUEST"),
-        (
-            "PIXEL_WINDOWS",
-            "PATCH_ROWS_COLS",
-            "VALID",
-            "MERGE_ORDER",
-            "INPUT_IDS",
-            "IMAGE_INDEX",
-            "POSITION_IDS",
-            "CONTEXT",
-        ),
-    ),
-    "vision_encoder": (("PIXEL_WINDOWS", "PATCH_ROWS_COLS", "VALID", "MERGE_ORDER"), ("IMAGE_EMBEDDINGS",)),
-    "decoder": (
-        ("INPUT_IDS", "IMAGE_INDEX", "POSITION_IDS", "IMAGE_EMBEDDINGS", "CONTEXT"),
-        ("TEXT", "TOKEN_IDS", "STREAM", "COMPLETION"),
-    ),
+    "dicom_preprocess": (("IMAGES", "REQUEST"), (*_PATCHES, *_PROMPT, "CONTEXT")),
+    "vision_encoder": (_PATCHES, ("IMAGE_EMBEDDINGS",)),
+    "decoder": ((*_PROMPT, "IMAGE_EMBEDDINGS", "CONTEXT"), ("TEXT", "TOKEN_IDS", "STREAM", "COMPLETION")),
     "report": (("TEXT", "STREAM", "COMPLETION"), ("DELTA", "READING")),
 }
 """Tensors that each step takes and gives, in the order of the ensemble."""

@@ -138,8 +138,8 @@ def _timed(run) -> list[float]:
 
 
 def cpu_ceilings(name: str = DEFAULT) -> Ceilings:
-    """Medians of `ROUNDS` on all cores that this process may use; products as the engine of a name runs them."""
-    threads = len(os.sched_getaffinity(0))
+    """Medians of `ROUNDS` on all cores that this process may use; products as the engine runs them, if it says how."""
+    threads, name = len(os.sched_getaffinity(0)), name if engine(name).products else DEFAULT
     copies = [copy_bandwidth(threads) for _ in range(ROUNDS)]
     gemm = {precision: gemm_speed(precision, threads, name=name) for precision in engine(name).products}
     return Ceilings("cpu", statistics.median(copies), gemm)

@@ -226,13 +226,7 @@ def compile_graph(
     trt = library.load(graph.stem)
     what, started_s = f"{library.name} {trt.__version__}", time.monotonic()
     log = logger(trt, what)
-    try:
-        builder = trt.Builder(log)
-    except (TypeError, RuntimeError):
-        raise DeviceUnavailable(
-            f"{what} finds no GPU to build on ({log.last or 'no message'}); build on a machine with the recipe's GPU "
-            "and driver"
-        ) from None
+    builder = _builder(trt, log)
     model = adapt(onnx.load(graph, load_external_data=False), max_sequence)
     network = _parsed(trt, builder, log, model, graph)
     config = builder.create_builder_config()
@@ -254,10 +248,7 @@ def compile_graph(
         "bytes": plan.stat().st_size,
         "weights_bytes": weights_bytes(model),
         "cache_bytes": _cache_bytes(network, profiles[-1]),
-        "reported": {
-            "weights_bytes": next(iter(log.reported["weights_bytes"]), None),
-            "activation_bytes": log.reported["activation_bytes"],
-        },
+        "reported": log.reported | {"weights_bytes": next(iter(log.reported["weights_bytes"]), None)},
         "layers": dict(sorted(Counter(network.get_layer(i).type.name for i in range(network.num_layers)).items())),
     }
 
@@ -270,6 +261,16 @@ def _written(trt, builder, network, config, plan: Path, *, progress: bool | None
     if monitor.interrupted:
         raise KeyboardInterrupt
     return bool(done)
+
+
+def _builder(trt, log):
+    try:
+        return trt.Builder(log)
+    except (TypeError, RuntimeError):
+        raise DeviceUnavailable(
+            f"{log.what} finds no GPU to build on ({log.last or 'no message'}); build on a machine with the recipe's "
+            "GPU and driver"
+        ) from None
 
 
 def _parsed(trt, builder, log, model: ModelProto, graph: Path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,7 +134,7 @@ def logger(trt, what: str):
             trt.ILogger.__init__(self)
             self.what = what  # is logged
             self.errors: list[str] = []
-            self.reported: Mapping[str, list[int]] = {key: [] for key in _REPORTED}
+            self.reported: dict[str, list[int]] = {key: [] for key in _REPORTED}
 
         def log(self, severity, message):
             if severity <= trt.ILogger.ERROR:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from cxr_triton.engines.build import Job
 from cxr_triton.engines.container import in_container, located_recipe
-from cxr_triton.engines.digest import Progress, sha256
+from cxr_triton.engines.digest import sha256
 from cxr_triton.engines.geometry import Geometry
 from cxr_triton.engines.interface import Compiled
 from cxr_triton.engines.plan_cache import built
@@ -222,64 +222,42 @@ def _interpreter(script: Path) -> list[str]:
     return shlex.split(line[2:]) if line.startswith("#!") else ["python3"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DecoderBuild:
     """One decoder that is about to be built.
 
     Attributes
     ----------
+    job : Job
     checkpoint : Path
         Folder with `config.json` and `rank0.safetensors`.
     flags : dict
         See `flags`.
     tool : Tool
     target : Target
-    container : dict
-        See `container_match`.
-    log : Path
-    cache : Path, optional
-        Folder of a `PlanCache`.
-    progress : callable, optional
-        See `digest.Progress`.
     """
 
+    job: Job
     checkpoint: Path
     flags: dict[str, str]
     tool: Tool
     target: Target
-    container: dict
-    log: Path
-    cache: Path | None = None
-    progress: Progress | None = None
 
     @classmethod
     def prepare(cls, job: Job) -> DecoderBuild:
-        """Check everything that can be checked before the first minute of building.
+        """Check everything that can be checked before the first minute of building; errors as `Engine.prepare`."""
+        return cls(job, *asked(job.source, job.geometry, job.recipe), *check_machine(job.recipe))
 
-        Raises
-        ------
-        InvalidBundle, InvalidRequest
-            The checkpoint is damaged, or not what the recipe builds.
-        DeviceUnavailable
-            The tool or the recipe's GPU is missing, or of another version or kind.
-        """
-        checkpoint, chosen = asked(job.source, job.geometry, job.recipe)
-        tool, target = check_machine(job.recipe)
-        return cls(
-            checkpoint=checkpoint,
-            flags=chosen,
-            tool=tool,
-            target=target,
-            container=container_match(job.recipe.container, tool.tensorrt),
-            log=job.out.with_name(f"{job.out.name}.{TOOL}.log"),
-            cache=job.cache,
-            progress=job.progress,
-        )
+    @property
+    def log(self) -> Path:
+        """What the tool says, beside the bundle."""
+        return self.job.out.with_name(f"{self.job.out.name}.{TOOL}.log")
 
     def run(self, bundle: Path) -> Compiled:
         """Put the engine into a bundle's folder, from the cache of plans if it is there."""
         versions = {NAME: self.tool.tensorrt_llm, TENSORRT.name: self.tool.tensorrt}
-        return Compiled(versions, self._report(bundle / FOLDER), self.container)
+        container = container_match(self.job.recipe.container, self.tool.tensorrt)
+        return Compiled(versions, self._report(bundle / FOLDER), container)
 
     def _report(self, folder: Path) -> dict:
         """Keys of `tensorrt.compiler.compile_graph`'s report and those of `build_engine`."""
@@ -288,12 +266,12 @@ class DecoderBuild:
         target = dataclasses.asdict(self.target)
 
         def inputs() -> dict:
-            digests = [sha256(path, self.progress) for path in (self.checkpoint / config.name, weights)]
+            digests = [sha256(path, self.job.progress) for path in (self.checkpoint / config.name, weights)]
             return {"checkpoint": digests, "flags": self.flags, **tool, **target}
 
         def build() -> dict:
             name = f"timing-{TOOL}-{self.tool.tensorrt}-{self.target.compute_capability}.cache"
-            times = self.cache / name if self.cache else None
+            times = self.job.cache / name if self.job.cache else None
             return {
                 "engine": NAME,
                 "version": self.tool.tensorrt_llm,
@@ -305,7 +283,7 @@ class DecoderBuild:
             }
 
         folder.mkdir()
-        report = built(self.cache, folder / "rank0.engine", inputs, build)
+        report = built(self.job.cache, folder / "rank0.engine", inputs, build)
         config.write_text(report.pop("config"), encoding="utf-8")
         return report
 

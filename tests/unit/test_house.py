@@ -1,6 +1,8 @@
 """The house: one table lists the engines, each says all of itself in its own room, and nothing else names one."""
 
 import io
+import json
+import os
 import re
 import subprocess
 import sys
@@ -119,3 +121,75 @@ def test_the_table_imports_no_engines_library():
     )
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert said.stdout.split() == []
+
+
+PAPER = """
+import json, sys
+from pathlib import Path
+from cxr_triton.engines import ROOMS, engine
+ROOMS["paper"] = "paper_engine"
+from cxr_triton.engines.build import build_bundle
+from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.recipe import load_recipe
+from cxr_triton.errors import CxrError
+from cxr_triton.triton_repo.package import Settings, write_repository
+
+export, folder = map(Path, sys.argv[1:])
+recipe = load_recipe(folder / "paper.yaml")
+bundle = build_bundle(export, folder / "bundle", recipe=recipe)
+write_repository(bundle.path, folder / "repository", Settings(), unverified=True)
+packaged = Bundle.open(folder / "repository" / "decoder" / "1" / "bundle")
+runtime = engine(packaged.engine).open_runtime(packaged, {"slots": "9"}, "127.0.0.1:1")
+said = {"engines": [bundle.vision_engine, bundle.engine], "versions": bundle.manifest["versions"]["paper"],
+        "files": sorted(name for name in bundle.manifest["files"] if "/" in name), "shards": runtime.shards,
+        "prompt_tables": recipe.memory()["prompt_tables"], "step": engine("paper").run_bytes(bundle, "decoder"),
+        "config": (folder / "repository" / "decoder" / "config.pbtxt").read_text(), "refused": []}
+for change in (lambda: (bundle.path / "paper" / "b.safetensors").write_bytes(b"changed!"),
+               lambda: (bundle.path / "paper" / "more").write_bytes(b"")):
+    change()
+    try:
+        Bundle.open(bundle.path)
+    except CxrError as error:
+        said["refused"].append(error.message)
+print(json.dumps(said))
+"""
+
+
+def test_an_engine_of_another_kind_needs_nothing_but_its_room(tmp_path):
+    """It opens a checkpoint itself, beside a tower of ours, and takes its own types, on a CPU here."""
+    import yaml
+    from bundles import write_export
+    from checkpoints import random_checkpoint
+
+    from cxr_triton.engines.recipe import RECIPES
+
+    random_checkpoint(tmp_path / "checkpoint")
+    export = write_export(tmp_path / "export", tmp_path / "checkpoint", precision="fp32")
+    for name in ("decoder.onnx", "decoder.onnx.data"):
+        (export / name).unlink()
+    (export / "decoder").mkdir()
+    for name, content in {"config.json": b"{}", "a.safetensors": b"weights", "b.safetensors": b"of paper"}.items():
+        (export / "decoder" / name).write_bytes(content)
+    exported = json.loads((export / "export.json").read_text())
+    exported |= {"format": "checkpoint", "precision": "bf16", "head": "compute"}
+    exported["geometry"]["compute"] = "fp32"
+    (export / "export.json").write_text(json.dumps(exported))
+    recipe = yaml.safe_load((RECIPES / "cpu-int4.yaml").read_text())
+    recipe |= {"name": "paper", "memory_gib": 16, "thresholds": {"kl": 1.0}}
+    recipe["decoder"] = {"compiler": "paper", "precision": "bf16", "compute": "fp32", "head": "compute", "kv": "bf16"}
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(recipe))
+    tests = str(ROOT / "tests")
+    done = subprocess.run(
+        [sys.executable, "-c", PAPER, str(export), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": tests},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["engines"], said["versions"]) == (["onnxruntime", "paper"], "1.0")
+    assert said["files"] == ["paper/a.safetensors", "paper/b.safetensors", "paper/config.json"]
+    assert (said["shards"], said["step"]) == (["a.safetensors", "b.safetensors"], 15)
+    assert said["prompt_tables"] == 4 * 2048
+    assert re.search(r'"sheets"\s+value \{\s+string_value: "2"', said["config"])
+    assert "paper/b.safetensors" in said["refused"][0] and "paper/more" in said["refused"][1]
