@@ -22,7 +22,6 @@ from cxr_triton.engines import engine
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.rewrite import step_bytes
 from cxr_triton.engines.runtime.stream import Chunk
-from cxr_triton.errors import CxrError
 from cxr_triton.perf.environment import Stolen, cpu_name
 from cxr_triton.perf.peers.genai import PACKAGES as GENAI_PACKAGES
 from cxr_triton.perf.peers.genai import GenaiEngine, build_genai
@@ -93,7 +92,7 @@ class Receiver:
     def __init__(self):
         self.arrivals: list[tuple[float, int]] = []
         self.done = threading.Event()
-        self.error: CxrError | None = None
+        self.error: Exception | None = None
         self.timings_ms: dict[str, float] = {}
 
     def __call__(self, chunk: Chunk) -> None:

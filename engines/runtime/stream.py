@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cxr_triton.engines.runtime.sampler import Sampler
-from cxr_triton.errors import CxrError, InvalidRequest
+from cxr_triton.errors import InvalidRequest
 from cxr_triton.sampling import Sampling
 
 
