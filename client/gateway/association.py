@@ -31,6 +31,12 @@ def prepare_pynetdicom(new_file: Callable[[], object]) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
+MOST_ANSWERED = 1 << 22
+"""Bytes of a PACS' answers on one association, some ten thousand studies."""
+MOST_REPORTED = 1 << 18
+"""Bytes of a peer's report on storage commitment, some thousand results."""
+
+
 class Unreachable(Exception):
     """The destination, not a result: nothing can be sent there now."""
 
@@ -96,7 +102,13 @@ def limit(association: Association, *, pdu_limit: int, pdu_s: float, max_message
 
 @contextlib.contextmanager
 def associate(
-    to: Remote, aet: str, contexts: Mapping[str, Sequence[str]], handlers: Sequence = (), roles: Sequence = ()
+    to: Remote,
+    aet: str,
+    contexts: Mapping[str, Sequence[str]],
+    handlers: Sequence = (),
+    roles: Sequence = (),
+    *,
+    max_bytes: int = MOST_ANSWERED,
 ) -> Iterator[Association]:
     """An association with a PACS, for SOP classes with their transfer syntaxes; released at the end.
 
@@ -108,6 +120,8 @@ def associate(
     contexts : mapping of str to sequence of str
     handlers, roles
         As pynetdicom takes them.
+    max_bytes : int
+        Of all answers together, which pydicom parses in this process, or of one object that is fetched.
 
     Raises
     ------
@@ -121,7 +135,7 @@ def associate(
         ae.add_requested_context(sop_class, list(syntaxes))
 
     def bound(event: evt.Event) -> None:
-        limit(event.assoc, pdu_limit=1 << 20, pdu_s=to.timeout_s, max_message=1 << 28)
+        limit(event.assoc, pdu_limit=1 << 20, pdu_s=to.timeout_s, max_message=max_bytes)
         _wire(event.assoc).socket.settimeout(to.timeout_s)
 
     called, host = to.pacs

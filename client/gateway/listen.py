@@ -25,6 +25,9 @@ from cxr_triton.client.gateway.intake import MIB, REFUSALS, Intake, Mismatch, st
 from cxr_triton.errors import CxrError, Unavailable
 from cxr_triton.pixels.dicom import Identity
 
+MOST_COMMAND = 1 << 16
+"""Bytes of a DIMSE command set; those of PS3.7 have hundreds."""
+
 
 class Listener:
     """C-STORE and C-ECHO SCP; also takes the answers to storage commitment.
@@ -155,8 +158,17 @@ class Listener:
 
     def _on_event_report(self, event: evt.Event) -> tuple[int, None]:
         whole_request(event)
-        take_commitment(event.event_information, self._on_commitment)
-        return SUCCESS, None
+        return take_commitment(event, self._on_commitment), None
+
+
+def _require_short_command(message: Any, data: Any) -> None:
+    """Raise `ValueError` for a command set that is longer than one can be; pydicom would parse it in this process."""
+    parts = getattr(data, "presentation_data_value_list", None) or []
+    received = sum(len(part) for _, part in parts if part[:1] and part[0] & 1)
+    if message is not None:
+        received += message.encoded_command_set.getbuffer().nbytes
+    if received > MOST_COMMAND:
+        raise ValueError(f"{received} bytes of a command set")
 
 
 def _is_in(address: str, networks) -> bool:
@@ -234,6 +246,7 @@ class _Handler(RequestHandler):
         def take_or_abort(data: object) -> None:
             """Without this, data that are no message would end pynetdicom's thread instead of the association."""
             try:
+                _require_short_command(dimse.message, data)
                 take(data)
             except Exception as error:
                 # its text may quote the data

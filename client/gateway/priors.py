@@ -21,7 +21,7 @@ from pydicom.uid import (
 )
 from pynetdicom import build_role, evt
 
-from cxr_triton.client.gateway.association import Unreachable, associate, whole_request
+from cxr_triton.client.gateway.association import MOST_ANSWERED, Unreachable, associate, whole_request
 from cxr_triton.client.gateway.config import Priors
 from cxr_triton.client.gateway.dimse import (
     OUT_OF_RESOURCES,
@@ -153,7 +153,7 @@ class PacsFinder(PriorFinder):
         roles = [build_role(sop_class, scp_role=True) for sop_class in IMAGES]
         handlers = [(evt.EVT_C_STORE, on_store)]
         identifier = item(QueryRetrieveLevel="SERIES", StudyInstanceUID=study, SeriesInstanceUID=series)
-        with associate(self._settings, self._aet, contexts, handlers, roles) as association:
+        with associate(self._settings, self._aet, contexts, handlers, roles, max_bytes=1 << 28) as association:
             try:
                 for status, _ in association.send_c_get(identifier, STUDY_ROOT_GET):
                     if status.get("Status") not in (*PENDING, SUCCESS, 0xB000):
@@ -179,7 +179,8 @@ class WebFinder(PriorFinder):
         taken = []
         for instance in self._qido(f"studies/{study}/series/{series}/instances"):
             path = f"studies/{study}/series/{series}/instances/{instance.SOPInstanceUID}"
-            kind, body = self._ask(path, 'multipart/related; type="application/dicom"; transfer-syntax=*')
+            accept = 'multipart/related; type="application/dicom"; transfer-syntax=*'
+            kind, body = self._ask(path, accept, self._intake.max_bytes + MIB)
             with self._intake.new_file() as file:
                 file.write(_first_part(kind, body))
                 if sop_instance := self._take(file, "dicomweb"):
@@ -187,22 +188,21 @@ class WebFinder(PriorFinder):
         return taken
 
     def _qido(self, path: str) -> list[Dataset]:
-        _, body = self._ask(path, "application/dicom+json")
+        _, body = self._ask(path, "application/dicom+json", MOST_ANSWERED)
         try:
             answers = json.loads(body or b"[]")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Unreachable("QIDO-RS answered no JSON") from None
         try:
             return [Dataset.from_json(answer) for answer in answers]
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise Unreachable("QIDO-RS answered what is not the DICOM JSON model") from None
 
-    def _ask(self, path: str, accept: str) -> tuple[str, bytes]:
+    def _ask(self, path: str, accept: str, limit: int) -> tuple[str, bytes]:
         settings = self._settings
         headers = {"Accept": accept, **settings.authorization()}
         request = urllib.request.Request(f"{settings.root}/{path}", headers=headers)  # noqa: S310  # an operator's own
         context = settings.tls.client() if settings.tls else None
-        limit = self._intake.max_bytes + MIB
         try:
             with urllib.request.urlopen(request, timeout=settings.timeout_s, context=context) as answer:  # noqa: S310
                 body = answer.read(limit + 1)

@@ -135,6 +135,7 @@ class Gateway:
         finally:
             if runner:
                 await runner.cleanup()
+            await asyncio.to_thread(self.intake.close)
             await asyncio.to_thread(self.store.close)
             self._lock.close()
             self.log("info", "stopped")

@@ -50,7 +50,7 @@ async def stow(request: web.Request, intake: Intake, token: str | None) -> web.R
                 reasons.append(status_of(error))
     except TimeoutError:
         return web.json_response({"error": f"nothing came for {STOW_IDLE_S:g} s"}, status=408)
-    except (ValueError, HttpProcessingError) as error:
+    except (ValueError, HttpProcessingError, RecursionError) as error:  # parts in parts, too deep
         return web.json_response({"error": f"not multipart/related: {type(error).__name__}"}, status=400)
     return _answer(stored, reasons)
 
