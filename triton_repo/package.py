@@ -22,7 +22,6 @@ from cxr_triton.files import new_folder, require_new
 ENSEMBLE = "cxr_reader"
 VERIFICATION = "VERIFICATION"
 VISION_BATCH = 8  # images
-MODELS = ("dicom_preprocess", "vision_encoder", "decoder", "report")
 _ADAPTERS = Path(__file__).parent
 
 

@@ -11,9 +11,10 @@ from served import write_paper_bundle
 
 from cxr_triton.cli import main
 from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.serving import STEPS
 from cxr_triton.engines.verify.record import PARTS, SCHEMA, subject, write_record
 from cxr_triton.errors import InvalidBundle, InvalidRequest, NotVerified
-from cxr_triton.triton_repo.package import BUNDLE, ENSEMBLE, MODELS, VERIFICATION, Settings, write_repository
+from cxr_triton.triton_repo.package import BUNDLE, ENSEMBLE, VERIFICATION, Settings, write_repository
 
 
 @pytest.fixture
@@ -101,8 +102,8 @@ def config(repository: Path, model: str):
 def test_every_model_has_what_triton_wants(bundle, tmp_path):
     repository = tmp_path / "repository"
     write_repository(bundle, repository, Settings())
-    assert {path.name for path in repository.iterdir()} == {*MODELS, ENSEMBLE}, "Triton takes every folder for a model"
-    for model in MODELS:
+    assert {path.name for path in repository.iterdir()} == {*STEPS, ENSEMBLE}, "Triton takes every folder for a model"
+    for model in STEPS:
         assert config(repository, model).name == model
         compile((repository / model / "1" / "model.py").read_text(), model, "exec")
     assert any((repository / ENSEMBLE / "1").iterdir()), "an empty version folder gets lost in a copy"
@@ -136,7 +137,7 @@ def joined(repository: Path) -> None:
 def test_settings_reach_the_models(bundle, tmp_path):
     settings = Settings(slots=7, preprocess_instances=3, threads=2, queue_size=5, batch_invariant=True)
     write_repository(bundle, tmp_path / "r", settings)
-    preprocess, vision, decoder = (config(tmp_path / "r", name) for name in MODELS[:3])
+    preprocess, vision, decoder = (config(tmp_path / "r", name) for name in list(STEPS)[:3])
     assert preprocess.instance_group[0].count == 3
     assert preprocess.dynamic_batching.default_queue_policy.max_queue_size == 5
     assert vision.parameters["threads"].string_value == decoder.parameters["threads"].string_value == "2"
@@ -150,7 +151,7 @@ def test_settings_reach_the_models(bundle, tmp_path):
 def test_a_repository_can_be_moved(bundle, tmp_path):
     write_repository(bundle, tmp_path / "here", Settings())
     there = (tmp_path / "here").rename(tmp_path / "there")
-    for model in MODELS[:3]:
+    for model in list(STEPS)[:3]:
         relative = config(there, model).parameters["bundle"].string_value
         assert Bundle.open(there / relative).digest == Bundle.open(bundle).digest
     assert str(tmp_path) not in "".join(path.read_text() for path in there.glob("*/config.pbtxt"))
@@ -272,7 +273,7 @@ def test_the_repository_says_how_its_bundle_was_verified(bundle, tmp_path):
     write_repository(plain, tmp_path / "plain-repository", Settings(), unverified=True)
     for repository, expected in ((tmp_path / "passed", "passed"), (tmp_path / "plain-repository", "unverified")):
         assert (repository / ENSEMBLE / "1" / VERIFICATION).read_text().splitlines()[0] == expected
-        assert {config(repository, name).parameters["verification"].string_value for name in (*MODELS, ENSEMBLE)} == {
+        assert {config(repository, name).parameters["verification"].string_value for name in (*STEPS, ENSEMBLE)} == {
             expected
         }
 
@@ -306,7 +307,7 @@ def packaged(bundle: Path, repository: Path, **settings) -> Path:
 
 def test_a_tensorrt_llm_bundle_brings_its_two_models(engine_bundle, tmp_path):
     repository = packaged(engine_bundle, tmp_path / "repository")
-    assert {path.name for path in repository.iterdir()} == {*MODELS, ENSEMBLE, "tensorrt_llm"}
+    assert {path.name for path in repository.iterdir()} == {*STEPS, ENSEMBLE, "tensorrt_llm"}
     assert (repository / "vision_encoder/1/model.plan").samefile(repository / BUNDLE / "vision.plan")
     assert not (repository / "vision_encoder/1/model.py").exists()
     engine = config(repository, "tensorrt_llm")
