@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import ipaddress
+import re
 import socket
 import threading
 import time
@@ -150,13 +151,18 @@ class Listener:
         except REFUSALS as error:
             answer.Status = status_of(error)
             if isinstance(error, CxrError):
-                answer.ErrorComment = error.message.encode("ascii", "replace")[:64].decode()
+                answer.ErrorComment = _comment(error.message)
         return answer
 
     def _on_event_report(self, event: evt.Event) -> tuple[int, None]:
         whole_request(event)
         take_commitment(event.event_information, self._on_commitment)
         return SUCCESS, None
+
+
+def _comment(text: str) -> str:
+    """A text as an LO of PS3.5 takes it: 64 printable characters without backslash."""
+    return re.sub(r"[^ -\[\]-~]", "?", text)[:64]
 
 
 def _is_in(address: str, networks) -> bool:
@@ -227,18 +233,11 @@ class _Handler(RequestHandler):
     def handle(self) -> None:
         self.association = self._create_association()
         config, intake = self.server.listener.config, self.server.listener.intake
-        limit(self.association, pdu_limit=config.pdu_limit, pdu_s=config.pdu_s, max_message=intake.max_bytes + MIB)
-        dimse: Any = self.association.dimse
-        take = dimse.receive_primitive
 
-        def take_or_abort(data: object) -> None:
-            """Without this, data that are no message would end pynetdicom's thread instead of the association."""
-            try:
-                take(data)
-            except Exception as error:
-                # its text may quote the data
-                intake.log("warning", "not_a_message", address=self.client_address[0], error=type(error).__name__)
-                self.association.dul.event_queue.put("Evt19")  # as an invalid PDU: A-ABORT
+        def say(error: Exception) -> None:
+            # its text may quote the data
+            intake.log("warning", "not_a_message", address=self.client_address[0], error=type(error).__name__)
 
-        dimse.receive_primitive = take_or_abort
+        most = intake.max_bytes + MIB
+        limit(self.association, pdu_limit=config.pdu_limit, pdu_s=config.pdu_s, max_message=most, on_junk=say)
         self.association.start()
