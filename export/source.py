@@ -174,7 +174,7 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
     commit = folder.name  # a snapshot's folder is named after its commit
     if not _COMMIT.fullmatch(commit) or (revision and _COMMIT.fullmatch(revision) and commit != revision):
         raise UnsupportedCheckpoint(
-            f"the hub gives {source} at revision {revision or 'main'} as {commit!r:.60}, which is not that commit; clear "
+            f"the hub gives {source} at revision {revision or 'main'} as {commit!r:.60}, not that commit; clear "
             "its cache (`hf cache rm`) or give a local folder"
         )
     return folder, commit

@@ -104,7 +104,8 @@ def make_engine(
     folder, commit = located(source, model, revision or _pinned(out, source))
     checkpoint = Checkpoint(folder)
     require_fit(source, checkpoint, model)
-    made_from = {"versions": _versions(), "checkpoint": fingerprint(folder), "profile": model.to_yaml()}
+    made_from = {"versions": _versions(), "revision": commit, "checkpoint": fingerprint(folder)}
+    made_from |= {"profile": model.to_yaml()}
     with opened(out, made_from, say) as stages:
         if commit:
             say(f"{source}: commit {commit}")
