@@ -17,6 +17,7 @@ from cxr_triton.cli import (
     RECIPES,
     Waiting,
     json_option,
+    printable,
     say_next,
     write_json,
 )
@@ -50,9 +51,10 @@ def package(bundle: Path, out: Path, force: bool, unverified: bool, json_path: s
     packaged = write_repository(bundle, out, Settings(**settings), force=force, unverified=unverified)
     verification, said = (out / ENSEMBLE / "1" / VERIFICATION).read_text().splitlines()[:2]
     click.echo(
-        f"{out}: {packaged.profile.name}, {packaged.precision}, digest {packaged.digest[:12]}", err=json_path == "-"
+        printable(f"{out}: {packaged.profile.name}, {packaged.precision}, digest {packaged.digest[:12]}"),
+        err=json_path == "-",
     )
-    click.secho(said, fg=None if verification == "passed" else "yellow", err=True)
+    click.secho(printable(said), fg=None if verification == "passed" else "yellow", err=True)
     result = {
         "repository": str(out),
         "models": sorted(path.parent.name for path in out.glob("*/config.pbtxt")),
@@ -175,6 +177,7 @@ def demo(folder: Path, json_path: str | None):
     help="Model; `cxr-triton profiles` lists them.",
 )
 @click.option("-o", "--out", required=True, type=OUT_FOLDER, help="Folder for all of it; made if it is not there.")
+@click.option("--revision", help="Of a hub id.  [default: the profile's, or that of the run before]")
 @click.option("--images", type=FOLDER, help="Radiographs to calibrate and to verify on.  [default: synthetic phantoms]")
 @click.option("--verify-images", type=FOLDER, help="Others to verify on.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Most images to take of each.")
@@ -198,12 +201,13 @@ def make_engine(checkpoint: str, json_path: str | None, only_print: bool, **opti
         if not engine(load_recipe(options["recipe"]).decoder.compiler).in_container:
             raise click.UsageError("--print is for recipes that are built in a container, see `cxr-triton recipes`")
         line = library.in_container(checkpoint, **options)
-        click.echo(line, err=json_path == "-")
+        click.echo(printable(line), err=json_path == "-")
         write_json({"docker": line}, json_path)
         return
     started_s = time.monotonic()
-    result = library.make_engine(checkpoint, **options, say=lambda line: click.echo(line, err=True))
+    result = library.make_engine(checkpoint, **options, say=lambda line: click.echo(printable(line), err=True))
     result["seconds"] = round(time.monotonic() - started_s, 1)
-    click.echo(f"{result['repository']}: {result['recipe']}, digest {result['digest'][:12]}", err=json_path == "-")
+    line = f"{result['repository']}: {result['recipe']}, digest {result['digest'][:12]}"
+    click.echo(printable(line), err=json_path == "-")
     write_json(result, json_path)
     say_next("serve", result["repository"])
