@@ -6,9 +6,11 @@ The data set is walked once without recursion, every length is checked against w
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from mmap import mmap
@@ -27,6 +29,8 @@ UNDEFINED = 0xFFFFFFFF
 ITEM, _ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _MAX_DEPTH = 32
 _MAX_ELEMENTS = 100_000
+_MAX_TEXT = 1024  # bytes of a text or of numbers that are looked at
+_BLOCK = 1 << 16
 
 
 class Tag(IntEnum):
@@ -99,7 +103,7 @@ WANTED = frozenset(Tag)
 """What `read_image` reads."""
 
 
-_PIXEL_TAGS = {Tag.PIXELS, Tag.FLOAT_PIXELS, Tag.DOUBLE_PIXELS}
+PIXEL_TAGS = {Tag.PIXELS, Tag.FLOAT_PIXELS, Tag.DOUBLE_PIXELS}
 
 
 class Element(NamedTuple):
@@ -122,34 +126,55 @@ class DataSet:
     elements: dict[int, Element] = field(default_factory=dict)
     has_overlay: bool = False
     stop: int = 0  # where `walk` ended
-    count: int = 0
+    counted: Iterator[int] = field(default_factory=lambda: itertools.count(1))  # of a file, its items' elements too
+    zeros: dict[int, int] = field(default_factory=dict)  # of an end, where the zeros before it start
 
     def walk(self, position: int, end: int) -> DataSet:
         """Collect the wanted elements from `position` to `end`, an item delimiter, or the pixel data."""
-        while position < end:
-            # zeros after the last element pad the file to a block size
-            if not any(self.data[position : position + 16]) and not self.data[position:end].strip(b"\0"):
-                break
-            element = self.element_at(position, end, self.explicit)
+        for _, element in self.each(position, end):
             if element.tag in self.wanted:
                 if element.tag in self.elements:
                     raise InvalidImage(f"element {name_of(element.tag)} comes twice; the file is damaged")
                 self.elements[element.tag] = element
-                if element.tag in _PIXEL_TAGS:
+                if element.tag in PIXEL_TAGS:
                     break  # its length is checked when it is read, so that a more telling error can come first
             elif element.tag >> 16 in range(0x6000, 0x6020, 2):
                 self.has_overlay = True
             if element.tag == _ITEM_END:
-                position = element.start
+                self.stop = element.start
                 break
-            position = self.after(element, end)
-        self.stop = position
         return self
+
+    def each(self, position: int, end: int) -> Iterator[tuple[int, Element]]:
+        """Each element from `position` to `end`, and where its header starts; what it holds is passed over."""
+        self.stop = position
+        while self.stop < end and not self._is_padding(self.stop, end):
+            element = self.element_at(self.stop, end, self.explicit)
+            yield self.stop, element
+            self.stop = self.after(element, end)
+
+    def _is_padding(self, position: int, end: int) -> bool:
+        """Whether there are zeros alone, which pad a file to a block size."""
+        if any(self.data[position : position + 16]):
+            return False
+        if end not in self.zeros:
+            self.zeros[end] = self._zeros_before(end, 0 if end == len(self.data) else position)
+        return position >= self.zeros[end]
+
+    def _zeros_before(self, end: int, least: int) -> int:
+        """Where the zeros start that lead to `end`, `least` or later."""
+        start = end
+        while start > least:
+            block = self.data[max(start - _BLOCK, least) : start]
+            kept = len(block.rstrip(b"\0"))
+            start -= len(block) - kept
+            if kept:
+                break
+        return start
 
     def element_at(self, position: int, end: int, explicit: bool) -> Element:
         """Header of the element at `position`, in whichever of the three forms it has (PS3.5 section 7.1)."""
-        self.count += 1
-        if self.count > _MAX_ELEMENTS:
+        if next(self.counted) > _MAX_ELEMENTS:
             raise LimitExceeded(f"data set has over {_MAX_ELEMENTS} elements, the number allowed; send a radiograph")
         data, order = self.data, "<" if self.little else ">"
         if position + 8 > end:
@@ -222,23 +247,24 @@ class DataSet:
             if item.tag != ITEM:
                 break
             stop = end if item.length == UNDEFINED else self.end_of(item, end)
-            found.append(DataSet(self.data, explicit, self.little).walk(item.start, stop))
+            inner = DataSet(self.data, explicit, self.little, counted=self.counted, zeros=self.zeros)
+            found.append(inner.walk(item.start, stop))
             position = found[-1].stop if item.length == UNDEFINED else stop
         return found
 
     def __contains__(self, tag: int) -> bool:
         return tag in self.elements
 
-    def raw(self, tag: int) -> bytes:
-        """Value bytes; empty if the element is absent."""
+    def raw(self, tag: int, most: int = UNDEFINED) -> bytes:
+        """The first `most` bytes of a value; empty if the element is absent."""
         element = self.elements.get(tag)
         if element is None or element.length == UNDEFINED:
             return b""
-        return self.data[element.start : self.end_of(element, len(self.data))]
+        return self.data[element.start : min(self.end_of(element, len(self.data)), element.start + most)]
 
     def texts(self, tag: int) -> list[str]:
         """Values of a text element, without padding."""
-        value = self.raw(tag)[:1024].decode("latin-1").strip(" \0\t\r\n")
+        value = self.raw(tag, _MAX_TEXT).decode("latin-1").strip(" \0\t\r\n")
         return [part.strip(" \0") for part in value.split("\\")] if value else []
 
     def first(self, tag: int) -> str:
@@ -251,7 +277,7 @@ class DataSet:
 
     def shorts(self, tag: int, signed: bool = False) -> list[int]:
         """16-bit values, whatever VR a writer gave them."""
-        raw = self.raw(tag)
+        raw = self.raw(tag, _MAX_TEXT)
         raw = raw[: len(raw) // 2 * 2]
         return np.frombuffer(raw, ("<" if self.little else ">") + ("i2" if signed else "u2")).tolist()
 
@@ -282,7 +308,7 @@ class DataSet:
         element = self.elements.get(tag)
         if element and element.vr in (b"FD", b"FL"):
             kind = np.dtype(("<" if self.little else ">") + ("f8" if element.vr == b"FD" else "f4"))
-            raw = self.raw(tag)
+            raw = self.raw(tag, _MAX_TEXT)
             return np.frombuffer(raw, kind, len(raw) // kind.itemsize).tolist()
         return [_decimal(text) for text in self.texts(tag)]
 
@@ -293,4 +319,4 @@ def name_of(tag: int) -> str:
 
 
 def _decimal(text: str) -> float:
-    return float(text) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", text) else math.nan
+    return float(text) if re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?", text) else math.nan

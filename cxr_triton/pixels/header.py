@@ -229,7 +229,7 @@ def _descriptions(dataset: DataSet) -> list[str]:
 
 def _free_text(dataset: DataSet, tag: Tag) -> str:
     """Text whose words are looked for: UTF-8 where it is that, else Latin-1, whatever the file's character set."""
-    raw = dataset.raw(tag)[:1024]
+    raw = dataset.raw(tag, 1024)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:

@@ -9,6 +9,7 @@ not walked. Damage that leaves the number of bits right shifts what is predicted
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ _CODE_BYTES = 8  # that a code may reach into
 _MOST_BLOCKS = 10  # of an MCU (T.81 B.2.3)
 _MCU_BYTES = 4096  # more than 10 blocks of 64 coefficients of 16 + 15 bits
 _MOST_PADDING = 128  # bits, all alike, that may follow the last code
+_FILL = re.compile(rb"\xff+(?=\xff)")  # before a marker (T.81 B.1.1.2)
 _LAST = 64  # coefficients of a block
 _END_OF_BLOCK, _NO_CODE = 128, 64  # as runs: from any coefficient they lead to where no other run leads
 _HUFFMAN_FRAMES = {0xC0: 8, 0xC1: 8, 0xC3: 1}  # samples along each side of a block
@@ -75,8 +77,8 @@ def segment_at(codestream: bytes, position: int) -> Segment:
     InvalidImage
         There is none, or it is cut off.
     """
-    while codestream[position : position + 2] == b"\xff\xff":
-        position += 1
+    if fill := _FILL.match(codestream, position):
+        position = fill.end()
     head = codestream[position : position + 4]
     if len(head) < 4 or head[0] != 0xFF or not 0xC0 <= head[1] <= 0xFE or 0xD0 <= head[1] <= 0xD9:
         raise InvalidImage(f"JPEG stream has no segment at byte {position} of {len(codestream)}; the file is damaged")
@@ -100,7 +102,7 @@ def require_whole_scans(codestream: bytes) -> None:
         restart markers out of order.
     """
     data = np.frombuffer(codestream, np.uint8)
-    tables: dict[int, _Table] = {}
+    tables: dict[int, bytes] = {}
     steps: dict[int, int] = {}
     frame, interval, scanned, position = None, 0, 0, 2
     while frame is None or scanned < len(frame.components):
@@ -132,27 +134,32 @@ def _frame(marker: int, body: bytes) -> _Frame:
     return _Frame(_HUFFMAN_FRAMES[marker], body[0], height, width, components)
 
 
-def _tables(body: bytes) -> dict[int, _Table]:
-    """Tables of a DHT segment by class and identifier (T.81 B.2.4.2)."""
+def _tables(body: bytes) -> dict[int, bytes]:
+    """Tables of a DHT segment by class and identifier (T.81 B.2.4.2), each as its 16 counts and its values."""
     found, position = {}, 0
     while position + 17 <= len(body):
-        lengths = np.repeat(np.arange(1, 17), np.frombuffer(body, np.uint8, 16, position + 1))
-        values = np.frombuffer(body[position + 17 : position + 17 + len(lengths)], np.uint8)
-        windows = 1 << (16 - lengths)
-        if len(values) < len(lengths) or windows.sum() > 1 << 16:
-            raise InvalidImage("JPEG Huffman table is cut off or has too many codes; the file is damaged")
-        following = values & 15  # the lossless difference of category 16 has no bits of its own either
-        runs = (values >> 4) + 1
-        runs[following == 0] = _NO_CODE
-        runs[values == 0xF0] = 16
-        runs[values == 0] = _END_OF_BLOCK
-        table = _Table(*(np.full(1 << 16, nothing, np.uint8) for nothing in (0, _NO_CODE, 0)))
-        table.advance[: windows.sum()] = np.repeat(lengths + following, windows)
-        table.run[: windows.sum()] = np.repeat(runs, windows)
-        table.length[: windows.sum()] = np.repeat(lengths, windows)
-        found[body[position]] = table
-        position += 17 + len(lengths)
+        end = position + 17 + sum(body[position + 1 : position + 17])
+        found[body[position]] = body[position + 1 : end]
+        position = end
     return found
+
+
+def _table(counts_and_values: bytes) -> _Table:
+    lengths = np.repeat(np.arange(1, 17), np.frombuffer(counts_and_values, np.uint8, 16))
+    values = np.frombuffer(counts_and_values, np.uint8, offset=16)
+    windows = 1 << (16 - lengths)
+    if len(values) < len(lengths) or windows.sum() > 1 << 16:
+        raise InvalidImage("JPEG Huffman table is cut off or has too many codes; the file is damaged")
+    following = values & 15  # the lossless difference of category 16 has no bits of its own either
+    runs = (values >> 4) + 1
+    runs[following == 0] = _NO_CODE
+    runs[values == 0xF0] = 16
+    runs[values == 0] = _END_OF_BLOCK
+    table = _Table(*(np.full(1 << 16, nothing, np.uint8) for nothing in (0, _NO_CODE, 0)))
+    table.advance[: windows.sum()] = np.repeat(lengths + following, windows)
+    table.run[: windows.sum()] = np.repeat(runs, windows)
+    table.length[: windows.sum()] = np.repeat(lengths, windows)
+    return table
 
 
 def _dc_steps(body: bytes) -> dict[int, int]:
@@ -166,7 +173,7 @@ def _dc_steps(body: bytes) -> dict[int, int]:
 
 
 def _plan(
-    body: bytes, frame: _Frame, tables: dict[int, _Table], steps: dict[int, int]
+    body: bytes, frame: _Frame, tables: dict[int, bytes], steps: dict[int, int]
 ) -> tuple[list[_Component], list[_Block]]:
     """Components of a scan, and the blocks of its MCU (T.81 B.2.3, A.2.3)."""
     count = body[0] if body else 0
@@ -182,7 +189,9 @@ def _plan(
             raise InvalidImage(f"JPEG scan uses Huffman table {dc} or {ac}, which is not there; the file is damaged")
         # eight times the mean of the block, with the slack of a careless transform
         most = 2 + 1.05 * 8 * 2 ** (frame.precision - 1) / max(1, steps.get(part.quantization, 1))
-        blocks += [_Block(tables[dc], tables[ac], number, most)] * (1 if count == 1 else part.across * part.down)
+        blocks += [_Block(_table(tables[dc]), _table(tables[ac]), number, most)] * (
+            1 if count == 1 else part.across * part.down
+        )
     if len(blocks) > _MOST_BLOCKS:
         raise InvalidImage(f"JPEG scan has units of {len(blocks)} blocks, allowed {_MOST_BLOCKS}; the file is damaged")
     return components, blocks

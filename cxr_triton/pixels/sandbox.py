@@ -1,39 +1,50 @@
 """Read, render and resize one untrusted image at a time in a child process that may be killed.
 
-The child gets file bytes over a pipe and gives back the resized 8-bit picture and JSON-serialisable facts. Memory and
-processor time are limited by the kernel, wall-clock time by the parent. Whatever happens to the child fails one image.
+The child (`sandbox_child`) gets file bytes over a socket and gives back the resized 8-bit picture and facts as JSON.
+Memory and processor time are limited by the kernel, wall-clock time by the parent. The child gives its rights up before
+it sees an image (`isolation`), and its answers are checked like a stranger's (`sandbox_answer`). Whatever happens to it
+fails one image.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import resource
 import select
 import shutil
 import signal
-import struct
+import socket
 import subprocess
 import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import numpy as np
 
-from cxr_triton.errors import CODES, InternalError, InvalidImage, LimitExceeded, NotAChest
-from cxr_triton.pixels.anatomy import Anatomy
+from cxr_triton.errors import CODES, InternalError, InvalidImage, LimitExceeded
+from cxr_triton.pixels import sandbox_answer
+from cxr_triton.pixels.dicom import Identity
+from cxr_triton.pixels.isolation import ON
 from cxr_triton.pixels.limits import Limits
-from cxr_triton.pixels.plausibility import VIEWS, judge
-from cxr_triton.pixels.radiograph import Metadata
+from cxr_triton.pixels.plausibility import VIEWS
+from cxr_triton.pixels.sandbox_child import HEAD, OUT_OF_MEMORY, version
 
-_HEAD = struct.Struct("<II")  # bytes of JSON, bytes of payload
+OWN_INTERPRETER = "CXR_TRITON_DECODER_PYTHON"
+"""Environment variable: the Python interpreter of the child, which has this version of cxr-triton installed."""
 _START_S = 30.0
 _PIPE_BYTES = 1 << 20
+_log = logging.getLogger(__name__)
+_said: set[str] = set()  # of what is missing, what was logged
+
+
+_Accepted = TypeVar("_Accepted")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +75,14 @@ class Prepared:
 
 
 class _Child:
-    """A decoding process and its pipes; it is started without waiting for it."""
+    """A decoding process, the socket to it and the pipe from it; it is started without waiting for it."""
 
     def __init__(self, interpreter: str, limits: Limits):
         environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ}
+        self._is_own = interpreter == os.environ.get(OWN_INTERPRETER)
+        if not self._is_own:  # another one has packages of its own
+            environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
         environment |= {
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)]),
             # threads that reserve address space would eat up the memory limit
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
@@ -77,26 +90,44 @@ class _Child:
         }
         self.limits = limits
         self.is_ready = False
+        self.isolation: dict[str, str] = {}
         self.served = 0
-        self.process = subprocess.Popen(
-            [interpreter, "-P", "-m", "cxr_triton.pixels.sandbox", json.dumps(asdict(limits))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            bufsize=0,
-            start_new_session=True,
-        )
-        # they are there, because they were asked for
-        self._orders, self._answers = cast(IO[bytes], self.process.stdin), cast(IO[bytes], self.process.stdout)
-        os.set_blocking(self._orders.fileno(), False)
+        self._orders, theirs = socket.socketpair()
+        self._orders.setblocking(False)
+        try:
+            self.process = subprocess.Popen(
+                [interpreter, "-P", "-m", "cxr_triton.pixels.sandbox_child", json.dumps(asdict(limits))],
+                stdin=theirs,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                bufsize=0,
+                start_new_session=True,
+            )
+        except OSError:
+            self._orders.close()
+            raise
+        finally:
+            theirs.close()
+        self._answers = cast(IO[bytes], self.process.stdout)  # it is there, because it was asked for
 
     def await_ready(self) -> None:
         """Wait until it has imported everything; raises `EOFError` or `TimeoutError` if it cannot."""
-        hello, _ = self._receive(time.monotonic() + _START_S)
-        if hello["python"] != list(sys.version_info[:2]):
+        hello, _ = self._receive(time.monotonic() + _START_S, 0)
+        if self._is_own:
+            if hello.get("version") != version():
+                raise InternalError(
+                    f"{OWN_INTERPRETER} names an interpreter with cxr-triton {str(hello.get('version'))[:32]!r},"
+                    f" this is {version()!r}; install the same version there"
+                )
+        elif hello.get("python") != list(sys.version_info[:2]):
             raise EOFError
         self.is_ready = True
+        self.isolation = hello["isolation"]
+        missing = "; ".join(f"{name} is {state}" for name, state in self.isolation.items() if state != ON)
+        if missing and missing not in _said:
+            _said.add(missing)
+            _log.warning("decoding processes are less isolated than they could be: %s", missing)
 
     def stop(self) -> None:
         """End it, whatever it does."""
@@ -104,26 +135,41 @@ class _Child:
         try:
             self.process.wait(0.05)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self._kill()
             self.process.wait()
         self._answers.close()
 
-    def ask(self, order: bytes, data: bytes) -> tuple[dict, bytes]:
-        """What it answers, and the picture's bytes; after an error it has to be replaced."""
+    def _kill(self) -> None:
+        """End its whole session; where the kernel holds it to one process, that is itself."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def ask(self, order: dict[str, Any], data: bytes, file: int | None, most: int) -> tuple[dict, bytes]:
+        """What it answers, and the picture's bytes; after an error it has to be replaced.
+
+        `file` is an open file that it gets instead of `data`, `most` how many bytes a picture may have.
+        """
         deadline = time.monotonic() + self.limits.time_s
         self.served += 1
+        text = json.dumps(order).encode()
         try:
-            for part in (_HEAD.pack(len(order), len(data)), order, data):
+            socket.send_fds(self._orders, [HEAD.pack(len(text), len(data))], [] if file is None else [file])
+            for part in (text, data):
                 self._send(part, deadline)
-            return self._receive(deadline)
+            answer, pixels = self._receive(deadline, most)
+            sandbox_answer.require_outcome(answer)
+            return answer, pixels
+        except sandbox_answer.Malformed:
+            self._kill()
+            raise InvalidImage("decoder's answer makes no sense; the file is damaged") from None
         except TimeoutError:
-            self.process.kill()
+            self._kill()
             raise LimitExceeded(
                 f"image took more than the {self.limits.time_s:g} s allowed to decode; send a smaller or simpler file"
             ) from None
         except (EOFError, BrokenPipeError):
             status = self.process.wait()
-            if -status in (signal.SIGKILL, signal.SIGXCPU):
+            if status in (-signal.SIGKILL, -signal.SIGXCPU, OUT_OF_MEMORY):
                 raise LimitExceeded(
                     f"image needs more than the {self.limits.memory_mib} MiB or {self.limits.time_s:g} s allowed;"
                     " send a smaller or simpler file"
@@ -139,10 +185,13 @@ class _Child:
             except BlockingIOError:
                 continue
 
-    def _receive(self, deadline: float) -> tuple[dict, bytes]:
-        sizes = _HEAD.unpack(self._read(_HEAD.size, deadline))
-        body = self._read(sum(sizes), deadline)
-        return json.loads(body[: sizes[0]]), body[sizes[0] :]
+    def _receive(self, deadline: float, most: int) -> tuple[dict, bytes]:
+        """An answer of bounded size; raises `sandbox_answer.Malformed`."""
+        text_bytes, payload_bytes = HEAD.unpack(self._read(HEAD.size, deadline))
+        if text_bytes > sandbox_answer.MOST_TEXT or payload_bytes > most:
+            raise sandbox_answer.Malformed
+        text = self._read(text_bytes, deadline)
+        return sandbox_answer.parsed(text), self._read(payload_bytes, deadline)
 
     def _read(self, size: int, deadline: float) -> bytes:
         parts, fd = [], self._answers.fileno()
@@ -234,6 +283,7 @@ class Sandbox:
         """
         self.limits.require_file(data)
         order = {
+            "do": "prepare",
             "preset": preset,
             "min_pixels": min_pixels,
             "max_pixels": max_pixels,
@@ -241,27 +291,65 @@ class Sandbox:
             "not_a_chest": not_a_chest,
             "views": list(views),
         }
+        # three channels; its sides are rounded, and up to a `factor` each
+        most = 3 * (2 * max(min_pixels, max_pixels) + (200 * factor) ** 2)
+        most = min(most, self.limits.memory_mib << 20)
+        return self._ask(order, data, None, most, partial(_prepared, has_region=not_a_chest is not None))
+
+    def identify(self, file: int) -> Identity:
+        """Which object an open DICOM file is; see `cxr_triton.pixels.dicom.read_identity`.
+
+        Parameters
+        ----------
+        file : int
+            Its descriptor; the child reads it where it lies, and cannot write to it unless this one can.
+
+        Raises
+        ------
+        InvalidImage
+            As `read_identity` does, and as `prepare`.
+        InternalError
+            The child cannot be started.
+        """
+        size = os.fstat(file).st_size
+        return self._ask({"do": "identify"}, b"", file, 0, lambda answer, _: sandbox_answer.identity(answer, size))
+
+    def isolation(self) -> dict[str, str]:
+        """What holds the child besides its limits: ``on``, or why it is not, by name; see `isolation.lock`."""
         with self._lock:
-            if self._closed:
-                raise InternalError("decoding process is closed")
+            self._require_open()
+            return dict(self._ready_child().isolation)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise InternalError("decoding process is closed")
+
+    def _ask(
+        self,
+        order: dict[str, Any],
+        data: bytes,
+        file: int | None,
+        most: int,
+        accept: Callable[[dict[str, Any], bytes], _Accepted],
+    ) -> _Accepted:
+        """What `accept` makes of the child's answer; the child is replaced after one that it does not accept."""
+        with self._lock:
+            self._require_open()
             child, is_spent = self._ready_child(), True
             try:
-                answer, pixels = child.ask(json.dumps(order).encode(), data)
+                answer, payload = child.ask(order, data, file, most)
+                if "error" in answer:
+                    is_spent = answer["recycle"] or child.served >= self.recycle_after
+                    raise CODES[answer["error"]](answer["message"])
+                accepted = accept(answer, payload)
                 is_spent = answer["recycle"] or child.served >= self.recycle_after
+                return accepted
+            except sandbox_answer.Malformed:
+                raise InvalidImage("decoder's answer makes no sense; the file is damaged") from None
             finally:
                 if is_spent:
                     self._stop()
                     self._start()
-        if "error" in answer:
-            raise CODES[answer["error"]](answer["message"])
-        return Prepared(
-            np.frombuffer(pixels, np.uint8).reshape(answer["shape"]),
-            tuple(answer["source_size"]),
-            answer["facts"],
-            answer["study_date"],
-            answer["decode_ms"],
-            answer["preprocess_ms"],
-        )
 
     def _start(self) -> _Child:
         """Start a child of the likeliest interpreter that there is."""
@@ -287,7 +375,7 @@ class Sandbox:
         while not child.is_ready:
             try:
                 child.await_ready()
-            except (EOFError, TimeoutError):
+            except (EOFError, TimeoutError, sandbox_answer.Malformed):
                 self._stop()
                 del self._interpreters[0]
                 child = self._start()
@@ -309,6 +397,30 @@ def identify(images: Sequence[bytes]) -> list[dict[str, str]]:
         ]
 
 
+def isolation() -> dict[str, str]:
+    """What holds a decoding process here besides its limits: ``on``, or why it is not, by name.
+
+    Raises
+    ------
+    InternalError
+        None can be started.
+    """
+    with Sandbox() as sandbox:
+        return sandbox.isolation()
+
+
+def _prepared(answer: dict[str, Any], payload: bytes, has_region: bool) -> Prepared:
+    sandbox_answer.require_prepared(answer, len(payload), has_region)
+    return Prepared(
+        np.frombuffer(payload, np.uint8).reshape(answer["shape"]),
+        tuple(answer["source_size"]),
+        answer["facts"],
+        answer["study_date"],
+        answer["decode_ms"],
+        answer["preprocess_ms"],
+    )
+
+
 def _wait(fd: int, event: int, deadline: float) -> None:
     poll = select.poll()
     poll.register(fd, event)
@@ -322,6 +434,9 @@ def interpreters() -> Iterator[str]:
     Inside a Triton python backend `sys.executable` is the stub or empty, so the environment's own interpreter is
     looked for; the child tells its version before it is trusted.
     """
+    if own := os.environ.get(OWN_INTERPRETER):
+        yield own
+        return
     names = (f"python{sys.version_info[0]}.{sys.version_info[1]}", "python3", "python")
     folders = [Path(sys.prefix) / "bin"]
     # a virtual environment that the host only put on sys.path
@@ -333,180 +448,3 @@ def interpreters() -> Iterator[str]:
     found += [str(folder / name) for folder in folders for name in names if os.access(folder / name, os.X_OK)]
     found += [path for name in names if (path := shutil.which(name))]
     yield from dict.fromkeys(found)
-
-
-# --------------------------------------------------------------------------------------------------------------- child
-
-
-def _serve(limits: Limits) -> None:
-    """Child: answer one order after another until the parent is gone."""
-    source = 0
-    sink = os.dup(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whatever a library prints must not enter the protocol
-    threading.Thread(target=_exit_with_parent, args=(source, os.getppid()), daemon=True).start()
-    _warm_up()
-    _restrict(limits)
-    _reply(sink, {"python": list(sys.version_info[:2])})
-    while True:
-        sizes = _HEAD.unpack(_take(source, _HEAD.size))
-        order, data = json.loads(_take(source, sizes[0])), _take(source, sizes[1])
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        # JPEG 2000 decodes on two threads, each of which uses processor time
-        seconds = int(used.ru_utime + used.ru_stime + 2 * limits.time_s) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
-        answer, pixels = _answer(order, data, limits)
-        answer["recycle"] = answer.get("error") == LimitExceeded.code or _peak_mib() > limits.memory_mib / 2
-        _reply(sink, answer, pixels)
-
-
-def _answer(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
-    from cxr_triton.errors import CxrError
-
-    try:
-        return _prepare(order, data, limits)
-    except CxrError as error:
-        return {"error": error.code, "message": error.message}, b""
-    except MemoryError:
-        message = f"image needs more than the {limits.memory_mib} MiB allowed; send a smaller file"
-        return {"error": LimitExceeded.code, "message": message}, b""
-    except Exception as error:
-        message = f"image cannot be read ({type(error).__name__}); the file is damaged"
-        return {"error": InvalidImage.code, "message": message}, b""
-
-
-_FACTS = (
-    "format",
-    "transfer_syntax",
-    "transfer_syntax_name",
-    "sop_class",
-    "modality",
-    "photometric",
-    "bits_stored",
-    "signed",
-    "rows",
-    "columns",
-    "pixel_aspect_ratio",
-    "view",
-    "patient_orientation",
-    "laterality",
-)
-"""Of `Metadata`, those that a reading reports."""
-
-
-def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
-    from cxr_triton.identity import identity_of
-    from cxr_triton.pixels.dicom import read_image
-    from cxr_triton.pixels.display import render
-    from cxr_triton.pixels.image import resize, square_size, target_size
-
-    started = time.perf_counter()
-    radiograph = read_image(data, limits)
-    decoded = time.perf_counter()
-    picture = render(radiograph, order["preset"])
-    region, doubts = _judge(radiograph.metadata, picture.pixels, order) if order["not_a_chest"] else ({}, ())
-    height, width = picture.pixels.shape[:2]
-    budget = {name: order[name] for name in ("min_pixels", "max_pixels", "factor")}
-    size = target_size(*square_size(height, width, radiograph.metadata.pixel_aspect_ratio), **budget)
-    pixels = np.ascontiguousarray(resize(picture.pixels, size))
-    finished = time.perf_counter()
-    metadata = radiograph.metadata
-    facts = {name: getattr(metadata, name) for name in _FACTS}
-    facts |= {
-        "pixel_aspect_ratio": round(metadata.pixel_aspect_ratio, 4),
-        "preset": picture.preset,
-        "percentiles": picture.percentiles,
-        "padding_share": round(picture.padding_share, 4),
-        "flags": sorted({*picture.flags, *doubts}),
-        "identity": identity_of(data, radiograph),
-        **region,
-    }
-    answer = {
-        "shape": list(pixels.shape),
-        "source_size": [height, width],
-        "facts": facts,
-        "study_date": metadata.study_date,
-        "decode_ms": round((decoded - started) * 1000, 3),
-        "preprocess_ms": round((finished - decoded) * 1000, 3),
-    }
-    return answer, pixels.tobytes()
-
-
-def _judge(metadata: Metadata, pixels: np.ndarray, order: dict) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Facts about the part of the body, and flags.
-
-    Raises
-    ------
-    NotAChest
-        Unless the order says to flag it.
-    """
-    found = judge(metadata.anatomy, metadata.view, pixels, order["views"])
-    if found.refusal and order["not_a_chest"] == "refuse":
-        raise NotAChest(
-            f"image is no chest radiograph: {found.refusal}; send a chest, or see not_a_chest of the profile"
-        )
-    likeness = None if found.likeness is None else round(found.likeness.chest, 3)
-    doubts = (*found.doubts, "not_a_chest") if found.refusal else found.doubts
-    return {"region": metadata.anatomy.says, "chest_likeness": likeness}, doubts
-
-
-def _warm_up() -> None:
-    """Import and touch everything that an image needs, so that the first one is not slow."""
-    import imagecodecs
-
-    import cxr_triton.identity  # noqa: F401
-    from cxr_triton.pixels.display import render
-    from cxr_triton.pixels.image import resize
-    from cxr_triton.pixels.radiograph import Metadata, Radiograph
-
-    picture = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
-    render(Radiograph(picture, Metadata("dicom", 64, 64, 12)), "voi_display")
-    shown = render(Radiograph(picture, Metadata("dicom", 64, 64, 12)), "mimic_jpg").pixels
-    resize(shown, (28, 28))
-    judge(Anatomy(), "unknown", shown)
-    for name in ("dicomrle", "htj2k", "jpeg2k", "jpeg8", "jpegls", "png"):
-        getattr(imagecodecs, f"{name}_decode")
-
-
-def _restrict(limits: Limits) -> None:
-    """No more address space than allowed, no core dump, no file growth, no gain of privileges."""
-    space = limits.memory_mib * 1024**2
-    resource.setrlimit(resource.RLIMIT_AS, (space, space))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-
-
-def _peak_mib() -> float:
-    """Most resident memory of this program; `ru_maxrss` would also count what the parent held when it forked."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-
-
-def _exit_with_parent(source: int, parent: int) -> None:
-    """End even in the middle of a decoder when the parent closes the pipe or dies."""
-    poll = select.poll()
-    poll.register(source, 0)  # POLLHUP is always reported
-    while not poll.poll(1000) and os.getppid() == parent:
-        pass
-    os._exit(0)
-
-
-def _take(fd: int, size: int) -> bytes:
-    data = bytearray(size)
-    view = memoryview(data)
-    while view:
-        count = os.readv(fd, [view])
-        if not count:
-            os._exit(0)
-        view = view[count:]
-    return bytes(data)
-
-
-def _reply(fd: int, answer: dict, pixels: bytes = b"") -> None:
-    text = json.dumps(answer).encode()
-    view = memoryview(_HEAD.pack(len(text), len(pixels)) + text + pixels)
-    while view:
-        view = view[os.write(fd, view) :]
-
-
-if __name__ == "__main__":
-    _serve(Limits(**json.loads(sys.argv[1])))

@@ -301,7 +301,7 @@ def test_broken_bytes_tensors_are_refused(raw, content):
 
 
 def test_a_killed_decoding_process_fails_one_request(raw):
-    children = [p for p in map(psutil.Process, raw.server.pids) if "cxr_triton.pixels.sandbox" in p.cmdline()]
+    children = [p for p in map(psutil.Process, raw.server.pids) if "cxr_triton.pixels.sandbox_child" in p.cmdline()]
     assert len(children) == 2
     for child in children:
         child.suspend()

@@ -158,9 +158,9 @@ def test_memory_limit_fails_one_image():
 def test_native_memory_limit_is_limit_exceeded():
     values = np.zeros((5000, 5000), np.uint16)
     values[0] = 1
-    with Sandbox(Limits(memory_mib=280)) as sandbox:
+    with Sandbox(Limits(memory_mib=250)) as sandbox:
         first = sandbox.pid
-        with pytest.raises(errors.LimitExceeded, match="280 MiB"):
+        with pytest.raises(errors.LimitExceeded, match="250 MiB"):
             sandbox.prepare(file_bytes(dataset_of(values, 16)), preset="mimic_jpg", **BUDGET)
         assert sandbox.pid != first and not alive(first)
         require_good(sandbox)
