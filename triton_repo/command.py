@@ -44,7 +44,8 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 def package(bundle: Path, out: Path, force: bool, unverified: bool, json_path: str | None, **settings):
     """Write a Triton model repository from BUNDLE, which has to have passed `verify`.
 
-    It holds everything it needs and may be moved; the bundle's files are hard-linked where possible.
+    It holds everything it needs and may be moved. Files of 64 MiB and more take no room of their own where the file
+    system can share or link them.
     """
     from cxr_triton.triton_repo.package import BUNDLE, ENSEMBLE, VERIFICATION, Settings, write_repository
 
@@ -82,15 +83,21 @@ def package(bundle: Path, out: Path, force: bool, unverified: bool, json_path: s
     help="Shared memory of each model process; has to hold all images of a request.",
 )
 @click.option("--log", type=OUT_FILE, help="Log file.  [default: REPOSITORY.log]")
+@click.option("--modified", is_flag=True, help="Serve your own edits of REPOSITORY; says what they are.")
 @json_option
 def serve(repository: Path, json_path: str | None, **options):
     """Run the pip-installed Triton on REPOSITORY, on 127.0.0.1, until SIGTERM or SIGINT.
 
+    A REPOSITORY that is not as `package` wrote it is refused, file by file.
+
     Ready means that a reading went through the whole ensemble. Ends with status 75 when the server or the process of a
     model dies, so that a supervisor can start it anew: Triton does not.
     """
+    from cxr_triton.triton_repo.integrity import differences
     from cxr_triton.triton_repo.serve import Server
 
+    for difference in differences(repository) if options["modified"] else ():
+        click.secho(printable(f"modified: {difference}"), fg="yellow", err=True)
     stopping: list[bool] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: _stop(stopping, number))

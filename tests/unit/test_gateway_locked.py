@@ -1,18 +1,10 @@
 """What the gateway keeps to itself, and what it does not let others do to it."""
 
-import asyncio
-import contextlib
-import http.server
 import io
 import json
-import multiprocessing
 import os
-import socket
 import stat
-import threading
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -20,22 +12,14 @@ import yaml
 pytest.importorskip("sqlalchemy")
 pytest.importorskip("pynetdicom")
 
-from fake_server import FakeServer, empty_final, failure
 
 from cxr_triton import phantom, phantom_file
-from cxr_triton.client.gateway import disk, send
-from cxr_triton.client.gateway.association import Unreachable
-from cxr_triton.client.gateway.config import EXAMPLE, Destination, Folder, Priors, load_config, read_token
+from cxr_triton.client.gateway.config import Folder, load_config
 from cxr_triton.client.gateway.intake import Intake
 from cxr_triton.client.gateway.log import Log, Metrics
-from cxr_triton.client.gateway.priors import WebFinder
-from cxr_triton.client.gateway.read import ReadWorker
-from cxr_triton.client.gateway.send import WebSender
 from cxr_triton.client.gateway.service import Gateway
 from cxr_triton.client.gateway.store import Store
 from cxr_triton.client.gateway.watch import FolderWatcher
-from cxr_triton.errors import InvalidConfig, InvalidRequest
-from cxr_triton.profile import load_profile, profile_names
 
 DESTINATION = "destinations: [{name: pacs, aet: PACS, host: 127.0.0.1}]\n"
 
