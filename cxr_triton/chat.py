@@ -6,16 +6,38 @@ Control tokens come from the template alone: text that spells one (``<|im_end|>`
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
+import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cxr_triton.errors import InternalError, InvalidRequest, UnsupportedCheckpoint
+from cxr_triton.template import ChatTemplate
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MAX_FILE_BYTES = 64 << 20
+"""Of each of the files that are read; the published vocabulary takes 7 MB."""
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Qwen2's regular expression, whose time grows with the text; of a stranger's, nobody knows."""
+_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "normalizer": {"NFC": ()},
+    "pre_tokenizer": {"ByteLevel": (), "Split": ("pattern",)},
+    "post_processor": {"ByteLevel": (), "TemplateProcessing": ()},
+    "decoder": {"ByteLevel": ()},
+    "model": {"BPE": ("dropout",)},
+}
+"""What a tokenizer may consist of, and the settings of it that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -64,25 +86,18 @@ class ChatTokenizer:
     Raises
     ------
     UnsupportedCheckpoint
-        A file is missing or unreadable, or the tokenizer is not byte-level BPE with the image tokens marked special.
+        A file is missing or unreadable, the tokenizer is not byte-level BPE as Qwen2 has it with the image tokens
+        marked special, or the chat template does not compile.
     """
 
     def __init__(self, folder: str | Path):
-        from tokenizers import Tokenizer
-
         folder = Path(folder)
         config = _json(folder / "config.json")
-        try:
-            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the library raises bare Exception
-            raise UnsupportedCheckpoint(f"tokenizer.json: cannot be read: {error}; restore the file") from None
-        decoder = type(self._tokenizer.decoder).__name__
-        if decoder != "ByteLevel":
-            raise UnsupportedCheckpoint(f"tokenizer.json: its decoder is {decoder}, supported is ByteLevel")
+        self._tokenizer = _tokenizer(folder / "tokenizer.json")
         # From here on the tokenizer takes special tokens for text; `_ids` finds those of the template itself.
         self._tokenizer.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special = {token.content: i for i, token in added.items() if token.special}
+        self._special = {token.content: i for i, token in added.items() if token.special and token.content}
         self._special_ids = frozenset(self._special.values())
         for key in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
             if key == "image_token_id" or config.get(key) is not None:
@@ -91,20 +106,17 @@ class ChatTokenizer:
         alternatives = "|".join(re.escape(token) for token in sorted(self._special, key=len, reverse=True))
         self._split = re.compile(f"({alternatives})")
         self._starts = re.compile(f"(?={alternatives})(.)", re.DOTALL)
-        preprocessor = folder / "preprocessor_config.json"
-        vision = config.get("vision_config") or {}
-        merge = (_json(preprocessor) if preprocessor.is_file() else {}).get("merge_size")
-        self.merge_size: int = merge or vision.get("spatial_merge_size") or 2
-        self._template = _compile(_chat_template(folder))
+        self.merge_size = _merge_size(folder, config)
+        self._template = ChatTemplate(_chat_template(folder))
 
     def _check_special(self, key: str, token_id: object, added: dict) -> None:
-        if token_id in self._special_ids:
-            return
-        if token_id not in added:
+        if type(token_id) is not int or token_id not in added:
             raise UnsupportedCheckpoint(
-                f"config.json: {key} is {token_id!r}, which tokenizer.json does not add; fix one"
+                f"config.json: {key} is {token_id!r:.40}, which tokenizer.json does not add; fix one"
             )
-        raise UnsupportedCheckpoint(f"tokenizer.json: token {added[token_id].content!r} ({key}) is not marked special")
+        if token_id not in self._special_ids:
+            content = added[token_id].content
+            raise UnsupportedCheckpoint(f"tokenizer.json: token {content!r} ({key}) is not marked special")
 
     def encode(self, messages: list[dict], grids: Sequence[tuple[int, int]] = ()) -> Prompt:
         """Token ids and positions of a chat, up to where the assistant's answer begins.
@@ -120,6 +132,8 @@ class ChatTokenizer:
         ------
         InvalidRequest
             The chat template refuses the messages, or shows another number of images than `grids` has.
+        UnsupportedCheckpoint
+            The chat template fails or goes beyond its limits, see `cxr_triton.template`.
         """
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
@@ -141,22 +155,17 @@ class ChatTokenizer:
 
     def _ids(self, messages: list[dict]) -> list[int]:
         """Token ids of the rendered template, each image one image token."""
-        import jinja2
-
         # A mark behind the first character keeps a special token spelled in a text from being found after rendering.
         used = {character for text in _texts(messages) for character in text}
         mark = next(c for c in map(chr, range(0xF0000, 0x110000)) if c not in used)
         marked = _map_texts(messages, lambda text: self._starts.sub(lambda match: match[1] + mark, text))
-        try:
-            rendered = self._template.render(messages=marked, add_generation_prompt=True, tools=None, documents=None)
-        except jinja2.TemplateError as error:
-            raise InvalidRequest(f"messages: the chat template refuses them: {error}") from None
         ids = []
-        for part in self._split.split(rendered):
+        for part in self._split.split(self._template.render(marked)):
             if part in self._special:
                 ids.append(self._special[part])
             elif part:
-                ids.extend(self._tokenizer.encode(part.replace(mark, ""), add_special_tokens=False).ids)
+                with _naming_panics():
+                    ids.extend(self._tokenizer.encode(part.replace(mark, ""), add_special_tokens=False).ids)
         return ids
 
     def stream(self) -> TokenStream:
@@ -236,44 +245,112 @@ def _map_texts(messages: list[dict], change) -> list[dict]:
     return [{**message, "content": content(message["content"])} for message in messages]
 
 
-def _json(path: Path) -> dict:
+def _text(path: Path) -> str:
+    """A file's text; raises `UnsupportedCheckpoint` where it has none or is too large."""
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UnsupportedCheckpoint(f"{path.name}: cannot be read as JSON: {error}; restore the file") from None
+        if (size := path.stat().st_size) > MAX_FILE_BYTES:
+            raise UnsupportedCheckpoint(f"{path.name}: has {size} bytes, allowed {MAX_FILE_BYTES}; restore the file")
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnsupportedCheckpoint(f"{path.name}: cannot be read: {error}; restore the file") from None
+
+
+def _json(path: Path) -> dict:
+    return _parsed(_text(path), path.name)
+
+
+def _parsed(text: str, name: str) -> dict:
+    def once(pairs: list[tuple[str, object]]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):  # two readers could take two different ones
+            raise ValueError("a key is given twice")
+        return found
+
+    try:
+        data = json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise UnsupportedCheckpoint(f"{name}: cannot be read as JSON: {error}; restore the file") from None
     if not isinstance(data, dict):
-        raise UnsupportedCheckpoint(f"{path.name}: is a JSON {type(data).__name__}, expected an object")
+        raise UnsupportedCheckpoint(f"{name}: is a JSON {type(data).__name__}, expected an object")
     return data
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer, once every part of it is known to end in a time that grows with the text alone."""
+    from tokenizers import Tokenizer
+
+    text = _text(path)
+    whole = _parsed(text, path.name)
+    for part in _PARTS:
+        _check_part(part, whole.get(part))
+    try:
+        with _naming_panics():
+            tokenizer = Tokenizer.from_str(text)
+    except UnsupportedCheckpoint:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise UnsupportedCheckpoint(f"tokenizer.json: cannot be read: {error}; restore the file") from None
+    if tokenizer.decoder is None:
+        raise UnsupportedCheckpoint("tokenizer.json: has no decoder, supported is ByteLevel")
+    # Of a training run: a prompt is neither cut nor filled up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _check_part(part: str, found: object) -> None:
+    """Refuse what a tokenizer of Qwen2 does not have."""
+    if found is None:
+        return
+    kind = found.get("type") if isinstance(found, dict) else found
+    if isinstance(found, dict) and kind == "Sequence":
+        lists = [value for value in found.values() if isinstance(value, list)]
+        for item in itertools.chain(*lists):
+            _check_part(part, item)
+        return
+    if not isinstance(found, dict) or kind not in _PARTS[part]:
+        raise UnsupportedCheckpoint(
+            f"tokenizer.json: its {part} is {kind!r:.40}, supported is {' or '.join(_PARTS[part])}"
+        )
+    if "pattern" in _PARTS[part][kind] and found.get("pattern") != {"Regex": _WORDS}:
+        raise UnsupportedCheckpoint(
+            f"tokenizer.json: splits at {found.get('pattern')!r:.80}, supported is the regular expression of Qwen2; "
+            "any other may take for ever"
+        )
+    if "dropout" in _PARTS[part][kind] and found.get("dropout"):
+        raise UnsupportedCheckpoint("tokenizer.json: drops merges by chance (dropout); set it to null")
+
+
+@contextlib.contextmanager
+def _naming_panics() -> Iterator[None]:
+    """A panic of the tokenizers library, which is no `Exception`, or text that is none, as `UnsupportedCheckpoint`."""
+    try:
+        yield
+    except TypeError:  # so the library refuses half a surrogate pair
+        raise UnsupportedCheckpoint("chat template: gives text that is not Unicode; restore the file") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise UnsupportedCheckpoint(f"tokenizer.json: its tokenizer fails: {error!s:.200}; restore the file") from None
+
+
+def _merge_size(folder: Path, config: dict) -> int:
+    preprocessor, vision = folder / "preprocessor_config.json", config.get("vision_config")
+    found = _json(preprocessor).get("merge_size") if preprocessor.is_file() else None
+    found = found or (vision.get("spatial_merge_size") if isinstance(vision, dict) else None) or 2
+    if type(found) is not int or not 1 <= found <= 16:
+        raise UnsupportedCheckpoint(f"merge size of image patches is {found!r:.40}, expected 1 to 16; restore the file")
+    return found
 
 
 def _chat_template(folder: Path) -> str:
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text("utf-8")
+        return _text(folder / "chat_template.jinja")
     for name in ("chat_template.json", "tokenizer_config.json"):
         template = _json(folder / name).get("chat_template") if (folder / name).is_file() else None
         if isinstance(template, list):  # several named templates
-            template = next((item["template"] for item in template if item.get("name") == "default"), None)
+            named = (item for item in template if isinstance(item, dict) and item.get("name") == "default")
+            template = next(named, {}).get("template")
         if isinstance(template, str):
             return template
     raise UnsupportedCheckpoint("no chat template in chat_template.jinja, chat_template.json or tokenizer_config.json")
-
-
-def _compile(source: str):
-    """The template, compiled as transformers compiles it."""
-    import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals["raise_exception"] = raise_exception
-    environment.filters["tojson"] = tojson
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise UnsupportedCheckpoint(f"chat template: does not compile: {error}; restore the file") from None

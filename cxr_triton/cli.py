@@ -110,7 +110,18 @@ def printable(text: str) -> str:
 
     Line feeds and tabs stay. Text of a model, a server or a file goes through here before it is printed.
     """
-    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else ascii(c)[1:-1] for c in text)
+    return "".join(c if c in "\n\t" or not _steers(c) else ascii(c)[1:-1] for c in text)
+
+
+def _steers(character: str) -> bool:
+    """Control, format (of direction, for instance), surrogate, private or not assigned."""
+    return unicodedata.category(character)[0] == "C"
+
+
+def printable_json(result: object) -> str:
+    r"""`result` as JSON that cannot steer a terminal; what `printable` escapes is ``\u009b`` and such, the same."""
+    text = _SHORT_LIST.sub(_one_line, json.dumps(result, indent=2, ensure_ascii=False))
+    return "".join(c if c == "\n" or not _steers(c) else json.dumps(c)[1:-1] for c in text)
 
 
 class Output(click.Path):
@@ -152,7 +163,7 @@ def write_json(result: dict, path: str | None) -> None:
     """
     if path is None:
         return
-    text = _SHORT_LIST.sub(_one_line, json.dumps(result, indent=2, ensure_ascii=False)) + "\n"
+    text = printable_json(result) + "\n"
     if path == "-":
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -225,7 +236,7 @@ class _Plain(click.ClickException):
     """A failure, said as every other is."""
 
     def show(self, file=None):
-        click.echo(f"error: {self.format_message()}", file or sys.stderr)
+        click.echo(f"error: {printable(self.format_message())}", file or sys.stderr)
 
 
 class Failure(_Plain):

@@ -15,7 +15,7 @@ def profiles(json_path: str | None):
     result = [_facts(load_profile(name)) for name in profile_names()]
     if json_path != "-":
         for facts in result:
-            click.echo(f"{facts['name']:<18}{facts['title']}: {facts['checkpoint']}, {facts['licence']}")
+            click.echo(printable(f"{facts['name']:<18}{facts['title']}: {facts['checkpoint']}, {facts['licence']}"))
             click.echo(f"{'':<18}tasks: {', '.join(facts['tasks'])}")
             click.echo(f"{'':<18}modes: {', '.join(facts['modes'])}")
     write_json({"profiles": result}, json_path)

@@ -32,7 +32,6 @@ SIDE_FILES = (
     "tokenizer.json",
     "chat_template.jinja",
 )
-GRAPHS = ("vision", "decoder")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 

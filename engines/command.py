@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import OUT_FOLDER, RECIPES, json_option, say_next, write_json
+from cxr_triton.cli import OUT_FOLDER, RECIPES, json_option, printable, say_next, write_json
 from cxr_triton.engines import DEFAULT
 
 GIB = 1 << 30
@@ -71,15 +71,19 @@ def build(export_dir: Path, out: Path, *, recipe, cache, no_cache, only_print, j
         "seconds": round(time.monotonic() - started_s, 1),
     }
     click.echo(
-        f"{bundle.path}: {bundle.profile.name}, {bundle.precision} for {bundle.engine}, "
-        f"{size / GIB:.2f} GiB, digest {bundle.digest[:12]}",
+        printable(
+            f"{bundle.path}: {bundle.profile.name}, {bundle.precision} for {bundle.engine}, "
+            f"{size / GIB:.2f} GiB, digest {bundle.digest[:12]}"
+        ),
         err=json_path == "-",
     )
     for graph, plan in result["plans"].items():
         click.echo(
-            f"{graph}: {plan['engine']} {plan['version']} for {plan['gpu'] or plan['compute_capability']}, "
-            f"{plan['bytes'] / GIB:.2f} GiB, {plan['bytes'] / plan['weights_bytes']:.3f} of its weights, "
-            f"compiled in {plan['seconds']} s",
+            printable(
+                f"{graph}: {plan['engine']} {plan['version']} for {plan['gpu'] or plan['compute_capability']}, "
+                f"{plan['bytes'] / GIB:.2f} GiB, {plan['bytes'] / plan['weights_bytes']:.3f} of its weights, "
+                f"compiled in {plan['seconds']} s"
+            ),
             err=json_path == "-",
         )
         for setting in plan.get("changed", ()):
@@ -88,7 +92,7 @@ def build(export_dir: Path, out: Path, *, recipe, cache, no_cache, only_print, j
                 err=True,
             )
     if result["container"]:
-        click.echo(result["container"]["said"], err=True)
+        click.echo(printable(result["container"]["said"]), err=True)
     write_json(result, json_path)
     say_next("verify", out, "--checkpoint", "CHECKPOINT", "--images", "RADIOGRAPHS")
 
@@ -111,7 +115,7 @@ def _print_commands(export_dir: Path, out: Path, named: str | None, json_path: s
     commands = engine(recipe.decoder.compiler).commands(job, named)
     if json_path != "-":
         for said, line in commands.values():
-            click.echo(f"# {said}\n{line if isinstance(line, str) else shlex.join(line)}")
+            click.echo(printable(f"# {said}\n{line if isinstance(line, str) else shlex.join(line)}"))
     write_json({"recipe": recipe.name} | {key: line for key, (_, line) in commands.items()}, json_path)
 
 
@@ -137,8 +141,9 @@ def recipes(name: str | None, json_path: str | None):
             weights = sum(memory[part] for part in ("decoder_layers", "embedding", "head", "vision_tower"))
             sizes = (weights, memory["kv_cache"], memory["total"], memory["card"])
             click.echo(
-                f"{recipe.name:18}{recipe.gpu or 'CPU':26}{recipe.decoder.precision:10}{recipe.decoder.compiler:14}"
-                f"{recipe.slots:6}{sizes[0] / GIB:9.2f}" + "".join(f"{size / GIB:7.2f}" for size in sizes[1:])
+                printable(f"{recipe.name:18}{recipe.gpu or 'CPU':26}{recipe.decoder.precision:10}")
+                + f"{recipe.decoder.compiler:14}{recipe.slots:6}{sizes[0] / GIB:9.2f}"
+                + "".join(f"{size / GIB:7.2f}" for size in sizes[1:])
             )
     if name and json_path != "-":
         import yaml

@@ -337,6 +337,17 @@ class GpuEngine(Engine):
                 )
 
 
+def plan_bytes(bundle, graph: str) -> int:
+    """`Engine.run_bytes` of a graph that was compiled to a plan, as its build report has them."""
+    try:
+        return without_table(bundle, graph, int(bundle.manifest["plans"][graph]["weights_bytes"]))
+    except (KeyError, TypeError, ValueError):
+        raise InvalidBundle(
+            f"manifest.json: plans.{graph}.weights_bytes is missing, so the bytes of a step are not known; build the "
+            "bundle again"
+        ) from None
+
+
 def without_table(bundle, graph: str, size: int) -> int:
     """Bytes of a graph's weights less the table that tokens are looked up in, where it is not the head too."""
     if graph == "decoder" and bundle.manifest.get("head") not in (None, "compute"):

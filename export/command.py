@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import OUT_FOLDER, PROFILES, json_option, say_next, write_json
+from cxr_triton.cli import OUT_FOLDER, PROFILES, json_option, printable, say_next, write_json
 from cxr_triton.export.calibration import DEFAULT_LIMIT, PHANTOM_WARNING, REASONING_TOKENS
 from cxr_triton.export.export import export_checkpoint
 from cxr_triton.export.forms import FORMS
@@ -45,7 +45,7 @@ def _chosen(profile: str, checkpoint: str) -> ModelProfile:
     """The profile; says the licence of the weights."""
     chosen = load_profile(profile)
     licence = licence_of(checkpoint, chosen)
-    click.echo(f"licence of the weights: {licence.name} ({licence.stated})", err=True)
+    click.echo(printable(f"licence of the weights: {licence.name} ({licence.stated})"), err=True)
     return chosen
 
 
@@ -54,7 +54,9 @@ def _tell(result: dict, out: Path, started_s: float, what: str, json_path: str |
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     seconds = round(time.monotonic() - started_s, 1)
     if json_path != "-":
-        click.echo(f"{out}: {what}; {size / 1e9:.2f} GB in {seconds} s")
+        click.echo(printable(f"{out}: {what}; {size / 1e9:.2f} GB in {seconds} s"))
+    if commit := result["source"]["revision"]:
+        click.echo(printable(f"of {result['source']['name']} at commit {commit}"), err=True)
     write_json(result | {"path": str(out), "bytes": size, "seconds": seconds}, json_path)
 
 

@@ -12,6 +12,7 @@ from cxr_triton.errors import LicenceNotAccepted, UnsupportedCheckpoint
 from cxr_triton.export.checkpoint import FILES, Checkpoint
 from cxr_triton.profile import CheckpointShape, Licence, ModelProfile, load_profile, profile_names
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -70,8 +71,13 @@ def open_source(source: str, profile: ModelProfile, *, revision: str | None, acc
 
 
 def located(source: str, profile: ModelProfile, revision: str | None = None) -> tuple[Path, str | None]:
-    """`locate`, by default at the revision of the profile's checkpoint."""
-    return locate(source, profile.revision if revision is None and source == profile.checkpoint_id else revision)
+    """`locate`, by default at the revision of the profile's checkpoint, however its id is capitalised."""
+    return locate(source, profile.revision if revision is None and _is(source, profile) else revision)
+
+
+def _is(repository: str | None, profile: ModelProfile) -> bool:
+    """The hub takes an id in any case."""
+    return repository is not None and repository.casefold() == profile.checkpoint_id.casefold()
 
 
 def licence_of(source: str, profile: ModelProfile) -> Licence:
@@ -88,7 +94,7 @@ def require_fit(source: str, checkpoint: Checkpoint, profile: ModelProfile) -> N
         It is the hub's for another bundled profile, or its sizes or special tokens differ; names all of it.
     """
     made_for, wrong = _made_for(source), []
-    if made_for and made_for.checkpoint_id != profile.checkpoint_id:
+    if made_for and not _is(made_for.checkpoint_id, profile):
         wrong.append(f"it is {made_for.checkpoint_id}, the profile is of {profile.checkpoint_id}")
     if profile.checkpoint:
         wrong += [
@@ -118,7 +124,7 @@ def _compared(checkpoint: Checkpoint, shape: CheckpointShape) -> Iterator[tuple[
 def _made_for(source: str) -> ModelProfile | None:
     """The bundled profile of a hub repository."""
     repository = hub_id(source)
-    return next((p for p in map(load_profile, profile_names()) if p.checkpoint_id == repository), None)
+    return next((p for p in map(load_profile, profile_names()) if _is(repository, p)), None)
 
 
 def hub_id(source: str) -> str | None:
@@ -143,7 +149,7 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
     -------
     folder : Path
     revision : str or None
-        The commit that a hub id resolved to; None for a plain folder.
+        The commit that a hub id resolved to, of which all files are; None for a plain folder.
 
     Raises
     ------
@@ -165,4 +171,10 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str | None]:
             f"the hub does not give {source} at revision {revision or 'main'}: {reason}; check id, revision, network "
             "and access (`hf auth login`), or give a local folder"
         ) from None
-    return folder, folder.name  # a snapshot's folder is named after its commit
+    commit = folder.name  # a snapshot's folder is named after its commit
+    if not _COMMIT.fullmatch(commit) or (revision and _COMMIT.fullmatch(revision) and commit != revision):
+        raise UnsupportedCheckpoint(
+            f"the hub gives {source} at revision {revision or 'main'} as {commit!r:.60}, not that commit; clear "
+            "its cache (`hf cache rm`) or give a local folder"
+        )
+    return folder, commit

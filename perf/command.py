@@ -144,8 +144,8 @@ def run(
             timeout_s=timeout_s,
             command=["cxr-triton", *sys.argv[1:]],
         )
-    click.echo("\n".join([table(result), *extras(result)]), err=json_path == "-")
-    click.secho(result["notice"], fg="yellow", err=True)
+    click.echo(printable("\n".join([table(result), *extras(result)])), err=json_path == "-")
+    click.secho(printable(result["notice"]), fg="yellow", err=True)
     write_json(result, json_path)
     for path, text in ((csv_path, to_csv), (html_path, result_page)):
         if path:
@@ -178,8 +178,10 @@ def compare(a: Path, b: Path, *, alpha: float, min_change: float, html_path: Pat
     to_stderr = json_path == "-"
     for entry in told["metrics"]:
         click.echo(
-            f"{entry['scenario']}, {entry['load']}: {entry['metric']} {number(entry['a'])} -> {number(entry['b'])} "
-            f"({100 * entry['change']:+.1f} %, p {entry['p']:.3f}): {entry['verdict']}",
+            printable(
+                f"{entry['scenario']}, {entry['load']}: {entry['metric']} {number(entry['a'])} -> {number(entry['b'])} "
+                f"({100 * entry['change']:+.1f} %, p {entry['p']:.3f}): {entry['verdict']}"
+            ),
             err=to_stderr,
         )
     for difference in told["differences"]:

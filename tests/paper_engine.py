@@ -1,4 +1,4 @@
-"""A room of paper for the house's test: an engine that runs a checkpoint itself, on a CPU or a GPU, by its own scheduler.
+"""A room of paper for the house's test: an engine that runs a checkpoint itself, by a scheduler of its own, anywhere.
 
 Its bundle holds a checkpoint of any number of files in the place of a decoder graph, beside a tower of another engine.
 """

@@ -17,6 +17,7 @@ from cxr_triton.cli import (
     RECIPES,
     Waiting,
     json_option,
+    printable,
     say_next,
     write_json,
 )
@@ -43,16 +44,18 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 def package(bundle: Path, out: Path, force: bool, unverified: bool, json_path: str | None, **settings):
     """Write a Triton model repository from BUNDLE, which has to have passed `verify`.
 
-    It holds everything it needs and may be moved; the bundle's files are hard-linked where possible.
+    It holds everything it needs and may be moved. Files of 64 MiB and more take no room of their own where the file
+    system can share or link them.
     """
     from cxr_triton.triton_repo.package import BUNDLE, ENSEMBLE, VERIFICATION, Settings, write_repository
 
     packaged = write_repository(bundle, out, Settings(**settings), force=force, unverified=unverified)
     verification, said = (out / ENSEMBLE / "1" / VERIFICATION).read_text().splitlines()[:2]
     click.echo(
-        f"{out}: {packaged.profile.name}, {packaged.precision}, digest {packaged.digest[:12]}", err=json_path == "-"
+        printable(f"{out}: {packaged.profile.name}, {packaged.precision}, digest {packaged.digest[:12]}"),
+        err=json_path == "-",
     )
-    click.secho(said, fg=None if verification == "passed" else "yellow", err=True)
+    click.secho(printable(said), fg=None if verification == "passed" else "yellow", err=True)
     result = {
         "repository": str(out),
         "models": sorted(path.parent.name for path in out.glob("*/config.pbtxt")),
@@ -80,15 +83,21 @@ def package(bundle: Path, out: Path, force: bool, unverified: bool, json_path: s
     help="Shared memory of each model process; has to hold all images of a request.",
 )
 @click.option("--log", type=OUT_FILE, help="Log file.  [default: REPOSITORY.log]")
+@click.option("--modified", is_flag=True, help="Serve your own edits of REPOSITORY; says what they are.")
 @json_option
 def serve(repository: Path, json_path: str | None, **options):
     """Run the pip-installed Triton on REPOSITORY, on 127.0.0.1, until SIGTERM or SIGINT.
 
+    A REPOSITORY that is not as `package` wrote it is refused, file by file.
+
     Ready means that a reading went through the whole ensemble. Ends with status 75 when the server or the process of a
     model dies, so that a supervisor can start it anew: Triton does not.
     """
+    from cxr_triton.triton_repo.integrity import differences
     from cxr_triton.triton_repo.serve import Server
 
+    for difference in differences(repository) if options["modified"] else ():
+        click.secho(printable(f"modified: {difference}"), fg="yellow", err=True)
     stopping: list[bool] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: _stop(stopping, number))
@@ -175,6 +184,7 @@ def demo(folder: Path, json_path: str | None):
     help="Model; `cxr-triton profiles` lists them.",
 )
 @click.option("-o", "--out", required=True, type=OUT_FOLDER, help="Folder for all of it; made if it is not there.")
+@click.option("--revision", help="Of a hub id.  [default: the profile's, or that of the run before]")
 @click.option("--images", type=FOLDER, help="Radiographs to calibrate and to verify on.  [default: synthetic phantoms]")
 @click.option("--verify-images", type=FOLDER, help="Others to verify on.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Most images to take of each.")
@@ -198,12 +208,13 @@ def make_engine(checkpoint: str, json_path: str | None, only_print: bool, **opti
         if not engine(load_recipe(options["recipe"]).decoder.compiler).in_container:
             raise click.UsageError("--print is for recipes that are built in a container, see `cxr-triton recipes`")
         line = library.in_container(checkpoint, **options)
-        click.echo(line, err=json_path == "-")
+        click.echo(printable(line), err=json_path == "-")
         write_json({"docker": line}, json_path)
         return
     started_s = time.monotonic()
-    result = library.make_engine(checkpoint, **options, say=lambda line: click.echo(line, err=True))
+    result = library.make_engine(checkpoint, **options, say=lambda line: click.echo(printable(line), err=True))
     result["seconds"] = round(time.monotonic() - started_s, 1)
-    click.echo(f"{result['repository']}: {result['recipe']}, digest {result['digest'][:12]}", err=json_path == "-")
+    line = f"{result['repository']}: {result['recipe']}, digest {result['digest'][:12]}"
+    click.echo(printable(line), err=json_path == "-")
     write_json(result, json_path)
     say_next("serve", result["repository"])

@@ -172,7 +172,7 @@ def golden(engine: Path, images: Path | None, concurrency: int, json_path: str |
     with tqdm(unit="reading", disable=None, leave=False) as bar, connect(images or engine, **where) as reader:
         result = hold(engine, images, reader, concurrency=concurrency, progress=bar.update)
     for line in summary(result):
-        click.echo(line, err=json_path == "-")
+        click.echo(printable(line), err=json_path == "-")
     write_json(result, json_path)
     if not result["passed"]:
         raise SystemExit(EXIT_FAILED)

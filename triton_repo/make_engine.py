@@ -31,6 +31,8 @@ from cxr_triton.triton_repo.stages import Stages, fingerprint, opened
 
 LIBRARIES = ("onnx", "numpy", "ml_dtypes", "nvidia-modelopt", "torch", "transformers")
 """Distributions that, with those of the engines, a stage is made with."""
+SOURCE = "source.json"
+"""In the folder of a run: the commit of its checkpoint, which the next run takes too."""
 PHANTOMS = 32
 PHANTOM_SEED = 1_000_003  # far from the calibration's: what verifies was not calibrated on
 
@@ -41,6 +43,7 @@ def make_engine(
     recipe: str,
     *,
     profile: str,
+    revision: str | None = None,
     images: Path | None = None,
     verify_images: Path | None = None,
     limit: int | None = None,
@@ -61,6 +64,9 @@ def make_engine(
         here `standin/`. May hold what an earlier run with the same arguments left.
     recipe, profile : str
         Names or files.
+    revision : str, optional
+        Branch, tag or commit of a hub id. By default that of the profile's own checkpoint, or the commit that an
+        earlier run into `out` took; for any other id the hub's newest, once.
     images : Path, optional
         Radiographs to calibrate on, and to verify on where `verify_images` is None; phantoms without.
     verify_images : Path, optional
@@ -95,14 +101,19 @@ def make_engine(
     """
     chosen, model = load_recipe(recipe), load_profile(profile)
     _check(chosen, out, unverified)
-    folder, _ = located(source, model)
+    folder, commit = located(source, model, revision or _pinned(out, source))
     checkpoint = Checkpoint(folder)
     require_fit(source, checkpoint, model)
-    made_from = {"versions": _versions(), "checkpoint": fingerprint(folder), "profile": model.to_yaml()}
+    made_from = {"versions": _versions(), "revision": commit, "checkpoint": fingerprint(folder)}
+    made_from |= {"profile": model.to_yaml()}
     with opened(out, made_from, say) as stages:
+        if commit:
+            say(f"{source}: commit {commit}")
+            write(out / SOURCE, json.dumps({"name": source, "revision": commit}, indent=1) + "\n")
         return _Run(
             stages=stages,
             source=source,
+            revision=commit,
             checkpoint=checkpoint,
             recipe=chosen,
             profile=model,
@@ -113,6 +124,16 @@ def make_engine(
             cache=cache or default_folder(),
             accept_licence=accept_licence,
         ).make(unverified)
+
+
+def _pinned(out: Path, source: str) -> str | None:
+    """The commit of a hub id that an earlier run into the folder took."""
+    try:
+        told = json.loads((out / SOURCE).read_bytes())
+        is_same = told["name"].casefold() == source.casefold() and not Path(source).is_dir()
+        return str(told["revision"]) if is_same else None
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _check(recipe: Recipe, out: Path, unverified: bool) -> None:
@@ -139,6 +160,7 @@ class _Run:
 
     stages: Stages
     source: str
+    revision: str | None
     checkpoint: Checkpoint
     recipe: Recipe
     profile: ModelProfile
@@ -185,6 +207,7 @@ class _Run:
                 self.source,
                 path,
                 self.profile,
+                revision=self.revision,
                 scheme=decoder.precision,
                 images=self.images,
                 limit=self.limit or DEFAULT_LIMIT,
@@ -204,6 +227,7 @@ class _Run:
                 str(weights or self.source),
                 path,
                 self.profile,
+                revision=self.revision,
                 precision=precision,
                 compute=compute,
                 head=head,

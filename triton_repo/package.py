@@ -7,6 +7,8 @@ can therefore be moved.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -18,12 +20,14 @@ from cxr_triton.engines.serving import BUNDLE, STEPS, Settings, declare, tensors
 from cxr_triton.engines.verify.record import require_verified
 from cxr_triton.errors import InvalidRequest, NotVerified
 from cxr_triton.files import new_folder, require_new
+from cxr_triton.triton_repo.integrity import seal
 
 ENSEMBLE = "cxr_reader"
 VERIFICATION = "VERIFICATION"
 VISION_BATCH = 8  # images
-MODELS = ("dicom_preprocess", "vision_encoder", "decoder", "report")
 _ADAPTERS = Path(__file__).parent
+_LINKED_BYTES = 64 << 20
+_FICLONE = 0x40049409
 
 
 def write_repository(
@@ -34,7 +38,8 @@ def write_repository(
     Parameters
     ----------
     bundle : path
-        What ``cxr-triton build`` wrote. Its files are hard-linked where the file system allows it, else copied.
+        What ``cxr-triton build`` wrote. Its files are copied; those of 64 MiB and more share their blocks with the
+        bundle's, where the file system can do that, else they are hard-linked, where it can do that.
     out : path
         Must not exist or be an empty folder; with `force` also an older repository, which is replaced.
     settings : Settings
@@ -76,12 +81,13 @@ def write_repository(
                 # Triton wants a version folder all the same, and an empty one gets lost in copies
                 (new / model.name / "1" / "README").write_text("No file of its own; see config.pbtxt.\n")
         for path, file in serving.files.items():
-            _link(source.path / file, new / path)
+            _take(source.path / file, new / path)
         (new / ENSEMBLE / "1" / VERIFICATION).write_text("\n".join(verification) + "\n")
         (new / BUNDLE).mkdir()
         for file in (MANIFEST, *source.manifest["files"]):
-            _link(source.path / file, new / BUNDLE / file)
+            _take(source.path / file, new / BUNDLE / file)
         Bundle.open(new / BUNDLE)
+        seal(new)
     return Bundle.open(out / BUNDLE, verify=False)
 
 
@@ -97,12 +103,21 @@ def _verification(bundle: Bundle, unverified: bool) -> tuple[str, str]:
     return "passed", f"The verification gate passed on {record['made']}, {record['images']['count']} images, {runtime}."
 
 
-def _link(source: Path, target: Path) -> None:
+def _take(source: Path, target: Path) -> None:
+    """A file of the bundle into the repository; one that people edit is never the same file in both."""
     target.parent.mkdir(exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    source = source.resolve()
+    if source.stat().st_size >= _LINKED_BYTES:
+        try:
+            with open(source, "rb") as there, open(target, "xb") as here:
+                fcntl.ioctl(here, _FICLONE, there.fileno())
+            return
+        except OSError:
+            target.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
 
 
 def serving_of(bundle: Bundle, settings: Settings) -> Serving:

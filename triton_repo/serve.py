@@ -28,6 +28,7 @@ from pathlib import Path
 from cxr_triton.engines import ROOMS, engine
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, ServerMismatch, Unavailable
 from cxr_triton.extras import remedy
+from cxr_triton.triton_repo.integrity import require_as_packaged
 
 # A decode step reads all weights; from pages of 2 MiB it does so faster. Set it for your own server too.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -56,6 +57,8 @@ class Server:
         while requests run is suspected of taking Triton 2.51 down (docs/architecture.md).
     log : path, optional
         File that takes the log of the server and of its models; ``REPOSITORY.log`` by default.
+    modified : bool
+        Serve a repository that is not as ``cxr-triton package`` wrote it, see `integrity`.
 
     Attributes
     ----------
@@ -74,6 +77,8 @@ class Server:
         On start, when the server ended or the warm-up failed; the message quotes the log.
     InvalidRequest
         The folder is no repository.
+    InvalidBundle
+        On start, when the repository was changed and `modified` is false.
     ServerMismatch
         On start, when this Python cannot run the server.
     """
@@ -88,10 +93,12 @@ class Server:
         ready_timeout_s: float = 300,
         shm_mib: int = 128,
         log=None,
+        modified: bool = False,
     ):
         self.repository = Path(repository).resolve()
         self.ready_timeout_s = ready_timeout_s
         self.shm_mib = shm_mib
+        self.modified = modified
         self.log = Path(log) if log else self.repository.with_name(self.repository.name + ".log")
         ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
         self._ports = {name: _port(name, port) for name, port in ports.items()}
@@ -141,6 +148,9 @@ class Server:
                 f"{self.repository} holds no model 'cxr_reader'; "
                 "write one with `cxr-triton package BUNDLE -o REPOSITORY`"
             )
+        if not self.modified:
+            say("checking the repository")
+            require_as_packaged(self.repository)
         binary, stub, libraries = installation()
         self._check_shm()
         self._backends = tempfile.mkdtemp(prefix="cxr-triton-backends-")

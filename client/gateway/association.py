@@ -17,6 +17,9 @@ from pynetdicom import AE, evt
 from pynetdicom.association import Association
 
 from cxr_triton.client.gateway.config import Remote
+from cxr_triton.errors import LimitExceeded
+
+MAX_IN_MEMORY = 1 << 20
 
 
 def prepare_pynetdicom(new_file: Callable[[], object]) -> None:
@@ -94,10 +97,35 @@ def whole_request(event: evt.Event) -> Any:
     return event.request
 
 
-def limit(association: Association, *, pdu_limit: int, pdu_s: float, max_message: int) -> None:
-    """Put a `Receiver` under an association."""
+def limit(
+    association: Association,
+    *,
+    pdu_limit: int,
+    pdu_s: float,
+    max_message: int,
+    on_junk: Callable[[Exception], None] = lambda _: None,
+) -> None:
+    """Put a `Receiver` under an association, and end it by an A-ABORT where what comes is no message.
+
+    Only the data set of a C-STORE goes to the disk as it comes; everything else is kept in memory and may have 1 MiB.
+    """
     wire = _wire(association)
     wire.recv = Receiver(wire, pdu_limit=pdu_limit, pdu_s=pdu_s, max_message=max_message)
+    dimse: Any = association.dimse
+    take = dimse.receive_primitive
+
+    def take_or_abort(data: object) -> None:
+        """Without this, data that are no message would end pynetdicom's thread instead of the association."""
+        try:
+            take(data)
+            message = dimse.message
+            if message and max(message.encoded_command_set.tell(), message.data_set.tell()) > MAX_IN_MEMORY:
+                raise LimitExceeded(f"a message that is no object has over {MAX_IN_MEMORY} bytes")
+        except Exception as error:
+            on_junk(error)
+            association.dul.event_queue.put("Evt19")  # as an invalid PDU: A-ABORT
+
+    dimse.receive_primitive = take_or_abort
 
 
 @contextlib.contextmanager

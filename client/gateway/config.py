@@ -6,8 +6,10 @@ import ipaddress
 import os
 import re
 import ssl
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from cxr_triton.client.limits import Timeouts, Tls
 from cxr_triton.client.objects import KINDS
@@ -42,18 +44,28 @@ class TlsFiles(Checked):
     def server(self) -> ssl.SSLContext:
         """For a listener: TLS 1.2 or later (BCP 195 profile of PS3.15 B.9)."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.listener_cert, self.key)
+        self._load(context)
         if self.ca:
-            context.load_verify_locations(self.ca)
             context.verify_mode = ssl.CERT_REQUIRED
         return context
 
     def client(self) -> ssl.SSLContext:
         """For a sender."""
-        context = ssl.create_default_context(cafile=self.ca)
-        if self.cert:
-            context.load_cert_chain(self.cert, self.key)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if not self.ca:
+            context.load_default_certs()
+        self._load(context)
         return context
+
+    def _load(self, context: ssl.SSLContext) -> None:
+        try:
+            if self.cert:
+                context.load_cert_chain(self.cert, self.key)
+            if self.ca:
+                context.load_verify_locations(self.ca)
+        except OSError as error:
+            files = ", ".join(file for file in (self.cert, self.key, self.ca) if file)
+            raise InvalidConfig(f"tls: {error.strerror or error}; look at {files}") from None
 
     def grpc(self) -> Tls:
         """For the reader."""
@@ -97,6 +109,8 @@ class Dicom(Checked):
         From the first to the last byte of any PDU, and for the peer to take what is sent.
     idle_s : float
         Between two PDUs of an association.
+    clear_text : bool
+        Off the loopback interface without `tls` on purpose: nothing is said about it.
     """
 
     aet: str = "CXR_GATEWAY"
@@ -110,6 +124,7 @@ class Dicom(Checked):
     first_pdu_s: float = in_range(0.1, 600.0, default=10.0)
     pdu_s: float = in_range(0.1, 600.0, default=30.0)
     idle_s: float = in_range(0.1, 86400.0, default=60.0)
+    clear_text: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -133,6 +148,14 @@ class Web(Checked):
     ----------
     token_file : str, optional
         File whose content a STOW-RS client has to send as its bearer token. Required off the loopback interface.
+    clear_text : bool
+        Allows that token off the loopback interface without `tls`, as behind a proxy that ends it.
+    max_connections, max_per_address : int
+        Connections at once, and at once from one address; more are answered with 503.
+    idle_s : float
+        How long a connection may have no whole request head under way, and how long a body may pause.
+    total_s : float
+        From the head of a request to its answer.
     """
 
     host: str = "127.0.0.1"
@@ -140,6 +163,11 @@ class Web(Checked):
     tls: TlsFiles | None = None
     stow: bool = False
     token_file: str | None = None
+    clear_text: bool = False
+    max_connections: int = in_range(1, 10_000, default=64)
+    max_per_address: int = in_range(1, 10_000, default=16)
+    idle_s: float = in_range(0.1, 600.0, default=30.0)
+    total_s: float = in_range(0.1, 86400.0, default=300.0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -147,11 +175,16 @@ class Web(Checked):
             self.tls.listener_cert  # noqa: B018
         if self.stow and not _is_loopback(self.host) and not self.token_file:
             raise InvalidConfig(f"token_file: is missing and host is {self.host}; STOW-RS there needs a token")
+        if self.token_file and not self.tls and not _is_loopback(self.host) and not self.clear_text:
+            raise InvalidConfig(
+                f"clear_text: is false and host is {self.host} without tls, where the token could be read on its way; "
+                "give tls, or set clear_text: true where something else encrypts"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folder(Checked):
-    """A watched folder. A file that no longer grows is taken; what is refused moves to ``rejected/`` in it."""
+    """A watched folder, and those in it. A file that no longer grows is taken; a refused one moves to ``rejected/``."""
 
     path: str
     every_s: float = in_range(0.05, 3600.0, default=5.0)
@@ -204,6 +237,8 @@ class Reading(Checked):
         Take readings of a server that does not say which images they are of.
     identifiers : str, optional
         How a reading names its images' UIDs: ``plain`` or ``hashed``; by default as the server does, plain.
+    clear_text : bool
+        Off the loopback interface without `tls` on purpose: nothing is said about it.
     """
 
     url: str = "127.0.0.1:8001"
@@ -220,6 +255,7 @@ class Reading(Checked):
     lease_s: float = in_range(1.0, 3600.0, default=60.0)
     unchecked_reading: bool = False
     identifiers: str | None = None
+    clear_text: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -235,7 +271,17 @@ class Reading(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Remote(Checked):
-    """Another system: a PACS with `aet`, `host` and `port`, or a web server at `url`."""
+    """Another system: a PACS with `aet`, `host` and `port`, or a web server at `url`.
+
+    Attributes
+    ----------
+    token_file : str, optional
+        File with the bearer token for `url`.
+    proxy : str, optional
+        HTTP proxy to `url`; none by default, whatever the environment says.
+    clear_text : bool
+        Allows a token over ``http://`` off the loopback interface; says of anything else that it is meant.
+    """
 
     aet: str | None = None
     host: str | None = None
@@ -243,7 +289,27 @@ class Remote(Checked):
     tls: TlsFiles | None = None
     url: str | None = None
     token_file: str | None = None
+    proxy: str | None = None
+    clear_text: bool = False
     timeout_s: float = in_range(0.1, 600.0, default=30.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, url in (("url", self.url), ("proxy", self.proxy)):
+            if url is not None and not (url.startswith(("http://", "https://")) and _host(url)):
+                raise InvalidConfig(f"{name}: {_without_user(url)!r:.80} has to start with http(s):// and name a host")
+        if self.url and self.is_clear and not self.clear_text and (self.token_file or "@" in urlsplit(self.url).netloc):
+            raise InvalidConfig(
+                f"url: {_without_user(self.url)!r:.80} is not encrypted, and the token could be read on its way; "
+                "use https://, or set clear_text: true where something else encrypts"
+            )
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether what goes there leaves this machine unencrypted."""
+        if self.url:
+            return self.url.startswith("http://") and (bool(self.proxy) or not _is_loopback(_host(self.url)))
+        return not self.tls and not _is_loopback(self.host or "")
 
     @property
     def pacs(self) -> tuple[str, str]:
@@ -259,7 +325,7 @@ class Remote(Checked):
 
     def authorization(self) -> dict[str, str]:
         """HTTP header with the token of `token_file`, where there is one."""
-        return {"Authorization": f"Bearer {Path(self.token_file).read_text().strip()}"} if self.token_file else {}
+        return {"Authorization": f"Bearer {read_token(self.token_file)}"} if self.token_file else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,11 +340,14 @@ class Priors(Remote):
         DICOMweb root in its place.
     max_age_days : int
         Older ones are left out.
+    total_s : float
+        What one answer may take to its end; `timeout_s` is for each step of it.
     task : str, optional
         Task of the profile when a prior was found, such as a comparison.
     """
 
     max_age_days: int = in_range(1, 36500, default=1825)
+    total_s: float = in_range(0.1, 86400.0, default=300.0)
     task: str | None = None
 
     def __post_init__(self):
@@ -332,8 +401,10 @@ class Destination(Remote):
         if self.kind == "dicom":
             aet, _ = self.pacs
             _require_aet("aet", aet)
-        elif not (self.url or "").startswith(("http://", "https://")):
-            raise InvalidConfig(f"url: {self.url!r:.80} of a {self.kind} destination has to start with http(s)://")
+        elif not self.url:
+            raise InvalidConfig(
+                f"url: {_without_user(self.url or '')!r:.80} of a {self.kind} destination has to start with http(s)://"
+            )
         elif self.commitment:
             raise InvalidConfig(f"commitment: is of dicom destinations, {self.kind} has none; remove it")
         _require_ladder("retry_s", self.retry_s)
@@ -341,10 +412,17 @@ class Destination(Remote):
 
 @dataclass(frozen=True, kw_only=True)
 class Retention(Checked):
-    """How long objects, results and their history stay after a study is done or dropped, and dead."""
+    """How long objects, results and their history stay after a study is done or dropped, and dead.
+
+    Attributes
+    ----------
+    rejected_h : float
+        How long files stay in the ``rejected/`` of a watched folder.
+    """
 
     done_h: float = in_range(0.0, 1e6, default=24.0)
     dead_h: float = in_range(0.0, 1e6, default=720.0)
+    rejected_h: float = in_range(0.0, 1e6, default=720.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,11 +451,14 @@ class Config(Checked):
         Folder of received objects and results; gateways that share a queue share it.
     queue : str, optional
         SQLAlchemy URL, such as ``postgresql+psycopg://gateway@db/cxr``; by default SQLite in the storage folder.
+    share_with_group : bool
+        Files and folders are also of the user's group to read and write: 0660 and 2770 in place of 0600 and 0700.
     """
 
     name: str = "gateway"
     storage: str
     queue: str | None = None
+    share_with_group: bool = False
     dicom: Dicom | None = None
     web: Web | None = None
     folder: Folder | None = None
@@ -414,6 +495,53 @@ class Config(Checked):
         """SQLAlchemy URL of the queue."""
         return self.queue or f"sqlite:///{Path(self.storage).absolute()}/queue.sqlite"
 
+    def in_clear_text(self) -> Iterator[str]:
+        """Sections whose data leave this machine unencrypted without a `clear_text` that says so."""
+        for name, here in (("dicom", self.dicom), ("web", self.web)):
+            if here and not (here.tls or here.clear_text or _is_loopback(here.host)):
+                yield name
+        if not (self.read.tls or self.read.clear_text or _is_loopback(_host(f"//{self.read.url}"))):
+            yield "read"
+        for name, there in self._remotes():
+            if there.is_clear and not there.clear_text:
+                yield name
+
+    def secret_files(self) -> Iterator[tuple[str, str]]:
+        """Keys and paths of the files that nobody else should be able to read."""
+        if self.log.key_file:
+            yield "log.key_file", self.log.key_file
+        here: list[tuple[str, Dicom | Web | Remote]] = [*self._remotes()]
+        here += [(name, one) for name, one in (("dicom", self.dicom), ("web", self.web)) if one]
+        for name, one in here:
+            if token := getattr(one, "token_file", None):
+                yield f"{name}.token_file", token
+        for name, tls in [(name, one.tls) for name, one in here] + [("read", self.read.tls)]:
+            if tls and tls.cert:
+                yield f"{name}.tls.key", tls.key or tls.cert
+
+    def _remotes(self) -> Iterator[tuple[str, Remote]]:
+        if self.priors:
+            yield "priors", self.priors
+        for destination in self.destinations:
+            yield f"destinations.{destination.name}", destination
+
+
+def read_token(path: str) -> str:
+    """The token that a file holds.
+
+    Raises
+    ------
+    InvalidConfig
+        The file cannot be read, or is not one line of printable ASCII characters without blanks.
+    """
+    try:
+        token = Path(path).read_text("ascii", "replace").strip()
+    except OSError as error:
+        raise InvalidConfig(f"token_file: {path} cannot be read ({error.strerror})") from None
+    if not re.fullmatch(r"[!-~]{1,4096}", token):
+        raise InvalidConfig(f"token_file: {path} holds no token; write one line of printable characters into it")
+    return token
+
 
 def load_config(path: str | os.PathLike) -> Config:
     """The configuration in a YAML file.
@@ -425,6 +553,19 @@ def load_config(path: str | os.PathLike) -> Config:
     """
     path = Path(path)
     return build(Config, read_yaml(path, InvalidConfig), path.name)
+
+
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _without_user(url: str) -> str:
+    """A URL as it may be shown: without a name and a password in it."""
+    scheme, slashes, rest = url.rpartition("//")
+    return scheme + slashes + rest.rpartition("@")[2]
 
 
 def _is_loopback(host: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ class Database:
                 parsed = parsed.set(query={**_PATIENCE, **parsed.query})
             self._engine = sa.create_engine(parsed, **options)
             if self._is_sqlite:
+                _keep_private(parsed.database)
                 sa.event.listen(self._engine, "connect", _prepare_sqlite)
                 sa.event.listen(self._engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
             self._insert = sqlite.insert if self._is_sqlite else postgresql.insert
@@ -53,8 +55,9 @@ class Database:
                 schema.create_all(c)
                 if "generation" not in {column["name"] for column in sa.inspect(c).get_columns("jobs")}:
                     c.exec_driver_sql("ALTER TABLE jobs ADD COLUMN generation INTEGER DEFAULT 0 NOT NULL")
-        except (sa.exc.SQLAlchemyError, ImportError) as error:
-            what = str(getattr(error, "orig", error)).strip().splitlines()[0]
+        except (sa.exc.SQLAlchemyError, ImportError, OSError, ValueError) as error:
+            is_of_url = isinstance(error, ValueError)  # its text quotes the URL, a password perhaps
+            what = "is no URL" if is_of_url else str(getattr(error, "orig", error)).strip().splitlines()[0]
             raise InvalidConfig(f"queue: {what}; check the URL and that the database runs") from None
 
     def close(self) -> None:
@@ -105,6 +108,16 @@ def is_full(error: BaseException) -> bool:
     if isinstance(error, sa.exc.OperationalError):
         return "disk is full" in str(error.orig)
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _keep_private(database: str | None) -> None:
+    """Make the file before SQLite does, which gives its mode to the ``-wal`` and ``-shm`` beside it."""
+    if database and database != ":memory:" and not database.startswith("file:"):
+        with contextlib.suppress(FileExistsError):
+            handle = os.open(database, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            if os.stat(os.path.dirname(database) or ".").st_mode & 0o020:  # shared with the group
+                os.fchmod(handle, 0o660)
+            os.close(handle)
 
 
 def _prepare_sqlite(connection, _) -> None:

@@ -19,6 +19,7 @@ import sqlalchemy.exc
 from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.database import CommitInDoubt, is_full
 from cxr_triton.client.gateway.dimse import CANNOT_UNDERSTAND, OUT_OF_RESOURCES, PROCESSING_FAILURE, WRONG_CLASS
+from cxr_triton.client.gateway.disk import sync
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.schema import Received
 from cxr_triton.client.gateway.store import Store
@@ -57,7 +58,7 @@ class IncomingFile:
 
     Writing never raises: pynetdicom's thread would end of it, without an answer to the peer. What is written after a
     failure is let go by, the file is removed at once, and `Intake.take` raises `error`. A `with` block removes what it
-    did not give to `Intake.take`. Only the gateway's own user may read the file.
+    did not give to `Intake.take`. Nobody but the gateway's own user, or its group where `mode` says so, may read it.
 
     Attributes
     ----------
@@ -66,12 +67,12 @@ class IncomingFile:
         Why the file is not whole.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, mode: int = 0o600):
         self.path = folder / f"{secrets.token_hex(8)}.dcm"
         self.error: OSError | None = None
         self.name, self.file = str(self.path), self  # as `tempfile` has them
         try:
-            private = functools.partial(os.open, mode=0o600)
+            private = functools.partial(os.open, mode=mode)
             self._file: BinaryIO = open(self.path, "xb", opener=private)  # noqa: SIM115  # the object comes later
         except OSError as error:
             self._file, self.error = io.BytesIO(), error
@@ -153,7 +154,7 @@ class Intake:
 
     def new_file(self) -> IncomingFile:
         """An open file in the incoming folder."""
-        return IncomingFile(self.incoming)
+        return IncomingFile(self.incoming, 0o660 if self.config.share_with_group else 0o600)
 
     def take(
         self,
@@ -293,12 +294,3 @@ def _age_s(path: Path, now: float) -> float:
         return now - path.stat().st_mtime
     except OSError:
         return 0.0
-
-
-def sync(folder: Path) -> None:
-    """Make the names in a folder outlast a loss of power."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

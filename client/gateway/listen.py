@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import ipaddress
+import re
 import socket
 import threading
 import time
@@ -24,9 +25,6 @@ from cxr_triton.client.gateway.dimse import PUSH_MODEL, SUCCESS, VERIFICATION
 from cxr_triton.client.gateway.intake import MIB, REFUSALS, Intake, Mismatch, status_of
 from cxr_triton.errors import CxrError, Unavailable
 from cxr_triton.pixels.dicom import Identity
-
-MOST_COMMAND = 1 << 16
-"""Bytes of a DIMSE command set; those of PS3.7 have hundreds."""
 
 
 class Listener:
@@ -153,7 +151,7 @@ class Listener:
         except REFUSALS as error:
             answer.Status = status_of(error)
             if isinstance(error, CxrError):
-                answer.ErrorComment = error.message.encode("ascii", "replace")[:64].decode()
+                answer.ErrorComment = _comment(error.message)
         return answer
 
     def _on_event_report(self, event: evt.Event) -> tuple[int, None]:
@@ -161,14 +159,9 @@ class Listener:
         return take_commitment(event, self._on_commitment), None
 
 
-def _require_short_command(message: Any, data: Any) -> None:
-    """Raise `ValueError` for a command set that is longer than one can be; pydicom would parse it in this process."""
-    parts = getattr(data, "presentation_data_value_list", None) or []
-    received = sum(len(part) for _, part in parts if part[:1] and part[0] & 1)
-    if message is not None:
-        received += message.encoded_command_set.getbuffer().nbytes
-    if received > MOST_COMMAND:
-        raise ValueError(f"{received} bytes of a command set")
+def _comment(text: str) -> str:
+    """A text as an LO of PS3.5 takes it: 64 printable characters without backslash."""
+    return re.sub(r"[^ -\[\]-~]", "?", text)[:64]
 
 
 def _is_in(address: str, networks) -> bool:
@@ -239,19 +232,11 @@ class _Handler(RequestHandler):
     def handle(self) -> None:
         self.association = self._create_association()
         config, intake = self.server.listener.config, self.server.listener.intake
-        limit(self.association, pdu_limit=config.pdu_limit, pdu_s=config.pdu_s, max_message=intake.max_bytes + MIB)
-        dimse: Any = self.association.dimse
-        take = dimse.receive_primitive
 
-        def take_or_abort(data: object) -> None:
-            """Without this, data that are no message would end pynetdicom's thread instead of the association."""
-            try:
-                _require_short_command(dimse.message, data)
-                take(data)
-            except Exception as error:
-                # its text may quote the data
-                intake.log("warning", "not_a_message", address=self.client_address[0], error=type(error).__name__)
-                self.association.dul.event_queue.put("Evt19")  # as an invalid PDU: A-ABORT
+        def say(error: Exception) -> None:
+            # its text may quote the data
+            intake.log("warning", "not_a_message", address=self.client_address[0], error=type(error).__name__)
 
-        dimse.receive_primitive = take_or_abort
+        most = intake.max_bytes + MIB
+        limit(self.association, pdu_limit=config.pdu_limit, pdu_s=config.pdu_s, max_message=most, on_junk=say)
         self.association.start()

@@ -6,7 +6,6 @@ import datetime
 import hashlib
 import hmac
 import json
-import os
 import secrets
 import sys
 import threading
@@ -18,7 +17,11 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 
 from cxr_triton.client.gateway.config import Config
+from cxr_triton.client.gateway.disk import new_file
+from cxr_triton.errors import InvalidConfig
 
+KEY_BYTES, LEAST_KEY_BYTES = 32, 16
+_MAKE = "head -c 32 /dev/urandom > log.key"
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -53,15 +56,28 @@ class Log:
 
 
 def _key(config: Config) -> bytes:
-    if config.log.key_file:
-        return Path(config.log.key_file).read_bytes()
-    path = Path(config.storage) / "log.key"
+    """The site's key.
+
+    Raises
+    ------
+    InvalidConfig
+        It cannot be read, or is so short that UIDs could be found by trying.
+    """
+    path = Path(config.log.key_file or Path(config.storage) / "log.key")
     try:
-        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(32))
-    except FileExistsError:
-        pass
-    return path.read_bytes()
+        if not config.log.key_file and not path.exists():
+            new_file(path, secrets.token_bytes(KEY_BYTES))
+        key = path.read_bytes()
+    except OSError as error:
+        raise InvalidConfig(
+            f"log.key_file: {path} cannot be made or read ({error.strerror}); make it: {_MAKE}"
+        ) from None
+    if len(key.strip()) < LEAST_KEY_BYTES:
+        raise InvalidConfig(
+            f"log.key_file: {path} has {len(key)} bytes, at least {LEAST_KEY_BYTES} are needed; "
+            f"remove it if no key was ever in it, and make another: {_MAKE}"
+        )
+    return key
 
 
 class Metrics:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
+import asyncio
 import datetime
 import json
-import urllib.error
+import re
+import time
 import urllib.parse
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -21,7 +22,7 @@ from pydicom.uid import (
 )
 from pynetdicom import build_role, evt
 
-from cxr_triton.client.gateway.association import MOST_ANSWERED, Unreachable, associate, whole_request
+from cxr_triton.client.gateway.association import Unreachable, associate, whole_request
 from cxr_triton.client.gateway.config import Priors
 from cxr_triton.client.gateway.dimse import (
     OUT_OF_RESOURCES,
@@ -31,6 +32,7 @@ from cxr_triton.client.gateway.dimse import (
     SUCCESS,
     UNCOMPRESSED,
 )
+from cxr_triton.client.gateway.http import Answer, web_client
 from cxr_triton.client.gateway.intake import MIB, IncomingFile, Intake
 from cxr_triton.client.gateway.read import choose
 from cxr_triton.client.gateway.store import Store
@@ -41,6 +43,13 @@ from cxr_triton.pixels.codestream import TRANSFER_SYNTAXES
 MODALITIES = ("CR", "DX")
 MOST_STUDIES = 5
 """Earlier studies that are looked into, the last first."""
+MOST_IMAGES = 32
+"""Images that are fetched of a series, and series of a study."""
+MOST_ANSWER = 8 * MIB
+"""Bytes of an answer to QIDO-RS."""
+MOST_MATCHES = 1000
+"""Matches of a C-FIND."""
+_UID = re.compile(r"[0-9.]{1,64}")
 IMAGES = (ComputedRadiographyImageStorage, DigitalXRayImageStorageForPresentation, SecondaryCaptureImageStorage)
 
 
@@ -83,11 +92,11 @@ class PriorFinder(abc.ABC):
     def _series_of(self, patient: str, between: str, current: str, date: str) -> Iterator[tuple[str, str]]:
         """Study and series of earlier radiographs, the last study first."""
         found = [s for s in self._studies(patient, between) if str(s.get("PatientID", "")) == patient]
-        for study in _earlier([s for s in found if s.get("StudyInstanceUID")], current, date):
-            uid = str(study.StudyInstanceUID)
-            for series in self._series(uid):
-                if series.get("Modality") in MODALITIES:
-                    yield uid, str(series.SeriesInstanceUID)
+        for study in _earlier([s for s in found if _uid(s, "StudyInstanceUID")], current, date):
+            uid = _uid(study, "StudyInstanceUID")
+            ours = [s for s in self._series(uid) if s.get("Modality") in MODALITIES]
+            for series in [found for found in (_uid(s, "SeriesInstanceUID") for s in ours) if found][:MOST_IMAGES]:
+                yield uid, series
 
     @abc.abstractmethod
     def _studies(self, patient: str, between: str) -> Sequence[Dataset]:
@@ -120,10 +129,14 @@ class PacsFinder(PriorFinder):
 
     def _find(self, level: str, query: dict[str, str]) -> list[Dataset]:
         identifier = item(QueryRetrieveLevel=level, **query)
-        found = []
+        found: list[Dataset] = []
+        ends = time.monotonic() + self._settings.total_s
         with associate(self._settings, self._aet, {STUDY_ROOT_FIND: UNCOMPRESSED}) as association:
             try:
                 for status, answer in association.send_c_find(identifier, STUDY_ROOT_FIND):
+                    if len(found) >= MOST_MATCHES or time.monotonic() > ends:
+                        association.abort()
+                        raise Unreachable(f"C-FIND came to no end within {len(found)} matches")
                     if status.get("Status") in PENDING and answer is not None:
                         found.append(answer)
                     elif status.get("Status") != SUCCESS:
@@ -135,34 +148,48 @@ class PacsFinder(PriorFinder):
     def _bring(self, study: str, series: str) -> list[str]:
         taken: list[str] = []
         failed: list[Exception] = []
+        ends = time.monotonic() + self._settings.total_s
         called, _ = self._settings.pacs
 
         def on_store(event: evt.Event) -> int:
+            file = whole_request(event)._dataset_file
+            is_late = time.monotonic() > ends
+            if is_late:
+                event.assoc.abort()  # or objects would come without end, and no answer to the C-GET
+            if is_late or len(taken) >= MOST_IMAGES:
+                with file:
+                    return OUT_OF_RESOURCES
             try:
-                if sop_instance := self._take(whole_request(event)._dataset_file, called):
+                if sop_instance := self._take(file, called):
                     taken.append(sop_instance)
             except (QueueFull, OSError, sqlalchemy.exc.SQLAlchemyError) as error:
                 failed.append(error)  # pynetdicom would keep it from `fetch`
                 return OUT_OF_RESOURCES
             return SUCCESS
 
+        identifier = item(QueryRetrieveLevel="SERIES", StudyInstanceUID=study, SeriesInstanceUID=series)
+        self._get(identifier, on_store, ends)
+        if failed:
+            raise failed[0]
+        return taken
+
+    def _get(self, identifier: Dataset, on_store: Callable[[evt.Event], int], ends: float) -> None:
         contexts: dict[str, Sequence[str]] = {
             STUDY_ROOT_GET: UNCOMPRESSED,
             **dict.fromkeys(IMAGES, tuple(TRANSFER_SYNTAXES)),
         }
         roles = [build_role(sop_class, scp_role=True) for sop_class in IMAGES]
         handlers = [(evt.EVT_C_STORE, on_store)]
-        identifier = item(QueryRetrieveLevel="SERIES", StudyInstanceUID=study, SeriesInstanceUID=series)
         with associate(self._settings, self._aet, contexts, handlers, roles, max_bytes=1 << 28) as association:
             try:
                 for status, _ in association.send_c_get(identifier, STUDY_ROOT_GET):
+                    if time.monotonic() > ends:
+                        association.abort()
+                        raise Unreachable("C-GET came to no end")
                     if status.get("Status") not in (*PENDING, SUCCESS, 0xB000):
                         raise Unreachable(f"C-GET ended with status {status.get('Status', 'none')}")
             except (ValueError, RuntimeError) as error:
                 raise Unreachable(f"C-GET: {type(error).__name__}") from None
-        if failed:
-            raise failed[0]
-        return taken
 
 
 class WebFinder(PriorFinder):
@@ -177,8 +204,9 @@ class WebFinder(PriorFinder):
 
     def _bring(self, study: str, series: str) -> list[str]:
         taken = []
-        for instance in self._qido(f"studies/{study}/series/{series}/instances"):
-            path = f"studies/{study}/series/{series}/instances/{instance.SOPInstanceUID}"
+        found = self._qido(f"studies/{study}/series/{series}/instances")
+        for instance in [uid for uid in (_uid(one, "SOPInstanceUID") for one in found) if uid][:MOST_IMAGES]:
+            path = f"studies/{study}/series/{series}/instances/{instance}"
             accept = 'multipart/related; type="application/dicom"; transfer-syntax=*'
             kind, body = self._ask(path, accept, self._intake.max_bytes + MIB)
             with self._intake.new_file() as file:
@@ -188,7 +216,7 @@ class WebFinder(PriorFinder):
         return taken
 
     def _qido(self, path: str) -> list[Dataset]:
-        _, body = self._ask(path, "application/dicom+json", MOST_ANSWERED)
+        _, body = self._ask(path, "application/dicom+json", MOST_ANSWER)
         try:
             answers = json.loads(body or b"[]")
         except (ValueError, RecursionError):
@@ -199,20 +227,16 @@ class WebFinder(PriorFinder):
             raise Unreachable("QIDO-RS answered what is not the DICOM JSON model") from None
 
     def _ask(self, path: str, accept: str, limit: int) -> tuple[str, bytes]:
-        settings = self._settings
-        headers = {"Accept": accept, **settings.authorization()}
-        request = urllib.request.Request(f"{settings.root}/{path}", headers=headers)  # noqa: S310  # an operator's own
-        context = settings.tls.client() if settings.tls else None
-        try:
-            with urllib.request.urlopen(request, timeout=settings.timeout_s, context=context) as answer:  # noqa: S310
-                body = answer.read(limit + 1)
-                if len(body) > limit:
-                    raise Unreachable(f"DICOMweb answer is over {limit} bytes")
-                return answer.headers.get("Content-Type", ""), body
-        except urllib.error.HTTPError as error:
-            raise Unreachable(f"DICOMweb answers HTTP {error.code}") from None
-        except OSError as error:
-            raise Unreachable(f"DICOMweb: {type(error).__name__}") from None
+        async def ask() -> Answer:
+            async with web_client(self._settings, "DICOMweb", self._settings.total_s) as client:
+                return await client.ask("GET", path, limit=limit, headers={"Accept": accept})
+
+        answer = asyncio.run(ask())  # `fetch` has a thread of its own
+        if answer.status == 204:
+            return "", b""
+        if answer.status != 200:
+            raise Unreachable(f"DICOMweb answers HTTP {answer.status}")
+        return answer.kind, answer.body
 
 
 def _earlier(studies: list[Dataset], current: str, date: str) -> list[Dataset]:
@@ -221,6 +245,12 @@ def _earlier(studies: list[Dataset], current: str, date: str) -> list[Dataset]:
     others = [s for s in others if not date or str(s.get("StudyDate") or "") <= date]
     others.sort(key=lambda s: (str(s.get("StudyDate") or ""), str(s.get("StudyTime") or "")), reverse=True)
     return others[:MOST_STUDIES]
+
+
+def _uid(answer: Dataset, name: str) -> str:
+    """A UID of an answer, empty where it is none: it becomes part of an address."""
+    uid = str(answer.get(name) or "")
+    return uid if _UID.fullmatch(uid) else ""
 
 
 def _date(text: str) -> datetime.date | None:

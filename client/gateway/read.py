@@ -19,7 +19,7 @@ from pydicom import Dataset
 from cxr_triton.client.aio import AsyncReader
 from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.database import LeaseLost, is_full
-from cxr_triton.client.gateway.intake import sync
+from cxr_triton.client.gateway.disk import sync
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.schema import Result
 from cxr_triton.client.gateway.store import Store
@@ -33,6 +33,7 @@ from cxr_triton.errors import (
     CxrError,
     DeadlineExceeded,
     InternalError,
+    InvalidConfig,
     InvalidImage,
     InvalidRequest,
     QueueFull,
@@ -88,6 +89,8 @@ class ReadWorker:
         self._on_results, self._find_prior = on_results, find_prior
         self.wake = asyncio.Event()
         self.is_server_ready = False
+        self.are_names_known = not self._asked()
+        self._was_ready = False
         self._checks_failed = 0
         self._check_at = 0.0
         self._storage = Path(config.storage)
@@ -131,15 +134,49 @@ class ReadWorker:
                 return None
             try:
                 await reader.server_info()
+                await self._check_names(reader)
             except CxrError as error:
+                if isinstance(error, InvalidConfig):
+                    self.are_names_known = False
+                    if not self._was_ready:
+                        raise
                 if not self._checks_failed:
                     self._log("warning", "server_not_ready", error=error.code)
                 self._checks_failed += 1
                 self._check_at = time.monotonic() + spread(min(2.0 ** min(self._checks_failed, 5) / 4, 5.0))
                 return None
             self._log("info", "server_ready")
-            self.is_server_ready, self._checks_failed = True, 0
+            self.is_server_ready = self._was_ready = self.are_names_known = True
+            self._checks_failed = 0
         return await asyncio.to_thread(self._store.claim_job, self._config.read.lease_s, list(at_work))
+
+    def _asked(self) -> list[tuple[str, str | None]]:
+        """Tasks that studies will be asked for, where the file names them or anything beside, with their section."""
+        settings, priors = self._config.read, self._config.priors
+        asked = [("read", settings.task)] if settings.task or settings.mode or settings.identifiers else []
+        return [*asked, ("priors", priors.task)] if priors and priors.task else asked
+
+    async def _check_names(self, reader: AsyncReader) -> None:
+        """Ask the server for readings of no image: it refuses them for an unknown name, or else for the image.
+
+        Raises
+        ------
+        InvalidConfig
+            The served profile has no such task, mode or form of identifiers, or the task needs what is not sent.
+        """
+        settings = self._config.read
+        for section, task in self._asked():
+            stream = reader.read((), task=task, mode=settings.mode, identifiers=settings.identifiers)
+            try:
+                async for _ in stream:
+                    break  # a task without images
+            except InvalidRequest as error:
+                if error.message.startswith("REQUEST"):
+                    raise InvalidConfig(
+                        f"{section}: {settings.url} refuses what it would be asked: {error.message}"
+                    ) from None
+            finally:
+                await stream.close()
 
     async def _read(self, reader: AsyncReader, job: sa.Row) -> None:
         """One attempt at one job; every way it can end is written into the queue."""

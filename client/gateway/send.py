@@ -9,7 +9,6 @@ import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import aiohttp
 import sqlalchemy as sa
 from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
@@ -18,10 +17,14 @@ from pynetdicom.association import Association
 from cxr_triton.client.gateway.association import Unreachable, associate
 from cxr_triton.client.gateway.config import Config, Destination
 from cxr_triton.client.gateway.dimse import STORED, UNCOMPRESSED, is_permanent
+from cxr_triton.client.gateway.http import WebClient, web_client
 from cxr_triton.errors import InvalidImage, ReadingMismatch
 from cxr_triton.pixels.dicom import read_identity
 
 UNREADABLE = "its file in the storage folder cannot be read"
+
+MIB = 1 << 20
+"""Most that an answer says beyond what was sent."""
 
 Report = Callable[[sa.Row, str, str], None]
 
@@ -124,21 +127,15 @@ class WebSender(Sender):
     async def send(self, batch: Sequence[sa.Row], report: Report) -> None:
         """See `Sender.send`."""
         one = self._fhir if self._to.kind == "fhir" else self._stow
-        timeout = aiohttp.ClientTimeout(total=self._to.timeout_s)
-        connector = aiohttp.TCPConnector(ssl=self._to.tls.client() if self._to.tls else True)
-        headers = self._to.authorization()
-        try:
-            async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers) as session:
-                for row in batch:
-                    try:
-                        answer = await one(session, await asyncio.to_thread(self._content, row))
-                    except Refused as error:
-                        answer = "refused", str(error)
-                    await asyncio.to_thread(report, row, *answer)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise Unreachable(f"{self._to.name}: {type(error).__name__}") from None
+        async with web_client(self._to, self._to.name, self._to.timeout_s) as client:
+            for row in batch:
+                try:
+                    answer = await one(client, await asyncio.to_thread(self._content, row))
+                except Refused as error:
+                    answer = "refused", str(error)
+                await asyncio.to_thread(report, row, *answer)
 
-    async def _stow(self, session: aiohttp.ClientSession, content: bytes) -> tuple[str, str]:
+    async def _stow(self, client: WebClient, content: bytes) -> tuple[str, str]:
         boundary = f"cxr-{secrets.token_hex(16)}"
         head = f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode()
         headers = {
@@ -146,16 +143,15 @@ class WebSender(Sender):
             "Accept": "application/dicom+json",
         }
         body = head + content + f"\r\n--{boundary}--\r\n".encode()
-        async with session.post(f"{self._to.root}/studies", data=body, headers=headers) as answer:
-            if answer.status not in (200, 202, 409):
-                return self._judge(answer.status)
-            text = await answer.text()
-        return judge_stow(answer.status, text)
+        answer = await client.ask("POST", "studies", limit=MIB, data=body, headers=headers)
+        if answer.status not in (200, 202, 409):
+            return self._judge(answer.status)
+        return judge_stow(answer.status, answer.body.decode("utf-8", "replace"))
 
-    async def _fhir(self, session: aiohttp.ClientSession, content: bytes) -> tuple[str, str]:
-        url = f"{self._to.root}/DiagnosticReport/{json.loads(content)['id']}"
-        async with session.put(url, data=content, headers={"Content-Type": "application/fhir+json"}) as answer:
-            return ("stored", "") if answer.status in (200, 201) else self._judge(answer.status)
+    async def _fhir(self, client: WebClient, content: bytes) -> tuple[str, str]:
+        path, headers = f"DiagnosticReport/{json.loads(content)['id']}", {"Content-Type": "application/fhir+json"}
+        answer = await client.ask("PUT", path, limit=len(content) + MIB, data=content, headers=headers)
+        return ("stored", "") if answer.status in (200, 201) else self._judge(answer.status)
 
     def _judge(self, status: int) -> tuple[str, str]:
         """What an HTTP status means that is of the request and not of an instance."""

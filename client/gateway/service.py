@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import logging
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydicom import config as pydicom_config
 
 from cxr_triton.client.gateway.association import prepare_pynetdicom
-from cxr_triton.client.gateway.config import Config, Folder
+from cxr_triton.client.gateway.bounds import Doorkeeper
+from cxr_triton.client.gateway.config import Config, Folder, read_token
 from cxr_triton.client.gateway.deliver import Deliverer
+from cxr_triton.client.gateway.disk import is_open, keep_private
 from cxr_triton.client.gateway.intake import Intake
 from cxr_triton.client.gateway.listen import Listener
 from cxr_triton.client.gateway.log import Log, Metrics
@@ -59,7 +62,7 @@ class Gateway:
     def __init__(self, config: Config, stream=None):
         self.config = config
         self._storage = Path(config.storage)
-        self._storage.mkdir(parents=True, exist_ok=True)
+        kept = keep_private(self._storage, group=config.share_with_group)
         self._lock = open(self._storage / f"{config.name}.lock", "w")  # noqa: SIM115  # held until the process ends
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,6 +71,7 @@ class Gateway:
                 f"a gateway named {config.name!r} runs on {self._storage}; stop it, or give this one another name"
             ) from None
         self.log = Log(config, stream)
+        self._look_round(kept)
         self.store = Store(config.queue_url, config.name)
         self.metrics = Metrics(self.store.counts, lambda: self.intake.free_bytes())  # noqa: PLW0108  # it comes next
         self.intake = Intake(config, self.store, self.log, self.metrics, self._wake_worker)
@@ -81,9 +85,26 @@ class Gateway:
         )
         self.deliverers = [Deliverer(to, config, self.store, self.log, self.metrics) for to in config.destinations]
         self._listener: Listener | None = None
+        self._web_server: asyncio.Server | None = None
+        self._watcher: FolderWatcher | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.dicom_port: int | None = None
         self.web_port: int | None = None
+
+    def _look_round(self, kept: list[str]) -> None:
+        """Refuse what cannot be meant, and say once what only whoever installs this can put right."""
+        for destination in (*self.config.destinations, self.config.priors):
+            if destination:
+                destination.authorization()
+                if destination.tls:
+                    destination.tls.client()
+        if sections := list(self.config.in_clear_text()):
+            self.log("warning", "clear_text", sections=sections, remedy="give tls, or set clear_text: true in it")
+        if kept:
+            self.log("warning", "not_private", files=kept, remedy="have this user own them")
+        open_ = [name for name, path in self.config.secret_files() if is_open(path)]
+        if open_:
+            self.log("warning", "secret_readable_by_others", keys=open_, remedy="chmod o= FILE")
 
     def _wake_worker(self) -> None:
         if self._loop:
@@ -133,7 +154,8 @@ class Gateway:
             for ended in done & {*tasks}:
                 ended.result()
         finally:
-            if runner:
+            if runner and self._web_server:
+                self._web_server.close()
                 await runner.cleanup()
             await asyncio.to_thread(self.intake.close)
             await asyncio.to_thread(self.store.close)
@@ -167,11 +189,13 @@ class Gateway:
                 if path.startswith("results/"):
                     (self._storage / path).parent.rmdir()
         swept = self.intake.sweep()
+        if self._watcher:
+            swept += self._watcher.sweep(now - 3600 * keep.rejected_h)
         if paths or swept:
             self.log("info", "cleaned", expired=len(paths), leftovers=swept)
 
     async def _watch(self, config: Folder, stopping: asyncio.Event) -> None:
-        watcher = await asyncio.to_thread(FolderWatcher, config, self.intake)
+        self._watcher = watcher = await asyncio.to_thread(FolderWatcher, config, self.intake)
         while not stopping.is_set():
             try:
                 await asyncio.to_thread(watcher.scan)
@@ -184,29 +208,38 @@ class Gateway:
         settings = self.config.web
         if not settings:
             return None
-        app = web.Application(client_max_size=1 << 20)  # STOW-RS bodies are read part by part and bounded there
+        keeper = Doorkeeper(settings, self._tell)
+        # STOW-RS bodies are read part by part and bounded there
+        app = web.Application(client_max_size=1 << 20, middlewares=[keeper.middleware()])
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/health/live", self._live)
         app.router.add_get("/health/ready", self._ready)
         if settings.stow:
-            token = Path(settings.token_file).read_text().strip() if settings.token_file else None
+            token = read_token(settings.token_file) if settings.token_file else None
 
             async def take(request: web.Request) -> web.Response:
-                return await stow(request, self.intake, token)
+                return await stow(request, self.intake, token, settings)
 
             app.router.add_post("/dicom-web/studies", take)
             app.router.add_post("/dicom-web/studies/{study:[0-9.]{1,64}}", take)
-        runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        runner = web.AppRunner(app, access_log=None, handle_signals=False, auto_decompress=False)
         await runner.setup()
-        tls = settings.tls.server() if settings.tls else None
+        if runner.server:
+            keeper.inner = runner.server
         try:
-            await web.TCPSite(runner, settings.host, settings.port, ssl_context=tls).start()
+            server = await asyncio.get_running_loop().create_server(keeper, settings.host, settings.port)
         except OSError as error:
             await runner.cleanup()
             where = f"{settings.host} port {settings.port}"
             raise Unavailable(f"web: cannot listen on {where} ({error.strerror}); stop what listens there") from None
-        self.web_port = runner.addresses[0][1]
+        self._web_server = server
+        self.web_port = server.sockets[0].getsockname()[1]
         return runner
+
+    def _tell(self, event: str, facts: dict[str, str]) -> None:
+        if event == "connection_refused":
+            self.metrics.connections_refused.labels(facts["why"]).inc()
+        self.log("warning", event, door="web", **facts)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         text = await asyncio.to_thread(generate_latest, self.metrics.registry)
@@ -216,7 +249,10 @@ class Gateway:
         return web.json_response({"status": "ok"})
 
     async def _ready(self, request: web.Request) -> web.Response:
-        """503 when an object that came now would not be taken; a reader that is away is said, but does not matter."""
+        """503 when an object that came now would not be taken, or could not be read as the file says.
+
+        A reader that is away is said, but matters only until it has confirmed the names of tasks and modes.
+        """
         trouble = []
         if self.intake.draining:
             trouble.append("draining")
@@ -230,6 +266,8 @@ class Gateway:
             await asyncio.to_thread(self.store.beat)
         except sqlalchemy.exc.SQLAlchemyError:
             trouble.append("queue")
+        if not self.worker.are_names_known:
+            trouble.append("names")  # of tasks, which the server has not confirmed
         body = {
             "status": "not ready" if trouble else "ready",
             "trouble": trouble,
@@ -248,7 +286,8 @@ def serve(config: Config) -> None:
             loop.add_signal_handler(number, stopping.set)
         await Gateway(config).run(stopping)
 
-    # pydicom's warnings would put headers' values, UIDs among them, beside the log
+    # they would put headers' values, UIDs among them, and what peers said beside the log
+    logging.getLogger("aiohttp").setLevel(logging.CRITICAL + 1)
     pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
     pydicom_config.settings.writing_validation_mode = pydicom_config.IGNORE
     asyncio.run(run())

@@ -4,53 +4,165 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
+import secrets
+import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import sqlalchemy.exc
 
 from cxr_triton.client.gateway.config import Folder
 from cxr_triton.client.gateway.intake import MIB, Intake
-from cxr_triton.errors import InvalidImage, QueueFull
+from cxr_triton.errors import InvalidImage, LimitExceeded, QueueFull
+
+DEEPEST = 16
+"""Folders in folders that are looked into."""
+REJECTED = "rejected"
+
+
+class Facts(NamedTuple):
+    """What tells that a file is the one that was seen before, and grows no more."""
+
+    inode: int
+    size: int
+    changed_ns: int
 
 
 class FolderWatcher:
-    """Takes files of a folder that no longer grow; refused ones move to ``rejected/``.
+    """Takes files that no longer grow, of a folder and those in it; refused ones move to ``rejected/``.
 
-    `scan` is called again and again; a file is taken when two scans in a row saw it with the same size and time.
+    `scan` is called again and again; a file is taken when two scans in a row saw it with the same size and time. No
+    symbolic link is followed, whoever puts one in place of a file or folder and whenever: every step is made relative
+    to an open folder. What cannot be read or removed stays, is said once, and keeps nothing else from being taken.
     """
 
     def __init__(self, config: Folder, intake: Intake):
         self._intake = intake
-        self.folder = Path(config.path)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._seen: dict[Path, tuple[int, int]] = {}
+        Path(config.path).mkdir(parents=True, exist_ok=True)
+        self.folder = Path(config.path).resolve()
+        self._seen: dict[str, Facts] = {}
+        self._stuck: dict[str, Facts] = {}
+        self._told: set[str] = set()
 
     def scan(self) -> int:
         """How many files were taken."""
-        now: dict[Path, tuple[int, int]] = {}
-        for path in sorted(self.folder.iterdir()):
-            if path.is_symlink() or not path.is_file() or path.name.startswith("."):
+        now: dict[str, Facts] = {}
+        taken = 0
+        for name, folder, path in self._files():
+            try:
+                found = _facts(os.stat(name, dir_fd=folder, follow_symlinks=False))
+            except OSError:
+                continue  # gone, or no file
+            if found is None:
                 continue
-            with contextlib.suppress(FileNotFoundError):
-                stat = path.stat()
-                now[path] = (stat.st_size, stat.st_mtime_ns)
-        taken = sum(self._take(path) for path, facts in now.items() if self._seen.get(path) == facts)
-        self._seen = {path: facts for path, facts in now.items() if path.exists()}
+            now[path] = found
+            if self._seen.get(path) == found and self._stuck.get(path) != found:
+                taken += self._settle(name, folder, path, found)
+        self._seen = now
+        self._stuck = {path: facts for path, facts in self._stuck.items() if path in now}
         return taken
 
-    def _take(self, path: Path) -> int:
+    def sweep(self, before: float) -> int:
+        """Remove what was rejected before a time; how many files."""
+        removed = 0
+        with contextlib.suppress(OSError), self._open_rejected() as rejected:
+            for entry in list(os.scandir(rejected)):
+                with contextlib.suppress(OSError):
+                    # When it was moved here; its own time is from whoever wrote it.
+                    if os.stat(entry.name, dir_fd=rejected, follow_symlinks=False).st_ctime < before:
+                        os.unlink(entry.name, dir_fd=rejected)
+                        removed += 1
+        return removed
+
+    def _files(self) -> Iterator[tuple[str, int, str]]:
+        """Name, open folder and path of each file; hidden ones are none yet."""
+        for path, folders, files, handle in os.fwalk(self.folder, onerror=self._unreadable):
+            inner = os.path.relpath(path, self.folder)
+            depth = 0 if inner == "." else inner.count(os.sep) + 1
+            if depth == 0 and REJECTED in folders:
+                folders.remove(REJECTED)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if depth >= DEEPEST and folders:
+                self._tell("folder_too_deep", path)
+                folders.clear()
+            for name in sorted(files):
+                if not name.startswith("."):
+                    yield name, handle, os.path.join(inner, name)
+
+    def _settle(self, name: str, folder: int, path: str, found: Facts) -> int:
         try:
-            self._intake.require_room()
-            with open(path, "rb") as file, self._intake.new_file() as copy:
-                shutil.copyfileobj(file, copy, MIB)
-                self._intake.take(copy, "folder", "folder")
-        except InvalidImage:
-            rejected = self.folder / "rejected"
-            rejected.mkdir(exist_ok=True)
-            os.replace(path, rejected / path.name)
-            return 0
-        except (QueueFull, OSError, sqlalchemy.exc.SQLAlchemyError):
+            try:
+                self._take(name, folder, found)
+            except InvalidImage:
+                self._reject(name, folder)
+                return 0
+            if _facts(os.stat(name, dir_fd=folder, follow_symlinks=False)) == found:
+                os.unlink(name, dir_fd=folder)
+        except (QueueFull, sqlalchemy.exc.SQLAlchemyError):
             return 0  # it stays for the next scan
-        path.unlink()
+        except OSError as error:
+            self._stuck[path] = found
+            self._tell("file_stays", path, type(error).__name__)
+            return 0
         return 1
+
+    def _take(self, name: str, folder: int, found: Facts) -> None:
+        self._intake.require_room()
+        # Without O_NONBLOCK a pipe in its place would be waited for.
+        handle = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        with open(handle, "rb") as file:
+            if _facts(os.fstat(handle)) != found:
+                raise OSError("it is another file now")
+            limit = self._intake.max_bytes
+            if found.size > limit:
+                raise LimitExceeded(f"object has {found.size} bytes, allowed {limit}; send a smaller one")
+            with self._intake.new_file() as copy:
+                left = found.size
+                while left > 0 and (data := file.read(min(left, MIB))):
+                    copy.write(data)
+                    left -= len(data)
+                self._intake.take(copy, "folder", "folder")
+
+    def _reject(self, name: str, folder: int) -> None:
+        with self._open_rejected() as rejected:
+            place = name
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(name, dir_fd=rejected, follow_symlinks=False)
+                place = f"{secrets.token_hex(4)}-{name}"  # an earlier one of this name stays
+            os.rename(name, place, src_dir_fd=folder, dst_dir_fd=rejected)
+            with contextlib.suppress(OSError):  # another user's; the folder keeps others out
+                handle = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=rejected)
+                try:
+                    os.fchmod(handle, 0o660 if self._intake.config.share_with_group else 0o600)
+                finally:
+                    os.close(handle)
+
+    @contextlib.contextmanager
+    def _open_rejected(self) -> Iterator[int]:
+        """The folder of what was refused, never one that a link leads to."""
+        path = self.folder / REJECTED
+        path.mkdir(exist_ok=True)
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            with contextlib.suppress(OSError):
+                os.fchmod(handle, 0o2770 if self._intake.config.share_with_group else 0o700)
+            yield handle
+        finally:
+            os.close(handle)
+
+    def _unreadable(self, error: OSError) -> None:
+        self._tell("folder_stays", str(error.filename), type(error).__name__)
+
+    def _tell(self, event: str, path: str, error: str = "") -> None:
+        """Say once what an operator has to look at; a name may be a patient's."""
+        if event + path not in self._told:
+            if len(self._told) > 10_000:
+                self._told.clear()
+            self._told.add(event + path)
+            self._intake.log("warning", event, file=self._intake.log.uid(path), error=error)
+
+
+def _facts(found: os.stat_result) -> Facts | None:
+    """Of a regular file."""
+    return Facts(found.st_ino, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None

@@ -227,7 +227,7 @@ class Sandbox:
         self._lock = threading.Lock()
         self._closed = False
         self._child: _Child | None = None
-        self._interpreters = list(_interpreters())
+        self._interpreters = list(interpreters())
         self._start()
 
     def __enter__(self) -> Sandbox:
@@ -360,7 +360,7 @@ class Sandbox:
                 return self._child
             except OSError:
                 del self._interpreters[0]
-        self._interpreters = list(_interpreters())
+        self._interpreters = list(interpreters())
         raise InternalError("decoding process does not start: no fitting Python interpreter; reinstall cxr-triton")
 
     def _stop(self) -> None:
@@ -429,7 +429,7 @@ def _wait(fd: int, event: int, deadline: float) -> None:
         raise TimeoutError
 
 
-def _interpreters() -> Iterator[str]:
+def interpreters() -> Iterator[str]:
     """Python interpreters that may run the child, likeliest first.
 
     Inside a Triton python backend `sys.executable` is the stub or empty, so the environment's own interpreter is

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cxr_triton.engines.interface import Compiled, GpuEngine, without_table
+from cxr_triton.engines.interface import Compiled, GpuEngine, plan_bytes
 from cxr_triton.engines.tensorrt.library import Library
-from cxr_triton.errors import InvalidBundle
 
 if TYPE_CHECKING:
     from cxr_triton.engines.recipe import Recipe
@@ -45,13 +44,7 @@ class TensorRT(GpuEngine):
         return TensorRTDecoder(open_plan(self.library, bundle, "decoder"), bundle, slots=slots)
 
     def run_bytes(self, bundle, graph: str) -> int:
-        try:
-            return without_table(bundle, graph, int(bundle.manifest["plans"][graph]["weights_bytes"]))
-        except (KeyError, TypeError, ValueError):
-            raise InvalidBundle(
-                f"manifest.json: plans.{graph}.weights_bytes is missing, so the bytes of a step are not known; "
-                "build the bundle again"
-            ) from None
+        return plan_bytes(bundle, graph)
 
 
 ENGINE = TensorRT()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cxr_triton.engines.interface import Compiled, GpuEngine, Serving
+from cxr_triton.engines.interface import Compiled, GpuEngine, Serving, plan_bytes
 from cxr_triton.engines.tensorrt import TensorRT
 from cxr_triton.engines.tensorrt_llm.layout import CONTAINERS, FILES, FOLDER, NAME, step_tokens
 from cxr_triton.errors import DeviceUnavailable, InvalidRecipe
@@ -112,7 +112,7 @@ class TensorRTLLM(GpuEngine):
         return serving(bundle, settings)
 
     def run_bytes(self, bundle, graph: str) -> int:
-        return TensorRT().run_bytes(bundle, graph)
+        return plan_bytes(bundle, graph)
 
 
 ENGINE = TensorRTLLM()

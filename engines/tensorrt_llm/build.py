@@ -184,13 +184,10 @@ def find_tool(recipe: Recipe) -> Tool:
     found = shutil.which(TOOL)
     if found is None:
         raise DeviceUnavailable(f"{TOOL} is not on the path; {remedy}")
-    code = (
-        "import importlib.metadata as m, tensorrt; print('versions', m.version('tensorrt_llm'), tensorrt.__version__)"
-    )
+    code = "import importlib.metadata as m, tensorrt as t; print('versions', m.version('tensorrt_llm'), t.__version__)"
+    line = [*_interpreter(Path(found)), "-c", code]
     try:
-        asked = subprocess.run(
-            [*_interpreter(Path(found)), "-c", code], capture_output=True, text=True, timeout=120, check=False
-        )
+        asked = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise DeviceUnavailable(f"the Python of {found} cannot be run ({type(error).__name__}); {remedy}") from None
     said = re.search(r"^versions (\S+) (\S+)$", asked.stdout, re.MULTILINE)
@@ -453,8 +450,8 @@ def _run(line: list[str], log: Path, progress: bool | None) -> tuple[int, dict[s
             text=True,
             errors="replace",
             start_new_session=True,
-            # It never outlives this process. No other thread holds a lock that this call takes.
-            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509
+            # It never outlives this process.
+            preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509 (one system call)
         )
         try:
             for said in process.stdout or ():
@@ -543,13 +540,13 @@ def _check_engine(out: Path, chosen: dict[str, str], tool: Tool, log: Path) -> l
         EngineConfig.read(out)
         whole = json.loads((out / "config.json").read_bytes())
         build, plugins = whole["build_config"], whole["build_config"]["plugin_config"]
-        built = {name: build[name] for name in ("max_batch_size", "max_num_tokens", "max_seq_len", "max_beam_width")}
-        built |= {"max_multimodal_len": build["max_prompt_embedding_table_size"]}
-        built |= {"kv_cache_type": str(build["kv_cache_type"]).lower()}
+        has = {name: build[name] for name in ("max_batch_size", "max_num_tokens", "max_seq_len", "max_beam_width")}
+        has |= {"max_multimodal_len": build["max_prompt_embedding_table_size"]}
+        has |= {"kv_cache_type": str(build["kv_cache_type"]).lower()}
         version, mrope = whole["version"], build["use_mrope"]
     except (InvalidBundle, OSError, ValueError, KeyError, TypeError) as error:
         raise BuildFailed(f"{TOOL} left a config.json that is none of an engine ({error}); see {log}") from None
-    if other := [f"{name} {value}, not {chosen[name]}" for name, value in built.items() if str(value) != chosen[name]]:
+    if other := [f"{name} {value}, not {chosen[name]}" for name, value in has.items() if str(value) != chosen[name]]:
         raise BuildFailed(f"{TOOL} built something else than was asked for: {', '.join(other)}; see {log}")
     if not mrope:
         raise BuildFailed(f"{TOOL} built an engine without M-RoPE; export again; see {log}")

@@ -101,7 +101,7 @@ def verify(
     record["seconds"] = round(time.monotonic() - started_s, 1)
     written = write_record(opened, record)
     for line in summary(record):
-        click.echo(line, err=json_path == "-")
+        click.echo(printable(line), err=json_path == "-")
     write_json({**record, "bundle": str(bundle), "digest": written.digest}, json_path)
     if html:
         from cxr_triton.engines.verify.page import verification_page

@@ -15,6 +15,7 @@ from cxr_triton.client import wire
 from cxr_triton.perf import load
 from cxr_triton.perf.summary import summarize
 from cxr_triton.perf.workload import Image, Images, Item, Spec, Workload
+from cxr_triton.triton_repo.integrity import seal
 
 
 def write_repository(folder: Path) -> Path:
@@ -29,6 +30,7 @@ def write_repository(folder: Path) -> Path:
             dims = [-1] if name == "IMAGES" else [1]
             tensors.add(name=name, data_type=DataType.Value("TYPE_STRING"), dims=dims)
     (model / "config.pbtxt").write_text(text_format.MessageToString(config))
+    seal(folder)
     return folder
 
 

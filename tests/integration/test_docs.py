@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cxr_triton import cli, phantom, phantom_file
+from cxr_triton import cli, engines, phantom, phantom_file
 from cxr_triton.engines.recipe import load_recipe
 from cxr_triton.errors import CODES
 
@@ -368,11 +368,13 @@ def program(words: list[str]) -> tuple[click.Command, list[str]] | None:
 
 @functools.cache
 def script(name: str) -> click.Command:
-    path = list(sys.path)
+    path, rooms = list(sys.path), dict(engines.ROOMS)
     try:
         return runpy.run_path(str(ROOT / name))["main"]
-    finally:
+    finally:  # what a script adds is of its own process
         sys.path[:] = path
+        engines.ROOMS.clear()
+        engines.ROOMS.update(rooms)
 
 
 @pytest.fixture

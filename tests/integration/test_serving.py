@@ -379,6 +379,34 @@ def runs(pid: int) -> bool:
         return False
 
 
+def test_a_repository_that_was_served_can_be_served_again(small_server):
+    """Python puts bytecode beside the models."""
+    from cxr_triton.triton_repo.integrity import require_as_packaged
+
+    assert _outcome(Raw(small_server)) == "ok"
+    require_as_packaged(small_server.repository)
+
+
+def test_own_edits_are_served_when_asked(served_bundle, tmp_path):
+    from cxr_triton.triton_repo.package import Settings, write_repository
+
+    write_repository(served_bundle, tmp_path / "repository", Settings(threads=1), unverified=True)
+    with open(tmp_path / "repository/report/1/model.py", "a") as file:
+        file.write("# mine\n")
+    ports = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
+    command = [Path(sys.executable).with_name("cxr-triton"), "serve", "repository", *ports]
+    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1 and "report/1/model.py was changed" in refused.stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, "--modified"], cwd=tmp_path, **pipes) as process:
+        try:
+            assert process.stdout.readline().startswith("ready: gRPC 127.0.0.1:")
+            process.send_signal(signal.SIGTERM)
+            assert "modified: report/1/model.py was changed" in process.communicate(timeout=30)[1]
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["asked", "killed"])
 def test_serve_leaves_nothing_when_it_ends(served_bundle, tmp_path, number):
     """Even when the command itself is killed in the middle of a reading."""

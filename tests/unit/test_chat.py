@@ -3,6 +3,7 @@
 import itertools
 import json
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import qwen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr_triton.chat import ChatTokenizer
+from cxr_triton import template as templates
+from cxr_triton.chat import ChatTokenizer, _naming_panics
 from cxr_triton.errors import InternalError, InvalidRequest, UnsupportedCheckpoint
 from cxr_triton.profile import load_profile, profile_names
 from cxr_triton.request import ReadRequest
+from cxr_triton.template import ChatTemplate
 
 VARIABLES = {
     "options": ["PA", "AP", "LATERAL"],
@@ -249,6 +252,12 @@ def test_template_is_found_where_checkpoints_keep_it(folder, tmp_path, chat, nam
         ({"config.json": "{}"}, "image_token_id is None, which tokenizer.json does not add"),
         ({"config.json": '{"image_token_id": 151657}'}, "'<tool_call>' \\(image_token_id\\) is not marked special"),
         ({"tokenizer.json": "{}"}, "tokenizer.json: cannot be read"),
+        ({"tokenizer.json": '{"model": null, "model": null}'}, "a key is given twice"),
+        ({"chat_template.jinja": None, "chat_template.json": '{"chat_template": ["x", {"name": 1}]}'}, "no chat temp"),
+        ({"chat_template.jinja": "{{ 'a' * 10**10 }}" + " " * (1 << 20)}, "1048594 characters, allowed 1048576"),
+        ({"chat_template.jinja": "{{" + "(" * 3000 + ")" * 3000 + "}}"}, "calls itself too deeply"),
+        ({"preprocessor_config.json": '{"merge_size": "2"}'}, "merge size of image patches is '2'"),
+        ({"preprocessor_config.json": '{"merge_size": 1000000}'}, "merge size of image patches is 1000000"),
     ],
 )
 def test_a_broken_checkpoint_is_named(folder, tmp_path, changes, message):
@@ -265,6 +274,137 @@ def test_template_runs_in_a_sandbox_and_may_refuse(folder, tmp_path):
         other = copy_files(folder, tmp_path / str(len(source)), **{"chat_template.jinja": source})
         with pytest.raises(InvalidRequest, match="chat template refuses"):
             ChatTokenizer(other).encode(messages)
+
+
+def test_a_file_that_is_no_text_is_named(folder, tmp_path):
+    other = copy_files(folder, tmp_path / "c", **{"chat_template.jinja": "x"})
+    (other / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UnsupportedCheckpoint, match="jinja: cannot be read"):
+        ChatTokenizer(other)
+
+
+HELLO, BOMB = [{"role": "user", "content": "hello"}], [{"role": "user", "content": "bomb"}]
+SET_OFF = "{% if messages[0].content == 'bomb' %}BOMB{% endif %}{{ messages[0].content }}"
+
+
+@pytest.mark.parametrize(
+    ("bomb", "message"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than 1 s"),
+        ("{{ messages[0].content * 10**10 }}", "takes more than 256 MiB"),
+        ("{{ 'a' * 10**10 }}", "takes more than 256 MiB"),  # which jinja2 computes when it compiles
+        ("{{ '%1000000000d' % 1 }}", "takes more than 256 MiB"),
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+            "takes more than 256 MiB",
+        ),
+        ("{% for i in range(99999) %}{{ 'a' * 99 }}{% endfor %}", "gives more than 1048576 characters"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself too deeply"),
+        ("{{ 1 / 0 }}", "fails with ZeroDivisionError"),
+        ("{% include '/etc/passwd' %}", "fails with TypeError: no loader"),
+    ],
+)
+def test_a_template_that_goes_off_costs_its_process_alone(monkeypatch, bomb, message):
+    template = ChatTemplate(SET_OFF.replace("BOMB", bomb))
+    monkeypatch.setattr(templates, "TIME_S", 1.0 if "1 s" in message else 60.0)
+    for _ in range(2):
+        with pytest.raises(UnsupportedCheckpoint, match=f"chat template: {message}"):
+            template.render(BOMB)
+        assert template.render(HELLO) == "hello"
+
+
+def test_a_template_s_process_opens_no_file_starts_none_and_ends_with_it():
+    template = ChatTemplate(SET_OFF)
+    process = template._child._process
+    limits = Path(f"/proc/{process.pid}/limits").read_text().splitlines()
+    soft = {line[:26].strip(): line[26:].split()[0] for line in limits[1:]}
+    assert {soft[f"Max {what}"] for what in ("open files", "processes", "file size", "core file size")} == {"0"}
+    assert int(soft["Max address space"]) == 256 << 20
+    process.kill()
+    process.wait()
+    assert template.render(HELLO) == "hello", "whoever killed it"
+    process = template._child._process
+    del template
+    assert process.poll() is not None
+
+
+def test_half_a_surrogate_pair_is_an_error(folder, tmp_path):
+    other = copy_files(folder, tmp_path / "c", **{"chat_template.jinja": "{{ '\\ud800' }}"})
+    with pytest.raises(UnsupportedCheckpoint, match="not Unicode"):
+        ChatTokenizer(other).encode(HELLO)
+
+
+def split(pattern: str) -> dict:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.fixture(scope="module")
+def small(folder):
+    """A tokenizer of the 256 bytes with the control tokens."""
+    whole = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    vocab = sorted(whole["model"]["vocab"].items(), key=lambda item: item[1])[:256]
+    whole["model"] |= {"vocab": dict(vocab), "merges": []}
+    for i, token in enumerate(whole["added_tokens"]):
+        token["id"] = 256 + i
+    return whole
+
+
+@pytest.fixture
+def with_parts(folder, small, tmp_path):
+    """A `ChatTokenizer` whose tokenizer.json has other parts."""
+    ids = {token["content"]: token["id"] for token in small["added_tokens"]}
+    config = json.dumps({"image_token_id": ids["<|image_pad|>"]})
+
+    def write(**parts):
+        text = json.dumps({**small, **parts})
+        return ChatTokenizer(copy_files(folder, tmp_path / "c", **{"tokenizer.json": text, "config.json": config}))
+
+    return write
+
+
+GROWS = {"type": "Sequence", "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"pre_tokenizer": split("(a+)+$")}, "splits at .* any other may take for ever"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split("(a|a)*b")]}}, "splits at"),
+        ({"normalizer": GROWS}, "its normalizer is 'Replace', supported is NFC"),
+        ({"decoder": {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}}, "decoder is 'Replace'"),
+        ({"decoder": None}, "has no decoder"),
+        ({"model": {"type": "WordLevel", "vocab": {}, "unk_token": "a"}}, "its model is 'WordLevel', supported is BPE"),
+        ({"pre_tokenizer": ["x"]}, "its pre_tokenizer is"),
+    ],
+)
+def test_a_part_that_a_tokenizer_of_qwen_does_not_have_is_refused(with_parts, parts, message):
+    with pytest.raises(UnsupportedCheckpoint, match=message):
+        with_parts(**parts)
+
+
+def test_a_tokenizer_that_drops_merges_is_refused(with_parts, small):
+    with pytest.raises(UnsupportedCheckpoint, match="dropout"):
+        with_parts(model={**small["model"], "dropout": 0.5})
+
+
+def test_what_training_left_neither_cuts_nor_fills_a_prompt(with_parts):
+    truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    padding = {"strategy": {"Fixed": 10**4}, "direction": "Left", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+    chat = with_parts(truncation=truncation, padding=padding)
+    stream = chat.stream()
+    shown = stream.push(chat.encode(HELLO).input_ids)
+    assert shown == "system\nYou are a helpful assistant.\nuser\nhello\nassistant\n"
+
+
+def test_a_panic_of_the_library_is_an_error(small):
+    """The library's regular expressions give up by a panic, which is no `Exception`."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(json.dumps({**small, "pre_tokenizer": split("(a+)+$")}))
+    with pytest.raises(UnsupportedCheckpoint, match=r"its tokenizer fails: .*retry-limit"):
+        with _naming_panics():
+            tokenizer.encode("a" * 40 + "!")
 
 
 @pytest.mark.slow

@@ -315,6 +315,36 @@ def test_text_of_a_server_cannot_steer_the_terminal(png):
     assert r"\x1b[2J" in result.stdout and r"\u202eevil" in result.stdout
 
 
+def test_json_of_a_server_s_text_cannot_either_and_is_the_same_json(png, tmp_path):
+    hostile = reading(
+        f"<think> {ESCAPES}\U000e0041é胸 </think><answer> {ESCAPES}, Cardiomegaly </answer>", notice=ESCAPES
+    )
+    with FakeServer(answering(hostile)) as server:
+        result = run("read", png, "--url", server.url, "--json", "-")
+        run("read", png, "--url", server.url, "--json", tmp_path / "reading.json")
+    assert not set(result.output) & STEERING and "\U000e0041" not in result.stdout and "é胸" in result.stdout
+    assert json.loads(result.stdout) == json.loads(hostile.to_json())
+    assert (tmp_path / "reading.json").read_text() == result.stdout, "which may be shown by cat"
+
+
+def test_text_of_a_profile_and_of_a_file_s_name_cannot_steer_the_terminal(tmp_path):
+    profile = tmp_path / "mine.yaml"
+    tasks = {"quiz": {"prompt": "x", "answer": "text", "description": ESCAPES}}
+    licence = {"name": ESCAPES, "stated": ESCAPES, "non_commercial": False}
+    said = {"extends": "chexone", "title": ESCAPES, "tasks": tasks, "licence": licence}
+    profile.write_text(json.dumps(said))  # JSON is YAML
+    for words in (
+        ("tasks", profile),
+        ("tasks", profile, "--json", "-"),
+        ("export", tmp_path, "-o", tmp_path / "out", "--profile", profile),
+        ("read", tmp_path / ESCAPES.replace("\0", "")),
+        ("serve", tmp_path / ESCAPES.replace("\0", "")),
+        ("build", tmp_path, "-o", tmp_path / "out", "--recipe", ESCAPES.replace("\0", "")),
+    ):
+        result = run(*words)
+        assert result.output and not set(result.output) & STEERING, words
+
+
 def test_json_goes_to_a_file_or_alone_to_standard_output(png, tmp_path):
     path = tmp_path / "reading.json"
     with FakeServer(answering(reading())) as server:

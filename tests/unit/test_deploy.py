@@ -64,6 +64,20 @@ def test_what_serves_is_pinned_by_digest_and_is_no_root():
     assert "[serve]" in parts["serve"] and "[quantize]" not in parts["serve"]
 
 
+def test_the_container_serves_only_what_was_packaged():
+    (command,) = re.findall(r"^CMD (\[.*?\])$", stages()["serve"], re.MULTILINE | re.DOTALL)
+    shell, option, script = json.loads(command.replace("\\\n", ""))
+    assert (shell, option) == ("sh", "-c")
+    check, server = script.split(" && exec ")
+    assert check == "python3 -m cxr_triton.triton_repo.integrity /repository" and server.startswith("tritonserver ")
+
+
+def test_no_image_keeps_a_jinja2_that_the_container_brings():
+    """A constraint would keep one whose sandbox leaks."""
+    for name, text in stages().items():
+        assert "jinja2" not in "".join(re.findall(r"grep -i?E '.*'", text)), name
+
+
 def test_every_image_and_container_is_of_one_tag():
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     assert compose["services"]["server"]["image"] == f"cxr-triton-serve:{TAG}"

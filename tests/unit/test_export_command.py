@@ -162,6 +162,99 @@ def test_hub_id_takes_the_profiles_revision_and_records_it(checkpoint, tmp_path,
     assert (source["name"], source["revision"]) == (profile.checkpoint_id, "c0ffee")
 
 
+class FakeHub:
+    """A hub whose branch moves each time that it is asked for; ids in any case."""
+
+    def __init__(self, checkpoint, cache):
+        self.checkpoint, self.cache, self.asked, self.moved = checkpoint, cache, [], 0
+
+    def snapshot_download(self, repository, *, revision=None, allow_patterns):
+        self.asked.append((repository, revision))
+        commit = revision
+        if revision in (None, "main"):
+            self.moved += 1
+            commit = f"{self.moved:040x}"
+        folder = self.cache / f"models--{repository.replace('/', '--')}" / "snapshots" / commit
+        if not folder.exists():
+            shutil.copytree(self.checkpoint, folder, copy_function=shutil.copy2)
+        return str(folder)
+
+
+@pytest.fixture
+def hub(checkpoint, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    fake = FakeHub(checkpoint, tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake.snapshot_download)
+    return fake
+
+
+@pytest.mark.parametrize("source", ["StanfordAIMI/CheXOne", "stanfordaimi/CHEXONE"])
+def test_the_profile_s_own_id_is_taken_at_its_revision_in_any_case(hub, tmp_path, source):
+    profile = dataclasses.replace(load_profile("chexone"), checkpoint=None)
+    exporting.export_checkpoint(source, tmp_path / "out", profile, precision="fp32", accept_licence=True)
+    assert hub.asked == [(source, profile.revision)]
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["source"]["revision"] == profile.revision
+
+
+def test_another_case_of_an_id_keeps_its_licence_and_its_profile(hub, free_profile, tmp_path):
+    for source in ("NVIDIA/nv-reason-cxr-3b", "nvidia/NV-Reason-CXR-3B"):
+        assert sources.licence_of(source, load_profile(free_profile)).non_commercial
+        result = export(source, "-o", tmp_path / "out", "--profile", free_profile)
+        assert "LICENCE_NOT_ACCEPTED" in result.output and not hub.asked
+        with pytest.raises(UnsupportedCheckpoint, match="it is nvidia/NV-Reason-CXR-3B"):
+            sources.require_fit(source, Checkpoint(hub.checkpoint), load_profile(free_profile))
+
+
+def test_another_s_id_is_recorded_at_the_commit_that_it_was_of(hub, free_profile, tmp_path):
+    result = export("org/tuned", "-o", tmp_path / "out", "--profile", free_profile, "--precision", "fp32")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["source"]["revision"] == f"{1:040x}"
+    assert f"of org/tuned at commit {1:040x}" in result.output
+
+
+def test_a_folder_that_is_no_commit_is_refused(hub, monkeypatch):
+    import huggingface_hub
+
+    for given, asked in (("snapshots/main", None), (f"snapshots/{2:040x}", f"{1:040x}")):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, given=given, **k: f"/hub/{given}")
+        with pytest.raises(UnsupportedCheckpoint, match="not that commit"):
+            sources.locate("org/tuned", asked)
+
+
+RECIPE = """
+name: own
+memory_gib: 16
+vision: {compiler: onnxruntime, precision: fp32}
+decoder: {compiler: onnxruntime, precision: fp32, compute: fp32, head: compute, kv: fp32}
+slots: 1
+max_sequence: 3072
+image_budget: 1
+"""
+
+
+def test_make_engine_stays_at_the_commit_that_it_began_with(hub, free_profile, tmp_path):
+    from cxr_triton.triton_repo.make_engine import make_engine
+
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(RECIPE)
+
+    def made(source="org/tuned", **more):
+        hub.asked.clear()
+        result = make_engine(source, out, str(recipe), profile=str(free_profile), unverified=True, **more)
+        manifest = json.loads((out / "bundle" / "manifest.json").read_text())
+        return [stage["cached"] for stage in result["stages"]], manifest["source"]["revision"]
+
+    first = f"{1:040x}"
+    assert made() == ([False, False, False], first)
+    assert hub.asked == [("org/tuned", None), ("org/tuned", first)], "the branch is asked once"
+    assert made() == ([True, True, True], first) and hub.asked == [("org/tuned", first)]
+    assert made("ORG/Tuned") == ([True, True, True], first)
+    newest = made(revision="main")
+    assert newest == ([False, False, False], f"{2:040x}")
+    assert made()[1] == f"{2:040x}", "which the next run takes"
+
+
 @pytest.fixture(scope="module")
 def shape_3b(tmp_path_factory):
     """A checkpoint of the published shape whose 7.5 GB of weights are a hole in the file, with the special tokens."""

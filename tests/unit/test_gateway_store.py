@@ -489,6 +489,13 @@ class Server:
     async def info(self):
         return None
 
+    async def __aiter__(self):
+        for text in ():
+            yield text
+
+    async def close(self):
+        """Of a stream."""
+
     async def result(self):
         self.began += 1
         try:

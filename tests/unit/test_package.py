@@ -1,7 +1,11 @@
 """The written model repository: valid, complete or not there, movable, and consistent from tensor to tensor."""
 
+import contextlib
 import hashlib
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +15,13 @@ from served import write_paper_bundle
 
 from cxr_triton.cli import main
 from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.serving import STEPS
 from cxr_triton.engines.verify.record import PARTS, SCHEMA, subject, write_record
 from cxr_triton.errors import InvalidBundle, InvalidRequest, NotVerified
-from cxr_triton.triton_repo.package import BUNDLE, ENSEMBLE, MODELS, VERIFICATION, Settings, write_repository
+from cxr_triton.triton_repo import package
+from cxr_triton.triton_repo.integrity import RECORD, differences, require_as_packaged
+from cxr_triton.triton_repo.package import BUNDLE, ENSEMBLE, VERIFICATION, Settings, write_repository
+from cxr_triton.triton_repo.serve import Server
 
 
 @pytest.fixture
@@ -101,8 +109,9 @@ def config(repository: Path, model: str):
 def test_every_model_has_what_triton_wants(bundle, tmp_path):
     repository = tmp_path / "repository"
     write_repository(bundle, repository, Settings())
-    assert {path.name for path in repository.iterdir()} == {*MODELS, ENSEMBLE}, "Triton takes every folder for a model"
-    for model in MODELS:
+    folders = {path.name for path in repository.iterdir() if path.is_dir()}
+    assert folders == {*STEPS, ENSEMBLE}, "Triton takes every folder for a model"
+    for model in STEPS:
         assert config(repository, model).name == model
         compile((repository / model / "1" / "model.py").read_text(), model, "exec")
     assert any((repository / ENSEMBLE / "1").iterdir()), "an empty version folder gets lost in a copy"
@@ -136,7 +145,7 @@ def joined(repository: Path) -> None:
 def test_settings_reach_the_models(bundle, tmp_path):
     settings = Settings(slots=7, preprocess_instances=3, threads=2, queue_size=5, batch_invariant=True)
     write_repository(bundle, tmp_path / "r", settings)
-    preprocess, vision, decoder = (config(tmp_path / "r", name) for name in MODELS[:3])
+    preprocess, vision, decoder = (config(tmp_path / "r", name) for name in list(STEPS)[:3])
     assert preprocess.instance_group[0].count == 3
     assert preprocess.dynamic_batching.default_queue_policy.max_queue_size == 5
     assert vision.parameters["threads"].string_value == decoder.parameters["threads"].string_value == "2"
@@ -150,7 +159,7 @@ def test_settings_reach_the_models(bundle, tmp_path):
 def test_a_repository_can_be_moved(bundle, tmp_path):
     write_repository(bundle, tmp_path / "here", Settings())
     there = (tmp_path / "here").rename(tmp_path / "there")
-    for model in MODELS[:3]:
+    for model in list(STEPS)[:3]:
         relative = config(there, model).parameters["bundle"].string_value
         assert Bundle.open(there / relative).digest == Bundle.open(bundle).digest
     assert str(tmp_path) not in "".join(path.read_text() for path in there.glob("*/config.pbtxt"))
@@ -174,6 +183,93 @@ def test_force_replaces_a_repository(bundle, tmp_path):
     write_repository(bundle, out, Settings(slots=2), force=True)
     assert config(out, "decoder").parameters["slots"].string_value == "2"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+FOREIGN = "decoder/1/numpy.py"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: (r / "decoder/1/model.py").write_text("evil"), "decoder/1/model.py was changed"),
+        (lambda r: (r / "report/config.pbtxt").unlink(), "report/config.pbtxt is missing"),
+        (lambda r: (r / ENSEMBLE / "1" / VERIFICATION).write_text("passed\nfine\n"), "VERIFICATION was changed"),
+        (lambda r: (r / BUNDLE / "manifest.json").write_text("{}"), "bundle/manifest.json was changed"),
+        (lambda r: (r / "decoder/2").mkdir(), "decoder/2 was added"),
+        (lambda r: (r / "evil").symlink_to("/tmp"), "evil was added"),
+        (lambda r: (r / "report/1/model.py").rename(r / "x") and (r / "report/1/model.py").symlink_to("/x"), "was add"),
+        (lambda r: (r / FOREIGN).write_text("evil"), f"{FOREIGN} was added"),
+        (lambda r: (r / RECORD).unlink(), "repository.json is missing"),
+        (lambda r: (r / RECORD).write_text('{"schema": 1, "files": []}'), "repository.json cannot be read"),
+    ],
+)
+def test_a_repository_that_was_changed_is_refused_by_name(bundle, tmp_path, change, said):
+    repository = tmp_path / "repository"
+    write_repository(bundle, repository, Settings())
+    shutil.copytree(repository, tmp_path / "elsewhere")
+    require_as_packaged(repository)
+    require_as_packaged(tmp_path / "elsewhere")
+    change(repository)
+    with pytest.raises(InvalidBundle, match=f"not as `cxr-triton package` wrote it: .*{said}.* --modified"):
+        Server(repository, grpc_port=0, http_port=0, metrics_port=0).start()
+    done = subprocess.run([sys.executable, "-m", "cxr_triton.triton_repo.integrity", repository], capture_output=True)
+    assert done.returncode == 1 and said in done.stderr.decode()
+
+
+def test_bytecode_beside_a_model_is_removed_and_never_run(bundle, tmp_path):
+    """Python takes it in place of model.py, and writes it there whenever a server runs."""
+    repository = tmp_path / "repository"
+    write_repository(bundle, repository, Settings())
+    folder = repository / "decoder" / "1" / "__pycache__"
+    folder.mkdir()
+    (folder / "model.cpython-311.pyc").write_bytes(b"evil")
+    require_as_packaged(repository)
+    assert not folder.exists()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(InvalidBundle, match="__pycache__ was added"):
+        require_as_packaged(repository)
+
+
+def test_the_bundle_in_a_repository_is_held_by_its_manifest(bundle, tmp_path):
+    """The decoder opens it so; its weights are not hashed twice."""
+    write_repository(bundle, tmp_path / "repository", Settings())
+    (tmp_path / "repository" / BUNDLE / "profile.yaml").write_text("changed")
+    require_as_packaged(tmp_path / "repository")
+    with pytest.raises(InvalidBundle, match=r"profile\.yaml has"):
+        Bundle.open(tmp_path / "repository" / BUNDLE)
+
+
+def test_a_plan_outside_the_bundle_is_recorded(engine_bundle, tmp_path):
+    repository = packaged(engine_bundle, tmp_path / "repository")
+    (repository / "vision_encoder/1/model.plan").write_text("another")
+    assert differences(repository) == ["vision_encoder/1/model.plan was changed"]
+
+
+@pytest.mark.parametrize("large", [0, 1 << 30])
+def test_an_edited_bundle_changes_no_repository_or_is_seen(bundle, tmp_path, monkeypatch, large):
+    """Large files are one file in both where the file system shares no blocks: then the manifest tells."""
+    monkeypatch.setattr(package, "_LINKED_BYTES", large)
+    write_repository(bundle, tmp_path / "repository", Settings())
+    for name in ("profile.yaml", "tokenizer.json"):
+        with open(bundle / name, "a") as file:
+            file.write("\n")
+    if large:
+        Bundle.open(tmp_path / "repository" / BUNDLE)
+    else:
+        is_one = (bundle / "profile.yaml").samefile(tmp_path / "repository" / BUNDLE / "profile.yaml")
+        with pytest.raises(InvalidBundle) if is_one else contextlib.nullcontext():
+            Bundle.open(tmp_path / "repository" / BUNDLE)
+
+
+def test_a_bundle_of_links_becomes_a_repository_of_files(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(package, "_LINKED_BYTES", 0)
+    shutil.copytree(bundle, tmp_path / "store")
+    for path in bundle.iterdir():
+        path.unlink()
+        path.symlink_to(tmp_path / "store" / path.name)
+    write_repository(bundle, tmp_path / "repository", Settings())
+    assert not any(path.is_symlink() for path in (tmp_path / "repository").rglob("*"))
+    require_as_packaged(tmp_path / "repository")
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -272,7 +368,7 @@ def test_the_repository_says_how_its_bundle_was_verified(bundle, tmp_path):
     write_repository(plain, tmp_path / "plain-repository", Settings(), unverified=True)
     for repository, expected in ((tmp_path / "passed", "passed"), (tmp_path / "plain-repository", "unverified")):
         assert (repository / ENSEMBLE / "1" / VERIFICATION).read_text().splitlines()[0] == expected
-        assert {config(repository, name).parameters["verification"].string_value for name in (*MODELS, ENSEMBLE)} == {
+        assert {config(repository, name).parameters["verification"].string_value for name in (*STEPS, ENSEMBLE)} == {
             expected
         }
 
@@ -304,10 +400,11 @@ def packaged(bundle: Path, repository: Path, **settings) -> Path:
     return repository
 
 
-def test_a_tensorrt_llm_bundle_brings_its_two_models(engine_bundle, tmp_path):
+def test_a_tensorrt_llm_bundle_brings_its_two_models(engine_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(package, "_LINKED_BYTES", 0)  # as a real plan
     repository = packaged(engine_bundle, tmp_path / "repository")
-    assert {path.name for path in repository.iterdir()} == {*MODELS, ENSEMBLE, "tensorrt_llm"}
-    assert (repository / "vision_encoder/1/model.plan").samefile(repository / BUNDLE / "vision.plan")
+    assert {path.parent.name for path in repository.glob("*/config.pbtxt")} == {*STEPS, ENSEMBLE, "tensorrt_llm"}
+    assert (repository / "vision_encoder/1/model.plan").read_bytes() == (engine_bundle / "vision.plan").read_bytes()
     assert not (repository / "vision_encoder/1/model.py").exists()
     engine = config(repository, "tensorrt_llm")
     values = {key: value.string_value for key, value in engine.parameters.items()}

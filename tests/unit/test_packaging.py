@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "tests" / "phantom" / "checkpoint"
@@ -170,3 +171,9 @@ OTHERS = itertools.product(sorted({"3.11", "3.12", "3.13"} - {HERE}), ["local", 
 @pytest.mark.parametrize(("version", "extra"), some(OTHERS, (("3.12", "perf"), ("3.13", "local"))))
 def test_pip_resolves_on_the_other_pythons(wheel, pip_of, version, extra):
     check(version, extra, wheel, pip_of)
+
+
+def test_a_jinja2_whose_sandbox_leaks_is_not_let_in():
+    """CVE-2025-27516: up to 3.1.5 a template reaches Python by ``|attr('format')``."""
+    (jinja2,) = (r for r in map(Requirement, PROJECT["project"]["dependencies"]) if r.name == "jinja2")
+    assert jinja2.specifier.contains("3.1.6") and not jinja2.specifier.contains("3.1.5")

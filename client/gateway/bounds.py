@@ -1,0 +1,176 @@
+"""Connections to the HTTP listener: how many there may be, and how long one may come to nothing.
+
+aiohttp counts none, and waits without limit for the head of a request and for a peer to take an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import ssl
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from cxr_triton.client.gateway.config import Web
+
+_BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+class Doorkeeper:
+    """Makes the protocol of each connection; its `middleware` says when a request is under way.
+
+    Parameters
+    ----------
+    settings : Web
+    tell : callable
+        Takes an event and its facts.
+
+    Attributes
+    ----------
+    inner : callable
+        Makes aiohttp's protocol of a connection; set before the first one comes.
+    """
+
+    def __init__(self, settings: Web, tell: Callable[[str, dict[str, str]], None]):
+        self.settings, self.tell = settings, tell
+        self.tls: ssl.SSLContext | None = settings.tls.server() if settings.tls else None
+        self.inner: Callable[[], Any] = asyncio.Protocol
+        self.open: collections.Counter[str] = collections.Counter()
+        self.connections: dict[asyncio.BaseTransport | None, Connection] = {}
+
+    def __call__(self) -> Connection:
+        """As asyncio makes protocols."""
+        return Connection(self)
+
+    def middleware(self) -> Any:
+        """Gives a request `total_s`; what comes before and after it has `idle_s`."""
+        total_s, idle_s = self.settings.total_s, self.settings.idle_s
+
+        @web.middleware
+        async def bounded(
+            request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+        ) -> web.StreamResponse:
+            connection = self.connections.get(request.transport)
+            if connection is None:
+                return web.Response(status=503)  # it went meanwhile
+            connection.wait(total_s + idle_s)
+            try:
+                async with asyncio.timeout(total_s):
+                    return await handler(request)
+            except TimeoutError:
+                return web.json_response({"error": f"not over within {total_s:g} s"}, status=408)
+            except web.HTTPException:
+                raise
+            except Exception as error:
+                self.tell("request_failed", {"error": type(error).__name__})  # its text may quote the request
+                return web.json_response({"error": "failed"}, status=500)
+            finally:
+                connection.wait(idle_s)
+
+        return bounded
+
+
+class Connection(asyncio.Protocol):
+    """One connection: counted before its TLS handshake, and closed when its time is up."""
+
+    def __init__(self, keeper: Doorkeeper):
+        self._keeper = keeper
+        self._transport: Any = None
+        self._inner: Any = None
+        self._early = b""
+        """What comes in the last flight of a handshake."""
+        self._address = ""
+        self._timer: asyncio.TimerHandle | None = None
+        self._handshake: asyncio.Task | None = None
+
+    def wait(self, seconds: float) -> None:
+        """Close the connection after so long, unless this is said again."""
+        if self._timer:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._transport.abort)
+
+    def connection_made(self, transport: Any) -> None:
+        """Count it, or close it unheard."""
+        keeper, settings = self._keeper, self._keeper.settings
+        self._transport, address = transport, (transport.get_extra_info("peername") or ("",))[0]
+        reason = None
+        if keeper.open[address] >= settings.max_per_address:
+            reason = "too_many_of_address"
+        elif keeper.open.total() >= settings.max_connections:
+            reason = "too_many"
+        if reason:
+            keeper.tell("connection_refused", {"why": reason, "address": address})
+            if not keeper.tls:
+                transport.write(_BUSY)
+            transport.close()
+            return
+        self._address = address
+        keeper.open[address] += 1
+        self.wait(settings.idle_s)
+        if keeper.tls:
+            transport.pause_reading()
+            self._handshake = asyncio.get_running_loop().create_task(self._encrypt(keeper.tls))
+        else:
+            self._begin(transport)
+
+    async def _encrypt(self, tls: ssl.SSLContext) -> None:
+        loop, limit_s = asyncio.get_running_loop(), self._keeper.settings.idle_s
+        transport = None
+        with contextlib.suppress(OSError):  # those of TLS are, too
+            transport = await loop.start_tls(
+                self._transport, self, tls, server_side=True, ssl_handshake_timeout=limit_s
+            )
+        if transport is None:
+            self._transport.abort()
+            self._end()  # nobody else says so
+        else:
+            self._begin(transport)
+
+    def _begin(self, transport: Any) -> None:
+        self._transport = transport
+        self._keeper.connections[transport] = self
+        self._inner = self._keeper.inner()
+        self._inner.connection_made(transport)
+        if self._early:
+            self._inner.data_received(self._early)
+            self._early = b""
+
+    def _end(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+        keeper = self._keeper
+        keeper.connections.pop(self._transport, None)
+        if self._address:
+            keeper.open[self._address] -= 1
+            keeper.open += collections.Counter()  # forget addresses without connections
+            self._address = ""
+
+    def data_received(self, data: bytes) -> None:
+        """To aiohttp."""
+        if self._inner:
+            self._inner.data_received(data)
+        elif self._handshake:
+            self._early += data
+
+    def eof_received(self) -> bool | None:
+        """To aiohttp."""
+        return self._inner.eof_received() if self._inner else None
+
+    def pause_writing(self) -> None:
+        """To aiohttp."""
+        if self._inner:
+            self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        """To aiohttp."""
+        if self._inner:
+            self._inner.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It does not count any more."""
+        self._end()
+        if self._inner:
+            self._inner.connection_lost(exc)
