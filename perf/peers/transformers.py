@@ -19,13 +19,14 @@ class Transformers(Peer):
 
     def __init__(self, checkpoint: str, profile: ModelProfile, items):
         import torch
-        from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+        from transformers import GenerationConfig, Qwen2VLImageProcessorPil
+
+        from cxr_triton.export.checkpoint import torch_model
 
         self.torch, self.prompts = torch, Prompts(checkpoint, profile, items)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16)
-        self.model = self.model.eval().to(self.device)
+        self.model = torch_model(checkpoint, torch.bfloat16).to(self.device)
         self.ends = self.model.generation_config.eos_token_id
         self.model.generation_config = GenerationConfig()
         self.limits = {"shortest_edge": profile.min_pixels, "longest_edge": profile.max_pixels}
