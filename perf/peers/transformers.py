@@ -30,7 +30,7 @@ class Transformers(Peer):
         self.ends = self.model.generation_config.eos_token_id
         self.model.generation_config = GenerationConfig()
         self.limits = {"shortest_edge": profile.min_pixels, "longest_edge": profile.max_pixels}
-        self.generate: Callable = self.model.generate  # type: ignore[misc]  # its stub is of another class
+        self.generate: Callable = self.model.generate
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
 
     def read(self, index: int, prompt_tokens: int, tokens: int) -> dict:
