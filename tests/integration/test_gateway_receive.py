@@ -572,7 +572,7 @@ def test_objects_come_in_through_the_bounded_door(door):
 def drips(connection: socket.socket, piece: bytes, every_s: float) -> threading.Thread:
     def run():
         with contextlib.suppress(OSError):
-            for _ in range(200):
+            for _ in range(400):
                 connection.sendall(piece)
                 time.sleep(every_s)
 
@@ -590,7 +590,7 @@ def test_a_head_that_never_ends_is_cut_off(door, first):
     wait_for(lambda: health(door) == 200, "the door open again")
 
 
-@pytest.mark.parametrize("every_s", [0.2, 30.0], ids=["drop by drop", "not at all"])
+@pytest.mark.parametrize("every_s", [0.05, 30.0], ids=["drop by drop", "not at all"])
 def test_a_body_that_never_ends_is_answered_408(door, every_s):
     before = objects(door)["image"]
     with door.connect() as connection:
@@ -599,7 +599,8 @@ def test_a_body_that_never_ends_is_answered_408(door, every_s):
         connection.sendall(HEAD + b"Content-Length: 10000000\r\n\r\n" + whole + part)
         drips(connection, b"x", every_s)
         assert said(connection) == 408
-    wait_for(lambda: objects(door)["image"] == before + 1, "the part that was whole")
+    if every_s < 1:  # what came whole before is there
+        assert objects(door)["image"] == before + 1
 
 
 def test_a_crowd_is_answered_503_and_then_let_in(door):
