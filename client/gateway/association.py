@@ -34,6 +34,16 @@ def prepare_pynetdicom(new_file: Callable[[], object]) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
+MOST_ANSWERED = 1 << 22
+"""Bytes of a PACS' answers on one association, some ten thousand studies."""
+MOST_REPORTED = 1 << 18
+"""Bytes of a peer's report on storage commitment, some thousand results."""
+
+
+MOST_COMMAND = 1 << 16
+"""Bytes of a DIMSE command set; those of PS3.7 have hundreds."""
+
+
 class Unreachable(Exception):
     """The destination, not a result: nothing can be sent there now."""
 
@@ -91,6 +101,16 @@ def whole_request(event: evt.Event) -> Any:
     return event.request
 
 
+def _require_short_command(message: Any, data: Any) -> None:
+    """Raise `ValueError` for a command set that is longer than one can be; pydicom would parse it in this process."""
+    parts = getattr(data, "presentation_data_value_list", None) or []
+    received = sum(len(part) for _, part in parts if part[:1] and part[0] & 1)
+    if message is not None:
+        received += message.encoded_command_set.getbuffer().nbytes
+    if received > MOST_COMMAND:
+        raise ValueError(f"{received} bytes of a command set")
+
+
 def limit(
     association: Association,
     *,
@@ -111,6 +131,7 @@ def limit(
     def take_or_abort(data: object) -> None:
         """Without this, data that are no message would end pynetdicom's thread instead of the association."""
         try:
+            _require_short_command(dimse.message, data)
             take(data)
             message = dimse.message
             if message and max(message.encoded_command_set.tell(), message.data_set.tell()) > MAX_IN_MEMORY:
@@ -124,7 +145,13 @@ def limit(
 
 @contextlib.contextmanager
 def associate(
-    to: Remote, aet: str, contexts: Mapping[str, Sequence[str]], handlers: Sequence = (), roles: Sequence = ()
+    to: Remote,
+    aet: str,
+    contexts: Mapping[str, Sequence[str]],
+    handlers: Sequence = (),
+    roles: Sequence = (),
+    *,
+    max_bytes: int = MOST_ANSWERED,
 ) -> Iterator[Association]:
     """An association with a PACS, for SOP classes with their transfer syntaxes; released at the end.
 
@@ -136,6 +163,8 @@ def associate(
     contexts : mapping of str to sequence of str
     handlers, roles
         As pynetdicom takes them.
+    max_bytes : int
+        Of all answers together, which pydicom parses in this process, or of one object that is fetched.
 
     Raises
     ------
@@ -149,7 +178,7 @@ def associate(
         ae.add_requested_context(sop_class, list(syntaxes))
 
     def bound(event: evt.Event) -> None:
-        limit(event.assoc, pdu_limit=1 << 20, pdu_s=to.timeout_s, max_message=1 << 28)
+        limit(event.assoc, pdu_limit=1 << 20, pdu_s=to.timeout_s, max_message=max_bytes)
         _wire(event.assoc).socket.settimeout(to.timeout_s)
 
     called, host = to.pacs

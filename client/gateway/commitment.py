@@ -9,9 +9,15 @@ import sqlalchemy as sa
 from pydicom import Dataset
 from pynetdicom import evt
 
-from cxr_triton.client.gateway.association import Unreachable, associate
+from cxr_triton.client.gateway.association import MOST_REPORTED, Unreachable, associate
 from cxr_triton.client.gateway.config import Destination
-from cxr_triton.client.gateway.dimse import PUSH_MODEL, PUSH_MODEL_INSTANCE, SUCCESS, UNCOMPRESSED
+from cxr_triton.client.gateway.dimse import (
+    PROCESSING_FAILURE,
+    PUSH_MODEL,
+    PUSH_MODEL_INSTANCE,
+    SUCCESS,
+    UNCOMPRESSED,
+)
 from cxr_triton.client.objects.source import item
 
 SAME_ASSOCIATION_S = 2.0
@@ -21,14 +27,19 @@ OnCommitment = Callable[[str, set[str], dict[str, str]], None]
 """Takes the transaction UID, the SOP instances that are kept, and the failed ones with their reason."""
 
 
-def take_commitment(report: Dataset, on_commitment: OnCommitment) -> None:
-    """Pass the answer to a storage commitment (PS3.4 table J.3-2) on."""
+def take_commitment(event: evt.Event, on_commitment: OnCommitment) -> int:
+    """Pass the answer to a storage commitment (PS3.4 table J.3-2) on; the status of the N-EVENT-REPORT."""
+    encoded = event.request.EventInformation
+    if encoded is None or encoded.getbuffer().nbytes > MOST_REPORTED:
+        return PROCESSING_FAILURE
+    report: Dataset = event.event_information
     kept = {str(result.ReferencedSOPInstanceUID) for result in report.get("ReferencedSOPSequence") or []}
     failed = {
         str(result.ReferencedSOPInstanceUID): f"commitment failed with 0x{int(result.get('FailureReason') or 0):04X}"
         for result in report.get("FailedSOPSequence") or []
     }
     on_commitment(str(report.get("TransactionUID", "")), kept, failed)
+    return SUCCESS
 
 
 def ask_commitment(
@@ -44,9 +55,9 @@ def ask_commitment(
     answered = []
 
     def on_report(event: evt.Event) -> tuple[int, None]:
-        take_commitment(event.event_information, on_commitment)
+        status = take_commitment(event, on_commitment)
         answered.append(True)
-        return SUCCESS, None
+        return status, None
 
     results = [item(ReferencedSOPClassUID=row.sop_class, ReferencedSOPInstanceUID=row.sop_instance) for row in rows]
     request = item(TransactionUID=transaction_uid, ReferencedSOPSequence=results)

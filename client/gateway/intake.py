@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import mmap
 import os
 import secrets
 import shutil
@@ -24,9 +23,13 @@ from cxr_triton.client.gateway.disk import sync
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.schema import Received
 from cxr_triton.client.gateway.store import Store
-from cxr_triton.errors import InvalidImage, LimitExceeded, QueueFull
-from cxr_triton.pixels.dicom import Identity, Limits, read_identity
+from cxr_triton.errors import InternalError, InvalidImage, LimitExceeded, QueueFull
+from cxr_triton.pixels.dicom import Identity
+from cxr_triton.pixels.limits import Limits
+from cxr_triton.pixels.sandbox import Sandbox
 
+IDENTIFY_S = 20.0
+"""How long it may take to say which object a file is."""
 STALE_S = 900
 """After so long a file in the incoming folder belongs to no transfer any more."""
 MIB = 1 << 20
@@ -37,7 +40,7 @@ class Mismatch(InvalidImage):
     """An object that is not what its sender announced."""
 
 
-REFUSALS = (InvalidImage, QueueFull, OSError, sqlalchemy.exc.SQLAlchemyError)
+REFUSALS = (InvalidImage, InternalError, QueueFull, OSError, sqlalchemy.exc.SQLAlchemyError)
 """What `Intake.take` raises."""
 
 
@@ -121,12 +124,18 @@ class Intake:
         self.draining = False
         self.incoming = Path(config.storage) / "incoming"
         self._objects = Path(config.storage) / "objects"
-        self._limits = Limits(max_file_bytes=self.max_bytes)
+        # an object lies there mapped, inflated at most to its own size again, and copied once on the way
+        memory_mib = 1024 + 3 * config.intake.max_object_mib
+        self._sandbox = Sandbox(Limits(max_file_bytes=self.max_bytes, memory_mib=memory_mib, time_s=IDENTIFY_S))
         self.incoming.mkdir(parents=True, exist_ok=True)
         for i in range(256):
             (self._objects / f"{i:02x}").mkdir(parents=True, exist_ok=True)
         for folder in (self._objects, self._objects.parent):
             sync(folder)
+
+    def close(self) -> None:
+        """End the process that looks into objects; nothing is taken in any more."""
+        self._sandbox.close()
 
     @property
     def max_bytes(self) -> int:
@@ -214,11 +223,12 @@ class Intake:
         with open(path, "r+b") as file:
             if file.read(132)[128:] != b"DICM":
                 raise InvalidImage("file has no DICM at byte 128; send Part 10 files")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                identity = read_identity(data, self._limits)
-                digest = hashlib.sha256(identity.transfer_syntax.encode())
-                for start in range(identity.offset, len(data), MIB):
-                    digest.update(data[start : start + MIB])
+            with open(path, "rb") as read_only:
+                identity = self._sandbox.identify(read_only.fileno())
+            digest = hashlib.sha256(identity.transfer_syntax.encode())
+            file.seek(identity.offset)
+            while part := file.read(MIB):
+                digest.update(part)
             file.seek(0)
             file.write(bytes(128))  # a preamble can make a file two things at once
             file.flush()

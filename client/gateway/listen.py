@@ -156,8 +156,7 @@ class Listener:
 
     def _on_event_report(self, event: evt.Event) -> tuple[int, None]:
         whole_request(event)
-        take_commitment(event.event_information, self._on_commitment)
-        return SUCCESS, None
+        return take_commitment(event, self._on_commitment), None
 
 
 def _comment(text: str) -> str:

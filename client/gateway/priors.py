@@ -180,7 +180,7 @@ class PacsFinder(PriorFinder):
         }
         roles = [build_role(sop_class, scp_role=True) for sop_class in IMAGES]
         handlers = [(evt.EVT_C_STORE, on_store)]
-        with associate(self._settings, self._aet, contexts, handlers, roles) as association:
+        with associate(self._settings, self._aet, contexts, handlers, roles, max_bytes=1 << 28) as association:
             try:
                 for status, _ in association.send_c_get(identifier, STUDY_ROOT_GET):
                     if time.monotonic() > ends:
@@ -219,11 +219,11 @@ class WebFinder(PriorFinder):
         _, body = self._ask(path, "application/dicom+json", MOST_ANSWER)
         try:
             answers = json.loads(body or b"[]")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Unreachable("QIDO-RS answered no JSON") from None
         try:
             return [Dataset.from_json(answer) for answer in answers]
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise Unreachable("QIDO-RS answered what is not the DICOM JSON model") from None
 
     def _ask(self, path: str, accept: str, limit: int) -> tuple[str, bytes]:

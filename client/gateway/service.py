@@ -157,6 +157,7 @@ class Gateway:
             if runner and self._web_server:
                 self._web_server.close()
                 await runner.cleanup()
+            await asyncio.to_thread(self.intake.close)
             await asyncio.to_thread(self.store.close)
             self._lock.close()
             self.log("info", "stopped")

@@ -53,8 +53,8 @@ _ALLOWED: dict[str, tuple[int | None, int]] = {
     "exit_group": (231, 94),
 }  # fmt: skip
 _MMAP, _MPROTECT, _CLONE, _CLONE3 = (9, 222), (10, 226), (56, 220), (435, 435)
-_TGKILL, _PRLIMIT, _SECCOMP = (234, 131), (302, 261), (317, 277)
-_PROT_EXEC, _CLONE_THREAD = 4, 0x10000
+_TGKILL, _PRLIMIT, _FCNTL, _SECCOMP = (234, 131), (302, 261), (72, 25), (317, 277)
+_PROT_EXEC, _CLONE_THREAD, _DUPLICATE = 4, 0x10000, 1030
 _LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _SET_NO_NEW_PRIVS, _SET_MODE_FILTER, _ALL_THREADS = 38, 1, 1
@@ -154,6 +154,7 @@ def _filter(architecture: int, column: int, pid: int) -> list[tuple[int, int, in
     on(_CLONE, *where(0, _ANY_BIT, _CLONE_THREAD, True))
     on(_CLONE3, (_RETURN, 0, 0, _ERRNO | errno.ENOSYS))  # its flags cannot be seen; libc goes on to `clone`
     on(_TGKILL, *where(0, _EQUAL, pid, True))  # `abort`
+    on(_FCNTL, *where(1, _EQUAL, _DUPLICATE, True))  # `mmap` keeps a descriptor of its own
     on(_PRLIMIT, *where(0, _EQUAL, 0, True))
     return [*steps, refuse]
 

@@ -7,15 +7,18 @@ import struct
 
 import numpy as np
 
-from cxr_triton.errors import HeaderMismatch, InvalidImage, MultiFrame
+from cxr_triton.errors import HeaderMismatch, InvalidImage, LimitExceeded, MultiFrame
 from cxr_triton.pixels.codestream import decoding, inspect_jpeg
 from cxr_triton.pixels.header import stretch
-from cxr_triton.pixels.jpeg_scan import require_whole_scans
+from cxr_triton.pixels.jpeg_scan import require_whole_scans, segment_at
 from cxr_triton.pixels.limits import Limits
 from cxr_triton.pixels.radiograph import Metadata, Radiograph
 from cxr_triton.pixels.step import has_step
 
 _MAX_CHUNKS = 100_000
+_MAX_SCANS = 512  # libjpeg goes through all coefficients for each; 64 x 14 bits would need more, no encoder does
+_SCAN, _EXTRAS = 0xDA, {*range(0xE0, 0xF0), 0xFE}  # application data, comment
+_APPLICATIONS = {(0xE0, b"JFIF\0"), (0xE1, b"Exif\0"), (0xEE, b"Adobe")}  # resolution, orientation, colour
 
 
 def read_png(data: bytes, limits: Limits) -> Radiograph:
@@ -77,8 +80,10 @@ def read_jpeg(data: bytes, limits: Limits) -> Radiograph:
     if data.rfind(b"\xff\xd9") < len(data) // 2:
         raise InvalidImage("JPEG has no end-of-image marker: it is truncated; send the complete file")
     require_whole_scans(data)
+    if header.kind == "progressive" and (scans := data.count(b"\xff\xda")) > _MAX_SCANS:
+        raise LimitExceeded(f"JPEG has {scans} scans, allowed {_MAX_SCANS}; send a simpler file")
     with decoding("JPEG", f"a {header.height}x{header.width} JPEG"):
-        picture = Image.open(io.BytesIO(data), formats=["JPEG"])
+        picture = Image.open(io.BytesIO(_without_extras(data)), formats=["JPEG"])
         turned = ImageOps.exif_transpose(picture)
         pixels = np.asarray(turned)
     if pixels.shape[0] * pixels.shape[1] != header.height * header.width:
@@ -92,6 +97,24 @@ def read_jpeg(data: bytes, limits: Limits) -> Radiograph:
     if has_step(pixels if pixels.ndim == 2 else pixels[..., 1]):
         flags.add("damage_suspected")
     return _picture("jpeg", pixels, density, flags)
+
+
+def _without_extras(data: bytes) -> bytes:
+    """A JPEG with those segments alone that its picture needs.
+
+    Pillow takes fill bytes one by one, joins Exif segments at the cost of a square, and reads previews.
+    """
+    parts, names, position = [data[:2]], set(), 2
+    while True:
+        marker, body, end = segment_at(data, position)
+        segment = data[end - len(body) - 4 : end]
+        if marker == _SCAN:
+            return b"".join([*parts, segment, data[end:]])
+        name = (marker, body[:5])
+        if marker not in _EXTRAS or (name in _APPLICATIONS and name not in names):
+            parts.append(segment)
+            names.add(name)
+        position = end
 
 
 def _collapse(pixels: np.ndarray) -> np.ndarray:

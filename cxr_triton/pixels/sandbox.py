@@ -312,7 +312,8 @@ class Sandbox:
             The child cannot be started.
         """
         size = os.fstat(file).st_size
-        return self._ask({"do": "identify"}, b"", file, 0, lambda answer, _: sandbox_answer.identity(answer, size))
+        order = {"do": "identify", "size": size}
+        return self._ask(order, b"", file, 0, lambda answer, _: sandbox_answer.identity(answer, size))
 
     def isolation(self) -> dict[str, str]:
         """What holds the child besides its limits: ``on``, or why it is not, by name; see `isolation.lock`."""

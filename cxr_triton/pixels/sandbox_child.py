@@ -6,6 +6,7 @@ one order after another. An order is a head, JSON and a file's bytes, or comes w
 
 from __future__ import annotations
 
+import array  # noqa: F401  # `socket.recv_fds` imports it, when nothing can be imported any more
 import io
 import json
 import mmap
@@ -58,10 +59,11 @@ def serve(limits: Limits) -> None:
     status = os.open("/proc/self/status", os.O_RDONLY)
     parent = os.getppid()
     _warm_up(limits)
-    isolation = lock()
+    hello: dict[str, Any] = {"python": list(sys.version_info[:2]), "version": version()}
+    hello["isolation"] = lock()
     threading.Thread(target=_exit_with_parent, args=(source.fileno(), parent), daemon=True).start()
     _restrict(limits)  # last, because without memory for a thread its start would wait for ever
-    _reply(sink, {"python": list(sys.version_info[:2]), "version": version(), "isolation": isolation})
+    _reply(sink, hello)
     while True:
         try:
             answer, pixels = _answer_next(source, limits)
@@ -82,7 +84,7 @@ def _answer_next(source: socket.socket, limits: Limits) -> tuple[dict, bytes]:
     if not files:
         return _answer(order, data, limits)
     try:
-        with mmap.mmap(files[0], 0, access=mmap.ACCESS_READ) as mapped:
+        with mmap.mmap(files[0], order["size"], access=mmap.ACCESS_READ) as mapped:
             return _answer(order, mapped, limits)
     finally:
         os.close(files[0])
