@@ -9,13 +9,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import reprlib
 import typing
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
 from cxr_triton.errors import CxrError, InvalidConfig, unknown_key
+
+MAX_YAML_BYTES = 1 << 20
 
 
 def in_range(low: float, high: float, **kwargs) -> typing.Any:
@@ -85,17 +89,22 @@ def value_of(kind, value: object, where: str, error: type[CxrError]):
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is dict:
         if not isinstance(value, dict) or not value:
-            raise error(f"{where}: is {value!r:.60}, expected a mapping with at least one name")
+            raise error(f"{where}: is {_shown(value)}, expected a mapping with at least one name")
         return {str(key): value_of(args[1], item, f"{where}.{key}", error) for key, item in value.items()}
     if origin is tuple:
         if not isinstance(value, list):
-            raise error(f"{where}: is {value!r:.60}, expected a list")
+            raise error(f"{where}: is {_shown(value)}, expected a list")
         return tuple(value_of(args[0], item, f"{where}[{i}]", error) for i, item in enumerate(value))
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (isinstance(value, float) and not math.isfinite(value)):
-        raise error(f"{where}: is {value!r:.60} ({type(value).__name__}), expected {kind.__name__}")
+        raise error(f"{where}: is {_shown(value)} ({type(value).__name__}), expected {kind.__name__}")
     return value
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value, which may name itself over and over: YAML's aliases make much of little."""
+    return reprlib.repr(value)[:60]
 
 
 class _GivenTwice(Exception):
@@ -106,16 +115,19 @@ class _Loader(yaml.SafeLoader):
     """Safe loader that refuses a key given twice."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise _GivenTwice(f"line {node.start_mark.line + 1}: key {key!r} is given twice; keep one")
+        seen = set()
+        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
+            if isinstance(key, Hashable) and key in seen:
+                raise _GivenTwice(f"line {node.start_mark.line + 1}: key {key!r:.80} is given twice; keep one")
+            seen |= {key} if isinstance(key, Hashable) else set()
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path, error: type[CxrError]) -> object:
     """What a YAML file holds; raises `error` where it cannot be read, is no YAML or gives a key twice."""
     try:
+        if (size := path.stat().st_size) > MAX_YAML_BYTES:
+            raise error(f"{path.name}: has {size} bytes, allowed {MAX_YAML_BYTES}; give a smaller file")
         return yaml.load(path.read_text("utf-8"), _Loader)  # noqa: S506 - it is a safe loader
     except _GivenTwice as reason:
         raise error(f"{path.name}: {reason}") from None

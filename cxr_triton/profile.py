@@ -327,11 +327,11 @@ def profile_names() -> list[str]:
     return sorted(path.stem for path in PROFILES.glob("*.yaml"))
 
 
-def load_profile(name_or_path: str | Path) -> ModelProfile:
+def load_profile(name_or_path: str | Path, *, alone: bool = False) -> ModelProfile:
     """A bundled profile by name, or a user's own by the path of its YAML file.
 
     A file may say ``extends: NAME`` (or a path relative to the file): its keys are laid over that profile, mappings key
-    by key, everything else whole.
+    by key, everything else whole. With `alone` it may not: the profile of a bundle reads no other file.
 
     Raises
     ------
@@ -339,7 +339,7 @@ def load_profile(name_or_path: str | Path) -> ModelProfile:
         No such profile, not YAML, or a key that is unknown, missing, of the wrong type or out of range.
     """
     path = _find(name_or_path, Path())
-    return build(ModelProfile, _read(path, ()), str(path.name))
+    return build(ModelProfile, _read(path, (), alone), str(path.name))
 
 
 def _find(name_or_path: str | Path, folder: Path) -> Path:
@@ -354,7 +354,7 @@ def _find(name_or_path: str | Path, folder: Path) -> Path:
     raise InvalidProfile(unknown_key(text, profile_names(), "profile names"))
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict:
+def _read(path: Path, seen: tuple[Path, ...], alone: bool = False) -> dict:
     path = path.resolve()
     if path in seen:
         raise InvalidProfile(f"{path.name}: extends itself; remove one extends")
@@ -364,6 +364,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict:
     base = data.pop("extends", None)
     if base is None:
         return data
+    if alone:
+        raise InvalidProfile(f"{path.name}.extends: is not for the profile of a bundle, which is complete; build again")
     if not isinstance(base, str):
         raise InvalidProfile(f"{path.name}.extends: is {type(base).__name__}, expected a profile name or path")
     return _overlay(_read(_find(base, path.parent), (*seen, path)), data)

@@ -254,9 +254,12 @@ def _check_graph(path: Path) -> None:
     if graph is None or not graph.output:
         raise InvalidBundle(f"{path} of {path.stat().st_size} bytes is cut off or damaged; export again")
     needed = 0
+    data = path.with_name(f"{path.name}.data")
     for tensor in graph.initializer:
         where = {entry.key: entry.value for entry in tensor.external_data}
-        needed = max(needed, int(where.get("offset", 0)) + int(where.get("length", 0)))
-    data = path.with_name(f"{path.name}.data")
+        numbers = [where.get(key, "0") for key in ("offset", "length")]
+        if where and (where.get("location") != data.name or not all(number.isdecimal() for number in numbers)):
+            raise InvalidBundle(f"{path} takes {tensor.name!r:.80} from elsewhere than {data.name}; export again")
+        needed = max(needed, sum(map(int, numbers)))
     if (size := data.stat().st_size) < needed:
         raise InvalidBundle(f"{data} has {size} bytes, its graph needs {needed}: it is cut off; export again")

@@ -83,7 +83,7 @@ class Bundle:
     @cached_property
     def profile(self) -> ModelProfile:
         """The bundle's `ModelProfile`."""
-        return load_profile(self.path / "profile.yaml")
+        return load_profile(self.path / "profile.yaml", alone=True)
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True, progress: Progress | None = None) -> Bundle:

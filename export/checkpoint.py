@@ -108,6 +108,34 @@ class Int4Weight:
         return self.packed.nbytes
 
 
+def torch_model(folder: str | Path, dtype: object):
+    """The model in transformers, from the safetensors of a folder and with code of transformers alone.
+
+    A ``config.json`` may ask for an attention kernel of the hub, which transformers would fetch and run.
+
+    Parameters
+    ----------
+    folder : path
+        One that `Checkpoint` takes.
+    dtype : torch.dtype or "auto"
+
+    Returns
+    -------
+    Qwen2_5_VLForConditionalGeneration
+        In evaluation mode, on the CPU.
+    """
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    ).eval()
+
+
 class Checkpoint:
     """A Qwen2.5-VL checkpoint folder.
 
@@ -145,12 +173,13 @@ class Checkpoint:
     def __init__(self, folder: str | Path):
         self.folder = folder = Path(folder)
         config = self._json("config.json")
+        self._refuse_other_weights(config)
         refuse_other_architectures(config)
         self.text, self.vision = read_config(config)
         text = config.get("text_config") or {}
         self.tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings", False))
-        self.image_token_id = int(config.get("image_token_id", 151655))
-        self.vision_start_token_id = int(config.get("vision_start_token_id", 151652))
+        self.image_token_id: int = config.get("image_token_id") or 151655
+        self.vision_start_token_id: int = config.get("vision_start_token_id") or 151652
         self.generation = self._json_if_there("generation_config.json")
         self.eos_token_ids = eos_token_ids(self.generation, config)
         self.preprocessor = self._preprocessor()
@@ -158,6 +187,15 @@ class Checkpoint:
         self.calibration = self._json_if_there(CALIBRATION) if self.quantization else {}
         self._entries, self._file_names = self._canonical(self._read_headers())
         self._check_tensors()
+
+    def _refuse_other_weights(self, config: dict) -> None:
+        """Refuse what makes transformers take weights that are not those of this folder."""
+        if (self.folder / "adapter_config.json").exists():
+            raise UnsupportedCheckpoint(
+                f"{self.folder} has an adapter_config.json; export merged weights (adapters are not read), without it"
+            )
+        if config.get("transformers_weights") is not None:
+            raise UnsupportedCheckpoint("config.json names its weights itself (transformers_weights); remove the key")
 
     def array(self, name: str) -> np.ndarray:
         """Read-only view of a tensor, mapped from its file; the map goes when the view does.
@@ -266,10 +304,11 @@ class Checkpoint:
     def token_ids(self) -> dict[str, int]:
         """Id of every token that `tokenizer.json` names; empty without one."""
         tokenizer = self._json_if_there("tokenizer.json")
-        vocab = (tokenizer.get("model") or {}).get("vocab")
+        model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+        vocab = model.get("vocab") if isinstance(model, dict) else None
         ids = dict(vocab) if isinstance(vocab, dict) else {}
-        added = [token for token in tokenizer.get("added_tokens") or () if isinstance(token, dict)]
-        return ids | {token.get("content"): token.get("id") for token in added}
+        tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+        return ids | {str(token.get("content")): token.get("id") for token in tokens}
 
     def _chat_template(self) -> str:
         path = self.folder / "chat_template.jinja"
@@ -353,10 +392,10 @@ class Checkpoint:
             )
         whole = self._json(QUANT_CONFIG)
         values, producer = whole.get("quantization"), whole.get("producer") or {}
-        if not isinstance(values, dict):
+        if not isinstance(values, dict) or not isinstance(producer, dict):
             raise UnsupportedCheckpoint(f"{path} has no object named quantization; quantize again")
         algorithm, kv, group = (values.get(key) for key in ("quant_algo", "kv_cache_quant_algo", "group_size"))
-        if algorithm not in SCHEMES:
+        if not isinstance(algorithm, str) or algorithm not in SCHEMES:
             raise UnsupportedCheckpoint(
                 f"{path} has quant_algo {algorithm!r}; {', '.join(SCHEMES)} are exported: quantize with "
                 "`cxr-triton quantize --scheme fp8` or `int4-awq`"

@@ -59,8 +59,20 @@ class VisionConfig:
         return self.hidden_size // self.num_heads
 
 
+_KINDS: dict[str, type] = {
+    "architectures": list,
+    **dict.fromkeys(("text_config", "vision_config", "rope_scaling", "rope_parameters"), dict),
+    **dict.fromkeys(("image_token_id", "vision_start_token_id"), int),
+}
+
+
 def refuse_other_architectures(config: dict) -> None:
-    """Raise `UnsupportedCheckpoint` where `config.json` is of another model."""
+    """Raise `UnsupportedCheckpoint` where `config.json` is of another model, or what it holds is of another type."""
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        for key, kind in _KINDS.items():
+            value = part.get(key) if isinstance(part, dict) else None
+            if value is not None and type(value) is not kind:
+                raise UnsupportedCheckpoint(f"config.json has {key} = {value!r:.60}, not a {kind.__name__}")
     architectures = config.get("architectures") or []
     found = architectures[0] if architectures else config.get("model_type")
     if ARCHITECTURE not in architectures and not (not architectures and config.get("model_type") == "qwen2_5_vl"):

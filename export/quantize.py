@@ -22,7 +22,7 @@ from cxr_triton import __version__
 from cxr_triton.errors import InvalidRequest, UnsupportedCheckpoint
 from cxr_triton.export import calibration
 from cxr_triton.export.calibration import DEFAULT_LIMIT, MINIMUM_IMAGES, REASONING_TOKENS, Sample
-from cxr_triton.export.checkpoint import CALIBRATION, GROUP_SIZES, Checkpoint
+from cxr_triton.export.checkpoint import CALIBRATION, GROUP_SIZES, Checkpoint, torch_model
 from cxr_triton.export.geometry import ARCHITECTURE
 from cxr_triton.export.progress import bar
 from cxr_triton.export.source import Source, open_source
@@ -135,7 +135,7 @@ def quantize_checkpoint(
     contents, facts = calibration.files(images, seed) if images else calibration.phantoms(limit, seed, profile)
     shown, seen = calibration.pictures(contents, profile, limit, progress=progress)
     with _quiet():
-        model = _load(opened.checkpoint.folder, device)
+        model = torch_model(opened.checkpoint.folder, "auto").to(device)
         samples = calibration.samples(
             model, opened.checkpoint, profile, shown, reasoning_tokens=reasoning_tokens, progress=progress
         )
@@ -204,12 +204,6 @@ def _quiet():
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _load(folder: Path, device: str):
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype="auto").eval().to(device)
 
 
 def _calibrate(

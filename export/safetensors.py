@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cxr_triton.errors import UnsupportedCheckpoint
 
+_MAX_AXES = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _ITEM_BITS = {
     kind: bits
@@ -102,8 +103,14 @@ def _entry(path: Path, name: str, item: dict, start: int) -> Entry:
     except (TypeError, KeyError, ValueError):
         raise _Damaged(f"entry of {name!r} lacks dtype, shape or data_offsets") from None
     numbers = [begin, end, *shape] if isinstance(shape, list) else [None]
-    if not all(type(n) is int and n >= 0 for n in numbers) or str(dtype) not in _ITEM_BITS:
-        raise _Damaged(f"entry of {name!r} has dtype {dtype!r}, shape {shape!r}, data_offsets {[begin, end]}")
+    if (
+        len(numbers) > 2 + _MAX_AXES
+        or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
+        or str(dtype) not in _ITEM_BITS
+    ):
+        raise _Damaged(
+            f"entry of {name!r:.80} has dtype {dtype!r:.20}, shape {shape!r:.80}, data_offsets {[begin, end]!r:.80}"
+        )
     if math.prod(shape) * _ITEM_BITS[dtype] != 8 * (end - begin):
         raise _Damaged(f"{name!r} of {dtype} {shape} is given {end - begin} bytes")
     return Entry(path, dtype, tuple(shape), start + begin, end - begin)

@@ -40,6 +40,10 @@ MOST_REPORTED = 1 << 18
 """Bytes of a peer's report on storage commitment, some thousand results."""
 
 
+MOST_COMMAND = 1 << 16
+"""Bytes of a DIMSE command set; those of PS3.7 have hundreds."""
+
+
 class Unreachable(Exception):
     """The destination, not a result: nothing can be sent there now."""
 
@@ -97,6 +101,16 @@ def whole_request(event: evt.Event) -> Any:
     return event.request
 
 
+def _require_short_command(message: Any, data: Any) -> None:
+    """Raise `ValueError` for a command set that is longer than one can be; pydicom would parse it in this process."""
+    parts = getattr(data, "presentation_data_value_list", None) or []
+    received = sum(len(part) for _, part in parts if part[:1] and part[0] & 1)
+    if message is not None:
+        received += message.encoded_command_set.getbuffer().nbytes
+    if received > MOST_COMMAND:
+        raise ValueError(f"{received} bytes of a command set")
+
+
 def limit(
     association: Association,
     *,
@@ -117,6 +131,7 @@ def limit(
     def take_or_abort(data: object) -> None:
         """Without this, data that are no message would end pynetdicom's thread instead of the association."""
         try:
+            _require_short_command(dimse.message, data)
             take(data)
             message = dimse.message
             if message and max(message.encoded_command_set.tell(), message.data_set.tell()) > MAX_IN_MEMORY:

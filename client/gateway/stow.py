@@ -64,7 +64,7 @@ async def stow(request: web.Request, intake: Intake, token: str | None, settings
                 reasons.append(status_of(error))
     except TimeoutError:
         return web.json_response({"error": f"the body was not there in time; {clock.limits}"}, status=408)
-    except (ValueError, HttpProcessingError) as error:
+    except (ValueError, HttpProcessingError, RecursionError) as error:
         return web.json_response({"error": f"not multipart/related: {type(error).__name__}"}, status=400)
     return _answer(stored, reasons)
 

@@ -83,9 +83,9 @@ class Reference:
 
     def __init__(self, checkpoint: str | Path, profile: ModelProfile, *, device: str = "auto"):
         import torch
-        from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+        from transformers import Qwen2VLImageProcessorPil
 
-        from cxr_triton.export.checkpoint import Checkpoint
+        from cxr_triton.export.checkpoint import Checkpoint, torch_model
 
         if (Path(checkpoint) / "hf_quant_config.json").exists():
             raise InvalidRequest(f"{checkpoint} is quantized; give the checkpoint that it was made from")
@@ -95,7 +95,7 @@ class Reference:
         self.dtype = "bf16" if self.device == "cuda" else "fp32"
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self._torch = torch
-        self._model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).eval().to(self.device)
+        self._model = torch_model(checkpoint, dtype).to(self.device)
         self._tokenizer = ChatTokenizer(checkpoint)
         self._processor = Qwen2VLImageProcessorPil.from_dict(dict(self.source.preprocessor))
         self._sandbox = Sandbox()

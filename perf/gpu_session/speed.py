@@ -168,10 +168,11 @@ def _median_s(run: Callable[[], object], rounds: int) -> float:
 def _transformers_speed(checkpoint: Path, tokens: int, rounds: int) -> dict:
     """`generate` of one stream in bf16: time to the first token, and tokens per second after it."""
     import torch
-    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from cxr_triton.export.checkpoint import torch_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16).eval().to(device)
+    model = torch_model(checkpoint, torch.bfloat16).to(device)
     ids = torch.randint(1000, 100_000, (1, CONTEXT), device=device)
 
     def generate(count: int) -> None:

@@ -19,17 +19,18 @@ class Transformers(Peer):
 
     def __init__(self, checkpoint: str, profile: ModelProfile, items):
         import torch
-        from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
+        from transformers import GenerationConfig, Qwen2VLImageProcessorPil
+
+        from cxr_triton.export.checkpoint import torch_model
 
         self.torch, self.prompts = torch, Prompts(checkpoint, profile, items)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16)
-        self.model = self.model.eval().to(self.device)
+        self.model = torch_model(checkpoint, torch.bfloat16).to(self.device)
         self.ends = self.model.generation_config.eos_token_id
         self.model.generation_config = GenerationConfig()
         self.limits = {"shortest_edge": profile.min_pixels, "longest_edge": profile.max_pixels}
-        self.generate: Callable = self.model.generate  # type: ignore[misc]  # its stub is of another class
+        self.generate: Callable = self.model.generate
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
 
     def read(self, index: int, prompt_tokens: int, tokens: int) -> dict:

@@ -1,6 +1,7 @@
 """The gateway whole: Orthanc to gateway to Triton with the phantom model, and the results back; kills in between."""
 
 import collections
+import contextlib
 import io
 import json
 import signal
@@ -20,7 +21,9 @@ pytest.importorskip("pytriton")
 
 import gateway_faults
 import pydicom
+import yaml
 from gateway_peers import (
+    CLI,
     GatewayProcess,
     Orthanc,
     Postgres,
@@ -463,7 +466,7 @@ def test_the_patients_last_earlier_radiograph_is_read_first(way, triton, tmp_pat
         priors = {"url": pacs.stow} if way == "web" else {"aet": "ORTHANC", "host": "127.0.0.1", "port": pacs.port}
         config = gateway_config(
             tmp_path / "storage", triton.grpc, [orthanc_dicom(pacs)], priors=priors,
-            read={"max_images": 2, "task": "two", "max_attempts": 1},
+            read={"max_images": 2, "max_attempts": 1},
         )  # fmt: skip
         with GatewayProcess(tmp_path / "gateway", config) as gateway:
             assert send(gateway.port, [current]) == [0]
@@ -476,6 +479,29 @@ def test_the_patients_last_earlier_radiograph_is_read_first(way, triton, tmp_pat
             assert store.counts()["objects"]["prior"] == 1
             assert store.counts()["jobs"]["dead"] == 1 and "[INVALID_REQUEST]" in job["error"]
             assert "1.2.826.0.1.03.05" not in gateway.log.read_text()
+
+
+def test_a_name_that_the_served_profile_lacks_is_refused_at_the_start(triton, tmp_path):
+    """The nearest name that it has is said; with that one the gateway is ready."""
+    away = [{"name": "x", "aet": "X", "host": "127.0.0.1", "port": 1}]
+    read = {"task": "finding"}
+    path = tmp_path / "gateway.yaml"
+    path.write_text(yaml.safe_dump(gateway_config(tmp_path / "storage", triton.grpc, away, read=read)))
+    done = subprocess.run([*CLI, "gateway", "--config", str(path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "[INVALID_CONFIG] read: " in done.stderr
+    assert "'finding'" in done.stderr and "did you mean 'findings'" in done.stderr
+    read = {"task": "findings", "identifiers": "hashed"}
+    config = gateway_config(tmp_path / "storage", triton.grpc, away, read=read)
+    with GatewayProcess(tmp_path / "gateway", config) as gateway:
+
+        def ready() -> dict:
+            with (
+                contextlib.suppress(urllib.error.HTTPError),
+                urllib.request.urlopen(f"{gateway.web}/health/ready") as answer,
+            ):
+                return json.loads(answer.read())
+
+        assert wait_for(ready, "readiness")["server"]
 
 
 def test_a_fhir_server_gets_the_report_once_it_takes_it(triton, tmp_path):

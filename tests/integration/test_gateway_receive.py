@@ -1,14 +1,17 @@
 """The gateway's doors, as peers find them: friendly, wrong and hostile ones. No reader runs; the queue just fills."""
 
 import asyncio
+import contextlib
 import functools
 import json
 import os
 import random
 import socket
+import ssl
 import struct
 import subprocess
 import threading
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -498,6 +501,168 @@ def test_malformed_files_of_the_folder_are_set_aside(gateway, noise, is_part10):
     partial.rename(path)
     wait_for(lambda: (gateway.inbox / "rejected" / path.name).exists(), "the file among the rejected")
     assert not path.exists()
+
+
+# ------------------------------------------------------------------------------------------------ hostile, over HTTP
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tls")
+    files = {"cert": str(folder / "web.pem"), "key": str(folder / "web.key")}
+    subject = ["-subj", "/CN=web", "-addext", "subjectAltName=IP:127.0.0.1"]
+    make = [require("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
+    subprocess.run([*make, "-keyout", files["key"], "-out", files["cert"]], check=True, capture_output=True)
+    return files
+
+
+@pytest.fixture(scope="module", params=["clear", "tls"])
+def door(request, tmp_path_factory):
+    """STOW-RS with short limits, and how to connect to it."""
+    folder = tmp_path_factory.mktemp("door")
+    tls = request.getfixturevalue("certificate") if request.param == "tls" else None
+    web = {"idle_s": 1.0, "total_s": 4.0, "max_per_address": 6, "max_connections": 8, **({"tls": tls} if tls else {})}
+    with GatewayProcess(folder / "g", gateway_config(folder / "s", "127.0.0.1:1", NOWHERE, web=web)) as gateway:
+        trust = ssl.create_default_context(cafile=tls["cert"]) if tls else None
+        port = int(gateway.web.rpartition(":")[2])
+
+        def connect(raw: bool = False) -> socket.socket:
+            connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+            return trust.wrap_socket(connection, server_hostname="127.0.0.1") if trust and not raw else connection
+
+        gateway.connect, gateway.trust = connect, trust
+        yield gateway
+        assert gateway.process.poll() is None
+        assert all(json.loads(line)["event"] for line in gateway.log.read_text().splitlines())
+
+
+HEAD = b"POST /dicom-web/studies HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/related; boundary=xyz\r\n"
+
+
+def said(connection: socket.socket) -> int:
+    """Status of the answer; 0 where the connection just ended."""
+    connection.settimeout(30)
+    answer = b""
+    with contextlib.suppress(OSError):
+        while b"\r\n" not in answer and (data := connection.recv(65536)):
+            answer += data
+    return int(answer.split()[1]) if answer else 0
+
+
+def health(door) -> int:
+    try:
+        with door.connect() as connection:
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            return said(connection)
+    except OSError:
+        return 0
+
+
+def test_objects_come_in_through_the_bounded_door(door):
+    body = framed([phantom_dicom(60)])
+    with door.connect() as connection:
+        for _ in range(2):  # one connection, kept
+            connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            connection.settimeout(30)
+            assert connection.recv(12) == b"HTTP/1.1 200"
+            while not connection.recv(65536).endswith(b"}"):
+                pass
+
+
+def drips(connection: socket.socket, piece: bytes, every_s: float) -> threading.Thread:
+    def run():
+        with contextlib.suppress(OSError):
+            for _ in range(400):
+                connection.sendall(piece)
+                time.sleep(every_s)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("first", [b"", b"GET /health/live HTTP/1.1\r\nHost: x\r\n"], ids=["nothing", "head"])
+def test_a_head_that_never_ends_is_cut_off(door, first):
+    with door.connect() as connection:
+        connection.sendall(first)
+        drips(connection, b"X: y\r\n" if first else b"", 0.2)
+        assert said(connection) in (0, 400, 408)
+    wait_for(lambda: health(door) == 200, "the door open again")
+
+
+@pytest.mark.parametrize("every_s", [0.05, 30.0], ids=["drop by drop", "not at all"])
+def test_a_body_that_never_ends_is_answered_408(door, every_s):
+    before = objects(door)["image"]
+    with door.connect() as connection:
+        whole = framed([phantom_dicom(61 + int(every_s))])[: -len(b"--xyz--")]
+        part = b"--xyz\r\nContent-Type: application/dicom\r\n\r\n"
+        connection.sendall(HEAD + b"Content-Length: 10000000\r\n\r\n" + whole + part)
+        drips(connection, b"x", every_s)
+        assert said(connection) == 408
+    if every_s < 1:  # what came whole before is there
+        assert objects(door)["image"] == before + 1
+
+
+def test_a_crowd_is_answered_503_and_then_let_in(door):
+    with contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(door.connect(raw=True)) for _ in range(20)]
+        if door.trust:
+            assert health(door) == 0
+        else:
+            assert 503 in [said(connection) for connection in crowd[-3:]]
+            assert health(door) == 503
+        assert all(ends(connection) for connection in crowd)
+    wait_for(lambda: health(door) == 200, "the door open again")
+    assert any(line["event"] == "connection_refused" and line["door"] == "web" for line in door.lines())
+
+
+def test_a_compressed_or_nested_body_is_refused(door):
+    import gzip
+
+    bomb = gzip.compress(framed([bytes(64 << 20)]))
+    with door.connect() as connection:
+        connection.sendall(HEAD + f"Content-Encoding: gzip\r\nContent-Length: {len(bomb)}\r\n\r\n".encode() + bomb)
+        assert said(connection) == 415
+    nested = b"".join(b"--xyz\r\nContent-Type: multipart/mixed; boundary=xyz\r\n\r\n" for _ in range(5000))
+    with door.connect() as connection:
+        connection.sendall(HEAD + f"Content-Length: {len(nested)}\r\n\r\n".encode())
+        with contextlib.suppress(OSError):
+            connection.sendall(nested)
+        assert said(connection) == 400
+    with door.connect() as connection:
+        connection.sendall(HEAD + b"X: " + b"y" * 100_000 + b"\r\n\r\n")
+        assert said(connection) in (0, 400, 431)
+    assert "Traceback" not in door.log.read_text()
+
+
+def test_a_message_that_is_no_object_is_not_kept_in_memory(gateway):
+    """The command set without end, and the data set of an answer to storage commitment."""
+    command = [struct.pack("<HHIH", 0, 0x100, 2, 0x100), struct.pack("<HHIH", 0, 0x800, 2, 1)]  # N-EVENT-REPORT-RQ
+    report = struct.pack("<HHII", 0, 0, 4, sum(map(len, command))) + b"".join(command)
+    for first, control in ((b"", 1), (struct.pack(">IBB", len(report) + 2, 1, 3) + report, 0)):
+        with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
+            connection.settimeout(30)
+            connection.sendall(associate_request())
+            head = connection.recv(6, socket.MSG_WAITALL)
+            connection.recv(struct.unpack(">I", head[2:])[0], socket.MSG_WAITALL)
+            if first:
+                connection.sendall(struct.pack(">BBI", 4, 0, len(first)) + first)
+            fragment = struct.pack(">IBB", 60_002, 1, control) + bytes(60_000)
+            pdu, sent = struct.pack(">BBI", 4, 0, len(fragment)) + fragment, 0
+            with contextlib.suppress(OSError):
+                while sent < LIMIT_MIB << 20:  # less than an object may have
+                    connection.sendall(pdu)
+                    sent += len(pdu)
+            assert ends(connection)
+    assert any(line.get("error") == "LimitExceeded" for line in gateway.lines() if line["event"] == "not_a_message")
+
+
+def test_a_line_of_the_log_is_a_line_whatever_a_peer_calls_itself(gateway):
+    request = associate_request().replace(b"MODALITY        ", b'A\n{"event":"x"}\n')
+    with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
+        connection.sendall(request)
+        ends(connection)
+    assert all(json.loads(line)["event"] != "x" for line in gateway.log.read_text().splitlines())
 
 
 def test_threads_end_with_their_connections(gateway):

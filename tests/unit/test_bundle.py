@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from bundles import write_export
 from checkpoints import random_checkpoint
@@ -296,3 +297,23 @@ def test_the_build_verb_writes_a_bundle_and_its_json(export, tmp_path):
     assert f"next: cxr-triton verify {tmp_path / 'bundle'} " in result.stderr
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 1 and "[INVALID_REQUEST]" in again.stderr and not again.stdout
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"), [("location", "../../secret"), ("offset", "-1"), ("length", "x"), ("location", "/etc/passwd")]
+)
+def test_a_graph_that_takes_its_weights_from_elsewhere_is_refused(own_export, tmp_path, entry, value):
+    path = own_export / "decoder.onnx"
+    model = onnx.load(path, load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    next(item for item in tensor.external_data if item.key == entry).value = value
+    onnx.save(model, path)
+    with pytest.raises(InvalidBundle, match=r"from elsewhere than decoder\.onnx\.data; export again"):
+        build_bundle(own_export, tmp_path / "out")
+
+
+def test_a_bundle_s_profile_names_no_other_file(built):
+    bundle = Bundle.open(built)
+    (built / "profile.yaml").write_text("extends: /etc/passwd\n")
+    with pytest.raises(InvalidProfile, match="which is complete"):
+        _ = bundle.profile

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cxr_triton.errors import UnsupportedCheckpoint
-from cxr_triton.export.checkpoint import DTYPES, Checkpoint
+from cxr_triton.export.checkpoint import DTYPES, Checkpoint, torch_model
 from cxr_triton.export.geometry import TextConfig, VisionConfig
 from cxr_triton.export.safetensors import read_header
 from cxr_triton.export.source import locate
@@ -289,6 +289,53 @@ def test_an_empty_tensor_is_sound(tmp_path):
     path.write_bytes(safetensors({"a": tensor(0, 8), "none": tensor(8, 8, [0])}, bytes(8)))
     assert read_header(path)["none"].shape == (0,)
     assert "F32" in DTYPES
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_token_id", "x"),
+        ("image_token_id", [1]),
+        ("text_config", [1]),
+        ("vision_config", "x"),
+        ("rope_scaling", "x"),
+        ("architectures", 5),
+        ("transformers_weights", "../other.safetensors"),
+    ],
+)
+def test_a_value_of_another_type_in_a_config_is_named(copy, key, value):
+    edit(copy, **{key: value})
+    with pytest.raises(UnsupportedCheckpoint, match=key):
+        Checkpoint(copy)
+
+
+def test_an_adapter_beside_whole_weights_is_refused_too(copy):
+    """With peft, transformers would take the model that it names in place of these weights."""
+    (copy / "adapter_config.json").write_text('{"base_model_name_or_path": "org/other"}')
+    with pytest.raises(UnsupportedCheckpoint, match="adapters are not read"):
+        Checkpoint(copy)
+
+
+@pytest.mark.parametrize("text", ['{"model": 5}', '{"added_tokens": [{"content": [1]}, 2]}', '{"added_tokens": 5}'])
+def test_a_tokenizer_of_other_types_has_no_ids_and_fails_nothing(copy, text):
+    (copy / "tokenizer.json").write_text(text)
+    assert set(Checkpoint(copy).token_ids()) <= {"[1]"}
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+def test_no_kernel_that_a_config_asks_for_is_fetched(copy, key):
+    """transformers takes an attention kernel from the hub, and runs it."""
+    edit(copy, **{key: "org/kernel"})
+    assert torch_model(copy, "auto").config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("shape", [[int("9" * 4000)] * 9000, [1] * 9, [1 << 48]])
+def test_a_shape_beyond_all_measure_is_refused_at_once(tmp_path, shape):
+    header = json.dumps({"a": {"dtype": "U8", "shape": shape, "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0")
+    with pytest.raises(UnsupportedCheckpoint, match="not a sound safetensors file") as refused:
+        read_header(tmp_path / "x.safetensors")
+    assert len(refused.value.message) < 1000
 
 
 class TestHub:

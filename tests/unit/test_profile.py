@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -148,6 +150,49 @@ def test_mistakes_are_named_with_the_path_of_the_key(addition, message, write):
     with pytest.raises(InvalidProfile) as error:
         load_profile(path)
     assert message in error.value.message
+
+
+LIMITED = """
+import resource, sys
+from cxr_triton.errors import InvalidProfile
+from cxr_triton.profile import load_profile
+
+resource.setrlimit(resource.RLIMIT_AS, (1 << 31, 1 << 31))
+resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+try:
+    load_profile(sys.argv[1])
+except InvalidProfile as error:
+    print(error.message)
+"""
+BOMB = ", ".join([f"&x0 [{', '.join('1' * 10)}]"] + [f"&x{i} [{', '.join([f'*x{i - 1}'] * 10)}]" for i in range(1, 10)])
+"""Lists, each of which names the one before ten times."""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"extends: chexone\nlabels: [{BOMB}]", "expected str"),
+        (f"extends: chexone\ntasks: [{BOMB}]", "expected a mapping"),
+        (f"extends: chexone\nlabels: {{a: [{BOMB}]}}", "expected a list"),
+        ("\n".join(f"k{i}: 1" for i in range(60_000)), "unknown key"),
+        ("title: " + "x" * (1 << 20), "bytes, allowed 1048576"),
+    ],
+    ids=["item", "list", "mapping", "keys", "size"],
+)
+def test_a_small_file_that_means_much_is_refused_at_once(write, text, message):
+    path = write(text)
+    done = subprocess.run([sys.executable, "-c", LIMITED, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and message in done.stdout and len(done.stdout) < 1000, done.stderr[-300:]
+
+
+def test_the_profile_of_a_bundle_reads_no_other_file(write, tmp_path):
+    path = write(MINIMAL)
+    assert load_profile(path).name
+    with pytest.raises(InvalidProfile, match="which is complete"):
+        load_profile(path, alone=True)
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(load_profile(path).to_yaml())
+    assert load_profile(whole, alone=True) == load_profile(path)
 
 
 def test_a_profile_that_is_not_there_is_named(write, tmp_path):
