@@ -7,6 +7,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from cxr_triton.errors import InvalidRequest
+from cxr_triton.pixels.image import WINDOW
+
 CAPACITY_STEP = 64  # cache positions; the cache grows and shrinks by so many
 DTYPES: dict[str, np.dtype] = {
     "fp32": np.dtype(np.float32),
@@ -40,7 +43,17 @@ class VisionSession:
         -------
         (B, T, hidden) float32 array
             Rows beyond an image's tokens are meaningless.
+
+        Raises
+        ------
+        InvalidRequest
+            `merge_order` leaves the image's windows, beside which some engines would read on, or no patch is valid.
         """
+        units = pixel_windows.shape[1] * WINDOW**2
+        if not valid.any() or merge_order.min() < 0 or merge_order.max() >= units:
+            raise InvalidRequest(
+                f"MERGE_ORDER must stay within 0 and {units - 1}, and a patch be VALID; call the ensemble cxr_reader"
+            )
         used = int(np.flatnonzero(valid.any(axis=(0, 2)))[-1]) + 1
         feeds = {
             "pixel_windows": pixel_windows[:, :used],
