@@ -104,7 +104,7 @@ def test_a_run_ends_at_the_first_fault(raw, server, tmp_path):
 
 
 def test_wrong_usage_is_said(server, tmp_path):
-    runner = CliRunner()
+    runner = CliRunner(env={SECRET: server.secret})
     for arguments, said in (
         ([], "give REPOSITORY or --url"),
         (["--url", server.grpc, "--scenario", "servr"], "did you mean 'server'"),
