@@ -204,7 +204,7 @@ class Server:
             )
         say("loading the models")
         deadline = started + self.ready_timeout_s
-        while not is_ready(self.grpc):
+        while not self._is_ready():
             if self._process.poll() is not None:
                 raise InternalError(f"the server ended with {_exit_text(self._process.returncode)}{self.trouble()}")
             if time.monotonic() > deadline:
@@ -214,8 +214,6 @@ class Server:
                 )
             time.sleep(0.05)
         self._models = {pid: model for pid in self.pids if (model := _model_of(pid))}
-        for segment in _segments(self.shm_prefix):  # Triton lets everybody read them, whatever the umask
-            segment.chmod(0o600)
         self.start_s = time.monotonic() - started
         say("first reading")
         self.warm_up_ms = self._warm_up(max(1.0, deadline - time.monotonic()))
@@ -268,6 +266,14 @@ class Server:
                 f"{processes * self.shm_mib}; make it larger (docker run --shm-size=1g) or pass a smaller --shm-mib, "
                 "which has to hold all images of a request"
             )
+
+    def _is_ready(self) -> bool:
+        """The models are there; takes their memory for this user alone, since Triton ignores the umask."""
+        ready = is_ready(self.grpc)
+        for segment in _segments(self.shm_prefix):
+            with contextlib.suppress(FileNotFoundError):  # of a model that does not load
+                segment.chmod(0o600)
+        return ready
 
     def _warm_up(self, timeout_s: float) -> float:
         """Milliseconds of a short reading through all steps; it also makes the engines allocate what they need."""

@@ -86,6 +86,16 @@ def test_everything_listens_on_loopback_and_nothing_may_gain_privileges():
     assert scraped == [{"targets": ["server:8002"]}]
 
 
+def test_the_server_starts_guarded_and_without_http():
+    text = stages()["serve"]
+    entry = json.loads(re.search(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)[1])
+    assert entry[1:] == ["python3", "-m", "cxr_triton.triton_repo.guard"]
+    command = json.loads(re.search(r"^CMD (.*)\Z", text, re.MULTILINE | re.DOTALL)[1].replace("\\\n", ""))
+    assert command[0] == "tritonserver" and "--allow-http=false" in command
+    ports = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["server"]["ports"]
+    assert ports == ["127.0.0.1:8001:8001"]
+
+
 def test_the_dashboards_panels_lie_beside_each_other_and_ask_the_provisioned_source():
     board = json.loads((DEPLOY / "grafana" / "cxr-triton.json").read_text())
     source = yaml.safe_load((DEPLOY / "grafana" / "datasources.yml").read_text())["datasources"][0]
