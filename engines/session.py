@@ -47,14 +47,15 @@ class VisionSession:
         Raises
         ------
         InvalidRequest
-            `merge_order` leaves the image's windows, beside which some engines would read on, or no patch is valid.
+            An image has no valid patch, or its `merge_order` leaves the windows: some engines would read on beside them.
         """
-        units = pixel_windows.shape[1] * WINDOW**2
-        if not valid.any() or merge_order.min() < 0 or merge_order.max() >= units:
+        used = int(np.flatnonzero(valid.any(axis=(0, 2))).max(initial=0)) + 1
+        units = used * WINDOW**2
+        if not valid.any(axis=(1, 2)).all() or merge_order.min() < 0 or merge_order.max() >= units:
             raise InvalidRequest(
-                f"MERGE_ORDER must stay within 0 and {units - 1}, and a patch be VALID; call the ensemble cxr_reader"
+                f"MERGE_ORDER must stay within 0 and {units - 1}, and a patch of each image be VALID; "
+                "call the ensemble cxr_reader"
             )
-        used = int(np.flatnonzero(valid.any(axis=(0, 2)))[-1]) + 1
         feeds = {
             "pixel_windows": pixel_windows[:, :used],
             "patch_rows_cols": patch_rows_cols[:, :used],
