@@ -47,7 +47,7 @@ class VisionSession:
         Raises
         ------
         InvalidRequest
-            An image has no valid patch, or its `merge_order` leaves the windows: some engines would read on beside them.
+            An image has no valid patch, or its `merge_order` leaves the windows, where some engines would read on.
         """
         used = int(np.flatnonzero(valid.any(axis=(0, 2))).max(initial=0)) + 1
         units = used * WINDOW**2
