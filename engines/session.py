@@ -7,6 +7,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from cxr_triton.errors import InvalidRequest
+from cxr_triton.pixels.image import WINDOW
+
 CAPACITY_STEP = 64  # cache positions; the cache grows and shrinks by so many
 DTYPES: dict[str, np.dtype] = {
     "fp32": np.dtype(np.float32),
@@ -40,8 +43,19 @@ class VisionSession:
         -------
         (B, T, hidden) float32 array
             Rows beyond an image's tokens are meaningless.
+
+        Raises
+        ------
+        InvalidRequest
+            An image has no valid patch, or its `merge_order` leaves the windows, where some engines would read on.
         """
-        used = int(np.flatnonzero(valid.any(axis=(0, 2)))[-1]) + 1
+        used = int(np.flatnonzero(valid.any(axis=(0, 2))).max(initial=0)) + 1
+        units = used * WINDOW**2
+        if not valid.any(axis=(1, 2)).all() or merge_order.min() < 0 or merge_order.max() >= units:
+            raise InvalidRequest(
+                f"MERGE_ORDER must stay within 0 and {units - 1}, and a patch of each image be VALID; "
+                "call the ensemble cxr_reader"
+            )
         feeds = {
             "pixel_windows": pixel_windows[:, :used],
             "patch_rows_cols": patch_rows_cols[:, :used],

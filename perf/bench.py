@@ -312,6 +312,7 @@ class Bench:
             concurrency=concurrency,
             requests=requests,
             timeout_s=60 + math.ceil(requests / concurrency) * self.timeout_s,
+            headers=self.observer.headers,
         )
         return (observed.repeat(records, {}), records), said
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -109,9 +110,11 @@ def run(
 
     Four scenarios in MLPerf's words, then a sweep over concurrency by our client and by perf_analyzer in turn. Ends
     with an error at the first request that fails for another reason than overload. An error and Ctrl-C, which ends with
-    status 130, keep the repeats that were measured.
+    status 130, keep the repeats that were measured. The server at --url has to have the CXR_TRITON_SECRET of this
+    command's environment.
     """
     from cxr_triton.client.wire import require_endpoint
+    from cxr_triton.engines.secret import SECRET
     from cxr_triton.perf import peers, served
     from cxr_triton.perf.bench import SCENARIOS, Observer, Plan, table
     from cxr_triton.perf.perf_analyzer import chosen
@@ -123,7 +126,7 @@ def run(
         server = served.serving(repository, ready_timeout_s)
     elif url and not repository:
         require_endpoint(url)
-        server = contextlib.nullcontext(Observer(url, metrics))
+        server = contextlib.nullcontext(Observer(url, metrics, secret=os.environ.get(SECRET)))
     else:
         raise click.UsageError("give REPOSITORY or --url, one of them")
     beside = peers.parse(baseline)

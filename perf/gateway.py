@@ -199,7 +199,7 @@ def turnaround(folder: Path, repository: Path, *, count: int) -> dict:
         drawn = phantom.draw(np.random.default_rng(FIRST_SEED + i))
         (files / f"{i}.dcm").write_bytes(phantom_file.write_dicom(drawn))
     with (
-        Server(repository, grpc_port=0, http_port=0, metrics_port=0) as server,
+        Server(repository, grpc_port=0, metrics_port=0) as server,
         orthanc(folder / "pacs") as (pacs, _),
         gateway(folder / "gateway", pacs, server.grpc, 0.0) as (port, url),
     ):

@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from cxr_triton.engines.secret import SECRET
 from cxr_triton.errors import Unavailable
 from cxr_triton.perf.environment import nvidia_smi
 from cxr_triton.perf.summary import Record, columns, summarize
+from cxr_triton.triton_repo.guard import statistics_header
 
 MODEL = "cxr_reader"
 PARTS = ("queue", "compute_input", "compute_infer", "compute_output")
@@ -32,10 +34,19 @@ class Observer:
         ``HOST:PORT`` of its metrics.
     pids : callable, optional
         Gives its processes where they are on this machine.
+    secret : str, optional
+        The server's, which opens its statistics.
     """
 
-    def __init__(self, url: str, metrics: str | None = None, pids: Callable[[], Sequence[int]] | None = None):
+    def __init__(
+        self,
+        url: str,
+        metrics: str | None = None,
+        pids: Callable[[], Sequence[int]] | None = None,
+        secret: str | None = None,
+    ):
         self.url, self._metrics, self._pids = url, metrics, pids or (lambda: ())
+        self.headers = [statistics_header(secret)] if secret else []
 
     def triton(self) -> dict[str, dict[str, float]]:
         """Model to what Triton has counted so far."""
@@ -45,8 +56,14 @@ class Observer:
 
         try:
             with grpc.insecure_channel(self.url) as channel:
-                statistics = GRPCInferenceServiceStub(channel).ModelStatistics(ModelStatisticsRequest(), timeout=30)
+                stub = GRPCInferenceServiceStub(channel)
+                statistics = stub.ModelStatistics(ModelStatisticsRequest(), timeout=30, metadata=self.headers)
         except grpc.RpcError as error:
+            if "restricted" in (error.details() or ""):
+                raise Unavailable(
+                    f"{self.url} does not say what it counted without its secret; start it with {SECRET} in its "
+                    "environment and measure it with the same"
+                ) from None
             raise Unavailable(f"{self.url} does not say what it counted ({error.code().name}); see its log") from None
         counts = {}
         for model in statistics.model_stats:

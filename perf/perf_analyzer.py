@@ -159,7 +159,14 @@ def request_limit(items: Sequence[Item]) -> int:
 
 
 def run(
-    tool: PerfAnalyzer, url: str, items: Sequence[Item], *, concurrency: int, requests: int, timeout_s: float
+    tool: PerfAnalyzer,
+    url: str,
+    items: Sequence[Item],
+    *,
+    concurrency: int,
+    requests: int,
+    timeout_s: float,
+    headers: Sequence[tuple[str, str]] = (),
 ) -> tuple[list[Record], dict]:
     """One closed-loop run of the workload's items, in order, again and again.
 
@@ -173,6 +180,8 @@ def run(
         Requests under way at any time, and in all.
     timeout_s : float
         For the whole run.
+    headers : sequence of (str, str)
+        Metadata of its calls; they open the statistics and stay out of the result.
 
     Returns
     -------
@@ -200,7 +209,7 @@ def run(
         try:
             with prompt_threads():  # as our own driver
                 done = subprocess.run(
-                    [tool.path, *arguments],
+                    [tool.path, *arguments, *(f"-H{name}:{value}" for name, value in headers)],
                     cwd=folder,
                     env=tool.environment,
                     capture_output=True,

@@ -19,10 +19,10 @@ from cxr_triton.triton_repo.serve import Server
 @contextmanager
 def serving(repository: Path, ready_timeout_s: float) -> Iterator[Observer]:
     """A model repository on free ports of this machine until the block ends."""
-    ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
-    with Waiting("starting the server") as waiting, Server(repository, **ports, ready_timeout_s=ready_timeout_s) as up:
+    server = Server(repository, grpc_port=0, metrics_port=0, ready_timeout_s=ready_timeout_s)
+    with Waiting("starting the server") as waiting, server as up:
         waiting.end()
-        yield Observer(up.grpc, up.metrics, lambda: up.pids)
+        yield Observer(up.grpc, up.metrics, lambda: up.pids, up.secret)
 
 
 def measure(

@@ -73,7 +73,7 @@ def package(bundle: Path, out: Path, force: bool, unverified: bool, json_path: s
 @click.command()
 @click.argument("repository", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--grpc-port", default=8001, show_default=True, help="0 takes a free one, here and below.")
-@click.option("--http-port", default=8000, show_default=True)
+@click.option("--http-port", type=int, help="Health and metadata by HTTP too, which no reading needs.  [default: none]")
 @click.option("--metrics-port", default=8002, show_default=True)
 @click.option("--ready-timeout-s", default=300.0, show_default=True, help="From start to the end of the warm-up.")
 @click.option(
@@ -119,7 +119,8 @@ def serve(repository: Path, json_path: str | None, **options):
         }
         write_json(result, json_path)  # before the line, which is what a supervisor waits for
         click.echo(
-            f"ready: gRPC {server.grpc}, HTTP {server.http}, metrics {server.metrics}, log {server.log}; "
+            f"ready: gRPC {server.grpc}, {f'HTTP {server.http}, ' * bool(server.http)}metrics {server.metrics}, "
+            f"log {server.log}; "
             f"started in {server.start_s:.1f} s, first reading {server.warm_up_ms / 1e3:.1f} s",
             err=json_path == "-",
         )

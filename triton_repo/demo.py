@@ -68,7 +68,7 @@ def run(folder: Path, model: Path = PHANTOM) -> dict:
     files = {"rg1": _radiograph(), "phantom": folder / "phantom.dcm"}
     drawn = _draw_phantom(files["phantom"])
     _package(folder, model, done)
-    with Server(folder / "repository", grpc_port=0, http_port=0, metrics_port=0) as server:
+    with Server(folder / "repository", grpc_port=0, metrics_port=0) as server:
         done("serve", f"Triton ready at {server.grpc}, log {server.log}")
         readings = {name: _read(name, file, folder, server.grpc) for name, file in files.items()}
         done("read", f"{len(readings)} radiographs")

@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 from cxr_triton.engines.bundle import MANIFEST, sha256
 from cxr_triton.engines.serving import BUNDLE
-from cxr_triton.errors import CxrError, InvalidBundle
+from cxr_triton.errors import InvalidBundle
 
 RECORD = "repository.json"
 SCHEMA = 1
@@ -96,10 +95,3 @@ def _files(repository: Path) -> tuple[set[str], set[str]]:
 
 def _entry(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-if __name__ == "__main__":
-    try:
-        require_as_packaged(sys.argv[1])
-    except (CxrError, OSError) as error:
-        sys.exit(f"error: {ascii(str(error))[1:-1]}")

@@ -7,7 +7,6 @@ neither a process nor a shared-memory segment behind, whatever died before.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import importlib.metadata
 import importlib.util
 import io
@@ -26,8 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cxr_triton.engines import ROOMS, engine
+from cxr_triton.engines.secret import SECRET
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, ServerMismatch, Unavailable
 from cxr_triton.extras import remedy
+from cxr_triton.triton_repo.guard import SHM_PREFIX, UMASK, guarded, is_ready
 from cxr_triton.triton_repo.integrity import require_as_packaged
 
 # A decode step reads all weights; from pages of 2 MiB it does so faster. Set it for your own server too.
@@ -48,22 +49,27 @@ class Server:
     ----------
     repository : path
         Folder written by ``cxr-triton package``.
-    grpc_port, http_port, metrics_port : int
+    grpc_port, metrics_port : int
         Ports on 127.0.0.1; 0 takes a free one.
+    http_port : int, optional
+        Serves health and metadata by HTTP too, which nothing here needs.
     ready_timeout_s : float
         Time from start to the end of the warm-up request.
     shm_mib : int
         Shared memory of each model process, taken at the start. It has to hold all images of a request: growth
         while requests run is suspected of taking Triton 2.51 down (docs/architecture.md).
     log : path, optional
-        File that takes the log of the server and of its models; ``REPOSITORY.log`` by default.
+        File that takes the log of the server and of its models, for its owner alone; ``REPOSITORY.log`` by default.
     modified : bool
         Serve a repository that is not as ``cxr-triton package`` wrote it, see `integrity`.
 
     Attributes
     ----------
-    grpc, http, metrics : str
+    grpc, metrics : str
         Addresses, ``127.0.0.1:PORT``.
+    http : str or None
+    secret : str
+        Of this server's life, or that of the environment; see `cxr_triton.triton_repo.guard`.
     pid : int
         The server's process; `pids` gives it with its models' processes and their decoding children.
     start_s, warm_up_ms : float
@@ -88,7 +94,7 @@ class Server:
         repository,
         *,
         grpc_port: int = 8001,
-        http_port: int = 8000,
+        http_port: int | None = None,
         metrics_port: int = 8002,
         ready_timeout_s: float = 300,
         shm_mib: int = 128,
@@ -100,10 +106,13 @@ class Server:
         self.shm_mib = shm_mib
         self.modified = modified
         self.log = Path(log) if log else self.repository.with_name(self.repository.name + ".log")
-        ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
-        self._ports = {name: _port(name, port) for name, port in ports.items()}
-        self.grpc, self.http, self.metrics = (f"{HOST}:{port}" for port in self._ports.values())
-        self.shm_prefix = f"cxr_triton_{secrets.token_hex(8)}_"
+        ports = {"grpc": grpc_port, "metrics": metrics_port, "http": http_port}
+        self._ports = {name: _port(name, port) for name, port in ports.items() if port is not None}
+        addresses = {name: f"{HOST}:{port}" for name, port in self._ports.items()}
+        self.grpc, self.metrics, self.http = addresses["grpc"], addresses["metrics"], addresses.get("http")
+        self.shm_prefix = f"{SHM_PREFIX}{secrets.token_hex(8)}_"
+        self._environment, self._flags = guarded(os.environ)
+        self.secret = self._environment[SECRET]
         self._process: subprocess.Popen | None = None
         self._models: dict[int, str] = {}
         self._janitor: subprocess.Popen | None = None
@@ -166,7 +175,7 @@ class Server:
             (backend / file.name).symlink_to(file)
         environment = {
             **HUGE_PAGES,
-            **os.environ,
+            **self._environment,
             # The stub embeds Python and finds this environment through the first python3 on the path.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             # The last folder holds no library: it marks the processes, see `pids`.
@@ -182,15 +191,17 @@ class Server:
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             f"--backend-config=python,shm-default-byte-size={self.shm_mib << 20}",
             f"--grpc-address={HOST}",
-            f"--http-address={HOST}",
             f"--metrics-address={HOST}",
             *(f"--{name}-port={port}" for name, port in self._ports.items()),
+            f"--http-address={HOST}" if self.http else "--allow-http=false",
+            *self._flags,
             "--allow-gpu-metrics=false",
             "--pinned-memory-pool-byte-size=0",
             "--disable-auto-complete-config",
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
         ]
         with self.log.open("wb") as log:
+            os.fchmod(log.fileno(), 0o600)
             self._process = subprocess.Popen(
                 command,
                 env=environment,
@@ -199,6 +210,7 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                umask=UMASK,
             )
         say("loading the models")
         deadline = started + self.ready_timeout_s
@@ -265,6 +277,14 @@ class Server:
                 "which has to hold all images of a request"
             )
 
+    def _is_ready(self) -> bool:
+        """The models are there; takes their memory for this user alone, since Triton ignores the umask."""
+        ready = is_ready(self.grpc)
+        for segment in _segments(self.shm_prefix):
+            with contextlib.suppress(FileNotFoundError):  # of a model that does not load
+                segment.chmod(0o600)
+        return ready
+
     def _warm_up(self, timeout_s: float) -> float:
         """Milliseconds of a short reading through all steps; it also makes the engines allocate what they need."""
         from cxr_triton.client.limits import Timeouts
@@ -278,16 +298,6 @@ class Server:
         except CxrError as error:
             raise InternalError(f"the warm-up request failed: {error.wire()}{self.trouble()}") from None
         return 1e3 * (time.monotonic() - started)
-
-    def _is_ready(self) -> bool:
-        connection = http.client.HTTPConnection(HOST, self._ports["http"], timeout=2)
-        try:
-            connection.request("GET", "/v2/health/ready")
-            return connection.getresponse().status == 200
-        except OSError:
-            return False
-        finally:
-            connection.close()
 
 
 def _processes(backends: str) -> list[int]:
@@ -318,9 +328,14 @@ def _clear(backends: str, shm_prefix: str) -> None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
-    for segment in SHM.glob(f"{shm_prefix}*"):
+    for segment in _segments(shm_prefix):
         segment.unlink(missing_ok=True)
     shutil.rmtree(backends, ignore_errors=True)
+
+
+def _segments(shm_prefix: str) -> list[Path]:
+    """A server's shared memory."""
+    return list(SHM.glob(f"{shm_prefix}*"))
 
 
 def _command(pid: int) -> list[str]:

@@ -29,7 +29,7 @@ OnCommitment = Callable[[str, set[str], dict[str, str]], None]
 
 def take_commitment(event: evt.Event, on_commitment: OnCommitment) -> int:
     """Pass the answer to a storage commitment (PS3.4 table J.3-2) on; the status of the N-EVENT-REPORT."""
-    encoded = event.request.EventInformation
+    encoded = getattr(event.request, "EventInformation", None)
     if encoded is None or encoded.getbuffer().nbytes > MOST_REPORTED:
         return PROCESSING_FAILURE
     report: Dataset = event.event_information

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 ON = "on"
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # number on x86-64 and on aarch64; None where there is no such call
-_ALLOWED: dict[str, tuple[int | None, int]] = {
+_ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "read": (0, 63),
     "readv": (19, 65),
     "pread64": (17, 67),
@@ -122,7 +122,7 @@ def _give_up_calls() -> None:
         raise OSError(errno.ENOSYS, f"no list of system calls for {machine}")
     column = list(_ARCHITECTURES).index(machine)
     steps = _filter(_ARCHITECTURES[machine], column, os.getpid())
-    instructions = (_Instruction * len(steps))(*steps)
+    instructions = (_Instruction * len(steps))(*(_Instruction(*step) for step in steps))
     program = _Program(len(steps), instructions)
     failed = _call(_SECCOMP[column], _SET_MODE_FILTER, _ALL_THREADS, ctypes.byref(program))
     if failed:

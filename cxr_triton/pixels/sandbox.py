@@ -97,7 +97,7 @@ class _Child:
         try:
             self.process = subprocess.Popen(
                 [interpreter, "-P", "-m", "cxr_triton.pixels.sandbox_child", json.dumps(asdict(limits))],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env=environment,

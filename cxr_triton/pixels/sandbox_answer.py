@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -75,7 +76,7 @@ def require_prepared(answer: dict[str, Any], size: int, has_region: bool) -> Non
     """The answer to ``prepare`` with a picture of `size` bytes; raises `Malformed`."""
     _require_types(answer, _ANSWER)
     facts, shape = answer["facts"], answer["shape"]
-    _require_types(facts, _FACTS | (_REGION if has_region else {}))
+    _require_types(facts, {**_FACTS, **(_REGION if has_region else {})})
     for numbers in (shape, answer["source_size"], facts["percentiles"]):
         _require(all(type(number) is int and 0 <= number < 1 << 31 for number in numbers))
     _require(len(shape) in (2, 3) and shape[2:] in ([], [3]) and min(shape) > 0 and math.prod(shape) == size)
@@ -94,7 +95,7 @@ def identity(answer: dict[str, Any], size: int) -> Identity:
     return Identity(**found)
 
 
-def _require_types(given: dict[str, Any], types: dict[str, tuple[type, ...]]) -> None:
+def _require_types(given: dict[str, Any], types: Mapping[str, Collection[type]]) -> None:
     _require(given.keys() == types.keys() and all(type(given[name]) in kinds for name, kinds in types.items()))
     for value in given.values():
         _require(not isinstance(value, str) or len(value) <= _MOST_CHARACTERS)

@@ -193,11 +193,11 @@ def _warm_up(limits: Limits) -> None:
         "htj2k": imagecodecs.htj2k_encode(words, reversible=True),
     }
     for kind, stream in streams.items():
-        decode(Codestream(kind, 64, 64, 1, 8 if kind == "baseline" else 12), stream, (64, 64), words.dtype)
+        decode(Codestream(kind, 64, 64, 1, 8 if kind == "baseline" else 12), bytes(stream), (64, 64), words.dtype)
     runs = b"".join(b"\x7f" + part.tobytes() for part in octets.reshape(-1, 128))
     stream = struct.pack("<16I", 1, 64, *[0] * 14) + runs
     decode(Codestream("rle", 0, 0, 1, 8), stream, (64, 64), octets.dtype)
-    read_png(imagecodecs.png_encode(octets), limits)
+    read_png(bytes(imagecodecs.png_encode(octets)), limits)
     turned = Image.Exif()
     turned[0x0112] = 6
     jpeg = io.BytesIO()

@@ -35,7 +35,7 @@ from cxr_triton.perf.summary import distribution, summarize
 from cxr_triton.perf.workload import arrivals, load_workload
 from cxr_triton.triton_repo.serve import Server
 
-PORTS = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
+PORTS = {"grpc_port": 0, "metrics_port": 0}
 SCRIPT = {"responses": 100, "first_ms": 100, "gap_ms": 10}
 SCRIPT_S = 1.1
 HEAVY = {"image_bytes": 8 << 20, "responses": 300}

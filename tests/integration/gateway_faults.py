@@ -160,7 +160,7 @@ def start_triton(repository: Path, port: int):
     from cxr_triton.triton_repo.serve import Server
 
     for attempt in range(5):
-        server = Server(repository, grpc_port=port, http_port=0, metrics_port=0)
+        server = Server(repository, grpc_port=port, metrics_port=0)
         try:
             server.start()
             return server

@@ -114,6 +114,9 @@ def write_paper_bundle(folder: Path, *, penalty: float = 1.05, max_sequence: int
     return folder
 
 
+DATATYPES = {"int64": "INT64", "int32": "INT32", "float32": "FP32", "uint8": "UINT8", "bool": "BOOL"}
+
+
 class Raw:
     """The served ensemble through bare gRPC stubs: what any KServe v2 client sees."""
 
@@ -145,6 +148,20 @@ class Raw:
             delta, reading = outputs(message)
             deltas.append(delta)
         return {**json.loads(reading), "deltas": deltas}
+
+    def infer(self, model: str, **tensors):
+        """A running `ModelStreamInfer` call of a model alone; a tensor is an array or the bytes of its one element."""
+        from tritonclient.grpc.service_pb2 import ModelInferRequest
+
+        request = ModelInferRequest(model_name=model)
+        for name, value in tensors.items():
+            if isinstance(value, bytes):
+                request.inputs.add(name=name, datatype="BYTES", shape=[1])
+                request.raw_input_contents.append(struct.pack("<I", len(value)) + value)
+            else:
+                request.inputs.add(name=name, datatype=DATATYPES[value.dtype.name], shape=value.shape)
+                request.raw_input_contents.append(value.tobytes())
+        return self.stub.ModelStreamInfer(iter([request]), timeout=60)
 
     def metric(self, name: str) -> float:
         """Sum of a metric over its labels."""

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
@@ -11,8 +12,10 @@ from click.testing import CliRunner
 from instant_server import InstantServer
 
 from cxr_triton.cli import main
+from cxr_triton.engines.secret import SECRET
 from cxr_triton.errors import Unavailable
 from cxr_triton.perf import perf_analyzer
+from cxr_triton.triton_repo.guard import statistics_header
 
 pytestmark = pytest.mark.triton
 SCHEMA = json.loads((Path(__file__).resolve().parents[2] / "docs" / "bench.schema.json").read_text())
@@ -33,7 +36,7 @@ SHORT = ["--seconds", "0.5", "--requests", "4", "--repeats", "2", "--offline-con
 def run(server, tmp_path, *options, task="findings"):
     (tmp_path / "tiny.yaml").write_text(WORKLOAD.replace("TASK", task))
     command = ["bench", "run", "--url", server.grpc, "--metrics", server.metrics, *SHORT, *options]
-    return CliRunner().invoke(
+    return CliRunner(env={SECRET: server.secret}).invoke(
         main, [*command, "--workload", str(tmp_path / "tiny.yaml"), "--json", str(tmp_path / "r.json")]
     )
 
@@ -85,6 +88,13 @@ def test_one_run_measures_all_four_scenarios_by_both_drivers(raw, server, tmp_pa
     assert len(ours) == 1 and abs(ours[0]["relative_difference"]) < 5  # the same order; 5 % is for a quiet machine
     assert "single_stream" in done.output and (tmp_path / "r.csv").stat().st_size > 1000
     assert "diagnosis" in (tmp_path / "r.html").read_text()
+    opens = statistics_header(server.secret)[1]
+    assert not any(opens in file.read_text() for file in tmp_path.iterdir()), "the result tells what opens the server"
+
+
+def test_without_the_servers_secret_a_run_says_what_it_needs(server, tmp_path):
+    done = run(SimpleNamespace(grpc=server.grpc, metrics=server.metrics, secret="another server's " * 2), tmp_path)
+    assert done.exit_code == 75 and "[UNAVAILABLE]" in done.output and SECRET in done.output
 
 
 def test_a_run_ends_at_the_first_fault(raw, server, tmp_path):
@@ -94,7 +104,7 @@ def test_a_run_ends_at_the_first_fault(raw, server, tmp_path):
 
 
 def test_wrong_usage_is_said(server, tmp_path):
-    runner = CliRunner()
+    runner = CliRunner(env={SECRET: server.secret})
     for arguments, said in (
         ([], "give REPOSITORY or --url"),
         (["--url", server.grpc, "--scenario", "servr"], "did you mean 'server'"),
@@ -114,7 +124,7 @@ def double(tmp_path_factory):
     from cxr_triton.triton_repo.serve import Server
 
     repository = scripted.write_repository(tmp_path_factory.mktemp("double") / "repository")
-    with Server(repository, grpc_port=0, http_port=0, metrics_port=0, ready_timeout_s=120) as server:
+    with Server(repository, grpc_port=0, metrics_port=0, ready_timeout_s=120) as server:
         yield server
 
 

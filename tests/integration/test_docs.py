@@ -44,7 +44,7 @@ SUBSTITUTES = (
     # Ports that are free, and folders of a user.
     (
         r"^(cxr-triton serve \S+) &$",
-        r"\1 --grpc-port $PORT --http-port 0 --metrics-port 0 > serve.out & ready serve.out ready:",
+        r"\1 --grpc-port $PORT --metrics-port 0 > serve.out & ready serve.out ready:",
     ),
     (r"^cxr-triton read ", "cxr-triton read --url $SERVER "),
     (r"127\.0\.0\.1:8001", "$SERVER"),
@@ -263,7 +263,7 @@ def served(clone) -> str:
     export_checkpoint(str(model / "checkpoint"), folder / "export", profile, precision="fp32", progress=False)
     bundle = build_bundle(folder / "export", folder / "bundle")
     write_repository(bundle.path, folder / "repository", Settings(threads=1), unverified=True)
-    ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
+    ports = {"grpc_port": 0, "metrics_port": 0}
     with Server(folder / "repository", **ports, ready_timeout_s=120) as server:
         yield server.grpc
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,8 @@ import numpy as np
 import psutil
 import pytest
 from served import Raw, outputs, radiograph
+
+from cxr_triton.engines.secret import Seal
 
 pytestmark = pytest.mark.triton
 SHORT = {"max_new_tokens": 12, "temperature": 2.0, "seed": 7}  # random weights say one word for ever when greedy
@@ -108,27 +111,19 @@ def test_cancelling_a_request_that_waits_takes_it_out_of_the_queue(raw):
 
 def test_the_decoder_alone_streams_stops_and_refuses(raw):
     """A caller of its own, without the ensemble around it: seen when it hangs up, refused with a code."""
-    from tritonclient.grpc.service_pb2 import ModelInferRequest
-
-    def call(**tensors):
-        request = ModelInferRequest(model_name="decoder")
-        for name, value in tensors.items():
-            if isinstance(value, bytes):
-                request.inputs.add(name=name, datatype="BYTES", shape=[1])
-                request.raw_input_contents.append(struct.pack("<I", len(value)) + value)
-            else:
-                kind = {"int64": "INT64", "float32": "FP32"}[value.dtype.name]
-                request.inputs.add(name=name, datatype=kind, shape=value.shape)
-                request.raw_input_contents.append(value.tobytes())
-        return raw.stub.ModelStreamInfer(iter([request]), timeout=30)
-
-    tensors = {
+    prompt = {
         "INPUT_IDS": np.arange(40, 50),
         "IMAGE_INDEX": np.full(10, -1),
         "POSITION_IDS": np.tile(np.arange(10), (3, 1)),
-        "IMAGE_EMBEDDINGS": np.zeros((1, 64, 128), np.float32),
-        "CONTEXT": b'{"sampling": {"max_new_tokens": 3500}}',
     }
+    beside = {"IMAGE_EMBEDDINGS": np.zeros((1, 64, 128), np.float32)}
+    seal = Seal("CONTEXT", raw.server.secret)
+
+    def sealed(context, **changed):
+        asked = {**prompt, **changed}
+        return {**asked, **beside, "CONTEXT": seal.close(context, *asked.values()).encode()}
+
+    tensors, call = sealed('{"sampling": {"max_new_tokens": 3500}}'), partial(raw.infer, "decoder")
     cancelled = raw.metric("cxr_decoder_cancelled_total")
     stream = call(**tensors)
     assert not next(stream).error_message
@@ -136,9 +131,16 @@ def test_the_decoder_alone_streams_stops_and_refuses(raw):
     assert until(lambda: raw.metric("cxr_decoder_streams") == 0)
     assert raw.metric("cxr_decoder_cancelled_total") == cancelled + 1
     for wrong, hint in (
-        ({**tensors, "IMAGE_INDEX": np.full(10, 64)}, b"must stay within -1 and 63"),
-        ({**tensors, "CONTEXT": b"{}"}, b"CONTEXT"),
-        ({**tensors, "CONTEXT": b'{"sampling": {"max_new_tokens": 5, "stop": [1]}}'}, b"stop is [1]"),
+        (tensors, b"CONTEXT was used before"),
+        ({**tensors, "IMAGE_INDEX": np.full(10, 0)}, b"CONTEXT and what belongs to it"),
+        ({**tensors, "CONTEXT": b'{"sampling": {"max_new_tokens": 5}}'}, b"CONTEXT and what belongs to it"),
+        (sealed("{}", IMAGE_INDEX=np.full(10, 64)), b"CONTEXT"),
+        (
+            sealed('{"sampling": {"max_new_tokens": 5}}', IMAGE_INDEX=np.full(10, 64)),
+            b"must stay within -1 and 63",
+        ),
+        (sealed("{}"), b"CONTEXT"),
+        (sealed('{"sampling": {"max_new_tokens": 5, "stop": [1]}}'), b"stop is [1]"),
         ({**tensors, "CONTEXT": b"\xff"}, b"CONTEXT: not UTF-8"),
         ({"STOP": b"\xff"}, b"STOP: not UTF-8"),
         ({"INPUT_IDS": tensors["INPUT_IDS"]}, b"POSITION_IDS"),
@@ -335,7 +337,7 @@ def small_server(served_bundle, tmp_path):
 
     settings = Settings(slots=1, queue_size=2, threads=1)
     write_repository(served_bundle, tmp_path / "repository", settings, unverified=True)
-    server = Server(tmp_path / "repository", grpc_port=0, http_port=0, metrics_port=0, ready_timeout_s=120)
+    server = Server(tmp_path / "repository", grpc_port=0, metrics_port=0, ready_timeout_s=120)
     with server:
         yield server
     assert not leftovers(server)
@@ -414,7 +416,7 @@ def test_serve_leaves_nothing_when_it_ends(served_bundle, tmp_path, number):
 
     settings = Settings(preprocess_instances=1, slots=1, threads=1)
     write_repository(served_bundle, tmp_path / "repository", settings, unverified=True)
-    ports = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
+    ports = ("--grpc-port", "0", "--metrics-port", "0")
     command = [Path(sys.executable).with_name("cxr-triton"), "serve", "repository", *ports, "--json", "ready.json"]
     segments = set(Path("/dev/shm").iterdir())
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:

@@ -11,9 +11,11 @@ import pytest
 from fake_session import FakeSession, Letters, until
 
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime
+from cxr_triton.engines.secret import SECRET, Seal
 
 ROOT = Path(__file__).resolve().parents[2]
 FINAL = 1
+KEY = "k" * 64
 
 
 class Tensor:
@@ -72,6 +74,7 @@ def decoder(monkeypatch):
     backend.Tensor, backend.MetricFamily, backend.InferenceResponse = Tensor, Family, list
     backend.get_input_tensor_by_name = lambda request, name: request.inputs.get(name)
     monkeypatch.setitem(sys.modules, backend.__name__, backend)
+    monkeypatch.setenv(SECRET, KEY)
     monkeypatch.delitem(sys.modules, "cxr_triton.triton_repo.adapter", raising=False)
     spec = importlib.util.spec_from_file_location("served_decoder", ROOT / "triton_repo/decoder/1/model.py")
     module = importlib.util.module_from_spec(spec)
@@ -96,21 +99,26 @@ def bytes_input(value: bytes):
 
 
 def request(sampling=None, fails="", **changed):
-    context = {"sampling": {"max_new_tokens": 20, "eos_token_ids": [], **(sampling or {})}}
+    context = json.dumps({"sampling": {"max_new_tokens": 20, "eos_token_ids": [], **(sampling or {})}})
     inputs = {
         "INPUT_IDS": np.array([1, 2, 3]),
         "IMAGE_INDEX": np.array([-1, -1, -1]),
         "POSITION_IDS": np.tile(np.arange(3), (3, 1)),
         "IMAGE_EMBEDDINGS": np.zeros((1, 1, 4), np.float32),
-        "CONTEXT": bytes_input(json.dumps(context).encode()),
+        "CONTEXT": context,
+        **changed,
     }
-    return Request(fails, **{**inputs, **changed})
+    if isinstance(inputs["CONTEXT"], str):
+        prompt = [inputs[name] for name in ("INPUT_IDS", "IMAGE_INDEX", "POSITION_IDS")]
+        inputs["CONTEXT"] = bytes_input(Seal("CONTEXT", KEY).close(inputs["CONTEXT"], *prompt).encode())
+    return Request(fails, **inputs)
 
 
 def ended(decoder, asked):
     decoder.execute([asked])
     until(lambda: asked.finals)
-    return json.loads(asked.completions[-1] or "null") if asked.completions else None
+    last = asked.completions[-1] if asked.completions else ""
+    return json.loads(Seal("COMPLETION", KEY).open(last)) if last else None
 
 
 def serves(decoder):
@@ -125,8 +133,9 @@ def serves(decoder):
         {"STOP": np.array([], object)},
         {"CONTEXT": bytes_input(b"\xff\xfe")},
         {"CONTEXT": np.array([], object)},
-        {"CONTEXT": bytes_input(b"[" * 100_000)},
-        {"CONTEXT": bytes_input(b"[]")},
+        {"CONTEXT": bytes_input(b'{"sampling": {}}')},
+        {"CONTEXT": "[" * 100_000},
+        {"CONTEXT": "[]"},
         {"IMAGE_EMBEDDINGS": np.zeros((1, 1, 0), np.float32)},
         {"INPUT_IDS": np.array([], np.int64)},
         {"sampling": {"stop": [1]}},

@@ -65,11 +65,12 @@ def test_what_serves_is_pinned_by_digest_and_is_no_root():
 
 
 def test_the_container_serves_only_what_was_packaged():
-    (command,) = re.findall(r"^CMD (\[.*?\])$", stages()["serve"], re.MULTILINE | re.DOTALL)
-    shell, option, script = json.loads(command.replace("\\\n", ""))
-    assert (shell, option) == ("sh", "-c")
-    check, server = script.split(" && exec ")
-    assert check == "python3 -m cxr_triton.triton_repo.integrity /repository" and server.startswith("tritonserver ")
+    def of(name: str) -> list[str]:
+        (found,) = re.findall(rf"^{name} (\[.*?\])$", stages()["serve"], re.MULTILINE | re.DOTALL)
+        return json.loads(found.replace("\\\n", ""))
+
+    assert of("ENTRYPOINT")[-3:] == ["python3", "-m", "cxr_triton.triton_repo.guard"]
+    assert of("CMD")[:2] == ["tritonserver", "--model-repository=/repository"]
 
 
 def test_no_image_keeps_a_jinja2_that_the_container_brings():
@@ -98,6 +99,16 @@ def test_everything_listens_on_loopback_and_nothing_may_gain_privileges():
         assert not path.startswith("./") or (DEPLOY / path).is_file(), path
     scraped = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["scrape_configs"][0]["static_configs"]
     assert scraped == [{"targets": ["server:8002"]}]
+
+
+def test_the_server_starts_guarded_and_without_http():
+    text = stages()["serve"]
+    entry = json.loads(re.search(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)[1])
+    assert entry[1:] == ["python3", "-m", "cxr_triton.triton_repo.guard"]
+    command = json.loads(re.search(r"^CMD (.*)\Z", text, re.MULTILINE | re.DOTALL)[1].replace("\\\n", ""))
+    assert command[0] == "tritonserver" and "--allow-http=false" in command
+    ports = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["server"]["ports"]
+    assert ports == ["127.0.0.1:8001:8001"]
 
 
 def test_the_dashboards_panels_lie_beside_each_other_and_ask_the_provisioned_source():

@@ -212,7 +212,10 @@ def test_a_repository_that_was_changed_is_refused_by_name(bundle, tmp_path, chan
     change(repository)
     with pytest.raises(InvalidBundle, match=f"not as `cxr-triton package` wrote it: .*{said}.* --modified"):
         Server(repository, grpc_port=0, http_port=0, metrics_port=0).start()
-    done = subprocess.run([sys.executable, "-m", "cxr_triton.triton_repo.integrity", repository], capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "cxr_triton.triton_repo.guard", "true", f"--model-repository={repository}"],
+        capture_output=True,
+    )
     assert done.returncode == 1 and said in done.stderr.decode()
 
 

@@ -18,6 +18,7 @@ import triton_python_backend_utils as pb_utils
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.pipeline import completion_json, sampling_of, wire_error
 from cxr_triton.engines.runtime.stream import Chunk, Generation
+from cxr_triton.engines.secret import Seal
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.triton_repo.adapter import array, input_types, open_runtime, parameters, text
 
@@ -42,6 +43,7 @@ class Stream:
 class TritonPythonModel:
     def initialize(self, args):
         values = parameters(args)
+        self.context, self.completion = Seal("CONTEXT"), Seal("COMPLETION")
         self.runtime = open_runtime(Bundle.open(values["bundle"]), values)
         self.types = input_types(args)
         self.streams = {}
@@ -103,7 +105,8 @@ class TritonPythonModel:
         arrays = {name: array(request, name, self.types[name]) for name in INPUTS}
         if missing := [name for name in INPUTS if arrays[name] is None]:
             raise InvalidRequest(f"{', '.join(missing)}: missing; send every input, or STOP alone")
-        stream.context = text(request, "CONTEXT")
+        prompt = [arrays[name] for name in ("INPUT_IDS", "IMAGE_INDEX", "POSITION_IDS")]
+        stream.context = self.context.open_once(text(request, "CONTEXT"), *prompt)
         embeddings = arrays["IMAGE_EMBEDDINGS"]
         generation = Generation(
             input_ids=arrays["INPUT_IDS"],
@@ -155,6 +158,8 @@ class TritonPythonModel:
             completion = json.dumps({"error": wire_error(chunk.error)})
         elif chunk.completion:
             completion = completion_json(chunk.completion, stream.context, stream.arrived_s)
+        if completion:
+            completion = self.completion.close(completion)
         return [
             pb_utils.Tensor("TEXT", np.array([chunk.text.encode()], object)),
             pb_utils.Tensor("TOKEN_IDS", chunk.token_ids),

@@ -4,12 +4,14 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from cxr_triton.engines.pipeline import Preprocessor
+from cxr_triton.engines.secret import Seal
 from cxr_triton.triton_repo.adapter import error_response, parameters
 
 
 class TritonPythonModel:
     def initialize(self, args):
         self.preprocessor = Preprocessor(parameters(args)["bundle"])
+        self.context = Seal("CONTEXT")
 
     def execute(self, requests):
         return [self.prepare(request) for request in requests]
@@ -19,6 +21,7 @@ class TritonPythonModel:
             images = list(pb_utils.get_input_tensor_by_name(request, "IMAGES").as_numpy())
             asked = pb_utils.get_input_tensor_by_name(request, "REQUEST").as_numpy()[0]
             step = self.preprocessor.prepare(images, asked)
+            context = self.context.close(step.context, step.input_ids, step.image_index, step.position_ids)
         except Exception as error:
             return error_response(error)
         return pb_utils.InferenceResponse(
@@ -30,7 +33,7 @@ class TritonPythonModel:
                 pb_utils.Tensor("INPUT_IDS", step.input_ids),
                 pb_utils.Tensor("IMAGE_INDEX", step.image_index),
                 pb_utils.Tensor("POSITION_IDS", step.position_ids),
-                pb_utils.Tensor("CONTEXT", np.array([step.context.encode()], object)),
+                pb_utils.Tensor("CONTEXT", np.array([context.encode()], object)),
             ]
         )
 

@@ -10,6 +10,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from cxr_triton.engines.pipeline import build_reading
+from cxr_triton.engines.secret import Seal
 from cxr_triton.errors import from_wire
 from cxr_triton.triton_repo.adapter import error_response, parameters, text
 
@@ -20,6 +21,7 @@ class TritonPythonModel:
     def initialize(self, args):
         parameters(args)
         self.stopped = OrderedDict()
+        self.completion = Seal("COMPLETION")
 
     def execute(self, requests):
         return [self.report(request) for request in requests]
@@ -30,7 +32,7 @@ class TritonPythonModel:
                 self.stop(text(request, "STREAM"))
             completion, reading = text(request, "COMPLETION"), ""
             if completion:
-                completion = json.loads(completion)
+                completion = json.loads(self.completion.open(completion))
                 if "error" in completion:
                     raise from_wire(completion["error"])
                 reading = build_reading(completion).to_json()

@@ -16,14 +16,17 @@ class TritonPythonModel:
         self.session = bundle.open_vision(threads=int(values["threads"]) or None)
 
     def execute(self, requests):
-        inputs = [
-            [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in INPUTS] for request in requests
-        ]
         try:
+            inputs = [
+                [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in INPUTS] for request in requests
+            ]
             batch = [np.concatenate(tensors) for tensors in zip(*inputs, strict=True)]  # [B, W, ...] of all requests
             embeddings = self.session.encode(*batch)  # [B, T, hidden]
         except Exception as error:
-            return [error_response(error) for _ in requests]
+            if len(requests) == 1:
+                return [error_response(error)]
+            # One that somebody sent past dicom_preprocess fails alone.
+            return [response for request in requests for response in self.execute([request])]
         ends = np.cumsum([len(tensors[0]) for tensors in inputs])[:-1]
         return [
             pb_utils.InferenceResponse([pb_utils.Tensor("IMAGE_EMBEDDINGS", part)])
