@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import grpc
 import pytest
 from fake_server import FakeServer, empty_final, failure, pause, response
+from fake_session import until
 from tritonclient.utils import deserialize_bytes_tensor
 
 from cxr_triton.client import AsyncReader, Reader, Timeouts, Tls, limits, wire
@@ -23,6 +24,7 @@ from cxr_triton.errors import (
     Cancelled,
     DeadlineExceeded,
     InternalError,
+    InvalidRequest,
     LimitExceeded,
     QueueFull,
     ServerMismatch,
@@ -410,6 +412,65 @@ def test_leaving_an_async_stream_cancels_on_the_server_at_once(how):
 
     with FakeServer(endless) as server:
         asyncio.run(run(server))
+
+
+def left(kind, server, leave):
+    """Start a reading, take a text, and do what `leave` says with the stream; then close the reader."""
+
+    async def run():
+        async with AsyncReader(server.url) as reader:
+            stream = reader.read(b"x")
+            assert await anext(stream) == "text "
+            await leave(stream)
+
+    if kind is AsyncReader:
+        asyncio.run(run())
+        return
+    with Reader(server.url) as reader:
+        stream = reader.read(b"x")
+        assert next(stream) == "text "
+        leave(stream)
+
+
+@pytest.mark.parametrize("kind", [Reader, AsyncReader])
+def test_a_stream_that_is_left_is_ended_by_the_server_and_not_cancelled(kind):
+    def answer(request, context):
+        while request.id not in server.stops and context.is_active():
+            yield response("text ")
+            pause(context, 0.01)
+
+    with FakeServer(answer) as server:
+        left(kind, server, lambda stream: stream.close())
+        until(lambda: server.active == 0)
+        assert server.stops == [server.requests[0].id] and len(server.stops[0]) == 32
+        assert not server.cancelled.is_set()
+
+
+@pytest.mark.parametrize("kind", [Reader, AsyncReader])
+def test_a_refusal_is_read_to_the_end_of_its_stream(kind):
+    def answer(request, context):
+        yield failure("[INVALID_REQUEST] what, where")
+        pause(context, 0.3)
+
+    with FakeServer(answer) as server:
+        with pytest.raises(InvalidRequest):
+            collect(kind, server, b"x")
+        until(lambda: server.active == 0)
+        assert not server.cancelled.is_set()
+
+
+@pytest.mark.parametrize("kind", [Reader, AsyncReader])
+def test_a_refusal_does_not_wait_for_a_server_that_goes_on(kind):
+    def answer(request, context):
+        yield failure("[INVALID_REQUEST] what, where")
+        pause(context, 60)
+
+    with FakeServer(answer) as server:
+        started = time.monotonic()
+        with pytest.raises(InvalidRequest):
+            collect(kind, server, b"x")
+        assert time.monotonic() - started < 20
+        assert server.cancelled.wait(10)
 
 
 def quiet(request, context):
