@@ -167,6 +167,7 @@ def test_a_stop_by_the_id_of_the_request_ends_it_before_and_while_it_decodes(dec
     until(lambda: asked.sends)
     stop(decoder, "a" * 32)
     until(lambda: asked.finals)
+    assert json.loads(asked.completions[-1])["error"].startswith("[CANCELLED]")
     assert not decoder.streams and not decoder.requested
     stop(decoder, "b" * 32)
     assert ended(decoder, request(request_id="b" * 32))["error"].startswith("[CANCELLED]")

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 INPUTS = ("INPUT_IDS", "IMAGE_INDEX", "POSITION_IDS", "IMAGE_EMBEDDINGS", "CONTEXT")
 OWN_ID = 32  # characters of a request's id that is its own: not guessed, and not shared by clients that count from 1
+STOPPED = "the client stopped this reading before its end"
 REMEMBERED_STOPS = 1024  # of requests that have not come yet
 
 
@@ -39,6 +40,7 @@ class Stream:
         self.id = ""
         self.request_id = ""
         self.is_gone = False
+        self.was_asked_to_stop = False  # by the client, which still listens
         self.has_ended = False
         self.stopped_at_step = None
 
@@ -104,7 +106,7 @@ class TritonPythonModel:
             if len(request.request_id()) == OWN_ID:
                 stream.request_id = request.request_id()
             if self.stopped.pop(stream.request_id, False):
-                raise Cancelled("the client stopped this request before it was decoded")
+                raise Cancelled(STOPPED)
             self.start(stream, request)
         except Exception as error:
             self.send(stream, Chunk(error=error), self.runtime.steps)
@@ -134,7 +136,10 @@ class TritonPythonModel:
 
     def stop(self, name):
         """End a stream by its own name or by the id of its request, which may still be on its way here."""
-        if stream := self.streams.get(name) or self.requested.get(name):
+        if stream := self.streams.get(name):
+            self.cancel(stream)
+        elif stream := self.requested.get(name):
+            stream.was_asked_to_stop = True
             self.cancel(stream)
         elif len(name) == OWN_ID:
             self.stopped[name] = True
@@ -157,7 +162,9 @@ class TritonPythonModel:
                 if stream.sender.is_cancelled():
                     self.cancel(stream)
                 return
-            if stream.is_gone:
+            if stream.was_asked_to_stop:
+                outputs = self.outputs(stream, Chunk(error=Cancelled(STOPPED)))
+            elif stream.is_gone:
                 outputs = None
         except Exception as error:
             chunk = Chunk(error=error)
