@@ -49,7 +49,7 @@ class AsyncReader(BaseReader["AsyncReadingStream"]):
         return wire.ServerInfo(server.name, server.version, model.name, tuple(model.versions))
 
     async def close(self) -> None:
-        """End what is under way and close the connection."""
+        """Cancel what is under way and close the connection."""
         for stream in list(self._streams):
             await stream.close()
         await asyncio.gather(*self._leaving)
@@ -67,25 +67,11 @@ class AsyncReader(BaseReader["AsyncReadingStream"]):
         self._streams.add(stream)
         return stream
 
-    def _see_off(self, call: grpc.aio.UnaryStreamCall, request_id: str, *, waited_for: bool) -> None:
-        """Have the server end a call, as `Reader` does."""
-        task = asyncio.get_running_loop().create_task(self._ended(call, request_id, waited_for=waited_for))
+    def _see_off(self, call: grpc.aio.UnaryStreamCall) -> None:
+        """Cancel a call, from which nothing was heard, with its first response, as `Reader` does."""
+        task = asyncio.get_running_loop().create_task(_cancelled_once_begun(call))
         self._leaving.add(task)
         task.add_done_callback(self._leaving.discard)
-
-    async def _ended(self, call: grpc.aio.UnaryStreamCall, request_id: str, *, waited_for: bool) -> None:
-        try:
-            async with asyncio.timeout(wire.END_S):
-                async for _ in self._opened().infer(wire.stop_request(request_id)):
-                    pass
-                while waited_for and not call.done():
-                    await asyncio.sleep(0.01)
-                while not waited_for and await call.read() is not grpc.aio.EOF:
-                    pass
-        except (grpc.RpcError, TimeoutError, asyncio.CancelledError, Cancelled):
-            pass  # it is cancelled instead
-        finally:
-            call.cancel()
 
     def _opened(self) -> Calls:
         """An asyncio channel belongs to the loop that is running when it is made, so it is made on first use."""
@@ -123,7 +109,7 @@ class AsyncReader(BaseReader["AsyncReadingStream"]):
 class AsyncReadingStream(BaseStream):
     """Text of one reading as it comes; the twin of `ReadingStream`.
 
-    Closing or dropping it, or cancelling the task that waits for it, ends the request on the server at once.
+    Closing or dropping it, or cancelling the task that waits for it, cancels the request on the server.
 
     Attributes
     ----------
@@ -159,7 +145,7 @@ class AsyncReadingStream(BaseStream):
         return self._complete()
 
     async def close(self) -> None:
-        """End the request if it is still under way, as `ReadingStream.close` does."""
+        """Cancel the request if it is still under way, as `ReadingStream.close` does."""
         self._leave()
 
     async def __aenter__(self) -> AsyncReadingStream:
@@ -177,11 +163,11 @@ class AsyncReadingStream(BaseStream):
             asyncio.get_running_loop()
         except RuntimeError:
             call = None
-        if call is None or call.done():
+        if call is None or self._has_begun or self._waiting:
             self._cancel()
             return
         self._ended, self._call = True, None
-        self._reader._see_off(call, self._id, waited_for=self._waiting)
+        self._reader._see_off(call)
 
     async def _receive(self) -> str:
         call, message, failure = self._call, grpc.aio.EOF, None
@@ -212,6 +198,15 @@ class AsyncReadingStream(BaseStream):
         self._late = limit
         if self._call is not None:
             self._call.cancel()
+
+
+async def _cancelled_once_begun(call: grpc.aio.UnaryStreamCall) -> None:
+    try:
+        await asyncio.wait_for(call.read(), wire.END_S)
+    except (grpc.RpcError, TimeoutError, asyncio.CancelledError):
+        pass
+    finally:
+        call.cancel()
 
 
 def _is_cancelled() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -102,7 +101,6 @@ class BaseReader(Generic[Stream]):
         }
         contents = wire.image_bytes(images)
         message = wire.infer_request(self.model, contents, request, self.max_message_mib)
-        message.id = uuid.uuid4().hex  # by which a stream is stopped
         return self._stream(message, [sha256(content) for content in contents])
 
     def _stream(self, request: pb.ModelInferRequest, sent: Sequence[str]) -> Stream:
@@ -177,12 +175,12 @@ class BaseStream:
         self.reading: Reading | None = None
         self._url, self._timeouts = url, timeouts
         self._request: pb.ModelInferRequest | None = request
-        self._id = request.id
         self._sent = sent
         self._call: grpc.Call | None = None
         self._clock = Clock(timeouts)
         self._late = ""  # the limit that ran out
         self._failure: CxrError | None = None  # what the last response said
+        self._has_begun = False  # the server has said something
         self._waiting = False  # for a response
         self._ended = False
 
@@ -211,6 +209,7 @@ class BaseStream:
 
     def _heard(self, message: pb.ModelStreamInferResponse) -> str:
         """Text of a response. A failure is kept for the end of the stream: cancelling it there makes Triton leak."""
+        self._has_begun = True
         try:
             delta, reading = wire.parse_response(message)
             if reading:

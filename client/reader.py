@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import queue
 import sys
@@ -80,7 +79,7 @@ class Reader(BaseReader["ReadingStream"]):
         return wire.ServerInfo(server.name, server.version, model.name, tuple(model.versions))
 
     def close(self) -> None:
-        """End what is under way and close the connection."""
+        """Cancel what is under way and close the connection."""
         for stream in list(self._streams):
             stream.close()
         self._escort.close(wait=True)
@@ -133,7 +132,7 @@ class Reader(BaseReader["ReadingStream"]):
 
 
 class ReadingStream(BaseStream):
-    """Text of one reading as it comes; closing or dropping it ends the request on the server at once.
+    """Text of one reading as it comes; closing or dropping it cancels the request on the server.
 
     Attributes
     ----------
@@ -182,16 +181,13 @@ class ReadingStream(BaseStream):
         return self._complete()
 
     def close(self) -> None:
-        """End the request if it is still under way.
-
-        The server is asked to end the stream, and the call is cancelled only where that takes longer than a second.
-        """
-        call, calls = self._call, self._reader._calls
-        if call is None or calls is None or not call.is_active():
+        """Cancel the request if it is still under way: at once, or within a second where nothing has come yet."""
+        call = self._call
+        if call is None or self._has_begun or self._waiting:
             self._cancel()
             return
         self._ended, self._call = True, None
-        self._reader._escort.leave(call, lambda: calls.infer(wire.stop_request(self._id)), waited_for=self._waiting)
+        self._reader._escort.leave(call)
 
     def __enter__(self) -> ReadingStream:
         return self
@@ -284,22 +280,21 @@ class _Watchdog:
 class _Escort:
     """Sees calls off that their callers have left, in a thread of its own.
 
-    Triton 2.51 keeps what belongs to a cancelled call for ever where the cancellation meets its beginning or end. So
-    the server is asked to end it, and it is cancelled only where that takes longer than `wire.END_S`.
+    Triton 2.51 keeps what belongs to a cancelled call for ever where the cancellation meets its beginning. So a call is
+    cancelled only once the server has said something, or was silent for `wire.END_S`.
     """
 
     def __init__(self, watchdog: _Watchdog):
         self._watchdog = watchdog
-        self._left: queue.SimpleQueue[tuple[grpc.Call, Callable[[], grpc.Call], float, bool] | None]
-        self._left = queue.SimpleQueue()
+        self._left: queue.SimpleQueue[tuple[grpc.Call, float] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def leave(self, call: grpc.Call, stop: Callable[[], grpc.Call], *, waited_for: bool) -> None:
-        """See `call` off, which `stop` asks the server to end; `waited_for` says that a thread still reads it.
+    def leave(self, call: grpc.Call) -> None:
+        """Cancel `call`, from which nothing was heard, with its first response.
 
-        Starts no call itself: garbage collection may bring it here in the middle of gRPC's own work.
+        Waits for nothing itself: garbage collection may bring it here in the middle of gRPC's own work.
         """
-        self._left.put((call, stop, time.monotonic() + wire.END_S, waited_for))
+        self._left.put((call, time.monotonic() + wire.END_S))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="cxr-reader-escort", daemon=True)
             self._thread.start()
@@ -312,22 +307,10 @@ class _Escort:
 
     def _run(self) -> None:
         while left := self._left.get():
-            self._see_off(*left)
-            del left
-
-    def _see_off(self, call: grpc.Call, stop: Callable[[], grpc.Call], due: float, waited_for: bool) -> None:
-        try:
-            self._read_to_end(stop(), due)
-        except ValueError:  # so gRPC says that its channel is closed
-            return
-        if not waited_for:
-            self._read_to_end(call, due)
-        while call.is_active() and time.monotonic() < due:
-            time.sleep(0.01)
-        call.cancel()
-
-    def _read_to_end(self, call: grpc.Call, due: float) -> None:
-        self._watchdog.watch(call, due)
-        with contextlib.suppress(grpc.RpcError):
-            collections.deque(call, maxlen=0)
-        self._watchdog.forget(call)
+            call, due = left
+            self._watchdog.watch(call, due)
+            with contextlib.suppress(grpc.RpcError):
+                next(call, None)
+            self._watchdog.forget(call)
+            call.cancel()
+            del left, call

@@ -36,7 +36,7 @@ from cxr_triton.identity import require_same_images
 from cxr_triton.reading import Reading
 
 INPUTS, OUTPUTS = {"IMAGES", "REQUEST"}, {"DELTA", "READING"}
-END_S = 1.0  # for the server to end a stream by itself
+END_S = 1.0  # for the server to begin a stream that is to be cancelled, and to end one that has said its last
 
 Image = bytes | bytearray | memoryview | str | os.PathLike
 
@@ -109,14 +109,6 @@ def infer_request(model: str, images: Sequence[bytes], request: dict, max_messag
     for name, elements in (("IMAGES", images), ("REQUEST", [text])):
         message.inputs.add(name=name, datatype="BYTES", shape=[len(elements)])
         message.raw_input_contents.append(pack(elements))
-    return message
-
-
-def stop_request(request_id: str) -> pb.ModelInferRequest:
-    """Asks the decoder to end the stream of a request, so that the server ends it in order."""
-    message = pb.ModelInferRequest(model_name="decoder")
-    message.inputs.add(name="STOP", datatype="BYTES", shape=[1])
-    message.raw_input_contents.append(pack([request_id.encode()]))
     return message
 
 

@@ -55,9 +55,7 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
     answer : callable
         Gives the responses to one request.
     requests : list of ModelInferRequest
-        What came in, but for orders to stop.
-    stops : list of str
-        Ids of requests that a client asked to end; `answer` sees to it.
+        What came in.
     cancelled : threading.Event
         Set once a client has gone before its stream ended.
     refuse : list of grpc.StatusCode
@@ -78,7 +76,6 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
     ):
         self.answer = answer
         self.requests: list[pb.ModelInferRequest] = []
-        self.stops: list[str] = []
         self.cancelled = threading.Event()
         self.refuse: list[grpc.StatusCode] = []
         self.outputs = ("DELTA", "READING")
@@ -131,9 +128,6 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
         self.active += 1
         context.add_callback(on_end)
         for request in request_iterator:
-            if request.model_name == "decoder":
-                self.stops.append(request.raw_input_contents[0][4:].decode())
-                continue
             self.requests.append(request)
             for message in self.answer(request, context):
                 if not context.is_active():

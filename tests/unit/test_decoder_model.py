@@ -45,10 +45,9 @@ class Family(Metric):
 class Request:
     """Is its own response sender: keeps the COMPLETIONs that were sent, and when the final flag came."""
 
-    def __init__(self, fails="", request_id="", **inputs):
+    def __init__(self, fails="", **inputs):
         self.inputs = {name: Tensor(name, value) for name, value in inputs.items()}
         self.completions, self.finals, self.sends, self.fails = [], 0, 0, fails
-        self.request_id = lambda: request_id
 
     def get_response_sender(self):
         return self
@@ -96,7 +95,7 @@ def bytes_input(value: bytes):
     return np.array([value], object)
 
 
-def request(sampling=None, fails="", request_id="", **changed):
+def request(sampling=None, fails="", **changed):
     context = {"sampling": {"max_new_tokens": 20, "eos_token_ids": [], **(sampling or {})}}
     inputs = {
         "INPUT_IDS": np.array([1, 2, 3]),
@@ -105,7 +104,7 @@ def request(sampling=None, fails="", request_id="", **changed):
         "IMAGE_EMBEDDINGS": np.zeros((1, 1, 4), np.float32),
         "CONTEXT": bytes_input(json.dumps(context).encode()),
     }
-    return Request(fails, request_id, **{**inputs, **changed})
+    return Request(fails, **{**inputs, **changed})
 
 
 def ended(decoder, asked):
@@ -153,30 +152,3 @@ def test_a_response_that_cannot_be_sent_ends_its_stream_with_the_final_flag(deco
     assert completion is None if fails == "last" else completion["error"].startswith("[INTERNAL]")
     until(lambda: not decoder.runtime._streams)
     assert serves(decoder) and not decoder.streams
-
-
-def stop(decoder, name):
-    order = Request(STOP=bytes_input(name.encode()))
-    decoder.execute([order])
-    until(lambda: order.finals)
-
-
-def test_a_stop_by_the_id_of_the_request_ends_it_before_and_while_it_decodes(decoder):
-    asked = request({"max_new_tokens": 100_000}, request_id="a" * 32)
-    decoder.execute([asked])
-    until(lambda: asked.sends)
-    stop(decoder, "a" * 32)
-    until(lambda: asked.finals)
-    assert json.loads(asked.completions[-1])["error"].startswith("[CANCELLED]")
-    assert not decoder.streams and not decoder.requested
-    stop(decoder, "b" * 32)
-    assert ended(decoder, request(request_id="b" * 32))["error"].startswith("[CANCELLED]")
-    assert ended(decoder, request(request_id="b" * 32))["finish_reason"] == "length", "a stop is for one request"
-
-
-def test_ids_that_clients_may_share_stop_nothing_and_stops_are_forgotten(decoder):
-    stop(decoder, "1")
-    assert ended(decoder, request(request_id="1"))["finish_reason"] == "length"
-    for i in range(3000):
-        decoder.stop(f"{i:032}")
-    assert len(decoder.stopped) == 1024

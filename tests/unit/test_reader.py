@@ -414,36 +414,34 @@ def test_leaving_an_async_stream_cancels_on_the_server_at_once(how):
         asyncio.run(run(server))
 
 
-def left(kind, server, leave):
-    """Start a reading, take a text, and do what `leave` says with the stream; then close the reader."""
+@pytest.mark.parametrize("kind", [Reader, AsyncReader])
+def test_a_stream_that_is_left_at_its_beginning_is_cancelled_with_its_first_response(kind):
+    begins = threading.Event()
+
+    def answer(request, context):
+        assert begins.wait(10)
+        yield response()
+        pause(context, 60)
 
     async def run():
-        async with AsyncReader(server.url) as reader:
+        async with AsyncReader(server.url, timeouts=Timeouts(first_delta_s=None)) as reader:
             stream = reader.read(b"x")
-            assert await anext(stream) == "text "
-            await leave(stream)
-
-    if kind is AsyncReader:
-        asyncio.run(run())
-        return
-    with Reader(server.url) as reader:
-        stream = reader.read(b"x")
-        assert next(stream) == "text "
-        leave(stream)
-
-
-@pytest.mark.parametrize("kind", [Reader, AsyncReader])
-def test_a_stream_that_is_left_is_ended_by_the_server_and_not_cancelled(kind):
-    def answer(request, context):
-        while request.id not in server.stops and context.is_active():
-            yield response("text ")
-            pause(context, 0.01)
+            stream._follow(await reader._start(stream._taken_request()))
+            await stream.close()
+            assert not await asyncio.to_thread(server.cancelled.wait, 0.3)
+            begins.set()
 
     with FakeServer(answer) as server:
-        left(kind, server, lambda stream: stream.close())
-        until(lambda: server.active == 0)
-        assert server.stops == [server.requests[0].id] and len(server.stops[0]) == 32
-        assert not server.cancelled.is_set()
+        if kind is AsyncReader:
+            asyncio.run(run())
+        else:
+            with Reader(server.url) as reader:
+                stream = reader.read(b"x")
+                stream._follow(reader._start(stream._taken_request()))
+                stream.close()
+                assert not server.cancelled.wait(0.3)
+                begins.set()
+        assert server.cancelled.wait(10)
 
 
 @pytest.mark.parametrize("kind", [Reader, AsyncReader])

@@ -11,7 +11,6 @@ import logging
 import queue
 import threading
 import time
-from collections import OrderedDict
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -19,15 +18,12 @@ import triton_python_backend_utils as pb_utils
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.pipeline import completion_json, sampling_of, wire_error
 from cxr_triton.engines.runtime.stream import Chunk, Generation
-from cxr_triton.errors import Cancelled, InvalidRequest
+from cxr_triton.errors import InvalidRequest
 from cxr_triton.triton_repo.adapter import array, input_types, open_runtime, parameters, text
 
 log = logging.getLogger(__name__)
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 INPUTS = ("INPUT_IDS", "IMAGE_INDEX", "POSITION_IDS", "IMAGE_EMBEDDINGS", "CONTEXT")
-OWN_ID = 32  # characters of a request's id that is its own: not guessed, and not shared by clients that count from 1
-STOPPED = "the client stopped this reading before its end"
-REMEMBERED_STOPS = 1024  # of requests that have not come yet
 
 
 class Stream:
@@ -38,9 +34,7 @@ class Stream:
         self.context = "{}"
         self.arrived_s = time.monotonic()
         self.id = ""
-        self.request_id = ""
         self.is_gone = False
-        self.was_asked_to_stop = False  # by the client, which still listens
         self.has_ended = False
         self.stopped_at_step = None
 
@@ -51,8 +45,6 @@ class TritonPythonModel:
         self.runtime = open_runtime(Bundle.open(values["bundle"]), values)
         self.types = input_types(args)
         self.streams = {}
-        self.requested = {}  # streams by the request's id
-        self.stopped = OrderedDict()  # ids of requests to end when they come
         gauge, counter = pb_utils.MetricFamily.GAUGE, pb_utils.MetricFamily.COUNTER
         families = [
             ("streams", "Streams that wait, are in prefill or decode", gauge),
@@ -103,10 +95,6 @@ class TritonPythonModel:
                 self.stop(text(request, "STOP"))
                 stream.sender.send(flags=FINAL)
                 return
-            if len(request.request_id()) == OWN_ID:
-                stream.request_id = request.request_id()
-            if self.stopped.pop(stream.request_id, False):
-                raise Cancelled(STOPPED)
             self.start(stream, request)
         except Exception as error:
             self.send(stream, Chunk(error=error), self.runtime.steps)
@@ -130,21 +118,11 @@ class TritonPythonModel:
             lambda: stream.is_gone,
         )
         self.streams[stream.id] = stream
-        if stream.request_id:
-            self.requested[stream.request_id] = stream
         self.metrics["streams"].set(len(self.streams))
 
     def stop(self, name):
-        """End a stream by its own name or by the id of its request, which may still be on its way here."""
         if stream := self.streams.get(name):
             self.cancel(stream)
-        elif stream := self.requested.get(name):
-            stream.was_asked_to_stop = True
-            self.cancel(stream)
-        elif len(name) == OWN_ID:
-            self.stopped[name] = True
-            if len(self.stopped) > REMEMBERED_STOPS:
-                self.stopped.popitem(last=False)
 
     def cancel(self, stream):
         if not stream.is_gone:
@@ -162,9 +140,7 @@ class TritonPythonModel:
                 if stream.sender.is_cancelled():
                     self.cancel(stream)
                 return
-            if stream.was_asked_to_stop:
-                outputs = self.outputs(stream, Chunk(error=Cancelled(STOPPED)))
-            elif stream.is_gone:
+            if stream.is_gone:
                 outputs = None
         except Exception as error:
             chunk = Chunk(error=error)
@@ -190,7 +166,6 @@ class TritonPythonModel:
         """The final flag, by itself when the outputs are None or cannot be sent."""
         stream.has_ended = True
         self.streams.pop(stream.id, None)
-        self.requested.pop(stream.request_id, None)
         if outputs is not None:
             try:
                 stream.sender.send(pb_utils.InferenceResponse(outputs), flags=FINAL)
