@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import traceback
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any
 
@@ -32,6 +33,11 @@ class AsyncReader(BaseReader["AsyncReadingStream"]):
     ...     print(stream.reading.findings)
     """
 
+    def __post_init__(self):
+        super().__post_init__()
+        self._streams: weakref.WeakSet[AsyncReadingStream] = weakref.WeakSet()
+        self._leaving: set[asyncio.Task] = set()
+
     async def server_info(self) -> wire.ServerInfo:
         """What answers at the URL, once it is ready and serves the contract; see `Reader.server_info`."""
         model = await self._connect()
@@ -44,6 +50,9 @@ class AsyncReader(BaseReader["AsyncReadingStream"]):
 
     async def close(self) -> None:
         """Cancel what is under way and close the connection."""
+        for stream in list(self._streams):
+            await stream.close()
+        await asyncio.gather(*self._leaving)
         if calls := self._release():
             await calls.channel.close()
 
@@ -54,7 +63,15 @@ class AsyncReader(BaseReader["AsyncReadingStream"]):
         await self.close()
 
     def _stream(self, request: pb.ModelInferRequest, sent: Sequence[str]) -> AsyncReadingStream:
-        return AsyncReadingStream(self, request, sent)
+        stream = AsyncReadingStream(self, request, sent)
+        self._streams.add(stream)
+        return stream
+
+    def _see_off(self, call: grpc.aio.UnaryStreamCall) -> None:
+        """Cancel a call, from which nothing was heard, with its first response, as `Reader` does."""
+        task = asyncio.get_running_loop().create_task(_cancelled_once_begun(call))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     def _opened(self) -> Calls:
         """An asyncio channel belongs to the loop that is running when it is made, so it is made on first use."""
@@ -92,7 +109,7 @@ class AsyncReader(BaseReader["AsyncReadingStream"]):
 class AsyncReadingStream(BaseStream):
     """Text of one reading as it comes; the twin of `ReadingStream`.
 
-    Closing or dropping it, or cancelling the task that waits for it, cancels the request on the server at once.
+    Closing or dropping it, or cancelling the task that waits for it, cancels the request on the server.
 
     Attributes
     ----------
@@ -116,7 +133,7 @@ class AsyncReadingStream(BaseStream):
                 if delta := await self._receive():
                     return delta
         except BaseException as error:
-            self._cancel()
+            self._leave()
             traceback.clear_frames(error.__traceback__)  # they would keep the call
             raise
         raise StopAsyncIteration
@@ -128,25 +145,38 @@ class AsyncReadingStream(BaseStream):
         return self._complete()
 
     async def close(self) -> None:
-        """Cancel the request if it is still under way."""
-        self._cancel()
+        """Cancel the request if it is still under way, as `ReadingStream.close` does."""
+        self._leave()
 
     async def __aenter__(self) -> AsyncReadingStream:
         return self
 
     async def __aexit__(self, *exc) -> None:
-        self._cancel()
+        self._leave()
 
     def __del__(self):
-        self._cancel()
+        self._leave()
+
+    def _leave(self) -> None:
+        call = self._call
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            call = None
+        if call is None or self._has_begun or self._waiting:
+            self._cancel()
+            return
+        self._ended, self._call = True, None
+        self._reader._see_off(call)
 
     async def _receive(self) -> str:
         call, message, failure = self._call, grpc.aio.EOF, None
         if call is None:  # closed by another task
             return ""
-        due, limit = self._clock.next_limit()
+        due, limit = self._next_limit()
         # Cancels the call, not the task that waits for it: a response that comes at the same moment is not lost.
         timer = asyncio.get_running_loop().call_later(due - time.monotonic(), self._expire, limit) if limit else None
+        self._waiting = True
         try:
             message = await call.read()
         except grpc.RpcError as error:
@@ -156,6 +186,7 @@ class AsyncReadingStream(BaseStream):
                 raise
             failure = Cancelled(f"reading at {self._url} was cancelled before its end")
         finally:
+            self._waiting = False
             if timer:
                 timer.cancel()
         if message is grpc.aio.EOF:
@@ -167,6 +198,15 @@ class AsyncReadingStream(BaseStream):
         self._late = limit
         if self._call is not None:
             self._call.cancel()
+
+
+async def _cancelled_once_begun(call: grpc.aio.UnaryStreamCall) -> None:
+    try:
+        await asyncio.wait_for(call.read(), wire.END_S)
+    except (grpc.RpcError, TimeoutError, asyncio.CancelledError):
+        pass
+    finally:
+        call.cancel()
 
 
 def _is_cancelled() -> bool:

@@ -179,6 +179,9 @@ class BaseStream:
         self._call: grpc.Call | None = None
         self._clock = Clock(timeouts)
         self._late = ""  # the limit that ran out
+        self._failure: CxrError | None = None  # what the last response said
+        self._has_begun = False  # the server has said something
+        self._waiting = False  # for a response
         self._ended = False
 
     @property
@@ -205,15 +208,32 @@ class BaseStream:
             call.cancel()
 
     def _heard(self, message: pb.ModelStreamInferResponse) -> str:
-        delta, reading = wire.parse_response(message)
-        if reading:
-            self.reading = wire.own_reading(reading, self._sent, self._url)
+        """Text of a response. A failure is kept for the end of the stream: cancelling it there makes Triton leak."""
+        self._has_begun = True
+        try:
+            delta, reading = wire.parse_response(message)
+            if reading:
+                self.reading = wire.own_reading(reading, self._sent, self._url)
+        except CxrError as failure:
+            self._failure = self._failure or failure
+            return ""
         self._clock.heard(delta)
         return delta
 
+    def _next_limit(self) -> tuple[float, str]:
+        """When the next response is due, and by which limit; a stream that has said its last is given `wire.END_S`."""
+        if self.reading is None and self._failure is None:
+            return self._clock.next_limit()
+        return time.monotonic() + wire.END_S, "end"
+
     def _end(self, failure: CxrError | None) -> None:
         """The stream is over; how matters only while the reading is not complete."""
+        was_closed = self._ended
         self._cancel()
+        if was_closed:
+            raise Cancelled(f"reading at {self._url} was closed before its end; call read again")
+        if self._failure:
+            raise self._failure
         if self.reading is None:
             if self._late:
                 raise wire.late(self._late, self._timeouts, self._url)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -52,7 +55,9 @@ class Reader(BaseReader["ReadingStream"]):
         super().__post_init__()
         self._calls = self._open(grpc)
         self._watchdog = _Watchdog()
-        kserve.at_exit(self, Reader.close)
+        self._escort = _Escort(self._watchdog)
+        self._streams: weakref.WeakSet[ReadingStream] = weakref.WeakSet()
+        kserve.at_exit(self, Reader._drop)
 
     def server_info(self) -> wire.ServerInfo:
         """What answers at the URL, once it is ready and serves the contract.
@@ -75,8 +80,15 @@ class Reader(BaseReader["ReadingStream"]):
 
     def close(self) -> None:
         """Cancel what is under way and close the connection."""
+        for stream in list(self._streams):
+            stream.close()
+        self._escort.close(wait=True)
+        self._drop()
+
+    def _drop(self) -> None:
         if calls := self._release():
             calls.channel.close()
+        self._escort.close(wait=False)
         self._watchdog.close()
 
     def __enter__(self) -> Reader:
@@ -88,10 +100,12 @@ class Reader(BaseReader["ReadingStream"]):
     def __del__(self):
         # Threads stand still while the interpreter ends, so nothing may wait for them; the connection ends by itself.
         if not getattr(self, "_closed", True) and not sys.is_finalizing():
-            self.close()
+            self._drop()
 
     def _stream(self, request: pb.ModelInferRequest, sent: Sequence[str]) -> ReadingStream:
-        return ReadingStream(self, request, sent)
+        stream = ReadingStream(self, request, sent)
+        self._streams.add(stream)
+        return stream
 
     def _call(self, rpc: Callable[..., Any], request: object, timeout_s: float | None) -> Any:
         try:
@@ -118,7 +132,7 @@ class Reader(BaseReader["ReadingStream"]):
 
 
 class ReadingStream(BaseStream):
-    """Text of one reading as it comes; closing or dropping it cancels the request on the server at once.
+    """Text of one reading as it comes; closing or dropping it cancels the request on the server.
 
     Attributes
     ----------
@@ -149,7 +163,7 @@ class ReadingStream(BaseStream):
                 if delta := self._receive():
                     return delta
         except BaseException as error:
-            self._cancel()
+            self.close()
             traceback.clear_frames(error.__traceback__)  # they would keep the call
             raise
         raise StopIteration
@@ -167,30 +181,37 @@ class ReadingStream(BaseStream):
         return self._complete()
 
     def close(self) -> None:
-        """Cancel the request if it is still under way."""
-        self._cancel()
+        """Cancel the request if it is still under way: at once, or within a second where nothing has come yet."""
+        call = self._call
+        if call is None or self._has_begun or self._waiting:
+            self._cancel()
+            return
+        self._ended, self._call = True, None
+        self._reader._escort.leave(call)
 
     def __enter__(self) -> ReadingStream:
         return self
 
     def __exit__(self, *exc) -> None:
-        self._cancel()
+        self.close()
 
     def __del__(self):
         if not sys.is_finalizing():
-            self._cancel()
+            self.close()
 
     def _receive(self) -> str:
         call, message, failure = self._call, None, None
         if call is None:  # closed by another thread
             return ""
-        due, limit = self._clock.next_limit()
+        due, limit = self._next_limit()
         self._reader._watchdog.watch(call, due)
+        self._waiting = True
         try:
             message = next(call, None)
         except grpc.RpcError as error:
             failure = wire.stream_error(error, self._url, self._timeouts)
         finally:
+            self._waiting = False
             if self._reader._watchdog.forget(call):
                 self._late = limit
         if message is None:
@@ -254,3 +275,42 @@ class _Watchdog:
                 del self._due[call]
                 self._overdue.add(call)
                 call.cancel()
+
+
+class _Escort:
+    """Sees calls off that their callers have left, in a thread of its own.
+
+    Triton 2.51 keeps what belongs to a cancelled call for ever where the cancellation meets its beginning. So a call is
+    cancelled only once the server has said something, or was silent for `wire.END_S`.
+    """
+
+    def __init__(self, watchdog: _Watchdog):
+        self._watchdog = watchdog
+        self._left: queue.SimpleQueue[tuple[grpc.Call, float] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def leave(self, call: grpc.Call) -> None:
+        """Cancel `call`, from which nothing was heard, with its first response.
+
+        Waits for nothing itself: garbage collection may bring it here in the middle of gRPC's own work.
+        """
+        self._left.put((call, time.monotonic() + wire.END_S))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="cxr-reader-escort", daemon=True)
+            self._thread.start()
+
+    def close(self, *, wait: bool) -> None:
+        """End its thread, after what was left so far."""
+        self._left.put(None)
+        if wait and self._thread is not None and self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while left := self._left.get():
+            call, due = left
+            self._watchdog.watch(call, due)
+            with contextlib.suppress(grpc.RpcError):
+                next(call, None)
+            self._watchdog.forget(call)
+            call.cancel()
+            del left, call

@@ -36,6 +36,7 @@ from cxr_triton.identity import require_same_images
 from cxr_triton.reading import Reading
 
 INPUTS, OUTPUTS = {"IMAGES", "REQUEST"}, {"DELTA", "READING"}
+END_S = 1.0  # for the server to begin a stream that is to be cancelled, and to end one that has said its last
 
 Image = bytes | bytearray | memoryview | str | os.PathLike
 

@@ -82,10 +82,17 @@ def package(bundle: Path, out: Path, force: bool, unverified: bool, json_path: s
     show_default=True,
     help="Shared memory of each model process; has to hold all images of a request.",
 )
+@click.option(
+    "--renew-mib",
+    default=1024,
+    show_default=True,
+    help="Start the server again when it has grown by so much and no reading is under way, and at twice that in any "
+    "case; 0 never does.",
+)
 @click.option("--log", type=OUT_FILE, help="Log file.  [default: REPOSITORY.log]")
 @click.option("--modified", is_flag=True, help="Serve your own edits of REPOSITORY; says what they are.")
 @json_option
-def serve(repository: Path, json_path: str | None, **options):
+def serve(repository: Path, json_path: str | None, renew_mib: int, **options):
     """Run the pip-installed Triton on REPOSITORY, on 127.0.0.1, until SIGTERM or SIGINT.
 
     A REPOSITORY that is not as `package` wrote it is refused, file by file.
@@ -94,6 +101,7 @@ def serve(repository: Path, json_path: str | None, **options):
     model dies, so that a supervisor can start it anew: Triton does not.
     """
     from cxr_triton.triton_repo.integrity import differences
+    from cxr_triton.triton_repo.renew import Renewal
     from cxr_triton.triton_repo.serve import Server
 
     for difference in differences(repository) if options["modified"] else ():
@@ -124,8 +132,13 @@ def serve(repository: Path, json_path: str | None, **options):
             f"started in {server.start_s:.1f} s, first reading {server.warm_up_ms / 1e3:.1f} s",
             err=json_path == "-",
         )
+        renewal = Renewal(server, renew_mib)
         while True:
             server.check()
+            if renewal.is_due():
+                click.echo(f"renewing the server, which has grown by {renewal.grown_mib:.0f} MiB", err=True)
+                renewal.renew()
+                click.echo(f"ready again: process {server.pid}", err=True)
             time.sleep(0.5)
     except _Stopped as stopped:
         click.echo(f"stopping on {stopped}", err=True)

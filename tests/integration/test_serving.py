@@ -366,6 +366,24 @@ def test_full_queues_and_a_dead_model(small_server):
     assert _outcome(raw) != "ok"
 
 
+def test_a_server_is_renewed_at_its_addresses(small_server):
+    from cxr_triton.client import Reader, Timeouts
+    from cxr_triton.triton_repo.renew import Renewal, under_way
+
+    pid, models = small_server.pid, set(small_server.pids)
+    with Reader(small_server.grpc, timeouts=Timeouts(connect_s=60)) as reader:
+        text = reader.read(GOOD, **SHORT).result().text
+        assert until(lambda: under_way(small_server.metrics) == 0)
+        next(stream := reader.read(GOOD, **LONG))
+        assert under_way(small_server.metrics) > 0
+        stream.close()
+        Renewal(small_server).renew()
+        assert small_server.pid != pid and not models & set(small_server.pids)
+        assert reader.read(GOOD, **SHORT).result().text == text
+    assert small_server.log.with_name(small_server.log.name + ".1").exists()
+    small_server.check()
+
+
 def test_a_killed_server_leaves_nothing(small_server):
     assert leftovers(small_server)
     os.kill(small_server.pid, signal.SIGKILL)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import grpc
 import pytest
 from fake_server import FakeServer, empty_final, failure, pause, response
+from fake_session import until
 from tritonclient.utils import deserialize_bytes_tensor
 
 from cxr_triton.client import AsyncReader, Reader, Timeouts, Tls, limits, wire
@@ -23,6 +24,7 @@ from cxr_triton.errors import (
     Cancelled,
     DeadlineExceeded,
     InternalError,
+    InvalidRequest,
     LimitExceeded,
     QueueFull,
     ServerMismatch,
@@ -410,6 +412,63 @@ def test_leaving_an_async_stream_cancels_on_the_server_at_once(how):
 
     with FakeServer(endless) as server:
         asyncio.run(run(server))
+
+
+@pytest.mark.parametrize("kind", [Reader, AsyncReader])
+def test_a_stream_that_is_left_at_its_beginning_is_cancelled_with_its_first_response(kind):
+    begins = threading.Event()
+
+    def answer(request, context):
+        assert begins.wait(10)
+        yield response()
+        pause(context, 60)
+
+    async def run():
+        async with AsyncReader(server.url, timeouts=Timeouts(first_delta_s=None)) as reader:
+            stream = reader.read(b"x")
+            stream._follow(await reader._start(stream._taken_request()))
+            await stream.close()
+            assert not await asyncio.to_thread(server.cancelled.wait, 0.3)
+            begins.set()
+
+    with FakeServer(answer) as server:
+        if kind is AsyncReader:
+            asyncio.run(run())
+        else:
+            with Reader(server.url) as reader:
+                stream = reader.read(b"x")
+                stream._follow(reader._start(stream._taken_request()))
+                stream.close()
+                assert not server.cancelled.wait(0.3)
+                begins.set()
+        assert server.cancelled.wait(10)
+
+
+@pytest.mark.parametrize("kind", [Reader, AsyncReader])
+def test_a_refusal_is_read_to_the_end_of_its_stream(kind):
+    def answer(request, context):
+        yield failure("[INVALID_REQUEST] what, where")
+        pause(context, 0.3)
+
+    with FakeServer(answer) as server:
+        with pytest.raises(InvalidRequest):
+            collect(kind, server, b"x")
+        until(lambda: server.active == 0)
+        assert not server.cancelled.is_set()
+
+
+@pytest.mark.parametrize("kind", [Reader, AsyncReader])
+def test_a_refusal_does_not_wait_for_a_server_that_goes_on(kind):
+    def answer(request, context):
+        yield failure("[INVALID_REQUEST] what, where")
+        pause(context, 60)
+
+    with FakeServer(answer) as server:
+        started = time.monotonic()
+        with pytest.raises(InvalidRequest):
+            collect(kind, server, b"x")
+        assert time.monotonic() - started < 20
+        assert server.cancelled.wait(10)
 
 
 def quiet(request, context):
