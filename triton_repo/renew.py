@@ -80,7 +80,8 @@ def resident_mib(pid: int) -> float:
 def under_way(metrics: str) -> float:
     """Requests that wait and streams that decode, by the metrics of a server at ``HOST:PORT``; 1 where it is silent."""
     try:
-        with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=METRICS_TIMEOUT_S) as page:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(f"http://{metrics}/metrics", timeout=METRICS_TIMEOUT_S) as page:
             return sum(map(float, _UNDER_WAY.findall(page.read().decode())))
     except (OSError, http.client.HTTPException):
         return 1.0

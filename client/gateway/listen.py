@@ -127,7 +127,7 @@ class Listener:
 
     def _on_close(self, event: evt.Event) -> None:
         """End a connection that never became an association, which pynetdicom would go on waiting for."""
-        dul = event.assoc.dul
+        dul: Any = event.assoc.dul
         if dul.state_machine.current_state in ("Sta2", "Sta13"):  # no request yet; after an abort of ours
             dul.to_user_queue.put(None)
 
