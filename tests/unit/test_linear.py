@@ -87,10 +87,13 @@ def seconds(step: Callable[[bytes], object], data: bytes) -> float:
 
 
 def require_linear(step: Callable[[bytes], object], make: Callable[[int], bytes], size: int) -> None:
-    """Four times the bytes take less than nine times the time: linear is four, the square sixteen."""
+    """Four times the bytes take less than nine times the time, in one of three tries: four is linear, sixteen square."""
     small, large = make(size), make(4 * size)
     floor = 0.004  # of a clock and the rest of a file
-    assert seconds(step, large) < 9 * max(seconds(step, small), floor)
+    ratios = []
+    while not ratios or (ratios[-1] >= 9 and len(ratios) < 3):
+        ratios.append(seconds(step, large) / max(seconds(step, small), floor))
+    assert min(ratios) < 9, ratios
 
 
 @pytest.mark.parametrize("step", [read_image, read_identity, source_header])
