@@ -87,7 +87,7 @@ def seconds(step: Callable[[bytes], object], data: bytes) -> float:
 
 
 def require_linear(step: Callable[[bytes], object], make: Callable[[int], bytes], size: int) -> None:
-    """Four times the bytes take less than nine times the time, in one of three tries: four is linear, sixteen square."""
+    """Four times the bytes take less than nine times the time, in one of three tries: linear takes four."""
     small, large = make(size), make(4 * size)
     floor = 0.004  # of a clock and the rest of a file
     ratios = []
