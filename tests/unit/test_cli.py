@@ -76,7 +76,16 @@ def run(*args, **kwargs):
 
 def started(*args, **kwargs) -> subprocess.Popen:
     code = "from cxr_triton.cli import main; main()"
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], **kwargs)
+    return subprocess.Popen([sys.executable, "-X", "faulthandler", "-c", code, *map(str, args)], **kwargs)
+
+
+def ended(process: subprocess.Popen, timeout_s: float = 30.0) -> bytes:
+    """What a process that has to end by now said on standard error; one that does not end says where it stands."""
+    try:
+        return process.communicate(timeout=timeout_s)[1]
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        pytest.fail(f"it did not end: {process.communicate()[1].decode(errors='replace')}")
 
 
 def test_help_costs_little_and_imports_no_verb():
@@ -379,13 +388,13 @@ def test_no_reading_ends_with_1_and_no_server_with_75(png):
 def test_ctrl_c_cancels_on_the_server_and_ends_with_130(png):
     def answer(request, context):
         yield response("text")
-        pause(context, 20)
+        pause(context, 60)
 
     with FakeServer(answer) as server:
         process = started("read", png, "--url", server.url, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert process.stdout.read(4) == b"text"
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=10)
+        errors = ended(process)
         assert process.returncode == 130 and errors == b"interrupted\n"
         assert server.cancelled.wait(10)
 
