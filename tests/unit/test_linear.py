@@ -18,6 +18,8 @@ from cxr_triton.errors import CxrError
 from cxr_triton.pixels.dicom import read_identity, read_image
 from cxr_triton.pixels.jpeg_scan import segment_at
 
+pytestmark = pytest.mark.slow
+
 GOOD = file_bytes(dataset_of(pattern(12), 12, StudyInstanceUID="1.2.3", SeriesInstanceUID="1.2.4"))
 HEAD, REST = GOOD[: (at := GOOD.index(b"\x10\0\x10\0PN"))], GOOD[at:]  # before the patient, and from there on
 ITEM = b"\xfe\xff\x00\xe0"
