@@ -65,21 +65,17 @@ def make_engine(
     recipe, profile : str
         Names or files.
     revision : str, optional
-        Branch, tag or commit of a hub id. By default that of the profile's own checkpoint, or the commit that an
-        earlier run into `out` took; for any other id the hub's newest, once.
-    images : Path, optional
-        Radiographs to calibrate on, and to verify on where `verify_images` is None; phantoms without.
-    verify_images : Path, optional
+        Of a hub id. By default the profile's, or what an earlier run into `out` took; else the hub's newest, once.
+    images, verify_images : Path, optional
+        Radiographs to calibrate on, and to verify on if they are others; phantoms without.
     limit : int, optional
         Most images to calibrate on and to verify on, each.
     device : {"auto", "cpu", "cuda"}
         Of calibration and of the reference.
     cache : Path, optional
         Folder of compiled plans; that of `cxr-triton build` by default.
-    unverified : bool
-        Package without the gate; the repository says so.
-    accept_licence : bool
-        The user accepts the weights' non-commercial licence.
+    unverified, accept_licence : bool
+        Package without the gate, which the repository says; the weights' non-commercial licence is accepted.
     say : callable
         Called with a line for each stage.
 
@@ -90,12 +86,10 @@ def make_engine(
 
     Raises
     ------
-    DeviceUnavailable
-        Before the first stage: the machine cannot build for the recipe.
+    DeviceUnavailable, ModuleNotFoundError
+        Before the first stage: the machine cannot build for the recipe, or a package is not installed.
     NotVerified
         The gate refused the bundle; `verification.html` says why.
-    ModuleNotFoundError
-        Before the first stage: a package that quantizes or verifies is not installed.
     CxrError
         What a stage raises. The stages before it stay.
     """
@@ -104,12 +98,9 @@ def make_engine(
     folder, commit = located(source, model, revision or _pinned(out, source))
     checkpoint = Checkpoint(folder)
     require_fit(source, checkpoint, model)
-    made_from = {"versions": _versions(), "revision": commit, "checkpoint": fingerprint(folder)}
-    made_from |= {"profile": model.to_yaml()}
-    with opened(out, made_from, say) as stages:
+    with opened(out, _made_from(folder, commit, model), say) as stages:
         if commit:
-            say(f"{source}: commit {commit}")
-            write(out / SOURCE, json.dumps({"name": source, "revision": commit}, indent=1) + "\n")
+            _pin(out, source, commit, say)
         return _Run(
             stages=stages,
             source=source,
@@ -124,6 +115,18 @@ def make_engine(
             cache=cache or default_folder(),
             accept_licence=accept_licence,
         ).make(unverified)
+
+
+def _made_from(checkpoint: Path, commit: str | None, profile: ModelProfile) -> dict:
+    """What every stage rests on."""
+    facts = {"versions": _versions(), "revision": commit, "checkpoint": fingerprint(checkpoint)}
+    return facts | {"profile": profile.to_yaml()}
+
+
+def _pin(out: Path, source: str, commit: str, say: Callable[[str], None]) -> None:
+    """Keep the commit of a hub id for the next run."""
+    say(f"{source}: commit {commit}")
+    write(out / SOURCE, json.dumps({"name": source, "revision": commit}, indent=1) + "\n")
 
 
 def _pinned(out: Path, source: str) -> str | None:
