@@ -41,6 +41,7 @@ SUBSTITUTES = (
     # The fixture `clone` ran the first two lines of INSTALL; the extras are held against the project.
     (r"python3 -m venv .venv && ", ""),
     (r"pip install .*'\.\[[a-z,]+\]'.*", "true"),
+    (r"soak\.py --minutes 10 --clients 8", "soak.py --minutes 0.2 --clients 2"),
     # Ports that are free, and folders of a user.
     (
         r"^(cxr-triton serve \S+) &$",
