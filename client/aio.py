@@ -189,6 +189,7 @@ class AsyncReadingStream(BaseStream):
             self._waiting = False
             if timer:
                 timer.cancel()
+        del call  # an error keeps this frame
         if message is grpc.aio.EOF:
             self._end(failure)
             return ""

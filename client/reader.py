@@ -214,6 +214,7 @@ class ReadingStream(BaseStream):
             self._waiting = False
             if self._reader._watchdog.forget(call):
                 self._late = limit
+        del call  # an error keeps this frame
         if message is None:
             self._end(failure)
             return ""

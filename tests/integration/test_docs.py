@@ -361,7 +361,7 @@ def program(words: list[str]) -> tuple[click.Command, list[str]] | None:
         module = importlib.import_module(arguments[1])
         if hasattr(module, "__path__"):
             module = importlib.import_module(f"{arguments[1]}.__main__")
-        return module.main, arguments[2:]
+        return (module.main, arguments[2:]) if hasattr(module, "main") else None
     if Path(words[0]).name.startswith("python") and arguments[0].endswith(".py"):
         return script(arguments[0]), arguments[1:]
     return None
