@@ -1,11 +1,18 @@
 """Shared fixtures: where the real radiographs are; and which tests are quick."""
 
+import signal
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_configure():
+    """A shell without job control has what it starts in the background ignore Ctrl-C, and so would the tests' programs."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
