@@ -10,7 +10,7 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 def pytest_configure():
-    """A shell without job control has what it starts in the background ignore Ctrl-C, and so would the tests' programs."""
+    """What a shell without job control starts in the background ignores Ctrl-C, and so would the tests' programs."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
