@@ -6,6 +6,8 @@ takes the same way through the pixel pipeline as a radiograph.
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -173,3 +175,14 @@ def differentials(phantom: Phantom) -> str:
 
 
 FOLLOW_UPS = {"Write a structured report": report, "Provide differentials": differentials}
+
+
+def png_files(count: int, seed: int, preset: str) -> Iterator[bytes]:
+    """Phantoms as PNG files through a display preset, both photometrics in turn; a seed draws the same ones."""
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        file = io.BytesIO()
+        Image.fromarray(draw(rng).picture(preset, PHOTOMETRICS[i % 2])).save(file, "PNG", compress_level=1)
+        yield file.getvalue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import warnings
 from collections import Counter
@@ -66,18 +65,8 @@ def files(folder: Path, seed: int) -> tuple[Iterator[bytes], dict]:
 
 def phantoms(limit: int, seed: int, profile: ModelProfile) -> tuple[Iterator[bytes], dict]:
     """Synthetic phantoms as the profile displays them, both photometrics in turn."""
-    from PIL import Image
-
-    def draw() -> Iterator[bytes]:
-        rng = np.random.default_rng(seed)
-        for i in range(limit):
-            file = io.BytesIO()
-            pixels = phantom.draw(rng).picture(profile.pixel_preset, phantom.PHOTOMETRICS[i % 2])
-            Image.fromarray(pixels).save(file, "PNG", compress_level=1)
-            yield file.getvalue()
-
     warnings.warn(PHANTOM_WARNING, stacklevel=3)
-    return draw(), {"kind": "phantoms", "warning": PHANTOM_WARNING}
+    return phantom.png_files(limit, seed, profile.pixel_preset), {"kind": "phantoms", "warning": PHANTOM_WARNING}
 
 
 def pictures(

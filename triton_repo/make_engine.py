@@ -293,17 +293,12 @@ class _Run:
 
 
 def _draw(path: Path, preset: str) -> None:
-    """Phantoms as PNG files, both photometrics in turn."""
-    import numpy as np
-    from PIL import Image
+    """Phantoms as PNG files."""
+    from cxr_triton.phantom import png_files
 
-    from cxr_triton import phantom
-
-    random = np.random.default_rng(PHANTOM_SEED)
     with new_folder(path) as partial:
-        for i in range(PHANTOMS):
-            pixels = phantom.draw(random).picture(preset, phantom.PHOTOMETRICS[i % 2])
-            Image.fromarray(pixels).save(partial / f"{i:03}.png")
+        for i, file in enumerate(png_files(PHANTOMS, PHANTOM_SEED, preset)):
+            (partial / f"{i:03}.png").write_bytes(file)
 
 
 def _bundle(path: Path) -> Bundle:

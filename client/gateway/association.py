@@ -35,7 +35,7 @@ def prepare_pynetdicom(new_file: Callable[[], object]) -> None:
 
 
 MOST_ANSWERED = 1 << 22
-"""Bytes of a PACS' answers on one association, some ten thousand studies."""
+"""Bytes of an archive's answers on one association or to one query, some ten thousand studies."""
 MOST_REPORTED = 1 << 18
 """Bytes of a peer's report on storage commitment, some thousand results."""
 

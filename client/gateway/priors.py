@@ -22,7 +22,7 @@ from pydicom.uid import (
 )
 from pynetdicom import build_role, evt
 
-from cxr_triton.client.gateway.association import Unreachable, associate, whole_request
+from cxr_triton.client.gateway.association import MOST_ANSWERED, Unreachable, associate, whole_request
 from cxr_triton.client.gateway.config import Priors
 from cxr_triton.client.gateway.dimse import (
     OUT_OF_RESOURCES,
@@ -45,8 +45,6 @@ MOST_STUDIES = 5
 """Earlier studies that are looked into, the last first."""
 MOST_IMAGES = 32
 """Images that are fetched of a series, and series of a study."""
-MOST_ANSWER = 8 * MIB
-"""Bytes of an answer to QIDO-RS."""
 MOST_MATCHES = 1000
 """Matches of a C-FIND."""
 _UID = re.compile(r"[0-9.]{1,64}")
@@ -216,7 +214,7 @@ class WebFinder(PriorFinder):
         return taken
 
     def _qido(self, path: str) -> list[Dataset]:
-        _, body = self._ask(path, "application/dicom+json", MOST_ANSWER)
+        _, body = self._ask(path, "application/dicom+json", MOST_ANSWERED)
         try:
             answers = json.loads(body or b"[]")
         except (ValueError, RecursionError):

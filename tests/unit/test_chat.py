@@ -265,6 +265,7 @@ def test_a_broken_checkpoint_is_named(folder, tmp_path, changes, message):
         ChatTokenizer(copy_files(folder, tmp_path / "c", **changes))
 
 
+@pytest.mark.slow
 def test_template_runs_in_a_sandbox_and_may_refuse(folder, tmp_path):
     messages = [{"role": "user", "content": "x"}]
     for source in (
@@ -287,6 +288,7 @@ HELLO, BOMB = [{"role": "user", "content": "hello"}], [{"role": "user", "content
 SET_OFF = "{% if messages[0].content == 'bomb' %}BOMB{% endif %}{{ messages[0].content }}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bomb", "message"),
     [

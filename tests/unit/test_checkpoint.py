@@ -329,6 +329,7 @@ def test_no_kernel_that_a_config_asks_for_is_fetched(copy, key):
     assert torch_model(copy, "auto").config._attn_implementation == "sdpa"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [[int("9" * 4000)] * 9000, [1] * 9, [1 << 48]])
 def test_a_shape_beyond_all_measure_is_refused_at_once(tmp_path, shape):
     header = json.dumps({"a": {"dtype": "U8", "shape": shape, "data_offsets": [0, 1]}}).encode()

@@ -357,6 +357,7 @@ def everyone(url: str, tmp_path, **more) -> dict[str, str]:
     return {**found, "priors": ask(url, tmp_path, **more)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_no_redirect_is_followed(tmp_path, status):
     with Peer(says(200, b"[]")) as other, Peer(says(status, Location=other.url + "/x")) as peer:
@@ -416,6 +417,7 @@ def test_an_answer_of_a_server_chooses_no_address(tmp_path):
         assert list(finder._series_of("P", "", "1.9", "20260101")) == []
 
 
+@pytest.mark.slow
 def test_a_pacs_that_finds_without_end_is_given_up(tmp_path):
     import pynetdicom
 
@@ -629,6 +631,7 @@ def test_a_task_that_the_server_knows_is_ready(tmp_path, answer):
         assert worker.are_names_known and server.asked["mode"] == "reasoning"
 
 
+@pytest.mark.slow
 def test_a_server_that_later_knows_the_task_no_more_is_waited_for(tmp_path):
     answers = [failure(NO_IMAGE)]
     with FakeServer(lambda request, context: iter(answers)) as server:

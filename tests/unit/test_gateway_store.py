@@ -398,6 +398,7 @@ def test_another_database_is_refused(tmp_path):
 # ------------------------------------------------------------------------------------------------------- failures
 
 
+@pytest.mark.slow
 def test_outcomes_that_the_queue_could_not_take_are_told_later_and_nothing_is_sent_again(tmp_path, monkeypatch):
     """The queue fails, twice, as the first of two results was sent; both are in one batch under a lease of minutes."""
     config = load_config(write(tmp_path, f"storage: {tmp_path}\nfolder: {{path: {tmp_path}/in}}\n{DESTINATION}"))
@@ -549,6 +550,7 @@ def gateway(tmp_path):
     store.close()
 
 
+@pytest.mark.slow
 def test_a_job_whose_lease_ran_out_in_an_outage_is_read_once(gateway, monkeypatch):
     config, store = gateway
 
@@ -607,6 +609,7 @@ def test_a_worker_ends_an_attempt_whose_job_another_one_took(gateway, monkeypatc
     other.close()
 
 
+@pytest.mark.slow
 def test_a_reading_that_the_queue_could_not_take_is_handed_over_later_and_not_made_again(gateway, monkeypatch):
     config, store = gateway
     store.broken = {"deliver"}

@@ -76,6 +76,7 @@ def test_an_open_loop_sends_by_its_schedule_whatever_the_server_does():
     assert all(record.sent_s >= record.scheduled_s for record in records)
 
 
+@pytest.mark.slow
 def test_latencies_count_from_the_schedule():
     """A server that takes one request at a time, and more are due than it can take: the wait is in the latency."""
     alone, busy_s = threading.Lock(), 0.1

@@ -299,6 +299,7 @@ def test_a_box_frames_the_same_pixels_where_they_are_not_square():
     assert [x.min() / 2, y.min() / 3, (x.max() + 1) / 2, (y.max() + 1) / 3] == [25, 20, 75, 60]
 
 
+@pytest.mark.slow
 @browser
 @pytest.mark.parametrize(("picture", "window"), [((300, 600), (1280, 1200)), ((900, 700), (500, 1200))])
 def test_boxes_land_where_the_model_put_them(tmp_path, picture, window):

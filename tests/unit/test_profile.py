@@ -168,6 +168,7 @@ BOMB = ", ".join([f"&x0 [{', '.join('1' * 10)}]"] + [f"&x{i} [{', '.join([f'*x{i
 """Lists, each of which names the one before ten times."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [

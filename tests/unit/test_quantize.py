@@ -198,6 +198,7 @@ def test_prompts_of_a_profile_with_placeholders_and_several_images():
         assert (sample.input_ids == source.image_token_id).sum() == shown
 
 
+@pytest.mark.slow
 def test_what_must_stay_is_switched_off_last():
     entries = quantize.Config("fp8", kv="fp8").of_modelopt()["quant_cfg"]
     assert [entry["quantizer_name"] for entry in entries[-3:]] == ["*[kv]_bmm_quantizer", "*lm_head*", "*visual*"]

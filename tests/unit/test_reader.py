@@ -457,6 +457,7 @@ def test_a_refusal_is_read_to_the_end_of_its_stream(kind):
         assert not server.cancelled.is_set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Reader, AsyncReader])
 def test_a_refusal_does_not_wait_for_a_server_that_goes_on(kind):
     def answer(request, context):
