@@ -39,7 +39,7 @@ class Runtime:
         A chunk is sent when it holds so many tokens, or would be older than this after another step. The first token
         is sent at once.
     heartbeat_ms : float
-        Silence after which a stream that waits or is in prefill gets an empty chunk.
+        Silence after which a stream that waits, is in prefill, or has an engine that says nothing gets an empty chunk.
 
     Attributes
     ----------
@@ -185,7 +185,7 @@ class Runtime:
         raise NotImplementedError
 
     def _silent(self) -> list[Stream]:
-        """Streams in prefill."""
+        """Streams that get a heartbeat: in prefill, or with an engine that says nothing."""
         raise NotImplementedError
 
     def _release(self, stream: Stream) -> None:

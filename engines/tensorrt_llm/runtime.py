@@ -145,7 +145,8 @@ class TensorRTLLMRuntime(Runtime):
                 self._refuse(stream, error)
 
     def _silent(self) -> list[Stream]:
-        return [stream for stream in self._running.values() if not stream.generated and stream.id in self._streams]
+        """All of them: Triton tells that a caller left when something is sent to it, and an engine may fall silent."""
+        return [stream for stream in self._running.values() if stream.id in self._streams]
 
     def _release(self, stream: Stream) -> None:
         """Have the engine stop; its slot is free when it says so."""

@@ -18,6 +18,7 @@ import torch
 import triton_python_backend_utils as pb_utils
 
 FAILING_SEED = 666  # an engine that fails in the middle of an answer
+ENDLESS_SEED = 777  # an answer that ends by a stop alone, however slow the machine that asks for it
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 SCALAR = "scalar"
 INPUTS = {
@@ -244,6 +245,8 @@ class TritonPythonModel:
             return True
         if request.scalar("seed") == FAILING_SEED and len(request.tokens) == 3:
             raise RuntimeError("/opt/engine broke")
+        if request.scalar("seed") == ENDLESS_SEED and len(request.tokens) == 3:
+            return False
         if request.stream is None:
             with torch.no_grad():
                 request.stream = self.open_stream(self.decoder, request.inputs)
