@@ -17,11 +17,12 @@ _RECALLS = np.linspace(0, 1, 101)  # where COCO reads precision
 
 
 class Placed(NamedTuple):
-    """A box of an image: what it is of, its corners x1, y1, x2, y2, and how sure whoever placed it is."""
+    """A box: what it is of, corners x1, y1, x2, y2, how sure whoever placed it is, and on which image of its row."""
 
-    label: str | None
+    label: str
     corners: tuple[float, float, float, float]
     score: float | None = None
+    image: int = 0
 
 
 Images = Sequence[Sequence[Placed]]
@@ -40,8 +41,8 @@ def _overlap(truth: Sequence[Placed], said: Sequence[Placed]) -> float:
     from scipy.optimize import linear_sum_assignment
 
     found, boxes = 0.0, 0
-    for label in {box.label for box in (*truth, *said)}:
-        table = _table(_of(truth, label), _of(said, label))
+    for place in {_place(box) for box in (*truth, *said)}:
+        table = _table(*([box for box in each if _place(box) == place] for each in (truth, said)))
         found += table[linear_sum_assignment(table, maximize=True)].sum()
         boxes += max(table.shape)
     return found / boxes if boxes else np.nan
@@ -54,9 +55,9 @@ def hits(truth: Images, said: Images, threshold: float) -> list[list[bool]]:
 
 def _hits(truth: Sequence[Placed], said: Sequence[Placed], threshold: float) -> list[bool]:
     found = [False] * len(said)
-    for label in {box.label for box in said}:
-        left = _of(truth, label)
-        for i in sorted((i for i, box in enumerate(said) if box.label == label), key=lambda i: -_score(said[i])):
+    for place in {_place(box) for box in said}:
+        left = [box for box in truth if _place(box) == place]
+        for i in sorted((i for i, box in enumerate(said) if _place(box) == place), key=lambda i: -_score(said[i])):
             best = max(reversed(left), key=lambda box: box_iou(said[i].corners, box.corners), default=None)
             if best is not None and box_iou(said[i].corners, best.corners) >= threshold:
                 found[i] = True
@@ -72,7 +73,7 @@ def counted(truth: Images, said: Images, found: Sequence[Sequence[bool]], resamp
 
 
 def average_precision(
-    label: str | None, truth: Images, said: Images, found: Sequence[Sequence[bool]], resamples: Resamples
+    label: str, truth: Images, said: Images, found: Sequence[Sequence[bool]], resamples: Resamples
 ) -> Floats:
     """COCO's average precision of a label's boxes, (1 + count,); not a number without one in truth.
 
@@ -81,12 +82,12 @@ def average_precision(
 
     Parameters
     ----------
-    label : str or None
+    label : str
     truth, said, found, resamples
         The boxes, and what `hits` says of them.
     """
     rows, scores, hit = (np.array(column) for column in _column(label, said, found))
-    true = np.array([[len(_of(boxes, label))] for boxes in truth], np.float64)
+    true = np.array([[sum(box.label == label for box in boxes)] for boxes in truth], np.float64)
     values = np.full(1 + resamples.count, np.nan)
     positives = resamples.sums(true)[:, 0]
     values[positives > 0] = 0.0
@@ -104,7 +105,7 @@ def average_precision(
     return values
 
 
-def _column(label: str | None, said: Images, found: Sequence[Sequence[bool]]) -> tuple[list, list, list]:
+def _column(label: str, said: Images, found: Sequence[Sequence[bool]]) -> tuple[list, list, list]:
     """Row, score and hit of each box of a label."""
     boxes = [
         (row, _score(box), hit)
@@ -121,8 +122,8 @@ def _interpolated(recall: Floats, precision: Floats) -> float:
     return float(np.append(highest, 0.0)[place].mean())
 
 
-def _of(boxes: Sequence[Placed], label: str | None) -> list[Placed]:
-    return [box for box in boxes if box.label == label]
+def _place(box: Placed) -> tuple[int, str]:
+    return box.image, box.label
 
 
 def _score(box: Placed) -> float:

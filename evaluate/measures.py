@@ -21,6 +21,10 @@ CURVE_POINTS = 200
 """Most points of a curve that is drawn."""
 
 
+Scored = tuple[NDArray[np.bool_], Floats, NDArray[np.intp]]
+"""Truth, scores, and which rows of the data set they are; all (n,)."""
+
+
 @dataclass(frozen=True)
 class LabelSets:
     """What is true and what was said of labels, row by row.
@@ -117,6 +121,16 @@ def set_measures(sets: LabelSets) -> dict[str, Floats]:
         "exact_match": (both == either).astype(np.float64),
         "label_iou": np.where(either > 0, both / np.maximum(either, 1), 1.0),
     }
+
+
+def basis(sets: LabelSets, measure: str, label: int) -> NDArray[np.bool_]:
+    """Rows that a measure of a label divides by, (rows,); of a ranking those of the class that has fewer."""
+    truth, said, known = (columns[:, label] for columns in (sets.truth, sets.said, sets.known))
+    if measure in ("auroc", "average_precision"):
+        rarer = truth if (truth & known).sum() <= (~truth & known).sum() else ~truth
+        return rarer & known
+    divided = {"precision": said, "recall": truth, "specificity": ~truth, "f1": truth | said}
+    return divided.get(measure, known) & known
 
 
 def ranking(
