@@ -58,6 +58,11 @@ VERBS = {
         "Run a PACS gateway: studies in, readings back as DICOM.",
     ),
     "bench": ("cxr_triton.perf.command:bench", "perf", "Measure a served reader, and compare measurements."),
+    "evaluate": (
+        "cxr_triton.evaluate.command:evaluate",
+        "evaluate",
+        "Measure a served reader's accuracy on labelled data.",
+    ),
     "demo": ("cxr_triton.triton_repo.command:demo", "local", "Export, build, package, serve and read on this CPU."),
 }
 """verb: (where it is, the extra that it needs or None, what it does)"""
@@ -100,6 +105,11 @@ EXAMPLES = {
     ),
     "bench compare": ("bench compare before.json after.json",),
     "bench history": ("bench history results/ --html history.html",),
+    "evaluate": ("evaluate run data.yaml repository/ -o result.jsonl",),
+    "evaluate run": (
+        "evaluate data.yaml repository/ -o result.jsonl",
+        "evaluate ChestX-ray14/ --format nih --url 127.0.0.1:8001 --limit 500 -o result.jsonl",
+    ),
     "demo": ("demo -o build/demo",),
 }
 """Of each command, as they stand under its help."""
