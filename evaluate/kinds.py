@@ -15,11 +15,14 @@ from cxr_triton.evaluate import boxes, measures, text
 from cxr_triton.evaluate.intervals import Floats, Resamples
 from cxr_triton.evaluate.measures import LabelSets, Scored
 from cxr_triton.evaluate.rows import Answer, Box, Header, Row
+from cxr_triton.rewards import box_iou
 
 Rows = NDArray[np.bool_]
 """Which rows count, (rows,)."""
 NOT_ASKED = ("MISSING_FILE", "BAD_TRUTH")
 """Codes of rows that say nothing of an engine: the data set lacks the picture, or what is known of it."""
+SHARED = 0.5
+"""Overlap from which on boxes of two readers are of one thing."""
 UNNAMED = "unnamed"
 """Label of a box without one."""
 
@@ -161,13 +164,17 @@ class Options(Kind):
 
 
 class Boxes(Kind):
-    """Boxes of labels."""
+    """Boxes of labels.
+
+    Boxes that several readers drew around one thing are one. Whoever was asked of one label alone placed boxes of it,
+    whatever the answer calls them.
+    """
 
     decides = ("box_iou", "box_f1_50")
 
     def __init__(self, header: Header, rows: Sequence[Row]):
-        self.truth = [[_placed(box, None) for box in row.truth.boxes] for row in rows]
-        self._said = [[_placed(box, row.answer) for box in row.answer.boxes] if row.answer else [] for row in rows]
+        self.truth = [_merged(row.truth.boxes) for row in rows]
+        self._said = [_named(row.answer, true) for row, true in zip(rows, self.truth, strict=True)]
         self.labels = tuple(sorted({box.label for placed in (*self.truth, *self._said) for box in placed}))
 
     def measured(self, resamples: Resamples, rows: Rows) -> Measured:
@@ -288,6 +295,35 @@ def _confidence(answer: Answer | None) -> float:
     return answer.scores.get(answer.options[0], np.nan)
 
 
-def _placed(box: Box, answer: Answer | None) -> boxes.Placed:
-    score = (answer.scores or {}).get(box.label or "") if answer else None
-    return boxes.Placed(box.label or UNNAMED, box.corners, score, box.image)
+def _merged(drawn: Sequence[Box]) -> list[boxes.Placed]:
+    """Boxes that are known; of several readers' around one thing, their mean."""
+    things: list[list[Box]] = []
+    for box in drawn:
+        thing = next((thing for thing in things if all(_are_of_one(box, each) for each in thing)), None)
+        if thing is None:
+            things.append([box])
+        else:
+            thing.append(box)
+    means = [np.mean([box.corners for box in thing], axis=0).tolist() for thing in things]
+    return [
+        boxes.Placed(thing[0].label or UNNAMED, (x1, y1, x2, y2), image=thing[0].image)
+        for thing, (x1, y1, x2, y2) in zip(things, means, strict=True)
+    ]
+
+
+def _are_of_one(a: Box, b: Box) -> bool:
+    is_shared = None not in (a.reader, b.reader) and a.reader != b.reader and (a.label, a.image) == (b.label, b.image)
+    return is_shared and box_iou(a.corners, b.corners) >= SHARED
+
+
+def _named(answer: Answer | None, truth: Sequence[boxes.Placed]) -> list[boxes.Placed]:
+    """Boxes that were said, by the names that the truth of their row has."""
+    if answer is None:
+        return []
+    labels, scores = {box.label.casefold(): box.label for box in truth}, answer.scores or {}
+    only = truth[0].label if len(labels) == 1 else None
+    return [
+        boxes.Placed(only or labels.get(name.casefold(), name), box.corners, scores.get(name), box.image)
+        for box in answer.boxes
+        for name in [box.label or UNNAMED]
+    ]
