@@ -107,8 +107,8 @@ EXAMPLES = {
     "bench history": ("bench history results/ --html history.html",),
     "evaluate": ("evaluate run data.yaml repository/ -o result.jsonl",),
     "evaluate run": (
-        "evaluate data.yaml repository/ -o result.jsonl",
-        "evaluate ChestX-ray14/ --format nih --url 127.0.0.1:8001 --limit 500 -o result.jsonl",
+        "evaluate run data.yaml repository/ -o result.jsonl",
+        "evaluate run ChestX-ray14/ --format nih --url 127.0.0.1:8001 --limit 500 -o result.jsonl",
     ),
     "demo": ("demo -o build/demo",),
 }
