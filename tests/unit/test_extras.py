@@ -28,6 +28,7 @@ MODULES = {  # of distributions that an extra asks for, where the name is not th
     "onnxruntime-gpu": "onnxruntime",
     "psycopg": "psycopg",
     "pydicom-data": "",
+    "rouge-score": "rouge_score",
     "scikit-learn": "sklearn",
     "tensorrt-cu13": "tensorrt",
     "tensorrt-rtx-cu13": "tensorrt_rtx",
