@@ -58,6 +58,11 @@ VERBS = {
         "Run a PACS gateway: studies in, readings back as DICOM.",
     ),
     "bench": ("cxr_triton.perf.command:bench", "perf", "Measure a served reader, and compare measurements."),
+    "evaluate": (
+        "cxr_triton.evaluate.command:evaluate",
+        "evaluate",
+        "Measure a served reader's accuracy on labelled data.",
+    ),
     "demo": ("cxr_triton.triton_repo.command:demo", "local", "Export, build, package, serve and read on this CPU."),
 }
 """verb: (where it is, the extra that it needs or None, what it does)"""
@@ -100,6 +105,12 @@ EXAMPLES = {
     ),
     "bench compare": ("bench compare before.json after.json",),
     "bench history": ("bench history results/ --html history.html",),
+    "evaluate": ("evaluate run data.yaml repository/ -o result.jsonl",),
+    "evaluate judge": ("evaluate judge result.jsonl --limit f1_macro=0.7 --against before.jsonl",),
+    "evaluate run": (
+        "evaluate run data.yaml repository/ -o result.jsonl",
+        "evaluate run ChestX-ray14/ --format nih --url 127.0.0.1:8001 --limit 500 -o result.jsonl",
+    ),
     "demo": ("demo -o build/demo",),
 }
 """Of each command, as they stand under its help."""
@@ -417,3 +428,12 @@ def main():
 
     The models' weights are for non-commercial research only and never for diagnosis.
     """
+
+
+def call(*words: str | Path) -> int:
+    """Another verb as if it had been typed; its exit status. Errors are raised as they are."""
+    try:
+        main([str(word) for word in words], "cxr-triton", standalone_mode=False)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else EXIT_FAILED
+    return 0
