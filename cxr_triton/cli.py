@@ -106,6 +106,7 @@ EXAMPLES = {
     "bench compare": ("bench compare before.json after.json",),
     "bench history": ("bench history results/ --html history.html",),
     "evaluate": ("evaluate run data.yaml repository/ -o result.jsonl",),
+    "evaluate judge": ("evaluate judge result.jsonl --limit f1_macro=0.7 --against before.jsonl",),
     "evaluate run": (
         "evaluate run data.yaml repository/ -o result.jsonl",
         "evaluate run ChestX-ray14/ --format nih --url 127.0.0.1:8001 --limit 500 -o result.jsonl",
@@ -431,3 +432,12 @@ def main():
 
     The models' weights are for non-commercial research only and never for diagnosis.
     """
+
+
+def call(*words: str | Path) -> int:
+    """Another verb as if it had been typed; its exit status. Errors are raised as they are."""
+    try:
+        main([str(word) for word in words], "cxr-triton", standalone_mode=False)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else EXIT_FAILED
+    return 0

@@ -125,6 +125,41 @@ def run(
         sys.exit(EXIT_NOT_AS_ASKED)
 
 
+@evaluate.command()
+@click.argument("result", type=FILE)
+@click.option(
+    "--limit", "limits", multiple=True, metavar="MEASURE=VALUE", help="Least value; most, of `ece` and `brier`."
+)
+@click.option("--against", type=FILE, metavar="RESULT", help="On the same data; must not be worse than that.")
+@json_option
+def judge(result: Path, limits: tuple[str, ...], against: Path | None, json_path: str | None):
+    """Say whether RESULT is right enough.
+
+    Exit status 3 when it is not: a measure misses its limit, or it is shown to be worse than --against.
+    """
+    from cxr_triton.evaluate.accuracy import record
+
+    told = record(result, dict(_limit(text) for text in limits), against)
+    for check in told["checks"]:
+        how = "passed" if check["passed"] else "failed"
+        click.echo(
+            printable(f"{check['name']} {check['value']}, limit {check['limit']:g}: {how}"), err=json_path == "-"
+        )
+    if against:
+        click.echo(f"beside {printable(str(against))}: {told['verdict']}", err=json_path == "-")
+    write_json(told, json_path)
+    if not told["passed"]:
+        sys.exit(EXIT_NOT_AS_ASKED)
+
+
+def _limit(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is no MEASURE=VALUE such as f1_macro=0.7", param_hint="--limit") from None
+
+
 def _plain(header) -> dict:
     import dataclasses
 

@@ -17,7 +17,7 @@ from cxr_triton.engines import ABILITIES, engine, require_ability
 from cxr_triton.engines.bundle import MANIFEST, Bundle
 from cxr_triton.engines.interface import Serving
 from cxr_triton.engines.serving import BUNDLE, STEPS, Settings, declare, tensors
-from cxr_triton.engines.verify.record import require_verified
+from cxr_triton.engines.verify.record import require_accurate, require_verified
 from cxr_triton.errors import InvalidRequest, NotVerified
 from cxr_triton.files import new_folder, require_new
 from cxr_triton.triton_repo.integrity import seal
@@ -59,7 +59,8 @@ def write_repository(
     InvalidBundle
         The bundle is damaged, or its engine is too small for its profile.
     NotVerified
-        It has no passing record of the verification gate, and `unverified` is false.
+        It has no passing record of the verification gate, or was not right enough on labelled data, and `unverified`
+        is false.
     """
     from google.protobuf import text_format
 
@@ -94,13 +95,16 @@ def write_repository(
 def _verification(bundle: Bundle, unverified: bool) -> tuple[str, str]:
     """``passed`` or ``unverified``, and in words what that rests on."""
     try:
-        record = require_verified(bundle)
+        record, accuracy = require_verified(bundle), require_accurate(bundle)
     except NotVerified as error:
         if not unverified:
             raise
         return "unverified", f"Packaged with --unverified: {error.message.partition(';')[0]}."
     runtime = record["runtime"].get("said") or f"run in {record['runtime'].get('engine')}"
-    return "passed", f"The verification gate passed on {record['made']}, {record['images']['count']} images, {runtime}."
+    said = f"The verification gate passed on {record['made']}, {record['images']['count']} images, {runtime}."
+    if accuracy:
+        said += f" Accuracy on {accuracy['data']['studies']} studies of {accuracy['data']['name']} passed too."
+    return "passed", said
 
 
 def _take(source: Path, target: Path) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,6 +36,10 @@ import layouts  # noqa: E402
 from cxr_triton.cli import json_option, write_json  # noqa: E402
 from cxr_triton.client import Reader  # noqa: E402
 from cxr_triton.evaluate import rows  # noqa: E402
+from cxr_triton.evaluate.config import Data  # noqa: E402
+from cxr_triton.evaluate.journal import JOURNAL, work_folder  # noqa: E402
+from cxr_triton.evaluate.run import Server as Asked  # noqa: E402
+from cxr_triton.evaluate.run import opened  # noqa: E402
 from cxr_triton.perf.environment import Stolen, environment  # noqa: E402
 from cxr_triton.profile import load_profile  # noqa: E402
 from cxr_triton.triton_repo.serve import Server  # noqa: E402
@@ -100,22 +104,19 @@ def tables(folder: Path, url: str, count: int, concurrency: int) -> dict:
 
 
 def kills(folder: Path, url: str, concurrency: int, times: int, seed: int) -> dict:
-    """A run over what `tables` read, killed `times` times; whether its result is that of the run at once."""
-    drawn, at = random.Random(seed), []
-    out, once = folder / "killed.jsonl", folder / "nih-dicom.jsonl"
-    read_s = rows.read(once).header.times["read_s"]
-    for _ in range(times):
+    """A run over what `tables` read, killed once it has so many rows; whether its result is that of the run at once."""
+    out, once, count = folder / "killed.jsonl", folder / "nih-dicom.jsonl", len(rows.read(folder / "nih-dicom.jsonl"))
+    journal, killed = work_folder(out) / JOURNAL, []
+    for number in sorted(random.Random(seed).sample(range(1, count), times)):
         process = subprocess.Popen(command(folder / "nih-dicom.yaml", out, url, concurrency), stderr=subprocess.DEVNULL)
-        began, wait_s = time.monotonic(), drawn.uniform(2.0, 4.0 + read_s / times)
-        try:
-            process.wait(wait_s)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            at.append(round(time.monotonic() - began, 2))
+        while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b'{"row"') < number):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        killed.append(journal.read_bytes().count(b'{"row"'))
     subprocess.run(command(folder / "nih-dicom.yaml", out, url, concurrency), check=True, stderr=subprocess.DEVNULL)
     return {
-        "killed_after_s": at,
+        "killed_with_rows": killed,
         "runs": rows.read(out).header.times["runs"],
         "rows": len(rows.read(out)),
         "same_but_for_times": rows.timeless_digest(out) == rows.timeless_digest(once),
@@ -152,32 +153,52 @@ def plainly(url: str, paths: list[Path], concurrency: int) -> tuple[float, float
     return time.monotonic() - began, time.process_time() - before
 
 
-def cost(folder: Path, url: str, count: int, concurrency: int) -> dict:
-    """The evaluation between two halves of the plain client's readings of the same pictures."""
-    data = write_data(folder, "chexpert", "dicom", evaluate.held_out(count))
-    paths = sorted((folder / "chexpert-dicom").rglob("*.dcm"))[:count]
-    first_s, first_cpu_s = plainly(url, paths[: count // 2], concurrency)
-    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+def evaluated(url: str, table: Path, out: Path, concurrency: int) -> tuple[float, float]:
+    """Wall and processor seconds of an evaluation from its table to its result."""
+    began, before = time.monotonic(), time.process_time()
+    data = Data(path=str(table), format="table", labels=layouts.LABELS)
+    with opened(data, out) as evaluation:
+        evaluation.run(Asked(url=url, concurrency=concurrency))
+    return time.monotonic() - began, time.process_time() - before
+
+
+def cost(folder: Path, url: str, count: int, concurrency: int, blocks: int = 20) -> dict:
+    """The same pictures by a plain client and by an evaluation, block by block in turn; then memory of a whole run."""
+    phantoms = evaluate.held_out(count)
+    data = write_data(folder, "chexpert", "dicom", phantoms)
+    root = folder / "chexpert-dicom"
+    paths = sorted(root.rglob("*.dcm"))[:count]
+    turns: list[dict[str, tuple[float, float]]] = []
+    for block, first in enumerate(range(0, count, count // blocks)):
+        chosen = range(first, min(first + count // blocks, count))
+        table = root / f"block-{block}.csv"
+        lines = [f"{i},{paths[i].relative_to(root)},{';'.join(phantoms[i].labels)}" for i in chosen]
+        table.write_text("\n".join(["study,image,labels", *lines]))
+        ways = {
+            "plain": lambda chosen=chosen: plainly(url, [paths[i] for i in chosen], concurrency),
+            "evaluate": lambda table=table: evaluated(url, table, table.with_suffix(".jsonl"), concurrency),
+        }
+        turns.append({name: ways[name]() for name in (sorted(ways) if block % 2 else sorted(ways, reverse=True))})
+    walls = {name: [turn[name][0] for turn in turns] for name in ("plain", "evaluate")}
     process = subprocess.Popen(command(data, folder / "cost.jsonl", url, concurrency), stderr=subprocess.DEVNULL)
     with memory(process.pid) as samples:
         assert process.wait() == 0
-    wall_s, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    second_s, second_cpu_s = plainly(url, paths[count // 2 :], concurrency)
-    plain_s = first_s + second_s
-    reading = [(at, mib) for at, mib in samples if at > 0.2 * wall_s]
+    reading = samples[len(samples) // 5 :]  # imports are over
     half = len(reading) // 2
     return {
-        "readings": count,
+        "readings_each": count,
         "concurrency": concurrency,
-        "plain_s": [round(first_s, 2), round(second_s, 2)],
-        "evaluate_s": round(wall_s, 2),
-        "evaluate_read_s": rows.read(folder / "cost.jsonl").header.times["read_s"],
-        "evaluate_more_of_the_wall_time": round(wall_s / plain_s - 1, 4),  # start and end of the program included
-        "plain_cpu_s": round(first_cpu_s + second_cpu_s, 2),
-        "evaluate_cpu_s": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 2),
-        "evaluate_mib_max_of_first_half": round(max(mib for _, mib in reading[:half]), 1),
-        "evaluate_mib_max_of_second_half": round(max(mib for _, mib in reading[half:]), 1),
-        "evaluate_mib": [round(mib, 1) for _, mib in samples[:: max(1, len(samples) // 20)]],
+        "blocks": len(turns),
+        "wall_s": {name: round(sum(each), 2) for name, each in walls.items()},
+        "cpu_s": {name: round(sum(turn[name][1] for turn in turns), 2) for name in walls},
+        "ratio_of_wall_time": round(sum(walls["evaluate"]) / sum(walls["plain"]), 4),
+        "ratio_of_wall_time_median_block": round(
+            statistics.median(e / p for e, p in zip(walls["evaluate"], walls["plain"], strict=True)), 4
+        ),
+        "ratio_of_wall_time_blocks": [round(e / p, 3) for e, p in zip(walls["evaluate"], walls["plain"], strict=True)],
+        "mib_max_of_first_half": round(max(mib for _, mib in reading[:half]), 1),
+        "mib_max_of_second_half": round(max(mib for _, mib in reading[half:]), 1),
+        "mib": [round(mib, 1) for _, mib in samples[:: max(1, len(samples) // 20)]],
     }
 
 

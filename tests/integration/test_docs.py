@@ -89,6 +89,12 @@ NOT_RUN = {
         r"bench run build/3b/": "takes 46 minutes, and onnxruntime-genai",
         r"^make bench$": "takes minutes on a machine that does nothing else",
     },
+    "docs/evaluation.md": {
+        r"integration/evaluation.py": "takes minutes; tests/integration/test_evaluate.py runs a small version",
+    },
+    "examples/evaluation/README.md": {
+        r"": "of a data set that has to be asked for; its layout is in test_evaluate_data.py"
+    },
     "docs/gpu-results.md": {r"gpu_session run OUT": "needs a GPU"},
     "docs/gpu-session.md": {
         r"gpu_session run (…|OUT .*--limit-s N\]$)": "needs a GPU",

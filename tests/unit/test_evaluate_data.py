@@ -1,19 +1,24 @@
 """Adapters on small files in the published layouts, mapping, policies, and what is wrong with a data set."""
 
+import dataclasses
 import gzip
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from cxr_triton.config import build, read_yaml
 from cxr_triton.errors import InvalidConfig, InvalidRequest
 from cxr_triton.evaluate.adapters import FORMATS
 from cxr_triton.evaluate.config import Data, load_data
 from cxr_triton.evaluate.dataset import prepare
 from cxr_triton.evaluate.rows import Box
 from cxr_triton.evaluate.study import age_band
-from cxr_triton.evaluate.vocabulary import CHEXPERT
+from cxr_triton.evaluate.vocabulary import CHEXPERT, OF_NIH, OF_VINDR
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def put(folder: Path, **files: str) -> Path:
@@ -358,3 +363,31 @@ def test_every_label_of_ours_is_one_of_the_14():
 )
 def test_ages_come_in_bands(age, band):
     assert age_band(age) == band
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "evaluation").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_examples_are_of_formats_and_tasks_that_there_are(path):
+    from cxr_triton.profile import load_profile
+
+    data = build(Data, read_yaml(path, InvalidConfig), path.name)
+    assert data.format in FORMATS
+    profile = load_profile("chexone" if path.stem.startswith("chexone") else "nv-reason-cxr-3b")
+    task = profile.tasks[data.task]
+    assert set(data.variables) == set(task.placeholders)
+    assert data.mode is None or data.mode in profile.modes
+    assert set(data.labels) <= set(CHEXPERT)
+
+
+def test_the_guide_has_the_mapping_and_the_keys():
+    guide = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in guide.splitlines() if line[:1] == "|"]
+    told = {row[0]: row[1:3] for row in rows if row[0] in (*CHEXPERT, "no place")}
+    assert set(told) == {*CHEXPERT, "no place"}
+    for column, mapped in enumerate((OF_NIH, OF_VINDR)):
+        said = {theirs: ours for ours, cells in told.items() for theirs in cells[column].split(", ") if theirs}
+        named = {theirs: ours or "no place" for theirs, ours in mapped.items()}
+        assert {theirs: ours for theirs, ours in said.items() if theirs in mapped} == {
+            theirs: ours for theirs, ours in named.items() if ours != "no place" or mapped is OF_NIH
+        }
+    keys = {key for row in rows for key in re.findall(r"`(\w+)`", row[0]) if len(row) == 2}
+    assert {field.name for field in dataclasses.fields(Data)} - keys == {"labeller", "groups"}

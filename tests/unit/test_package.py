@@ -337,6 +337,29 @@ def test_every_part_has_to_have_passed(unverified, tmp_path, part, how):
     refused(unverified, tmp_path / "out", f"failed the gate in {part}")
 
 
+def test_a_bundle_that_is_not_right_enough_on_labelled_data_is_refused(bundle, tmp_path):
+    def judged(value, about=None):
+        check = {"name": "f1_macro", "value": value, "limit": 0.7, "at_least": True, "passed": value >= 0.7}
+        record = {
+            "subject": about or subject(Bundle.open(bundle).manifest),
+            "passed": check["passed"],
+            "checks": [check],
+        }
+        write_record(bundle, record | {"verdict": None, "data": {"name": "own", "studies": 6}}, "accuracy")
+
+    judged(0.61)
+    with pytest.raises(
+        NotVerified, match=r"not right enough on labelled data: f1_macro 0\.61, least 0\.7; .*--unverified"
+    ):
+        write_repository(bundle, tmp_path / "out", Settings())
+    with pytest.raises(InvalidRequest, match="not about the bundle"):
+        judged(0.9, about="another")
+    judged(0.9)
+    write_repository(bundle, tmp_path / "out", Settings())
+    said = (tmp_path / "out" / "cxr_reader" / "1" / "VERIFICATION").read_text()
+    assert said.startswith("passed\n") and "Accuracy on 6 studies of own passed too." in said
+
+
 def test_a_failed_record_is_refused(unverified, tmp_path):
     write_record(unverified, {**passing(Bundle.open(unverified)), "passed": False})
     refused(unverified, tmp_path / "out", "failed the gate")
