@@ -31,8 +31,9 @@ def test_the_dockerfile_passes_hadolint():
     lint("hadolint", str(DEPLOY / "Dockerfile"))
 
 
-def test_the_script_passes_shellcheck():
-    lint("shellcheck", str(DEPLOY / "smoke.sh"))
+@pytest.mark.parametrize("name", ["smoke.sh", "vllm-cpu.sh"])
+def test_the_scripts_pass_shellcheck(name):
+    lint("shellcheck", str(DEPLOY / name))
 
 
 def test_the_compose_file_is_of_the_compose_schema():
