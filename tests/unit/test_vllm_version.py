@@ -9,8 +9,8 @@ import pytest
 from vllm_api import CALLED, PYTHON, RECORD, declared, recorded
 
 from cxr_triton.engines.vllm import version
-from cxr_triton.engines.vllm.version import FIRST, LAST, check_version
-from cxr_triton.errors import DeviceUnavailable
+from cxr_triton.engines.vllm.version import CONTAINERS, FIRST, LAST, check_container, check_version
+from cxr_triton.errors import DeviceUnavailable, InvalidRecipe
 
 
 @pytest.mark.parametrize("given", ["0.24.0", "0.24.0+nv26.07", "0.27.1", "0.32.0", "0.32.1.dev4+g0123456"])
@@ -25,6 +25,14 @@ def test_what_was_looked_at_is_taken(given):
 def test_what_nobody_looked_at_is_refused_with_the_reason(given, side):
     with pytest.raises(DeviceUnavailable, match=rf"vLLM {given} is {side} .* 0\.24\.0 to 0\.32\.0"):
         check_version(given)
+
+
+def test_a_container_that_is_known_to_hold_another_is_refused():
+    for tag in ("26.07-vllm-python-py3", "26.08-vllm-python-py3", "of-my-own"):
+        check_container(tag)
+    for tag in ("26.05-vllm-python-py3", "26.06-vllm-python-py3"):
+        with pytest.raises(InvalidRecipe, match=rf"{tag} .* vLLM {CONTAINERS[tag]} is before .* use 26\.08-vllm"):
+            check_container(tag)
 
 
 def installed(monkeypatch, **versions):
