@@ -323,9 +323,14 @@ class Checkpoint:
             "copy it from the checkpoint's source"
         )
 
+    @property
+    def weight_files(self) -> set[Path]:
+        """Files that hold its tensors."""
+        return {entry.path for entry in self._entries.values()}
+
     def digests(self) -> dict[str, str]:
         """sha256 of every file that this checkpoint is read from, by file name."""
-        names = {entry.path.name for entry in self._entries.values()}
+        names = {path.name for path in self.weight_files}
         names |= {path.name for pattern in FILES for path in self.folder.glob(pattern)}
         result = {}
         for name in sorted(names):
