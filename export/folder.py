@@ -1,4 +1,7 @@
-"""The decoder as the checkpoint itself, for engines that open one: weights, configs and tokenizer, byte for byte."""
+"""The decoder as the checkpoint itself, for engines that open one: weights, configs and tokenizer.
+
+Byte for byte, but for int4 of modelopt, which those engines do not read: `pack_quantized` says as what.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ import shutil
 from pathlib import Path
 
 from cxr_triton.errors import InvalidRequest
-from cxr_triton.export.checkpoint import Checkpoint
+from cxr_triton.export.checkpoint import QUANT_CONFIG, Checkpoint
 from cxr_triton.export.graph import QUANTIZED, Form, Precision
+from cxr_triton.export.pack_quantized import write_pack_quantized
 from cxr_triton.export.progress import bar
+from cxr_triton.export.safetensors import read_header
 
 FOLDER = "decoder"
 PLAIN = ("fp32", "fp16", "bf16")
@@ -35,15 +40,29 @@ def write_folder(checkpoint: Checkpoint, folder: str | Path, *, progress: bool |
     """
     folder = Path(folder)
     folder.mkdir()
-    files = {path for pattern in _PATTERNS for path in checkpoint.folder.glob(pattern)} | checkpoint.weight_files
-    if (index := checkpoint.folder / "model.safetensors.index.json").is_file():
-        files.add(index)
-    total = sum(path.stat().st_size for path in files)
+    files = {path for pattern in _PATTERNS for path in checkpoint.folder.glob(pattern)}
+    packs = checkpoint.quantization is not None and checkpoint.quantization.scheme == "int4-awq"
+    if packs:
+        files -= {checkpoint.folder / name for name in ("config.json", QUANT_CONFIG)}
+    else:
+        files |= checkpoint.weight_files
+        if (index := checkpoint.folder / "model.safetensors.index.json").is_file():
+            files.add(index)
+    total = sum(path.stat().st_size for path in files) + packs * checkpoint.nbytes()
     with bar(total, "checkpoint", progress, unit="B", unit_scale=True) as shown:
         for path in sorted(files):
             shutil.copyfile(path, folder / path.name)
             shown.update(path.stat().st_size)
+        if packs:
+            write_pack_quantized(checkpoint, folder, shown.update)
     return folder
+
+
+def decoder_bytes(folder: Path, *, tied: bool) -> int:
+    """Bytes of the decoder's tensors in a folder of `write_folder`, less a table that tokens are only looked up in."""
+    entries = {name: entry for path in folder.glob("*.safetensors") for name, entry in read_header(path).items()}
+    skipped = ("visual.",) if tied else ("visual.", "embed_tokens.")
+    return sum(entry.nbytes for name, entry in entries.items() if not any(part in name for part in skipped))
 
 
 def take(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -110,11 +111,11 @@ class VLLM(Engine):
 
     def run_bytes(self, bundle, graph: str) -> int:
         """All weights of the decoder but the table that tokens are looked up in, where it is not the head too."""
-        from cxr_triton.export.checkpoint import Checkpoint
+        from cxr_triton.export.folder import decoder_bytes
+        from cxr_triton.export.geometry import is_tied
 
-        checkpoint = Checkpoint(bundle.path / FOLDER)
-        size = checkpoint.nbytes("language_model.") + checkpoint.nbytes("lm_head.")
-        return size if checkpoint.tied else size - checkpoint.nbytes("language_model.embed_tokens.")
+        folder = bundle.path / FOLDER
+        return decoder_bytes(folder, tied=is_tied(json.loads((folder / "config.json").read_text("utf-8"))))
 
 
 class _OnGpu(GpuEngine):
