@@ -21,7 +21,7 @@ def vllm_python():
     """The Python that has vLLM, named in the environment; tests that need it are skipped without one."""
     given = os.environ.get(INTERPRETER)
     if not given and not PYTHON.is_file():
-        pytest.skip(f"no Python with vLLM: `make {PYTHON.parents[1].name}` installs one, or name it in {INTERPRETER}")
+        pytest.skip(f"no Python with vLLM: `make vllm` installs one, or name it in {INTERPRETER}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(INTERPRETER, given or str(PYTHON))
         yield

@@ -73,7 +73,7 @@ class JudgedSession(JudgedDecoder):
             for slot, i in enumerate(order):
                 prompt = prompts[i]
                 inputs = prompt.input_ids, prompt.image_index, prompt.image_embeddings, prompt.position_ids
-                results[i][0] = session.prefill(slot, *inputs, is_last=True)  # type: ignore[assignment]
+                results[i][0] = session.prefill(slot, *inputs, is_last=True)
             for t in range(1, max(len(ids) for ids in answers)):
                 active = [i for i in order if len(answers[i]) > t]
                 tokens = np.array([answers[i][t - 1] for i in active], np.int64)

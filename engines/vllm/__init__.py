@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cxr_triton.engines.interface import SLOTS, Compiled, Engine, GpuEngine, Serving
 from cxr_triton.engines.vllm.layout import FILES, FOLDER, NAME, engine_type
+from cxr_triton.engines.vllm.version import check_container
 from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRecipe
 
 
@@ -36,6 +37,7 @@ class VLLM(Engine):
 
     def check_decoder(self, recipe) -> None:
         decoder = recipe.decoder
+        check_container(recipe.tag)
         if decoder.precision not in (*self.computes, "fp8", "int4-awq") or decoder.head != "compute":
             raise InvalidRecipe(
                 f"decoder.precision: {decoder.precision} with head {decoder.head} on {self.name}, which takes a "

@@ -20,6 +20,7 @@ import numpy as np
 from cxr_triton.engines.runtime.remote import Listener
 from cxr_triton.engines.secret import SECRET
 from cxr_triton.engines.vllm.layout import interpreter
+from cxr_triton.engines.vllm.version import DISTRIBUTIONS, check_version
 from cxr_triton.errors import CxrError, DeviceUnavailable, InvalidRequest, Unavailable
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ class EngineProcess:
     Raises
     ------
     DeviceUnavailable
-        There is no Python with vLLM, or vLLM does not start with what it was given; the message quotes it.
+        There is no Python with vLLM, it is of another version than `version` knows, or it does not start with what it
+        was given; the message quotes it.
     """
 
     def __init__(
@@ -150,7 +152,10 @@ class EngineProcess:
                 raise DeviceUnavailable(f"vLLM was not ready after {start_s:g} s; see the log")
             answer = json.loads(self._connection.recv_bytes())
             if answer["op"] == "ready":
-                return dict(answer["versions"])
+                versions: dict[str, str] = answer["versions"]
+                if found := next((versions[name] for name in DISTRIBUTIONS if name in versions), None):
+                    check_version(found)
+                return versions
             said = answer["said"]
         except (EOFError, OSError):
             pass

@@ -84,6 +84,9 @@ NOT_RUN = {
         r"^base=|^digest=|^docker |&& docker |^export REPOSITORY=": "needs Docker and a GPU",
         r"^cxr-triton (read|golden) ": "of an engine that needs a GPU; the suite holds both against other servers",
     },
+    "docs/decoder-engines.md": {
+        r"--format checkpoint|cpu-bf16-vllm|CXR_VLLM_PYTHON": "tests/integration/test_vllm_serving.py does",
+    },
     "docs/benchmarks.md": {
         r"bench_harness.py": "takes minutes; tests/integration/test_bench_served.py runs small versions",
         r"bench run build/3b/": "takes 46 minutes, and onnxruntime-genai",
