@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRecipe, InvalidRequest
 
 if TYPE_CHECKING:
+    from cxr_triton.engines.runtime.judged import JudgedDecoder
     from cxr_triton.engines.runtime.scheduler import Runtime
     from cxr_triton.engines.session import DecoderSession, VisionSession
 
@@ -121,6 +122,10 @@ class Engine:
     backends: ClassVar[tuple[str, ...]] = ()
     home: ClassVar[str] = ""
 
+    def options(self) -> dict[str, str]:
+        """What only it can be asked for when it is served, by name: what it means, with its values."""
+        return {}
+
     def files(self, graph: str) -> tuple[str, ...]:
         """Names of the files in a bundle that hold a graph; more may lie in `folder`."""
         return tuple(f"{graph}.{suffix}" for suffix in self.suffixes)
@@ -176,6 +181,10 @@ class Engine:
     def stream_bytes(self, recipe, text) -> int:
         """What each stream keeps beside its KV cache; `text` is the decoder's part of a checkpoint's config."""
         return 0
+
+    def stored(self, layer: str, precision: str) -> str:
+        """Precision that a linear layer, such as ``o_proj``, is stored in where the decoder's is `precision`."""
+        return precision
 
     # Building.
 
@@ -238,6 +247,16 @@ class Engine:
     ) -> DecoderSession:
         """Session of a bundle's decoder; see `Bundle.open_decoder`."""
         raise DeviceUnavailable(f"{self.name} runs in Triton only; package the bundle and serve it")
+
+    def try_decoder(self, bundle, *, slots: int) -> None:
+        """Find out whether its decoder can be run here; raises as `open_judged`."""
+        bundle.open_decoder(slots=slots)
+
+    def open_judged(self, bundle, *, slots: int, threads: int | None = None) -> JudgedDecoder:
+        """A bundle's decoder for the gate; raises `InvalidBundle` and `DeviceUnavailable`."""
+        from cxr_triton.engines.runtime.judged import JudgedSession
+
+        return JudgedSession(bundle, bundle.open_decoder(slots=slots, threads=threads))
 
     def open_runtime(self, bundle, parameters: Mapping[str, str], address: str) -> Runtime:
         """What serves many generations of a bundle's decoder.

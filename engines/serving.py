@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cxr_triton.errors import InvalidRequest
 
@@ -29,6 +29,8 @@ class Settings:
         A reading never depends on what else runs, to the last bit; see `Bundle.open_decoder`.
     prefix_reuse : bool
         The engine keeps KV blocks for prompts that begin alike, images included. Not proved with M-RoPE.
+    options : dict of str to str
+        What only the bundle's engine has, by the names of `Engine.options`.
     """
 
     slots: int | None = None
@@ -37,6 +39,7 @@ class Settings:
     queue_size: int = 64
     batch_invariant: bool = False
     prefix_reuse: bool = False
+    options: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         for name, least in (("slots", 1), ("preprocess_instances", 1), ("threads", 0), ("queue_size", 1)):

@@ -18,7 +18,7 @@ from cxr_triton.engines.bundle import MANIFEST, Bundle
 from cxr_triton.engines.interface import Serving
 from cxr_triton.engines.serving import BUNDLE, STEPS, Settings, declare, tensors
 from cxr_triton.engines.verify.record import require_accurate, require_verified
-from cxr_triton.errors import InvalidRequest, NotVerified
+from cxr_triton.errors import InvalidRequest, NotVerified, unknown_key
 from cxr_triton.files import new_folder, require_new
 from cxr_triton.triton_repo.integrity import seal
 
@@ -129,6 +129,14 @@ def serving_of(bundle: Bundle, settings: Settings) -> Serving:
     for ability in ABILITIES:
         if getattr(settings, ability):
             require_ability(bundle.engine, ability)
+    known = engine(bundle.engine).options()
+    for name in settings.options:
+        if name not in known:
+            raise InvalidRequest(
+                unknown_key(name, known, f"options of {bundle.engine}").replace("key", "option", 1)
+                if known
+                else f"option {name} was asked for, {bundle.engine} has none"
+            )
     return engine(bundle.engine).serving(bundle, settings)
 
 

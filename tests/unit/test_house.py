@@ -64,7 +64,6 @@ def test_every_row_of_the_table_is_a_whole_engine(name):
     assert isinstance(each, Engine) and each.name == name and ROOMS[name].endswith(name.replace("-", "_"))
     assert "decoder" in each.graphs and set(each.graphs) <= {"vision", "decoder"}
     assert each.computes and set(each.abilities) <= set(ABILITIES)
-    assert isinstance(each, CpuEngine | GpuEngine)
     for graph in each.graphs:
         assert each.files(graph) and each.types(graph)
         assert all(file.startswith((f"{graph}.", f"{each.folder}/")) for file in each.files(graph))
@@ -96,7 +95,7 @@ def test_the_table_and_the_recipes_agree():
     for recipe in recipes:
         decoder = engine(recipe.decoder.compiler)
         assert recipe.decoder.compute in decoder.types("decoder")
-        assert (recipe.gpu is None) == isinstance(decoder, CpuEngine)
+        assert not isinstance(decoder, GpuEngine if recipe.gpu is None else CpuEngine)  # some run on both
         assert not decoder.in_container or recipe.container
 
 
