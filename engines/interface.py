@@ -182,6 +182,10 @@ class Engine:
         """What each stream keeps beside its KV cache; `text` is the decoder's part of a checkpoint's config."""
         return 0
 
+    def stored(self, layer: str, precision: str) -> str:
+        """Precision that a linear layer, such as ``o_proj``, is stored in where the decoder's is `precision`."""
+        return precision
+
     # Building.
 
     def check_machine(self, recipe) -> None:

@@ -57,6 +57,10 @@ class VLLM(Engine):
         if recipe.gpu or recipe.compute_capability:
             GpuEngine.check_target(_OnGpu(), recipe, graph)
 
+    def stored(self, layer: str, precision: str) -> str:
+        """See `cxr_triton.export.pack_quantized`."""
+        return "bf16" if (layer, precision) == ("o_proj", "int4-awq") else precision
+
     def prepare(self, job) -> Callable[[Path], Compiled]:
         from cxr_triton.export.folder import FOLDER as SOURCE
 

