@@ -38,7 +38,8 @@ class Engine:
         from vllm import EngineArgs
 
         # It warns twice a request that threads are bound already.
-        logging.getLogger("vllm.v1.worker.cpu_worker").setLevel(logging.ERROR)
+        noisy = logging.getLogger("vllm.v1.worker.cpu_worker")
+        noisy.addFilter(lambda record: "set_num_threads" not in record.getMessage())
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self._connection = connection

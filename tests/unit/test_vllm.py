@@ -11,11 +11,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from fake_session import Letters, Receiver, generation, until
 
+from cxr_triton.cli import main
 from cxr_triton.engines import engine
 from cxr_triton.engines.geometry import Geometry
 from cxr_triton.engines.runtime.stream import Generation
+from cxr_triton.engines.serving import Settings
 from cxr_triton.engines.vllm.layout import INTERPRETER, engine_type, interpreter
 from cxr_triton.engines.vllm.options import OPTIONS, arguments, checked
 from cxr_triton.engines.vllm.process import EngineProcess
@@ -23,6 +26,7 @@ from cxr_triton.engines.vllm.request import message, sampling_params
 from cxr_triton.engines.vllm.runtime import VLLMRuntime
 from cxr_triton.errors import DeviceUnavailable, InvalidRequest, Unavailable
 from cxr_triton.sampling import Sampling
+from cxr_triton.triton_repo.package import serving_of
 
 DOUBLE = Path(__file__).resolve().parents[1] / "vllm_double"
 SEEN_DEAD_S = 5
@@ -167,6 +171,20 @@ def test_wrong_options_say_what_is_right(options, said):
 
 def test_every_option_says_what_it_means():
     assert set(engine("vllm").options()) == set(OPTIONS)
+
+
+def test_a_repository_takes_what_its_engine_has():
+    def asked(engine, **options):
+        bundle = SimpleNamespace(engine=engine, manifest={"recipe": {"slots": 6}})
+        return serving_of(bundle, Settings(options=options)).parameters
+
+    assert asked("vllm", kv="fp8") == {"slots": 6, "threads": 0, "kv": "fp8"}
+    with pytest.raises(InvalidRequest, match="did you mean 'drafts'"):
+        asked("vllm", draft="ngram")
+    with pytest.raises(InvalidRequest, match="option kv was asked for, onnxruntime has none"):
+        asked("onnxruntime", kv="fp8")
+    refused = CliRunner().invoke(main, ["package", ".", "-o", "new", "--option", "kv"])
+    assert refused.exit_code == 2 and "'kv' is not NAME=VALUE" in refused.output
 
 
 def test_a_python_without_vllm_says_what_to_do(monkeypatch, tmp_path):
