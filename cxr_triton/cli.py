@@ -58,6 +58,7 @@ VERBS = {
         "Run a PACS gateway: studies in, readings back as DICOM.",
     ),
     "bench": ("cxr_triton.perf.command:bench", "perf", "Measure a served reader, and compare measurements."),
+    "doctor": ("cxr_triton.doctor.command:doctor", None, "Look at what a deployment needs, and say what to do."),
     "demo": ("cxr_triton.triton_repo.command:demo", "local", "Export, build, package, serve and read on this CPU."),
 }
 """verb: (where it is, the extra that it needs or None, what it does)"""
@@ -100,6 +101,7 @@ EXAMPLES = {
     ),
     "bench compare": ("bench compare before.json after.json",),
     "bench history": ("bench history results/ --html history.html",),
+    "doctor": ("doctor", "doctor repository/ --url 127.0.0.1:8001 --gateway gateway.yaml"),
     "demo": ("demo -o build/demo",),
 }
 """Of each command, as they stand under its help."""

@@ -12,6 +12,8 @@ from cxr_triton.errors import InvalidRequest, NotVerified
 from cxr_triton.files import write
 
 SCHEMA = 1
+IN_ENGINE = "verification/record.json"
+"""The record with its readings, in the folder of a `make-engine`."""
 PARTS = ("files", "vision", "decoder", "readings", "controls")
 """All of them have to pass; see `cxr_triton.engines.verify.gate`."""
 
