@@ -7,13 +7,14 @@ modules ask the table of engines, which imports this one; rooms may annotate the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRecipe, InvalidRequest
+from cxr_triton.extras import remedy
 
 if TYPE_CHECKING:
     from cxr_triton.engines.runtime.judged import JudgedDecoder
@@ -47,6 +48,26 @@ class Compiled:
     versions: dict[str, str]
     plan: dict | None = None
     container: dict | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Something that a bundle needs of the machine that serves it, and what is here.
+
+    Attributes
+    ----------
+    what, found, wanted : str
+    is_met : bool or None
+        None where it cannot be told here.
+    remedy : str
+        What to do where it is not met.
+    """
+
+    what: str
+    found: str
+    wanted: str
+    is_met: bool | None
+    remedy: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +124,8 @@ class Engine:
         Keys of `ABILITIES`.
     products : tuple of str
         Precisions in which it multiplies on a CPU, where that is the ceiling of what it can do.
+    cpu_features : tuple of str
+        Features of a CPU, as Linux names them, for which it has kernels of its own.
     backends : tuple of str
         Triton's backends that a repository needs and the pip-installed server has not; `home` says who has them.
     """
@@ -119,6 +142,7 @@ class Engine:
     in_container: ClassVar[bool] = False
     abilities: ClassVar[frozenset[str]] = frozenset()
     products: ClassVar[tuple[str, ...]] = ()
+    cpu_features: ClassVar[tuple[str, ...]] = ()
     backends: ClassVar[tuple[str, ...]] = ()
     home: ClassVar[str] = ""
 
@@ -236,6 +260,17 @@ class Engine:
         Where nothing is checked here, a session is refused when it is opened.
         """
 
+    def needs(self, bundle, graph: str) -> Iterator[Need]:
+        """What a graph of a bundle needs of the machine that serves it; opens no session and changes nothing."""
+        for name in self.distributions:
+            try:
+                yield Need(what=f"package {name}", found=metadata.version(name), wanted="installed", is_met=True)
+            except metadata.PackageNotFoundError:
+                yield Need(
+                    what=f"package {name}", found="not installed", wanted="installed", is_met=False,
+                    remedy=remedy(self.extra),
+                )  # fmt: skip
+
     # Running.
 
     def open_vision(self, bundle, *, threads: int | None = None) -> VisionSession:
@@ -337,6 +372,24 @@ class GpuEngine(Engine):
     """Runs on an NVIDIA GPU, in the types that its tensor cores have."""
 
     computes = ("fp16", "bf16")
+
+    def needs(self, bundle, graph: str) -> Iterator[Need]:
+        """The GPU that the recipe names, too."""
+        from cxr_triton.engines.cuda import device
+
+        yield from super().needs(bundle, graph)
+        recipe = bundle.manifest.get("recipe") or {}
+        wanted = f"{recipe.get('gpu')}, compute capability {recipe.get('compute_capability')}"
+        try:
+            found = device()
+        except DeviceUnavailable as error:
+            said, _, how = error.message.rpartition("; ")
+            yield Need(what="GPU by CUDA", found=said, wanted=wanted, is_met=False, remedy=how)
+            return
+        is_met = found.compute_capability == recipe.get("compute_capability")
+        said = f"{found.name}, compute capability {found.compute_capability}"
+        how = "" if is_met else f"build the bundle for this GPU, or serve it on {recipe.get('gpu')}"
+        yield Need(what="GPU by CUDA", found=said, wanted=wanted, is_met=is_met, remedy=how)
 
     def check_target(self, recipe, graph: str) -> None:
         """The GPU has to be named, with tensor cores for what the decoder computes."""

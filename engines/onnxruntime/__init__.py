@@ -18,6 +18,7 @@ class OnnxRuntime(CpuEngine):
     needs_recipe = False
     abilities = frozenset({"batch_invariant"})
     products = ("fp32", "int4")
+    cpu_features = ("avx512_vnni", "avx_vnni", "avx512f", "avx2")
 
     def compile(self, job, folder: Path) -> Compiled:
         from cxr_triton.engines.onnxruntime.compiler import compile_decoder
