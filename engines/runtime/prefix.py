@@ -174,17 +174,31 @@ class PrefixCache:
     exact_only : bool
         Reuse only what changes no bit, so no answers.
 
-    Attributes
-    ----------
-    prompt_tokens, reused_tokens, hits : int
-        Tokens of all prompts so far, those of them that were not computed again, and the prompts that had any.
     """
 
     def __init__(self, limit_bytes: int, *, exact_only: bool = False):
         self.tree = PrefixTree(limit_bytes)
         self._exact_only = exact_only
         self._lineages: WeakKeyDictionary[Stream, Lineage] = WeakKeyDictionary()
-        self.prompt_tokens = self.reused_tokens = self.hits = 0
+        self._prompt_tokens = self._tokens = self._hits = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept, never more than the limit."""
+        return self.tree.nbytes
+
+    def counts(self) -> dict[str, int]:
+        """What came of it so far, for any thread.
+
+        ``prompt_tokens`` of all prompts, ``tokens`` of them that were not computed again, ``hits``: prompts that
+        had any, ``evicted``: blocks that the limit has cost.
+        """
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "tokens": self._tokens,
+            "hits": self._hits,
+            "evicted": self.tree.evicted,
+        }
 
     def restore(self, session, slot: int, stream: Stream, chunk: int) -> int:
         """Fill an empty slot with what is known of a stream's prompt, at most all but its last token.
@@ -220,9 +234,9 @@ class PrefixCache:
             session.free(slot)
             return 0
         tokens = len(blocks) * BLOCK
-        self.prompt_tokens += prompt
-        self.reused_tokens += tokens
-        self.hits += tokens > 0
+        self._prompt_tokens += prompt
+        self._tokens += tokens
+        self._hits += tokens > 0
         return tokens
 
     def keep(self, session, slot: int, stream: Stream) -> None:

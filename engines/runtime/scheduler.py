@@ -46,9 +46,12 @@ class Runtime:
     ----------
     steps : int or None
         Decode steps made so far; None where the engine does not tell.
+    prefix : PrefixCache or None
+        What prompts that begin alike share; None where nothing is, or the engine does not tell.
     """
 
     steps: int | None = None
+    prefix: PrefixCache | None = None
 
     def __init__(
         self,
