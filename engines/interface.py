@@ -122,6 +122,8 @@ class Engine:
         Its bundles are built in the recipe's container, on the recipe's GPU.
     abilities : frozenset of str
         Keys of `ABILITIES`.
+    reuses_prefixes : bool
+        It does so unless told otherwise, given the ability.
     products : tuple of str
         Precisions in which it multiplies on a CPU, where that is the ceiling of what it can do.
     cpu_features : tuple of str
@@ -141,6 +143,7 @@ class Engine:
     needs_recipe: ClassVar[bool] = True
     in_container: ClassVar[bool] = False
     abilities: ClassVar[frozenset[str]] = frozenset()
+    reuses_prefixes: ClassVar[bool] = False
     products: ClassVar[tuple[str, ...]] = ()
     cpu_features: ClassVar[tuple[str, ...]] = ()
     backends: ClassVar[tuple[str, ...]] = ()
@@ -304,22 +307,28 @@ class Engine:
         address : str
             gRPC endpoint of the server that this runs in.
         """
+        from cxr_triton.engines.runtime.prefix import PrefixCache
         from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 
+        is_invariant = parameters["batch_invariant"] == "1"
         session = bundle.open_decoder(
             slots=int(parameters["slots"]),
             threads=int(parameters["threads"]) or None,
-            batch_invariant=parameters["batch_invariant"] == "1",
+            batch_invariant=is_invariant,
         )
-        return DecoderRuntime(bundle, session=session, queue_size=int(parameters["queue_size"]))
+        kept = int(parameters["prefix_cache_mib"]) << 20
+        prefix = PrefixCache(kept, exact_only=is_invariant) if kept else None
+        return DecoderRuntime(bundle, session=session, prefix=prefix, queue_size=int(parameters["queue_size"]))
 
     def serving(self, bundle, settings) -> Serving:
         """How a bundle whose decoder it runs is served; raises `InvalidRequest` and `InvalidBundle`."""
+        reuses = self.reuses_prefixes if settings.prefix_reuse is None else settings.prefix_reuse
         return Serving(
             parameters={
                 "slots": settings.slots or SLOTS,
                 "threads": settings.threads,
                 "batch_invariant": int(settings.batch_invariant),
+                "prefix_cache_mib": settings.prefix_cache_mib if reuses and "prefix_reuse" in self.abilities else 0,
             }
         )
 
@@ -346,6 +355,8 @@ class CpuEngine(Engine):
     """Runs on the CPU, computes in fp32, and reads graphs that an older version of its library wrote."""
 
     computes = ("fp32",)
+    abilities = frozenset({"prefix_reuse"})
+    reuses_prefixes = True
 
     def check_target(self, recipe, graph: str) -> None:
         """Not for a GPU either."""
@@ -372,6 +383,7 @@ class GpuEngine(Engine):
     """Runs on an NVIDIA GPU, in the types that its tensor cores have."""
 
     computes = ("fp16", "bf16")
+    abilities = frozenset({"prefix_reuse"})
 
     def needs(self, bundle, graph: str) -> Iterator[Need]:
         """The GPU that the recipe names, too."""

@@ -50,7 +50,13 @@ def _options(given: tuple[str, ...]) -> dict[str, str]:
 @click.option("--threads", default=0, help="CPU threads of each graph.  [default: all cores]")
 @click.option("--queue-size", default=64, show_default=True, help="Requests that may wait before each step.")
 @click.option("--batch-invariant", is_flag=True, help="Readings never depend on what else runs; int4 alone is slower.")
-@click.option("--prefix-reuse", is_flag=True, help="Keep KV blocks of equal prompts, where the engine can; not proved.")
+@click.option(
+    "--prefix-reuse/--no-prefix-reuse",
+    default=None,
+    help="Compute the beginning that prompts share once.  [default: on a CPU]",
+)
+@click.option("--prefix-cache-mib", default=512, show_default=True, help="Memory for such beginnings; 0: none.")
+@click.option("--picture-cache-mib", default=256, show_default=True, help="Memory for embeddings of pictures; 0: none.")
 @click.option(
     "--option",
     "options",

@@ -146,7 +146,8 @@ def models(bundle: Bundle, settings: Settings, serving: Serving, verification: s
     preprocess = _python("dicom_preprocess", known, {"bundle": BUNDLE}, instances=settings.preprocess_instances)
     vision = serving.vision
     if vision is None:
-        vision = _python("vision_encoder", known, {"bundle": BUNDLE, "threads": settings.threads})
+        kept = {"threads": settings.threads, "picture_cache_mib": settings.picture_cache_mib}
+        vision = _python("vision_encoder", known, {"bundle": BUNDLE, **kept})
         # A request's images arrive together and have to fit into one batch.
         vision.max_batch_size = max(bundle.profile.max_images, VISION_BATCH)
     decoder = _python("decoder", known, {"bundle": BUNDLE, "queue_size": queue_size, **serving.parameters})
