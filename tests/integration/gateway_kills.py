@@ -17,6 +17,8 @@ from cxr_triton.client.gateway.schema import deliveries, history
 
 AWAY_S = (0.0, 5.0)
 """How long a victim stays dead, at least and at most; its start comes on top."""
+PAUSE_S = (0.0, 0.5)
+"""From the moment that a kill is due to the kill, so that it does not keep step with the queue."""
 TOGETHER = 0.15
 """Share of the kills that come at the same moment as another one."""
 
@@ -80,7 +82,7 @@ class Reaper:
             if there:
                 victim = self.rng.choice(there)
                 # those of one moment wait as long, so that they die together
-                pause_s = random.Random(moment).uniform(0, 0.5)
+                pause_s = random.Random(moment).uniform(*PAUSE_S)
                 self._begin(victim, kind, victim.ends[kind], pause_s, self.rng.uniform(*AWAY_S))
             else:
                 waiting.append((moment, kind))

@@ -22,11 +22,20 @@ from pathlib import Path
 from cxr_triton.files import write
 
 ROOT = Path(__file__).resolve().parents[2]
+REQUIRED = ("command", "date", "machine")
 RECORD = ROOT / "docs" / "results" / "reliability.json"
 
 
 def set_section(name: str, section: dict, path: Path = RECORD) -> None:
-    """Set one section of a record, and leave the others as they are; runs that end together take turns."""
+    """Set one section of a record, and leave the others as they are; runs that end together take turns.
+
+    Raises
+    ------
+    ValueError
+        The section does not say how it came to be.
+    """
+    if missing := [key for key in REQUIRED if not section.get(key)]:
+        raise ValueError(f"section {name} has no {', '.join(missing)}; begin it with `provenance`")
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -72,10 +81,10 @@ def main() -> None:
     parser.add_argument("record", type=argparse.FileType(), help="JSON file; - is standard input")
     parser.add_argument("--into", type=Path, default=RECORD)
     asked = parser.parse_args()
-    section = json.load(asked.record)
-    if not isinstance(section, dict):
-        sys.exit(f"{asked.record.name} holds no JSON object")
-    set_section(asked.section, section, asked.into)
+    try:
+        set_section(asked.section, json.load(asked.record), asked.into)
+    except (ValueError, AttributeError) as error:
+        sys.exit(f"{asked.record.name}: {error}")
 
 
 if __name__ == "__main__":
