@@ -18,7 +18,6 @@ from reliability import provenance, set_section
 from cxr_triton.client.gateway.schema import Received, Result
 from cxr_triton.client.gateway.store import Store
 
-
 OF_A_RUN = {"command": "python run.py", "date": "2026-11-28", "machine": {"cores": 2}}
 
 
