@@ -20,8 +20,10 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import select
+import shlex
 import signal
 import socket
 import sys
@@ -474,6 +476,7 @@ def run(
                 say(f"{passed_s:.0f} s, {len(sender.acknowledged)} acknowledged, {dict(queue.jobs)}")
             time.sleep(0.5)
         phases.over.set()
+        assert sender.no_more.is_set() or len(sender.acknowledged) == objects, "the sender ended before its time"
         objects = len(sender.acknowledged)
         wait_for(lambda: queue.look() or not any(queue.jobs[s] for s in OPEN), "an empty queue")
         store = Store(site.queue_url, "watcher")
@@ -541,7 +544,7 @@ def main() -> None:
         kills = dict(Counter(random.Random(asked.seed).choices(VICTIMS, k=asked.kills)))
     if asked.gateways < 2:
         kills.pop("database", None)
-    record = provenance(f"python {' '.join(sys.argv)}", PACKAGES, DEBIAN)
+    record = provenance(re.sub(r" --json \S+", "", f"python {shlex.join(sys.argv)}"), PACKAGES, DEBIAN)
     with tempfile.TemporaryDirectory(prefix="cxr-faults-") as name:
         result = run(
             Path(name), objects=asked.objects, kills=kills, gateways=asked.gateways, seed=asked.seed,

@@ -5,12 +5,14 @@ import random
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("sqlalchemy")
 pytest.importorskip("pynetdicom")
 
+import gateway_faults
 import gateway_kills
 from gateway_kills import Outage, Progress, Reaper, Victim, overlapping, quantiles, recovery, schedule
 from reliability import provenance, set_section
@@ -124,3 +126,48 @@ def test_recovery_is_told_from_the_queue(tmp_path):
 def test_quantiles_are_of_the_nearest_rank():
     assert quantiles([float(i) for i in range(1, 101)]) == {"n": 100, "p50": 50.0, "p99": 99.0, "max": 100.0}
     assert quantiles([3.0, None]) == {"n": 1, "p50": 3.0, "p99": 3.0, "max": 3.0}
+
+
+SR, TEXT = "1.2.840.10008.5.1.4.1.1.88.34", "1.2.840.10008.5.1.4.1.1.88.22"
+WHOLE = {"1.1": ("study-1", SR), "1.2": ("study-1", TEXT), "2.1": ("study-2", SR), "2.2": ("study-2", TEXT)}
+"""SOP instances of two studies' results: study and SOP class."""
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({}, {"lost": 0, "doubled": 0}),
+        ({"2.2": None}, {"lost": 1, "doubled": 0}),
+        ({"2.1": None, "2.2": None}, {"lost": 1, "doubled": 0}),
+        ({"1.3": ("study-1", SR)}, {"lost": 0, "doubled": 1}),
+    ],
+)
+def test_a_lost_and_a_doubled_result_are_counted(monkeypatch, change, expected):
+    held = {sop: one for sop, one in {**WHOLE, **change}.items() if one}
+    orthancs = {"pacs": WHOLE, "archive": held}
+    monkeypatch.setattr(gateway_faults, "results_in", lambda of: {sop: study for sop, (study, _) in of.items()})
+    assert gateway_faults.count(of_destinations(orthancs, WHOLE), {"study-1", "study-2"}) == expected
+
+
+@pytest.mark.parametrize(
+    "flaky, different, acknowledged, message",
+    [
+        ({**WHOLE, "2.2": ("study-2", SR)}, 0, 2, "lacks one kind"),
+        (WHOLE, 1, 2, "other bytes"),
+        (WHOLE, 0, 1, "never acknowledged"),
+    ],
+)
+def test_other_results_than_those_of_the_acknowledged_studies_end_the_run(
+    monkeypatch, flaky, different, acknowledged, message
+):
+    monkeypatch.setattr(gateway_faults, "results_in", lambda of: {sop: study for sop, (study, _) in of.items()})
+    site = of_destinations({"pacs": WHOLE, "archive": WHOLE}, flaky, different)
+    with pytest.raises(AssertionError, match=message):
+        gateway_faults.count(site, {f"study-{i + 1}" for i in range(acknowledged)})
+
+
+def of_destinations(orthancs: dict, flaky: dict, different: int = 0) -> SimpleNamespace:
+    stored = {sop: (study, "digest") for sop, (study, _) in flaky.items()}
+    classes = {sop: sop_class for sop, (_, sop_class) in flaky.items()}
+    pacs = SimpleNamespace(stored=stored, classes=classes, different=different)
+    return SimpleNamespace(orthancs=orthancs, flaky=pacs)
