@@ -23,7 +23,7 @@ from cxr_triton.client.gateway.disk import sync
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.schema import Received
 from cxr_triton.client.gateway.store import Store
-from cxr_triton.errors import InternalError, InvalidImage, LimitExceeded, QueueFull
+from cxr_triton.errors import CxrError, InternalError, InvalidImage, LimitExceeded, QueueFull
 from cxr_triton.pixels.dicom import Identity
 from cxr_triton.pixels.limits import Limits
 from cxr_triton.pixels.sandbox import Sandbox
@@ -207,7 +207,7 @@ class Intake:
         except REFUSALS as error:
             is_out_of_room = isinstance(error, QueueFull) or is_full(error)
             verdict = "refused" if isinstance(error, InvalidImage) else "no_room" if is_out_of_room else "failed"
-            code = getattr(error, "code", type(error).__name__)
+            code = error.code if isinstance(error, CxrError) else type(error).__name__
             self.log("warning", "not_received", door=door, source=source, verdict=verdict, error=code)
             if is_full(error):
                 raise QueueFull("the disk for objects is full; send it again later") from None

@@ -21,6 +21,7 @@ from pydicom import Dataset
 pytest.importorskip("sqlalchemy")
 pytest.importorskip("pynetdicom")
 
+import sqlalchemy.exc
 from fake_server import FakeServer, failure, response
 
 from cxr_triton import files, phantom, phantom_file
@@ -645,3 +646,20 @@ def test_a_server_that_later_knows_the_task_no_more_is_waited_for(tmp_path):
 
         run_until(worker, swapped)
         assert not worker.are_names_known and not worker.is_server_ready
+
+
+# --------------------------------------------------------------------------------------------------------- the log
+
+
+def test_the_log_names_the_failure_of_a_queue(site, monkeypatch):
+    """By its class: SQLAlchemy's errors have a `code` too, which says nothing to an operator."""
+    monkeypatch.setattr(site.store, "add", broken)
+    with site.intake.new_file() as file:
+        file.write(phantom_dicom())
+        with pytest.raises(sqlalchemy.exc.OperationalError):
+            site.intake.take(file, "dicom", "MODALITY")
+    assert [line["error"] for line in site.events("not_received")] == ["OperationalError"]
+
+
+def broken(*args):
+    raise sqlalchemy.exc.OperationalError("INSERT", {}, Exception("the server closed the connection"))
