@@ -53,8 +53,8 @@ def device() -> Device:
     if int(status) or not count:
         text = cuda.cudaGetErrorString(status)[1].decode() if int(status) else "none found"
         raise DeviceUnavailable(
-            f"no NVIDIA GPU can be used here ({text}); run on a machine with a GPU and its driver, or use a recipe for "
-            "a CPU"
+            f"no NVIDIA GPU can be used here ({text}); run on a machine with a GPU and its driver, or use a recipe "
+            "for a CPU"
         )
     properties = call("cudaGetDeviceProperties", call("cudaGetDevice"))
     name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)
