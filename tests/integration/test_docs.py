@@ -101,6 +101,7 @@ NOT_RUN = {
     "examples/evaluation/README.md": {
         r"": "of a data set that has to be asked for; its layout is in test_evaluate_data.py"
     },
+    "docs/reliability.md": {r"gateway_faults.py": "takes an hour; tests/integration/test_gateway.py runs a small one"},
     "docs/gpu-results.md": {r"gpu_session run OUT": "needs a GPU"},
     "docs/gpu-session.md": {
         r"gpu_session run (…|OUT .*--limit-s N\]$)": "needs a GPU",

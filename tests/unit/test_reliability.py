@@ -15,7 +15,7 @@ pytest.importorskip("pynetdicom")
 import gateway_faults
 import gateway_kills
 from gateway_kills import Outage, Progress, Reaper, Victim, overlapping, quantiles, recovery, schedule
-from reliability import provenance, set_section
+from reliability import RECORD, REQUIRED, ROOT, provenance, set_section
 
 from cxr_triton.client.gateway.schema import Received, Result
 from cxr_triton.client.gateway.store import Store
@@ -45,6 +45,29 @@ def test_what_a_run_says_of_itself_is_of_this_machine(tmp_path):
     said = provenance("python run.py", ["pydicom"])
     set_section("run", said, tmp_path / "record.json")
     assert said["command"] == "python run.py" and said["machine"]["cores"] > 0 and said["machine"]["pydicom"]
+
+
+def test_the_record_keeps_the_gateways_promise_and_the_docs_say_what_it_says():
+    """The page's figures are the record's."""
+    record = json.loads(RECORD.read_text())["gateway"]
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    assert all(record[key] for key in REQUIRED) and record["command"] in page and record["commit"] in page
+    assert record["lost"] == record["doubled"] == record["left_in_queue"] == record["dead_letters"] == 0
+    assert record["objects"] >= 10_000 and sum(record["killed"].values()) == record["kills"] >= 100
+    kinds = ("destination", "gateway", "decoder", "triton", "database")
+    rows = {
+        "objects acknowledged": f"{record['objects']:,}",
+        "killed: destination, gateway, decoder, Triton, database": ", ".join(str(record["killed"][k]) for k in kinds),
+        "of these while another victim was away": record["killed_while_another_was_away"],
+        "stores that were not answered with success, and sent again": f"{record['sends_without_success']:,}",
+        "acknowledged objects sent once more on purpose": record["acknowledged_objects_sent_again"],
+        "connections and requests broken before a destination": (
+            f"{sum(record['connections_and_requests_broken'].values()):,}"
+        ),
+        "readings that failed, and were made again": record["readings_failed"],
+    }
+    for what, figure in rows.items():
+        assert f"| {what} | {figure} |" in page, what
 
 
 class Life:
