@@ -18,6 +18,7 @@ from cxr_triton.pixels.step import has_step
 _MAX_CHUNKS = 100_000
 _MAX_SCANS = 512  # libjpeg goes through all coefficients for each; 64 x 14 bits would need more, no encoder does
 _SCAN, _EXTRAS = 0xDA, {*range(0xE0, 0xF0), 0xFE}  # application data, comment
+_TURNS, _ACROSS = range(2, 9), range(5, 9)  # EXIF orientations that change the picture, and its sides
 _APPLICATIONS = {(0xE0, b"JFIF\0"), (0xE1, b"Exif\0"), (0xEE, b"Adobe")}  # resolution, orientation, colour
 
 
@@ -90,9 +91,10 @@ def read_jpeg(data: bytes, limits: Limits) -> Radiograph:
         raise HeaderMismatch(f"JPEG decodes to {pixels.shape}, its header declares {header.height}x{header.width}")
     flags = {"lossy"}
     density = picture.info.get("jfif_density", (1, 1)) if picture.info.get("jfif_unit") else (1, 1)
-    if (turn := picture.getexif().get(0x0112, 1)) != 1:
+    turn = picture.getexif().get(0x0112)  # of any type, in a file that is damaged
+    if turn in _TURNS:
         flags.add("exif_transposed")
-        density = density[::-1] if turn > 4 else density
+        density = density[::-1] if turn in _ACROSS else density
     pixels = _collapse(pixels.reshape(*pixels.shape[:2], -1))
     if has_step(pixels if pixels.ndim == 2 else pixels[..., 1]):
         flags.add("damage_suspected")

@@ -765,6 +765,19 @@ def test_exif_orientation_is_applied():
     assert "exif_transposed" in radiograph.flags
 
 
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(1, b"\6"), (2, b"6"), (7, b"\6"), (3, b"\0"), (3, b"\x09")],
+    ids=["byte", "text", "bytes", "0", "9"],
+)
+def test_exif_orientation_that_is_none_turns_nothing(kind, value):
+    entry = struct.pack("<HHI", 0x0112, kind, 1) + value.ljust(4, b"\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+    radiograph = read_image(encoded(Image.fromarray(GRAY), "JPEG", exif=exif, quality=100))
+    assert np.abs(radiograph.stored.astype(int) - GRAY).max() < 6
+    assert "exif_transposed" not in radiograph.flags
+
+
 @pytest.mark.parametrize("turn", [1, 6])
 @pytest.mark.parametrize("form", ["png", "jpeg"])
 def test_resolution_of_a_picture_gives_the_shape_of_its_pixels(form, turn):
