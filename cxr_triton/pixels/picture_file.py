@@ -56,6 +56,8 @@ def _walk_png(data: bytes) -> tuple[float, float]:
         kind = data[position + 4 : position + 8]
         if kind == b"acTL" and data[position + 8 : position + 12] > b"\0\0\0\x01":
             raise MultiFrame("PNG is animated, allowed 1 frame; send one frame per file")
+        if kind == b"IHDR" and count:
+            raise InvalidImage("PNG has two header chunks; the file is damaged")
         if kind == b"pHYs" and length == 9:
             density = struct.unpack_from(">II", data.ljust(position + 17), position + 8)
         position += 12 + length
