@@ -46,6 +46,11 @@ MOST_COMMAND = 1 << 16
 """Bytes of a DIMSE command set; those of PS3.7 have hundreds."""
 
 
+_ABORT = b"\7\0\0\0\0\4\0\0\2\6"
+"""A-ABORT of the provider for an invalid PDU parameter value (PS3.8 9.3.8)."""
+_THEIR_ABORT = "Evt16"
+
+
 class Unreachable(Exception):
     """The destination, not a result: nothing can be sent there now."""
 
@@ -143,15 +148,35 @@ def limit(
             association.dul.event_queue.put("Evt19")  # as an invalid PDU: A-ABORT
 
     dimse.receive_primitive = take_or_abort
-    machine = association.dul.state_machine
-    act = machine.do_action
+    _end_on_errors(association, on_junk)
 
-    def act_or_ignore(event: str) -> None:
-        """An answer to a peer that broke off meanwhile would end pynetdicom's thread, and its connection would stay."""
-        with contextlib.suppress(InvalidEventError):
+
+def _end_on_errors(association: Association, on_junk: Callable[[Exception], None]) -> None:
+    """What a peer says wrong in a request or an abort would end pynetdicom's threads without an answer."""
+    acse: Any = association.acse
+    machine: Any = association.dul.state_machine
+    negotiate, act = acse.negotiate_association, machine.do_action
+
+    def negotiate_or_abort() -> None:
+        try:
+            negotiate()
+        except Exception as error:
+            on_junk(error)
+            association.abort()
+
+    def act_or_end(event: str) -> None:
+        try:
             act(event)
+        except InvalidEventError:
+            pass  # an answer to a peer that broke off meanwhile
+        except Exception as error:
+            on_junk(error)
+            if event != _THEIR_ABORT:
+                with contextlib.suppress(OSError, AttributeError):  # it may be closed
+                    _wire(association).send(_ABORT)
+            # pynetdicom ends the association where it cannot act
 
-    setattr(machine, "do_action", act_or_ignore)  # noqa: B010  # a method, to type checkers
+    acse.negotiate_association, machine.do_action = negotiate_or_abort, act_or_end
 
 
 def forget_messages(association: Association) -> None:

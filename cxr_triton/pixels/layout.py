@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import replace
 from typing import NamedTuple
@@ -93,6 +94,7 @@ def stored_values(dataset: DataSet, uid: str, layout: Layout, flags: set[str]) -
         if syntax.deflated:
             _require_exact_end(dataset)
         words, lossy = _native(dataset, layout.shape, dtype), False
+    _require_nothing_behind(dataset)
     return *_to_stored(words, layout.bits_stored, layout.signed, lossy, flags), lossy
 
 
@@ -144,6 +146,16 @@ def _native(dataset: DataSet, shape: tuple[int, int], dtype: np.dtype) -> np.nda
         raise InvalidImage(f"pixel data have {min(element.length, remaining)} bytes, 16-bit words need {even}")
     words = np.frombuffer(dataset.data, ">u2", even // 2, element.start).astype("<u2")
     return words.view(np.uint8)[:expected].reshape(shape)
+
+
+def _require_nothing_behind(dataset: DataSet) -> None:
+    """Readers that go on behind the pixel data take what is there in place of what came before."""
+    end, found = len(dataset.data), None
+    with contextlib.suppress(InvalidImage):  # padding, or what a transfer left there
+        behind = dataset.each(dataset.after(dataset.elements[Tag.PIXELS], end), end)
+        found = next((element for _, element in behind if element.tag in dataset.wanted), None)
+    if found:
+        raise InvalidImage(f"element {name_of(found.tag)} stands behind the pixel data; the file is damaged")
 
 
 def _require_exact_end(dataset: DataSet) -> None:

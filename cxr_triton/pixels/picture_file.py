@@ -18,6 +18,7 @@ from cxr_triton.pixels.step import has_step
 _MAX_CHUNKS = 100_000
 _MAX_SCANS = 512  # libjpeg goes through all coefficients for each; 64 x 14 bits would need more, no encoder does
 _SCAN, _EXTRAS = 0xDA, {*range(0xE0, 0xF0), 0xFE}  # application data, comment
+_TURNS, _ACROSS = range(2, 9), range(5, 9)  # EXIF orientations that change the picture, and its sides
 _APPLICATIONS = {(0xE0, b"JFIF\0"), (0xE1, b"Exif\0"), (0xEE, b"Adobe")}  # resolution, orientation, colour
 
 
@@ -55,6 +56,8 @@ def _walk_png(data: bytes) -> tuple[float, float]:
         kind = data[position + 4 : position + 8]
         if kind == b"acTL" and data[position + 8 : position + 12] > b"\0\0\0\x01":
             raise MultiFrame("PNG is animated, allowed 1 frame; send one frame per file")
+        if kind == b"IHDR" and count:
+            raise InvalidImage("PNG has two header chunks; the file is damaged")
         if kind == b"pHYs" and length == 9:
             density = struct.unpack_from(">II", data.ljust(position + 17), position + 8)
         position += 12 + length
@@ -90,9 +93,10 @@ def read_jpeg(data: bytes, limits: Limits) -> Radiograph:
         raise HeaderMismatch(f"JPEG decodes to {pixels.shape}, its header declares {header.height}x{header.width}")
     flags = {"lossy"}
     density = picture.info.get("jfif_density", (1, 1)) if picture.info.get("jfif_unit") else (1, 1)
-    if (turn := picture.getexif().get(0x0112, 1)) != 1:
+    turn = picture.getexif().get(0x0112)  # of any type, in a file that is damaged
+    if turn in _TURNS:
         flags.add("exif_transposed")
-        density = density[::-1] if turn > 4 else density
+        density = density[::-1] if turn in _ACROSS else density
     pixels = _collapse(pixels.reshape(*pixels.shape[:2], -1))
     if has_step(pixels if pixels.ndim == 2 else pixels[..., 1]):
         flags.add("damage_suspected")

@@ -163,7 +163,11 @@ class GatewayProcess(Process):
         start = log.stat().st_size if log.exists() else 0
         command = [*CLI, "gateway", "--config", str(self.config)]
         super().__init__(command, log)
-        line = wait_for(lambda: self.process.poll() is not None or self._started(start), "the gateway's start")
+        try:
+            line = wait_for(lambda: self.process.poll() is not None or self._started(start), "the gateway's start")
+        except AssertionError:
+            self.kill()
+            raise
         assert self.process.poll() is None, log.read_text()[-3000:]
         self.port, self.web = line["dicom_port"], f"http://127.0.0.1:{line['web_port']}"
 

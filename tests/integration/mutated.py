@@ -54,12 +54,12 @@ from cxr_triton.pixels.limits import Limits
 from cxr_triton.pixels.sandbox import Prepared, Sandbox
 from cxr_triton.request import ReadRequest
 
-SHARES = {"dicom": 0.35, "png": 0.17, "jpeg": 0.15, "request": 0.32, "stow": 0.0085, "dimse": 0.0015}
+SHARES = {"dicom": 0.35, "png": 0.17, "jpeg": 0.15, "request": 0.316, "stow": 0.01, "dimse": 0.004}
 """Of all inputs, by door."""
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 _BUDGET = {"min_pixels": 784, "max_pixels": 64 * 64}
 _MOST_KEPT = 40
-THREADS = 6
+THREADS = 3
 """Decoding processes of a door at once."""
 
 
@@ -313,7 +313,15 @@ def run(
     with ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=1) as pool:
         pending = {pool.submit(DOORS[work.door], work): work.door for work in works}
         for future in as_completed(pending):
-            found[pending[future]] = future.result()
+            try:
+                found[pending[future]] = future.result()
+            except Exception as error:  # the other doors' records stand
+                said = f"{type(error).__name__}: {error}"[:300]
+                found[pending[future]] = {
+                    "inputs": 0,
+                    "findings": {"the door's run broke off": 1},
+                    "examples": {"": said},
+                }
             click.echo(f"{pending[future]}: {json.dumps(found[pending[future]])}", err=True)
     return {
         "inputs": sum(door["inputs"] for door in found.values()),

@@ -42,6 +42,7 @@ SUBSTITUTES = (
     (r"python3 -m venv .venv && ", ""),
     (r"pip install .*'\.\[[a-z,]+\]'.*", "true"),
     (r"soak\.py --minutes 10 --clients 8", "soak.py --minutes 0.2 --clients 2"),
+    (r"mutated\.py --inputs 1000000", "mutated.py --inputs 300 --doors png,request"),
     # Ports that are free, and folders of a user.
     (
         r"^(cxr-triton serve \S+) &$",

@@ -381,6 +381,30 @@ def test_data_that_are_no_message_are_answered_by_an_abort(gateway):
     assert "Traceback" not in gateway.log.read_text()
 
 
+EVEN_ID = associate_request().replace(b"\1\0\0\0\x30", b"\2\0\0\0\x30")
+NO_ABSTRACT_SYNTAX = associate_request().replace(b"\x30\0\0\x11", b"\x31\0\0\x11")
+
+
+@pytest.mark.parametrize(
+    ("pdus", "answer"),
+    [
+        ([EVEN_ID], b"\7"),
+        ([NO_ABSTRACT_SYNTAX], b"\7"),
+        ([associate_request(), struct.pack(">BBI4B", 7, 0, 4, 0, 0, 4, 0)], b"\2"),
+    ],
+    ids=["even context", "no abstract syntax", "abort of no source"],
+)
+def test_what_the_standard_does_not_know_ends_no_thread(gateway, pdus, answer):
+    with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
+        connection.settimeout(20)
+        for pdu in pdus:
+            connection.sendall(pdu)
+            if pdu is pdus[0]:
+                assert connection.recv(1 << 16)[:1] == answer
+        assert ends(connection, 15)
+    assert "Traceback" not in gateway.log.read_text()
+
+
 def test_objects_that_nobody_takes_leave_no_file(gateway):
     """Those that wait behind others when their peer goes; pynetdicom writes each to a temporary file."""
     request, _, *object_pdus, _ = associations({"object": friendly()})["object"]

@@ -13,7 +13,7 @@ def test_mutated_inputs_are_taken_or_refused_and_nothing_else(tmp_path):
     record = run(list(DOORS), 3000, seed=2, minutes=5, keep=str(tmp_path), processes=2)
     doors = record["doors"]
     assert record["findings"] == 0, {name: door.get("examples") for name, door in doors.items()}
-    assert record["inputs"] == 3000 and not list(tmp_path.glob("*differs*"))
+    assert abs(record["inputs"] - 3000) < len(DOORS) and not list(tmp_path.glob("*differs*"))
     for name in ("dicom", "png"):
         compared = doors[name]["compared"]
         assert compared["equal to an original"] > 20 and "differs" not in compared

@@ -592,6 +592,31 @@ def test_truncated_pixels_are_refused_at_every_cut(tmp_path, syntax):
             read_image(data[:cut])
 
 
+@pytest.mark.parametrize("syntax", ["native", "compressed"])
+def test_what_stands_behind_the_pixel_data_is_in_place_of_nothing(syntax):
+    """pydicom and others take the last of two elements."""
+    import imagecodecs
+
+    values = pattern(12)
+    good = file_bytes(dataset_of(values, 12))
+    pixels = good[good.index(b"\xe0\x7f\x10\0OW") :]
+    if syntax == "compressed":
+        good = compressed_bytes(values, 12, "1.2.840.10008.1.2.4.80", imagecodecs.jpegls_encode(values))
+    rows = b"\x28\0\x10\0US\2\0" + struct.pack("<H", 20)
+    for behind in (pixels, rows, b"\xfc\xff\xfc\xffOB\0\0\4\0\0\0\0\0\0\0" + rows):
+        with pytest.raises(errors.InvalidImage, match="behind the pixel data"):
+            read_image(good + behind)
+    for behind in (bytes(512), b"\xfc\xff\xfc\xffOB\0\0\4\0\0\0\0\0\0\0", b"left by a transfer " * 20):
+        assert np.array_equal(read_image(good + behind).stored, values)
+
+
+def test_png_of_two_headers_is_refused():
+    data = encoded(Image.fromarray(GRAY), "PNG")
+    header = data[8:33]
+    with pytest.raises(errors.InvalidImage, match="two header"):
+        read_image(data[:33] + header + data[33:])
+
+
 @pytest.mark.parametrize("kind", ["jpeg8", "jpegls", "jpeg2k", "htj2k"])
 def test_truncated_codestream_in_a_whole_file_is_refused(kind):
     import imagecodecs
@@ -763,6 +788,19 @@ def test_exif_orientation_is_applied():
     assert radiograph.stored.shape == GRAY.T.shape
     assert np.abs(radiograph.stored.astype(int) - np.rot90(GRAY, -1)).max() < 6
     assert "exif_transposed" in radiograph.flags
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(1, b"\6"), (2, b"6"), (7, b"\6"), (3, b"\0"), (3, b"\x09")],
+    ids=["byte", "text", "bytes", "0", "9"],
+)
+def test_exif_orientation_that_is_none_turns_nothing(kind, value):
+    entry = struct.pack("<HHI", 0x0112, kind, 1) + value.ljust(4, b"\0")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+    radiograph = read_image(encoded(Image.fromarray(GRAY), "JPEG", exif=exif, quality=100))
+    assert np.abs(radiograph.stored.astype(int) - GRAY).max() < 6
+    assert "exif_transposed" not in radiograph.flags
 
 
 @pytest.mark.parametrize("turn", [1, 6])
