@@ -244,7 +244,7 @@ class Check:
     @property
     def text(self) -> str:
         """What it looks at."""
-        return (self.run.__doc__ or "").strip().splitlines()[0]
+        return (self.run.__doc__ or "").strip().splitlines()[0].rstrip(".")
 
 
 def is_writable_by_others(mode: int) -> bool:
