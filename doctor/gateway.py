@@ -34,6 +34,7 @@ from cxr_triton.doctor.check import (
     ok,
     owner,
     refused,
+    sentence,
     skipped,
     told,
     warn,
@@ -62,7 +63,9 @@ def config(case: Case) -> Iterator[Finding]:
         yield ok(case.config_path, f"{', '.join(ways)} to {len(case.config.destinations)} destinations", "valid")
     except InvalidConfig as error:
         found, remedy = told(error.message)
-        yield fail(case.config_path, found, "valid", remedy or "See `cxr-triton gateway example` for all keys.")
+        yield fail(
+            case.config_path, found, "valid", sentence(remedy or "see `cxr-triton gateway example` for all keys")
+        )
 
 
 def storage(case: Case) -> Iterator[Finding]:
