@@ -77,6 +77,9 @@ NOT_RUN = {
         r"^make docs$": "test_the_site_is_whole_and_takes_nothing_from_the_net does",
     },
     INSTALL: {r"^pip wheel ": "takes its build's tools from an index; tests/unit/test_packaging.py makes one"},
+    "docs/doctor.md": {
+        r"^cxr-triton doctor repository/ ": "tests/integration/test_doctor_served.py looks at a real server"
+    },
     "docs/connect.md": {r"^storescu ": "to a gateway that was stopped a line before; examples/orthanc sends one"},
     "deploy/README.md": {
         r"^git clone ": "what it leads to needs a GPU",
