@@ -58,6 +58,11 @@ VERBS = {
         "Run a PACS gateway: studies in, readings back as DICOM.",
     ),
     "bench": ("cxr_triton.perf.command:bench", "perf", "Measure a served reader, and compare measurements."),
+    "evaluate": (
+        "cxr_triton.evaluate.command:evaluate",
+        "evaluate",
+        "Measure a served reader's accuracy on labelled data.",
+    ),
     "doctor": ("cxr_triton.doctor.command:doctor", None, "Look at what a deployment needs, and say what to do."),
     "demo": ("cxr_triton.triton_repo.command:demo", "local", "Export, build, package, serve and read on this CPU."),
 }
@@ -101,6 +106,16 @@ EXAMPLES = {
     ),
     "bench compare": ("bench compare before.json after.json",),
     "bench history": ("bench history results/ --html history.html",),
+    "evaluate": ("evaluate run data.yaml repository/ -o result.jsonl",),
+    "evaluate judge": ("evaluate judge result.jsonl --limit f1_macro=0.7 --against before.jsonl",),
+    "evaluate run": (
+        "evaluate run data.yaml repository/ -o result.jsonl",
+        "evaluate run ChestX-ray14/ --format nih --url 127.0.0.1:8001 --limit 500 -o result.jsonl",
+    ),
+    "evaluate measure": (
+        "evaluate measure result.jsonl --html result.html",
+        "evaluate measure after.jsonl --against before.jsonl --images ChestX-ray14/ --html result.html",
+    ),
     "doctor": ("doctor", "doctor repository/ --url 127.0.0.1:8001 --gateway gateway.yaml"),
     "demo": ("demo -o build/demo",),
 }
@@ -419,3 +434,12 @@ def main():
 
     The models' weights are for non-commercial research only and never for diagnosis.
     """
+
+
+def call(*words: str | Path) -> int:
+    """Another verb as if it had been typed; its exit status. Errors are raised as they are."""
+    try:
+        main([str(word) for word in words], "cxr-triton", standalone_mode=False)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else EXIT_FAILED
+    return 0

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from cxr_triton.errors import InvalidRequest
 
@@ -43,16 +44,23 @@ def write(path: str | Path, content: str | bytes, *, beside: Path | None = None)
     OSError
         Names `path`.
     """
-    data = content.encode() if isinstance(content, str) else content
+    with writing(path, beside=beside) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, *, beside: Path | None = None) -> Iterator[BinaryIO]:
+    """As `write`, for what comes in parts: the file appears when the block ends, and not at all if the block fails."""
     target = Path(path).resolve()
     with naming(Path(path)):
         if target.exists() and not target.is_file():
-            target.write_bytes(data)
+            with open(target, "wb") as file:
+                yield file
             return
         partial = (beside or target.parent) / f".{target.name}.{os.getpid()}.partial"
         try:
             with open(partial, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             if target.exists():

@@ -17,6 +17,7 @@ from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRecipe, I
 from cxr_triton.extras import remedy
 
 if TYPE_CHECKING:
+    from cxr_triton.engines.runtime.judged import JudgedDecoder
     from cxr_triton.engines.runtime.scheduler import Runtime
     from cxr_triton.engines.session import DecoderSession, VisionSession
 
@@ -121,6 +122,8 @@ class Engine:
         Its bundles are built in the recipe's container, on the recipe's GPU.
     abilities : frozenset of str
         Keys of `ABILITIES`.
+    reuses_prefixes : bool
+        It does so unless told otherwise, given the ability.
     products : tuple of str
         Precisions in which it multiplies on a CPU, where that is the ceiling of what it can do.
     cpu_features : tuple of str
@@ -140,10 +143,15 @@ class Engine:
     needs_recipe: ClassVar[bool] = True
     in_container: ClassVar[bool] = False
     abilities: ClassVar[frozenset[str]] = frozenset()
+    reuses_prefixes: ClassVar[bool] = False
     products: ClassVar[tuple[str, ...]] = ()
     cpu_features: ClassVar[tuple[str, ...]] = ()
     backends: ClassVar[tuple[str, ...]] = ()
     home: ClassVar[str] = ""
+
+    def options(self) -> dict[str, str]:
+        """What only it can be asked for when it is served, by name: what it means, with its values."""
+        return {}
 
     def files(self, graph: str) -> tuple[str, ...]:
         """Names of the files in a bundle that hold a graph; more may lie in `folder`."""
@@ -200,6 +208,10 @@ class Engine:
     def stream_bytes(self, recipe, text) -> int:
         """What each stream keeps beside its KV cache; `text` is the decoder's part of a checkpoint's config."""
         return 0
+
+    def stored(self, layer: str, precision: str) -> str:
+        """Precision that a linear layer, such as ``o_proj``, is stored in where the decoder's is `precision`."""
+        return precision
 
     # Building.
 
@@ -274,6 +286,16 @@ class Engine:
         """Session of a bundle's decoder; see `Bundle.open_decoder`."""
         raise DeviceUnavailable(f"{self.name} runs in Triton only; package the bundle and serve it")
 
+    def try_decoder(self, bundle, *, slots: int) -> None:
+        """Find out whether its decoder can be run here; raises as `open_judged`."""
+        bundle.open_decoder(slots=slots)
+
+    def open_judged(self, bundle, *, slots: int, threads: int | None = None) -> JudgedDecoder:
+        """A bundle's decoder for the gate; raises `InvalidBundle` and `DeviceUnavailable`."""
+        from cxr_triton.engines.runtime.judged import JudgedSession
+
+        return JudgedSession(bundle, bundle.open_decoder(slots=slots, threads=threads))
+
     def open_runtime(self, bundle, parameters: Mapping[str, str], address: str) -> Runtime:
         """What serves many generations of a bundle's decoder.
 
@@ -285,22 +307,28 @@ class Engine:
         address : str
             gRPC endpoint of the server that this runs in.
         """
+        from cxr_triton.engines.runtime.prefix import PrefixCache
         from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 
+        is_invariant = parameters["batch_invariant"] == "1"
         session = bundle.open_decoder(
             slots=int(parameters["slots"]),
             threads=int(parameters["threads"]) or None,
-            batch_invariant=parameters["batch_invariant"] == "1",
+            batch_invariant=is_invariant,
         )
-        return DecoderRuntime(bundle, session=session, queue_size=int(parameters["queue_size"]))
+        kept = int(parameters["prefix_cache_mib"]) << 20
+        prefix = PrefixCache(kept, exact_only=is_invariant) if kept else None
+        return DecoderRuntime(bundle, session=session, prefix=prefix, queue_size=int(parameters["queue_size"]))
 
     def serving(self, bundle, settings) -> Serving:
         """How a bundle whose decoder it runs is served; raises `InvalidRequest` and `InvalidBundle`."""
+        reuses = self.reuses_prefixes if settings.prefix_reuse is None else settings.prefix_reuse
         return Serving(
             parameters={
                 "slots": settings.slots or SLOTS,
                 "threads": settings.threads,
                 "batch_invariant": int(settings.batch_invariant),
+                "prefix_cache_mib": settings.prefix_cache_mib if reuses and "prefix_reuse" in self.abilities else 0,
             }
         )
 
@@ -327,6 +355,8 @@ class CpuEngine(Engine):
     """Runs on the CPU, computes in fp32, and reads graphs that an older version of its library wrote."""
 
     computes = ("fp32",)
+    abilities = frozenset({"prefix_reuse"})
+    reuses_prefixes = True
 
     def check_target(self, recipe, graph: str) -> None:
         """Not for a GPU either."""
@@ -353,6 +383,7 @@ class GpuEngine(Engine):
     """Runs on an NVIDIA GPU, in the types that its tensor cores have."""
 
     computes = ("fp16", "bf16")
+    abilities = frozenset({"prefix_reuse"})
 
     def check_target(self, recipe, graph: str) -> None:
         """The GPU has to be named, with tensor cores for what the decoder computes."""

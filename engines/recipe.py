@@ -109,6 +109,9 @@ class Recipe(_Checked):
         Image that serves the bundle, and builds it where the engine is built in one.
     thresholds : dict
         Limits of the verification gate that differ from its defaults, see `cxr_triton.engines.verify.thresholds`.
+    accuracy : dict
+        Measures on labelled data (`make-engine --evaluate`) to the least that they have to be; the most of those of
+        which less is better.
     """
 
     name: str
@@ -122,6 +125,7 @@ class Recipe(_Checked):
     image_budget: int = in_range(1, 64)
     container: str | None = None
     thresholds: dict[str, float] = field(default_factory=dict)
+    accuracy: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         super().__post_init__()
@@ -186,7 +190,8 @@ class Recipe(_Checked):
                 size = 4 if "norm" in name or "ln_q" in name else BYTES[self.vision.precision]
                 parts["vision_tower"] += math.prod(shape) * size // (2 if len(shape) == 5 else 1)
             elif name.endswith("_proj.weight"):
-                parts["decoder_layers"] += _linear_bytes(shape, decoder.precision, item)
+                stored = engine(decoder.compiler).stored(name.split(".")[-2], decoder.precision)
+                parts["decoder_layers"] += _linear_bytes(shape, stored, item)
             elif name.endswith("bias"):
                 parts["decoder_layers"] += math.prod(shape) * item
             elif len(shape) == 1:

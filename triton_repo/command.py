@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import click
 
 from cxr_triton.cli import (
+    EXIT_NOT_AS_ASKED,
     OUT_FILE,
     OUT_FOLDER,
     PROFILES,
     RECIPES,
     Waiting,
+    call,
     json_option,
     printable,
     say_next,
     write_json,
 )
+from cxr_triton.errors import InternalError
 from cxr_triton.extras import require
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def _options(given: tuple[str, ...]) -> dict[str, str]:
+    """``NAME=VALUE`` by name."""
+    if wrong := [text for text in given if not all(text.partition("="))]:
+        raise click.BadParameter(f"{wrong[0]!r} is not NAME=VALUE")
+    return dict(text.split("=", 1) for text in given)
 
 
 @click.command()
@@ -38,7 +51,21 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--threads", default=0, help="CPU threads of each graph.  [default: all cores]")
 @click.option("--queue-size", default=64, show_default=True, help="Requests that may wait before each step.")
 @click.option("--batch-invariant", is_flag=True, help="Readings never depend on what else runs; int4 alone is slower.")
-@click.option("--prefix-reuse", is_flag=True, help="Keep KV blocks of equal prompts, where the engine can; not proved.")
+@click.option(
+    "--prefix-reuse/--no-prefix-reuse",
+    default=None,
+    help="Compute the beginning that prompts share once.  [default: on a CPU]",
+)
+@click.option("--prefix-cache-mib", default=512, show_default=True, help="Memory for such beginnings; 0: none.")
+@click.option("--picture-cache-mib", default=256, show_default=True, help="Memory for embeddings of pictures; 0: none.")
+@click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=lambda _, __, given: _options(given),
+    help="What only the bundle's engine has, see docs/decoder-engines.md; may be given more than once.",
+)
 @click.option("--force", is_flag=True, help="Replace an older repository.")
 @click.option("--unverified", is_flag=True, help="Take a bundle that did not pass `verify`; the repository says so.")
 @json_option
@@ -207,30 +234,67 @@ def demo(folder: Path, json_path: str | None):
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Folder of compiled plans.")
 @click.option("--unverified", is_flag=True, help="Package without the gate; the repository says so.")
+@click.option(
+    "--evaluate", type=FILE, metavar="YAML", help="Labelled data to measure the engine on, before it is packaged."
+)
+@click.option("--against", type=FILE, metavar="RESULT", help="Of `evaluate` on the same data: be no worse than that.")
 @click.option("--accept-licence", is_flag=True, help="You accept the weights' non-commercial licence.")
 @click.option("--print", "only_print", is_flag=True, help="Of a recipe built in a container: show `docker run` only.")
 @json_option
-def make_engine(checkpoint: str, json_path: str | None, only_print: bool, **options):
+def make_engine(
+    checkpoint: str, json_path: str | None, only_print: bool, evaluate: Path | None, against: Path | None, **options
+):
     """Make a served engine of CHECKPOINT, a folder or a hub id ORG/NAME, for the target of a recipe.
 
-    Quantizes, exports, builds, verifies and packages. A run that was stopped goes on where it was; a second run does
-    only what has changed. Some recipes are built in their container, on its GPU: --print shows how.
+    Quantizes, exports, builds, verifies and packages. With --evaluate it is also measured on labelled data: an engine
+    that is less right than the recipe's `accuracy` or --against allow is not packaged. A run that was stopped goes on
+    where it was; a second run does only what has changed. Some recipes are built in their container, on its GPU:
+    --print shows how.
     """
     from cxr_triton.engines import engine
     from cxr_triton.engines.recipe import load_recipe
     from cxr_triton.triton_repo import make_engine as library
 
     if only_print:
+        if evaluate:
+            raise click.UsageError("--evaluate measures on this machine, not in a container: leave it out with --print")
         if not engine(load_recipe(options["recipe"]).decoder.compiler).in_container:
             raise click.UsageError("--print is for recipes that are built in a container, see `cxr-triton recipes`")
         line = library.in_container(checkpoint, **options)
         click.echo(printable(line), err=json_path == "-")
         write_json({"docker": line}, json_path)
         return
+    if against and not evaluate:
+        raise click.UsageError("--against is for --evaluate: give both")
+    evaluation = library.Evaluation(evaluate, against, _judge(evaluate, against)) if evaluate else None
     started_s = time.monotonic()
-    result = library.make_engine(checkpoint, **options, say=lambda line: click.echo(printable(line), err=True))
+    result = library.make_engine(
+        checkpoint, **options, evaluation=evaluation, say=lambda line: click.echo(printable(line), err=True)
+    )
     result["seconds"] = round(time.monotonic() - started_s, 1)
     line = f"{result['repository']}: {result['recipe']}, digest {result['digest'][:12]}"
     click.echo(printable(line), err=json_path == "-")
     write_json(result, json_path)
     say_next("serve", result["repository"])
+
+
+def _judge(data: Path, against: Path | None):
+    """What evaluates a repository: another verb, because it stands above this one."""
+
+    def judge(repository: Path, out: Path, limits: dict[str, float]) -> dict:
+        with tempfile.TemporaryDirectory() as folder:
+            record = Path(folder) / "record.json"
+            held: list[str | Path] = ["--against", against] if against else []
+            for name, limit in limits.items():
+                held += ["--limit", f"{name}={limit}"]
+            _asked("run", data, repository, "-o", out)
+            _asked("judge", out, *held, "--json", record)
+            return json.loads(record.read_text())
+
+    return judge
+
+
+def _asked(*words: str | Path) -> None:
+    """A verb of `evaluate`, which may find that something is not as asked: the record says what."""
+    if (status := call("evaluate", *words)) not in (0, EXIT_NOT_AS_ASKED):
+        raise InternalError(f"cxr-triton evaluate {words[0]} ended with status {status}; see what it said before")

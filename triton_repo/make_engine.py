@@ -17,7 +17,7 @@ from cxr_triton.engines.container import in_container as docker_run
 from cxr_triton.engines.container import located_recipe
 from cxr_triton.engines.plan_cache import default_folder
 from cxr_triton.engines.recipe import Recipe, load_recipe
-from cxr_triton.engines.verify.record import is_verified, require_verified, write_record
+from cxr_triton.engines.verify.record import is_verified, require_accurate, require_verified, subject, write_record
 from cxr_triton.errors import InvalidRequest, NotVerified
 from cxr_triton.export.checkpoint import Checkpoint
 from cxr_triton.export.export import export_checkpoint
@@ -26,7 +26,7 @@ from cxr_triton.export.source import located, require_fit
 from cxr_triton.extras import require
 from cxr_triton.files import new_folder, write
 from cxr_triton.profile import ModelProfile, load_profile, profile_names
-from cxr_triton.triton_repo.package import Settings, write_repository
+from cxr_triton.triton_repo.package import BUNDLE, Settings, write_repository
 from cxr_triton.triton_repo.stages import Stages, fingerprint, opened
 
 LIBRARIES = ("onnx", "numpy", "ml_dtypes", "nvidia-modelopt", "torch", "transformers")
@@ -35,6 +35,29 @@ SOURCE = "source.json"
 """In the folder of a run: the commit of its checkpoint, which the next run takes too."""
 PHANTOMS = 32
 PHANTOM_SEED = 1_000_003  # far from the calibration's: what verifies was not calibrated on
+
+
+Judge = Callable[[Path, Path, dict[str, float]], dict]
+"""Repository to serve, result to write and limits to the record of its accuracy; `Evaluation`."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A stage that measures the engine on labelled data.
+
+    Attributes
+    ----------
+    data : Path
+        DATA.yaml of `cxr-triton evaluate`.
+    against : Path or None
+        Result on the same data that the engine must not be worse than.
+    judge : callable
+        Evaluates, and says whether it passed.
+    """
+
+    data: Path
+    against: Path | None
+    judge: Judge
 
 
 def make_engine(
@@ -51,6 +74,7 @@ def make_engine(
     cache: Path | None = None,
     unverified: bool = False,
     accept_licence: bool = False,
+    evaluation: Evaluation | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict:
     """Make everything that a recipe asks for out of a checkpoint.
@@ -60,8 +84,8 @@ def make_engine(
     source : str
         Unquantized checkpoint folder or hub id.
     out : Path
-        Gets `quantized/`, `export/`, `bundle/`, `verification.html`, `repository/`, and for engines that cannot run
-        here `standin/`. May hold what an earlier run with the same arguments left.
+        Gets `quantized/`, `export/`, `bundle/`, `verification.html`, `evaluation/`, `repository/`, and for engines that
+        cannot run here `standin/`. May hold what an earlier run with the same arguments left.
     recipe, profile : str
         Names or files.
     revision : str, optional
@@ -70,14 +94,12 @@ def make_engine(
         Radiographs to calibrate on, and to verify on if they are others; phantoms without.
     limit : int, optional
         Most images to calibrate on and to verify on, each.
-    device : {"auto", "cpu", "cuda"}
-        Of calibration and of the reference.
-    cache : Path, optional
-        Folder of compiled plans; that of `cxr-triton build` by default.
+    device, cache : {"auto", "cpu", "cuda"}, Path
+        Of calibration and of the reference; folder of compiled plans, that of `cxr-triton build` by default.
     unverified, accept_licence : bool
         Package without the gate, which the repository says; the weights' non-commercial licence is accepted.
-    say : callable
-        Called with a line for each stage.
+    evaluation, say : Evaluation, callable
+        On labelled data, before it is packaged; called with a line for each stage.
 
     Returns
     -------
@@ -89,12 +111,12 @@ def make_engine(
     DeviceUnavailable, ModuleNotFoundError
         Before the first stage: the machine cannot build for the recipe, or a package is not installed.
     NotVerified
-        The gate refused the bundle; `verification.html` says why.
+        The gate refused the bundle, `verification.html` says why; or it is not right enough on labelled data.
     CxrError
         What a stage raises. The stages before it stay.
     """
     chosen, model = load_recipe(recipe), load_profile(profile)
-    _check(chosen, out, unverified)
+    _check(chosen, out, unverified, evaluation)
     folder, commit = located(source, model, revision or _pinned(out, source))
     checkpoint = Checkpoint(folder)
     require_fit(source, checkpoint, model)
@@ -114,6 +136,7 @@ def make_engine(
             device=device,
             cache=cache or default_folder(),
             accept_licence=accept_licence,
+            evaluation=evaluation,
         ).make(unverified)
 
 
@@ -139,10 +162,15 @@ def _pinned(out: Path, source: str) -> str | None:
         return None
 
 
-def _check(recipe: Recipe, out: Path, unverified: bool) -> None:
+def _check(recipe: Recipe, out: Path, unverified: bool, evaluation: Evaluation | None) -> None:
     """Refuse before the first stage what would fail after hours of quantization."""
+    if evaluation and not (recipe.accuracy or evaluation.against):
+        raise InvalidRequest(
+            f"recipe {recipe.name} has no limit of accuracy and there is no result to hold the engine against; "
+            "give the recipe an accuracy, or --against RESULT"
+        )
     precision, builder = recipe.decoder.precision, engine(recipe.decoder.compiler)
-    if builder.form != "onnx" and precision not in QUANTIZED and not unverified:
+    if builder.in_container and precision not in QUANTIZED and not unverified:
         raise InvalidRequest(
             f"recipe {recipe.name} has {precision} weights, for which the gate has no stand-in of a {builder.name} "
             f"engine; choose {' or '.join(QUANTIZED)}, or pass --unverified"
@@ -173,6 +201,7 @@ class _Run:
     device: str
     cache: Path
     accept_licence: bool
+    evaluation: Evaluation | None
 
     def make(self, unverified: bool) -> dict:
         decoder, settings = self.recipe.decoder, Settings(slots=self.recipe.slots)
@@ -183,8 +212,11 @@ class _Run:
             self.recipe.to_json(),
             lambda path: build_bundle(graphs, path, recipe=self.recipe, cache=self.cache),
         )
+        standin = self.standin(bundle, weights) if self.evaluation or not unverified else None
         if not unverified:
-            self.verify(bundle, weights)
+            self.verify(bundle, weights, standin)
+        if self.evaluation:
+            self.evaluate(self.evaluation, bundle, standin, settings)
         repository = self.stages.run(
             "repository",
             {"unverified": unverified},
@@ -196,6 +228,7 @@ class _Run:
             "repository": str(repository),
             "digest": _bundle(bundle).digest,
             "verified": not unverified,
+            "accuracy": _bundle(bundle).manifest.get("accuracy"),
             "stages": self.stages.done,
         }
 
@@ -240,8 +273,8 @@ class _Run:
             ),
         )
 
-    def verify(self, bundle: Path, weights: Path | None) -> None:
-        standin, page = self.standin(bundle, weights), self.stages.folder / "verification.html"
+    def verify(self, bundle: Path, weights: Path | None, standin: Path | None) -> None:
+        page = self.stages.folder / "verification.html"
         pictures = self.verify_images or self.images
         if pictures is None:
             pictures = self.stages.run(
@@ -257,6 +290,32 @@ class _Run:
             require_verified(_bundle(bundle))
         except NotVerified as error:
             raise NotVerified(f"{error.message}; see {page}") from None
+
+    def evaluate(self, evaluation: Evaluation, bundle: Path, standin: Path | None, settings: Settings) -> None:
+        """Serve the engine, or what stands in for it, and hold its accuracy against the recipe's limits."""
+        against = evaluation.against
+        trial = self.stages.run(
+            "trial", {}, lambda path: write_repository(standin or bundle, path, settings, unverified=True)
+        )
+
+        def judged(path: Path) -> None:
+            tried = _bundle(trial / BUNDLE)
+            # Of this engine only: an evaluation goes on with what another left.
+            result = self.stages.folder / "evaluation" / f"{tried.digest[:16]}.jsonl"
+            result.parent.mkdir(exist_ok=True)
+            record = evaluation.judge(trial, result, dict(self.recipe.accuracy))
+            record |= {"subject": subject(_bundle(bundle).manifest), "engine": tried.engine, "bundle": tried.digest}
+            write_record(bundle, record, "accuracy")
+            with new_folder(path) as partial:
+                (partial / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+
+        self.stages.run(
+            "accuracy",
+            [evaluation.data.read_text(), against and against.stat().st_mtime_ns, dict(self.recipe.accuracy)],
+            judged,
+            is_whole=lambda path: path.is_dir() and "accuracy" in _bundle(bundle).manifest,
+        )
+        require_accurate(_bundle(bundle))
 
     def standin(self, bundle: Path, weights: Path | None) -> Path | None:
         """Of engines that cannot run here, the same quantized weights in the one type that a CPU multiplies."""

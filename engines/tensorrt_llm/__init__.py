@@ -29,7 +29,6 @@ class TensorRTLLM(GpuEngine):
     form = "tensorrt-llm"
     folder = FOLDER
     in_container = True
-    abilities = frozenset({"prefix_reuse"})
     backends = ("tensorrtllm", "tensorrt")
     home = "NVIDIA's container with TensorRT-LLM, see deploy/README.md"
 

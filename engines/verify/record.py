@@ -12,6 +12,8 @@ from cxr_triton.errors import InvalidRequest, NotVerified
 from cxr_triton.files import write
 
 SCHEMA = 1
+RECORDS = ("verification", "accuracy")
+"""Of a manifest: what the gate found, and how right the engine was on labelled data."""
 IN_ENGINE = "verification/record.json"
 """The record with its readings, in the folder of a `make-engine`."""
 PARTS = ("files", "vision", "decoder", "readings", "controls")
@@ -19,13 +21,13 @@ PARTS = ("files", "vision", "decoder", "readings", "controls")
 
 
 def subject(manifest: Mapping) -> str:
-    """SHA-256 of a manifest without its record: what a record is about, down to the last byte of every file."""
-    stripped = {key: value for key, value in manifest.items() if key != "verification"}
+    """SHA-256 of a manifest without its records: what a record is about, down to the last byte of every file."""
+    stripped = {key: value for key, value in manifest.items() if key not in RECORDS}
     return hashlib.sha256(json.dumps(stripped, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def write_record(bundle: Bundle | str | Path, record: Mapping) -> Bundle:
-    """Put a record into ``manifest.json``, in place of an older one; the bundle's digest changes with it.
+def write_record(bundle: Bundle | str | Path, record: Mapping, name: str = "verification") -> Bundle:
+    """Put a record of `RECORDS` into ``manifest.json``, in place of an older one; the bundle's digest changes with it.
 
     `details` of the record (the readings themselves) stay out of the manifest.
 
@@ -39,7 +41,7 @@ def write_record(bundle: Bundle | str | Path, record: Mapping) -> Bundle:
     if record.get("subject") != subject(manifest):
         raise InvalidRequest(f"the record is not about the bundle in {path} as it is now; run cxr-triton verify again")
     kept = {key: value for key, value in record.items() if key != "details"}
-    text = json.dumps({**manifest, "verification": kept}, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    text = json.dumps({**manifest, name: kept}, indent=1, sort_keys=True, allow_nan=False) + "\n"
     write(path / MANIFEST, text, beside=path.parent)
     return Bundle.open(path, verify=False)
 
@@ -64,6 +66,33 @@ def require_verified(bundle: Bundle) -> dict:
     failed = [name for name in PARTS if not holds(parts.get(name))]
     if failed or record.get("passed") is not True:
         raise NotVerified(f"the bundle in {bundle.path} failed the gate in {', '.join(failed) or 'its sum'}; {remedy}")
+    return record
+
+
+def require_accurate(bundle: Bundle) -> dict | None:
+    """The record of how right a bundle was on labelled data; None where nobody measured it.
+
+    Raises
+    ------
+    NotVerified
+        It was not right enough, or the record is about another bundle or an older state.
+    """
+    record, remedy = bundle.manifest.get("accuracy"), "measure it again, or package with --unverified"
+    if record is None:
+        return None
+    if not isinstance(record, dict) or record.get("subject") != subject(bundle.manifest):
+        raise NotVerified(f"the bundle in {bundle.path} has the accuracy of another bundle; {remedy}")
+    if record.get("passed") is not True:
+        failed = [
+            f"{check['name']} {check['value']:.4g}, {'least' if check['at_least'] else 'most'} {check['limit']:g}"
+            if check["value"] is not None
+            else f"{check['name']} not known"
+            for check in record.get("checks", ())
+            if not check.get("passed")
+        ]
+        failed += ["it is worse than the engine that it was held against"] if record.get("verdict") == "worse" else []
+        said = "; ".join(failed) or "its sum"
+        raise NotVerified(f"the bundle in {bundle.path} is not right enough on labelled data: {said}; {remedy}")
     return record
 
 

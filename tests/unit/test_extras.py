@@ -28,6 +28,8 @@ MODULES = {  # of distributions that an extra asks for, where the name is not th
     "onnxruntime-gpu": "onnxruntime",
     "psycopg": "psycopg",
     "pydicom-data": "",
+    "rouge-score": "rouge_score",
+    "scikit-learn": "sklearn",
     "tensorrt-cu13": "tensorrt",
     "tensorrt-rtx-cu13": "tensorrt_rtx",
     "tritonclient": "google grpc tritonclient",
@@ -84,6 +86,7 @@ CALLS = [
     ("gateway", ["status", "--json", "-"]),
     ("gateway", ["drain"]),
     ("bench", ["run", "empty"]),
+    ("evaluate", ["file.json", "--format", "table", "--url", "127.0.0.1:1", "-o", "out"]),
     ("demo", []),
 ]
 
@@ -286,7 +289,7 @@ def test_documents_install_from_a_clone():
         *(ROOT / "examples").rglob("*.md"),
     ]
     assert [path.name for path in texts if re.search(r"pip install\S* '?cxr-triton", path.read_text())] == []
-    code = [path for part in ("cxr_triton", "client", "doctor", "engines", "export", "perf", "triton_repo")
+    code = [path for part in ("cxr_triton", "client", "doctor", "engines", "evaluate", "export", "perf", "triton_repo")
             for path in (ROOT / part).rglob("*.py")]  # fmt: skip
     assert [path.name for path in code if "pip install 'cxr-triton" in path.read_text()] == []
 

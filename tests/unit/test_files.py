@@ -123,7 +123,7 @@ def test_every_output_is_named_alike_and_refused_before_any_work(option, tmp_pat
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     Path("folder").mkdir()
-    wrong = "file" if "--out" in option.opts else "folder"
+    wrong = "folder" if option.type.file_okay else "file"
     for value, why in (("new/out", "no folder"), (wrong, f"is a {wrong}"), ("file/out", "no folder")):
         with pytest.raises(click.BadParameter, match=why.replace("folder", "(folder|directory)")):
             option.type_cast_value(context, value)
