@@ -36,7 +36,7 @@ from tritonclient.grpc import service_pb2 as pb
 from cxr_triton import cli
 from cxr_triton.client.gateway.database import look
 from cxr_triton.client.gateway.store import Store
-from cxr_triton.doctor import certificates, gateway, machine, packages, run, server
+from cxr_triton.doctor import certificates, gateway, machine, packages, peers, run, server
 from cxr_triton.doctor.check import Case, Check, ok
 from cxr_triton.doctor.listening import ServerProcess, beyond_loopback
 from cxr_triton.doctor.report import to_json
@@ -848,7 +848,7 @@ def test_a_check_that_hangs_or_breaks_is_a_finding_and_the_others_go_on():
 
 
 def test_a_peer_that_accepts_and_says_nothing_is_given_up(site, monkeypatch):
-    monkeypatch.setattr(gateway, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(peers, "PATIENCE_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         destination(site, 0, port=port)
