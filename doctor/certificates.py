@@ -129,9 +129,11 @@ def _shaken(server: ssl.SSLContext, cert: str) -> dict:
 def _matches(name: str, pattern: str) -> bool:
     """As RFC 6125 compares a name, or an address, with one of a certificate."""
     try:
-        return ipaddress.ip_address(name) == ipaddress.ip_address(pattern)
+        address = ipaddress.ip_address(name)
     except ValueError:
         name, pattern = name.lower().rstrip("."), pattern.lower()
+    else:
+        return str(address) == pattern.lower()
     return name == pattern or (pattern.startswith("*.") and name.partition(".")[2] == pattern[2:])
 
 

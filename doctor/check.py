@@ -87,7 +87,7 @@ def told(message: str) -> tuple[str, str]:
 
 def sentence(text: str) -> str:
     """With a capital and a full stop."""
-    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+    return f"{text[:1].upper()}{text[1:]}" + ("" if text.endswith((".", "?")) else ".")
 
 
 class Absent(Exception):
@@ -244,7 +244,7 @@ class Check:
     @property
     def text(self) -> str:
         """What it looks at."""
-        return (self.run.__doc__ or "").strip().splitlines()[0]
+        return (self.run.__doc__ or "").strip().splitlines()[0].rstrip(".")
 
 
 def is_writable_by_others(mode: int) -> bool:

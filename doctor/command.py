@@ -71,7 +71,7 @@ def doctor(
             left.discard(check.id)
             waiting.what = f"{len(CHECKS) - len(left)} of {len(CHECKS)} checks"
 
-        findings = examine(case, done=tell)
+        findings = examine(case, CHECKS, tell)
     for line, colour in lines(findings):
         click.secho(printable(line), fg=colour, err=json_path == "-")
     write_json(to_json(findings), json_path)

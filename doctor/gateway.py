@@ -1,28 +1,19 @@
-"""A gateway's configuration: folders, secrets, certificates, the queue, and whether its peers answer.
-
-Peers get a C-ECHO, a handshake of TLS, OPTIONS or a request for a server's own description: nothing of a patient.
-"""
+"""A gateway's own side: its configuration, folders, secrets, certificates, ports and queue, which is read only."""
 
 from __future__ import annotations
 
-import email.utils
-import http.client
 import ipaddress
-import logging
 import os
 import shutil
 import socket
-import ssl
 import stat
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from cxr_triton.client.gateway.config import Config, Remote, TlsFiles, read_token
-from cxr_triton.doctor.certificates import dated, own, presented, untrusted
+from cxr_triton.client.gateway.config import Config, TlsFiles, read_token
+from cxr_triton.doctor.certificates import own
 from cxr_triton.doctor.check import (
     Absent,
     Case,
@@ -34,20 +25,19 @@ from cxr_triton.doctor.check import (
     ok,
     owner,
     refused,
+    sentence,
     skipped,
     told,
     warn,
 )
 from cxr_triton.doctor.listening import is_loopback, is_taken
-from cxr_triton.errors import CxrError, InvalidConfig
+from cxr_triton.doctor.peers import SKEW_S, skew
+from cxr_triton.errors import InvalidConfig
 
 if TYPE_CHECKING:
     from cxr_triton.client.gateway.database import Seen
 
 LEAST_KEY_BYTES = 16
-SKEW_S = 30.0
-PATIENCE_S = 10.0
-"""For each step of a peer's answer."""
 WIDE = 65536
 """Addresses of a network from which on it is no list of senders any more."""
 _GATEWAY = ("sqlalchemy", "psycopg")
@@ -62,7 +52,9 @@ def config(case: Case) -> Iterator[Finding]:
         yield ok(case.config_path, f"{', '.join(ways)} to {len(case.config.destinations)} destinations", "valid")
     except InvalidConfig as error:
         found, remedy = told(error.message)
-        yield fail(case.config_path, found, "valid", remedy or "See `cxr-triton gateway example` for all keys.")
+        yield fail(
+            case.config_path, found, "valid", sentence(remedy or "see `cxr-triton gateway example` for all keys")
+        )
 
 
 def storage(case: Case) -> Iterator[Finding]:
@@ -168,7 +160,7 @@ def secrets(case: Case) -> Iterator[Finding]:
 
 def tokens(case: Case) -> Iterator[Finding]:
     """Each token file holds one token."""
-    named = [(f"{name}.token_file", to.token_file) for name, to in _remotes(case.config)]
+    named = [(f"{name}.token_file", to.token_file) for name, to in case.config.remotes()]
     if case.config.web:
         named.append(("web.token_file", case.config.web.token_file))
     for key, path in named:
@@ -196,22 +188,6 @@ def certificates(case: Case) -> Iterator[Finding]:
     here = case.config
     for name, tls, host in _own_tls(here):
         yield from own(name, tls, _names(host), is_listener=name in ("dicom", "web"))
-
-
-def peer_certificates(case: Case) -> Iterator[Finding]:
-    """Peers show certificates that are trusted here, of their host, and valid for a month."""
-    for name, to in _peers(case.config):
-        where = _tls_address(to)
-        if where is None:
-            continue
-        subject = f"{name}, {where.host}:{where.port}"
-        try:
-            context = to.tls.client() if to.tls else ssl.create_default_context()
-            yield dated(subject, presented(where.host, where.port, context, to.timeout_s))
-        except InvalidConfig as error:
-            yield refused(subject, error.message, "files that can be read")
-        except OSError as error:
-            yield untrusted(subject, error)
 
 
 def ports(case: Case) -> Iterator[Finding]:
@@ -323,140 +299,7 @@ def dead_letters(case: Case) -> Iterator[Finding]:
 def database_clock(case: Case) -> Iterator[Finding]:
     """The clock of the queue's host agrees with this one: leases of several gateways go by their clocks."""
     if case.config.queue and not case.config.queue.startswith("sqlite") and (seen := _answered(case.config)):
-        yield _skew("clock of the queue's host", seen.ahead_s, min(SKEW_S, case.config.read.lease_s / 4))
-
-
-def echo(case: Case) -> Iterator[Finding]:
-    """Each PACS answers a C-ECHO to this gateway's AE title."""
-    from pynetdicom.sop_class import Verification
-
-    from cxr_triton.client.gateway.association import Unreachable, associate
-    from cxr_triton.client.gateway.dimse import UNCOMPRESSED
-
-    logging.getLogger("pynetdicom").setLevel(logging.CRITICAL + 1)
-    for name, to in _peers(case.config):
-        if to.url:
-            continue
-        aet, host = to.pacs
-        subject, wanted = f"{name}, {aet} at {host}:{to.port}", "C-ECHO answered with 0x0000"
-        remedy = f"See host, port and AE title, and that the peer knows {case.config.own_aet} at this host."
-        try:
-            with associate(to, case.config.own_aet, {Verification: UNCOMPRESSED}) as association:
-                status = association.send_c_echo()
-        except (Unreachable, InvalidConfig) as error:
-            yield fail(subject, error, wanted, remedy)
-        except (RuntimeError, ValueError):
-            yield fail(subject, "does not take a C-ECHO", wanted, remedy)
-        else:
-            code = status.get("Status")
-            said = f"0x{code:04X}" if code is not None else "no answer"
-            yield ok(subject, said, wanted) if code == 0 else fail(subject, said, wanted, remedy)
-
-
-def endpoints(case: Case) -> Iterator[Finding]:
-    """Each web server answers OPTIONS, or a request for its own description, and takes the token."""
-    for name, to in _peers(case.config):
-        if not to.url:
-            continue
-        is_fhir = getattr(to, "kind", "") == "fhir"
-        method, path = ("GET", "metadata") if is_fhir else ("OPTIONS", "studies")
-        subject = f"{name}, {method} {_shown_url(to)}/{path}"
-        answer = _ask(to, method, path)
-        yield from _judged(subject, answer)
-
-
-def peer_clocks(case: Case) -> Iterator[Finding]:
-    """Clocks of web servers, by the Date of their answers, agree with this one."""
-    for name, to in _peers(case.config):
-        if not to.url:
-            continue
-        answer = _ask(to, "OPTIONS", "")
-        said = email.utils.parsedate_to_datetime(answer.date).timestamp() if _is_date(answer.date) else None
-        if said is not None:
-            yield _skew(f"clock of {name}", said - time.time(), SKEW_S)
-
-
-def reader(case: Case) -> Iterator[Finding]:
-    """The server that readings are asked of is ready."""
-    from cxr_triton.client.limits import Timeouts
-    from cxr_triton.client.reader import Reader
-
-    here = case.config.read
-    wanted = "a ready server with the model cxr_reader"
-    try:
-        tls = here.tls.grpc() if here.tls else None
-        with Reader(here.url, timeouts=Timeouts(connect_s=5.0), tls=tls) as connected:
-            info = connected.server_info()
-    except (CxrError, OSError) as error:
-        message = error.message if isinstance(error, CxrError) else f"{error.strerror}; see read.tls"
-        yield refused(f"read, {here.url}", message, wanted)
-    else:
-        yield ok(f"read, {here.url}", f"{info.name} {info.version} serves {info.model}", wanted)
-
-
-class _Address(NamedTuple):
-    host: str
-    port: int
-
-
-class _Answer(NamedTuple):
-    """Status of an HTTP answer, 0 for none; its Date, and what kept it from coming."""
-
-    status: int
-    date: str = ""
-    why: str = ""
-
-
-def _ask(to: Remote, method: str, path: str) -> _Answer:
-    """A request without a body, over the connection that the gateway would make; redirects are not followed."""
-    parts = urlsplit(to.root)
-    is_tls = parts.scheme == "https"
-    port = parts.port or (443 if is_tls else 80)
-    target = f"{parts.path}/{path}" if path else (parts.path or "/")
-    try:
-        headers = {"Accept-Encoding": "identity", **to.authorization()}
-        context = (to.tls.client() if to.tls else ssl.create_default_context()) if is_tls else None
-        proxy = urlsplit(to.proxy) if to.proxy else None
-        host, at = (proxy.hostname or "", proxy.port or 80) if proxy else (parts.hostname or "", port)
-        if context:
-            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                host, at, timeout=to.timeout_s, context=context
-            )
-        else:
-            connection = http.client.HTTPConnection(host, at, timeout=to.timeout_s)
-        if proxy and is_tls:
-            connection.set_tunnel(parts.hostname or "", port)
-        elif proxy:
-            target = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{target}"
-        try:
-            connection.request(method, target, headers=headers)
-            answer = connection.getresponse()
-            return _Answer(answer.status, answer.headers.get("Date", ""))
-        finally:
-            connection.close()
-    except InvalidConfig as error:
-        return _Answer(0, why=error.message)
-    except ssl.SSLError as error:
-        return _Answer(0, why=f"no handshake of TLS ({getattr(error, 'verify_message', '') or error.reason})")
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        return _Answer(0, why=getattr(error, "strerror", None) or type(error).__name__)
-
-
-def _judged(subject: str, answer: _Answer) -> Iterator[Finding]:
-    status, wanted = answer.status, "an answer that lets this gateway in"
-    said = f"HTTP {status}"
-    if not status:
-        yield fail(subject, answer.why, wanted, "See host and port, that it runs, and what is between.")
-    elif status in (401, 403):
-        yield fail(subject, said, wanted, "Give a token_file with a token that it takes.")
-    elif 300 <= status < 400:
-        yield fail(subject, f"{said}, a redirect", wanted, "Give the address that it leads to: none is followed.")
-    elif status >= 500 and status != 501:
-        yield fail(subject, said, wanted, "See the server's own log.")
-    elif status == 404:
-        yield warn(subject, said, wanted, "See the path of url: results are sent below it.")
-    else:
-        yield ok(subject, said, wanted)
+        yield skew("clock of the queue's host", seen.ahead_s, min(SKEW_S, case.config.read.lease_s / 4))
 
 
 def _storage_disk(here: Config) -> Path:
@@ -465,40 +308,13 @@ def _storage_disk(here: Config) -> Path:
     return next(each for each in (folder, *folder.parents) if each.exists())
 
 
-def _skew(subject: str, ahead_s: float, most_s: float) -> Finding:
-    said, wanted = f"{abs(ahead_s):.0f} s {'ahead' if ahead_s > 0 else 'behind'}", f"within {most_s:g} s"
-    if abs(ahead_s) <= most_s:
-        return ok(subject, said, wanted)
-    return fail(subject, said, wanted, "Keep both clocks by NTP.")
-
-
-def _is_date(text: str) -> bool:
-    try:
-        return bool(email.utils.parsedate_to_datetime(text))
-    except (ValueError, TypeError):
-        return False
-
-
-def _remotes(here: Config) -> Iterator[tuple[str, Remote]]:
-    if here.priors:
-        yield "priors", here.priors
-    for destination in here.destinations:
-        yield f"destinations.{destination.name}", destination
-
-
-def _peers(here: Config) -> Iterator[tuple[str, Remote]]:
-    """`_remotes`, with less patience than the gateway has."""
-    for name, to in _remotes(here):
-        yield name, replace(to, timeout_s=min(to.timeout_s, PATIENCE_S))
-
-
 def _own_tls(here: Config) -> Iterator[tuple[str, TlsFiles, str]]:
     for name, section in (("dicom", here.dicom), ("web", here.web)):
         if section and section.tls:
             yield name, section.tls, section.host
     if here.read.tls:
         yield "read", here.read.tls, ""
-    for name, to in _remotes(here):
+    for name, to in here.remotes():
         if to.tls:
             yield name, to.tls, ""
 
@@ -509,14 +325,6 @@ def _names(host: str) -> tuple[str, ...]:
         return tuple(dict.fromkeys((host, "localhost", "127.0.0.1")))
     given = () if host in ("0.0.0.0", "::") else (host,)  # noqa: S104  # compared only
     return tuple(dict.fromkeys((*given, socket.gethostname(), socket.getfqdn())))
-
-
-def _tls_address(to: Remote) -> _Address | None:
-    """Where a peer speaks TLS; None where it does not, or behind a proxy, which endpoints look through."""
-    if not to.url:
-        return _Address(to.pacs[1], to.port) if to.tls else None
-    parts = urlsplit(to.url)
-    return _Address(parts.hostname or "", parts.port or 443) if parts.scheme == "https" and not to.proxy else None
 
 
 def _why_not_bound(host: str, port: int) -> str:
@@ -557,11 +365,6 @@ def _shown(here: Config) -> str:
     return scheme + slashes + rest.rpartition("@")[2].partition("?")[0]
 
 
-def _shown_url(to: Remote) -> str:
-    scheme, slashes, rest = to.root.partition("//")
-    return scheme + slashes + rest.rpartition("@")[2]
-
-
 def _is_encrypted(block: Path) -> bool:
     """A device of the kernel is dm-crypt's, or lies on one that is."""
     try:
@@ -593,9 +396,4 @@ CHECKS = (
     _row("queue", queue, modules=_GATEWAY, is_connecting=True, limit_s=45),
     _row("queue_clock", database_clock, modules=_GATEWAY, is_connecting=True, limit_s=45),
     _row("dead_letters", dead_letters, modules=_GATEWAY, is_connecting=True, limit_s=45),
-    _row("peer_certificates", peer_certificates, is_connecting=True, limit_s=120),
-    _row("echo", echo, modules=("pynetdicom",), is_connecting=True, limit_s=120),
-    _row("endpoints", endpoints, is_connecting=True, limit_s=120),
-    _row("peer_clocks", peer_clocks, is_connecting=True, limit_s=120),
-    _row("reader", reader, modules=("grpc", "tritonclient"), is_connecting=True, limit_s=45),
 )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cxr_triton.doctor import gateway, machine, packages, repository, server
+from cxr_triton.doctor import gateway, machine, packages, peers, repository, server
 from cxr_triton.doctor.check import Absent, Case, Check, Finding, Unseen, fail, sentence, skipped
 from cxr_triton.errors import CxrError
 from cxr_triton.extras import extra_of, remedy, require
@@ -21,6 +21,7 @@ CHECKS: tuple[Check, ...] = (
     *repository.CHECKS,
     *server.CHECKS,
     *gateway.CHECKS,
+    *peers.CHECKS,
 )
 GROUPS = {
     "machine": "Machine",

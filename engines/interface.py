@@ -385,24 +385,6 @@ class GpuEngine(Engine):
     computes = ("fp16", "bf16")
     abilities = frozenset({"prefix_reuse"})
 
-    def needs(self, bundle, graph: str) -> Iterator[Need]:
-        """The GPU that the recipe names, too."""
-        from cxr_triton.engines.cuda import device
-
-        yield from super().needs(bundle, graph)
-        recipe = bundle.manifest.get("recipe") or {}
-        wanted = f"{recipe.get('gpu')}, compute capability {recipe.get('compute_capability')}"
-        try:
-            found = device()
-        except DeviceUnavailable as error:
-            said, _, how = error.message.rpartition("; ")
-            yield Need(what="GPU by CUDA", found=said, wanted=wanted, is_met=False, remedy=how)
-            return
-        is_met = found.compute_capability == recipe.get("compute_capability")
-        said = f"{found.name}, compute capability {found.compute_capability}"
-        how = "" if is_met else f"build the bundle for this GPU, or serve it on {recipe.get('gpu')}"
-        yield Need(what="GPU by CUDA", found=said, wanted=wanted, is_met=is_met, remedy=how)
-
     def check_target(self, recipe, graph: str) -> None:
         """The GPU has to be named, with tensor cores for what the decoder computes."""
         super().check_target(recipe, graph)

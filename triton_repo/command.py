@@ -26,6 +26,7 @@ from cxr_triton.cli import (
     write_json,
 )
 from cxr_triton.errors import InternalError
+from cxr_triton.extras import require
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -131,6 +132,7 @@ def serve(repository: Path, json_path: str | None, renew_mib: int, **options):
     from cxr_triton.triton_repo.renew import Renewal
     from cxr_triton.triton_repo.serve import Server
 
+    require("grpc", "tritonclient")
     for difference in differences(repository) if options["modified"] else ():
         click.secho(printable(f"modified: {difference}"), fg="yellow", err=True)
     stopping: list[bool] = []

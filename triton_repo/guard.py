@@ -16,7 +16,6 @@ from collections.abc import Mapping
 
 from cxr_triton.engines.secret import SECRET, derived, secret_of
 from cxr_triton.errors import CxrError
-from cxr_triton.kserve import channel_options
 from cxr_triton.triton_repo.integrity import require_as_packaged
 
 UMASK = 0o077
@@ -60,6 +59,8 @@ def is_ready(address: str) -> bool:
     import grpc
     from tritonclient.grpc.service_pb2 import ServerReadyRequest
     from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+
+    from cxr_triton.kserve import channel_options
 
     try:
         with grpc.insecure_channel(address, channel_options(1)) as channel:

