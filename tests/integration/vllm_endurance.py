@@ -26,7 +26,7 @@ from cxr_triton.errors import CxrError, Unavailable
 
 SEEN_DEAD_S = 5
 FREED_S = 60
-PATIENT = Timeouts(first_delta_s=1200, idle_s=1200, total_s=1800)  # on a machine that does much else
+PATIENT = Timeouts(connect_s=60, first_delta_s=1200, idle_s=1200, total_s=1800)  # on a machine that does much else
 
 
 def read(reader: Reader, images: list[bytes], number: int):
