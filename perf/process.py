@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import time
@@ -13,9 +14,12 @@ from cxr_triton.errors import InternalError
 
 def resident_bytes(field: str, processes: Iterable[int | str] = ("self",)) -> int:
     """`VmHWM` (peak), `VmRSS`, `RssAnon` or `RssFile` of processes, added up; by default of this one."""
-    statuses = [Path(f"/proc/{each}/status").read_text().splitlines() for each in processes]
-    lines = [line for status in statuses for line in status if line.startswith(field + ":")]
-    return sum(int(line.split()[1]) for line in lines) * 1024
+    total = 0
+    for each in processes:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            lines = Path(f"/proc/{each}/status").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+    return total * 1024
 
 
 def serve(pipe, kind, cpus, *arguments) -> None:

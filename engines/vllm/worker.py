@@ -42,6 +42,7 @@ class Engine:
         noisy.addFilter(lambda record: "set_num_threads" not in record.getMessage())
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        make_rewindable()
         self._connection = connection
         self._logits: dict[str, list] = {}
         arguments = dict(settings["engine"])
@@ -119,6 +120,27 @@ class Engine:
         if rows := self._logits.pop(name, None):
             self.say(op="logits", id=name, shape=[len(rows), len(rows[0])], arrays=1)
             self._connection.send_bytes(b"".join(row.tobytes() for row in rows))
+
+
+def make_rewindable() -> None:
+    """Give generators on a CPU what vLLM takes a draw back with, or a request with a seed ends the engine.
+
+    It does so after each part of a prompt but the last, when no draw has been kept: the seed's first state
+    is the right one.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return
+
+    class Generator(torch.Generator):
+        def get_offset(self) -> int:
+            return 0
+
+        def set_offset(self, offset: int) -> None:
+            self.manual_seed(self.initial_seed())
+
+    torch.Generator = Generator  # type: ignore[misc]
 
 
 def forcing(logits: dict[str, list]):

@@ -44,9 +44,7 @@ def server(verified):
     if importlib.util.find_spec("pytriton") is None:
         pytest.skip("no Triton server here; install it with pip install '.[local]'")
     repository = verified[0] / "repository"
-    write_repository(
-        verified[0] / "bundle", repository, Settings(threads=1, options={"draft-tokens": "2", "drafts": "ngram"})
-    )
+    write_repository(verified[0] / "bundle", repository, Settings(threads=1, options={"step-tokens": "256"}))
     with Server(repository, grpc_port=0, http_port=0, metrics_port=0, ready_timeout_s=300) as server:
         yield server
 

@@ -20,11 +20,13 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from cxr_triton.client.limits import Timeouts
 from cxr_triton.client.reader import Reader
 from cxr_triton.errors import CxrError, Unavailable
 
 SEEN_DEAD_S = 5
 FREED_S = 60
+PATIENT = Timeouts(connect_s=60, first_delta_s=1200, idle_s=1200, total_s=1800)  # on a machine that does much else
 
 
 def read(reader: Reader, images: list[bytes], number: int):
@@ -35,7 +37,7 @@ def read(reader: Reader, images: list[bytes], number: int):
 def in_a_row(address: str, images: list[bytes], count: int) -> dict:
     """So many readings one after the other; each answer has to be what it was before for its image."""
     seconds, answers = [], {}
-    with Reader(address) as reader:
+    with Reader(address, timeouts=PATIENT) as reader:
         for number in range(count):
             started = time.monotonic()
             reading = read(reader, images, number)
@@ -49,7 +51,7 @@ def in_a_row(address: str, images: list[bytes], count: int) -> dict:
 def at_once(address: str, images: list[bytes], count: int) -> dict:
     """So many readings that start together."""
     started = time.monotonic()
-    with Reader(address) as reader, concurrent.futures.ThreadPoolExecutor(count) as pool:
+    with Reader(address, timeouts=PATIENT) as reader, concurrent.futures.ThreadPoolExecutor(count) as pool:
         readings = list(pool.map(lambda number: read(reader, images, number), range(count)))
     tokens = sum(reading.usage["completion_tokens"] for reading in readings)
     return {"readings": count, "tokens": tokens, "total_s": round(time.monotonic() - started, 1)}
@@ -60,7 +62,7 @@ def cancelled(address: str, images: list[bytes], count: int, longest_s: float, t
     draw, outcomes = random.Random(7), {"cancelled": 0, "read": 0}
 
     def leave(number: int, wait_s: float) -> str:
-        with Reader(address) as reader:
+        with Reader(address, timeouts=PATIENT) as reader:
             stream = reader.read(images[number % len(images)])
             deadline = time.monotonic() + wait_s
             for _ in stream:
@@ -109,7 +111,7 @@ def kill_engine(server, address: str, images: list[bytes]) -> dict:
 
     def one(number: int) -> str:
         try:
-            with Reader(address) as reader:
+            with Reader(address, timeouts=PATIENT) as reader:
                 read(reader, images, number)
             return "read"
         except CxrError as error:

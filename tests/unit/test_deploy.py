@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,11 @@ def test_what_serves_is_pinned_by_digest_and_is_no_root():
         assert re.findall(r"^USER (.*)$", parts[name], re.MULTILINE)[-1] == "10001:10001"
     assert "ARG DIGEST\n" in (DEPLOY / "Dockerfile").read_text(), "a default would be one that nobody checked"
     assert "[serve]" in parts["serve"] and "[quantize]" not in parts["serve"]
-    assert "[serve-cuda]" in parts["serve-vllm"] and "[quantize]" not in parts["serve-vllm"]
+    assert "[serve]" in parts["serve-vllm"] and "[quantize]" not in parts["serve-vllm"]
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["cuda"]
+    for name in ("engine-vllm", "serve-vllm"):
+        wanted = re.findall(r'"((?:cuda-bindings|onnxruntime-gpu)\S*)"', parts[name])
+        assert len(wanted) == 2 and set(wanted) <= set(asked), "the tower's engine, in the versions of its extra"
 
 
 def test_vllm_keeps_the_packages_that_its_container_has_and_a_compiler():
