@@ -171,7 +171,7 @@ def main() -> None:
             steps["killed"] = kill_engine(server, address, images)
     record = {
         "schema": 1,
-        "command": f"python tests/integration/vllm_endurance.py --count {arguments.count}",
+        "command": f"vllm_endurance.py --count {arguments.count} --at-once {arguments.at_once}",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "load_average": os.getloadavg()[0],
