@@ -13,7 +13,7 @@ from cxr_triton.engines.vllm.layout import interpreter
 from cxr_triton.export.checkpoint import Checkpoint, torch_model
 from cxr_triton.export.folder import write_folder
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm_python")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.usefixtures("vllm_python")]
 ASK = """
 import json, sys
 from vllm import LLM, SamplingParams

@@ -18,6 +18,7 @@ from cxr_triton.triton_repo.serve import Server
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1200),  # vLLM's start takes half a minute, and many on a machine that does much else
     pytest.mark.triton,
     pytest.mark.skipif(not os.path.exists(PYTHON), reason="`make vllm` installs vLLM"),
 ]
