@@ -43,6 +43,8 @@ class VLLM(Engine):
                 f"decoder.precision: {decoder.precision} with head {decoder.head} on {self.name}, which takes a "
                 f"checkpoint as it is; choose {', '.join(self.computes)}, fp8 or int4-awq, and head compute"
             )
+        if decoder.precision == "fp8" and not recipe.gpu:
+            raise InvalidRecipe("decoder.precision: fp8 without a gpu; vLLM for CPUs has no kernel for it: choose bf16")
         own = engine_type(decoder.precision, decoder.compute)
         if decoder.kv not in (own, "fp8"):
             raise InvalidRecipe(f"decoder.kv: {decoder.kv} beside a decoder in {own}; choose {own} or fp8")
@@ -98,6 +100,8 @@ class VLLM(Engine):
         from cxr_triton.engines.vllm.layout import interpreter
 
         interpreter()
+        if not bundle.is_on_cpu and not Path("/dev/nvidiactl").exists():
+            raise DeviceUnavailable("the bundle is for an NVIDIA GPU, and there is none here")
 
     def open_judged(self, bundle, *, slots: int, threads: int | None = None):
         from cxr_triton.engines.vllm.judged import JudgedVLLM

@@ -137,8 +137,8 @@ def make_rewindable() -> None:
         def get_offset(self) -> int:
             return 0
 
-        def set_offset(self, offset: int) -> None:
-            self.manual_seed(self.initial_seed())
+        def set_offset(self, offset: int) -> torch.Generator:
+            return self.manual_seed(self.initial_seed())
 
     torch.Generator = Generator  # type: ignore[misc]
 

