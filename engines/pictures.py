@@ -48,8 +48,8 @@ class PictureCache:
             self.pictures += len(valid)
             return encoded
         digests = [_digest(*(array[i] for array in inputs)) for i in range(len(valid))]
-        known = {digest: self._rows.peek(digest) for digest in digests}
-        new = {digest: i for i, digest in reversed(list(enumerate(digests))) if known[digest] is None}
+        known = {digest: rows for digest in digests if (rows := self._rows.peek(digest)) is not None}
+        new = {digest: i for i, digest in enumerate(digests) if digest not in known}
         if new:
             places = list(new.values())
             encoded = self._session.encode(*(array[places] for array in inputs))

@@ -29,9 +29,9 @@ class Settings:
         A reading never depends on what else runs, to the last bit; see `Bundle.open_decoder`.
     prefix_reuse : bool, optional
         The engine keeps keys and values for prompts that begin alike, images included. By default where that was run:
-        on a CPU. See docs/decoder-engines.md for the engines that it is not proved with.
+        on a CPU.
     prefix_cache_mib : int
-        Memory of the host for them; 0 keeps none. Of no use to an engine whose cache of streams keeps them.
+        Memory of the host for them; 0 keeps none. An engine with a paged cache keeps them there instead.
     picture_cache_mib : int
         Memory of the vision encoder for embeddings of pictures that it encoded; 0 keeps none.
     options : dict of str to str

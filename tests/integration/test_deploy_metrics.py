@@ -8,7 +8,7 @@ from pathlib import Path
 from served import radiograph
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
-NAME = re.compile(r"\b(?:nv|cxr_decoder)_[a-z_]+\b")
+NAME = re.compile(r"\b(?:nv|cxr_decoder|cxr_vision)_[a-z_]+\b")
 
 
 def test_every_metric_of_the_dashboard_exists(server, raw):
@@ -22,7 +22,7 @@ def test_every_metric_of_the_dashboard_exists(server, raw):
             labels += re.findall(r'model="([^"]+)"', target["expr"])
     here, elsewhere = set(), set()
     for row in re.findall(r"^\| (`.*`) \| (.*) \|$", (DEPLOY / "README.md").read_text(), re.MULTILINE):
-        (here if row[1] in ("Triton", "our `decoder`") else elsewhere).update(NAME.findall(row[0]))
+        (here if row[1] in ("Triton", "our `decoder`", "our `vision_encoder`") else elsewhere).update(NAME.findall(row[0]))
     assert here <= scraped, f"the server has no {sorted(here - scraped)}"
     assert not elsewhere & scraped, "these are here after all: say so in deploy/README.md"
     assert asked == here | elsewhere, "the dashboard and the table of deploy/README.md differ"
