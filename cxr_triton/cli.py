@@ -111,6 +111,10 @@ EXAMPLES = {
         "evaluate run data.yaml repository/ -o result.jsonl",
         "evaluate run ChestX-ray14/ --format nih --url 127.0.0.1:8001 --limit 500 -o result.jsonl",
     ),
+    "evaluate measure": (
+        "evaluate measure result.jsonl --html result.html",
+        "evaluate measure after.jsonl --against before.jsonl --images ChestX-ray14/ --html result.html",
+    ),
     "demo": ("demo -o build/demo",),
 }
 """Of each command, as they stand under its help."""

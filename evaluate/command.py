@@ -22,6 +22,7 @@ from cxr_triton.cli import (
     printable,
     write_json,
 )
+from cxr_triton.files import write
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -210,3 +211,46 @@ def _run(evaluation, server) -> None:
             bar.update()
 
         evaluation.run(server, tell, resumed)
+
+
+@evaluate.command()
+@click.argument("result", type=FILE)
+@click.option("--against", type=FILE, metavar="RESULT", help="Another engine's result on the same data.")
+@click.option(
+    "--margin", type=click.FloatRange(0, 1), default=0.02, show_default=True, help="Loss that is put up with."
+)
+@click.option(
+    "--images", type=FOLDER, metavar="FOLDER", help="Of the data set: the page shows pictures of what went wrong."
+)
+@click.option("--identifiers", is_flag=True, help="Name the studies and patients of the worst cases.")
+@click.option("--resamples", type=click.IntRange(100), default=1000, show_default=True, help="Of the intervals.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the resamples.")
+@click.option("--html", "html_path", type=OUT_FILE, help="Write it as a page.")
+@click.option("--csv", "csv_path", type=OUT_FILE, help="Write every measure, label and group as a row.")
+@json_option
+def measure(
+    *, result: Path, against: Path | None, images: Path | None, html_path: Path | None, csv_path: Path | None,
+    json_path: str | None, **options,
+):  # fmt: skip
+    """Measure what was answered: a table with 95 % intervals, and a page.
+
+    RESULT is what `cxr-triton evaluate run` wrote. Neither a server nor the data set is asked again. The page and the
+    tables hold no identifier of a patient unless --identifiers asks for them; pictures, and reports that are known, are
+    shown as they are.
+
+    Exit status 3 when it is less accurate than --against by more than the margin.
+    """
+    from cxr_triton.evaluate.report import measured
+    from cxr_triton.evaluate.summary import to_csv
+
+    report = measured(result, against, **options)
+    for line in report.lines():
+        click.echo(printable(line), err=json_path == "-")
+    click.secho(printable(report.summary["notice"]), fg="yellow", err=True)
+    if html_path:
+        write(html_path, report.page(images))
+    if csv_path:
+        write(csv_path, to_csv(report.summary))
+    write_json(report.summary, json_path)
+    if (report.summary["comparison"] or {}).get("verdict") == "worse":
+        sys.exit(EXIT_NOT_AS_ASKED)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 LEVEL = 0.95
 RESAMPLES = 1000
-_AT_A_TIME = 32  # resamples whose weights of all rows are held at once: what a cache holds
+_AT_A_TIME = 8  # resamples whose weights of all rows are held at once: what a cache holds
 
 Floats = NDArray[np.float64]
 

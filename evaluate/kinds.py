@@ -174,35 +174,35 @@ class Boxes(Kind):
 
     def __init__(self, header: Header, rows: Sequence[Row]):
         self.truth = [_merged(row.truth.boxes) for row in rows]
-        self._said = [_named(row.answer, true) for row, true in zip(rows, self.truth, strict=True)]
-        self.labels = tuple(sorted({box.label for placed in (*self.truth, *self._said) for box in placed}))
+        self.placed = [_named(row.answer, true) for row, true in zip(rows, self.truth, strict=True)]
+        self.labels = tuple(sorted({box.label for placed in (*self.truth, *self.placed) for box in placed}))
 
     def measured(self, resamples: Resamples, rows: Rows) -> Measured:
         chosen = [[box for box in placed if keep] for placed, keep in zip(self.truth, rows, strict=True)]
-        placed = [[box for box in said if keep] for said, keep in zip(self._said, rows, strict=True)]
-        iou = boxes.overlaps(chosen, placed)
+        said = [[box for box in placed if keep] for placed, keep in zip(self.placed, rows, strict=True)]
+        iou = boxes.overlaps(chosen, said)
         overall, each = {"box_iou": resamples.mean(iou, np.isfinite(iou))}, {}
         for threshold in boxes.THRESHOLDS:
-            found, name = boxes.hits(chosen, placed, threshold), f"{100 * threshold:.0f}"
-            counts = boxes.counted(chosen, placed, found, resamples)
+            found, name = boxes.hits(chosen, said, threshold), f"{100 * threshold:.0f}"
+            counts = boxes.counted(chosen, said, found, resamples)
             overall |= {f"box_{measure}_{name}": values for measure, values in counts.items()}
-            columns = [boxes.average_precision(label, chosen, placed, found, resamples) for label in self.labels]
+            columns = [boxes.average_precision(label, chosen, said, found, resamples) for label in self.labels]
             each[f"ap_{name}"] = np.column_stack(columns) if columns else np.zeros((1 + resamples.count, 0))
             overall[f"map_{name}"] = measures.mean_of_known(each[f"ap_{name}"])
         return Measured(overall, self.labels, each)
 
     def basis(self, measure: str, label: int | None = None) -> Rows:
         name = None if label is None else self.labels[label]
-        both = zip(self.truth, self._said, strict=True)
+        both = zip(self.truth, self.placed, strict=True)
         return np.array([any(name in (None, box.label) for box in chain(*each)) for each in both])
 
     @cached_property
     def rightness(self) -> Floats:
-        return boxes.overlaps(self.truth, self._said)
+        return boxes.overlaps(self.truth, self.placed)
 
     @property
     def said(self) -> Sequence[object]:
-        return [sorted((box.image, box.label, box.corners) for box in placed) for placed in self._said]
+        return [sorted((box.image, box.label, box.corners) for box in placed) for placed in self.placed]
 
 
 class Reports(Kind):

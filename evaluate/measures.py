@@ -151,24 +151,25 @@ def ranking(
         return found
     order = np.argsort(-scores, kind="stable")
     truth, rows = truth[order], rows[order]
-    starts = _steps(truth, scores[order])
+    ends = _ends(truth, scores[order])
     for part, weights in resamples.weights(rows):
-        positive = np.add.reduceat(weights * truth[:, None], starts, axis=0)
-        negative = np.add.reduceat(weights, starts, axis=0) - positive
-        hits, alarms = np.cumsum(positive, axis=0), np.cumsum(negative, axis=0)
-        positives, negatives = hits[-1].astype(np.float64), alarms[-1].astype(np.float64)
+        hits = np.cumsum(weights * truth[:, None], axis=0)[ends]
+        seen = np.cumsum(weights, axis=0, out=weights)[ends]
+        positive, negative = (np.diff(each, axis=0, prepend=0) for each in (hits, seen - hits))
+        positives, negatives = hits[-1].astype(np.float64), (seen - hits)[-1].astype(np.float64)
         over = np.einsum("ij,ij->j", negative, hits - 0.5 * positive)
-        precision = np.divide(hits, np.maximum(hits + alarms, 1))
+        precision = np.divide(hits, np.maximum(seen, 1))
         found["auroc"][part] = ratio(over, positives * negatives)
         found["average_precision"][part] = ratio(np.einsum("ij,ij->j", positive, precision), positives)
     return found
 
 
-def _steps(truth: NDArray[np.bool_], scores: Floats) -> NDArray[np.intp]:
-    """Where sorted rows have to be told apart: equal scores stand together, and so do negatives with none between."""
+def _ends(truth: NDArray[np.bool_], scores: Floats) -> NDArray[np.intp]:
+    """Last rows of what stands together when sorted: equal scores, and negatives with no positive between them."""
     first = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])
     has_positive = np.logical_or.reduceat(truth, first)
-    return first[np.r_[True, has_positive[1:] | has_positive[:-1]]]
+    starts = first[np.r_[True, has_positive[1:] | has_positive[:-1]]]
+    return np.r_[starts[1:] - 1, len(truth) - 1]
 
 
 def reliability(truth: NDArray[np.bool_], scores: Floats, rows: NDArray[np.intp], resamples: Resamples) -> dict:

@@ -8,8 +8,8 @@ from typing import Any
 from cxr_triton.evaluate.gallery import Shown
 from cxr_triton.evaluate.rows import Box, Row
 from cxr_triton.evaluate.summary import known, said
-from cxr_triton.evaluate.terms import TERMS, meaning, title
-from cxr_triton.numbers import glued, number, percent
+from cxr_triton.evaluate.terms import TERMS, is_aside, meaning, short, title, told
+from cxr_triton.numbers import number, percent
 from cxr_triton.page import paragraphs, render
 from cxr_triton.page.plot import Plot
 from cxr_triton.reading import STATUSES, parse
@@ -63,8 +63,8 @@ def evaluation_page(
             )
         ),
         studies=_studies(summary),
-        measures=[_measure(name, each) for name, each in summary["measures"].items() if not _is_aside(name)],
-        asides=[_measure(name, each) for name, each in summary["measures"].items() if _is_aside(name)],
+        measures=[_measure(name, each) for name, each in summary["measures"].items() if not is_aside(name)],
+        asides=[_measure(name, each) for name, each in summary["measures"].items() if is_aside(name)],
         codes=[_code(entry) for entry in summary["codes"]],
         labels=_labels(summary),
         roc=_curves(summary["curves"], "roc"),
@@ -88,20 +88,6 @@ def shown_cases(summary: Mapping[str, Any], comparison: Mapping[str, Any] | None
     return list(dict.fromkeys([*parted, *(case["number"] for case in summary["worst"])]))
 
 
-def told(estimate: Mapping[str, float | None]) -> str:
-    """An estimate and its interval, two decimals; a line of a page breaks between them only."""
-    value, low, high = (estimate[key] for key in ("value", "low", "high"))
-    if low is None:
-        return _short(value)
-    return f"{_short(value)} ({glued(f'{_short(low)} to {_short(high)}')})"
-
-
-def _short(value: float | None) -> str:
-    if value is None:
-        return number(None)
-    return f"{0.0 if abs(value) < 0.005 else value:.2f}".replace("-", "−")
-
-
 def _studies(summary: Mapping[str, Any]) -> str:
     studies, resamples = summary["studies"], summary["bootstrap"]["resamples"]
     words = f"{number(studies['asked'])} studies of {number(studies['patients'])} patients"
@@ -110,11 +96,6 @@ def _studies(summary: Mapping[str, Any]) -> str:
     if studies["failed"]:
         words += f"; {number(studies['failed'])} could not be read, which counts as wrong"
     return f"{words}. 95 % intervals by {number(resamples)} resamples of the patients."
-
-
-def _is_aside(name: str) -> bool:
-    """Another way to average a measure that stands there already."""
-    return name.endswith(("_micro", "_weighted"))
 
 
 def _measure(name: str, estimate: Mapping[str, float | None]) -> dict[str, object]:
@@ -164,7 +145,7 @@ def _reliability(entry: Mapping[str, Any]) -> Chart:
         observed, x = each["observed"], each["score"]
         if observed["low"] is not None:
             plot.box(x - 0.012, x + 0.012, observed["low"], observed["high"], "one pale")
-        words = f"{number(each['count'])} studies, score {_short(x)}, true {told(observed)}"
+        words = f"{number(each['count'])} studies, score {short(x)}, true {told(observed)}"
         plot.dot(x, observed["value"], "one", title=words)
     return entry["label"] or "Answers", plot, ()
 
@@ -188,7 +169,7 @@ def _heat(count: int, whole: int) -> str:
 
 
 def _groups(summary: Mapping[str, Any]) -> list[dict[str, object]]:
-    names = [name for name in summary["measures"] if not (_is_aside(name) or name.startswith(_NOT_OF_GROUPS))]
+    names = [name for name in summary["measures"] if not (is_aside(name) or name.startswith(_NOT_OF_GROUPS))]
     return [
         {"group": f"{entry['group'].replace('_', ' ')}: {entry['value']}", "studies": entry["studies"]}
         | {"patients": entry["patients"]}
@@ -216,7 +197,7 @@ def _comparison(comparison: Mapping[str, Any]) -> dict[str, object]:
     return {
         "against": f"{model.get('engine', '')}, {model.get('precision', '')}",
         "verdict": comparison["verdict"],
-        "words": f"{words} The margin is {_short(comparison['margin'])}.",
+        "words": f"{words} The margin is {short(comparison['margin'])}.",
         "measures": [_compared(entry) for entry in comparison["measures"] if entry["decides"]],
         "others": [_compared(entry) for entry in comparison["measures"] if not entry["decides"]],
         "labels": [_tested(entry) for entry in comparison["labels"]],
@@ -228,8 +209,8 @@ def _comparison(comparison: Mapping[str, Any]) -> dict[str, object]:
 def _compared(entry: Mapping[str, Any]) -> dict[str, object]:
     compared = {
         "measure": title(entry["measure"]),
-        "other": _short(entry["a"]),
-        "this": _short(entry["b"]),
+        "other": short(entry["a"]),
+        "this": short(entry["b"]),
         "difference": told(entry["difference"]),
         "p": _p(entry.get("p_corrected", entry["p"])),
     }

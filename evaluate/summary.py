@@ -36,7 +36,7 @@ def summarize(columns: Columns, *, count: int = RESAMPLES, seed: int = 0, identi
     count, seed : int
         Of the resamples.
     identifiers : bool
-        Name the studies and patients of the worst cases, as the data set does.
+        Name the studies and patients of the worst cases, as the data set does, and quote their reports.
 
     Returns
     -------
@@ -186,8 +186,9 @@ def _groups(columns: Columns, resamples: Resamples) -> Iterator[dict[str, Any]]:
 
 def _case(columns: Columns, place: int, identifiers: bool) -> dict[str, Any]:
     row = columns.rows[place]
-    told = {"number": row.number, "rightness": float(columns.kind.rightness[place]), "code": row.code}
-    told |= {"truth": known(row), "said": said(row)}
+    told: dict[str, Any] = {"number": row.number, "rightness": float(columns.kind.rightness[place]), "code": row.code}
+    if identifiers or row.kind != "report":  # what somebody wrote of a patient may name one
+        told |= {"truth": known(row), "said": said(row)}
     return told | ({"study": row.study, "patient": row.patient} if identifiers else {})
 
 

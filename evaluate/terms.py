@@ -1,6 +1,10 @@
-"""What each measure is called on a page, and what it means."""
+"""What each measure is called, what it means, and how an estimate is written."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cxr_triton.numbers import glued, number
 
 TERMS = {
     "exact_match": ("All labels right", "Share of studies whose labels are all right."),
@@ -49,3 +53,23 @@ def meaning(measure: str) -> str:
     """What a measure means; empty for a plugged one."""
     stem, _, ending = measure.rpartition("_")
     return TERMS[stem if stem in TERMS and ending in ENDINGS else measure][1] if title(measure) != measure else ""
+
+
+def is_aside(measure: str) -> bool:
+    """Another way to average a measure that stands there already."""
+    return measure.endswith(("_micro", "_weighted"))
+
+
+def told(estimate: Mapping[str, float | None]) -> str:
+    """An estimate and its interval, two decimals; a line of a page breaks between them only."""
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    if low is None:
+        return short(value)
+    return f"{short(value)} ({glued(f'{short(low)} to {short(high)}')})"
+
+
+def short(value: float | None) -> str:
+    """A value between -1 and 1, two decimals."""
+    if value is None:
+        return number(None)
+    return f"{0.0 if abs(value) < 0.005 else value:.2f}".replace("-", "−")
