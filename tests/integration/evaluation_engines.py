@@ -34,7 +34,8 @@ from cxr_triton.perf.environment import environment  # noqa: E402
 from cxr_triton.profile import load_profile  # noqa: E402
 from cxr_triton.triton_repo.serve import Server  # noqa: E402
 
-DAMAGED_LAYER = "model.language_model.layers.2.mlp.down_proj.weight"
+DAMAGED = ("layers.1.self_attn.o_proj.weight", "layers.1.mlp.down_proj.weight")
+"""What one layer of the decoder adds, by attention and by its MLP: with the wrong sign it takes away."""
 ENGINES = ("fp32", "int4", "int4-awq", "fp8", "damaged")
 
 
@@ -53,19 +54,16 @@ def weights(name: str, folder: Path) -> Path:
 
 
 def damaged(checkpoint: Path, out: Path) -> Path:
-    """A copy whose `DAMAGED_LAYER` is 0."""
+    """A copy in which the weights of `DAMAGED` have the wrong sign."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(checkpoint, out)
-    found = 0
-    for path in out.glob("*.safetensors"):
-        tensors = load_file(path)
-        for key in [key for key in tensors if key.endswith(DAMAGED_LAYER.partition("language_model.")[2])]:
-            tensors[key] = tensors[key] * 0
-            found += 1
-        save_file(tensors, path, metadata={"format": "pt"})
-    if found != 1:
-        raise ValueError(f"{found} tensors are {DAMAGED_LAYER}")
+    path = out / "model.safetensors"
+    tensors = load_file(path)
+    chosen = [key for key in tensors if key.endswith(DAMAGED) and "visual" not in key]
+    if len(chosen) != len(DAMAGED):
+        raise ValueError(f"of {DAMAGED} the checkpoint has {chosen}")
+    save_file(tensors | {key: -tensors[key] for key in chosen}, path, metadata={"format": "pt"})
     return out
 
 
@@ -84,9 +82,10 @@ def repository(name: str, folder: Path) -> Path:
 
 @click.command()
 @click.option("--count", default=300, show_default=True, help="Phantoms.")
+@click.option("--engine", "engines", multiple=True, type=click.Choice(ENGINES), help="Beside fp32.  [default: all]")
 @click.option("--keep", type=click.Path(path_type=Path), help="Folder for the results of the engines.")
 @json_option
-def main(count: int, keep: Path | None, json_path: str | None):
+def main(count: int, engines: tuple[str, ...], keep: Path | None, json_path: str | None):
     """Compare engines of the demonstration model."""
     told: dict = {
         "schema": 1,
@@ -96,7 +95,7 @@ def main(count: int, keep: Path | None, json_path: str | None):
     told |= {
         "environment": environment(),
         "phantoms": count,
-        "damaged": DAMAGED_LAYER,
+        "damaged": list(DAMAGED),
         "engines": {},
         "against_fp32": {},
     }
@@ -105,7 +104,7 @@ def main(count: int, keep: Path | None, json_path: str | None):
         keys = layouts.write(folder / "data", "chexpert", "png", evaluate.held_out(count))
         (folder / "data.yaml").write_text(yaml.safe_dump({"path": "data", **keys}))
         results = {}
-        for engine in ENGINES:
+        for engine in dict.fromkeys(["fp32", *(engines or ENGINES)]):
             out = folder / f"{engine}.jsonl"
             if not out.exists():
                 (folder / engine).mkdir(exist_ok=True)
