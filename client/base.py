@@ -13,6 +13,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from cxr_triton import kserve
 from cxr_triton.client import wire
+from cxr_triton.client.address import require_endpoint
 from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Clock, Timeouts, Tls
 from cxr_triton.errors import Cancelled, CxrError, Unavailable
 from cxr_triton.identity import sha256
@@ -42,7 +43,7 @@ class BaseReader(Generic[Stream]):
     tls: Tls | None = None
 
     def __post_init__(self):
-        wire.require_endpoint(self.url)
+        require_endpoint(self.url)
         self._closed = False
         self._calls: Calls | None = None
 

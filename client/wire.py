@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from cxr_triton.errors import (
     CxrError,
     DeadlineExceeded,
     InternalError,
-    InvalidRequest,
     LimitExceeded,
     QueueFull,
     ServerMismatch,
@@ -49,30 +47,6 @@ class ServerInfo:
     version: str
     model: str
     model_versions: tuple[str, ...]
-
-
-def require_endpoint(url: str) -> str:
-    """`url` where it is a host and a port, or a target of gRPC's with its scheme, such as ``dns:`` or ``unix:``.
-
-    Raises
-    ------
-    InvalidRequest
-        It is neither; says how to write it.
-    """
-    if re.match(r"(dns|unix|unix-abstract|ipv4|ipv6|xds|vsock):", url):
-        return url
-    scheme, _, rest = url.rpartition("://")
-    host, _, port = rest.split("/")[0].rpartition(":")
-    if scheme:
-        right = f"{host or rest.split('/')[0]}:{8001 if port in ('', '8000') or not host else port}"
-        raise InvalidRequest(f"{url!r} is a web address and readings travel by gRPC; give host and port, {right}")
-    if not host or url.endswith("]"):
-        raise InvalidRequest(f"{url!r} has no port; give host and port, {url.strip(':') or 'localhost'}:8001")
-    if ":" in host and not re.fullmatch(r"\[[^][]+\]", host):
-        raise InvalidRequest(f"{url!r} is no host and port; put an IPv6 address in brackets, [::1]:8001")
-    if "/" in url or not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
-        raise InvalidRequest(f"{url!r} has no port from 1 to 65535; give that of Triton's gRPC, {host}:8001")
-    return url
 
 
 def backoff_s() -> Iterator[float]:

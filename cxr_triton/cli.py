@@ -63,6 +63,7 @@ VERBS = {
         "evaluate",
         "Measure a served reader's accuracy on labelled data.",
     ),
+    "doctor": ("cxr_triton.doctor.command:doctor", None, "Look at what a deployment needs, and say what to do."),
     "demo": ("cxr_triton.triton_repo.command:demo", "local", "Export, build, package, serve and read on this CPU."),
 }
 """verb: (where it is, the extra that it needs or None, what it does)"""
@@ -115,6 +116,7 @@ EXAMPLES = {
         "evaluate measure result.jsonl --html result.html",
         "evaluate measure after.jsonl --against before.jsonl --images ChestX-ray14/ --html result.html",
     ),
+    "doctor": ("doctor", "doctor repository/ --url 127.0.0.1:8001 --gateway gateway.yaml"),
     "demo": ("demo -o build/demo",),
 }
 """Of each command, as they stand under its help."""

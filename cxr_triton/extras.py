@@ -18,6 +18,11 @@ def _modules(extra: str) -> set[str]:
     return set(EXTRAS[extra]["modules"]).union(*map(_modules, EXTRAS[extra].get("takes", ())))
 
 
+def missing_modules(extra: str) -> set[str]:
+    """Modules of an extra, and of those that it takes in, that are not here."""
+    return {module for module in _modules(extra) if importlib.util.find_spec(module) is None}
+
+
 def extra_of(module: str, asked: str | None = None) -> str | None:
     """The extra that brings a module: `asked` where it does, or where none is known to; else the first that adds it."""
     top = module.split(".", maxsplit=1)[0]

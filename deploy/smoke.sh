@@ -10,7 +10,7 @@ usage: deploy/smoke.sh OUT CHECKPOINT PROFILE RECIPE [IMAGES]
   OUT         folder for weights and engine; what an earlier run left there is used
   CHECKPOINT  folder, or ORG/NAME on the hub
   PROFILE     name or YAML file, as nv-reason-cxr-3b
-  RECIPE      name of a tensorrt-llm recipe, as h100-fp8-trtllm
+  RECIPE      name of a tensorrt-llm or vllm recipe, as h100-fp8-trtllm or h100-fp8-vllm
   IMAGES      folder of radiographs to calibrate and to verify on; synthetic phantoms without
 
 ACCEPT_LICENCE=1  you accept the weights' non-commercial licence
@@ -21,13 +21,16 @@ USAGE
 fi
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-tag=26.07-trtllm-python-py3
+case $4 in
+    *-vllm) tag=26.08-vllm-python-py3 targets=(engine-vllm serve-vllm) service=server-vllm services=vllm ;;
+    *) tag=26.07-trtllm-python-py3 targets=(engine serve) service=server services=tensorrt-llm ;;
+esac
 base=nvcr.io/nvidia/tritonserver
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 checkpoint=$2 profile=$3 recipe=$4
 images=${5:+$(cd "$5" && pwd)}
-compose=(docker compose --file "$here/compose.yaml")
+compose=(docker compose --file "$here/compose.yaml" --profile "$services")
 export REPOSITORY=$out/repository GRAFANA_PASSWORD=${GRAFANA_PASSWORD:-unused}
 
 say() { printf '\n== %s\n' "$*"; }
@@ -66,8 +69,8 @@ docker compose version
 say "images"
 digest=${DIGEST:-$(docker buildx imagetools inspect "$base:$tag" --format '{{.Manifest.Digest}}')}
 echo "$base:$tag is $digest"
-for target in engine serve; do
-    docker build --build-arg "DIGEST=$digest" --target "$target" --tag "cxr-triton-$target:$tag" \
+for target in "${targets[@]}"; do
+    docker build --build-arg "DIGEST=$digest" --target "$target" --tag "cxr-triton-${target%-vllm}:$tag" \
         --file "$here/Dockerfile" "$here/.."
 done
 
@@ -79,8 +82,8 @@ say "server"
 if [[ ${KEEP:-} != 1 ]]; then
     trap '"${compose[@]}" down --timeout 60' EXIT
 fi
-if ! "${compose[@]}" up --detach --wait --wait-timeout 900 server; then
-    "${compose[@]}" logs --tail 100 server >&2
+if ! "${compose[@]}" up --detach --wait --wait-timeout 1500 "$service"; then
+    "${compose[@]}" logs --tail 100 "$service" >&2
     echo "the server did not become ready" >&2
     exit 1
 fi

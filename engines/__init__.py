@@ -18,6 +18,7 @@ ROOMS = {
     "tensorrt": "cxr_triton.engines.tensorrt",
     "tensorrt-rtx": "cxr_triton.engines.tensorrt_rtx",
     "tensorrt-llm": "cxr_triton.engines.tensorrt_llm",
+    "vllm": "cxr_triton.engines.vllm",
 }
 """Name of an engine, as recipes and manifests write it, and its room."""
 DEFAULT = "onnxruntime"

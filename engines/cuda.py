@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cxr_triton.engines import DEFAULT
 from cxr_triton.errors import DeviceUnavailable, InternalError
 from cxr_triton.extras import EXTRAS, remedy
 
@@ -54,8 +53,8 @@ def device() -> Device:
     if int(status) or not count:
         text = cuda.cudaGetErrorString(status)[1].decode() if int(status) else "none found"
         raise DeviceUnavailable(
-            f"no NVIDIA GPU can be used here ({text}); run on a machine with a GPU and its driver, or use a recipe for "
-            f"{DEFAULT}"
+            f"no NVIDIA GPU can be used here ({text}); run on a machine with a GPU and its driver, or use a recipe "
+            "for a CPU"
         )
     properties = call("cudaGetDeviceProperties", call("cudaGetDevice"))
     name = properties.name.decode() if isinstance(properties.name, bytes) else str(properties.name)

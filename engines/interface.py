@@ -7,15 +7,17 @@ modules ask the table of engines, which imports this one; rooms may annotate the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRecipe, InvalidRequest
+from cxr_triton.extras import remedy
 
 if TYPE_CHECKING:
+    from cxr_triton.engines.runtime.judged import JudgedDecoder
     from cxr_triton.engines.runtime.scheduler import Runtime
     from cxr_triton.engines.session import DecoderSession, VisionSession
 
@@ -46,6 +48,26 @@ class Compiled:
     versions: dict[str, str]
     plan: dict | None = None
     container: dict | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Something that a bundle needs of the machine that serves it, and what is here.
+
+    Attributes
+    ----------
+    what, found, wanted : str
+    is_met : bool or None
+        None where it cannot be told here.
+    remedy : str
+        What to do where it is not met.
+    """
+
+    what: str
+    found: str
+    wanted: str
+    is_met: bool | None
+    remedy: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +122,12 @@ class Engine:
         Its bundles are built in the recipe's container, on the recipe's GPU.
     abilities : frozenset of str
         Keys of `ABILITIES`.
+    reuses_prefixes : bool
+        It does so unless told otherwise, given the ability.
     products : tuple of str
         Precisions in which it multiplies on a CPU, where that is the ceiling of what it can do.
+    cpu_features : tuple of str
+        Features of a CPU, as Linux names them, for which it has kernels of its own.
     backends : tuple of str
         Triton's backends that a repository needs and the pip-installed server has not; `home` says who has them.
     """
@@ -117,9 +143,15 @@ class Engine:
     needs_recipe: ClassVar[bool] = True
     in_container: ClassVar[bool] = False
     abilities: ClassVar[frozenset[str]] = frozenset()
+    reuses_prefixes: ClassVar[bool] = False
     products: ClassVar[tuple[str, ...]] = ()
+    cpu_features: ClassVar[tuple[str, ...]] = ()
     backends: ClassVar[tuple[str, ...]] = ()
     home: ClassVar[str] = ""
+
+    def options(self) -> dict[str, str]:
+        """What only it can be asked for when it is served, by name: what it means, with its values."""
+        return {}
 
     def files(self, graph: str) -> tuple[str, ...]:
         """Names of the files in a bundle that hold a graph; more may lie in `folder`."""
@@ -177,6 +209,10 @@ class Engine:
         """What each stream keeps beside its KV cache; `text` is the decoder's part of a checkpoint's config."""
         return 0
 
+    def stored(self, layer: str, precision: str) -> str:
+        """Precision that a linear layer, such as ``o_proj``, is stored in where the decoder's is `precision`."""
+        return precision
+
     # Building.
 
     def check_machine(self, recipe) -> None:
@@ -227,6 +263,17 @@ class Engine:
         Where nothing is checked here, a session is refused when it is opened.
         """
 
+    def needs(self, bundle, graph: str) -> Iterator[Need]:
+        """What a graph of a bundle needs of the machine that serves it; opens no session and changes nothing."""
+        for name in self.distributions:
+            try:
+                yield Need(what=f"package {name}", found=metadata.version(name), wanted="installed", is_met=True)
+            except metadata.PackageNotFoundError:
+                yield Need(
+                    what=f"package {name}", found="not installed", wanted="installed", is_met=False,
+                    remedy=remedy(self.extra),
+                )  # fmt: skip
+
     # Running.
 
     def open_vision(self, bundle, *, threads: int | None = None) -> VisionSession:
@@ -239,6 +286,16 @@ class Engine:
         """Session of a bundle's decoder; see `Bundle.open_decoder`."""
         raise DeviceUnavailable(f"{self.name} runs in Triton only; package the bundle and serve it")
 
+    def try_decoder(self, bundle, *, slots: int) -> None:
+        """Find out whether its decoder can be run here; raises as `open_judged`."""
+        bundle.open_decoder(slots=slots)
+
+    def open_judged(self, bundle, *, slots: int, threads: int | None = None) -> JudgedDecoder:
+        """A bundle's decoder for the gate; raises `InvalidBundle` and `DeviceUnavailable`."""
+        from cxr_triton.engines.runtime.judged import JudgedSession
+
+        return JudgedSession(bundle, bundle.open_decoder(slots=slots, threads=threads))
+
     def open_runtime(self, bundle, parameters: Mapping[str, str], address: str) -> Runtime:
         """What serves many generations of a bundle's decoder.
 
@@ -250,22 +307,28 @@ class Engine:
         address : str
             gRPC endpoint of the server that this runs in.
         """
+        from cxr_triton.engines.runtime.prefix import PrefixCache
         from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 
+        is_invariant = parameters["batch_invariant"] == "1"
         session = bundle.open_decoder(
             slots=int(parameters["slots"]),
             threads=int(parameters["threads"]) or None,
-            batch_invariant=parameters["batch_invariant"] == "1",
+            batch_invariant=is_invariant,
         )
-        return DecoderRuntime(bundle, session=session, queue_size=int(parameters["queue_size"]))
+        kept = int(parameters["prefix_cache_mib"]) << 20
+        prefix = PrefixCache(kept, exact_only=is_invariant) if kept else None
+        return DecoderRuntime(bundle, session=session, prefix=prefix, queue_size=int(parameters["queue_size"]))
 
     def serving(self, bundle, settings) -> Serving:
         """How a bundle whose decoder it runs is served; raises `InvalidRequest` and `InvalidBundle`."""
+        reuses = self.reuses_prefixes if settings.prefix_reuse is None else settings.prefix_reuse
         return Serving(
             parameters={
                 "slots": settings.slots or SLOTS,
                 "threads": settings.threads,
                 "batch_invariant": int(settings.batch_invariant),
+                "prefix_cache_mib": settings.prefix_cache_mib if reuses and "prefix_reuse" in self.abilities else 0,
             }
         )
 
@@ -292,6 +355,8 @@ class CpuEngine(Engine):
     """Runs on the CPU, computes in fp32, and reads graphs that an older version of its library wrote."""
 
     computes = ("fp32",)
+    abilities = frozenset({"prefix_reuse"})
+    reuses_prefixes = True
 
     def check_target(self, recipe, graph: str) -> None:
         """Not for a GPU either."""
@@ -318,6 +383,25 @@ class GpuEngine(Engine):
     """Runs on an NVIDIA GPU, in the types that its tensor cores have."""
 
     computes = ("fp16", "bf16")
+    abilities = frozenset({"prefix_reuse"})
+
+    def needs(self, bundle, graph: str) -> Iterator[Need]:
+        """The GPU that the recipe names, too."""
+        from cxr_triton.engines.cuda import device
+
+        yield from super().needs(bundle, graph)
+        recipe = bundle.manifest.get("recipe") or {}
+        wanted = f"{recipe.get('gpu')}, compute capability {recipe.get('compute_capability')}"
+        try:
+            found = device()
+        except DeviceUnavailable as error:
+            said, _, how = error.message.rpartition("; ")
+            yield Need(what="GPU by CUDA", found=said, wanted=wanted, is_met=False, remedy=how)
+            return
+        is_met = found.compute_capability == recipe.get("compute_capability")
+        said = f"{found.name}, compute capability {found.compute_capability}"
+        how = "" if is_met else f"build the bundle for this GPU, or serve it on {recipe.get('gpu')}"
+        yield Need(what="GPU by CUDA", found=said, wanted=wanted, is_met=is_met, remedy=how)
 
     def check_target(self, recipe, graph: str) -> None:
         """The GPU has to be named, with tensor cores for what the decoder computes."""

@@ -190,7 +190,8 @@ class Recipe(_Checked):
                 size = 4 if "norm" in name or "ln_q" in name else BYTES[self.vision.precision]
                 parts["vision_tower"] += math.prod(shape) * size // (2 if len(shape) == 5 else 1)
             elif name.endswith("_proj.weight"):
-                parts["decoder_layers"] += _linear_bytes(shape, decoder.precision, item)
+                stored = engine(decoder.compiler).stored(name.split(".")[-2], decoder.precision)
+                parts["decoder_layers"] += _linear_bytes(shape, stored, item)
             elif name.endswith("bias"):
                 parts["decoder_layers"] += math.prod(shape) * item
             elif len(shape) == 1:

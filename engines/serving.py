@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cxr_triton.errors import InvalidRequest
 
@@ -27,8 +27,15 @@ class Settings:
         Requests that may wait before each of preprocessing, vision encoder and decoder; one more is QUEUE_FULL.
     batch_invariant : bool
         A reading never depends on what else runs, to the last bit; see `Bundle.open_decoder`.
-    prefix_reuse : bool
-        The engine keeps KV blocks for prompts that begin alike, images included. Not proved with M-RoPE.
+    prefix_reuse : bool, optional
+        The engine keeps keys and values for prompts that begin alike, images included. By default where that was run:
+        on a CPU. See docs/decoder-engines.md for the engines that it is not proved with.
+    prefix_cache_mib : int
+        Memory of the host for them; 0 keeps none. Of no use to an engine whose cache of streams keeps them.
+    picture_cache_mib : int
+        Memory of the vision encoder for embeddings of pictures that it encoded; 0 keeps none.
+    options : dict of str to str
+        What only the bundle's engine has, by the names of `Engine.options`.
     """
 
     slots: int | None = None
@@ -36,12 +43,18 @@ class Settings:
     threads: int = 0
     queue_size: int = 64
     batch_invariant: bool = False
-    prefix_reuse: bool = False
+    prefix_reuse: bool | None = None
+    prefix_cache_mib: int = 512
+    picture_cache_mib: int = 256
+    options: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        for name, least in (("slots", 1), ("preprocess_instances", 1), ("threads", 0), ("queue_size", 1)):
+        at_least = {"slots": 1, "preprocess_instances": 1, "threads": 0, "queue_size": 1}
+        for name, least in (at_least | {"prefix_cache_mib": 0, "picture_cache_mib": 0}).items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise InvalidRequest(f"{name} is {value}, must be at least {least}")
+        if self.prefix_reuse and not self.prefix_cache_mib:
+            raise InvalidRequest("prefix_reuse is asked for with prefix_cache_mib 0; give it memory, or leave it out")
 
 
 _PATCHES = ("PIXEL_WINDOWS", "PATCH_ROWS_COLS", "VALID", "MERGE_ORDER")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -142,6 +143,45 @@ class DecoderSession:
         """Forget what a slot holds."""
         self.lengths[slot] = 0
 
+    def read_cache(self, slot: int, start: int, stop: int) -> np.ndarray:
+        """Keys and values of a slot's positions from `start` to `stop`, which it holds.
+
+        Returns
+        -------
+        (2 * layers, kv_heads, stop - start, head_dim) array
+            A copy in the host's memory, in the cache's type.
+        """
+        raise NotImplementedError
+
+    def write_cache(self, slot: int, start: int, rows: np.ndarray) -> None:
+        """Give a slot that holds `start` positions those that come next, as `read_cache` gave them."""
+        raise NotImplementedError
+
+
+def device_rows(
+    rows: np.ndarray, pointers: Iterable[int], positions: int, slot: int, start: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Where the rows of `DecoderSession.read_cache` lie in caches on a device, piece by contiguous piece.
+
+    Parameters
+    ----------
+    rows : (2 * layers, kv_heads, tokens, head_dim) array
+    pointers : iterable of int
+        Address of each cache [slots, kv_heads, positions, head_dim].
+    positions : int
+        Of a slot.
+    slot, start : int
+
+    Yields
+    ------
+    int, (tokens, head_dim) array
+        An address, and the part of `rows` that belongs there.
+    """
+    _, heads, _, width = rows.shape
+    for part, pointer in zip(rows, pointers, strict=True):
+        for head, values in enumerate(part):
+            yield pointer + ((slot * heads + head) * positions + start) * width * rows.itemsize, values
+
 
 class HostDecoder(DecoderSession):
     """A decoder in fp32 on the CPU, whose cache grows and shrinks with what it holds; an engine says how it is run.
@@ -236,6 +276,18 @@ class HostDecoder(DecoderSession):
         longest = int(self.lengths.max())
         if longest < self._capacity // 2:
             self._allocate(longest + 1)
+
+    def read_cache(self, slot: int, start: int, stop: int) -> np.ndarray:
+        """See `DecoderSession.read_cache`."""
+        return np.stack([cache[slot, :, start:stop] for cache in self._cache.values()])
+
+    def write_cache(self, slot: int, start: int, rows: np.ndarray) -> None:
+        """See `DecoderSession.write_cache`."""
+        stop = start + rows.shape[2]
+        self._reserve(stop)
+        for cache, values in zip(self._cache.values(), rows, strict=True):
+            cache[slot, :, start:stop] = values
+        self.lengths[slot] = stop
 
     def _rounded(self, rows: int) -> int:
         return -(-rows // self._together) * self._together

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from cxr_triton.errors import UnsupportedCheckpoint
-from cxr_triton.export.geometry import read_config, refuse_other_architectures, tensor_shapes
+from cxr_triton.export.geometry import is_tied, read_config, refuse_other_architectures, tensor_shapes
 from cxr_triton.export.safetensors import Entry, read_header
 from cxr_triton.profile import eos_token_ids
 
@@ -176,8 +176,7 @@ class Checkpoint:
         self._refuse_other_weights(config)
         refuse_other_architectures(config)
         self.text, self.vision = read_config(config)
-        text = config.get("text_config") or {}
-        self.tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings", False))
+        self.tied = is_tied(config)
         self.image_token_id: int = config.get("image_token_id") or 151655
         self.vision_start_token_id: int = config.get("vision_start_token_id") or 151652
         self.generation = self._json_if_there("generation_config.json")
@@ -323,9 +322,14 @@ class Checkpoint:
             "copy it from the checkpoint's source"
         )
 
+    @property
+    def weight_files(self) -> set[Path]:
+        """Files that hold its tensors."""
+        return {entry.path for entry in self._entries.values()}
+
     def digests(self) -> dict[str, str]:
         """sha256 of every file that this checkpoint is read from, by file name."""
-        names = {entry.path.name for entry in self._entries.values()}
+        names = {path.name for path in self.weight_files}
         names |= {path.name for pattern in FILES for path in self.folder.glob(pattern)}
         result = {}
         for name in sorted(names):

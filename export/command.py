@@ -68,12 +68,12 @@ def _tell(result: dict, out: Path, started_s: float, what: str, json_path: str |
     type=click.Choice(list(FORMS)),
     default=FORM,
     show_default=True,
-    help="Decoder as a graph, or as a checkpoint for trtllm-build.",
+    help="Decoder as a graph, as a checkpoint for trtllm-build, or as the checkpoint itself.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "fp16", "bf16", "int4", "fp8", "int4-awq"]),
-    help="Decoder weights; a quantized checkpoint has fp8 or int4-awq.  [default: what it has, or int4]",
+    help="Decoder weights; a quantized checkpoint has fp8 or int4-awq.  [default: what it has, or int4, or bf16]",
 )
 @click.option(
     "--compute",

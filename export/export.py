@@ -46,7 +46,7 @@ def export_checkpoint(
     profile : ModelProfile
         Written beside the graphs, with the checkpoint's repetition penalty and `max_sequence`.
     precision, compute, head : str
-        See `Precision`. The precision is by default the scheme of a quantized checkpoint, int4 of a plain one.
+        See `Precision`. The precision is by default the scheme of a quantized checkpoint, of a plain one the form's.
     max_sequence : int, optional
         Tokens of prompt and answer; the profile's by default.
     revision : str, optional
@@ -54,8 +54,9 @@ def export_checkpoint(
     accept_licence : bool
         The user accepts the weights' non-commercial licence.
     form : str
-        Of the decoder, see `FORMS`: a graph, or the folder ``decoder`` for a compiler that takes checkpoints, which
-        then is all bf16 but for its quantized linear layers. The vision tower is a graph in any case.
+        Of the decoder, see `FORMS`: a graph, or the folder ``decoder``. That is for a compiler that takes checkpoints,
+        all bf16 but for its quantized linear layers, or the checkpoint itself for an engine that opens one. The vision
+        tower is a graph in any case.
     progress : bool, optional
         Show bars on standard error; by default on a terminal.
 
@@ -70,18 +71,18 @@ def export_checkpoint(
     """
     if form not in FORMS:
         raise InvalidRequest(unknown_key(form, FORMS, "form"))
-    precision_of = FORMS[form].precision
-    precision_of(precision or "int4", compute, head)  # a wrong name is known before a checkpoint is fetched
+    precision_of, default = FORMS[form].precision, FORMS[form].default
+    precision_of(precision or default, compute, head)  # a wrong name is known before a checkpoint is fetched
     require_new(out)
     opened = open_source(source, profile, revision=revision, accept_licence=accept_licence)
     checkpoint = opened.checkpoint
-    held = checkpoint.quantization.scheme if checkpoint.quantization else "int4"
+    held = checkpoint.quantization.scheme if checkpoint.quantization else default
     chosen = precision_of(precision or held, compute, head)
     check_source(checkpoint, chosen)
     profile = _with_sequence(profile.merge_generation_config(checkpoint.generation), max_sequence, checkpoint)
     side_files = checkpoint.side_files()
     with new_folder(out) as partial:
-        check(write_vision(checkpoint, partial, precision=chosen.weights, compute=chosen.compute, progress=progress))
+        check(write_vision(checkpoint, partial, precision=chosen.compute, progress=progress))
         FORMS[form].write(checkpoint, partial, chosen, profile.max_sequence, progress)
         for name, content in side_files.items():
             (partial / name).write_bytes(content)

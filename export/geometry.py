@@ -157,6 +157,12 @@ def _vision_config(config: dict) -> VisionConfig:
     return vision
 
 
+def is_tied(config: dict) -> bool:
+    """Whether the head of a checkpoint with this ``config.json`` is its embedding table."""
+    text = config.get("text_config") or {}
+    return bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings", False))
+
+
 def tensor_shapes(text: TextConfig, vision: VisionConfig, tied: bool) -> dict[str, tuple[int, ...]]:
     """Every tensor that the graphs use, with the shape that the config calls for."""
     hidden, kv = text.hidden_size, text.num_key_value_heads * text.head_dim

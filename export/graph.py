@@ -110,11 +110,14 @@ class Form:
     write : callable
         Takes the checkpoint, the folder of the export, the precision, the longest prompt and answer in tokens and
         whether to show a bar.
+    default : str
+        Weights of a plain checkpoint.
     """
 
     name: str
     precision: Callable[[str, str | None, str | None], Precision]
     write: Callable[[Checkpoint, Path, Precision, int, bool | None], object]
+    default: str = "int4"
 
 
 class GraphWriter:

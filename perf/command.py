@@ -113,7 +113,7 @@ def run(
     status 130, keep the repeats that were measured. The server at --url has to have the CXR_TRITON_SECRET of this
     command's environment.
     """
-    from cxr_triton.client.wire import require_endpoint
+    from cxr_triton.client.address import require_endpoint
     from cxr_triton.engines.secret import SECRET
     from cxr_triton.perf import peers, served
     from cxr_triton.perf.bench import SCENARIOS, Observer, Plan, table

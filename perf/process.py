@@ -5,17 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from cxr_triton.errors import InternalError
 
 
-def resident_bytes(field: str) -> int:
-    """`VmHWM` (peak), `VmRSS`, `RssAnon` or `RssFile` of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
+def resident_bytes(field: str, processes: Iterable[int | str] = ("self",)) -> int:
+    """`VmHWM` (peak), `VmRSS`, `RssAnon` or `RssFile` of processes, added up; by default of this one."""
+    statuses = [Path(f"/proc/{each}/status").read_text().splitlines() for each in processes]
+    lines = [line for status in statuses for line in status if line.startswith(field + ":")]
+    return sum(int(line.split()[1]) for line in lines) * 1024
 
 
 def serve(pipe, kind, cpus, *arguments) -> None:
@@ -24,7 +24,9 @@ def serve(pipe, kind, cpus, *arguments) -> None:
     started_s = time.perf_counter()
     try:
         running = kind(*arguments)
-        pipe.send({"load_s": time.perf_counter() - started_s, "loaded_resident_bytes": resident_bytes("VmRSS")})
+        processes = getattr(running, "processes", lambda: ("self",))
+        loaded = resident_bytes("VmRSS", processes())
+        pipe.send({"load_s": time.perf_counter() - started_s, "loaded_resident_bytes": loaded})
         while call := pipe.recv():
             method, *given = call
             pipe.send(getattr(running, method)(*given))
@@ -32,9 +34,10 @@ def serve(pipe, kind, cpus, *arguments) -> None:
         time.sleep(1)
         idle = time.process_time() - busy_s
         memory = {
-            f"{name}_bytes": resident_bytes(field)
+            f"{name}_bytes": resident_bytes(field, processes())
             for name, field in (("peak_resident", "VmHWM"), ("anonymous", "RssAnon"), ("mapped_file", "RssFile"))
         }
+        getattr(running, "close", lambda: None)()
         pipe.send({"idle_cpu_share": idle, **memory})
     except Exception as error:
         pipe.send(error)

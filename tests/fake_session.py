@@ -66,6 +66,21 @@ class FakeSession:
         self.calls.append(("free", slot))
         self.lengths[slot] = 0
 
+    def read_cache(self, slot, start, stop):
+        self.calls.append(("read", slot, start, stop))
+        if self.fail_on(self.calls[-1]):
+            raise RuntimeError("the engine broke")
+        assert start < stop <= self.lengths[slot]
+        return self.cache[slot, start:stop][None, None].copy()
+
+    def write_cache(self, slot, start, rows):
+        self.calls.append(("write", slot, start, start + rows.shape[2]))
+        if self.fail_on(self.calls[-1]):
+            raise RuntimeError("the engine broke")
+        assert start == self.lengths[slot]
+        self.cache[slot, start : start + rows.shape[2]] = rows[0, 0]
+        self.lengths[slot] += rows.shape[2]
+
     def steps(self):
         return [call for call in self.calls if call[0] == "step"]
 
@@ -76,6 +91,16 @@ def reference_logits(row):
     logits = np.random.default_rng(state).standard_normal(VOCAB).astype(np.float32)
     logits[EOS] = -10
     return logits
+
+
+def expected_tokens(generation, sampler=np.argmax):
+    """The tokens of a generation run alone, without any scheduler."""
+    row = np.stack([generation.input_ids, generation.position_ids[0]], 1)
+    tokens = []
+    for k in range(generation.sampling.max_new_tokens):
+        tokens.append(int(sampler(reference_logits(row))))
+        row = np.vstack([row, [tokens[-1], generation.position_ids.max() + 1 + k]])
+    return tokens
 
 
 class Letters:

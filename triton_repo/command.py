@@ -31,6 +31,13 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
+def _options(given: tuple[str, ...]) -> dict[str, str]:
+    """``NAME=VALUE`` by name."""
+    if wrong := [text for text in given if not all(text.partition("="))]:
+        raise click.BadParameter(f"{wrong[0]!r} is not NAME=VALUE")
+    return dict(text.split("=", 1) for text in given)
+
+
 @click.command()
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("-o", "--out", required=True, type=OUT_FOLDER, help="Folder of the repository; must be new or empty.")
@@ -43,7 +50,21 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--threads", default=0, help="CPU threads of each graph.  [default: all cores]")
 @click.option("--queue-size", default=64, show_default=True, help="Requests that may wait before each step.")
 @click.option("--batch-invariant", is_flag=True, help="Readings never depend on what else runs; int4 alone is slower.")
-@click.option("--prefix-reuse", is_flag=True, help="Keep KV blocks of equal prompts, where the engine can; not proved.")
+@click.option(
+    "--prefix-reuse/--no-prefix-reuse",
+    default=None,
+    help="Compute the beginning that prompts share once.  [default: on a CPU]",
+)
+@click.option("--prefix-cache-mib", default=512, show_default=True, help="Memory for such beginnings; 0: none.")
+@click.option("--picture-cache-mib", default=256, show_default=True, help="Memory for embeddings of pictures; 0: none.")
+@click.option(
+    "--option",
+    "options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=lambda _, __, given: _options(given),
+    help="What only the bundle's engine has, see docs/decoder-engines.md; may be given more than once.",
+)
 @click.option("--force", is_flag=True, help="Replace an older repository.")
 @click.option("--unverified", is_flag=True, help="Take a bundle that did not pass `verify`; the repository says so.")
 @json_option

@@ -21,13 +21,13 @@ from cxr_triton.client.command import connect, connection
 from cxr_triton.client.reader import Reader
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.verify.answers import MEASURES, Answer, agreement_of
+from cxr_triton.engines.verify.record import IN_ENGINE
 from cxr_triton.errors import InvalidRequest, ServerMismatch
 from cxr_triton.profile import ModelProfile
 from cxr_triton.reading import Reading
 from cxr_triton.request import ReadRequest
 
 SCHEMA = 1
-RECORD = "verification/record.json"
 
 
 def hold(
@@ -104,7 +104,7 @@ def hold(
 
 
 def _record(engine: Path) -> dict:
-    path = engine / RECORD
+    path = engine / IN_ENGINE
     try:
         record = json.loads(path.read_bytes())
         record["details"]["images"][0]["reference"]["text"]

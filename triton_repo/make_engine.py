@@ -170,7 +170,7 @@ def _check(recipe: Recipe, out: Path, unverified: bool, evaluation: Evaluation |
             "give the recipe an accuracy, or --against RESULT"
         )
     precision, builder = recipe.decoder.precision, engine(recipe.decoder.compiler)
-    if builder.form != "onnx" and precision not in QUANTIZED and not unverified:
+    if builder.in_container and precision not in QUANTIZED and not unverified:
         raise InvalidRequest(
             f"recipe {recipe.name} has {precision} weights, for which the gate has no stand-in of a {builder.name} "
             f"engine; choose {' or '.join(QUANTIZED)}, or pass --unverified"

@@ -18,7 +18,7 @@ from cxr_triton.engines.bundle import MANIFEST, Bundle
 from cxr_triton.engines.interface import Serving
 from cxr_triton.engines.serving import BUNDLE, STEPS, Settings, declare, tensors
 from cxr_triton.engines.verify.record import require_accurate, require_verified
-from cxr_triton.errors import InvalidRequest, NotVerified
+from cxr_triton.errors import InvalidRequest, NotVerified, unknown_key
 from cxr_triton.files import new_folder, require_new
 from cxr_triton.triton_repo.integrity import seal
 
@@ -129,6 +129,14 @@ def serving_of(bundle: Bundle, settings: Settings) -> Serving:
     for ability in ABILITIES:
         if getattr(settings, ability):
             require_ability(bundle.engine, ability)
+    known = engine(bundle.engine).options()
+    for name in settings.options:
+        if name not in known:
+            raise InvalidRequest(
+                unknown_key(name, known, f"options of {bundle.engine}").replace("key", "option", 1)
+                if known
+                else f"option {name} was asked for, {bundle.engine} has none"
+            )
     return engine(bundle.engine).serving(bundle, settings)
 
 
@@ -138,7 +146,8 @@ def models(bundle: Bundle, settings: Settings, serving: Serving, verification: s
     preprocess = _python("dicom_preprocess", known, {"bundle": BUNDLE}, instances=settings.preprocess_instances)
     vision = serving.vision
     if vision is None:
-        vision = _python("vision_encoder", known, {"bundle": BUNDLE, "threads": settings.threads})
+        kept = {"threads": settings.threads, "picture_cache_mib": settings.picture_cache_mib}
+        vision = _python("vision_encoder", known, {"bundle": BUNDLE, **kept})
         # A request's images arrive together and have to fit into one batch.
         vision.max_batch_size = max(bundle.profile.max_images, VISION_BATCH)
     decoder = _python("decoder", known, {"bundle": BUNDLE, "queue_size": queue_size, **serving.parameters})

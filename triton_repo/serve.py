@@ -264,11 +264,7 @@ class Server:
         return "".join(f"; {cause}" for cause in causes) + f"; see {self.log}"
 
     def _check_shm(self) -> None:
-        from google.protobuf import text_format
-        from tritonclient.grpc.model_config_pb2 import ModelConfig
-
-        configs = [text_format.Parse(f.read_text(), ModelConfig()) for f in self.repository.glob("*/config.pbtxt")]
-        processes = sum(group.count for config in configs for group in config.instance_group)
+        processes = model_processes(self.repository)
         free_mib = shutil.disk_usage(SHM).free >> 20
         if free_mib < processes * self.shm_mib:
             raise ServerMismatch(
@@ -298,6 +294,15 @@ class Server:
         except CxrError as error:
             raise InternalError(f"the warm-up request failed: {error.wire()}{self.trouble()}") from None
         return 1e3 * (time.monotonic() - started)
+
+
+def model_processes(repository: Path) -> int:
+    """Processes of the Python backend that a repository's models run in."""
+    from google.protobuf import text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    configs = [text_format.Parse(file.read_text(), ModelConfig()) for file in repository.glob("*/config.pbtxt")]
+    return sum(group.count for config in configs for group in config.instance_group)
 
 
 def _processes(backends: str) -> list[int]:

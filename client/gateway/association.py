@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import pynetdicom
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
+from pynetdicom.fsm import InvalidEventError
 
 from cxr_triton.client.gateway.config import Remote
 from cxr_triton.errors import LimitExceeded
@@ -141,6 +143,21 @@ def limit(
             association.dul.event_queue.put("Evt19")  # as an invalid PDU: A-ABORT
 
     dimse.receive_primitive = take_or_abort
+    machine = association.dul.state_machine
+    act = machine.do_action
+
+    def act_or_ignore(event: str) -> None:
+        """An answer to a peer that broke off meanwhile would end pynetdicom's thread, and its connection would stay."""
+        with contextlib.suppress(InvalidEventError):
+            act(event)
+
+    setattr(machine, "do_action", act_or_ignore)  # noqa: B010  # a method, to type checkers
+
+
+def forget_messages(association: Association) -> None:
+    """Let go of what an association that has ended did not hand on: objects that broke off, or that nobody took."""
+    association.dimse.message = None
+    association.dimse.msg_queue = queue.Queue()
 
 
 @contextlib.contextmanager

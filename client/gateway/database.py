@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator
 
 import sqlalchemy as sa
@@ -33,10 +35,8 @@ class Database:
 
     def __init__(self, url: str, gateway: str):
         self.gateway = gateway
-        try:
-            parsed = sa.make_url(url)
-            if parsed.get_backend_name() not in ("sqlite", "postgresql"):
-                raise InvalidConfig(f"queue: {parsed.get_backend_name()} is none of sqlite, postgresql")
+        with _said_as_config():
+            parsed = _parsed(url)
             self._is_sqlite = parsed.get_backend_name() == "sqlite"
             options = {"connect_args": {"timeout": 60}} if self._is_sqlite else {"pool_pre_ping": True}
             if not self._is_sqlite:
@@ -55,10 +55,6 @@ class Database:
                 schema.create_all(c)
                 if "generation" not in {column["name"] for column in sa.inspect(c).get_columns("jobs")}:
                     c.exec_driver_sql("ALTER TABLE jobs ADD COLUMN generation INTEGER DEFAULT 0 NOT NULL")
-        except (sa.exc.SQLAlchemyError, ImportError, OSError, ValueError) as error:
-            is_of_url = isinstance(error, ValueError)  # its text quotes the URL, a password perhaps
-            what = "is no URL" if is_of_url else str(getattr(error, "orig", error)).strip().splitlines()[0]
-            raise InvalidConfig(f"queue: {what}; check the URL and that the database runs") from None
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -101,6 +97,92 @@ class Database:
     def _note(self, c: sa.Connection, job: int, state: str, note: str) -> None:
         row = {"job": job, "at": time.time(), "gateway": self.gateway, "state": state, "note": note}
         c.execute(sa.insert(history).values(row))
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A queue as it is.
+
+    Attributes
+    ----------
+    missing : tuple of str
+        Tables, and columns as ``TABLE.COLUMN``, that a gateway would make.
+    is_new : bool
+        It has no table at all.
+    dead : int
+        Jobs that are dead letters.
+    ahead_s : float
+        How much its host's clock is ahead of this one; of SQLite 0.
+    """
+
+    missing: tuple[str, ...]
+    is_new: bool
+    dead: int
+    ahead_s: float
+
+
+def look(url: str) -> Seen | None:
+    """What a queue holds, over a connection that may only read; None where SQLite's file is yet to be made.
+
+    Raises
+    ------
+    InvalidConfig
+        As `Database`.
+    """
+    with _said_as_config():
+        parsed = _parsed(url)
+        is_sqlite = parsed.get_backend_name() == "sqlite"
+        if is_sqlite:
+            path = os.path.abspath(parsed.database or "")
+            if not os.path.exists(path):
+                return None
+            # A reader of a database in WAL mode makes files beside it, unless nobody else has it open.
+            state = "mode=ro" if os.path.exists(f"{path}-wal") else "mode=ro&immutable=1"
+            engine = sa.create_engine(f"sqlite:///file:{urllib.parse.quote(path)}?{state}&uri=true")
+        else:
+            options = "-c default_transaction_read_only=on -c statement_timeout=10000"
+            query = {"connect_timeout": "5", **parsed.query, "options": options}
+            engine = sa.create_engine(parsed.set(query=query))
+        try:
+            with engine.connect() as c:
+                return _seen(c, is_sqlite)
+        finally:
+            engine.dispose()
+
+
+def _parsed(url: str) -> sa.URL:
+    parsed = sa.make_url(url)
+    if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+        raise InvalidConfig(f"queue: {parsed.get_backend_name()} is none of sqlite, postgresql")
+    return parsed
+
+
+def _seen(c: sa.Connection, is_sqlite: bool) -> Seen:
+    inspected = sa.inspect(c)
+    there = {
+        table: {column["name"] for column in inspected.get_columns(table)} for table in inspected.get_table_names()
+    }
+    missing = [name for name in schema.tables if name not in there]
+    for name, table in schema.tables.items():
+        wanted = set(table.columns.keys())
+        missing += [f"{name}.{column}" for column in wanted - there.get(name, wanted)]
+    dead, ahead_s = 0, 0.0
+    if "jobs" in there and "state" in there["jobs"]:
+        dead = c.execute(sa.select(sa.func.count()).where(jobs.c.state == "dead")).scalar() or 0
+    if not is_sqlite:
+        ahead_s = float(c.execute(sa.text("SELECT extract(epoch FROM clock_timestamp())")).scalar() or 0) - time.time()
+    return Seen(tuple(sorted(missing)), not (there.keys() & schema.tables.keys()), dead, ahead_s)
+
+
+@contextlib.contextmanager
+def _said_as_config() -> Iterator[None]:
+    """What keeps a queue from being opened, without what its URL holds."""
+    try:
+        yield
+    except (sa.exc.SQLAlchemyError, ImportError, OSError, ValueError) as error:
+        is_of_url = isinstance(error, ValueError)  # its text quotes the URL, a password perhaps
+        what = "is no URL" if is_of_url else str(getattr(error, "orig", error)).strip().splitlines()[0]
+        raise InvalidConfig(f"queue: {what}; check the URL and that the database runs") from None
 
 
 def is_full(error: BaseException) -> bool:

@@ -23,7 +23,7 @@ from cxr_triton.client.gateway.disk import sync
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.schema import Received
 from cxr_triton.client.gateway.store import Store
-from cxr_triton.errors import InternalError, InvalidImage, LimitExceeded, QueueFull
+from cxr_triton.errors import CxrError, InternalError, InvalidImage, LimitExceeded, QueueFull
 from cxr_triton.pixels.dicom import Identity
 from cxr_triton.pixels.limits import Limits
 from cxr_triton.pixels.sandbox import Sandbox
@@ -57,8 +57,9 @@ class IncomingFile:
     """A file that an object is written to as it comes, also by pynetdicom, in place of its temporary file.
 
     Writing never raises: pynetdicom's thread would end of it, without an answer to the peer. What is written after a
-    failure is let go by, the file is removed at once, and `Intake.take` raises `error`. A `with` block removes what it
-    did not give to `Intake.take`. Nobody but the gateway's own user, or its group where `mode` says so, may read it.
+    failure is let go by, the file is removed at once, and `Intake.take` raises `error`. What is not given to
+    `Intake.take` is removed at the end of a `with` block, or when nobody holds it any more. Nobody but the gateway's
+    own user, or its group where `mode` says so, may read it.
 
     Attributes
     ----------
@@ -70,12 +71,17 @@ class IncomingFile:
     def __init__(self, folder: Path, mode: int = 0o600):
         self.path = folder / f"{secrets.token_hex(8)}.dcm"
         self.error: OSError | None = None
-        self.name, self.file = str(self.path), self  # as `tempfile` has them
+        self.name = str(self.path)  # as `tempfile` has it
         try:
             private = functools.partial(os.open, mode=mode)
             self._file: BinaryIO = open(self.path, "xb", opener=private)  # noqa: SIM115  # the object comes later
         except OSError as error:
             self._file, self.error = io.BytesIO(), error
+
+    @property
+    def file(self) -> IncomingFile:
+        """As `tempfile` has it."""
+        return self
 
     def write(self, data: bytes) -> None:
         """As a file's; see `error`."""
@@ -105,6 +111,11 @@ class IncomingFile:
 
     def __exit__(self, *exc) -> None:
         self.close()
+        self.path.unlink(missing_ok=True)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.close()
         self.path.unlink(missing_ok=True)
 
 
@@ -207,7 +218,7 @@ class Intake:
         except REFUSALS as error:
             is_out_of_room = isinstance(error, QueueFull) or is_full(error)
             verdict = "refused" if isinstance(error, InvalidImage) else "no_room" if is_out_of_room else "failed"
-            code = getattr(error, "code", type(error).__name__)
+            code = error.code if isinstance(error, CxrError) else type(error).__name__
             self.log("warning", "not_received", door=door, source=source, verdict=verdict, error=code)
             if is_full(error):
                 raise QueueFull("the disk for objects is full; send it again later") from None

@@ -11,14 +11,13 @@ import re
 import socket
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 from pydicom import Dataset
 from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, AllStoragePresentationContexts, evt
 from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 
-from cxr_triton.client.gateway.association import limit, whole_request
+from cxr_triton.client.gateway.association import forget_messages, limit, whole_request
 from cxr_triton.client.gateway.commitment import OnCommitment, take_commitment
 from cxr_triton.client.gateway.config import LOOPBACK, Dicom
 from cxr_triton.client.gateway.dimse import PUSH_MODEL, SUCCESS, VERIFICATION
@@ -214,9 +213,7 @@ class _Server(ThreadedAssociationServer):
             association = _Handler(request, client_address, self).association
             association.join()
             association.dul.join(config.pdu_s)
-            # An object that broke off in the middle.
-            if rest := getattr(association.dimse.message, "_data_set_path", None):
-                Path(rest).unlink(missing_ok=True)
+            forget_messages(association)
         except OSError as error:
             self.listener.intake.log("warning", "connection_failed", address=client_address[0], error=str(error)[:80])
         finally:

@@ -477,18 +477,36 @@ def _decode_jpeg2000(codestream: bytes, header: Codestream, *_: object) -> tuple
     return values, False
 
 
-def _decode_htj2k(codestream: bytes, *_: object) -> tuple[np.ndarray, bool]:
+def _decode_htj2k(codestream: bytes, header: Codestream, *_: object) -> tuple[np.ndarray, bool]:
     """OpenJPH raises in a function of imagecodecs that cannot, and the rows from there on are black.
 
-    What Python then hands to `sys.unraisablehook` is an error here.
+    What Python then hands to `sys.unraisablehook` is an error here. Magnitudes have no check at all: what they lead to
+    beyond the range of samples wraps in OpenJPH and is clamped by OpenJPEG, so a reversible stream is given to both.
     """
     import imagecodecs
 
+    stream = unwrap_jp2(codestream)
     with _Unraised() as swallowed:
-        values = imagecodecs.htj2k_decode(unwrap_jp2(codestream))
+        values = imagecodecs.htj2k_decode(stream)
     if swallowed:
         raise InvalidImage(f"HTJ2K code-block does not decode ({swallowed[0]}); the file is damaged, send it again")
-    return values, _ZEROED in codestream
+    doubt = _ZEROED in codestream
+    if not header.lossy:
+        again = _by_openjpeg(stream)
+        is_same = again is not None and np.array_equal(again, values)
+        if header.lossy is False and again is not None and not is_same:
+            raise InvalidImage("HTJ2K decodes to samples that cannot be; the file is damaged, send it again")
+        doubt |= not is_same
+    return values, doubt
+
+
+def _by_openjpeg(stream: bytes) -> np.ndarray | None:
+    """Its reading, None where it refuses the stream: it does not know all of HTJ2K."""
+    import imagecodecs
+
+    with _Messages(), contextlib.suppress(imagecodecs.Jpeg2kError):
+        return imagecodecs.jpeg2k_decode(stream, numthreads=2, verbose=2)
+    return None
 
 
 _DECODERS: dict[str, Callable[[bytes, Codestream, tuple[int, int], np.dtype], tuple[np.ndarray, bool]]] = {

@@ -113,13 +113,10 @@ def _decoded(dataset: DataSet, uid: str, layout: Layout, dtype: np.dtype, flags:
             f"codestream has {header.precision} bits a sample, the data set declares {layout.bits_stored} stored in"
             f" {layout.bits_allocated}; correct the header"
         )
-    lossy = TRANSFER_SYNTAXES[uid].lossy
-    if lossy is None:
-        lossy = bool(header.lossy)
-    elif header.lossy is None:
-        header = replace(header, lossy=lossy)
+    if header.lossy is None:
+        header = replace(header, lossy=TRANSFER_SYNTAXES[uid].lossy)
     values = decode(header, frame, layout.shape, dtype, flags)
-    return values.astype(f"{values.dtype.kind}{dtype.itemsize}", copy=False).view(dtype), lossy
+    return values.astype(f"{values.dtype.kind}{dtype.itemsize}", copy=False).view(dtype), bool(header.lossy)
 
 
 def _native(dataset: DataSet, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:

@@ -77,8 +77,8 @@ def require_prepared(answer: dict[str, Any], size: int, has_region: bool) -> Non
     _require_types(answer, _ANSWER)
     facts, shape = answer["facts"], answer["shape"]
     _require_types(facts, {**_FACTS, **(_REGION if has_region else {})})
-    for numbers in (shape, answer["source_size"], facts["percentiles"]):
-        _require(all(type(number) is int and 0 <= number < 1 << 31 for number in numbers))
+    for numbers, least in ((shape, 0), (answer["source_size"], 0), (facts["percentiles"], -1 << 31)):
+        _require(all(type(number) is int and least <= number < 1 << 31 for number in numbers))
     _require(len(shape) in (2, 3) and shape[2:] in ([], [3]) and min(shape) > 0 and math.prod(shape) == size)
     _require(len(answer["source_size"]) == 2 and len(facts["percentiles"]) == 2)
     for words in (facts["patient_orientation"], facts["flags"], facts["identity"].values()):

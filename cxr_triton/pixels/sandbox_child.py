@@ -69,7 +69,7 @@ def serve(limits: Limits) -> None:
             answer, pixels = _answer_next(source, limits)
         except MemoryError:
             os._exit(OUT_OF_MEMORY)
-        answer["recycle"] = answer.get("error") == LimitExceeded.code or _peak_mib(status) > limits.memory_mib / 2
+        answer["recycle"] = answer.get("recycle", False) or _peak_mib(status) > limits.memory_mib / 2
         _reply(sink, answer, pixels)
 
 
@@ -96,10 +96,11 @@ def _answer(order: dict, data: bytes | mmap.mmap, limits: Limits) -> tuple[dict,
             return {"identity": asdict(read_identity(data, limits))}, b""
         return _prepare(order, bytes(data), limits)
     except CxrError as error:
-        return {"error": error.code, "message": error.message}, b""
+        # a header that asks for too much cost nothing yet
+        return {"error": error.code, "message": error.message, "recycle": isinstance(error.__cause__, MemoryError)}, b""
     except MemoryError:
         message = f"image needs more than the {limits.memory_mib} MiB allowed; send a smaller file"
-        return {"error": LimitExceeded.code, "message": message}, b""
+        return {"error": LimitExceeded.code, "message": message, "recycle": True}, b""
     except ImportError as error:
         message = f"decoding process did not import {error.name} before it was locked; report it"
         return {"error": InternalError.code, "message": message}, b""

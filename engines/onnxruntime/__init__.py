@@ -16,8 +16,9 @@ class OnnxRuntime(CpuEngine):
     extra = "local"
     distributions = ("onnxruntime",)
     needs_recipe = False
-    abilities = frozenset({"batch_invariant"})
+    abilities = frozenset({"batch_invariant", "prefix_reuse"})
     products = ("fp32", "int4")
+    cpu_features = ("avx512_vnni", "avx_vnni", "avx512f", "avx2")
 
     def compile(self, job, folder: Path) -> Compiled:
         from cxr_triton.engines.onnxruntime.compiler import compile_decoder

@@ -15,7 +15,7 @@ import numpy as np
 
 from cxr_triton.engines.cuda import call, device, runtime
 from cxr_triton.engines.runtime.sampler import TopLogits
-from cxr_triton.engines.session import DTYPES, DecoderSession, VisionSession
+from cxr_triton.engines.session import DTYPES, DecoderSession, VisionSession, device_rows
 from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRequest
 from cxr_triton.extras import remedy
 
@@ -302,6 +302,21 @@ class CudaDecoder(DecoderSession):
         size = self._slot_bytes
         for pointer in self._cache.values():
             self._memory.copy(pointer + target * size, pointer + source * size, size)
+
+    def read_cache(self, slot: int, start: int, stop: int) -> np.ndarray:
+        heads, positions, width = self._cache_shape
+        rows = np.empty((len(self._cache), heads, stop - start, width), self._dtype)
+        for pointer, values in device_rows(rows, self._cache.values(), positions, slot, start):
+            self._memory.download(values, pointer)
+        self._memory.synchronize()
+        return rows
+
+    def write_cache(self, slot: int, start: int, rows: np.ndarray) -> None:
+        rows = np.ascontiguousarray(rows, self._dtype)
+        for pointer, values in device_rows(rows, self._cache.values(), self._cache_shape[1], slot, start):
+            self._memory.upload(pointer, values)
+        self._memory.synchronize()
+        self.lengths[slot] = start + rows.shape[2]
 
     def _open(self, path: Path):
         """With captured steps where the provider takes every node."""

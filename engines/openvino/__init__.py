@@ -17,6 +17,7 @@ class OpenVINO(CpuEngine):
     distributions = ("openvino",)
     suffixes = ("xml", "bin")
     products = ("fp32", "bf16", "int4")
+    cpu_features = ("amx_bf16", "amx_int8", "avx512_vnni", "avx_vnni")
 
     def types(self, graph: str) -> tuple[str, ...]:
         return ("fp32", "bf16") if graph == "vision" else self.computes

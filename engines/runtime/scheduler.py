@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from cxr_triton.engines.runtime.prefix import PrefixCache
 from cxr_triton.engines.runtime.stream import Chunk, Generation, Stream
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, PromptTooLong, QueueFull, Unavailable
 
@@ -45,9 +46,12 @@ class Runtime:
     ----------
     steps : int or None
         Decode steps made so far; None where the engine does not tell.
+    prefix : PrefixCache or None
+        What prompts that begin alike share; None where nothing is, or the engine does not tell.
     """
 
     steps: int | None = None
+    prefix: PrefixCache | None = None
 
     def __init__(
         self,
@@ -291,6 +295,8 @@ class DecoderRuntime(Runtime):
         Used instead of one on the bundle.
     tokenizer : ChatTokenizer, optional
         Used instead of the bundle's.
+    prefix : PrefixCache, optional
+        What prompts that begin alike share; each is computed as a whole without.
     queue_size, coalesce_tokens, coalesce_ms, heartbeat_ms
         As in `Runtime`.
     """
@@ -306,6 +312,7 @@ class DecoderRuntime(Runtime):
         threads: int | None = None,
         session=None,
         tokenizer=None,
+        prefix: PrefixCache | None = None,
         queue_size: int = 64,
         **pace: float,
     ):
@@ -315,6 +322,7 @@ class DecoderRuntime(Runtime):
             from cxr_triton.chat import ChatTokenizer
 
             tokenizer = ChatTokenizer(bundle.path)
+        self.prefix = prefix
         self._session = session
         self._step = getattr(session, "step_top", session.step)
         self._slots = session.slots
@@ -364,12 +372,14 @@ class DecoderRuntime(Runtime):
                 self._pass_on(running)
         if self._prefilling is not stream:
             return  # the engine failed as one of them left
-        generation = stream.generation
+        generation, slot = stream.generation, len(self._decoding)
+        if self.prefix and not stream.prefilled:
+            stream.prefilled = stream.cached = self.prefix.restore(self._session, slot, stream, self._prefill_chunk)
         chunk = slice(stream.prefilled, stream.prefilled + self._prefill_chunk)
         is_last = chunk.stop >= len(generation.input_ids)
         try:
             logits = self._session.prefill(
-                len(self._decoding),
+                slot,
                 generation.input_ids[chunk],
                 generation.image_index[chunk],
                 generation.image_embeddings,
@@ -385,6 +395,8 @@ class DecoderRuntime(Runtime):
             self._decoding.append(stream)
             self._accept(stream, logits)
             self._emit(stream)
+            if self.prefix and stream in self._decoding:
+                self.prefix.keep(self._session, self._decoding.index(stream), stream)
 
     def _decode(self) -> None:
         """One step for every stream that decodes."""
@@ -433,6 +445,8 @@ class DecoderRuntime(Runtime):
             self._session.free(len(self._decoding))
             return
         row = self._decoding.index(stream)
+        if self.prefix and stream.finish_reason in ("stop", "length"):
+            self.prefix.keep(self._session, row, stream)
         last = self._decoding.pop()
         free = len(self._decoding)
         if last is not stream:

@@ -69,7 +69,8 @@ class Completion:
     finish_reason : str
         ``stop`` (end-of-sequence token or stop string), ``length`` or ``cancelled``.
     usage : dict of str to int
-        ``prompt_tokens`` (image tokens included), ``completion_tokens``, ``image_tokens``.
+        ``prompt_tokens`` (image tokens included), ``completion_tokens``, ``image_tokens``, and where prompts are reused
+        ``cached_tokens``: those of the prompt that were not computed again.
     timings_ms : dict of str to float
         ``queue``, ``prefill``, ``decode``, ``time_to_first_token``, ``total``; phases not reached are 0.
     """
@@ -113,6 +114,8 @@ class Stream:
         self.sampler = Sampler(generation.sampling, generation.input_ids)
         self.next_position = int(generation.position_ids.max()) + 1
         self.prefilled = 0  # prompt tokens in the cache
+        self.cached: int | None = None  # of them, those that an earlier request had computed, where that is known
+        self.answer: list[int] = []
         self.generated = 0
         self.last_token = -1
         self.finish_reason: str | None = None
@@ -138,6 +141,7 @@ class Stream:
         if not self._token_ids:
             self.unsent_since_s = now_s
         self._token_ids.append(token)
+        self.answer.append(token)
         self.last_token = token
         self.generated += 1
         if token in sampling.eos_token_ids:
@@ -181,6 +185,7 @@ class Stream:
                 "prompt_tokens": len(self.generation.input_ids),
                 "completion_tokens": self.generated,
                 "image_tokens": int((self.generation.image_index >= 0).sum()),
+                **({} if self.cached is None else {"cached_tokens": self.cached}),
             },
             timings_ms={phase: round(1e3 * value, 3) for phase, value in seconds.items()},
         )

@@ -14,7 +14,7 @@ import numpy as np
 
 from cxr_triton.engines.cuda import call, device, runtime
 from cxr_triton.engines.interface import PREFILL_TOKENS
-from cxr_triton.engines.session import DTYPES, DecoderSession, VisionSession
+from cxr_triton.engines.session import DTYPES, DecoderSession, VisionSession, device_rows
 from cxr_triton.engines.tensorrt.library import Library, logger, released
 from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRequest
 
@@ -124,11 +124,11 @@ class Plan:
     def synchronize(self) -> None:
         call("cudaStreamSynchronize", self.stream)
 
-    def upload(self, buffer: Buffer, value: np.ndarray) -> None:
-        """Copy an array to a buffer that is large enough, in the stream's order."""
+    def upload(self, pointer: int, value: np.ndarray) -> None:
+        """Copy an array to device memory that is large enough, in the stream's order."""
         value = np.ascontiguousarray(value)
         kind = runtime().cudaMemcpyKind.cudaMemcpyHostToDevice
-        call("cudaMemcpyAsync", buffer.pointer, value.ctypes.data, value.nbytes, kind, self.stream)
+        call("cudaMemcpyAsync", pointer, value.ctypes.data, value.nbytes, kind, self.stream)
 
     def download(self, value: np.ndarray, pointer: int) -> None:
         """Copy device memory to an array, and wait for it."""
@@ -207,7 +207,7 @@ class TensorRTVision(VisionSession):
         context = self._plan.context(0)
         for name, value in feeds.items():
             self._buffers[name].reserve(value.nbytes)
-            self._plan.upload(self._buffers[name], value)
+            self._plan.upload(self._buffers[name].pointer, value)
             context.set_input_shape(name, value.shape)
             context.set_tensor_address(name, self._buffers[name].pointer)
         out = np.empty((*feeds["merge_order"].shape, self._hidden), self._dtype)
@@ -283,7 +283,7 @@ class TensorRTDecoder(DecoderSession):
             value = image_embeddings.astype(self._dtype)
             self._plan.synchronize()
             self._embeddings.reserve(value.nbytes)
-            self._plan.upload(self._embeddings, value)
+            self._plan.upload(self._embeddings.pointer, value)
             self._held = image_embeddings
         context = self._plan.context(PREFILL)
         for start in range(0, len(input_ids), PREFILL_TOKENS):
@@ -335,10 +335,27 @@ class TensorRTDecoder(DecoderSession):
         for cache in self._cache.values():
             self._plan.copy(cache.pointer + target * size, cache.pointer + source * size, size)
 
+    def read_cache(self, slot: int, start: int, stop: int) -> np.ndarray:
+        heads, positions, width = self._shape
+        rows = np.empty((len(self._cache), heads, stop - start, width), self._dtype)
+        for pointer, values in device_rows(rows, self._pointers(), positions, slot, start):
+            self._plan.download(values, pointer)
+        return rows
+
+    def write_cache(self, slot: int, start: int, rows: np.ndarray) -> None:
+        rows = np.ascontiguousarray(rows, self._dtype)
+        for pointer, values in device_rows(rows, self._pointers(), self._shape[1], slot, start):
+            self._plan.upload(pointer, values)
+        self._plan.synchronize()  # `rows` is gone when this returns
+        self.lengths[slot] = start + rows.shape[2]
+
+    def _pointers(self) -> list[int]:
+        return [cache.pointer for cache in self._cache.values()]
+
     def _feed(self, **inputs: np.ndarray) -> None:
         """Upload int64 inputs; their addresses stay, as a captured step reads them again."""
         for name, value in inputs.items():
-            self._plan.upload(self._inputs[name], value.astype(np.int64))
+            self._plan.upload(self._inputs[name].pointer, value.astype(np.int64))
         self._plan.synchronize()  # the arrays are gone when this returns
 
     def _bind(self, context, batch: int, tokens: int, *, slot: int, embeddings: Buffer, rows: int) -> None:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from cxr_triton.engines.interface import Compiled, GpuEngine, Serving, plan_bytes
+from cxr_triton.engines.interface import Compiled, GpuEngine, Need, Serving, plan_bytes
 from cxr_triton.engines.tensorrt import TensorRT
-from cxr_triton.engines.tensorrt_llm.layout import CONTAINERS, FILES, FOLDER, NAME, step_tokens
+from cxr_triton.engines.tensorrt_llm.layout import (
+    CONTAINERS,
+    DRIVER,
+    DRIVER_VERSION,
+    FILES,
+    FOLDER,
+    NAME,
+    TRITON,
+    step_tokens,
+)
 from cxr_triton.errors import DeviceUnavailable, InvalidRecipe
 
 
@@ -19,7 +29,6 @@ class TensorRTLLM(GpuEngine):
     form = "tensorrt-llm"
     folder = FOLDER
     in_container = True
-    abilities = frozenset({"prefix_reuse"})
     backends = ("tensorrtllm", "tensorrt")
     home = "NVIDIA's container with TensorRT-LLM, see deploy/README.md"
 
@@ -80,6 +89,24 @@ class TensorRTLLM(GpuEngine):
 
         return DecoderBuild.prepare(job).run
 
+    def needs(self, bundle, graph: str) -> Iterator[Need]:
+        """Its container, and on the host a driver for that container's CUDA."""
+        image = (bundle.manifest.get("recipe") or {}).get("container")
+        is_there = all((TRITON / "backends" / name).is_dir() for name in self.backends)
+        yield Need(
+            what="Triton with this engine's backends",
+            found=str(TRITON) if is_there else "not on this machine",
+            wanted=f"container {image}",
+            is_met=is_there or None,  # a host starts the container, and has no backend itself
+            remedy=f"serve in {self.home}",
+        )
+        said = re.search(r"Kernel Module\D+([\d.]+)", _read(DRIVER_VERSION))
+        is_met = said is not None and _numbers(said[1]) >= _numbers(DRIVER)
+        yield Need(
+            what="NVIDIA driver", found=said[1] if said else "none is loaded", wanted=f"{DRIVER} or later",
+            is_met=is_met, remedy=f"install driver {DRIVER} or later on the host",
+        )  # fmt: skip
+
     def commands(self, job, named: str) -> dict[str, tuple[str, list | str]]:
         from cxr_triton.engines.tensorrt_llm.build import commands
 
@@ -113,6 +140,17 @@ class TensorRTLLM(GpuEngine):
 
     def run_bytes(self, bundle, graph: str) -> int:
         return plan_bytes(bundle, graph)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 ENGINE = TensorRTLLM()

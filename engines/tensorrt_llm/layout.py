@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 NAME = "tensorrt-llm"
 FOLDER, FILES = "tensorrt_llm", ("config.json", "rank0.engine")
 """Folder of a bundle with what `trtllm-build` wrote, and nothing else."""
@@ -10,6 +12,12 @@ CONTAINERS = {
     **dict.fromkeys((f"26.0{month}-trtllm-python-py3" for month in (4, 5, 6, 7)), "1.2.1"),
 }
 """TensorRT-LLM of the containers whose `trtllm-build` is known here: 1.2, the last that has one."""
+DRIVER = "590.44.01"
+"""Least driver for CUDA 13.1, which those containers have."""
+DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+"""What the loaded driver says of itself."""
+TRITON = Path("/opt/tritonserver")
+"""Triton in NVIDIA's containers."""
 
 
 def step_tokens(slots: int, max_sequence: int) -> int:

@@ -1,26 +1,13 @@
-"""Streams of a decoder that TensorRT-LLM's C++ backend batches in flight: what `DecoderRuntime` is to a session.
-
-The engine schedules and samples; here requests wait for one of its slots, its tokens become text, stop strings cut, and
-streams that nobody wants any more are stopped.
-"""
+"""Streams of a decoder that TensorRT-LLM's C++ backend batches in flight."""
 
 from __future__ import annotations
 
-import logging
-import time
-
-import numpy as np
-
-from cxr_triton.engines.runtime.scheduler import Runtime
-from cxr_triton.engines.runtime.stream import Generation, Stream
+from cxr_triton.engines.runtime.remote import RemoteRuntime
+from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.engines.tensorrt_llm.request import EngineConfig, check_request, request_tensors
-from cxr_triton.errors import CxrError, InternalError
-
-log = logging.getLogger(__name__)
-POLL_S = 0.05  # between two looks for cancelled streams when the engine says nothing
 
 
-class TensorRTLLMRuntime(Runtime):
+class TensorRTLLMRuntime(RemoteRuntime):
     """Serves many generations through the served model `tensorrt_llm`.
 
     Parameters
@@ -37,6 +24,8 @@ class TensorRTLLMRuntime(Runtime):
         As `Runtime`.
     """
 
+    gives_end_token = False
+
     def __init__(
         self,
         config: EngineConfig,
@@ -48,13 +37,11 @@ class TensorRTLLMRuntime(Runtime):
         queue_size: int,
         **pace: float,
     ):
-        self._config, self._backend = config, backend
-        self._slots = slots or config.max_batch
-        self._prefix_reuse = prefix_reuse
-        self._running: dict[str, Stream] = {}  # in the engine, also those that it has yet to stop
-        self._outputs: list[tuple[str, np.ndarray, bool, CxrError | None]] = []  # guarded by _wake
+        self._config, self._prefix_reuse = config, prefix_reuse
         super().__init__(
+            backend,
             tokenizer,
+            slots=slots or config.max_batch,
             vocab=config.vocab_size,
             hidden=config.hidden,
             max_sequence=config.max_sequence,
@@ -67,97 +54,5 @@ class TensorRTLLMRuntime(Runtime):
         check_request(generation, self._config)
         return super().submit(generation, on_chunk, is_cancelled)
 
-    def _hear(self, stream_id: str, token_ids: np.ndarray, is_last: bool, error: CxrError | None) -> None:
-        """An output of the engine, on a thread of the backend."""
-        with self._wake:
-            self._outputs.append((stream_id, token_ids, is_last, error))
-            self._wake.notify()
-
-    # Everything below runs in the scheduler thread.
-
-    def _wait(self) -> bool:
-        with self._wake:
-            if not (self._closing or self._outputs or (self._waiting and len(self._running) < self._slots)):
-                self._wake.wait(self._pause_s() if self._streams else None)
-            return not self._closing
-
-    def _pause_s(self) -> float:
-        """Time to the next chunk that is due, or to the next look for cancelled streams."""
-        now_s = time.monotonic()
-        due = [stream.unsent_since_s + self._coalesce_s - now_s for stream in self._running.values() if stream.unsent]
-        return max(0.0, min([POLL_S, *due]))
-
-    def _turn(self) -> None:
-        with self._wake:
-            outputs, self._outputs = self._outputs, []
-        for output in outputs:
-            self._take(*output)
-        self._admit()
-        for stream in list(self._running.values()):
-            if stream.unsent:
-                self._emit(stream)
-
-    def _take(self, stream_id: str, token_ids: np.ndarray, is_last: bool, error: CxrError | None) -> None:
-        """Tokens of a stream. What the engine still says of one that has ended for its caller is dropped."""
-        stream = (self._running.pop if is_last else self._running.get)(stream_id, None)
-        if stream is None or stream_id not in self._streams:
-            return
-        if error:
-            self._refuse(stream, error)
-            return
-        try:
-            self._accept(stream, token_ids, is_last)
-        except Exception:
-            self._fail([stream], "the tokens")
-            return
-        self._emit(stream)
-
-    def _accept(self, stream: Stream, token_ids: np.ndarray, is_last: bool) -> None:
-        now_s = time.monotonic()
-        for token in token_ids.tolist():
-            stream.accept(token, now_s)
-            if stream.finish_reason:
-                return
-        if not is_last:
-            return
-        if ends := stream.generation.sampling.eos_token_ids:
-            stream.accept(ends[0], now_s)  # the engine does not give the end token itself
-            return
-        log.error("the engine ended a stream after %d of %d tokens", stream.generated, stream.max_new_tokens)
-        self._refuse(stream, InternalError("the engine ended the answer early; see the server's log"))
-
-    def _admit(self) -> None:
-        while len(self._running) < self._slots:
-            with self._wake:
-                if not self._waiting:
-                    return
-                stream = self._waiting.popleft()
-            stream.started_s = time.monotonic()
-            try:
-                tensors = request_tensors(stream.generation, self._config, prefix_reuse=self._prefix_reuse)
-                self._running[stream.id] = stream
-                self._backend.start(stream.id, tensors, self._hear)
-            except Exception as error:
-                log.exception("a request did not reach the engine")
-                self._running.pop(stream.id, None)
-                if not isinstance(error, CxrError):
-                    error = InternalError("the engine was not reached; see the server's log")
-                self._refuse(stream, error)
-
-    def _silent(self) -> list[Stream]:
-        """All of them: Triton tells that a caller left when something is sent to it, and an engine may fall silent."""
-        return [stream for stream in self._running.values() if stream.id in self._streams]
-
-    def _release(self, stream: Stream) -> None:
-        """Have the engine stop; its slot is free when it says so."""
-        if stream.id in self._running:
-            try:
-                self._backend.stop(stream.id)
-            except Exception:
-                log.exception(
-                    "stream %s was not stopped; its slot is free when the engine has written its answer", stream.id
-                )
-
-    def _end(self) -> None:
-        self._running.clear()
-        self._backend.close()
+    def _request(self, generation: Generation):
+        return request_tensors(generation, self._config, prefix_reuse=self._prefix_reuse)

@@ -28,7 +28,7 @@ def serving(bundle: Bundle, settings: Settings) -> Serving:
     config = EngineConfig.read(bundle.path / FOLDER)
     _check_engine(bundle, settings, config)
     engine = _engine(bundle, settings, config)
-    parameters = {"slots": engine.max_batch_size, "prefix_reuse": int(settings.prefix_reuse)}
+    parameters = {"slots": engine.max_batch_size, "prefix_reuse": int(bool(settings.prefix_reuse))}
     if bundle.vision_engine != TensorRT.name:
         return Serving(parameters=parameters, models=(engine,))
     embeddings = f"TYPE_{bundle.geometry.compute.upper()}"

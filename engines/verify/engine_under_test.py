@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from cxr_triton.chat import Prompt
-from cxr_triton.engines import DEFAULT
+from cxr_triton.engines import DEFAULT, engine
 from cxr_triton.engines.bundle import SIDE_FILES, Bundle
 from cxr_triton.engines.pipeline import Preprocessor, StepTensors, sampling_of
-from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 from cxr_triton.engines.runtime.stream import Chunk, Completion, Generation
 from cxr_triton.engines.verify.answers import Answer
 from cxr_triton.engines.verify.record import subject
@@ -23,9 +22,11 @@ from cxr_triton.errors import CxrError, InvalidRequest
 from cxr_triton.pixels import image
 from cxr_triton.profile import ModelProfile
 from cxr_triton.request import ReadRequest
+from cxr_triton.sampling import Sampling
 
 SLOTS = 4
 """Sequences that the engine decodes together; also how many reference logits are in memory."""
+_ANY = Sampling(max_new_tokens=1)  # where a given answer is forced
 
 
 def runnable(bundle: Bundle, standin: Bundle | str | Path | None) -> tuple[Bundle, dict]:
@@ -73,7 +74,7 @@ def why_not_here(bundle: Bundle) -> str | None:
         return None
     try:
         bundle.open_vision()
-        bundle.open_decoder(slots=SLOTS)
+        engine(bundle.engine).try_decoder(bundle, slots=SLOTS)
     except CxrError as error:
         return error.message
     except (ImportError, OSError) as error:
@@ -99,13 +100,14 @@ class EngineUnderTest:
     def __init__(self, bundle: Bundle, threads: int | None):
         self.bundle = bundle
         self._vision = bundle.open_vision(threads=threads)
-        self._decoder = bundle.open_decoder(slots=SLOTS, threads=threads)
+        self._decoder = engine(bundle.engine).open_judged(bundle, slots=SLOTS, threads=threads)
         self._preprocessor = Preprocessor(bundle.path, not_a_chest="flag")  # the controls are no chests
         self._prepared: dict[str, tuple[StepTensors, np.ndarray]] = {}
 
     def close(self) -> None:
-        """End the process that decodes images."""
+        """End the process that decodes images, and the engine."""
         self._preprocessor.close()
+        self._decoder.close()
 
     def embeddings(self, case: Case) -> np.ndarray:
         """(T, hidden) float32 image embeddings of a case through the bundle's own preprocessing."""
@@ -129,15 +131,11 @@ class EngineUnderTest:
     def read(self, cases: Sequence[Case], profile: ModelProfile, count: Callable[[int], None]) -> list[Answer]:
         """The engine's answers through the decoder runtime, `SLOTS` at a time; `count` is called with 1 for each."""
         ends: list[futures.Future[Completion]] = []
-        with DecoderRuntime(self.bundle, session=self._decoder, queue_size=len(cases)) as runtime:
+        with self._decoder.runtime(len(cases)) as runtime:
             for case in cases:
                 step, embeddings = self._prepare(case)
-                generation = Generation(
-                    input_ids=step.input_ids,
-                    position_ids=step.position_ids,
-                    image_index=step.image_index,
-                    image_embeddings=embeddings,
-                    sampling=sampling_of(step.context),
+                generation = _generation(
+                    step.input_ids, step.position_ids, step.image_index, embeddings, sampling_of(step.context)
                 )
                 ends.append(futures.Future())
                 runtime.submit(generation, functools.partial(_settle, ends[-1], count))
@@ -164,25 +162,27 @@ class EngineUnderTest:
         -------
         list of (A, vocab) float32 array
         """
-        # The longest first: a step runs the first slots, so the answers that still go on have to be these.
-        order = sorted(range(len(answers)), key=lambda i: -len(answers[i]))
-        session = self._decoder
-        results = [np.empty((len(ids), session.vocab), np.float32) for ids in answers]
-        try:
-            for slot, i in enumerate(order):
-                prompt, rows = prompts[i], max(len(embeddings[i]), 1)
-                inputs = prompt.input_ids, prompt.image_index(rows), embeddings[i], prompt.position_ids
-                results[i][0] = session.prefill(slot, *inputs, is_last=True)
-            for t in range(1, max(len(ids) for ids in answers)):
-                active = [i for i in order if len(answers[i]) > t]
-                tokens = np.array([answers[i][t - 1] for i in active], np.int64)
-                positions = np.array([int(prompts[i].position_ids.max()) + t for i in active], np.int64)
-                for row, i in zip(session.step(tokens, positions), active, strict=True):
-                    results[i][t] = row
-        finally:
-            for slot in range(SLOTS):
-                session.free(slot)
-        return results
+        generations = [
+            _generation(prompt.input_ids, prompt.position_ids, prompt.image_index(max(len(rows), 1)), rows)
+            for prompt, rows in zip(prompts, embeddings, strict=True)
+        ]
+        return self._decoder.forced(generations, answers)
+
+
+def _generation(
+    input_ids: np.ndarray,
+    position_ids: np.ndarray,
+    image_index: np.ndarray,
+    image_embeddings: np.ndarray,
+    sampling: Sampling = _ANY,
+) -> Generation:
+    return Generation(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        image_index=image_index,
+        image_embeddings=image_embeddings,
+        sampling=sampling,
+    )
 
 
 def _settle(end: futures.Future[Completion], count: Callable[[int], None], chunk: Chunk) -> None:

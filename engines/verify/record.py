@@ -14,6 +14,8 @@ from cxr_triton.files import write
 SCHEMA = 1
 RECORDS = ("verification", "accuracy")
 """Of a manifest: what the gate found, and how right the engine was on labelled data."""
+IN_ENGINE = "verification/record.json"
+"""The record with its readings, in the folder of a `make-engine`."""
 PARTS = ("files", "vision", "decoder", "readings", "controls")
 """All of them have to pass; see `cxr_triton.engines.verify.gate`."""
 

@@ -6,13 +6,12 @@ the same cores. Speeds of a machine drift, so the medians of the rounds' ratios 
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from importlib import metadata
 from pathlib import Path
 
 from cxr_triton.errors import InvalidRequest, unknown_key
@@ -91,8 +90,7 @@ def measure(
         # First those that have to be built, while no other model takes the memory that this needs.
         prepared = {}
         for name, folder in baselines.items():
-            if importlib.util.find_spec(peer(name).module) is None:
-                why = f"{peer(name).packages[0]} is not installed"
+            if why := peer(name).missing():
                 entries.append({"name": peer(name).title, "ratio_output_tokens_per_s": None, "why": why})
                 continue
             prepared[name] = peer(name).prepare(folder, stack)
@@ -129,6 +127,7 @@ def _ours(reader, images: list[bytes], request: dict) -> dict:
         "tokens": reading.usage["completion_tokens"],
         "first_s": first_s,
         "seconds": seconds,
+        "text": reading.text,
         "decoder_s": (reading.timings_ms["prefill"] + reading.timings_ms["decode"]) / 1e3,
         "decode_s": reading.timings_ms["decode"] / 1e3,
     }
@@ -150,7 +149,7 @@ def _entry(kind: type[Peer], rounds: Sequence[Mapping], facts: Mapping) -> dict:
         "ratio_time_to_first_token": None,
         "same_prompt_tokens": all(o["prompt_tokens"] == t["prompt_tokens"] for o, t in pairs),
         "same_output_tokens": all(o["tokens"] == t["tokens"] for o, t in pairs),
-        "versions": {package: metadata.version(package) for package in kind.packages},
+        "versions": kind.versions(),
         "peak_resident_bytes": facts["peak_resident_bytes"],
         "load_s": facts["load_s"],
         "rounds": list(rounds),
@@ -161,4 +160,14 @@ def _entry(kind: type[Peer], rounds: Sequence[Mapping], facts: Mapping) -> dict:
         )
         if kind.scope == "reading":  # what a user waits for: theirs over ours
             entry["ratio_time_to_first_token"] = statistics.median(t["first_s"] / o["first_s"] for o, t in pairs)
+    if all("text" in t for _, t in pairs):
+        entry["same_text"] = statistics.median(_common(o["text"], t["text"]) for o, t in pairs)
     return entry
+
+
+def _common(ours: str, theirs: str) -> float:
+    """Share of our text that both begin with; more may follow, as peers end by the number of tokens alone."""
+    same = next(
+        (at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+    )
+    return same / len(ours) if ours else 1.0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,6 +34,16 @@ class Peer:
     module: ClassVar[str]
     scope: ClassVar[str] = "reading"
 
+    @classmethod
+    def missing(cls) -> str:
+        """Why it cannot run here; empty if it can."""
+        return "" if importlib.util.find_spec(cls.module) else f"{cls.packages[0]} is not installed"
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        """Of `packages`."""
+        return {package: metadata.version(package) for package in cls.packages}
+
     @staticmethod
     def prepare(folder: Path, stack: ExitStack) -> Path:
         """What to open for a checkpoint; anything made for it goes with `stack`."""
@@ -49,9 +62,17 @@ class Peer:
         Returns
         -------
         dict
-            ``prompt_tokens``, ``tokens``, ``first_s`` (None where it cannot be told) and ``seconds``.
+            ``prompt_tokens``, ``tokens``, ``first_s`` (None where it cannot be told) and ``seconds``; ``text`` of who
+            writes one.
         """
         raise NotImplementedError
+
+    def processes(self) -> list[int]:
+        """Ids of those whose memory is its own."""
+        return [os.getpid()]
+
+    def close(self) -> None:
+        """Stop what it started."""
 
 
 class Prompts:

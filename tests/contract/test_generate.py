@@ -11,6 +11,7 @@ from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START, random_check
 
 from cxr_triton.engines.build import build_bundle
 from cxr_triton.engines.onnxruntime.session import OrtDecoder
+from cxr_triton.engines.runtime.prefix import PrefixCache
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.pixels import image
@@ -75,58 +76,71 @@ def bundle(request, model_and_export, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(model_and_export):
     """Tokens of `transformers.generate` by case and penalty, and the M-RoPE positions that it used."""
+    tokens, positions = {}, {}
+    for name, case in cases().items():
+        for penalty in (1.0, PENALTY):
+            tokens[name, penalty], positions[name] = generate(*model_and_export, case, penalty)
+    return tokens, positions
+
+
+def generate(model, export, case, penalty):
+    """Tokens of `transformers.generate`, which runs to the end, and the positions of the prompt; no tokens if None."""
     import torch
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    model, export = model_and_export
-    model.generation_config.eos_token_id = None  # run to the end
+    model.generation_config.eos_token_id = None
     processor = Qwen2VLImageProcessorPil.from_pretrained(export)
-    tokens, positions = {}, {}
-    for name, case in cases().items():
-        ids = torch.tensor([case.input_ids])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        grids = None
-        inputs["mm_token_type_ids"] = (ids == IMAGE_TOKEN).int()
-        if case.pictures:
-            pixels = processor(case.pictures, return_tensors="pt")
-            inputs["pixel_values"], grids = pixels["pixel_values"], pixels["image_grid_thw"]
-            inputs["image_grid_thw"] = grids
-        found, _ = model.model.get_rope_index(ids, inputs["mm_token_type_ids"], image_grid_thw=grids)
-        positions[name] = found[:, 0].numpy()
-        for penalty in (1.0, PENALTY):
-            options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "repetition_penalty": penalty}
-            with torch.no_grad():
-                output = model.generate(**inputs, **options)
-            tokens[name, penalty] = output[0, ids.shape[1] :].tolist()
-            assert len(tokens[name, penalty]) == NEW_TOKENS
+    ids = torch.tensor([case.input_ids])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    grids = None
+    inputs["mm_token_type_ids"] = (ids == IMAGE_TOKEN).int()
+    if case.pictures:
+        pixels = processor(case.pictures, return_tensors="pt")
+        inputs["pixel_values"], grids = pixels["pixel_values"], pixels["image_grid_thw"]
+        inputs["image_grid_thw"] = grids
+    found, _ = model.model.get_rope_index(ids, inputs["mm_token_type_ids"], image_grid_thw=grids)
+    positions = found[:, 0].numpy()
+    if penalty is None:
+        return [], positions
+    options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "repetition_penalty": penalty}
+    with torch.no_grad():
+        output = model.generate(**inputs, **options)
+    tokens = output[0, ids.shape[1] :].tolist()
+    assert len(tokens) == NEW_TOKENS
     return tokens, positions
 
 
 @pytest.fixture(scope="module")
-def generations(bundle, reference):
+def vision(bundle):
+    return bundle.open_vision(threads=1)
+
+
+@pytest.fixture(scope="module")
+def generations(bundle, vision, reference):
     """The same requests for the runtime, image embeddings by the vision session."""
-    vision = bundle.open_vision(threads=1)
-    result = {}
-    for name, case in cases().items():
-        ids = np.array(case.input_ids, np.int64)
-        index = np.full(len(ids), -1, np.int64)
-        embeddings = np.zeros((0, bundle.geometry.hidden), np.float32)
-        if case.pictures:
-            inputs = [
-                image.windows(each, window_budget=WINDOW_BUDGET, token_budget=TOKEN_BUDGET) for each in case.pictures
-            ]
-            embeddings = vision.encode(**image.stack(inputs)).reshape(-1, bundle.geometry.hidden)
-            rows = [i * TOKEN_BUDGET + np.arange(each.tokens) for i, each in enumerate(inputs)]
-            index[ids == IMAGE_TOKEN] = np.concatenate(rows)
-        for penalty in (1.0, PENALTY):
-            result[name, penalty] = Generation(
-                input_ids=ids,
-                position_ids=reference[1][name],
-                image_index=index,
-                image_embeddings=embeddings,
-                sampling=Sampling(max_new_tokens=NEW_TOKENS, repetition_penalty=penalty),
-            )
-    return result
+    return {
+        (name, penalty): generation_of(bundle, vision, case, reference[1][name], penalty)
+        for name, case in cases().items()
+        for penalty in (1.0, PENALTY)
+    }
+
+
+def generation_of(bundle, vision, case, positions, penalty):
+    ids = np.array(case.input_ids, np.int64)
+    index = np.full(len(ids), -1, np.int64)
+    embeddings = np.zeros((0, bundle.geometry.hidden), np.float32)
+    if case.pictures:
+        inputs = [image.windows(each, window_budget=WINDOW_BUDGET, token_budget=TOKEN_BUDGET) for each in case.pictures]
+        embeddings = vision.encode(**image.stack(inputs)).reshape(-1, bundle.geometry.hidden)
+        rows = [i * TOKEN_BUDGET + np.arange(each.tokens) for i, each in enumerate(inputs)]
+        index[ids == IMAGE_TOKEN] = np.concatenate(rows)
+    return Generation(
+        input_ids=ids,
+        position_ids=positions,
+        image_index=index,
+        image_embeddings=embeddings,
+        sampling=Sampling(max_new_tokens=NEW_TOKENS, repetition_penalty=penalty),
+    )
 
 
 class Receiver:
@@ -166,6 +180,95 @@ def test_greedy_tokens_of_eight_in_flight_are_those_of_transformers(bundle, refe
             runtime.submit(generations[key], running[key])
         for key, receiver in running.items():
             assert receiver.wait().tokens == reference[0][key], key
+
+
+@pytest.fixture(scope="module")
+def conversation(model_and_export, reference):
+    """Three turns about one picture, and another task on it: prompts, and the tokens of `transformers.generate`."""
+    turns, case = [], cases()["one_image"]
+    for seed in (20, 21):
+        turns.append((case, generate(*model_and_export, case, 1.0)[0]))
+        case = Case([*case.input_ids, *turns[-1][1], END, *text(seed, 25)], case.pictures)
+    turns.append((case, generate(*model_and_export, case, 1.0)[0]))
+    first = cases()["one_image"].input_ids
+    other = Case([*first[:-21], *text(22, 40)], case.pictures)
+    return [*turns, (other, generate(*model_and_export, other, 1.0)[0])]
+
+
+def test_turns_and_tasks_that_reuse_a_prefix_give_the_tokens_of_transformers(
+    bundle, vision, model_and_export, conversation
+):
+    prefix = PrefixCache(64 << 20)
+    with DecoderRuntime(bundle, slots=4, prefill_chunk=16, threads=1, prefix=prefix) as runtime:
+        counts = []
+        for case, expected in [*conversation, conversation[0]]:
+            receiver = Receiver()
+            runtime.submit(
+                generation_of(bundle, vision, case, generate(*model_and_export, case, None)[1], 1.0), receiver
+            )
+            assert receiver.wait().tokens == expected
+            counts.append((len(case.input_ids), receiver.last.completion.usage["cached_tokens"]))
+    first, second, third, other, again = counts
+    assert first[1] == 0 and again[1] == (first[0] - 1) // 16 * 16
+    assert second[1] == (first[0] + NEW_TOKENS - 1) // 16 * 16  # the picture, the question and the answer
+    assert third[1] == (second[0] + NEW_TOKENS - 1) // 16 * 16
+    assert other[1] == (first[0] - 21) // 16 * 16
+
+
+@pytest.mark.parametrize("penalty", [1.0, PENALTY])
+def test_greedy_tokens_with_reuse_are_those_of_transformers(bundle, reference, generations, penalty):
+    """Alone and twice, then eight in flight, each of them beside its equal."""
+    prefix = PrefixCache(64 << 20)
+    with DecoderRuntime(bundle, slots=8, prefill_chunk=16, threads=1, prefix=prefix) as runtime:
+        for _ in range(2):
+            for name in ("one_image", "follow_up", "long_text"):
+                receiver = Receiver()
+                runtime.submit(generations[name, penalty], receiver)
+                assert receiver.wait().tokens == reference[0][name, penalty], name
+        crowd = [(name, Receiver()) for name in [*cases(), *cases()]]
+        for name, receiver in crowd:
+            runtime.submit(generations[name, penalty], receiver)
+        for name, receiver in crowd:
+            assert receiver.wait().tokens == reference[0][name, penalty], name
+        for name, receiver in crowd[len(cases()) :]:
+            length = len(cases()[name].input_ids)
+            assert receiver.last.completion.usage["cached_tokens"] == (length - 1) // 16 * 16, name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("build", [build_bundle, build_openvino])
+def test_a_prompt_that_begins_as_another_gives_the_same_bits(model_and_export, tmp_path, build, precision):
+    """Whatever the engine rounds: it is given the same runs, on rows that are the same."""
+    checkpoint = model_and_export[1].parent / "checkpoint"
+    built = build(
+        write_export(tmp_path / "export", checkpoint, precision=precision),
+        tmp_path / "bundle",
+        **({"precision": precision} if build is build_openvino else {}),
+    )
+    ids = np.array(text(30, 150), np.int64)
+    asked = generation_of(built, None, Case(ids.tolist(), []), np.tile(np.arange(150), (3, 1)), 1.0)
+    begins_so = [*ids[:100].tolist(), *text(31, 20)]
+    other = generation_of(built, None, Case(begins_so, []), np.tile(np.arange(120), (3, 1)), 1.0)
+    seen = []
+    for prefix in (None, PrefixCache(64 << 20)):
+        session = built.open_decoder(slots=1, threads=1)
+        prefill, logits = session.prefill, []
+
+        def keeping(*args, prefill=prefill, logits=logits, **options):
+            result = prefill(*args, **options)
+            if result is not None:
+                logits.append(result.copy())
+            return result
+
+        session.prefill = keeping
+        with DecoderRuntime(built, session=session, prefill_chunk=32, prefix=prefix) as runtime:
+            for each in (other, asked):
+                receiver = Receiver()
+                runtime.submit(each, receiver)
+                receiver.wait()
+        seen.append(logits)
+    assert receiver.last.completion.usage["cached_tokens"] == 96
+    np.testing.assert_array_equal(seen[1], seen[0])
 
 
 def test_image_embeddings_do_not_depend_on_the_batch(bundle):

@@ -195,6 +195,22 @@ def test_a_generation_is_that_of_the_cpu(pair):
         np.testing.assert_array_equal(*texts)
 
 
+def test_cache_rows_that_are_read_and_written_elsewhere_are_those_that_were_computed(pair):
+    ids, results = np.random.default_rng(8).integers(0, 256, 40), []
+    for each in sessions(pair, 3):
+        none = np.zeros((0, each.hidden), np.float32)
+        each.prefill(2, ids, np.full(40, -1), none, np.tile(np.arange(40), (3, 1)), is_last=True)
+        rows = [each.read_cache(2, start, stop) for start, stop in ((0, 32), (32, 40))]
+        for slot in (0, 1):
+            each.write_cache(slot, 0, rows[0])
+            each.write_cache(slot, 32, rows[1])
+        logits = each.step(np.full(3, 5), np.full(3, 40))
+        for row in logits[:2]:
+            assert distance(logits[2], row) < 1e-5
+        results.append(np.concatenate(rows, axis=2))
+    assert distance(*results) < limit(pair)
+
+
 def test_a_layer_is_few_nodes_and_no_weight_is_stored_twice(pair):
     model = onnx.load(pair[1].path / "decoder.onnx", load_external_data=False).graph
     layers = pair[1].geometry.layers

@@ -303,7 +303,7 @@ def has_gpu():
 def test_sessions_without_a_gpu_say_so(built):
     for opened in (lambda bundle: bundle.open_vision(), lambda bundle: bundle.open_decoder(slots=2)):
         with pytest.raises(
-            DeviceUnavailable, match=r"no NVIDIA GPU can be used here \(.+\); .*or use a recipe for onnx"
+            DeviceUnavailable, match=r"no NVIDIA GPU can be used here \(.+\); .*or use a recipe for a CPU"
         ):
             opened(built("int4"))
 

@@ -272,3 +272,21 @@ def test_the_record_is_what_the_installed_bindings_have():
     if recorded is None:
         pytest.skip(f"no record of {module.__version__}: run tests/tensorrt_api.py")
     assert {name: set(found) for name, found in tensorrt_api.names(module).items()} == recorded
+
+
+def test_cache_rows_that_are_read_and_written_elsewhere_are_those_that_were_computed(bundle, paper):
+    """As ONNX Runtime's session has them, and enough to go on from in another slot."""
+    given = prompt(np.random.default_rng(5), 40, 6)
+    results = []
+    for each in (OrtDecoder(bundle, slots=SLOTS), paper[0].open_decoder(slots=SLOTS)):
+        each.prefill(1, **given, is_last=True)
+        rows = [each.read_cache(1, start, stop) for start, stop in ((0, 32), (32, 40))]
+        assert rows[0].shape == (2 * bundle.geometry.layers, bundle.geometry.kv_heads, 32, bundle.geometry.head_dim)
+        alone = each.step(np.array([0, 5]), np.array([0, 40]))[1].copy()
+        each.free(0)
+        each.write_cache(0, 0, rows[0])
+        each.write_cache(0, 32, rows[1])
+        assert each.lengths[0] == 40
+        np.testing.assert_allclose(each.step(np.array([5]), np.array([40]))[0], alone, atol=1e-5)
+        results.append(np.concatenate(rows, axis=2))
+    np.testing.assert_allclose(results[1], results[0], atol=2e-4)

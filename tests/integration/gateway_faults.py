@@ -1,36 +1,43 @@
 """Fault run of the gateway: everything around it, and itself, dies or misbehaves; nothing is lost and nothing is twice.
 
     python tests/integration/gateway_faults.py --objects 500 --triton-kills 10 --gateway-kills 20 --json OUT
+    python tests/integration/gateway_faults.py --objects 10000 --kills 100 --gateways 2 --section gateway
 
-A sender stores phantoms, one study each, and sends again what was not answered with success. Meanwhile the served
-phantom model and the gateway are killed with SIGKILL and started again, PostgreSQL, where there is one, is crashed and
-started again, and the destinations go through phases: they refuse connections, accept and stay silent, cut connections
-in the middle of an object, answer that their disk is full.
-At the end every study has to have exactly one set of results at each destination, and the queue has to be empty.
+A sender stores phantoms, one study each, sends again what was not answered with success, and some that was. Meanwhile
+Triton, the decoder's process in it, the gateways, the destinations, and PostgreSQL, where there is one, are killed with
+SIGKILL at random moments and started again, some at the same moment; and connections to the destinations go through
+phases: they refuse, accept and stay silent, cut in the middle of an object, answer that their disk is full.
+At the end every study that was acknowledged has to have exactly one set of results at each destination, and the queue
+has to be empty.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
-import importlib.metadata
+import itertools
 import json
 import os
-import platform
 import random
+import re
+import resource
 import select
+import shlex
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from datetime import UTC, datetime
+from collections import Counter
 from pathlib import Path
+
+import sqlalchemy as sa
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from gateway_kills import Progress, Reaper, Victim, overlapping, recovery, schedule
 from gateway_peers import (
     GatewayProcess,
     Orthanc,
@@ -43,10 +50,25 @@ from gateway_peers import (
     send,
     wait_for,
 )
+from reliability import provenance, set_section
+from soak import process_name
+
+from cxr_triton.client.gateway.schema import jobs
+from cxr_triton.client.gateway.store import Store
+from cxr_triton.errors import CxrError
+from cxr_triton.triton_repo.serve import Server
 
 KINDS = ("findings_sr", "text_sr")
 TIMEOUT_S = 2.0
-PHASES = ("pass", "refuse", "pass", "silent", "pass", "cut", "pass", "full")
+FAULTS = ("refuse", "silent", "cut", "full")
+VICTIMS = ("triton", "decoder", "gateway", "database", "destination")
+OPEN = ("received", "grouped", "reading", "sending")
+BATCH = 5
+DRAIN_S = 600
+SENT_AGAIN = 0.02
+"""Share of the acknowledged objects that are sent once more."""
+PACKAGES = ("pynetdicom", "pydicom", "sqlalchemy", "psycopg", "aiohttp", "highdicom", "nvidia-pytriton")
+DEBIAN = ("orthanc", "postgresql-15", "dcmtk")
 
 
 class Proxy:
@@ -113,6 +135,7 @@ class FlakyPacs:
 
         self.mode = "pass"
         self.stored: dict[str, tuple[str, str]] = {}  # SOP instance: study, digest
+        self.classes: dict[str, str] = {}  # SOP instance: SOP class
         self.repeats = self.different = self.broken = 0
         self._lock = threading.Lock()
         ae = AE("FLAKY")
@@ -148,6 +171,7 @@ class FlakyPacs:
             self.repeats += known is not None
             self.different += known is not None and known[1] != digest
             self.stored[str(dataset.SOPInstanceUID)] = (str(dataset.StudyInstanceUID), digest)
+            self.classes[str(dataset.SOPInstanceUID)] = str(dataset.SOPClassUID)
         return 0x0000
 
     def close(self) -> None:
@@ -156,9 +180,6 @@ class FlakyPacs:
 
 def start_triton(repository: Path, port: int):
     """The served model on a port; on a busy machine a model's process sometimes fails as it starts."""
-    from cxr_triton.errors import CxrError
-    from cxr_triton.triton_repo.serve import Server
-
     for attempt in range(5):
         server = Server(repository, grpc_port=port, metrics_port=0)
         try:
@@ -168,225 +189,374 @@ def start_triton(repository: Path, port: int):
             server.stop()
             if attempt == 4:
                 raise
-            print(f"Triton did not start: {error.message[:200]}", flush=True)
+            say(f"Triton did not start: {error.message[:200]}")
+
+
+def say(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
 
 
 def results_in(orthanc: Orthanc) -> dict[str, str]:
     """SOP instance to study of every SR in an Orthanc."""
-    studies = {s["ID"]: s["MainDicomTags"]["StudyInstanceUID"] for s in orthanc.get("/studies?expand")}
-    series = {s["ID"]: s for s in orthanc.get("/series?expand") if s["MainDicomTags"].get("Modality") == "SR"}
+    studies = {s["ID"]: s["MainDicomTags"]["StudyInstanceUID"] for s in orthanc.pages("/studies")}
+    series = {s["ID"]: s for s in orthanc.pages("/series") if s["MainDicomTags"].get("Modality") == "SR"}
     return {
         i["MainDicomTags"]["SOPInstanceUID"]: studies[series[i["ParentSeries"]]["ParentStudy"]]
-        for i in orthanc.get("/instances?expand")
+        for i in orthanc.pages("/instances")
         if i["ParentSeries"] in series
     }
+
+
+class Sender(threading.Thread):
+    """Stores phantoms at the gateways in turn until each was acknowledged; holds only those that are under way.
+
+    Parameters
+    ----------
+    ports : list of int
+        Of the gateways.
+    objects : int
+        Studies of one phantom each.
+    may_send : callable
+        Whether the next new ones may go, by the number acknowledged.
+    rng : random.Random
+    """
+
+    def __init__(self, ports: list[int], objects: int, may_send, rng: random.Random):
+        super().__init__()
+        self._ports, self._rng, self._may_send = ports, rng, may_send
+        drawn = [phantom_dicom(40_000 + i) for i in range(min(objects, 40))]
+        self._fresh = ((i, renamed(drawn[i % len(drawn)])) for i in range(objects))
+        self.acknowledged: dict[int, str] = {}  # number of the object: its study
+        self.failed = self.repeated = 0
+        self.over, self.no_more = threading.Event(), threading.Event()
+
+    def run(self) -> None:
+        turn, again = 0, []  # what has to go again
+        while not self.over.is_set():
+            if self.no_more.is_set():
+                self._fresh = iter(())
+            elif not again and not self._may_send(len(self.acknowledged)):
+                time.sleep(0.1)
+                continue
+            batch = again[:BATCH]
+            again = again[BATCH:]
+            batch += itertools.islice(self._fresh, BATCH - len(batch))
+            if not batch:
+                return
+            statuses = send(self._ports[turn % len(self._ports)], [file for _, file in batch], timeout_s=10)
+            turn += 1
+            for (number, file), status in zip(batch, statuses, strict=True):
+                if status != 0:
+                    self.failed += 1
+                    again.append((number, file))
+                elif number not in self.acknowledged:
+                    self.acknowledged[number] = study_of(file)
+                    if self._rng.random() < SENT_AGAIN:
+                        self.repeated += 1
+                        again.append((number, file))
+            if any(statuses):
+                time.sleep(0.3)
+
+
+def study_of(file: bytes) -> str:
+    import io
+
+    import pydicom
+
+    return str(pydicom.dcmread(io.BytesIO(file), stop_before_pixels=True).StudyInstanceUID)
+
+
+class Site:
+    """A served model, gateways, their database and destinations, each of which can be killed and started again."""
+
+    def __init__(self, folder: Path, gateways: int, rng: random.Random):
+        self.folder, self._rng = folder, rng
+        self._repository, self._triton_port = phantom_repository(folder / "model"), free_port()
+        self.triton = start_triton(self._repository, self._triton_port)
+        self.database = Postgres(folder / "postgres") if gateways > 1 else None
+        self.queue_url = self.database.url if self.database else f"sqlite:///{folder}/storage/queue.sqlite"
+        self.orthancs = {name: Orthanc(folder / name) for name in ("pacs", "archive")}
+        self.flaky, self.to_pacs = FlakyPacs(), Proxy(self.orthancs["pacs"].port)
+        self.to_archive = Proxy(int(self.orthancs["archive"].http.rsplit(":", 1)[1]))
+        self.faulty = {"pacs": self.to_pacs, "archive": self.to_archive, "flaky": self.flaky}
+        self.ports = [free_port() for _ in range(gateways)]
+        self._configs = [self._config(i) for i in range(gateways)]
+        self.starts_that_failed = 0
+        self.gateways: list[GatewayProcess] = []
+        for i in range(gateways):
+            self.gateways.append(GatewayProcess(folder / f"gateway-{i + 1}", self._configs[i]))
+
+    def _config(self, i: int) -> dict:
+        destinations = [
+            {"name": "pacs", "kind": "dicom", "aet": "ORTHANC", "host": "127.0.0.1", "port": self.to_pacs.port},
+            {"name": "flaky", "kind": "dicom", "aet": "FLAKY", "host": "127.0.0.1", "port": self.flaky.port},
+            {"name": "archive", "kind": "stow", "url": f"http://127.0.0.1:{self.to_archive.port}/dicom-web"},
+        ]
+        destinations = [{**to, "timeout_s": TIMEOUT_S, "give_up_s": 86400.0} for to in destinations]
+        sections = {"name": f"gateway-{i + 1}", "dicom": {"port": self.ports[i]}, "read": {"max_attempts": 100}}
+        if self.database:
+            sections["queue"] = self.database.url
+        return gateway_config(self.folder / "storage", f"127.0.0.1:{self._triton_port}", destinations, **sections)
+
+    def victims(self) -> list[Victim]:
+        """All that can be killed, with the ways in which it can be."""
+        ends = {"triton": self._kill_triton, "decoder": self._kill_decoder}
+        found = [Victim("triton", ends, self._start_triton, self._is_triton_alive)]
+        for i in range(len(self.gateways)):
+            end, start = functools.partial(self._kill_gateway, i), functools.partial(self._start_gateway, i)
+            is_alive = functools.partial(self._is_gateway_alive, i)
+            found.append(Victim(f"gateway-{i + 1}", {"gateway": end}, start, is_alive))
+        for name, orthanc in self.orthancs.items():
+            is_alive = functools.partial(is_running, orthanc)
+            end = functools.partial(orthanc.stop, signal.SIGKILL)
+            found.append(Victim(name, {"destination": end}, orthanc.start, is_alive))
+        if self.database:
+            is_alive = functools.partial(is_running, self.database)
+            found.append(Victim("database", {"database": self._kill_database}, self._start_database, is_alive))
+        return found
+
+    def _kill_triton(self) -> None:
+        os.kill(self.triton.pid, signal.SIGKILL)
+
+    def _kill_decoder(self) -> None:
+        for pid in self.triton.pids:
+            if (process_name(pid) or "").startswith("decoder "):
+                os.kill(pid, signal.SIGKILL)
+
+    def _start_triton(self) -> None:
+        self.triton.stop()
+        self.triton = start_triton(self._repository, self._triton_port)
+
+    def _is_triton_alive(self) -> bool:
+        try:
+            self.triton.check()
+        except CxrError as error:
+            say(error.message[:200])
+            return False
+        return True
+
+    def _kill_gateway(self, i: int) -> None:
+        self.gateways[i].kill()
+
+    def _start_gateway(self, i: int) -> None:
+        """As a supervisor does: again and again, since a gateway ends that finds no database as it starts."""
+        for _ in range(60):
+            try:
+                self.gateways[i] = GatewayProcess(self.folder / f"gateway-{i + 1}", self._configs[i])
+                return
+            except AssertionError as error:
+                self.starts_that_failed += 1
+                last = error
+                time.sleep(1)
+        raise last
+
+    def _is_gateway_alive(self, i: int) -> bool:
+        if alive := is_running(self.gateways[i]):
+            return alive
+        say(f"gateway-{i + 1} ended: {self.gateways[i].log.read_text(errors='replace')[-2000:]}")
+        return False
+
+    def _kill_database(self) -> None:
+        if self._rng.random() < 0.5:
+            self.database.crash()
+        else:
+            self.database.kill_backend(self._rng)
+
+    def _start_database(self) -> None:
+        if not is_running(self.database):
+            self.database.start()
+        wait_for(self.database._is_up, "PostgreSQL's recovery")
+
+    def close(self) -> None:
+        for process in (*self.gateways, *self.orthancs.values()):
+            process.stop()
+        for one in self.faulty.values():
+            one.close()
+        self.triton.stop()
+        if self.database:
+            self.database.stop()
+
+
+def is_running(process) -> bool:
+    return process.process.poll() is None
+
+
+class Phases(threading.Thread):
+    """Makes what leads to the destinations faulty for a share of the time."""
+
+    def __init__(self, faulty: dict, phase_s: float, share: float, rng: random.Random):
+        super().__init__()
+        self._faulty, self._phase_s, self._share, self._rng = faulty, phase_s, share, rng
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.is_set():
+            for one in self._faulty.values():
+                one.mode = self._rng.choice(FAULTS) if self._rng.random() < self._share else "pass"
+            self.over.wait(self._phase_s)
+        for one in self._faulty.values():
+            one.mode = "pass"
+
+
+class Queue:
+    """Numbers of jobs by state, or what they were last while the database is away."""
+
+    def __init__(self, url: str):
+        self._engine = sa.create_engine(url, pool_pre_ping=True)
+        self.jobs: Counter[str] = Counter()
+
+    def look(self) -> None:
+        try:
+            with self._engine.connect() as c:
+                rows = c.execute(sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)).all()
+            self.jobs = Counter({row[0]: row[1] for row in rows})
+        except sa.exc.SQLAlchemyError:
+            return
+
+
+def count(site: Site, acknowledged: set[str]) -> dict:
+    """What each destination holds of the acknowledged studies, against one set of results of each."""
+    found = {name: results_in(orthanc) for name, orthanc in site.orthancs.items()}
+    found["flaky"] = {sop: study for sop, (study, _) in site.flaky.stored.items()}
+    lost, doubled, strange = {}, {}, {}
+    for name, results in found.items():
+        per_study = Counter(results.values())
+        lost[name] = sum(per_study[study] < len(KINDS) for study in acknowledged)
+        doubled[name] = sum(per_study[study] > len(KINDS) for study in acknowledged)
+        strange[name] = len(set(results.values()) - acknowledged)
+    sets = {}
+    for sop, sop_class in site.flaky.classes.items():
+        sets.setdefault(found["flaky"][sop], []).append(sop_class)
+    assert all(len(set(classes)) == len(KINDS) for classes in sets.values()), "a set lacks one kind of result"
+    assert site.flaky.different == 0, f"{site.flaky.different} repeats had other bytes"
+    assert not any(strange.values()), f"results of studies that were never acknowledged: {strange}"
+    if not any(lost.values()) and not any(doubled.values()):
+        assert found["pacs"] == found["archive"] == found["flaky"], "destinations hold different results"
+    return {"lost": sum(lost.values()), "doubled": sum(doubled.values())}
 
 
 def run(
     folder: Path,
     *,
     objects: int,
-    triton_kills: int,
-    gateway_kills: int,
+    kills: dict[str, int],
     gateways: int = 1,
-    database_crashes: int = 0,
     seed: int = 0,
     phase_s: float = 2.5,
-    timeout_s: float = 3600,
+    fault_share: float = 0.5,
+    most_open: int = 200,
+    send_s: float = 3600,
 ) -> dict:
-    """The run; what was counted. Raises `AssertionError` when something was lost, twice or left."""
-    from cxr_triton.client.gateway.store import Store
-    from cxr_triton.errors import CxrError
+    """The run; what was counted. Raises `AssertionError` when something was lost, twice or left.
 
+    After `send_s` nothing new is sent, and the objects of the run are those sent until then.
+    """
     rng = random.Random(seed)
     started = time.monotonic()
-    drawn = [phantom_dicom(40_000 + i) for i in range(min(objects, 20))]
-    files = [renamed(drawn[i % len(drawn)]) for i in range(objects)]
-    repository = phantom_repository(folder / "model")
-    triton_port = free_port()
-    triton = start_triton(repository, triton_port)
-    database = Postgres(folder / "postgres") if gateways > 1 else None
-    pacs, archive = Orthanc(folder / "pacs"), Orthanc(folder / "archive")
-    flaky, to_pacs, to_archive = FlakyPacs(), Proxy(pacs.port), Proxy(int(archive.http.rsplit(":", 1)[1]))
-    faulty = (flaky, to_pacs, to_archive)
-    destinations = [
-        {"name": "pacs", "kind": "dicom", "aet": "ORTHANC", "host": "127.0.0.1", "port": to_pacs.port},
-        {"name": "flaky", "kind": "dicom", "aet": "FLAKY", "host": "127.0.0.1", "port": flaky.port},
-        {"name": "archive", "kind": "stow", "url": f"http://127.0.0.1:{to_archive.port}/dicom-web"},
-    ]
-    destinations = [{**to, "timeout_s": TIMEOUT_S, "give_up_s": 86400.0} for to in destinations]
-    ports = [free_port() for _ in range(gateways)]
-    configs = []
-    for i, port in enumerate(ports):
-        sections = {"name": f"gateway-{i + 1}", "dicom": {"port": port}, "read": {"max_attempts": 100}}
-        if database:
-            sections["queue"] = database.url
-        configs.append(gateway_config(folder / "storage", f"127.0.0.1:{triton_port}", destinations, **sections))
-    running = [GatewayProcess(folder / f"gateway-{i + 1}", config) for i, config in enumerate(configs)]
-    url = database.url if database else f"sqlite:///{folder}/storage/queue.sqlite"
-    watcher = Store(url, "watcher")
-    acknowledged, sends_failed, over = 0, 0, threading.Event()
-
-    def send_all() -> None:
-        nonlocal acknowledged, sends_failed
-        waiting = list(files)
-        turn = 0
-        while waiting and not over.is_set():
-            batch, turn = waiting[:5], turn + 1
-            statuses = send(ports[turn % gateways], batch, timeout_s=10)
-            done = sum(status == 0 for status in statuses)
-            acknowledged += done
-            sends_failed += len(batch) - done
-            left = [file for file, status in zip(batch, statuses, strict=True) if status != 0]
-            waiting = waiting[5:] + left
-            if left:
-                time.sleep(0.3)
-
-    def change_phases() -> None:
-        step = [rng.randrange(len(PHASES)) for _ in faulty]
-        while not over.is_set():
-            for i, one in enumerate(faulty):
-                one.mode = PHASES[(step[i]) % len(PHASES)]
-                step[i] += 1
-            over.wait(phase_s)
-        for one in faulty:
-            one.mode = "pass"
-
-    threads = [threading.Thread(target=target) for target in (send_all, change_phases)]
-    kills = sorted(
-        [(rng.uniform(0.02, 0.95), "triton", 0) for _ in range(triton_kills)]
-        + [(rng.uniform(0.02, 0.95), "gateway", i % gateways) for i in range(gateway_kills)]
-        + [(rng.uniform(0.02, 0.95), "database", 0) for _ in range(database_crashes)]
-    )
-    triton_crashes = 0
-    killed = {"triton": 0, "gateway": 0} | ({"database": 0} if database else {})
+    site = Site(folder, gateways, rng)
+    queue = Queue(site.queue_url)
+    sender = Sender(site.ports, objects, lambda sent: sent - queue.jobs["done"] < most_open, random.Random(seed + 1))
+    phases = Phases(site.faulty, phase_s, fault_share, random.Random(seed + 2))
+    reaper = Reaper(site.victims(), schedule(rng, kills), rng, say)
     try:
-        for thread in threads:
-            thread.start()
-        ends = time.monotonic() + timeout_s
-        while True:
-            jobs = watcher.counts()["jobs"]
-            progress = (acknowledged + jobs["done"]) / (2 * objects)
-            if kills and progress >= kills[0][0]:
-                _, what, i = kills.pop(0)
-                time.sleep(rng.uniform(0, 0.3))
-                killed[what] += 1
-                if what == "triton":
-                    os.kill(triton.pid, signal.SIGKILL)
-                    triton.stop()
-                    triton = start_triton(repository, triton_port)
-                elif what == "database":
-                    database.crash()
-                    time.sleep(rng.uniform(0.5, 5))
-                    database.start()
-                else:
-                    running[i].kill()
-                    running[i] = GatewayProcess(folder / f"gateway-{i + 1}", configs[i])
-                print(f"{time.monotonic() - started:6.1f} s  {progress:4.0%}  killed {what} {jobs}", flush=True)
-            try:
-                triton.check()
-            except CxrError as error:  # readings that a killed gateway leaves behind crash this server at times
-                triton_crashes += 1
-                print(f"{time.monotonic() - started:6.1f} s  {error.message[:200]}", flush=True)
-                triton.stop()
-                triton = start_triton(repository, triton_port)
-            if not kills and acknowledged == objects and jobs["done"] >= objects:
-                break
-            assert not jobs["dead"], watcher.status()["dead"]
-            assert time.monotonic() < ends, f"not done after {timeout_s} s: {watcher.counts()}"
-            time.sleep(0.1)
-        over.set()
-        for thread in threads:
-            thread.join()
-        open_states = ("received", "grouped", "reading", "sending", "dead", "dropped")
-        wait_for(lambda: not any(watcher.counts()["jobs"][s] for s in open_states), "an empty queue")
-        counts = watcher.counts()
-        studies = {uid for uid, _ in flaky.stored.values()}
-        found = {"flaky": {sop: study for sop, (study, _) in flaky.stored.items()}}
-        found |= {"pacs": results_in(pacs), "archive": results_in(archive)}
-        assert counts["jobs"]["done"] == counts["objects"]["image"] == objects == len(studies), counts
-        assert flaky.different == 0, f"{flaky.different} repeats had other bytes"
-        for name, results in found.items():
-            sets = {study: list(results.values()).count(study) for study in studies}
-            assert set(results.values()) == studies, f"{name} lacks studies"
-            assert set(sets.values()) == {len(KINDS)}, f"{name}: results per study {sorted(set(sets.values()))}"
-            assert results == found["flaky"], f"{name} has other results than flaky"
-        jobs_read = sum(line["event"] == "read" for one in running for line in one.lines())
-        tried = sum(line["event"] == "not_read" for one in running for line in one.lines())
+        sender.start()
+        phases.start()
+        told, began = 0.0, time.monotonic()
+        while not (reaper.is_quiet() and not sender.is_alive() and queue.jobs["done"] >= len(sender.acknowledged)):
+            queue.look()
+            passed_s = time.monotonic() - began
+            progress = (len(sender.acknowledged) + queue.jobs["done"]) / (2 * objects)
+            reaper.step(max(progress, passed_s / send_s))
+            if passed_s > send_s:
+                sender.no_more.set()
+            assert not queue.jobs["dead"], f"{queue.jobs['dead']} dead letters"
+            assert passed_s < send_s + DRAIN_S, f"not done {DRAIN_S} s after the last was sent: {dict(queue.jobs)}"
+            if passed_s > told + 30:
+                told = passed_s
+                say(f"{passed_s:.0f} s, {len(sender.acknowledged)} acknowledged, {dict(queue.jobs)}")
+            time.sleep(0.5)
+        phases.over.set()
+        assert sender.no_more.is_set() or len(sender.acknowledged) == objects, "the sender ended before its time"
+        objects = len(sender.acknowledged)
+        wait_for(lambda: queue.look() or not any(queue.jobs[s] for s in OPEN), "an empty queue")
+        store = Store(site.queue_url, "watcher")
+        counts = store.counts()
+        store.close()
+        assert counts["jobs"]["done"] == objects == sum(counts["jobs"].values()), counts["jobs"]
+        assert counts["objects"]["image"] == objects == sum(counts["objects"].values()), counts["objects"]
+        outcome = count(site, set(sender.acknowledged.values()))
+        assert not any(outcome.values()), outcome
+        worked = Progress(site.queue_url)
+        lines = Counter(line["event"] for gateway in site.gateways for line in gateway.lines())
     finally:
-        over.set()
-        for process in (*running, pacs, archive):
-            process.stop()
-        for one in faulty:
-            one.close()
-        triton.stop()
-        watcher.close()
-        if database:
-            database.stop()
-    left = sorted((folder / "storage" / "incoming").iterdir())
+        for thread in (sender, phases):
+            thread.over.set()
+        reaper.wait()
+        site.close()
     return {
         "objects": objects,
-        "studies": len(studies),
+        "gateways": gateways,
+        **outcome,
         "results_per_study_at_each_destination": len(KINDS),
-        "destinations": len(found),
-        "killed": killed,
-        "triton_crashed_by_itself": triton_crashes,
-        "connections_and_requests_broken": {
-            "pacs": to_pacs.broken,
-            "archive": to_archive.broken,
-            "flaky": flaky.broken,
-        },
-        "sends_without_success": sends_failed,
-        "readings_finished": jobs_read,
-        "readings_failed": tried,
-        "results_delivered_again": flaky.repeats,
-        "results_delivered_again_with_other_bytes": flaky.different,
-        "left_in_queue": 0,
+        "destinations": len(site.faulty),
+        "kills": sum(kills.values()),
+        "killed": Counter(outage.kind for outage in reaper.outages),
+        "killed_while_another_was_away": overlapping(reaper.outages),
+        "died_by_themselves": Counter(outage.victim for outage in reaper.died),
+        "gateway_starts_without_database": site.starts_that_failed,
+        **recovery(reaper.outages, worked),
+        "connections_and_requests_broken": {name: one.broken for name, one in site.faulty.items()},
+        "sends_without_success": sender.failed,
+        "acknowledged_objects_sent_again": sender.repeated,
+        "readings_finished": lines["read"],
+        "readings_failed": lines["not_read"],
+        "results_delivered_again": site.flaky.repeats,
+        "results_delivered_again_with_other_bytes": site.flaky.different,
+        "left_in_queue": sum(counts["jobs"][state] for state in OPEN),
         "dead_letters": counts["jobs"]["dead"],
-        "transfers_broken_off_on_disk": len(left),
+        "transfers_broken_off_on_disk": len(list((folder / "storage" / "incoming").iterdir())),
+        "peak_memory_of_this_process_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
-def machine() -> dict:
-    """Hardware and versions, for the record."""
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
-    )
-    names = ("pynetdicom", "pydicom", "sqlalchemy", "psycopg", "aiohttp", "highdicom", "nvidia-pytriton")
-    debian = ["orthanc", "postgresql-15", "dcmtk"]
-    query = ["dpkg-query", "-W", "-f", "${Package} ${Version}\n", *debian]
-    packages = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
-        **dict(line.split(" ") for line in packages if line),
-    }
-
-
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objects", type=int, default=500)
+    parser.add_argument("--kills", type=int, help="of victims drawn at random, in place of the numbers below")
     parser.add_argument("--triton-kills", type=int, default=10)
+    parser.add_argument("--decoder-kills", type=int, default=0)
     parser.add_argument("--gateway-kills", type=int, default=20)
+    parser.add_argument("--destination-kills", type=int, default=0)
     parser.add_argument("--gateways", type=int, default=1, help="two or more share a queue in PostgreSQL")
     parser.add_argument("--database-crashes", type=int, default=10, help="with two or more gateways")
+    parser.add_argument("--fault-share", type=float, default=0.5, help="of the time that a destination is faulty")
+    parser.add_argument("--phase-s", type=float, default=2.5)
+    parser.add_argument("--most-open", type=int, default=200, help="studies acknowledged and not done")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--send-s", type=float, default=3600, help="send nothing new after so long")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--section", help="of docs/results/reliability.json, to set")
     asked = parser.parse_args()
-    crashes = asked.database_crashes if asked.gateways > 1 else 0
+    if asked.kills is None:
+        kills = {kind: getattr(asked, f"{kind}_kills", asked.database_crashes) for kind in VICTIMS}
+    else:
+        kills = dict(Counter(random.Random(asked.seed).choices(VICTIMS, k=asked.kills)))
+    if asked.gateways < 2:
+        kills.pop("database", None)
+    record = provenance(re.sub(r" --json \S+", "", f"python {shlex.join(sys.argv)}"), PACKAGES, DEBIAN)
     with tempfile.TemporaryDirectory(prefix="cxr-faults-") as name:
         result = run(
-            Path(name), objects=asked.objects, triton_kills=asked.triton_kills, gateway_kills=asked.gateway_kills,
-            gateways=asked.gateways, database_crashes=crashes, seed=asked.seed,
+            Path(name), objects=asked.objects, kills=kills, gateways=asked.gateways, seed=asked.seed,
+            phase_s=asked.phase_s, fault_share=asked.fault_share, most_open=asked.most_open, send_s=asked.send_s,
         )  # fmt: skip
-    command = f"python {sys.argv[0]} --objects {asked.objects} --triton-kills {asked.triton_kills}"
-    command += f" --gateway-kills {asked.gateway_kills} --gateways {asked.gateways} --seed {asked.seed}"
-    command += f" --database-crashes {crashes}" if crashes else ""
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    result = {"command": command, "date": date, "load_average": os.getloadavg()[2], "machine": machine(), **result}
+    result = {**record, "load_average_at_end": round(os.getloadavg()[2], 1), **result}
     print(json.dumps(result, indent=2))
     if asked.json:
         asked.json.write_text(json.dumps(result, indent=2) + "\n")
+    if asked.section:
+        set_section(asked.section, result)
+
+
+if __name__ == "__main__":
+    main()

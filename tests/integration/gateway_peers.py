@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,7 +83,7 @@ class Orthanc(Process):
     """A PACS on loopback; `http` is its REST root, `stow` its DICOMweb root, `port` its DICOM port."""
 
     def __init__(self, folder: Path, gateway_port: int | None = None, dicom_port: int | None = None, **settings):
-        program = require("Orthanc")
+        self._program = require("Orthanc")
         if not DICOM_WEB.exists():
             pytest.skip("no orthanc-dicomweb here; install it with `make debian`")
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,9 +100,13 @@ class Orthanc(Process):
             "Plugins": [str(DICOM_WEB)], "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
             "ConcurrentJobs": 4, **settings,
         }  # fmt: skip
-        path = folder / "orthanc.json"
-        path.write_text(json.dumps(config))
-        super().__init__([program, str(path)], folder / "orthanc.log")
+        self._config = folder / "orthanc.json"
+        self._config.write_text(json.dumps(config))
+        self.start()
+
+    def start(self) -> None:
+        """Start, or start again on the same ports with what is stored."""
+        super().__init__([self._program, str(self._config)], self._config.with_suffix(".log"))
         wait_for(lambda: self.process.poll() is not None or self._is_up(), "Orthanc's start")
         assert self.process.poll() is None, self.log.read_text(errors="replace")[-2000:]
 
@@ -113,6 +120,14 @@ class Orthanc(Process):
         with urllib.request.urlopen(self.http + path, timeout=30) as answer:
             data = answer.read()
         return data if raw else json.loads(data)
+
+    def pages(self, path: str, size: int = 1000) -> Iterator[dict]:
+        """All of a collection such as ``/series``, expanded, fetched page by page."""
+        for since in itertools.count(0, size):
+            page = self.get(f"{path}?expand&since={since}&limit={size}")
+            yield from page
+            if len(page) < size:
+                return
 
     def post(self, path: str, body):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -236,7 +251,23 @@ class Postgres(Process):
 
     def crash(self) -> None:
         """End at once, as from a loss of power: the next start recovers from the log."""
-        super().stop(signal.SIGQUIT)
+        for pid in (self.process.pid, *self._children()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        super().stop(signal.SIGKILL)
+
+    def kill_backend(self, rng: random.Random) -> None:
+        """Kill one process that serves a client: the server ends all the others, and recovers by itself."""
+        serving = [pid for pid in self._children() if b"127.0.0.1" in _command_line(pid)]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rng.choice(serving or [self.process.pid]), signal.SIGKILL)
+
+    def _children(self) -> list[int]:
+        pid = self.process.pid
+        try:
+            return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        except OSError:
+            return []
 
     def _is_up(self) -> bool:
         import psycopg
@@ -252,6 +283,13 @@ class Postgres(Process):
             return super().stop(number, timeout_s)
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def phantom_repository(folder: Path) -> Path:

@@ -60,6 +60,7 @@ class Requests:
             "long": lambda reader, rng: read(reader, rng.choice(self.dicom), temperature=1.5, seed=rng.getrandbits(30)),
             "bad-file": self.bad_file,
             "bad-request": self.bad_request,
+            "follow-up": self.follow_up,
             "cancelled": self.cancelled,
             "reconnect": self.reconnect,
             "refused-reconnect": self.refused_reconnect,
@@ -84,6 +85,13 @@ class Requests:
             ]
         )
         return refused(reader, images, **asked)
+
+    def follow_up(self, reader: Reader, rng: random.Random) -> str:
+        """A reading, and a question about it."""
+        file = rng.choice(self.dicom)
+        first = reader.read(file).result()
+        turns = [{"role": "user", "content": first.prompt}, {"role": "assistant", "content": first.text}]
+        return read(reader, file, prompt="Provide differentials.", history=turns, max_new_tokens=32)
 
     def cancelled(self, reader: Reader, rng: random.Random) -> str:
         """A reading that is closed before or while its text comes."""
@@ -163,7 +171,7 @@ class Tally:
     """What the requests of a run came to."""
 
     outcomes: Counter = field(default_factory=Counter)
-    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    seconds: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))  # ended at, took
     samples: dict[str, list[Sample]] = field(default_factory=lambda: defaultdict(list))
     crashes: list[dict] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -175,14 +183,17 @@ class Tally:
     def count(self, kind: str, outcome: str, seconds: float) -> None:
         with self.lock:
             self.outcomes[f"{kind}: {outcome}"] += 1
-            self.seconds[kind].append(seconds)
+            self.seconds[kind].append((time.monotonic(), seconds))
 
 
 class Soak:
     """Clients that send requests of some kinds to one server, and what is seen of its processes meanwhile."""
 
-    def __init__(self, repository: Path, requests: Requests, kinds: list[str], *, clients: int, seed: int):
+    def __init__(
+        self, repository: Path, requests: Requests, kinds: list[str], *, clients: int, seed: int, pause_s: float = 0.0
+    ):
         self._repository, self._kinds, self._clients, self._seed = repository, kinds, clients, seed
+        self._pause_s = pause_s
         self._requests = requests
         self.tally = Tally()
         self._over = threading.Event()
@@ -247,6 +258,8 @@ class Soak:
                 outcome = f"failed {error.code}"
                 time.sleep(0.2)
             self.tally.count(kind, outcome, time.monotonic() - started)
+            if self._pause_s:
+                self._over.wait(rng.expovariate(1 / self._pause_s))
         reader.close()
 
 
@@ -257,6 +270,18 @@ def slope(samples: list[Sample], value: str) -> float:
     if len(late) < 3 or np.ptp(requests) == 0:
         return float("nan")
     return 1000 * float(np.polyfit(requests, [getattr(each, value) for each in late], 1)[0])
+
+
+def latencies(seconds: list[float]) -> dict[str, float]:
+    """Median and tails, in seconds."""
+    return {f"p{at}": round(float(np.percentile(seconds, at)), 3) for at in (50, 95, 99)}
+
+
+def by_quarter(seconds: list[tuple[float, float]]) -> list[float]:
+    """Median of what requests took in each quarter of a run, by when they ended."""
+    ended, took = np.array(seconds).T
+    quarter = np.minimum(4 * (ended - ended.min()) / max(np.ptp(ended), 1e-9), 3).astype(int)
+    return [round(float(np.median(took[quarter == i])), 3) for i in range(4) if (quarter == i).any()]
 
 
 def summary(tally: Tally, flat_mb: float, flat_descriptors: float) -> dict:
@@ -272,16 +297,12 @@ def summary(tally: Tally, flat_mb: float, flat_descriptors: float) -> dict:
             "flat": rises["rss_mb"] < flat_mb and rises["descriptors"] < flat_descriptors,
             "samples": [list(vars(each).values()) for each in samples],
         }
-    latency = {
-        kind: {
-            name: round(float(np.percentile(seconds, at)), 3) for name, at in (("p50", 50), ("p95", 95), ("p99", 99))
-        }
-        for kind, seconds in sorted(tally.seconds.items())
-    }
+    latency = {kind: latencies([took for _, took in seconds]) for kind, seconds in sorted(tally.seconds.items())}
     return {
         "requests": tally.requests,
         "outcomes": dict(sorted(tally.outcomes.items())),
         "latency_s": latency,
+        "latency_s_p50_by_quarter": {kind: by_quarter(seconds) for kind, seconds in sorted(tally.seconds.items())},
         "crashes": tally.crashes,
         "processes": processes,
     }
@@ -308,11 +329,12 @@ def say(name: str, result: dict) -> None:
 )
 @click.option("--seed", default=0, show_default=True)
 @click.option("--every-s", default=2.0, show_default=True, help="Between two samples.")
+@click.option("--pause-s", default=0.0, show_default=True, help="Mean pause of a client between two requests.")
 @click.option("--flat-mb", default=5.0, show_default=True)
 @click.option("--flat-descriptors", default=1.0, show_default=True)
 @click.option("--repository", type=click.Path(exists=True, path_type=Path), help="[default: the demonstration model]")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
-def main(minutes, clients, mix, seed, every_s, flat_mb, flat_descriptors, repository, json_path):
+def main(minutes, clients, mix, seed, every_s, pause_s, flat_mb, flat_descriptors, repository, json_path):
     requests = Requests(seed)
     names = list(requests.kinds)
     runs = {"all": {"all": names}, "each": {name: [name] for name in names}}.get(mix) or {mix: mix.split(",")}
@@ -322,13 +344,14 @@ def main(minutes, clients, mix, seed, every_s, flat_mb, flat_descriptors, reposi
     with tempfile.TemporaryDirectory(prefix="cxr-soak-") as folder:
         repository = repository or phantom_repository(Path(folder))
         for name, kinds in runs.items():
-            tally = Soak(repository, requests, kinds, clients=clients, seed=seed).run(60 * minutes, every_s)
+            soak = Soak(repository, requests, kinds, clients=clients, seed=seed, pause_s=pause_s)
+            tally = soak.run(60 * minutes, every_s)
             results[name] = summary(tally, flat_mb, flat_descriptors)
             say(name, results[name])
     record = {
         "command": f"python {' '.join(sys.argv)}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "load_average": os.getloadavg()[2],
+        "load_average_15_min": os.getloadavg()[2],
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "environment": {

@@ -78,10 +78,11 @@ class EchoDecoder(Peer):
 
 
 def test_what_is_not_installed_says_so(server, served_bundle, items, monkeypatch):
-    monkeypatch.setattr(vllm.PEER, "module", "no_such_module")
+    monkeypatch.setenv(vllm.PYTHON, "/no/such/python")
     profile = Bundle.open(served_bundle, verify=False).profile
     (entry,) = peers.measure(server.grpc, items, profile, {"vllm": served_bundle}, rounds=1)
-    assert entry == {"name": "vLLM", "ratio_output_tokens_per_s": None, "why": "vllm is not installed"}
+    why = "CXR_VLLM_PYTHON is /no/such/python, which has no vLLM; deploy/vllm-cpu.sh makes an environment with it"
+    assert entry == {"name": "vLLM", "ratio_output_tokens_per_s": None, "why": why}
 
 
 def test_baselines_are_named_with_a_checkpoint(served_bundle, tmp_path):

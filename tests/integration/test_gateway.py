@@ -330,8 +330,9 @@ def flaky(pacs: gateway_faults.FlakyPacs) -> dict:
 def test_faults_lose_nothing_and_double_nothing(tmp_path):
     """A small fault run; the large one is `make faults`, recorded in docs/results."""
     require("Orthanc")
-    found = gateway_faults.run(tmp_path, objects=8, triton_kills=1, gateway_kills=1, phase_s=1.0)
-    assert found["killed"] == {"triton": 1, "gateway": 1} and found["studies"] == 8
+    kills = {"decoder": 1, "gateway": 1, "destination": 1}
+    found = gateway_faults.run(tmp_path, objects=8, kills=kills, phase_s=1.0)
+    assert found["killed"] == kills and found["objects"] == 8 and found["lost"] == found["doubled"] == 0
 
 
 # ------------------------------------------------------------------------------------------------------ PostgreSQL

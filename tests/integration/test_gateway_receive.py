@@ -35,6 +35,7 @@ from gateway_peers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutation_corpus import associations
 
 from cxr_triton.cli import main
 from cxr_triton.client.gateway.association import Unreachable
@@ -378,6 +379,19 @@ def test_data_that_are_no_message_are_answered_by_an_abort(gateway):
             connection.sendall(struct.pack(">BBI", 4, 0, len(body)) + body)
             assert connection.recv(1) == b"\7"
     assert "Traceback" not in gateway.log.read_text()
+
+
+def test_objects_that_nobody_takes_leave_no_file(gateway):
+    """Those that wait behind others when their peer goes; pynetdicom writes each to a temporary file."""
+    request, _, *object_pdus, _ = associations({"object": friendly()})["object"]
+    for _ in range(4):
+        with socket.create_connection(("127.0.0.1", gateway.port)) as connection:
+            connection.settimeout(20)
+            connection.sendall(request)
+            assert connection.recv(1 << 16)[:1] == b"\2"
+            with contextlib.suppress(OSError):
+                connection.sendall(b"".join(object_pdus) * 8)
+    wait_for(lambda: not list(gateway.storage.glob("incoming/*")), "the end of files that nobody took", 20)
 
 
 @pytest.mark.parametrize("before", [b"", associate_request()], ids=["before association", "after association"])

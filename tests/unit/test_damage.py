@@ -1,5 +1,6 @@
 """A damaged file is refused or flagged, and a whole one neither."""
 
+import contextlib
 import io
 import logging
 import threading
@@ -97,6 +98,33 @@ def test_rows_that_openjph_does_not_write_are_never_shown():
     header = inspect(HTJ2K, bytes(stream))
     with pytest.raises(errors.InvalidImage, match="does not decode"):
         decode(header, bytes(stream), (256, 256), np.dtype(np.uint16))
+
+
+@pytest.mark.parametrize("syntax", [HTJ2K, "1.2.840.10008.1.2.4.203"])
+def test_samples_that_wrap_in_openjph_are_not_silent(syntax):
+    """Magnitudes of HTJ2K have no check; OpenJPEG clamps what OpenJPH wraps."""
+    stream = encode(pattern(16), 16, "htj2k")
+    start, wrapped = stream.index(b"\xff\x93") + 2, 0
+    for at in np.random.default_rng(7).integers(start, len(stream) - 2, 200):
+        broken = bytearray(stream)
+        broken[at] ^= 0x80
+        try:
+            theirs = imagecodecs.jpeg2k_decode(broken)
+            with contextlib.redirect_stderr(io.StringIO()):
+                ours = imagecodecs.htj2k_decode(bytes(broken))
+        except imagecodecs.Jpeg2kError:
+            continue
+        if np.array_equal(ours, theirs) or not ours.any():
+            continue
+        flags: set[str] = set()
+        header = replace(inspect(syntax, bytes(broken)), lossy=False if syntax == HTJ2K else None)
+        try:
+            decode(header, bytes(broken), pattern(16).shape, np.dtype(np.uint16), flags)
+            assert syntax != HTJ2K and flags == {"damage_suspected"}
+        except errors.InvalidImage:
+            pass
+        wrapped += 1
+    assert wrapped > 3
 
 
 def test_what_other_threads_cannot_raise_is_not_this_picture(monkeypatch):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fake_session import FakeSession, Letters, until
 
+from cxr_triton.engines.runtime.prefix import PrefixCache
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 from cxr_triton.engines.secret import SECRET, Seal
 
@@ -80,7 +81,7 @@ def decoder(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     session = FakeSession()
-    runtime = DecoderRuntime(None, session=session, tokenizer=Letters())
+    runtime = DecoderRuntime(None, session=session, tokenizer=Letters(), prefix=PrefixCache(1 << 20), prefill_chunk=16)
     monkeypatch.setattr(module, "Bundle", SimpleNamespace(open=lambda path: path))
     monkeypatch.setattr(module, "open_runtime", lambda bundle, values: runtime)
     inputs = [{"name": name, "data_type": "TYPE_FP32"} for name in module.INPUTS]
@@ -161,3 +162,21 @@ def test_a_response_that_cannot_be_sent_ends_its_stream_with_the_final_flag(deco
     assert completion is None if fails == "last" else completion["error"].startswith("[INTERNAL]")
     until(lambda: not decoder.runtime._streams)
     assert serves(decoder) and not decoder.streams
+
+
+def test_what_prompts_shared_is_counted_and_stands_in_the_usage(decoder):
+    prompt = {
+        "INPUT_IDS": np.arange(40),
+        "IMAGE_INDEX": np.full(40, -1),
+        "POSITION_IDS": np.tile(np.arange(40), (3, 1)),
+    }
+    cached = [ended(decoder, request(**prompt))["usage"]["cached_tokens"] for _ in range(3)]
+    assert cached == [0, 32, 32]
+    counted = {name: metric.value for name, metric in decoder.metrics.items() if name.startswith("prefix_")}
+    assert counted.pop("prefix_bytes") == decoder.runtime.prefix.nbytes > 0
+    assert counted == {
+        "prefix_prompt_tokens_total": 120,
+        "prefix_tokens_total": 64,
+        "prefix_hits_total": 2,
+        "prefix_evicted_total": 0,
+    }

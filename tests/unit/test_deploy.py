@@ -15,7 +15,7 @@ from cxr_triton.engines.recipe import load_recipe, recipe_names
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
-TAG = "26.07-trtllm-python-py3"
+TAG, TAG_VLLM = "26.07-trtllm-python-py3", "26.08-vllm-python-py3"
 DIGEST = "sha256:" + "0" * 64
 
 
@@ -31,8 +31,9 @@ def test_the_dockerfile_passes_hadolint():
     lint("hadolint", str(DEPLOY / "Dockerfile"))
 
 
-def test_the_script_passes_shellcheck():
-    lint("shellcheck", str(DEPLOY / "smoke.sh"))
+@pytest.mark.parametrize("name", ["smoke.sh", "vllm-cpu.sh"])
+def test_the_scripts_pass_shellcheck(name):
+    lint("shellcheck", str(DEPLOY / name))
 
 
 def test_the_compose_file_is_of_the_compose_schema():
@@ -57,16 +58,31 @@ def stages():
 def test_what_serves_is_pinned_by_digest_and_is_no_root():
     parts = stages()
     assert parts["base"].startswith("FROM ${IMAGE}@${DIGEST} AS base")
-    for name in ("engine", "serve"):
-        assert parts[name].startswith(f"FROM base AS {name}")
+    for name, base in (("engine", "base"), ("serve", "base"), ("engine-vllm", "engine"), ("serve-vllm", "base")):
+        assert parts[name].startswith(f"FROM {base} AS {name}")
         assert re.findall(r"^USER (.*)$", parts[name], re.MULTILINE)[-1] == "10001:10001"
     assert "ARG DIGEST\n" in (DEPLOY / "Dockerfile").read_text(), "a default would be one that nobody checked"
     assert "[serve]" in parts["serve"] and "[quantize]" not in parts["serve"]
+    assert "[serve-cuda]" in parts["serve-vllm"] and "[quantize]" not in parts["serve-vllm"]
 
 
-def test_the_container_serves_only_what_was_packaged():
+def test_vllm_keeps_the_packages_that_its_container_has_and_a_compiler():
+    parts = stages()
+    held = re.search(r"grep -iE '\^\((.*?)\)=='", parts["serve-vllm"])[1].split("|")
+    assert {"torch", "transformers", "vllm", "numpy"} <= set(held)
+    assert "cc1" in parts["serve"] and "cc1" not in parts["serve-vllm"], "its kernels are compiled at the first use"
+    assert "ENV CXR_VLLM_PYTHON=/usr/bin/python3" in parts["engine-vllm"]
+    cached = re.findall(r"(?:CACHE_HOME|CACHE_ROOT|CACHE_DIR)=(\S+)", parts["serve-vllm"])
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    (mount,) = services["server-vllm"]["tmpfs"]
+    assert len(cached) == 3 and all(path.startswith("/tmp/") for path in cached)
+    assert mount.startswith("/tmp:exec,"), "what is compiled is loaded from there"
+
+
+@pytest.mark.parametrize("stage", ["serve", "serve-vllm"])
+def test_the_container_serves_only_what_was_packaged(stage):
     def of(name: str) -> list[str]:
-        (found,) = re.findall(rf"^{name} (\[.*?\])$", stages()["serve"], re.MULTILINE | re.DOTALL)
+        (found,) = re.findall(rf"^{name} (\[.*?\])$", stages()[stage], re.MULTILINE | re.DOTALL)
         return json.loads(found.replace("\\\n", ""))
 
     assert of("ENTRYPOINT")[-3:] == ["python3", "-m", "cxr_triton.triton_repo.guard"]
@@ -81,12 +97,14 @@ def test_no_image_keeps_a_jinja2_that_the_container_brings():
 
 def test_every_image_and_container_is_of_one_tag():
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
-    assert compose["services"]["server"]["image"] == f"cxr-triton-serve:{TAG}"
-    assert f"tag={TAG}" in (DEPLOY / "smoke.sh").read_text()
-    for name in recipe_names():
-        recipe = load_recipe(name)
-        if recipe.decoder.compiler == "tensorrt-llm":
-            assert recipe.container == f"nvcr.io/nvidia/tritonserver:{TAG}"
+    tags = {"tensorrt-llm": TAG, "vllm": TAG_VLLM}
+    for service, engine in (("server", "tensorrt-llm"), ("server-vllm", "vllm")):
+        assert compose["services"][service]["image"] == f"cxr-triton-serve:{tags[engine]}"
+        assert compose["services"][service]["profiles"] == [engine], "both want one port"
+        assert f"tag={tags[engine]} " in (DEPLOY / "smoke.sh").read_text()
+    recipes = [load_recipe(name) for name in recipe_names()]
+    for recipe in (each for each in recipes if each.gpu and each.decoder.compiler in tags):
+        assert recipe.container == f"nvcr.io/nvidia/tritonserver:{tags[recipe.decoder.compiler]}"
 
 
 def test_everything_listens_on_loopback_and_nothing_may_gain_privileges():
@@ -99,15 +117,20 @@ def test_everything_listens_on_loopback_and_nothing_may_gain_privileges():
         assert not path.startswith("./") or (DEPLOY / path).is_file(), path
     scraped = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["scrape_configs"][0]["static_configs"]
     assert scraped == [{"targets": ["server:8002"]}]
+    assert services["server-vllm"]["networks"] == {"default": {"aliases": ["server"]}}
 
 
-def test_the_server_starts_guarded_and_without_http():
-    text = stages()["serve"]
+@pytest.mark.parametrize("stage", ["serve", "serve-vllm"])
+def test_the_server_starts_guarded_and_without_http(stage):
+    text = stages()[stage]
     entry = json.loads(re.search(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)[1])
     assert entry[1:] == ["python3", "-m", "cxr_triton.triton_repo.guard"]
-    command = json.loads(re.search(r"^CMD (.*)\Z", text, re.MULTILINE | re.DOTALL)[1].replace("\\\n", ""))
+    command = json.loads(
+        re.search(r"^CMD (\[\"tritonserver.*?\])$", text, re.MULTILINE | re.DOTALL)[1].replace("\\\n", "")
+    )
     assert command[0] == "tritonserver" and "--allow-http=false" in command
-    ports = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["server"]["ports"]
+    service = stage.replace("serve", "server")
+    ports = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"][service]["ports"]
     assert ports == ["127.0.0.1:8001:8001"]
 
 
@@ -155,25 +178,35 @@ def smoke(folder, *more, up=0, golden=0, tools=True, **env):
     return done, log.read_text().splitlines()
 
 
-def test_the_smoke_test_builds_starts_judges_and_clears_up(tmp_path):
+@pytest.mark.parametrize(
+    ("recipe", "tag", "suffix", "profile"),
+    [("h100-fp8-trtllm", TAG, "", "tensorrt-llm"), ("h100-fp8-vllm", TAG_VLLM, "-vllm", "vllm")],
+)
+def test_the_smoke_test_builds_starts_judges_and_clears_up(tmp_path, recipe, tag, suffix, profile):
     (tmp_path / "pictures").mkdir()
-    done, calls = smoke(tmp_path, "org/model", "chexone", "h100-fp8-trtllm", "pictures", ACCEPT_LICENCE="1")
+    done, calls = smoke(tmp_path, "org/model", "chexone", recipe, "pictures", ACCEPT_LICENCE="1")
     assert done.returncode == 0, done.stderr
     out, pictures = tmp_path / "out", tmp_path / "pictures"
     builds = [call for call in calls if call.startswith("docker build ")]
-    assert [re.search(r"--target (\w+) --tag (\S+)", call).groups() for call in builds] == [
-        (name, f"cxr-triton-{name}:{TAG}") for name in ("engine", "serve")
+    assert [re.search(r"--target (\S+) --tag (\S+)", call).groups() for call in builds] == [
+        (f"{name}{suffix}", f"cxr-triton-{name}:{tag}") for name in ("engine", "serve")
     ]
     assert all(f"--build-arg DIGEST={DIGEST}" in call for call in builds)
     (made,) = [call for call in calls if " make-engine " in call]
     assert f"--volume {out}:{out} --volume {pictures}:{pictures}:ro --gpus all" in made
     assert made.endswith(
-        f"make-engine org/model --recipe h100-fp8-trtllm --out {out} --cache {out}/plans --json {out}/make-engine.json "
+        f"make-engine org/model --recipe {recipe} --out {out} --cache {out}/plans --json {out}/make-engine.json "
         f"--profile chexone --images {pictures} --accept-licence"
     )
     (judged,) = [call for call in calls if " golden " in call]
     assert judged.endswith(f"golden {out} --images {pictures} --json {out}/golden.json")
     assert calls.index(made) < calls.index(judged) and " down " in calls[-1]
+    (started,) = [call for call in calls if " up --detach " in call]
+    assert (
+        started.endswith(f" server{suffix}")
+        and f"--profile {profile} " in started
+        and f"--profile {profile} " in calls[-1]
+    )
     report = done.stdout.partition("report to paste")[2]
     assert "verdict:    passed" in report and DIGEST in report and "Paper GPU, 590.44.01" in report
 

@@ -614,6 +614,19 @@ LOSSLESS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [("jpegls", {"level": 3}), ("jpeg2k", {"codecformat": "J2K", "level": 40, "reversible": False}),
+     ("htj2k", {"reversible": False})],
+)  # fmt: skip
+def test_lossy_codestream_in_a_lossless_syntax_is_said_to_be_lossy(kind, arguments):
+    import imagecodecs
+
+    values = pattern(16)
+    codestream = getattr(imagecodecs, f"{kind}_encode")(values, **arguments)
+    assert "lossy" in read_image(compressed_bytes(values, 16, LOSSLESS[kind][0], codestream)).flags
+
+
 @pytest.mark.parametrize("kind", LOSSLESS)
 @pytest.mark.parametrize("lie", LIES, ids=str)
 def test_header_lies_are_a_mismatch(kind, lie):

@@ -289,7 +289,7 @@ def test_documents_install_from_a_clone():
         *(ROOT / "examples").rglob("*.md"),
     ]
     assert [path.name for path in texts if re.search(r"pip install\S* '?cxr-triton", path.read_text())] == []
-    code = [path for part in ("cxr_triton", "client", "engines", "evaluate", "export", "perf", "triton_repo")
+    code = [path for part in ("cxr_triton", "client", "doctor", "engines", "evaluate", "export", "perf", "triton_repo")
             for path in (ROOT / part).rglob("*.py")]  # fmt: skip
     assert [path.name for path in code if "pip install 'cxr-triton" in path.read_text()] == []
 

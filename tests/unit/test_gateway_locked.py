@@ -21,11 +21,14 @@ from pydicom import Dataset
 pytest.importorskip("sqlalchemy")
 pytest.importorskip("pynetdicom")
 
+import sqlalchemy.exc
 from fake_server import FakeServer, failure, response
+from pynetdicom import AE
+from pynetdicom.association import Association
 
 from cxr_triton import files, phantom, phantom_file
 from cxr_triton.client.gateway import disk
-from cxr_triton.client.gateway.association import Unreachable
+from cxr_triton.client.gateway.association import Unreachable, forget_messages, limit
 from cxr_triton.client.gateway.config import EXAMPLE, Destination, Folder, Priors, load_config, read_token
 from cxr_triton.client.gateway.dimse import STUDY_ROOT_FIND
 from cxr_triton.client.gateway.intake import Intake
@@ -645,3 +648,43 @@ def test_a_server_that_later_knows_the_task_no_more_is_waited_for(tmp_path):
 
         run_until(worker, swapped)
         assert not worker.are_names_known and not worker.is_server_ready
+
+
+def test_an_incoming_file_that_nobody_holds_is_gone(site):
+    kept = site.intake.new_file()
+    kept.write(b"an object that broke off")
+    site.intake.new_file()
+    assert list(site.intake.incoming.iterdir()) == [kept.path]
+    del kept
+    assert not list(site.intake.incoming.iterdir())
+
+
+def test_an_answer_to_a_peer_that_broke_off_does_not_end_the_thread():
+    """As A-ASSOCIATE-AC where an abort of ours is on its way (PS3.8 table 9-10: no such transition)."""
+    association = Association(AE(), "acceptor")
+    association.dul.state_machine.current_state = "Sta13"
+    association.dul.socket = SimpleNamespace(recv=None)
+    limit(association, pdu_limit=1 << 20, pdu_s=1, max_message=1 << 20)
+    association.dul.state_machine.do_action("Evt7")
+    assert association.dul.state_machine.current_state == "Sta13"
+    message = association.dimse.message = SimpleNamespace()
+    association.dimse.msg_queue.put((1, message))
+    forget_messages(association)
+    assert association.dimse.message is None and association.dimse.msg_queue.empty()
+
+
+# --------------------------------------------------------------------------------------------------------- the log
+
+
+def test_the_log_names_the_failure_of_a_queue(site, monkeypatch):
+    """By its class: SQLAlchemy's errors have a `code` too, which says nothing to an operator."""
+    monkeypatch.setattr(site.store, "add", broken)
+    with site.intake.new_file() as file:
+        file.write(phantom_dicom())
+        with pytest.raises(sqlalchemy.exc.OperationalError):
+            site.intake.take(file, "dicom", "MODALITY")
+    assert [line["error"] for line in site.events("not_received")] == ["OperationalError"]
+
+
+def broken(*args):
+    raise sqlalchemy.exc.OperationalError("INSERT", {}, Exception("the server closed the connection"))

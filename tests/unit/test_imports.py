@@ -61,6 +61,7 @@ WRONG = {
         "import cxr_triton.engines.openvino.session",
         "tensorrt_llm.request -> cxr_triton.engines.openvino.session",
     ),
+    "perf/observer.py": ("import cxr_triton.doctor.check", "perf.observer -> cxr_triton.doctor.check"),
     "perf/summary.py": ("def late(): import cxr_triton.perf.stages", "No cycles are allowed in cxr_triton.perf."),
 }
 """Imports that the drawing forbids, one of each kind, and what is said of each."""

@@ -143,7 +143,9 @@ def joined(repository: Path) -> None:
 
 
 def test_settings_reach_the_models(bundle, tmp_path):
-    settings = Settings(slots=7, preprocess_instances=3, threads=2, queue_size=5, batch_invariant=True)
+    settings = Settings(
+        slots=7, preprocess_instances=3, threads=2, queue_size=5, batch_invariant=True, picture_cache_mib=9
+    )
     write_repository(bundle, tmp_path / "r", settings)
     preprocess, vision, decoder = (config(tmp_path / "r", name) for name in list(STEPS)[:3])
     assert preprocess.instance_group[0].count == 3
@@ -152,6 +154,7 @@ def test_settings_reach_the_models(bundle, tmp_path):
     assert decoder.parameters["slots"].string_value == "7"
     assert decoder.parameters["queue_size"].string_value == "5"
     assert decoder.parameters["batch_invariant"].string_value == "1"
+    assert vision.parameters["picture_cache_mib"].string_value == "9"
     assert decoder.model_transaction_policy.decoupled
     assert vision.max_batch_size >= 2, "all images of a request are one batch"
 
@@ -542,6 +545,23 @@ def test_an_engine_that_is_too_small_is_refused(tmp_path, changes, match):
         packaged(write_engine_bundle(tmp_path / "engine", **changes), tmp_path / "repository")
 
 
-def test_prefix_reuse_needs_an_engine_that_has_it(bundle, tmp_path):
-    with pytest.raises(InvalidRequest, match="use tensorrt-llm"):
-        write_repository(bundle, tmp_path / "out", Settings(prefix_reuse=True))
+@pytest.mark.parametrize(
+    ("settings", "mib"),
+    [
+        ({}, "512"),
+        ({"prefix_reuse": True, "prefix_cache_mib": 64}, "64"),
+        ({"prefix_cache_mib": 0}, "0"),
+        ({"prefix_reuse": False}, "0"),
+    ],
+    ids=str,
+)
+def test_a_cpus_decoder_keeps_prefixes_unless_told_otherwise(bundle, tmp_path, settings, mib):
+    write_repository(bundle, tmp_path / "r", Settings(**settings))
+    assert config(tmp_path / "r", "decoder").parameters["prefix_cache_mib"].string_value == mib
+
+
+def test_prefix_reuse_without_memory_for_it_is_refused():
+    with pytest.raises(InvalidRequest, match="prefix_cache_mib 0; give it memory"):
+        Settings(prefix_reuse=True, prefix_cache_mib=0)
+    with pytest.raises(InvalidRequest, match="picture_cache_mib is -1"):
+        Settings(picture_cache_mib=-1)

@@ -13,6 +13,7 @@ from cxr_triton.errors import InvalidRecipe
 
 ASKED_FOR = {"h100-fp8", "h200-fp8", "h100-int4", "a100-int4", "l40s-fp8", "l4-int4", "rtx4090-int4", "rtx5090-fp8"}
 ASKED_FOR |= {"h100-fp8-trtllm", "l40s-fp8-trtllm", "a100-int4-trtllm"}
+ASKED_FOR |= {"h100-fp8-vllm", "h200-fp8-vllm", "l40s-fp8-vllm", "a100-int4-vllm", "rtx4090-int4-vllm", "cpu-bf16-vllm"}
 
 
 def written(tmp_path, change, base="rtx4090-int4"):
@@ -39,6 +40,12 @@ def test_a_bundled_recipe_is_valid_and_says_what_its_name_says(name):
     memory = recipe.memory()
     assert memory["total"] < memory["card"] == recipe.memory_gib * GIB
     assert Recipe.__dataclass_params__.frozen
+
+
+def test_vllm_holds_one_layer_of_int4_plain():
+    plain, other = load_recipe("a100-int4-vllm").memory(), load_recipe("a100-int4-trtllm").memory()
+    values = TEXT_3B["hidden_size"] ** 2 * TEXT_3B["num_hidden_layers"]
+    assert plain["decoder_layers"] - other["decoder_layers"] == values * 2 - (values // 2 + values // 128 * 2)
 
 
 def test_a_file_of_the_users_own_works(tmp_path):

@@ -19,6 +19,7 @@ from dicom_files import compressed_bytes, dataset_of, deflated, file_bytes, patt
 from PIL import Image
 
 from cxr_triton import errors
+from cxr_triton.identity import pixels_digest
 from cxr_triton.pixels.dicom import read_image
 from cxr_triton.pixels.display import render
 from cxr_triton.pixels.image import resize, target_size
@@ -69,6 +70,13 @@ def test_prepared_picture_equals_the_steps_run_here(sandbox, preset):
     assert prepared.facts["flags"] == list(picture.flags)
     assert prepared.decode_ms > 0 and prepared.preprocess_ms > 0
     assert "Secret" not in json.dumps(prepared.facts) and "4711" not in json.dumps(prepared.facts)
+
+
+def test_values_below_zero_are_taken(sandbox):
+    values = pattern(12, signed=True)
+    prepared = sandbox.prepare(file_bytes(dataset_of(values, 12)), preset="mimic_jpg", **BUDGET)
+    assert prepared.facts["percentiles"][0] < 0 < prepared.facts["percentiles"][1]
+    assert prepared.facts["signed"] and prepared.facts["identity"]["pixels_sha256"] == pixels_digest(values)
 
 
 @pytest.mark.parametrize("shape", [(40, 90, "1", "2"), (90, 40, "2", "1"), (60, 60, "1", "1")])
@@ -153,6 +161,19 @@ def test_memory_limit_fails_one_image():
         assert caught.value.code in ("LIMIT_EXCEEDED", "INVALID_IMAGE")
         require_good(sandbox)
         assert not alive(first) or sandbox.pid == first
+
+
+def test_a_header_that_asks_for_too_much_does_not_cost_a_process(sandbox):
+    require_good(sandbox)
+    pid, rows = sandbox.pid, b"\x28\0\x10\0US\2\0"
+    at = GOOD.index(rows) + len(rows)
+    columns = at + 2 + len(rows)
+    large = GOOD[:at] + b"\xff\xff" + GOOD[at + 2 : columns] + b"\xff\xff" + GOOD[columns + 2 :]
+    for _ in range(3):
+        with pytest.raises(errors.LimitExceeded, match="65535x65535"):
+            sandbox.prepare(large, preset="mimic_jpg", **BUDGET)
+    assert sandbox.pid == pid
+    require_good(sandbox)
 
 
 def test_native_memory_limit_is_limit_exceeded():

@@ -17,24 +17,14 @@ from fake_session import (
     Letters,
     LetterStream,
     Receiver,
+    expected_tokens,
     generation,
-    reference_logits,
     until,
 )
 
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.errors import InternalError, InvalidRequest, PromptTooLong, QueueFull, Unavailable
-
-
-def expected_tokens(generation, sampler=np.argmax):
-    """The tokens of a generation run alone, without any scheduler."""
-    row = np.stack([generation.input_ids, generation.position_ids[0]], 1)
-    tokens = []
-    for k in range(generation.sampling.max_new_tokens):
-        tokens.append(int(sampler(reference_logits(row))))
-        row = np.vstack([row, [tokens[-1], generation.position_ids.max() + 1 + k]])
-    return tokens
 
 
 @pytest.fixture

@@ -4,12 +4,13 @@ import importlib.util
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 from cxr_triton.engines import secret
+from cxr_triton.engines.pictures import PictureCache
 from cxr_triton.engines.secret import SECRET, Seal
 from cxr_triton.engines.session import VisionSession
 from cxr_triton.errors import InvalidConfig, InvalidRequest
@@ -101,7 +102,9 @@ def encoder(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     model = module.TritonPythonModel()
-    model.session = Vision()
+    model.session = PictureCache(Vision(), 1 << 20)
+    counter = SimpleNamespace(increment=lambda by: None)
+    model.metrics = {"pictures_total": counter, "picture_hits_total": counter}
     yield model
     sys.modules.pop("cxr_triton.triton_repo.adapter", None)
 

@@ -58,13 +58,21 @@ class TritonPythonModel:
                 ("steps_total", "Decode steps, each for all active streams", counter),
                 ("steps_after_cancel_total", "Decode steps between cancellation and free slot", counter),
             ]
+        if self.runtime.prefix:
+            families += [
+                ("prefix_prompt_tokens_total", "Tokens of prompts", counter),
+                ("prefix_tokens_total", "Tokens of prompts that were not computed again", counter),
+                ("prefix_hits_total", "Prompts that had such tokens", counter),
+                ("prefix_evicted_total", "Blocks of tokens that were forgotten for want of room", counter),
+                ("prefix_bytes", "Keys and values that are kept", gauge),
+            ]
         # A metric dies with its family.
         self.families = {
             name: pb_utils.MetricFamily(name=f"cxr_decoder_{name}", description=description, kind=kind)
             for name, description, kind in families
         }
         self.metrics = {name: family.Metric(labels={}) for name, family in self.families.items()}
-        self.counted_steps = 0
+        self.counted_steps, self.counted_prefix = 0, {}
         self.outbox: queue.SimpleQueue = queue.SimpleQueue()
         self.responder = threading.Thread(target=self.respond, name="responder", daemon=True)
         self.responder.start()
@@ -181,6 +189,11 @@ class TritonPythonModel:
 
     def measure(self, stream, step, was_cancelled):
         self.metrics["streams"].set(len(self.streams))
+        if prefix := self.runtime.prefix:
+            self.metrics["prefix_bytes"].set(prefix.nbytes)
+            for name, count in prefix.counts().items():
+                self.metrics[f"prefix_{name}_total"].increment(count - self.counted_prefix.get(name, 0))
+                self.counted_prefix[name] = count
         if was_cancelled:
             self.metrics["cancelled_total"].increment(1)
         if self.counts_steps:

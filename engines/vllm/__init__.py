@@ -1,0 +1,131 @@
+"""vLLM: a decoder that opens the checkpoint itself and batches in a process of its own, beside a tower of ours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from cxr_triton.engines.interface import SLOTS, Compiled, Engine, GpuEngine, Serving
+from cxr_triton.engines.vllm.layout import FILES, FOLDER, NAME, engine_type
+from cxr_triton.engines.vllm.version import check_container
+from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRecipe
+
+
+class VLLM(Engine):
+    """Runs the decoder alone, on a CPU or a GPU, from the checkpoint that its bundle holds."""
+
+    name = NAME
+    extra = "local"  # vLLM itself lives in another Python
+    graphs = ("decoder",)
+    form = "checkpoint"
+    folder = FOLDER
+    computes = ("fp32", "fp16", "bf16")
+    abilities = frozenset({"prefix_reuse"})
+
+    def options(self) -> dict[str, str]:
+        from cxr_triton.engines.vllm.options import MEANINGS, OPTIONS
+
+        return {name: f"{MEANINGS[name]}: {', '.join(values) or 'a number'}" for name, values in OPTIONS.items()}
+
+    def files(self, graph: str) -> tuple[str, ...]:
+        return tuple(f"{FOLDER}/{name}" for name in FILES)
+
+    def exchanges(self, vision_precision: str, compute: str) -> bool:
+        """Image embeddings go to it in fp32 from any tower."""
+        return True
+
+    def check_decoder(self, recipe) -> None:
+        decoder = recipe.decoder
+        check_container(recipe.tag)
+        if decoder.precision not in (*self.computes, "fp8", "int4-awq") or decoder.head != "compute":
+            raise InvalidRecipe(
+                f"decoder.precision: {decoder.precision} with head {decoder.head} on {self.name}, which takes a "
+                f"checkpoint as it is; choose {', '.join(self.computes)}, fp8 or int4-awq, and head compute"
+            )
+        own = engine_type(decoder.precision, decoder.compute)
+        if decoder.kv not in (own, "fp8"):
+            raise InvalidRecipe(f"decoder.kv: {decoder.kv} beside a decoder in {own}; choose {own} or fp8")
+        if recipe.kv_tokens < recipe.max_sequence:
+            raise InvalidRecipe(
+                f"decoder.kv_share: {decoder.kv_share:g} leaves {recipe.kv_tokens} tokens, one sequence may take "
+                f"{recipe.max_sequence}; raise it to {1 / recipe.slots:.3g} at least"
+            )
+
+    def check_target(self, recipe, graph: str) -> None:
+        """A GPU has to have tensor cores for what it computes."""
+        if recipe.gpu or recipe.compute_capability:
+            GpuEngine.check_target(_OnGpu(), recipe, graph)
+
+    def stored(self, layer: str, precision: str) -> str:
+        """See `cxr_triton.export.pack_quantized`."""
+        return "bf16" if (layer, precision) == ("o_proj", "int4-awq") else precision
+
+    def prepare(self, job) -> Callable[[Path], Compiled]:
+        from cxr_triton.export.folder import FOLDER as SOURCE
+
+        folder = job.source / SOURCE
+        for name in FILES:
+            if not (folder / name).is_file():
+                raise InvalidBundle(f"{name} is missing in {folder}; export again")
+        if not list(folder.glob("*.safetensors")):
+            raise InvalidBundle(f"{folder} holds no weights; export again")
+        return super().prepare(job)
+
+    def compile(self, job, folder: Path) -> Compiled:
+        from cxr_triton.export.folder import FOLDER as SOURCE
+        from cxr_triton.export.folder import take
+
+        take(job.source / SOURCE, folder / FOLDER)
+        return Compiled({})
+
+    def open_decoder(self, bundle, *, slots: int, threads: int | None = None, batch_invariant: bool = False):
+        raise DeviceUnavailable(f"{self.name} schedules by itself and has no session; package the bundle and serve it")
+
+    def try_decoder(self, bundle, *, slots: int) -> None:
+        """There has to be a Python that has vLLM; whether it takes the bundle is known when it is opened."""
+        from cxr_triton.engines.vllm.layout import interpreter
+
+        interpreter()
+
+    def open_judged(self, bundle, *, slots: int, threads: int | None = None):
+        from cxr_triton.engines.vllm.judged import JudgedVLLM
+
+        return JudgedVLLM(bundle, slots, threads)
+
+    def open_runtime(self, bundle, parameters: Mapping[str, str], address: str):
+        from cxr_triton.chat import ChatTokenizer
+        from cxr_triton.engines.vllm.options import OPTIONS, arguments
+        from cxr_triton.engines.vllm.process import EngineProcess
+        from cxr_triton.engines.vllm.runtime import VLLMRuntime, end_soon
+
+        slots = int(parameters["slots"])
+        options = {name: parameters[name] for name in OPTIONS if name in parameters}
+        tokenizer = ChatTokenizer(bundle.path)
+        process = EngineProcess(
+            arguments(bundle, slots, options), threads=int(parameters["threads"]) or None, on_death=end_soon
+        )
+        queue_size = int(parameters["queue_size"])
+        return VLLMRuntime(bundle.geometry, process, tokenizer, slots=slots, queue_size=queue_size)
+
+    def serving(self, bundle, settings) -> Serving:
+        from cxr_triton.engines.vllm.options import checked
+
+        recipe = bundle.manifest.get("recipe") or {}
+        slots = settings.slots or recipe.get("slots") or SLOTS
+        return Serving(parameters={"slots": slots, "threads": settings.threads, **checked(settings.options)})
+
+    def run_bytes(self, bundle, graph: str) -> int:
+        """All weights of the decoder but the table that tokens are looked up in, where it is not the head too."""
+        from cxr_triton.export.folder import decoder_bytes
+        from cxr_triton.export.geometry import is_tied
+
+        folder = bundle.path / FOLDER
+        return decoder_bytes(folder, tied=is_tied(json.loads((folder / "config.json").read_text("utf-8"))))
+
+
+class _OnGpu(GpuEngine):
+    name = NAME
+
+
+ENGINE = VLLM()

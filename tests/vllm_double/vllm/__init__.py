@@ -1,0 +1,9 @@
+from types import SimpleNamespace
+
+
+class EngineArgs(SimpleNamespace):
+    pass
+
+
+class SamplingParams(SimpleNamespace):
+    pass

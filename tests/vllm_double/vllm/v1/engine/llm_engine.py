@@ -1,0 +1,42 @@
+import time
+from types import SimpleNamespace
+
+
+class LLMEngine:
+    def __init__(self, arguments):
+        if arguments.model == "broken":
+            raise RuntimeError("no such model")
+        self.requests, self.step_s = {}, arguments.step_s
+
+    @classmethod
+    def from_engine_args(cls, arguments):
+        return cls(arguments)
+
+    def has_unfinished_requests(self):
+        return bool(self.requests)
+
+    def add_request(self, request_id, prompt, params):
+        ids = prompt["prompt_token_ids"]
+        if ids[0] == 91:
+            raise ValueError("91 is refused")
+        self.requests[request_id] = ([*ids], params, len(ids))
+
+    def abort_request(self, request_ids):
+        for request_id in request_ids:
+            del self.requests[request_id]
+
+    def step(self):
+        time.sleep(self.step_s)
+        outputs = []
+        for request_id, (ids, params, prompt) in list(self.requests.items()):
+            if ids[0] == 92:
+                raise RuntimeError("92 breaks")
+            ids.append(sum(ids[-2:]) % 90)
+            is_last = ids[-1] in params.stop_token_ids or len(ids) - prompt == params.max_tokens
+            answer = SimpleNamespace(token_ids=ids[-1:])
+            outputs.append(
+                SimpleNamespace(request_id=request_id, outputs=[answer], finished=is_last, num_cached_tokens=0)
+            )
+            if is_last:
+                del self.requests[request_id]
+        return outputs

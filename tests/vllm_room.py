@@ -1,0 +1,43 @@
+"""What the tests of vLLM share: its Python, and bundles of the demonstration model for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+
+from cxr_triton.engines.vllm.layout import INTERPRETER
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+PHANTOM = ROOT / "tests" / "phantom"
+CHECKPOINT = PHANTOM / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def vllm_python():
+    """The Python that has vLLM, named in the environment; tests that need it are skipped without one."""
+    given = os.environ.get(INTERPRETER)
+    if not given and not PYTHON.is_file():
+        pytest.skip(f"no Python with vLLM: `make vllm` installs one, or name it in {INTERPRETER}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(INTERPRETER, given or str(PYTHON))
+        yield
+
+
+def build(folder: Path, precision: str, checkpoint: Path = CHECKPOINT):
+    """A vLLM bundle of the demonstration model, beside a tower in fp32."""
+    from cxr_triton.engines.build import build_bundle
+    from cxr_triton.engines.recipe import load_recipe
+    from cxr_triton.export.export import export_checkpoint
+    from cxr_triton.profile import load_profile
+
+    profile, export = load_profile(PHANTOM / "profile.yaml"), folder / "export"
+    options = {"precision": precision, "compute": "fp32", "form": "checkpoint"}
+    export_checkpoint(str(checkpoint), export, profile, accept_licence=True, progress=False, **options)
+    recipe = load_recipe("cpu-bf16-vllm")
+    kv = precision if precision in ("fp32", "bf16") else "bf16"
+    decoder = dataclasses.replace(recipe.decoder, precision=precision, kv=kv)
+    return build_bundle(export, folder / "bundle", recipe=dataclasses.replace(recipe, decoder=decoder, thresholds={}))
