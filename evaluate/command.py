@@ -96,7 +96,7 @@ def run(
     command goes on.
     """
     from cxr_triton.client.limits import Tls
-    from cxr_triton.client.wire import require_endpoint
+    from cxr_triton.client.address import require_endpoint
     from cxr_triton.evaluate import rows
     from cxr_triton.evaluate.config import load_data
     from cxr_triton.evaluate.run import Server, counts, opened
