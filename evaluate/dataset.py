@@ -49,11 +49,13 @@ class DataSet:
         self.data, self.labels, self.mapping = data, vocabulary.labels, dict(vocabulary.mapping)
         self._spool, self._offsets = spool, offsets
         digest, patients, self.images = hashlib.sha256(), set[str](), 0
-        for case in self:
-            digest.update(line_of(case.row).encode() + json.dumps([case.variables, case.fault]).encode() + b"\n")
-            patients.add(case.row.patient)
-            self.images += len(case.row.images)
-            missing = sum(not (data.folder / image).is_file() for image in case.row.images)
+        folder = data.folder
+        for line in self._lines():
+            digest.update(line)
+            row = json.loads(json.loads(line)[0])
+            patients.add(row["patient"])
+            self.images += len(row["images"])
+            missing = sum(not (folder / image).is_file() for image in row["images"])
             counted.update({"missing file": missing} if missing else {})
         self.patients, self.digest = len(patients), f"sha256:{digest.hexdigest()}"
         self.counted = dict(sorted(counted.items()))
@@ -62,10 +64,13 @@ class DataSet:
         return len(self._offsets)
 
     def __iter__(self) -> Iterator[Case]:
+        return map(_case, self._lines(), range(len(self)))
+
+    def _lines(self) -> Iterator[bytes]:
         with open(self._spool, "rb") as file:
-            for number, offset in enumerate(self._offsets):
+            for offset in self._offsets:
                 file.seek(offset)
-                yield _case(file.readline(), number)
+                yield file.readline()
 
     def facts(self) -> dict[str, Any]:
         """``data`` of a result's header."""

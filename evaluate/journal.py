@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cxr_triton.errors import InvalidRequest
-from cxr_triton.evaluate.rows import Header, Row, line_of, read, row_of, write
+from cxr_triton.evaluate.rows import Header, Row, line_of, read, write
 
 JOURNAL = "journal.jsonl"
 NOT_YET = 2**64 - 1
@@ -118,7 +118,7 @@ class Journal:
             raise self._failed
         self._offsets[row.number] = 0  # its place is found when the result is written
         self.done += 1
-        self._put({"row": line_of(row), "pictures": pictures, "s": round(at_s, 3)})
+        self._put({"row": line_of(row), "number": row.number, "pictures": pictures, "s": round(at_s, 3)})
 
     def finish(self) -> Header:
         """Write the result, in the data set's order, and clear the journal away; the header as written."""
@@ -166,9 +166,8 @@ class Journal:
         else:
             self._read_s += line["s"] - self._run_s
             self._run_s = line["s"]
-            number = row_of(line["row"]).number
-            is_new = self._offsets[number] in (NOT_YET, 0)
-            self._offsets[number] = offset
+            is_new = self._offsets[line["number"]] in (NOT_YET, 0)
+            self._offsets[line["number"]] = offset
             return is_new
         return False
 

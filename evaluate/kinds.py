@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -119,13 +120,14 @@ class Labels(Kind):
         return sets.truth[rows, label], self.scores[rows, label], rows
 
     def _scored(self, sets: LabelSets, resamples: Resamples) -> dict[str, Floats]:
-        found: dict[str, list[Floats]] = {}
-        for label in range(len(self.labels)):
+        def of(label: int) -> dict[str, Floats]:
             facts = self.scored(label, sets)
-            sure, ranked = measures.reliability(*facts, resamples), measures.ranking(*facts, resamples)
-            for name, values in {**ranked, "ece": sure["ece"], "brier": sure["brier"]}.items():
-                found.setdefault(name, []).append(values)
-        return {name: np.column_stack(values) for name, values in found.items()}
+            sure = measures.reliability(*facts, resamples)
+            return measures.ranking(*facts, resamples) | {"ece": sure["ece"], "brier": sure["brier"]}
+
+        with ThreadPoolExecutor() as pool:  # numpy sorts and sums without Python's lock
+            found = list(pool.map(of, range(len(self.labels))))
+        return {name: np.column_stack([each[name] for each in found]) for name in found[0]}
 
 
 class Options(Kind):

@@ -156,6 +156,7 @@ class _Run:
         self._evaluation, self._server, self._journal, self._tell = evaluation, server, journal, tell
         self._began_s = time.monotonic()
         self._cases = (case for case in evaluation.dataset if case.row.number not in journal)
+        self._slots = asyncio.Semaphore(server.concurrency)
 
     async def through(self) -> None:
         """Ask everything; what ends one worker ends all."""
@@ -164,7 +165,8 @@ class _Run:
             self._versions = {info.name: info.version}
             try:
                 async with asyncio.TaskGroup() as group:
-                    for _ in range(self._server.concurrency):
+                    # One more each, which reads files and writes rows while the others wait for the server.
+                    for _ in range(2 * self._server.concurrency):
                         group.create_task(self._work(reader))
             except BaseExceptionGroup as failed:
                 raise failed.exceptions[0] from None
@@ -185,15 +187,16 @@ class _Run:
         except OSError as error:
             return _failed(case, MISSING_FILE, f"{error.filename}: {error.strerror}"), []
         pictures = [sha256(image) for image in images]
-        asked_s = time.monotonic()
-        try:
-            readings = [await self._read(reader, images, asked) for asked in self._evaluation.questions.of(case)]
-        except (Unavailable, ServerMismatch):
-            raise
-        except CxrError as error:
-            return _failed(case, error.code, error.message), pictures
-        row = self._evaluation.questions.row(case, readings, 1e3 * (time.monotonic() - asked_s))
-        return row, pictures
+        async with self._slots:
+            asked_s = time.monotonic()
+            try:
+                readings = [await self._read(reader, images, asked) for asked in self._evaluation.questions.of(case)]
+            except (Unavailable, ServerMismatch):
+                raise
+            except CxrError as error:
+                return _failed(case, error.code, error.message), pictures
+            asked_ms = 1e3 * (time.monotonic() - asked_s)
+        return self._evaluation.questions.row(case, readings, asked_ms), pictures
 
     async def _read(self, reader: AsyncReader, images: list[bytes], asked: dict[str, Any]) -> Reading:
         """A reading, asked again while the server's queue is full."""

@@ -50,8 +50,8 @@ def bleu(said: Sequence[str], truth: Sequence[str], resamples: Resamples, rows: 
         facts[row] = [found.sys_len, found.ref_len, *found.counts, *found.totals]
     lengths, counts, totals = np.split(resamples.sums(facts).round().astype(int), [2, 6], axis=1)
     scores = [
-        BLEU.compute_bleu(right.tolist(), whole.tolist(), *length.tolist(), smooth_method="exp").score
-        for length, right, whole in zip(lengths, counts, totals, strict=True)
+        BLEU.compute_bleu(right.tolist(), whole.tolist(), int(ours), int(theirs), smooth_method="exp").score
+        for (ours, theirs), right, whole in zip(lengths, counts, totals, strict=True)
     ]
     return np.array(scores) / 100
 

@@ -162,7 +162,7 @@ def evaluated(url: str, table: Path, out: Path, concurrency: int) -> tuple[float
     return time.monotonic() - began, time.process_time() - before
 
 
-def cost(folder: Path, url: str, count: int, concurrency: int, blocks: int = 20) -> dict:
+def cost(folder: Path, url: str, count: int, concurrency: int, blocks: int = 8) -> dict:
     """The same pictures by a plain client and by an evaluation, block by block in turn; then memory of a whole run."""
     phantoms = evaluate.held_out(count)
     data = write_data(folder, "chexpert", "dicom", phantoms)
@@ -202,32 +202,38 @@ def cost(folder: Path, url: str, count: int, concurrency: int, blocks: int = 20)
     }
 
 
+PARTS = ("tables", "kills", "cost")
+
+
 @click.command()
 @click.option("--count", default=300, show_default=True, help="Phantoms of `tables` and `kills`.")
 @click.option("--cost-count", default=2000, show_default=True)
 @click.option("--concurrency", default=8, show_default=True)
 @click.option("--times", default=10, show_default=True, help="Kills.")
 @click.option("--seed", default=0, show_default=True, help="Of the kills.")
+@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Only this, beside what --json has.")
 @json_option
-def main(count: int, cost_count: int, concurrency: int, times: int, seed: int, json_path: str | None):
+def main(
+    count: int, cost_count: int, concurrency: int, times: int, seed: int, parts: tuple[str, ...], json_path: str | None
+):
     """Measure `cxr-triton evaluate`."""
-    stolen = Stolen()
-    result: dict = {
-        "schema": 1,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["python", *sys.argv],
-        "environment": environment(),
-    }
+    before = json.loads(Path(json_path).read_bytes()) if parts and json_path and Path(json_path).exists() else {}
+    result: dict = {"schema": 1, **{part: before[part] for part in PARTS if part in before}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        ways = {
+            "tables": lambda url: tables(folder, url, count, concurrency),
+            "kills": lambda url: kills(folder, url, concurrency, times, seed),
+            "cost": lambda url: cost(folder, url, cost_count, concurrency),
+        }
         with Server(repository(folder), grpc_port=0, metrics_port=0, ready_timeout_s=300) as server:
-            result["tables"] = tables(folder, server.grpc, count, concurrency)
-            click.echo(json.dumps(result["tables"], indent=1), err=True)
-            result["kills"] = kills(folder, server.grpc, concurrency, times, seed)
-            click.echo(json.dumps(result["kills"]), err=True)
-            result["cost"] = cost(folder, server.grpc, cost_count, concurrency)
-            click.echo(json.dumps(result["cost"]), err=True)
-    result["environment"]["stolen_share"] = stolen.share()
+            for part in parts or PARTS:
+                stolen, facts = Stolen(), environment()
+                created = datetime.now(UTC).isoformat(timespec="seconds")
+                measured = ways[part](server.grpc)
+                facts["stolen_share"] = stolen.share()
+                result[part] = {"created": created, "command": ["python", *sys.argv], "environment": facts, **measured}
+                click.echo(json.dumps({part: measured}), err=True)
     write_json(result, json_path)
 
 

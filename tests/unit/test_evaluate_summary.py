@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 from pathlib import Path
 
 import evaluations
@@ -15,9 +16,10 @@ pytest.importorskip("sklearn")
 from jsonschema import Draft202012Validator
 from sklearn import metrics
 
+from cxr_triton.evaluate import run
 from cxr_triton.evaluate.compare import compare
 from cxr_triton.evaluate.intervals import Resamples
-from cxr_triton.evaluate.kinds import Columns
+from cxr_triton.evaluate.kinds import NOT_ASKED, Columns
 from cxr_triton.evaluate.rows import KINDS, Answer, Box, Truth
 from cxr_triton.evaluate.summary import summarize, to_csv
 from cxr_triton.evaluate.terms import TERMS, meaning, title
@@ -71,6 +73,7 @@ def test_the_table_is_scikit_learns_with_what_was_not_read_as_not_said():
 
 
 def test_studies_without_a_picture_or_truth_count_nowhere():
+    assert set(NOT_ASKED) == {run.MISSING_FILE, run.BAD_TRUTH}
     header, rows = evaluations.result(studies=60, broken=0)
     kept = summarize(Columns(header, rows), count=30)
     gone = [
@@ -170,3 +173,8 @@ def test_every_measure_has_a_name_and_a_meaning(kind):
         and meaning("green_30") == ""
         and len({name for name, _ in TERMS.values()}) == len(TERMS)
     )
+
+
+def test_the_guide_says_what_every_measure_is():
+    guide = (ROOT / "docs" / "measures.md").read_text()
+    assert [name for name in TERMS if not re.search(rf"`{name}(_30)?`", guide)] == []
