@@ -95,8 +95,8 @@ def run(
     Exit status 3 when a study could not be read; 1 when none could; 75 when the server is out of reach, and the same
     command goes on.
     """
+    from cxr_triton.client.address import require_endpoint
     from cxr_triton.client.limits import Tls
-    from cxr_triton.client.wire import require_endpoint
     from cxr_triton.evaluate import rows
     from cxr_triton.evaluate.config import load_data
     from cxr_triton.evaluate.run import Server, counts, opened
