@@ -1,4 +1,7 @@
-"""95 % intervals hold the truth in 95 % of simulated studies, whose images of one patient resemble each other."""
+"""95 % intervals hold the truth about as often in simulated studies, whose images of one patient resemble each other.
+
+400 studies at one seed: other seeds leave 93 to 97 % now and then; docs/measures.md has the coverage of 4,000.
+"""
 
 import numpy as np
 import pytest
@@ -33,7 +36,7 @@ def measured(rows, sets, scores, count: int, seed: int = 0) -> dict:
 
 @pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say():
-    random = np.random.default_rng(2)
+    random = np.random.default_rng(2026)
     truth = {name: values[0] for name, values in measured(*simulated(random, 200_000), count=0).items()}
     held = dict.fromkeys(truth, 0)
     alone = 0  # were each image a patient of its own
