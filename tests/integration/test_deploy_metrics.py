@@ -22,7 +22,8 @@ def test_every_metric_of_the_dashboard_exists(server, raw):
             labels += re.findall(r'model="([^"]+)"', target["expr"])
     here, elsewhere = set(), set()
     for row in re.findall(r"^\| (`.*`) \| (.*) \|$", (DEPLOY / "README.md").read_text(), re.MULTILINE):
-        (here if row[1] in ("Triton", "our `decoder`", "our `vision_encoder`") else elsewhere).update(NAME.findall(row[0]))
+        is_here = row[1] in ("Triton", "our `decoder`", "our `vision_encoder`")
+        (here if is_here else elsewhere).update(NAME.findall(row[0]))
     assert here <= scraped, f"the server has no {sorted(here - scraped)}"
     assert not elsewhere & scraped, "these are here after all: say so in deploy/README.md"
     assert asked == here | elsewhere, "the dashboard and the table of deploy/README.md differ"
