@@ -41,7 +41,7 @@ def own(where: str, tls: TlsFiles, names: tuple[str, ...], *, is_listener: bool)
         if isinstance(error, ssl.SSLError) and error.reason == "KEY_VALUES_MISMATCH":
             yield fail(subject, f"not the certificate of {key}", "a pair", "Give the key that the certificate is of.")
         else:
-            said = error.strerror if not isinstance(error, ssl.SSLError) else f"no such pair in PEM ({error.reason})"
+            said = f"no such pair in PEM ({error.reason})" if isinstance(error, ssl.SSLError) else str(error.strerror)
             remedy = "Give a certificate and its key without a passphrase, both in PEM."
             yield fail(subject, f"{said}; key {key}", "readable", remedy)
         return

@@ -43,10 +43,8 @@ def peer_certificates(case: Case) -> Iterator[Finding]:
 
 def echo(case: Case) -> Iterator[Finding]:
     """Each PACS answers a C-ECHO to this gateway's AE title."""
-    from pynetdicom.sop_class import Verification
-
     from cxr_triton.client.gateway.association import Unreachable, associate
-    from cxr_triton.client.gateway.dimse import UNCOMPRESSED
+    from cxr_triton.client.gateway.dimse import UNCOMPRESSED, VERIFICATION
 
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL + 1)
     for name, to in _peers(case.config):
@@ -56,7 +54,7 @@ def echo(case: Case) -> Iterator[Finding]:
         subject, wanted = f"{name}, {aet} at {host}:{to.port}", "C-ECHO answered with 0x0000"
         remedy = f"See host, port and AE title, and that the peer knows {case.config.own_aet} at this host."
         try:
-            with associate(to, case.config.own_aet, {Verification: UNCOMPRESSED}) as association:
+            with associate(to, case.config.own_aet, {VERIFICATION: UNCOMPRESSED}) as association:
                 status = association.send_c_echo()
         except (Unreachable, InvalidConfig) as error:
             yield fail(subject, error, wanted, remedy)
@@ -209,8 +207,15 @@ def skew(subject: str, ahead_s: float, most_s: float) -> Finding:
 
 
 def _row(name: str, run: Callable[[Case], Iterator[Finding]], *modules: str, limit_s: float = 120) -> Check:
-    options = {"needs": "config", "extra": "gateway", "is_connecting": True}
-    return Check(id=f"gateway.{name}", run=run, modules=modules, limit_s=limit_s, **options)
+    return Check(
+        id=f"gateway.{name}",
+        run=run,
+        needs="config",
+        modules=modules,
+        extra="gateway",
+        is_connecting=True,
+        limit_s=limit_s,
+    )
 
 
 CHECKS = (
