@@ -107,7 +107,10 @@ NOT_RUN = {
     "examples/evaluation/README.md": {
         r"": "of a data set that has to be asked for; its layout is in test_evaluate_data.py"
     },
-    "docs/reliability.md": {r"gateway_faults.py": "takes an hour; tests/integration/test_gateway.py runs a small one"},
+    "docs/reliability.md": {
+        r"gateway_faults.py": "takes an hour; tests/integration/test_gateway.py runs a small one",
+        r"soak.py --minutes 120": "takes two hours; the one of ten minutes is run, for seconds",
+    },
     "docs/gpu-results.md": {r"gpu_session run OUT": "needs a GPU"},
     "docs/gpu-session.md": {
         r"gpu_session run (…|OUT .*--limit-s N\]$)": "needs a GPU",
