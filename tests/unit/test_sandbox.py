@@ -246,6 +246,7 @@ def test_file_size_is_checked_before_sending(sandbox):
         sandbox.prepare(b"\0" * (64 * 1024**2 + 1), preset="mimic_jpg", **BUDGET)
 
 
+@pytest.mark.slow
 def test_a_large_parent_does_not_make_its_child_look_large():
     """Linux hands the parent's peak memory down to a forked program's `ru_maxrss`."""
     ballast = b"x" * (1200 << 20)

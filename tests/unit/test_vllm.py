@@ -30,6 +30,8 @@ from cxr_triton.errors import DeviceUnavailable, InvalidRecipe, InvalidRequest, 
 from cxr_triton.sampling import Sampling
 from cxr_triton.triton_repo.package import serving_of
 
+pytestmark = pytest.mark.slow  # they start processes
+
 DOUBLE = Path(__file__).resolve().parents[1] / "vllm_double"
 SEEN_DEAD_S = 5
 PAD, START, END = 5, 3, 4

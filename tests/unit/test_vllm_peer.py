@@ -18,6 +18,8 @@ from cxr_triton.perf.peers import vllm
 from cxr_triton.perf.process import Process
 from cxr_triton.profile import load_profile
 
+pytestmark = pytest.mark.slow  # they start processes
+
 SERVER = """#!{python}
 import json, os, sys, time
 from http.server import BaseHTTPRequestHandler, HTTPServer
