@@ -128,7 +128,10 @@ class VLLM(Engine):
 
         recipe = bundle.manifest.get("recipe") or {}
         slots = settings.slots or recipe.get("slots") or SLOTS
-        return Serving(parameters={"slots": slots, "threads": settings.threads, **checked(settings.options)})
+        options = checked(settings.options)
+        if settings.prefix_reuse is False or not settings.prefix_cache_mib:
+            options["prefix-caching"] = "off"
+        return Serving(parameters={"slots": slots, "threads": settings.threads, **options})
 
     def run_bytes(self, bundle, graph: str) -> int:
         """All weights of the decoder but the table that tokens are looked up in, where it is not the head too."""

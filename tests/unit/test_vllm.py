@@ -201,6 +201,14 @@ def test_a_repository_takes_what_its_engine_has():
     assert refused.exit_code == 2 and "'kv' is not NAME=VALUE" in refused.output
 
 
+@pytest.mark.parametrize("asked", [{"prefix_reuse": False}, {"prefix_cache_mib": 0}])
+def test_nothing_is_kept_where_that_is_asked_for(asked):
+    bundle = SimpleNamespace(engine="vllm", manifest={})
+    assert serving_of(bundle, Settings(**asked)).parameters["prefix-caching"] == "off"
+    kept = serving_of(bundle, Settings(**asked, options={"prefix-caching": "on"})).parameters
+    assert kept["prefix-caching"] == "off", "the safe one of two wishes"
+
+
 def test_a_python_without_vllm_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv(INTERPRETER, str(tmp_path / "none"))
     with pytest.raises(DeviceUnavailable, match=f"{INTERPRETER} names"):
