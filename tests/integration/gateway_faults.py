@@ -13,7 +13,6 @@ has to be empty.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import itertools
@@ -33,6 +32,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import click
 import sqlalchemy as sa
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -520,42 +520,37 @@ def run(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objects", type=int, default=500)
-    parser.add_argument("--kills", type=int, help="of victims drawn at random, in place of the numbers below")
-    parser.add_argument("--triton-kills", type=int, default=10)
-    parser.add_argument("--decoder-kills", type=int, default=0)
-    parser.add_argument("--gateway-kills", type=int, default=20)
-    parser.add_argument("--destination-kills", type=int, default=0)
-    parser.add_argument("--gateways", type=int, default=1, help="two or more share a queue in PostgreSQL")
-    parser.add_argument("--database-crashes", type=int, default=10, help="with two or more gateways")
-    parser.add_argument("--fault-share", type=float, default=0.5, help="of the time that a destination is faulty")
-    parser.add_argument("--phase-s", type=float, default=2.5)
-    parser.add_argument("--most-open", type=int, default=200, help="studies acknowledged and not done")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--send-s", type=float, default=3600, help="send nothing new after so long")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--section", help="of docs/results/reliability.json, to set")
-    asked = parser.parse_args()
-    if asked.kills is None:
-        kills = {kind: getattr(asked, f"{kind}_kills", asked.database_crashes) for kind in VICTIMS}
-    else:
-        kills = dict(Counter(random.Random(asked.seed).choices(VICTIMS, k=asked.kills)))
-    if asked.gateways < 2:
-        kills.pop("database", None)
+@click.command(help=__doc__)
+@click.option("--objects", default=500, show_default=True)
+@click.option("--kills", type=int, help="Of victims drawn at random, in place of the numbers below.")
+@click.option("--triton-kills", default=10, show_default=True)
+@click.option("--decoder-kills", default=0, show_default=True)
+@click.option("--gateway-kills", default=20, show_default=True)
+@click.option("--destination-kills", default=0, show_default=True)
+@click.option("--database-crashes", "database_kills", default=10, show_default=True, help="With two or more gateways.")
+@click.option("--gateways", default=1, show_default=True, help="Two or more share a queue in PostgreSQL.")
+@click.option("--fault-share", default=0.5, show_default=True, help="Of the time that a destination is faulty.")
+@click.option("--phase-s", default=2.5, show_default=True)
+@click.option("--most-open", default=200, show_default=True, help="Studies acknowledged and not done.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--send-s", default=3600.0, show_default=True, help="Send nothing new after so long.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path))
+@click.option("--section", help="Of docs/results/reliability.json, to set.")
+def main(*, kills, gateways, seed, json_path, section, **asked):
+    numbers = {kind: asked.pop(f"{kind}_kills") for kind in VICTIMS}
+    if kills is not None:
+        numbers = dict(Counter(random.Random(seed).choices(VICTIMS, k=kills)))
+    if gateways < 2:
+        numbers.pop("database", None)
     record = provenance(re.sub(r" --json \S+", "", f"python {shlex.join(sys.argv)}"), PACKAGES, DEBIAN)
     with tempfile.TemporaryDirectory(prefix="cxr-faults-") as name:
-        result = run(
-            Path(name), objects=asked.objects, kills=kills, gateways=asked.gateways, seed=asked.seed,
-            phase_s=asked.phase_s, fault_share=asked.fault_share, most_open=asked.most_open, send_s=asked.send_s,
-        )  # fmt: skip
+        result = run(Path(name), kills=numbers, gateways=gateways, seed=seed, **asked)
     result = {**record, "load_average_at_end": round(os.getloadavg()[2], 1), **result}
     print(json.dumps(result, indent=2))
-    if asked.json:
-        asked.json.write_text(json.dumps(result, indent=2) + "\n")
-    if asked.section:
-        set_section(asked.section, result)
+    if json_path:
+        json_path.write_text(json.dumps(result, indent=2) + "\n")
+    if section:
+        set_section(section, result)
 
 
 if __name__ == "__main__":

