@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 
 from cxr_triton.errors import InvalidRequest
+
+LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
+"""Networks of this machine's loopback interface."""
 
 
 def require_endpoint(url: str) -> str:
@@ -29,3 +33,13 @@ def require_endpoint(url: str) -> str:
     if "/" in url or not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
         raise InvalidRequest(f"{url!r} has no port from 1 to 65535; give that of Triton's gRPC, {host}:8001")
     return url
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, an IPv6 address with or without brackets, is this machine by its loopback interface."""
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return host == "localhost"
+    plain = getattr(address, "ipv4_mapped", None) or address
+    return any(plain in network for network in LOOPBACK)

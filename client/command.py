@@ -26,6 +26,7 @@ from cxr_triton.cli import (
     printable,
     write_json,
 )
+from cxr_triton.client.address import is_loopback
 from cxr_triton.client.folder import DICOMDIR, Row, files_in, read_folder
 from cxr_triton.client.limits import Timeouts, Tls
 from cxr_triton.client.page import decode_rate, draw, reading_page
@@ -39,7 +40,6 @@ from cxr_triton.pixels.sandbox import identify
 from cxr_triton.reading import FLAGS as READING_FLAGS
 from cxr_triton.reading import NOT_FOR_DIAGNOSIS, STATUSES, Reading
 
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -82,7 +82,7 @@ def connect(
     """A reader at `url`; warns where `images` would travel in clear text."""
     tls = Tls(ca=tls_ca, cert=tls_cert, key=tls_key) if tls_ca or tls_cert else None
     reader = Reader(url, timeouts=Timeouts(first_delta_s=None, total_s=timeout_s), tls=tls)
-    if images and not tls and url.rpartition(":")[0] not in LOOPBACK:
+    if images and not tls and not is_loopback(url.rpartition(":")[0]):
         click.echo(f"warning: the pictures travel unencrypted to {printable(url)}; use --tls-ca", err=True)
     return reader
 

@@ -115,3 +115,22 @@ def why_not_writable(path: Path) -> str | None:
     if not os.access(folder, os.W_OK | os.X_OK):
         return f"you may not write into {folder}; choose another place for {path.name}"
     return None
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file as long as the block runs, or the process lives.
+
+    Raises
+    ------
+    InvalidRequest
+        Another process holds it; `busy` is the message.
+    """
+    import fcntl  # not on every system that reads by the client
+
+    with open(path, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidRequest(busy) from None
+        yield

@@ -152,6 +152,11 @@ class Case:
             return False
 
     @property
+    def served(self) -> Path:
+        """The repository, or the bundle where a bundle alone was given; raises as `bundle_path`."""
+        return self.repository if self.has_repository else self.bundle_path
+
+    @property
     def bundle_path(self) -> Path:
         """The folder of the bundle.
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from cxr_triton.client.gateway.config import Config, TlsFiles, read_token
+from cxr_triton.client.address import is_loopback
+from cxr_triton.client.gateway.config import LEAST_KEY_BYTES, Config, TlsFiles, read_token
 from cxr_triton.doctor.certificates import own
 from cxr_triton.doctor.check import (
     Absent,
@@ -30,14 +31,13 @@ from cxr_triton.doctor.check import (
     told,
     warn,
 )
-from cxr_triton.doctor.listening import is_loopback, is_taken
+from cxr_triton.doctor.listening import is_taken
 from cxr_triton.doctor.peers import SKEW_S, skew
 from cxr_triton.errors import InvalidConfig
 
 if TYPE_CHECKING:
     from cxr_triton.client.gateway.database import Seen
 
-LEAST_KEY_BYTES = 16
 WIDE = 65536
 """Addresses of a network from which on it is no list of senders any more."""
 _GATEWAY = ("sqlalchemy", "psycopg")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cxr_triton.client.address import is_loopback
 from cxr_triton.doctor.check import Case
 
 _LISTEN = "0A"
@@ -71,16 +72,6 @@ def listeners(case: Case, port: int) -> set[str]:
             if fields[3] == _LISTEN and int(number, 16) == port:
                 found.add(_address(address))
     return found
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine, by its loopback interface."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost"
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback
 
 
 def beyond_loopback(case: Case, port: int) -> list[str]:

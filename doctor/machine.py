@@ -20,11 +20,9 @@ from cxr_triton.perf.environment import nvidia_smi
 from cxr_triton.pixels import isolation as rights
 from cxr_triton.pixels.sandbox import OWN_INTERPRETER, isolation
 from cxr_triton.triton_repo.guard import SHM_PREFIX
-from cxr_triton.triton_repo.serve import SHM, model_processes
+from cxr_triton.triton_repo.serve import SHM, SHM_MIB, model_processes
 
 GIB = 1 << 30
-SHM_MIB = 128
-"""Of each model process, as `cxr-triton serve` takes it."""
 OTHER_PROCESSES = 3
 """Vision encoder, decoder and report, one each."""
 LEAST_FREE_GIB = 1

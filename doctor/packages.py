@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import operator
-import re
 import site
 import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import cxr_triton
 from cxr_triton.cli import VERBS
@@ -35,45 +35,17 @@ TESTED = tomllib.loads(Path(__file__).with_name("tested.toml").read_text("utf-8"
 """Version that the tests ran with, by distribution."""
 PYTHONS = ((3, 11), (3, 13))
 """First and last that were tested."""
-_COMPARE = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    ">=": operator.ge,
-    "<=": operator.le,
-    ">": operator.gt,
-    "<": operator.lt,
-}
 
 
-class Requirement(NamedTuple):
-    """What an installation of this distribution asks for: in `extra`, or always where that is empty."""
-
-    name: str
-    bounds: str
-    extra: str
-
-    def is_met_by(self, version: str) -> bool:
-        """Whether a version lies within the bounds."""
-        has = _numbers(version)
-        for sign, bound in re.findall(r"(==|!=|>=|<=|>|<)\s*([\w.]+)", self.bounds):
-            wants = _numbers(bound)
-            length = max(len(has), len(wants))
-            one, other = ([*numbers, *[0] * (length - len(numbers))] for numbers in (has, wants))
-            if not _COMPARE[sign](one, other):
-                return False
-        return True
-
-
-def requirements() -> Iterator[Requirement]:
-    """Those of this Python, without the extras that take others in."""
-    for text in metadata.requires("cxr-triton") or ():
-        asked, _, marker = text.partition(";")
-        found = re.match(r"([\w.-]+)(?:\[[\w,-]+\])?\s*\(?([^)]*)\)?", asked.strip())
-        pythons = re.findall(r"python_version\s*(<|>=|==|>|<=)\s*[\"']([\d.]+)[\"']", marker)
-        is_here = all(_COMPARE[sign](list(sys.version_info[:2]), _numbers(bound)) for sign, bound in pythons)
-        extra = re.search(r"extra\s*==\s*[\"']([\w-]+)[\"']", marker)
-        if found and is_here and found[1].lower() != "cxr-triton":
-            yield Requirement(found[1], found[2].strip(), extra[1] if extra else "")
+def requirements() -> Iterator[tuple[str, Requirement]]:
+    """What an installation of this distribution asks for in this Python, each after its extra; empty for always."""
+    for each in map(Requirement, metadata.requires("cxr-triton") or ()):
+        if each.name == "cxr-triton":
+            continue  # an extra that takes in another
+        if each.marker is None or each.marker.evaluate({"extra": ""}):
+            yield "", each
+        else:
+            yield from ((extra, each) for extra in EXTRAS if each.marker.evaluate({"extra": extra}))
 
 
 def python(case: Case) -> Iterator[Finding]:
@@ -90,27 +62,27 @@ def python(case: Case) -> Iterator[Finding]:
 
 def required(case: Case) -> Iterator[Finding]:
     """Packages that every verb needs are here, within their bounds."""
-    yield from _within([each for each in requirements() if not each.extra], "every verb")
+    yield from _within([asked for asked in requirements() if not asked[0]], "every verb")
 
 
 def bounds(case: Case) -> Iterator[Finding]:
     """Packages of each extra that is installed lie within that extra's bounds."""
     here = [extra for extra in EXTRAS if not missing_modules(extra)]
-    yield from _within([each for each in requirements() if each.extra in here], "installed extras", is_extra=True)
+    yield from _within([asked for asked in requirements() if asked[0] in here], "installed extras", is_extra=True)
 
 
-def _within(asked: list[Requirement], whose: str, *, is_extra: bool = False) -> Iterator[Finding]:
+def _within(asked: list[tuple[str, Requirement]], whose: str, *, is_extra: bool = False) -> Iterator[Finding]:
     wrong = False
-    for each in sorted(set(asked)):
+    for extra, each in asked:
         version = _version(each.name)
         if version is None and is_extra:
             continue  # onnxruntime and onnxruntime-gpu bring one module
-        if version is None or not each.is_met_by(version):
+        if version is None or not each.specifier.contains(version, prereleases=True):
             wrong = True
-            what, wanted = f"package {each.name}", each.bounds or "any version"
-            yield fail(what, version or "not installed", wanted, sentence(remedy(each.extra or None)))
+            what, wanted = f"package {each.name}", str(each.specifier) or "any version"
+            yield fail(what, version or "not installed", wanted, sentence(remedy(extra or None)))
     if not wrong:
-        yield ok(f"packages of {whose}", f"{len({each.name for each in asked})} within their bounds")
+        yield ok(f"packages of {whose}", f"{len({each.name for _, each in asked})} within their bounds")
 
 
 def tested(case: Case) -> Iterator[Finding]:
@@ -121,7 +93,7 @@ def tested(case: Case) -> Iterator[Finding]:
         if here and _major(here) > _major(version):
             later[name] = (here, version)
     for name, (here, version) in later.items():
-        asked = f"'{name}<{_numbers(version)[0] + 1}'"
+        asked = f"'{name}<{Version(version).major + 1}'"
         yield warn(f"package {name}", here, f"{version} was tested", f"Run `pip install {asked}` if something is odd.")
     if not later:
         yield ok("packages as tested", f"{sum(_version(name) is not None for name in TESTED)} installed, none later")
@@ -176,14 +148,10 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in re.findall(r"\d+", re.split(r"[+-]|\.post|\.dev|rc|a|b", version)[0])]
-
-
-def _major(version: str) -> int:
+def _major(version: str) -> tuple[int, int]:
     """The first number; of a version 0.x the second counts, too."""
-    numbers = _numbers(version)
-    return numbers[0] * 1000 + (numbers[1] if numbers[0] == 0 and len(numbers) > 1 else 0)
+    numbers = Version(version)
+    return numbers.major, numbers.minor if numbers.major == 0 else 0
 
 
 CHECKS = (

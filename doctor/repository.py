@@ -115,7 +115,7 @@ def needs(case: Case) -> Iterator[Finding]:
 
 def permissions(case: Case) -> Iterator[Finding]:
     """Nobody but its owner may write the repository or the bundle, which are code."""
-    folder = case.repository or case.bundle_path
+    folder = case.served
     wrong = 0
     for path in _all(folder):
         found = path.lstat()
@@ -136,7 +136,7 @@ def permissions(case: Case) -> Iterator[Finding]:
 
 def ownership(case: Case) -> Iterator[Finding]:
     """Everything in the repository is of one user, root or the one that looks."""
-    folder = case.repository or case.bundle_path
+    folder = case.served
     strangers = {found.st_uid for path in _all(folder) if (found := path.lstat()).st_uid not in (0, os.geteuid())}
     if strangers:
         names = ", ".join(owner(folder, uid) for uid in sorted(strangers))
@@ -187,7 +187,7 @@ CHECKS = (
     Check(id="repository.verified", run=verified, needs="bundle"),
     Check(id="repository.packaged", run=packaged, needs="repository"),
     Check(id="repository.golden", run=golden, needs="bundle"),
-    Check(id="repository.permissions", run=permissions, needs="bundle_path"),
-    Check(id="repository.ownership", run=ownership, needs="bundle_path"),
+    Check(id="repository.permissions", run=permissions, needs="served"),
+    Check(id="repository.ownership", run=ownership, needs="served"),
     Check(id="repository.log", run=log, needs="repository"),
 )

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
+from cxr_triton.client.address import is_loopback
 from cxr_triton.doctor.check import Case, Check, Finding, Unseen, fail, ok, refused, skipped, told, warn
 from cxr_triton.doctor.listening import (
     CONNECT_S,
     beyond_loopback,
-    is_loopback,
     is_taken,
     listeners,
     server_process,

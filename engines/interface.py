@@ -372,7 +372,7 @@ class CpuEngine(Engine):
         except metadata.PackageNotFoundError:
             return  # a machine that only packages a bundle has none
         built = versions.get(self.name)
-        if not isinstance(built, str) or _major_minor(installed) < _major_minor(built):
+        if not isinstance(built, str) or major_minor(installed) < major_minor(built):
             raise InvalidBundle(
                 f"the bundle was built with {library} {built}, {installed} is installed; "
                 f"install {library} {built} or newer, or build the bundle again here"
@@ -421,5 +421,6 @@ def without_table(bundle, graph: str, size: int) -> int:
     return size
 
 
-def _major_minor(version: str) -> tuple[int, ...]:
+def major_minor(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

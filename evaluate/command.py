@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +27,6 @@ from cxr_triton.files import write
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 class _Evaluate(click.Group):
@@ -95,7 +95,7 @@ def run(
     Exit status 3 when a study could not be read; 1 when none could; 75 when the server is out of reach, and the same
     command goes on.
     """
-    from cxr_triton.client.address import require_endpoint
+    from cxr_triton.client.address import is_loopback, require_endpoint
     from cxr_triton.client.limits import Tls
     from cxr_triton.evaluate import rows
     from cxr_triton.evaluate.config import load_data
@@ -104,7 +104,7 @@ def run(
     if bool(url) == bool(repository):
         raise click.UsageError("give REPOSITORY or --url, one of them")
     tls = Tls(ca=tls_ca, cert=tls_cert, key=tls_key) if tls_ca or tls_cert else None
-    if url and not tls and require_endpoint(url).rpartition(":")[0] not in LOOPBACK:
+    if url and not tls and not is_loopback(require_endpoint(url).rpartition(":")[0]):
         click.echo(f"warning: the pictures travel unencrypted to {printable(url)}; use --tls-ca", err=True)
     with opened(load_data(data, format=format_, **asked), out, restart=restart) as evaluation:
         _say_what_was_met(evaluation.header)
@@ -117,7 +117,13 @@ def run(
     click.echo(printable(f"{out}: {len(result)} studies: {said}"), err=json_path == "-")
     click.secho(printable(result.header.notice), fg="yellow", err=True)
     write_json(
-        {"result": str(out), "digest": rows.timeless_digest(out), "rows": counted, **_plain(result.header)}, json_path
+        {
+            "result": str(out),
+            "digest": rows.timeless_digest(out),
+            "rows": counted,
+            "header": dataclasses.asdict(result.header),
+        },
+        json_path,
     )
     if counted.get("error") == len(result):
         sys.exit(EXIT_FAILED)
@@ -158,12 +164,6 @@ def _limit(text: str) -> tuple[str, float]:
         return name, float(value)
     except ValueError:
         raise click.BadParameter(f"{text!r} is no MEASURE=VALUE such as f1_macro=0.7", param_hint="--limit") from None
-
-
-def _plain(header) -> dict:
-    import dataclasses
-
-    return {"header": dataclasses.asdict(header)}
 
 
 def _say_what_was_met(header) -> None:

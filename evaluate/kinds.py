@@ -15,13 +15,11 @@ from numpy.typing import NDArray
 from cxr_triton.evaluate import boxes, measures, text
 from cxr_triton.evaluate.intervals import Floats, Resamples
 from cxr_triton.evaluate.measures import LabelSets, Scored
-from cxr_triton.evaluate.rows import Answer, Box, Header, Row
+from cxr_triton.evaluate.rows import NOT_ASKED, Answer, Box, Header, Row
 from cxr_triton.rewards import box_iou
 
 Rows = NDArray[np.bool_]
 """Which rows count, (rows,)."""
-NOT_ASKED = ("MISSING_FILE", "BAD_TRUTH")
-"""Codes of rows that say nothing of an engine: the data set lacks the picture, or what is known of it."""
 SHARED = 0.5
 """Overlap from which on boxes of two readers are of one thing."""
 UNNAMED = "unnamed"

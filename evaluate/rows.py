@@ -29,6 +29,8 @@ POLICIES = ("zeros", "ones", "ignore")
 """What an uncertain label counts as: absent, present, or neither (None)."""
 GROUPS = ("view", "sex", "age_band", "portable", "source")
 """Of `Row.groups`, those that adapters fill by themselves; a data set may have more."""
+MISSING_FILE, BAD_TRUTH = NOT_ASKED = ("MISSING_FILE", "BAD_TRUTH")
+"""Codes of rows that say nothing of an engine: the data set lacks the picture, or what is known of it."""
 TIMES = "times"
 """The one key, of header and rows, whose values differ between two runs of the same."""
 

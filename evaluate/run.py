@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import platform
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,14 +21,12 @@ from cxr_triton.evaluate.adapters import format_of
 from cxr_triton.evaluate.asking import Questions
 from cxr_triton.evaluate.config import Data
 from cxr_triton.evaluate.dataset import Case, DataSet, prepare
-from cxr_triton.evaluate.journal import Journal, is_begun, is_complete, work_folder
-from cxr_triton.evaluate.rows import Header, Row
+from cxr_triton.evaluate.journal import JOURNAL, Journal, is_begun, is_complete, work_folder
+from cxr_triton.evaluate.rows import BAD_TRUTH, MISSING_FILE, Header, Row
+from cxr_triton.files import locked
 from cxr_triton.identity import sha256
 from cxr_triton.reading import Reading
 
-MISSING_FILE = "MISSING_FILE"
-BAD_TRUTH = "BAD_TRUTH"
-"""Codes of rows that were not asked, beside those of `cxr_triton.errors`."""
 RETRY_S = 0.5
 """Between two attempts at a server whose queue is full."""
 Told = Callable[[Row], None]
@@ -107,28 +106,22 @@ def opened(data: Data, out: Path, *, restart: bool = False) -> Iterator[Evaluati
     Raises
     ------
     InvalidRequest
-        As `prepare` and `Journal` raise it.
+        As `prepare` and `Journal` raise it; or another process has it open.
     """
     work = work_folder(out)
-    if restart:
-        _clear(work)
-        out.unlink(missing_ok=True)
     work.mkdir(parents=True, exist_ok=True)
-    try:
-        dataset = prepare(data, work / "cases.jsonl")
-        questions = Questions(dataset.data, dataset.labels)
-        header = _header(dataset, questions)
-        yield Evaluation(out, dataset, questions, header, is_complete(out, header))
-    finally:
-        if not is_begun(out):
-            _clear(work)
-
-
-def _clear(folder: Path) -> None:
-    if folder.is_dir():
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
+    with locked(work / ".lock", f"{out}: another evaluation writes it; wait for that one, or give another -o"):
+        if restart:
+            for path in (work / JOURNAL, out):
+                path.unlink(missing_ok=True)
+        try:
+            dataset = prepare(data, work / "cases.jsonl")
+            questions = Questions(dataset.data, dataset.labels)
+            header = _header(dataset, questions)
+            yield Evaluation(out, dataset, questions, header, is_complete(out, header))
+        finally:
+            if not is_begun(out):
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def _header(dataset: DataSet, questions: Questions) -> Header:

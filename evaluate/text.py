@@ -41,10 +41,8 @@ def bleu(said: Sequence[str], truth: Sequence[str], resamples: Resamples, rows: 
     """
     from sacrebleu.metrics import BLEU
 
-    counter, facts = (
-        BLEU(effective_order=True),
-        np.zeros((resamples.rows, 10)),
-    )  # of counts alone: all orders are summed
+    counter = BLEU(effective_order=True)  # of counts alone: all orders are summed
+    facts = np.zeros((resamples.rows, 10))
     for row, text, true in zip(rows, said, truth, strict=True):
         found = counter.sentence_score(text, [true])
         facts[row] = [found.sys_len, found.ref_len, *found.counts, *found.totals]

@@ -25,6 +25,7 @@ from cxr_triton.export.graph import QUANTIZED
 from cxr_triton.export.source import located, require_fit
 from cxr_triton.extras import require
 from cxr_triton.files import new_folder, write
+from cxr_triton.identity import sha256
 from cxr_triton.profile import ModelProfile, load_profile, profile_names
 from cxr_triton.triton_repo.package import BUNDLE, Settings, write_repository
 from cxr_triton.triton_repo.stages import Stages, fingerprint, opened
@@ -94,12 +95,16 @@ def make_engine(
         Radiographs to calibrate on, and to verify on if they are others; phantoms without.
     limit : int, optional
         Most images to calibrate on and to verify on, each.
-    device, cache : {"auto", "cpu", "cuda"}, Path
-        Of calibration and of the reference; folder of compiled plans, that of `cxr-triton build` by default.
+    device : {"auto", "cpu", "cuda"}
+        Of calibration and of the reference.
+    cache : Path, optional
+        Folder of compiled plans; that of `cxr-triton build` by default.
     unverified, accept_licence : bool
         Package without the gate, which the repository says; the weights' non-commercial licence is accepted.
-    evaluation, say : Evaluation, callable
-        On labelled data, before it is packaged; called with a line for each stage.
+    evaluation : Evaluation, optional
+        On labelled data, before it is packaged.
+    say : callable
+        Called with a line for each stage.
 
     Returns
     -------
@@ -124,20 +129,10 @@ def make_engine(
         if commit:
             _pin(out, source, commit, say)
         return _Run(
-            stages=stages,
-            source=source,
-            revision=commit,
-            checkpoint=checkpoint,
-            recipe=chosen,
-            profile=model,
-            images=images,
-            verify_images=verify_images,
-            limit=limit,
-            device=device,
-            cache=cache or default_folder(),
-            accept_licence=accept_licence,
-            evaluation=evaluation,
-        ).make(unverified)
+            stages=stages, source=source, revision=commit, checkpoint=checkpoint, recipe=chosen, profile=model,
+            images=images, verify_images=verify_images, limit=limit, device=device, cache=cache or default_folder(),
+            accept_licence=accept_licence, evaluation=evaluation,
+        ).make(unverified)  # fmt: skip
 
 
 def _made_from(checkpoint: Path, commit: str | None, profile: ModelProfile) -> dict:
@@ -311,7 +306,7 @@ class _Run:
 
         self.stages.run(
             "accuracy",
-            [evaluation.data.read_text(), against and against.stat().st_mtime_ns, dict(self.recipe.accuracy)],
+            [evaluation.data.read_text(), against and sha256(against.read_bytes()), dict(self.recipe.accuracy)],
             judged,
             is_whole=lambda path: path.is_dir() and "accuracy" in _bundle(bundle).manifest,
         )

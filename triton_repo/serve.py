@@ -36,6 +36,8 @@ HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 HOST = "127.0.0.1"
 GRPC_ADDRESS = "CXR_TRITON_GRPC"  # tells the models the server's own gRPC endpoint
 SHM = Path("/dev/shm")  # noqa: S108 (of the system, in which Triton takes its own)
+SHM_MIB = 128
+"""Of each process of a model."""
 EXIT_TIMEOUT_S = 5
 _NOISE = re.compile("CudaDriverHelper|CUDA driver version|pinned")  # said on every machine without a GPU
 _UNAVAILABLE = re.compile(r"^\| \w+ +\| \d+ +\| UNAVAILABLE: (?:Internal: )?(.*?)\|$", re.MULTILINE)  # table of models
@@ -97,7 +99,7 @@ class Server:
         http_port: int | None = None,
         metrics_port: int = 8002,
         ready_timeout_s: float = 300,
-        shm_mib: int = 128,
+        shm_mib: int = SHM_MIB,
         log=None,
         modified: bool = False,
     ):

@@ -6,7 +6,6 @@ A run that was killed goes on where it stopped; a stage whose key has changed is
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cxr_triton.errors import InvalidRequest
-from cxr_triton.files import write
+from cxr_triton.files import locked, write
 
 SCHEMA = 1
 STATE = ".stages.json"
@@ -106,13 +105,7 @@ def opened(folder: Path, of: object, say: Callable[[str], None]) -> Iterator[Sta
         Another process has the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InvalidRequest(
-                f"another make-engine works in {folder}; wait for it, or choose another folder"
-            ) from None
+    with locked(folder / ".lock", f"another make-engine works in {folder}; wait for it, or choose another folder"):
         for stale in folder.glob(".*"):
             if stale.is_dir():
                 shutil.rmtree(stale, ignore_errors=True)

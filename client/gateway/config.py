@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from cxr_triton.client.address import is_loopback
 from cxr_triton.client.limits import Timeouts, Tls
 from cxr_triton.client.objects import KINDS
 from cxr_triton.config import Checked, build, in_range, one_of, read_yaml
@@ -20,7 +21,8 @@ from cxr_triton.identity import IDENTIFIERS
 EXAMPLE = Path(__file__).with_name("gateway.yaml")
 _AET = re.compile(r"(?! )[\x20-\x5b\x5d-\x7e]{1,16}(?<! )")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
+LEAST_KEY_BYTES = 16
+"""Of the key that stands for UIDs in the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,7 @@ class Dicom(Checked):
         _require_aet("aet", self.aet)
         if self.tls:
             self.tls.listener_cert  # noqa: B018
-        if not self.peers and not _is_loopback(self.host):
+        if not self.peers and not is_loopback(self.host):
             raise InvalidConfig(f"peers: is empty and host is {self.host}; name who may send")
 
     @property
@@ -173,9 +175,9 @@ class Web(Checked):
         super().__post_init__()
         if self.tls:
             self.tls.listener_cert  # noqa: B018
-        if self.stow and not _is_loopback(self.host) and not self.token_file:
+        if self.stow and not is_loopback(self.host) and not self.token_file:
             raise InvalidConfig(f"token_file: is missing and host is {self.host}; STOW-RS there needs a token")
-        if self.token_file and not self.tls and not _is_loopback(self.host) and not self.clear_text:
+        if self.token_file and not self.tls and not is_loopback(self.host) and not self.clear_text:
             raise InvalidConfig(
                 f"clear_text: is false and host is {self.host} without tls, where the token could be read on its way; "
                 "give tls, or set clear_text: true where something else encrypts"
@@ -308,8 +310,8 @@ class Remote(Checked):
     def is_clear(self) -> bool:
         """Whether what goes there leaves this machine unencrypted."""
         if self.url:
-            return self.url.startswith("http://") and (bool(self.proxy) or not _is_loopback(_host(self.url)))
-        return not self.tls and not _is_loopback(self.host or "")
+            return self.url.startswith("http://") and (bool(self.proxy) or not is_loopback(_host(self.url)))
+        return not self.tls and not is_loopback(self.host or "")
 
     @property
     def pacs(self) -> tuple[str, str]:
@@ -498,9 +500,9 @@ class Config(Checked):
     def in_clear_text(self) -> Iterator[str]:
         """Sections whose data leave this machine unencrypted without a `clear_text` that says so."""
         for name, here in (("dicom", self.dicom), ("web", self.web)):
-            if here and not (here.tls or here.clear_text or _is_loopback(here.host)):
+            if here and not (here.tls or here.clear_text or is_loopback(here.host)):
                 yield name
-        if not (self.read.tls or self.read.clear_text or _is_loopback(_host(f"//{self.read.url}"))):
+        if not (self.read.tls or self.read.clear_text or is_loopback(_host(f"//{self.read.url}"))):
             yield "read"
         for name, there in self.remotes():
             if there.is_clear and not there.clear_text:
@@ -567,14 +569,6 @@ def _without_user(url: str) -> str:
     """A URL as it may be shown: without a name and a password in it."""
     scheme, slashes, rest = url.rpartition("//")
     return scheme + slashes + rest.rpartition("@")[2]
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost"
-    return any(address in network for network in LOOPBACK)
 
 
 def _require_aet(name: str, aet: str) -> None:

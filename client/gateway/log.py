@@ -16,11 +16,11 @@ import sqlalchemy.exc
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 
-from cxr_triton.client.gateway.config import Config
+from cxr_triton.client.gateway.config import LEAST_KEY_BYTES, Config
 from cxr_triton.client.gateway.disk import new_file
 from cxr_triton.errors import InvalidConfig
 
-KEY_BYTES, LEAST_KEY_BYTES = 32, 16
+KEY_BYTES = 32
 _MAKE = "head -c 32 /dev/urandom > log.key"
 LEVELS = ("debug", "info", "warning", "error")
 

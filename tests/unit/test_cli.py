@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cxr_triton import cli, extras
+from cxr_triton.client.address import is_loopback
 from cxr_triton.errors import CODES
 from cxr_triton.pixels.sandbox import identify
 from cxr_triton.reading import Reading, parse
@@ -525,11 +526,22 @@ def test_every_option_of_a_request_is_told_by_its_name():
     assert named <= options | {f"the request.{key}" for key in ("top_p", "repetition_penalty", "stop")}
 
 
-def test_a_distant_server_without_encryption_is_warned_of(png):
+def test_a_distant_server_without_encryption_is_warned_of(png, monkeypatch):
     with FakeServer(answering(reading())) as server:
         assert "unencrypted" not in run("read", png, "--url", server.url).stderr
-    with FakeServer(answering(reading()), host="127.0.0.2") as server:
-        assert "unencrypted to 127.0.0.2" in run("read", png, "--url", server.url).stderr
+        monkeypatch.setattr("cxr_triton.client.address.LOOPBACK", ())  # as if this address were another machine's
+        assert f"unencrypted to {server.url}" in run("read", png, "--url", server.url).stderr
+
+
+@pytest.mark.parametrize(
+    ("host", "is_here"),
+    [
+        *((host, True) for host in ("127.0.0.1", "127.9.0.1", "localhost", "::1", "[::1]", "::ffff:127.0.0.1")),
+        *((host, False) for host in ("", "0.0.0.0", "::", "10.0.0.1", "::ffff:10.0.0.1", "localhost.example")),
+    ],
+)
+def test_loopback_is_this_machine_alone(host, is_here):
+    assert is_loopback(host) == is_here
 
 
 def test_html_shows_picture_file_name_time_and_conversation(png, tmp_path):

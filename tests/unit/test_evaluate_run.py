@@ -172,6 +172,18 @@ def test_a_run_goes_on_only_with_the_same_data_questions_and_model(tmp_path):
     assert len(rows.read(out)) == 4
 
 
+def test_two_at_once_do_not_write_one_result(tmp_path):
+    data = Data(path=str(write_table(tmp_path, **{"1": "Edema"})), format="table")
+    with opened(data, tmp_path / "result.jsonl"):
+        with pytest.raises(InvalidRequest, match=r"result\.jsonl: another evaluation writes it"):
+            with opened(data, tmp_path / "result.jsonl", restart=True):
+                pass
+        with opened(data, tmp_path / "other.jsonl"):
+            pass
+    with opened(data, tmp_path / "result.jsonl"):
+        pass
+
+
 def test_a_row_that_a_crash_cut_off_is_asked_again(tmp_path):
     table, out = write_table(tmp_path / "d", **dict.fromkeys("abcd", "Edema")), tmp_path / "result.jsonl"
     answers = iter(["Edema", "Edema"])
