@@ -97,3 +97,19 @@ def build_openvino(export: Path, out: Path, precision: str = "fp32", vision: str
     decoder = replace(recipe.decoder, precision=precision, head="int4" if precision == "int4" else "compute")
     recipe = replace(recipe, vision=replace(recipe.vision, precision=vision), decoder=decoder)
     return build_bundle(export, out, recipe=recipe)
+
+
+def passing(bundle) -> dict:
+    """A record as the gate writes one of a bundle that passes, though no gate has run."""
+    from cxr_triton.engines.verify.record import PARTS, SCHEMA, subject
+
+    part = {"passed": True, "error": None, "checks": [{"name": "paper", "passed": True}], "measured": {}}
+    return {
+        "schema": SCHEMA,
+        "passed": True,
+        "subject": subject(bundle.manifest),
+        "made": "2026-11-22T00:00:00Z",
+        "runtime": {"engine": "onnxruntime", "standin": None},
+        "images": {"count": 8},
+        "parts": {name: dict(part) for name in PARTS},
+    }

@@ -1,10 +1,10 @@
 """vLLM given our tower's rows against `transformers.generate`: greedy tokens, alone and with 16 in flight."""
 
 import dataclasses
-import threading
 
 import numpy as np
 import pytest
+from test_generate import Receiver
 from vllm_room import CHECKPOINT, PHANTOM, build, vllm_python  # noqa: F401
 
 from cxr_triton import phantom
@@ -25,7 +25,6 @@ IN_FLIGHT = 16
 PHANTOMS = 100
 NEW_TOKENS = 40
 PENALTY = 1.05
-WAIT_S = 300
 PAD, START, END = 5, 3, 4
 
 
@@ -147,22 +146,6 @@ def engine(bundle):
     process, runtime = opened(bundle, **{"step-tokens": "96"})
     with runtime:
         yield process, runtime
-
-
-class Receiver:
-    def __init__(self):
-        self.tokens, self.done, self.last = [], threading.Event(), None
-
-    def __call__(self, chunk):
-        self.tokens.extend(chunk.token_ids.tolist())
-        if chunk.completion or chunk.error:
-            self.last = chunk
-            self.done.set()
-
-    def wait(self):
-        assert self.done.wait(WAIT_S), "the stream did not end"
-        assert self.last.error is None, self.last.error
-        return self
 
 
 def read(runtime, *asked):

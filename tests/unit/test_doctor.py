@@ -29,6 +29,7 @@ pytest.importorskip("sqlalchemy")
 pytest.importorskip("pynetdicom")
 
 import grpc
+from bundles import passing
 from fake_server import FakeServer
 from served import write_paper_bundle
 from tritonclient.grpc import service_pb2 as pb
@@ -44,7 +45,7 @@ from cxr_triton.doctor.run import CHECKS, GROUPS, examine
 from cxr_triton.engines import engine
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.secret import SECRET
-from cxr_triton.engines.verify.record import PARTS, SCHEMA, subject, write_record
+from cxr_triton.engines.verify.record import write_record
 from cxr_triton.pixels.sandbox import OWN_INTERPRETER
 from cxr_triton.triton_repo.guard import SHM_PREFIX
 from cxr_triton.triton_repo.package import BUNDLE, Settings, write_repository
@@ -245,19 +246,6 @@ def test_what_was_tested_is_what_these_tests_run_with_and_what_the_documents_say
 
 
 # -------------------------------------------------------------------------------------------------------- repository
-
-
-def passing(bundle: Bundle) -> dict:
-    part = {"passed": True, "error": None, "checks": [{"name": "paper", "passed": True}], "measured": {}}
-    return {
-        "schema": SCHEMA,
-        "passed": True,
-        "subject": subject(bundle.manifest),
-        "made": "2026-11-22T00:00:00Z",
-        "runtime": {"engine": "onnxruntime", "standin": None},
-        "images": {"count": 1},
-        "parts": {name: dict(part) for name in PARTS},
-    }
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bundles import passing
 from click.testing import CliRunner
 from google.protobuf import text_format
 from served import write_paper_bundle
@@ -16,7 +17,7 @@ from served import write_paper_bundle
 from cxr_triton.cli import main
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.serving import STEPS
-from cxr_triton.engines.verify.record import PARTS, SCHEMA, subject, write_record
+from cxr_triton.engines.verify.record import PARTS, subject, write_record
 from cxr_triton.errors import InvalidBundle, InvalidRequest, NotVerified
 from cxr_triton.triton_repo import package
 from cxr_triton.triton_repo.integrity import RECORD, differences, require_as_packaged
@@ -34,19 +35,6 @@ def bundle(unverified):
     """With a record as the gate writes one; its graphs are empty, so no gate has run."""
     write_record(unverified, passing(Bundle.open(unverified)))
     return unverified
-
-
-def passing(bundle: Bundle) -> dict:
-    part = {"passed": True, "error": None, "checks": [{"name": "paper", "passed": True}], "measured": {}}
-    return {
-        "schema": SCHEMA,
-        "passed": True,
-        "subject": subject(bundle.manifest),
-        "made": "2026-11-22T00:00:00Z",
-        "runtime": {"engine": "onnxruntime", "standin": None},
-        "images": {"count": 8},
-        "parts": {name: dict(part) for name in PARTS},
-    }
 
 
 ENGINE_CONFIG = {
