@@ -69,7 +69,7 @@ def test_prepared_picture_equals_the_steps_run_here(sandbox, preset):
     assert prepared.facts["preset"] == preset
     assert prepared.facts["flags"] == list(picture.flags)
     assert prepared.decode_ms > 0 and prepared.preprocess_ms > 0
-    assert "Secret" not in json.dumps(prepared.facts) and "4711" not in json.dumps(prepared.facts)
+    assert "Secret" not in json.dumps(prepared.facts) and "ID-4711" not in json.dumps(prepared.facts)
 
 
 def test_values_below_zero_are_taken(sandbox):
