@@ -23,8 +23,6 @@ from cxr_triton.evaluate.summary import summarize
 from cxr_triton.evaluate.vocabulary import CHEXPERT
 from cxr_triton.perf.environment import environment
 
-evaluations.LABELS = (*sorted(set(CHEXPERT) - {"No Finding"}), "No Finding")
-
 
 def columns(studies: int, *, engine: int, scores: bool) -> Columns:
     """A result of so many studies."""
@@ -37,6 +35,7 @@ def columns(studies: int, *, engine: int, scores: bool) -> Columns:
 @click.option("--studies", default=20_000, show_default=True)
 @json_option
 def main(studies, json_path):
+    evaluations.LABELS = (*sorted(set(CHEXPERT) - {"No Finding"}), "No Finding")
     plain, other = (columns(studies, engine=engine, scores=False) for engine in (0, 1))
     scored = columns(studies, engine=0, scores=True)
     ways = {
