@@ -33,6 +33,7 @@ from cxr_triton.client.page import decode_rate, draw, reading_page
 from cxr_triton.client.reader import Reader
 from cxr_triton.errors import CxrError, InvalidRequest, ServerMismatch
 from cxr_triton.files import write
+from cxr_triton.guide import MODE_GUIDES
 from cxr_triton.identity import IDENTIFIERS, require_same_images
 from cxr_triton.numbers import duration
 from cxr_triton.pixels.flags import FLAGS as IMAGE_FLAGS
@@ -153,6 +154,11 @@ def require_readings_of(
     show_envvar=True,
     help="How the reading names its images' UIDs; plain if left out. Hashed also keeps file name and date off --html.",
 )
+@click.option(
+    "--guide",
+    metavar="none|answer|FILE.json",
+    help="Hold what is read by machines to its grammar while it is written, or the answer to the JSON schema in FILE.",
+)
 @connection
 @click.option("-o", "--out", type=OUT_FOLDER, help="Folder of the readings of a FOLDER; made if it is not there.")
 @click.option(
@@ -165,7 +171,7 @@ def require_readings_of(
 @json_option
 def read(
     *, files, task, prompt, mode, variables, history, unchecked_reading, max_new_tokens, temperature, seed,
-    identifiers, out, html_path, json_path, **server,
+    identifiers, guide, out, html_path, json_path, **server,
 ):  # fmt: skip
     """Read one patient's radiographs and stream the model's reasoning.
 
@@ -191,6 +197,7 @@ def read(
         "temperature": temperature,
         "seed": seed,
         "identifiers": identifiers,
+        "guide": _guide(guide),
     }
     if any(file.is_dir() or file.name == DICOMDIR for file in files):
         if len(files) > 1 or history or html_path or not out:
@@ -307,7 +314,7 @@ def received(
 _OPTIONS = (
     (r"REQUEST\.variables\.(\w+)", r"--var \1"),
     (r"REQUEST\.variables", "--var"),
-    (r"REQUEST\.(task|prompt|mode|history|seed|temperature|identifiers)", r"--\1"),
+    (r"REQUEST\.(task|prompt|mode|history|seed|temperature|identifiers|guide)", r"--\1"),
     (r"REQUEST\.max_new_tokens", "--max-new-tokens"),
     (r"\bIMAGES: (\d+) given", r"FILE: \1 given"),
     (r"\bREQUEST\b", "the request"),
@@ -322,6 +329,16 @@ def in_options(message: str, files: Sequence[Path] = ()) -> str:
     for word, option in _OPTIONS:
         message = re.sub(word, option, message)
     return message
+
+
+def _guide(given: str | None) -> str | dict | None:
+    """Of the request: a word, or the schema that a file holds."""
+    if given is None or given in MODE_GUIDES:
+        return given
+    try:
+        return {"json_schema": json.loads(Path(given).read_bytes())}
+    except (OSError, ValueError, RecursionError) as error:
+        raise click.BadParameter(f"is neither none nor answer nor a JSON file: {error}", param_hint="--guide") from None
 
 
 def _variables(pairs: tuple[str, ...]) -> dict[str, str | list[str]]:

@@ -3,7 +3,8 @@
 Keys, all optional: ``task`` (a task of the profile), ``prompt`` (free text in place of the task's prompt),
 ``variables`` (values of the prompt's placeholders; a list becomes lettered options), ``mode``, ``history`` (earlier
 turns), ``max_new_tokens``, ``temperature``, ``top_p``, ``repetition_penalty``, ``seed``, ``stop``, ``identifiers``
-(``plain``, or ``hashed`` for a reading that carries digests in place of UIDs).
+(``plain``, or ``hashed`` for a reading that carries digests in place of UIDs), ``guide`` (``none``; ``answer`` holds
+what machines read of the answer to its grammar while it is written; ``{"json_schema": {...}}`` makes it JSON).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cxr_triton.errors import InvalidRequest, unknown_key
+from cxr_triton.guide import MODE_GUIDES, answer_grammar, schema_grammar
 from cxr_triton.identity import IDENTIFIERS
 from cxr_triton.profile import PLACEHOLDER, Decoding, ModelProfile
 
@@ -38,6 +40,7 @@ _KEYS = (
     "seed",
     "stop",
     "identifiers",
+    "guide",
 )
 _RANGES = {f.name: f.metadata["range"] for f in dataclasses.fields(Decoding)}
 
@@ -60,6 +63,10 @@ class ReadRequest:
         None lets the decoder draw one.
     identifiers : str
         Of `cxr_triton.identity.IDENTIFIERS`.
+    guide : str
+        Of `cxr_triton.guide.GUIDES`.
+    guide_grammar : str or None
+        What the answer is held to; None where nothing is.
     """
 
     task: str | None
@@ -75,6 +82,8 @@ class ReadRequest:
     seed: int | None
     stop: tuple[str, ...]
     identifiers: str
+    guide: str
+    guide_grammar: str | None
     min_images: int
     max_images: int
     system_prompt: str | None
@@ -107,19 +116,37 @@ class ReadRequest:
             raise InvalidRequest(
                 f"REQUEST.history: is empty, but task {name!r} continues a conversation; send its turns"
             )
+        answer = task.answer if task else "text"
+        if mode.answers and answer not in mode.answers:
+            raise InvalidRequest(
+                f"REQUEST.mode: {mode_name!r} is for answers of {', '.join(mode.answers)}, and "
+                f"{f'task {name!r}' if task else 'a free prompt'} is answered with {answer}; choose another mode"
+            )
         prompt = _free_prompt(data) if is_free or task is None else _fill(task.prompt, data.get("variables", {}), name)
+        prompt += mode.suffix
+        guide, schema = _guide(data.get("guide"), mode.guide)
+        held = None
+        if schema is not None:
+            answer, held = "json", schema_grammar(schema, grammar=mode.grammar)
+        elif guide == "answer":
+            options = next((value for value in data.get("variables", {}).values() if isinstance(value, list)), None)
+            held = answer_grammar(
+                grammar=mode.grammar, answer=answer, labels=profile.labels, options=options, prompt=prompt
+            )
         limits = {**_RANGES, "max_new_tokens": (1, profile.max_sequence)}
         return cls(
             task=name,
-            text=prompt + mode.suffix,
+            text=prompt,
             mode=mode_name,
-            answer=task.answer if task else "text",
+            answer=answer,
             grammar=mode.grammar,
             history=history,
             **{key: _number(data, key, getattr(profile.decoding, key), *limits[key]) for key in limits},
             seed=_number(data, "seed", None, 0, MAX_SEED),
             stop=_stop(data.get("stop", [])),
             identifiers=_identifiers(data),
+            guide=guide,
+            guide_grammar=held,
             min_images=task.min_images if task else 0,
             max_images=task.max_images if task else profile.max_images,
             system_prompt=profile.system_prompt,
@@ -208,6 +235,19 @@ def _identifiers(data: dict) -> str:
     if value not in IDENTIFIERS:
         raise InvalidRequest(f"REQUEST.identifiers: {value[:60]!r} is none of {', '.join(IDENTIFIERS)}")
     return value
+
+
+def _guide(value: object, default: str) -> tuple[str, dict | None]:
+    """What guides the answer, and a schema of the user's."""
+    if value is None:
+        return default, None
+    if isinstance(value, str):
+        if value not in MODE_GUIDES:
+            raise InvalidRequest(f"REQUEST.guide: {unknown_key(value[:60], MODE_GUIDES, 'guides')}")
+        return value, None
+    if not (isinstance(value, dict) and list(value) == ["json_schema"] and isinstance(value["json_schema"], dict)):
+        raise InvalidRequest('REQUEST.guide: expected "none", "answer" or {"json_schema": {...}}')
+    return "json_schema", value["json_schema"]
 
 
 def _number(data: dict, key: str, default, low, high):

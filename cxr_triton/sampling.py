@@ -31,6 +31,9 @@ class Sampling:
         The text ends before the first of these.
     eos_token_ids : tuple of int
         Tokens that end the generation.
+    guide : str, optional
+        Grammar of `cxr_triton.guide` that the text follows; it ends only where the grammar does. Tokens are taken of
+        those that it allows, before `top_p` keeps the likeliest.
 
     Raises
     ------
@@ -45,6 +48,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    guide: str | None = None
 
     def __post_init__(self):
         for name, (allowed, holds) in _ALLOWED.items():
@@ -82,5 +86,6 @@ _ALLOWED: dict[str, tuple[str, Callable[[object], bool]]] = {
         "strings that are not empty",
         lambda value: _is_list(value, lambda text: isinstance(text, str) and text != ""),
     ),
+    "guide": ("a grammar, or None", lambda value: value is None or isinstance(value, str)),
     "eos_token_ids": ("token ids", lambda value: _is_list(value, lambda id_: _is_whole(id_, 0) and id_ < 1 << 31)),
 }

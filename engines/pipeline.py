@@ -137,6 +137,7 @@ class Preprocessor:
             "prompt": asked.text,
             "grammar": asked.grammar,
             "answer": asked.answer,
+            "guide": asked.guide,
             "labels": list(self.profile.labels) if asked.answer in ("labels", "text") else [],
             "sampling": {
                 "max_new_tokens": asked.max_new_tokens,
@@ -146,6 +147,7 @@ class Preprocessor:
                 "seed": asked.seed,
                 "stop": list(asked.stop),
                 "eos_token_ids": list(geometry.eos_token_ids),
+                "guide": asked.guide_grammar,
             },
             "images": [
                 {**picture.facts, "identity": identify(picture.facts["identity"]), "grid": [vision.rows, vision.cols]}
@@ -255,6 +257,7 @@ def build_reading(completion: dict) -> Reading:
         usage=completion["usage"],
         timings_ms={stage: round(value, 3) for stage, value in timings_ms.items()},
         notice=context["notice"],
+        guide=context["guide"],
     )
 
 
