@@ -405,6 +405,9 @@ def _summary(reading: Reading) -> Iterator[tuple[str, list[str]]]:
                 for box in reading.boxes
             ],
         )
+    if reading.guide != "none":
+        to = "a JSON schema" if reading.guide == "json_schema" else "its grammar"
+        yield "Guide", [f"the answer was held to {to} while it was written"]
     flags = [READING_FLAGS.get(flag, flag) for flag in reading.flags]
     for i, facts in enumerate(reading.images, 1):
         where = f"image {i}: " if len(reading.images) > 1 else ""

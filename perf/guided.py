@@ -251,7 +251,7 @@ def of_vocabulary(folder: Path, readings: int = 8) -> dict:
             for ids in texts:
                 sampling = Sampling(max_new_tokens=len(ids), temperature=temperature, seed=0)
                 began = time.perf_counter()
-                guide = guides.guide(grammar) if way == "with" else None
+                guide = guides.guide(grammar) if grammar and way == "with" else None
                 sampler = Sampler(sampling, np.array([0]), guide)
                 if way == "with":
                     result["start_us"] = 1e6 * (time.perf_counter() - began)
