@@ -1,0 +1,148 @@
+"""Scores of a written answer: what the model itself gives the answers that differ from it in one choice.
+
+The answer's reasoning stays as it was written; only the list after it is exchanged (`cxr_triton.alternatives`), and
+each text is given to the model as if it had written it. With P(list) the product of the probabilities of all tokens
+from the list's begin to the end of what closes it, a choice's score is
+
+    log Σ P(lists with it) - log Σ P(lists without it)
+
+in nats, by the model's own logits in float64: no penalty, no temperature. A list that cannot change a sum by more than
+a share of exp(-`MARGIN_NATS`) is not computed, which its first words tell; so a label takes one continuation or two.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cxr_triton.alternatives import Alternatives, alternatives
+from cxr_triton.engines.runtime.sampler import log_softmax
+from cxr_triton.engines.runtime.stream import Stream
+
+MARGIN_NATS = 8.0
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `DecoderSession.score` is asked for next: `length`, `input_ids`, `positions`; and of which text it is."""
+
+    tokens: Tokens
+    length: int
+    input_ids: np.ndarray
+    positions: np.ndarray
+
+
+class Scorer:
+    """Scores of one answer, run by run.
+
+    Parameters
+    ----------
+    found : Alternatives
+    texts : sequence of tuple of int
+        Tokens of `Alternatives.texts`, from where they leave the answer.
+    last : int
+        The token before these.
+    length : int
+        Positions of the slot before `last`.
+    position : int
+        Of `last`.
+
+    Attributes
+    ----------
+    length : int
+        Positions of the slot that stay as they were.
+    longest : int
+        Most positions of the slot in use.
+    """
+
+    def __init__(self, found: Alternatives, texts: Sequence[Tokens], *, last: int, length: int, position: int):
+        self.length, self.longest = length, length + max(map(len, texts))
+        self._choices, self._texts = found.choices, texts
+        self._last, self._position = last, position
+        self._held: Tokens = ()  # what the slot holds beyond `length`
+        # After each beginning of a text, the tokens that go on in one of them, and their log-probabilities.
+        self._wanted: dict[Tokens, set[int]] = {}
+        self._known: dict[Tokens, dict[int, float]] = {}
+        for tokens in texts:
+            for i, token in enumerate(tokens):
+                self._wanted.setdefault(tokens[:i], set()).add(token)
+
+    def next(self) -> Run | None:
+        """The next run; None when the scores are known."""
+        if () not in self._known:
+            return self._run(self._texts[0])
+        for sides in self._choices.values():
+            for side in sides:
+                if (open_ := self._open(side)) is not None:
+                    return self._run(self._texts[open_])
+        return None
+
+    def take(self, run: Run, logits: np.ndarray) -> None:
+        """Take the logits of a run, (S, vocab)."""
+        fed = (self._last, *run.tokens)
+        first = run.length - self.length
+        for i, row in enumerate(logits, first):
+            before = run.tokens[:i]
+            if before not in self._known:
+                own = log_softmax(row)
+                self._known[before] = {token: float(own[token]) for token in self._wanted[before]}
+        self._held = fed[: first + len(logits)]
+
+    def scores(self) -> dict[str, float]:
+        """Log-odds of every choice, once `next` gives None."""
+        sums = {name: [self._sum(side) for side in sides] for name, sides in self._choices.items()}
+        return {name: given - lacking for name, (given, lacking) in sums.items()}
+
+    def _run(self, tokens: Tokens) -> Run:
+        fed = (self._last, *tokens[:-1])
+        shared = next((i for i, (a, b) in enumerate(zip(fed, self._held, strict=False)) if a != b), len(self._held))
+        first = min(self._bound(tokens)[1], shared, len(fed) - 1)
+        positions = np.arange(self._position + first, self._position + len(fed), dtype=np.int64)
+        return Run(tokens, self.length + first, np.array(fed[first:], np.int64), positions)
+
+    def _bound(self, tokens: Tokens) -> tuple[float, int]:
+        """Most that the log-probability of a text can be, and how many of its tokens that is known of."""
+        total = 0.0
+        for i, token in enumerate(tokens):
+            if (known := self._known.get(tokens[:i])) is None:
+                return total, i
+            total += known[token]
+        return total, len(tokens)
+
+    def _open(self, side: Sequence[int]) -> int | None:
+        """The likeliest text of some that can still change their sum."""
+        bounds = {i: self._bound(self._texts[i]) for i in side}
+        open_ = {i: bound for i, (bound, known) in bounds.items() if known < len(self._texts[i])}
+        best = max((bound for i, (bound, _) in bounds.items() if i not in open_), default=-math.inf)
+        likeliest = max(open_, key=lambda i: open_[i], default=None)
+        return likeliest if likeliest is not None and open_[likeliest] > best - MARGIN_NATS else None
+
+    def _sum(self, side: Sequence[int]) -> float:
+        """Log of the summed probabilities of those texts that were computed."""
+        bounds = [self._bound(self._texts[i]) for i in side]
+        known = [bound for (bound, count), i in zip(bounds, side, strict=True) if count == len(self._texts[i])]
+        best = max(known)
+        return best + math.log(sum(math.exp(each - best) for each in known))
+
+
+def scorer(stream: Stream, tokenizer, max_sequence: int) -> Scorer | None:
+    """Scores of a stream that has ended by itself; None where none can be told."""
+    generation = stream.generation
+    if generation.scoring is None or (found := alternatives(stream.whole, generation.scoring)) is None:
+        return None
+    ends, text = stream.token_ends, stream.whole
+    kept = bisect.bisect_right(ends, found.start)  # tokens of the answer before the list
+    bridge = text[ends[kept - 1] if kept else 0 : found.start]
+    end = (stream.answer[-1],) if found.has_end and stream.answer[-1] in generation.sampling.eos_token_ids else ()
+    texts = [(*tokenizer.text_ids(bridge + each), *end) for each in found.texts]
+    sequence = [int(generation.input_ids[-1]), *stream.answer]
+    before = len(generation.input_ids) - 1 + kept
+    position = int(generation.position_ids.max()) + kept
+    made = Scorer(found, texts, last=sequence[kept], length=before, position=position)
+    # One more is written beside streams that decode; see `DecoderRuntime._decode`.
+    return made if made.longest < max_sequence else None
