@@ -70,7 +70,7 @@ class _List:
 
     def edits(self, name: str) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
         """Lists with a choice, and without it."""
-        others = [(text,) for other, text in self.spelled.items() if other != name]
+        others: list[tuple[str, ...]] = [(text,) for other, text in self.spelled.items() if other != name]
         if name in self.names:
             pairs = zip(self.items, self.names, strict=True)
             rest = tuple(item for item, other in pairs if other != name)

@@ -18,7 +18,6 @@ from collections.abc import Callable
 import numpy as np
 
 from cxr_triton.engines.runtime.prefix import PrefixCache
-from cxr_triton.engines.runtime.scores import scorer
 from cxr_triton.engines.runtime.stream import Chunk, Generation, Stream
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, PromptTooLong, QueueFull, Unavailable
 
@@ -445,11 +444,10 @@ class DecoderRuntime(Runtime):
             super()._pass_on(stream, finish_reason)
             return
         try:
-            stream.scorer = scorer(stream, self._tokenizer, self._session.max_sequence)
+            stream.begin_scoring(self._tokenizer, self._session.max_sequence)
         except Exception:
             self._fail([stream], "scoring")
             return
-        stream.scoring_since_s = time.monotonic()
         super()._pass_on(stream, None if stream.scorer else finish_reason)
 
     def _score(self) -> None:

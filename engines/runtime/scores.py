@@ -12,16 +12,14 @@ a share of exp(-`MARGIN_NATS`) is not computed, which its first words tell; so a
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from cxr_triton.alternatives import Alternatives, alternatives
+from cxr_triton.alternatives import Alternatives
 from cxr_triton.engines.runtime.sampler import log_softmax
-from cxr_triton.engines.runtime.stream import Stream
 
 MARGIN_NATS = 8.0
 Tokens = tuple[int, ...]
@@ -128,21 +126,3 @@ class Scorer:
         known = [bound for (bound, count), i in zip(bounds, side, strict=True) if count == len(self._texts[i])]
         best = max(known)
         return best + math.log(sum(math.exp(each - best) for each in known))
-
-
-def scorer(stream: Stream, tokenizer, max_sequence: int) -> Scorer | None:
-    """Scores of a stream that has ended by itself; None where none can be told."""
-    generation = stream.generation
-    if generation.scoring is None or (found := alternatives(stream.whole, generation.scoring)) is None:
-        return None
-    ends, text = stream.token_ends, stream.whole
-    kept = bisect.bisect_right(ends, found.start)  # tokens of the answer before the list
-    bridge = text[ends[kept - 1] if kept else 0 : found.start]
-    end = (stream.answer[-1],) if found.has_end and stream.answer[-1] in generation.sampling.eos_token_ids else ()
-    texts = [(*tokenizer.text_ids(bridge + each), *end) for each in found.texts]
-    sequence = [int(generation.input_ids[-1]), *stream.answer]
-    before = len(generation.input_ids) - 1 + kept
-    position = int(generation.position_ids.max()) + kept
-    made = Scorer(found, texts, last=sequence[kept], length=before, position=position)
-    # One more is written beside streams that decode; see `DecoderRuntime._decode`.
-    return made if made.longest < max_sequence else None

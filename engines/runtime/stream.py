@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cxr_triton.alternatives import Scoring
+from cxr_triton.alternatives import Scoring, alternatives
 from cxr_triton.engines.runtime.sampler import Sampler
+from cxr_triton.engines.runtime.scores import Scorer
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.sampling import Sampling
-
-if TYPE_CHECKING:
-    from cxr_triton.engines.runtime.scores import Scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +227,25 @@ class Stream:
             scores={name: round(value, 4) for name, value in self.scores.items()},
         )
         return chunk
+
+    def begin_scoring(self, tokenizer, max_sequence: int) -> None:
+        """Set `scorer`, where the answer has something that can be scored; it has ended by itself."""
+        self.scoring_since_s = time.monotonic()
+        generation, text, ends = self.generation, self.whole, self.token_ends
+        if generation.scoring is None or (found := alternatives(text, generation.scoring)) is None:
+            return
+        kept = bisect.bisect_right(ends, found.start)  # tokens of the answer before the list
+        bridge = text[ends[kept - 1] if kept else 0 : found.start]
+        end = self.answer[-1:] if found.has_end and self.last_token in generation.sampling.eos_token_ids else []
+        made = Scorer(
+            found,
+            [(*tokenizer.text_ids(bridge + each), *end) for each in found.texts],
+            last=([int(generation.input_ids[-1]), *self.answer])[kept],
+            length=len(generation.input_ids) - 1 + kept,
+            position=int(generation.position_ids.max()) + kept,
+        )
+        if made.longest < max_sequence:  # a step of other streams writes one token more
+            self.scorer = made
 
     def _ends_within(self, length: int) -> tuple[int, ...]:
         """`token_ends` of a text that a stop string may have cut; the last token has what was left of a character."""
