@@ -215,7 +215,7 @@ def _words(reading: Reading) -> list[tuple[str, bool, int, str]]:
             last = bisect.bisect_left(reading.token_ends, begin + stop)
             likely = math.exp(sum(reading.token_logprobs[first : last + 1]))
             shade = sum(likely < limit for limit in SHADES)
-            told = f"{percent(likely)} likely to the model" if shade else ""
+            told = f"{100 * likely:.0f} % likely to the model" if shade else ""
         if pieces and not shade and not pieces[-1][2] and pieces[-1][1] == is_bold:
             pieces[-1] = (pieces[-1][0] + match[0], is_bold, 0, "")
         else:

@@ -234,7 +234,9 @@ def _scoring(data: dict, task: Task | None, grammar: str, labels: tuple[str, ...
         options = data.get("variables", {}).get("options")
         return Scoring(grammar=grammar, answer=answer, choices=tuple(options) if isinstance(options, list) else ())
     if answer not in ("labels", "text") or not labels:
-        what = f"task {data.get('task')!r:.60} answers in {answer}" if task else "the served profile has no labels"
+        what = "a free prompt's answer has no labels in the served profile"
+        if task:
+            what = f"the task answers in {answer}" if labels or answer != "text" else "the served profile has no labels"
         raise InvalidRequest(f"REQUEST.scores: {what}; scores are of labels and of options, so leave it out")
     return Scoring(grammar=grammar, answer=answer, choices=labels)
 

@@ -56,10 +56,13 @@ class Scorer:
         Positions of the slot that stay as they were.
     longest : int
         Most positions of the slot in use.
+    tokens : int
+        Computed so far.
     """
 
     def __init__(self, found: Alternatives, texts: Sequence[Tokens], *, last: int, length: int, position: int):
         self.length, self.longest = length, length + max(map(len, texts))
+        self.tokens = 0
         self._choices, self._texts = found.choices, texts
         self._last, self._position = last, position
         self._held: Tokens = ()  # what the slot holds beyond `length`
@@ -84,6 +87,7 @@ class Scorer:
         """Take the logits of a run, (S, vocab)."""
         fed = (self._last, *run.tokens)
         first = run.length - self.length
+        self.tokens += len(logits)
         for i, row in enumerate(logits, first):
             before = run.tokens[:i]
             if before not in self._known:

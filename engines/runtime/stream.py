@@ -76,7 +76,8 @@ class Completion:
         ``stop`` (end-of-sequence token or stop string), ``length`` or ``cancelled``.
     usage : dict of str to int
         ``prompt_tokens`` (image tokens included), ``completion_tokens``, ``image_tokens``, and where prompts are reused
-        ``cached_tokens``: those of the prompt that were not computed again.
+        ``cached_tokens``: those of the prompt that were not computed again. ``scored_tokens``, where the answer was
+        scored: those of the lists that it was compared with.
     timings_ms : dict of str to float
         ``queue``, ``prefill``, ``decode``, ``time_to_first_token``, ``total``; phases not reached are 0. ``scores``
         where the answer was scored.
@@ -220,6 +221,7 @@ class Stream:
                 "completion_tokens": self.generated,
                 "image_tokens": int((self.generation.image_index >= 0).sum()),
                 **({} if self.cached is None else {"cached_tokens": self.cached}),
+                **({"scored_tokens": self.scorer.tokens} if self.scorer else {}),
             },
             timings_ms={phase: round(1e3 * value, 3) for phase, value in seconds.items()},
             token_logprobs=tuple(round(value, 4) for value in self._logprobs),

@@ -177,8 +177,8 @@ def read(runtime, *generations):
 
 def test_scores_are_those_of_all_lists_one_by_one(serve):
     runtime, session = serve()
-    for number, text in enumerate(TEXTS):
-        (receiver,) = read(runtime, scored(number))
+    receivers = [read(runtime, scored(number))[0] for number in range(len(TEXTS))]
+    for number, (receiver, text) in enumerate(zip(receivers, TEXTS, strict=True)):
         completion = receiver.completion
         assert completion.text == receiver.text == text
         expected = by_brute_force(number)
@@ -190,6 +190,7 @@ def test_scores_are_those_of_all_lists_one_by_one(serve):
         assert completion.timings_ms["decode"] + completion.timings_ms["scores"] < completion.timings_ms["total"]
     runs = [call for call in session.calls if call[0] == "score"]
     lists = sum(len(alternatives(text, LISTS).texts) for text in TEXTS)
+    assert sum(call[3] for call in runs) == sum(receiver.completion.usage["scored_tokens"] for receiver in receivers)
     assert len(runs) <= lists and not session.lengths.any()
 
 
