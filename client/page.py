@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cxr_triton.alternatives import SCORE_LIMIT
 from cxr_triton.identity import UIDS, require_same_images
 from cxr_triton.numbers import duration, glued, moment, number, percent
 from cxr_triton.page import paragraphs, render
@@ -28,8 +29,6 @@ PAGE_PIXELS, DOCUMENT_PIXELS = 1024 * 1024, 640 * 640
 
 SHADES = (0.9, 0.5, 0.2)
 """A word is shaded once more for each of these that its probability is below."""
-SCORE_END = 10.0
-"""Log-odds at which a bar ends."""
 
 _BOLD = re.compile(r"\*\*.+?\*\*")
 _WORD = re.compile(r"\*\*|\s+|(?:(?!\*\*)\S)+")
@@ -190,7 +189,7 @@ def _chips(reading: Reading) -> list[str]:
 def _scores(reading: Reading) -> list[tuple[str, float, float, str]]:
     """A bar for each label or option from the middle on, the likeliest first, for the macro ``bars`` of parts.html."""
     ranked = sorted(reading.scores.items(), key=lambda pair: -pair[1])
-    bars = [(name, score, min(abs(score), SCORE_END) / (2 * SCORE_END)) for name, score in ranked]
+    bars = [(name, score, min(abs(score), SCORE_LIMIT) / (2 * SCORE_LIMIT)) for name, score in ranked]
     return [(name, 0.5 - length if score < 0 else 0.5, length, f"{score:+.1f}") for name, score, length in bars]
 
 

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 from cxr_triton.reading import Parsed, answer_span, parse
 
+SCORE_LIMIT = 15.0
+"""Log-odds at which a score ends, three million to one."""
+
 _SEPARATORS = (", ", ",", ",\n", "\n", "; ", " and ", " ")
 _FORMS = ("({letter})", "({letter}) {text}", "{letter}. {text}", "{letter}) {text}", "{letter}: {text}", "{letter}")
 _YES_NO = ("Yes", "No")

@@ -159,9 +159,9 @@ class Reading(Parsed):
     token_ends : tuple of int
         Where in `text` each of them ends, in characters.
     scores : dict of str to float
-        Log-odds, in nats, of the answer with each label or option and without it, given the reasoning that was written.
-        Not calibrated, and no probability of a disease. Empty where they were not asked for, or where the answer has no
-        list that could be taken apart.
+        Log-odds, in nats, of the answer with each label or option and without it, given the reasoning that was written;
+        from -15 to 15 (`cxr_triton.alternatives.SCORE_LIMIT`). Not calibrated, and no probability of a disease. Empty
+        where they were not asked for, or where the answer has no list that could be taken apart.
     """
 
     task: str | None

@@ -6,8 +6,9 @@ from the list's begin to the end of what closes it, a choice's score is
 
     log Σ P(lists with it) - log Σ P(lists without it)
 
-in nats, by the model's own logits in float64: no penalty, no temperature. A list that cannot change a sum by more than
-a share of exp(-`MARGIN_NATS`) is not computed, which its first words tell; so a label takes one continuation or two.
+in nats, by the model's own logits in float64: no penalty, no temperature. It ends at ±`SCORE_LIMIT`. A list is not
+computed where its first words show that it lies beyond that, or that it adds less than a share of exp(-`MARGIN_NATS`)
+to its sum; so a choice takes one or two short continuations.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cxr_triton.alternatives import Alternatives
+from cxr_triton.alternatives import SCORE_LIMIT, Alternatives
 from cxr_triton.engines.runtime.sampler import log_softmax
 
-MARGIN_NATS = 8.0
+MARGIN_NATS = 5.0
 Tokens = tuple[int, ...]
 
 
@@ -75,12 +76,12 @@ class Scorer:
 
     def next(self) -> Run | None:
         """The next run; None when the scores are known."""
-        if () not in self._known:
+        if not self._is_known(0):
             return self._run(self._texts[0])
-        for sides in self._choices.values():
-            for side in sides:
-                if (open_ := self._open(side)) is not None:
-                    return self._run(self._texts[open_])
+        written = self._bound(self._texts[0])[0]
+        for side in dict.fromkeys(side for sides in self._choices.values() for side in sides):
+            if (open_ := self._open(side, written - SCORE_LIMIT)) is not None:
+                return self._run(self._texts[open_])
         return None
 
     def take(self, run: Run, logits: np.ndarray) -> None:
@@ -98,7 +99,8 @@ class Scorer:
     def scores(self) -> dict[str, float]:
         """Log-odds of every choice, once `next` gives None."""
         sums = {name: [self._sum(side) for side in sides] for name, sides in self._choices.items()}
-        return {name: given - lacking for name, (given, lacking) in sums.items()}
+        odds = {name: given - lacking for name, (given, lacking) in sums.items()}
+        return {name: max(-SCORE_LIMIT, min(SCORE_LIMIT, value)) for name, value in odds.items()}
 
     def _run(self, tokens: Tokens) -> Run:
         fed = (self._last, *tokens[:-1])
@@ -116,17 +118,21 @@ class Scorer:
             total += known[token]
         return total, len(tokens)
 
-    def _open(self, side: Sequence[int]) -> int | None:
-        """The likeliest text of some that can still change their sum."""
-        bounds = {i: self._bound(self._texts[i]) for i in side}
-        open_ = {i: bound for i, (bound, known) in bounds.items() if known < len(self._texts[i])}
-        best = max((bound for i, (bound, _) in bounds.items() if i not in open_), default=-math.inf)
-        likeliest = max(open_, key=lambda i: open_[i], default=None)
-        return likeliest if likeliest is not None and open_[likeliest] > best - MARGIN_NATS else None
+    def _is_known(self, number: int) -> bool:
+        return self._bound(self._texts[number])[1] == len(self._texts[number])
+
+    def _open(self, side: Sequence[int], least: float) -> int | None:
+        """The likeliest text that can still change the sum of some; below `least` none matters."""
+        bounds = {i: self._bound(self._texts[i])[0] for i in side}
+        open_ = [i for i in side if not self._is_known(i)]
+        best = max((bounds[i] for i in side if i not in open_), default=-math.inf)
+        likeliest = max(open_, key=lambda i: bounds[i], default=None)
+        if likeliest is None or bounds[likeliest] <= max(least, best - MARGIN_NATS):
+            return None
+        return likeliest
 
     def _sum(self, side: Sequence[int]) -> float:
-        """Log of the summed probabilities of those texts that were computed."""
-        bounds = [self._bound(self._texts[i]) for i in side]
-        known = [bound for (bound, count), i in zip(bounds, side, strict=True) if count == len(self._texts[i])]
-        best = max(known)
-        return best + math.log(sum(math.exp(each - best) for each in known))
+        """Log of the summed probabilities of the texts that were computed."""
+        logs = [self._bound(self._texts[i])[0] for i in side if self._is_known(i)]
+        best = max(logs, default=-math.inf)
+        return best + math.log(sum(math.exp(each - best) for each in logs)) if logs else best

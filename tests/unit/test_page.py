@@ -83,7 +83,7 @@ def test_uncertain_words_are_shaded_and_every_label_has_a_bar():
         reasoning="The **heart is wide**, no <i>fluid</i>.",
         token_logprobs=tuple(math.log(likely.get(piece, 1.0)) for piece in pieces),
         token_ends=tuple(itertools.accumulate(map(len, pieces))),
-        scores={"Edema": -31.0, "Cardiomegaly": 4.25},
+        scores={"Edema": -15.0, "Cardiomegaly": 4.5},
     )
     html = reading_page(reading)
     shaded = re.findall(r'<mark class="shade(\d)" title="([^"]+)">([^<]+)</mark>', html)
@@ -97,7 +97,7 @@ def test_uncertain_words_are_shaded_and_every_label_has_a_bar():
     assert "The heart is wide , no <i>fluid</i>." in Page(html).text
     bar = r'<dt>(\w+)</dt><dd><i style="margin-left:([\d.]+)%;width:([\d.]+)%"></i></dd><dd>([^<]+)</dd>'
     bars = re.findall(bar, html)
-    assert bars[:2] == [("Cardiomegaly", "50.00", "21.25", "+4.2"), ("Edema", "0.00", "50.00", "-31.0")]
+    assert bars[:2] == [("Cardiomegaly", "50.00", "15.00", "+4.5"), ("Edema", "0.00", "50.00", "-15.0")]
     assert "no probability of a disease" in Page(html).text
     without = reading_page(READING)
     assert "<mark" not in without and "How sure" not in without

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fake_session import FakeSession, Receiver, generation, until
 
-from cxr_triton.alternatives import Scoring, alternatives
+from cxr_triton.alternatives import SCORE_LIMIT, Scoring, alternatives
 from cxr_triton.engines.runtime.prefix import PrefixCache
 from cxr_triton.engines.runtime.remote import RemoteRuntime
 from cxr_triton.engines.runtime.sampler import log_softmax
@@ -24,8 +24,12 @@ VOCAB, EOS = 128, 1
 def compared(text, scoring):
     """By choice: the lists with it and those without it, each as the whole answer that has it."""
     found = alternatives(text, scoring)
-    whole = [text[: found.start] + each for each in found.texts]
-    return {name: tuple({whole[i] for i in side} for side in sides) for name, sides in found.choices.items()}
+    texts = whole(text, found)
+    return {name: tuple({texts[i] for i in side} for side in sides) for name, sides in found.choices.items()}
+
+
+def whole(text, found):
+    return [text[: found.start] + each for each in found.texts]
 
 
 def answer(*items):
@@ -105,10 +109,11 @@ class Writer(FakeSession):
 def logits_of(row):
     weights = (np.arange(1, len(row) + 1) * 2654435761) % 1000003
     logits = np.random.default_rng(int((row[:, 0] * weights).sum())).standard_normal(VOCAB).astype(np.float32)
-    text, prompt = TEXTS[row[0, 0]], 3
-    said = "".join(map(chr, row[prompt:, 0]))
-    if text.startswith(said):
-        logits[ord(text[len(said)]) if said != text else EOS] += 8
+    said, written = "".join(map(chr, row[3:, 0])), TEXTS[row[0, 0]]
+    found = alternatives(written, LISTS)
+    logits[[ord(text[len(said)]) for text in whole(written, found) if text.startswith(said) and text != said]] += 7
+    if written.startswith(said):
+        logits[ord(written[len(said)]) if said != written else EOS] += 5
     return logits
 
 
@@ -177,18 +182,22 @@ def read(runtime, *generations):
 
 def test_scores_are_those_of_all_lists_one_by_one(serve):
     runtime, session = serve()
-    receivers = [read(runtime, scored(number))[0] for number in range(len(TEXTS))]
+    receivers, inside = [read(runtime, scored(number))[0] for number in range(len(TEXTS))], []
     for number, (receiver, text) in enumerate(zip(receivers, TEXTS, strict=True)):
         completion = receiver.completion
         assert completion.text == receiver.text == text
         expected = by_brute_force(number)
         assert set(completion.scores) == set(LABELS)
         for label, score in completion.scores.items():
-            left_out = len(LABELS) * math.exp(-MARGIN_NATS)  # most that the lists not computed are of a sum
-            assert score == pytest.approx(expected[label], abs=1e-4 + left_out)
+            ended = min(max(expected[label], -SCORE_LIMIT), SCORE_LIMIT)
+            # Most that the lists which are not computed are of a sum.
+            left_out = len(LABELS) * (math.exp(-MARGIN_NATS) + math.exp(abs(ended) - SCORE_LIMIT))
+            assert score == pytest.approx(ended, abs=1e-4 + left_out)
+            inside.append(abs(score) < SCORE_LIMIT - 3)
         assert completion.timings_ms["scores"] > 0
         assert completion.timings_ms["decode"] + completion.timings_ms["scores"] < completion.timings_ms["total"]
     runs = [call for call in session.calls if call[0] == "score"]
+    assert sum(inside) > 8, "many scores are told to their last digit"
     lists = sum(len(alternatives(text, LISTS).texts) for text in TEXTS)
     assert sum(call[3] for call in runs) == sum(receiver.completion.usage["scored_tokens"] for receiver in receivers)
     assert len(runs) <= lists and not session.lengths.any()

@@ -11,7 +11,7 @@ from bundles import build_openvino
 from fake_session import Receiver
 
 from cxr_triton import phantom, phantom_file
-from cxr_triton.alternatives import alternatives
+from cxr_triton.alternatives import SCORE_LIMIT, alternatives
 from cxr_triton.engines.build import build_bundle
 from cxr_triton.engines.pipeline import Preprocessor, build_reading, completion_json, sampling_of, scoring_of
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime
@@ -139,8 +139,10 @@ def test_scores_and_log_probabilities_are_those_of_transformers(room, reference,
         assert texts[0] == reading.text
         assert reading.token_logprobs[: len(first)] == pytest.approx(first, abs=2e-3)
         sums = {k: [np.logaddexp.reduce([totals[i] for i in side]) for side in v] for k, v in found.choices.items()}
-        expected = {label: given - lacking for label, (given, lacking) in sums.items()}
-        assert reading.scores == pytest.approx(expected, abs=0.02, rel=1e-3)
+        odds = {label: given - lacking for label, (given, lacking) in sums.items()}
+        expected = {label: min(max(value, -SCORE_LIMIT), SCORE_LIMIT) for label, value in odds.items()}
+        assert reading.scores == pytest.approx(expected, abs=0.1)
+        assert sum(abs(score) < SCORE_LIMIT for score in reading.scores.values()) > 4
         assert {f.label: f.score for f in reading.findings} == {
             f.label: reading.scores[f.label] for f in reading.findings
         }
