@@ -13,6 +13,7 @@ from cxr_triton.engines.runtime.remote import RemoteRuntime
 from cxr_triton.engines.runtime.sampler import log_softmax
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 from cxr_triton.engines.runtime.scores import MARGIN_NATS
+from cxr_triton.engines.session import DecoderSession
 from cxr_triton.errors import InternalError, InvalidRequest
 
 LABELS = ("Edema", "Fracture", "No Finding", "Pneumonia")
@@ -201,6 +202,20 @@ def test_scores_are_those_of_all_lists_one_by_one(serve):
     lists = sum(len(alternatives(text, LISTS).texts) for text in TEXTS)
     assert sum(call[3] for call in runs) == sum(receiver.completion.usage["scored_tokens"] for receiver in receivers)
     assert len(runs) <= lists and not session.lengths.any()
+
+
+def test_an_engine_that_gives_the_logits_of_one_token_in_a_run_gives_the_same_scores(serve):
+    """As a compiled graph does, by the prefill of each token."""
+
+    class OneByOne(Writer):
+        score = DecoderSession.score
+
+    (fast,) = read(serve()[0], scored(1))
+    session = OneByOne(slots=4)
+    with DecoderRuntime(None, session=session, tokenizer=Characters()) as runtime:
+        (slow,) = read(runtime, scored(1))
+    assert slow.completion.scores == fast.completion.scores
+    assert not [call for call in session.calls if call[0] == "score"] and not session.lengths.any()
 
 
 def test_scores_in_a_crowd_are_those_alone_and_others_do_not_notice(serve):
