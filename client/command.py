@@ -159,6 +159,10 @@ def require_readings_of(
     metavar="none|answer|FILE.json",
     help="Hold what is read by machines to its grammar while it is written, or the answer to the JSON schema in FILE.",
 )
+@click.option(
+    "--logprobs", is_flag=True, help="Have the reading say how likely the model found each token; --html shades."
+)
+@click.option("--scores", is_flag=True, help="Have the reading say how sure the model is of each label or option.")
 @connection
 @click.option("-o", "--out", type=OUT_FOLDER, help="Folder of the readings of a FOLDER; made if it is not there.")
 @click.option(
@@ -171,7 +175,7 @@ def require_readings_of(
 @json_option
 def read(
     *, files, task, prompt, mode, variables, history, unchecked_reading, max_new_tokens, temperature, seed,
-    identifiers, guide, out, html_path, json_path, **server,
+    identifiers, guide, logprobs, scores, out, html_path, json_path, **server,
 ):  # fmt: skip
     """Read one patient's radiographs and stream the model's reasoning.
 
@@ -198,6 +202,8 @@ def read(
         "seed": seed,
         "identifiers": identifiers,
         "guide": _guide(guide),
+        "logprobs": logprobs or None,
+        "scores": scores or None,
     }
     if any(file.is_dir() or file.name == DICOMDIR for file in files):
         if len(files) > 1 or history or html_path or not out:
@@ -314,7 +320,7 @@ def received(
 _OPTIONS = (
     (r"REQUEST\.variables\.(\w+)", r"--var \1"),
     (r"REQUEST\.variables", "--var"),
-    (r"REQUEST\.(task|prompt|mode|history|seed|temperature|identifiers|guide)", r"--\1"),
+    (r"REQUEST\.(task|prompt|mode|history|seed|temperature|identifiers|guide|logprobs|scores)", r"--\1"),
     (r"REQUEST\.max_new_tokens", "--max-new-tokens"),
     (r"\bIMAGES: (\d+) given", r"FILE: \1 given"),
     (r"\bREQUEST\b", "the request"),
@@ -336,9 +342,12 @@ def _guide(given: str | None) -> str | dict | None:
     if given is None or given in MODE_GUIDES:
         return given
     try:
-        return {"json_schema": json.loads(Path(given).read_bytes())}
+        if isinstance(schema := json.loads(Path(given).read_bytes()), dict):
+            return {"json_schema": schema}
+        said = "it holds no object"
     except (OSError, ValueError, RecursionError) as error:
-        raise click.BadParameter(f"is neither none nor answer nor a JSON file: {error}", param_hint="--guide") from None
+        said = str(error)
+    raise click.BadParameter(f"{given} is neither none nor answer nor a JSON schema: {said}", param_hint="--guide")
 
 
 def _variables(pairs: tuple[str, ...]) -> dict[str, str | list[str]]:
@@ -385,9 +394,15 @@ def stored_reading(file: Path) -> Reading:
         raise InvalidRequest(f"{file.name}: {said}") from None
 
 
+_HELD = {
+    "answer": ["the answer was held to its grammar while it was written"],
+    "json_schema": ["the answer was held to a JSON schema while it was written"],
+}
+
+
 def _summary(reading: Reading) -> Iterator[tuple[str, list[str]]]:
     """Rows of the table under the streamed text: a name and its lines."""
-    yield "Status", [STATUSES.get(reading.status, reading.status)]
+    yield "Status", [STATUSES.get(reading.status, reading.status), *_HELD.get(reading.guide, [])]
     labels = [finding.label for finding in reading.findings]
     labels += [f"{label} (not in the vocabulary)" for label in reading.unknown_labels]
     if labels:
@@ -396,6 +411,9 @@ def _summary(reading: Reading) -> Iterator[tuple[str, list[str]]]:
         yield "Answer", [", ".join(reading.options)]
     elif reading.answer and not reading.boxes:
         yield "Answer", reading.answer.splitlines()
+    if reading.scores:
+        ranked = sorted(reading.scores.items(), key=lambda pair: -pair[1])
+        yield "Scores", [f"{score:+8.1f}  {name}" for name, score in ranked] + ["Log-odds, not calibrated."]
     if reading.boxes:
         yield (
             "Boxes",
@@ -405,9 +423,6 @@ def _summary(reading: Reading) -> Iterator[tuple[str, list[str]]]:
                 for box in reading.boxes
             ],
         )
-    if reading.guide != "none":
-        to = "a JSON schema" if reading.guide == "json_schema" else "its grammar"
-        yield "Guide", [f"the answer was held to {to} while it was written"]
     flags = [READING_FLAGS.get(flag, flag) for flag in reading.flags]
     for i, facts in enumerate(reading.images, 1):
         where = f"image {i}: " if len(reading.images) > 1 else ""

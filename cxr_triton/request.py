@@ -4,7 +4,9 @@ Keys, all optional: ``task`` (a task of the profile), ``prompt`` (free text in p
 ``variables`` (values of the prompt's placeholders; a list becomes lettered options), ``mode``, ``history`` (earlier
 turns), ``max_new_tokens``, ``temperature``, ``top_p``, ``repetition_penalty``, ``seed``, ``stop``, ``identifiers``
 (``plain``, or ``hashed`` for a reading that carries digests in place of UIDs), ``guide`` (``none``; ``answer`` holds
-what machines read of the answer to its grammar while it is written; ``{"json_schema": {...}}`` makes it JSON).
+what machines read of the answer to its grammar while it is written; ``{"json_schema": {...}}`` makes it JSON),
+``logprobs`` and ``scores`` (true for a reading that says how likely the model found each token, and how sure it is of
+each label or option).
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import json
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from cxr_triton.alternatives import Scoring
 from cxr_triton.errors import InvalidRequest, unknown_key
 from cxr_triton.guide import MODE_GUIDES, answer_grammar, schema_grammar
 from cxr_triton.identity import IDENTIFIERS
-from cxr_triton.profile import PLACEHOLDER, Decoding, ModelProfile
+from cxr_triton.profile import PLACEHOLDER, Decoding, ModelProfile, Task
 
 MAX_REQUEST_BYTES = 256 * 1024
 MAX_TEXT_CHARS = 32_768
@@ -41,6 +44,8 @@ _KEYS = (
     "stop",
     "identifiers",
     "guide",
+    "logprobs",
+    "scores",
 )
 _RANGES = {f.name: f.metadata["range"] for f in dataclasses.fields(Decoding)}
 
@@ -67,6 +72,9 @@ class ReadRequest:
         Of `cxr_triton.guide.GUIDES`.
     guide_grammar : str or None
         What the answer is held to; None where nothing is.
+    logprobs : bool
+    scoring : Scoring or None
+        None where no scores are asked for.
     """
 
     task: str | None
@@ -84,6 +92,8 @@ class ReadRequest:
     identifiers: str
     guide: str
     guide_grammar: str | None
+    logprobs: bool
+    scoring: Scoring | None
     min_images: int
     max_images: int
     system_prompt: str | None
@@ -147,6 +157,8 @@ class ReadRequest:
             identifiers=_identifiers(data),
             guide=guide,
             guide_grammar=held,
+            logprobs=_flag(data, "logprobs"),
+            scoring=_scoring(data, task, answer, mode.grammar, profile.labels) if _flag(data, "scores") else None,
             min_images=task.min_images if task else 0,
             max_images=task.max_images if task else profile.max_images,
             system_prompt=profile.system_prompt,
@@ -248,6 +260,27 @@ def _guide(value: object, default: str) -> tuple[str, dict | None]:
     if not (isinstance(value, dict) and list(value) == ["json_schema"] and isinstance(value["json_schema"], dict)):
         raise InvalidRequest('REQUEST.guide: expected "none", "answer" or {"json_schema": {...}}')
     return "json_schema", value["json_schema"]
+
+
+def _flag(data: dict, key: str) -> bool:
+    value = data.get(key, False)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"REQUEST.{key}: is {type(value).__name__}, expected true or false")
+    return value
+
+
+def _scoring(data: dict, task: Task | None, answer: str, grammar: str, labels: tuple[str, ...]) -> Scoring:
+    if answer == "option":
+        options = data.get("variables", {}).get("options")
+        return Scoring(grammar=grammar, answer=answer, choices=tuple(options) if isinstance(options, list) else ())
+    if answer not in ("labels", "text") or not labels:
+        what = "a free prompt's answer has no labels in the served profile"
+        if answer == "json":
+            what = "the guide makes the answer JSON"
+        elif task:
+            what = f"the task answers in {answer}" if labels or answer != "text" else "the served profile has no labels"
+        raise InvalidRequest(f"REQUEST.scores: {what}; scores are of labels and of options, so leave it out")
+    return Scoring(grammar=grammar, answer=answer, choices=labels)
 
 
 def _number(data: dict, key: str, default, low, high):

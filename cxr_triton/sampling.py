@@ -34,6 +34,8 @@ class Sampling:
     guide : str, optional
         Grammar of `cxr_triton.guide` that the text follows; it ends only where the grammar does. Tokens are taken of
         those that it allows, before `top_p` keeps the likeliest.
+    logprobs : bool
+        Say how likely the model found each token; see `cxr_triton.engines.runtime.sampler.log_softmax`.
 
     Raises
     ------
@@ -49,6 +51,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     guide: str | None = None
+    logprobs: bool = False
 
     def __post_init__(self):
         for name, (allowed, holds) in _ALLOWED.items():
@@ -87,5 +90,6 @@ _ALLOWED: dict[str, tuple[str, Callable[[object], bool]]] = {
         lambda value: _is_list(value, lambda text: isinstance(text, str) and text != ""),
     ),
     "guide": ("a grammar, or None", lambda value: value is None or isinstance(value, str)),
+    "logprobs": ("true or false", lambda value: isinstance(value, bool)),
     "eos_token_ids": ("token ids", lambda value: _is_list(value, lambda id_: _is_whole(id_, 0) and id_ < 1 << 31)),
 }

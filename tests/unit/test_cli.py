@@ -437,6 +437,8 @@ def test_options_become_the_request(png, tmp_path):
             "hashed",
             "--guide",
             schema,
+            "--logprobs",
+            "--scores",
         )
         assert result.exit_code == 0
         assert server.asked == {
@@ -454,6 +456,8 @@ def test_options_become_the_request(png, tmp_path):
             "seed": 3,
             "identifiers": "hashed",
             "guide": {"json_schema": {"type": "string"}},
+            "logprobs": True,
+            "scores": True,
         }
         assert "held to a JSON schema while it was written" in result.output
         assert run("read", png, "--url", server.url, "--guide", "answer").exit_code == 0
@@ -466,8 +470,9 @@ def test_options_become_the_request(png, tmp_path):
     ("args", "code", "message"),
     [
         (["--var", "novalue"], 2, "KEY=VALUE"),
-        (["--guide", "answers"], 2, "neither none nor answer nor a JSON file"),
-        (["--guide", "text.json"], 2, "neither none nor answer nor a JSON file"),
+        (["--guide", "answers"], 2, "neither none nor answer nor a JSON schema"),
+        (["--guide", "bad.json"], 2, "neither none nor answer nor a JSON schema"),
+        (["--guide", "text.json"], 2, "neither none nor answer nor a JSON schema"),
         (["--timeout-s", "0"], 2, "timeout-s"),
         (["no-such-file.dcm"], 2, "no-such-file.dcm"),
         (["--history", "bad.json"], 1, "[INVALID_REQUEST] bad.json"),
