@@ -138,7 +138,8 @@ def test_answers_follow_a_guide(served, profile):
         for seed in range(6):
             drawn = reader.read([data], guide="answer", temperature=1.5, seed=seed, max_new_tokens=600).result()
             assert drawn.status in ("ok", "truncated") and not drawn.unknown_labels
-        at_once = reader.read([data], mode="labels").result()
+        at_once = reader.read([data], mode="labels", scores=True).result()
+        assert set(at_once.scores) == set(profile.labels)
         assert at_once.status == "ok" and at_once.findings and at_once.text.startswith("<answer>")
         assert at_once.usage["completion_tokens"] < plain.usage["completion_tokens"] / 2
         as_json = reader.read([data], guide={"json_schema": schema}).result()
