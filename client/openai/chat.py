@@ -196,7 +196,7 @@ def _role(message: object, where: str) -> str:
         raise InvalidRequest(f"{where}.role: is {role!r:.60}, expected user or assistant")
     for key, value in message.items():
         if key not in _MESSAGE_KEYS and value:
-            raise InvalidRequest(unknown_key(key[:60], _MESSAGE_KEYS, where))
+            raise InvalidRequest(f"{where}: {unknown_key(key[:60], _MESSAGE_KEYS, 'a message')}")
     return role
 
 

@@ -54,8 +54,8 @@ class Refusal(Exception):
     """
 
     def __init__(self, error: CxrError, *, status: int | None = None, param: str | None = None):
-        super().__init__(error.message)
         self.code, self.message = error.code, in_parameters(error.message)
+        super().__init__(self.message)
         self.status = status or status_of(error.code)
         self.param = param or _param(error, self.message)
         self.headers = {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, QueueFull | Unavailable) else {}
