@@ -9,6 +9,7 @@ from cxr_triton.errors import (
     CxrError,
     InvalidImage,
     InvalidRequest,
+    PromptTooLong,
     QueueFull,
     Unavailable,
 )
@@ -83,7 +84,7 @@ def in_parameters(message: str) -> str:
 
 
 def _param(error: CxrError, message: str) -> str | None:
-    if isinstance(error, InvalidImage):
+    if isinstance(error, InvalidImage | PromptTooLong):
         return "messages"
     found = re.match(r"(?:unknown key '(\w+)'|([a-z_]+)(?=[:.\[]))", message)
     return (found[1] or found[2]) if found and isinstance(error, InvalidRequest) else None
