@@ -27,14 +27,14 @@ class Splitter:
     Parameters
     ----------
     grammar : str
-        One of `cxr_triton.profile.GRAMMARS`. In ``think_answer`` all that stands in no reasoning block is content, in
-        ``boxed`` what the boxes hold, in ``plain`` everything.
+        One of `cxr_triton.profile.GRAMMARS`. In ``boxed`` the content is what the boxes hold, in ``plain`` everything,
+        elsewhere all that stands in no reasoning block.
     """
 
     def __init__(self, grammar: str):
-        self._take = {"think_answer": self._tagged, "boxed": self._boxed, "plain": self._plain}[grammar]
+        self._take = {"boxed": self._boxed, "plain": self._plain}.get(grammar, self._tagged)
         self._kept = ""  # may be the beginning of a mark
-        self._block: str | None = None  # of think_answer: think or answer
+        self._block: str | None = None  # of tags: think or answer
         self._depth = 0  # of braces in a box
         self._is_after_box = False
         # what sets a box off from the text before it
