@@ -15,7 +15,8 @@ class Answer:
     """One completion: its name, its time, and the bodies that tell of it."""
 
     def __init__(self, model: str, *, include_usage: bool = False):
-        self._same = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self.id = f"chatcmpl-{secrets.token_hex(12)}"
+        self._same: dict[str, Any] = {"id": self.id, "created": int(time.time()), "model": model}
         self._include_usage = include_usage
 
     def chunk(self, delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> dict[str, Any]:

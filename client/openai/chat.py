@@ -135,6 +135,8 @@ def _asked(data: dict[str, Any]) -> dict[str, Any]:
     if "stop" in data:
         asked["stop"] = [data["stop"]] if isinstance(data["stop"], str) else data["stop"]
     if neutral("response_format") is None and (guide := _guide(_object(data, "response_format"))):
+        if "guide" in asked:
+            raise InvalidRequest("guide: response_format holds the answer to a schema already; drop one")
         asked["guide"] = guide
     return asked
 

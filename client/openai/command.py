@@ -40,6 +40,13 @@ _SECONDS, _COUNT = click.FloatRange(0.1, 3600), click.IntRange(1, 10_000)
 @click.option("--max-connections", type=_COUNT, default=256, show_default=True)
 @click.option("--max-per-address", type=_COUNT, default=256, show_default=True, help="Of these, from one address.")
 @click.option("--max-body-mib", type=click.IntRange(1, 1024), default=64, show_default=True, help="Pictures in base64.")
+@click.option(
+    "--max-bodies-mib",
+    type=click.IntRange(1, 65536),
+    default=256,
+    show_default=True,
+    help="Of all bodies on their way in; in memory it is some four times as much.",
+)
 @click.option("--body-s", type=_SECONDS, default=60.0, show_default=True, help="For the body of a request to come.")
 @click.option("--write-s", type=_SECONDS, default=30.0, show_default=True, help="For a client to take an event.")
 @click.option(

@@ -48,26 +48,28 @@ class Completions:
         self._settings, self._reader, self._profile = settings, reader, profile
         self._metrics, self._log = metrics, log
         self.under_way = 0
+        self._taking_in = 0  # bytes
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """One completion; raises `Refusal` or `CxrError` before the first byte of an answer, and none later."""
         trace = _Trace()
         with self._told(trace), self._counted():
-            body = await self._body(request)
             profile = await self._profile()
-            chat = await asyncio.to_thread(ChatRequest.from_body, body, profile)
-            del body
-            trace.facts |= {"stream": chat.stream, "images": len(chat.images)}
-            stream = self._reader.read(chat.images, **chat.asked)
+            with self._room(request):
+                chat = await asyncio.to_thread(ChatRequest.from_body, await self._body(request), profile)
+                stream = self._reader.read(chat.images, **chat.asked)
+            answer = Answer(profile.name, include_usage=chat.include_usage)
+            completion, is_streamed = _Completion(stream, chat.grammar, answer), chat.stream
+            trace.facts |= {"id": answer.id, "stream": is_streamed, "images": len(chat.images)}
+            del chat  # and the pictures, which are sent with the stream's first step
             async with stream:
-                text = await anext(stream, "")  # so that what is refused has its own status
+                await completion.begin()  # so that what is refused has its own status
                 self._metrics.first_text_s.observe(trace.elapsed_s)
-                completion = _Completion(stream, text, chat, Answer(profile.name, include_usage=chat.include_usage))
-                if chat.stream:
+                if is_streamed:
                     return await self._stream(request, completion, trace)
-                answer = await completion.whole()
+                body = await completion.whole()
                 trace.outcome = _complete(stream).status
-                return web.json_response(answer)
+                return web.json_response(body, headers={"x-request-id": answer.id})
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -82,6 +84,22 @@ class Completions:
         finally:
             self.under_way -= 1
             self._metrics.under_way.dec()
+
+    @contextlib.contextmanager
+    def _room(self, request: web.Request) -> Iterator[None]:
+        """Bodies lie in memory several times over, as text, as JSON and decoded, until they are sent on."""
+        most = self._settings.max_body_mib << 20
+        size = min(request.content_length or most, most)
+        if self._taking_in and self._taking_in + size > self._settings.max_bodies_mib << 20:
+            raise QueueFull(
+                f"{self._taking_in >> 20} MiB are on their way in, allowed {self._settings.max_bodies_mib} MiB; "
+                "send it later"
+            )
+        self._taking_in += size
+        try:
+            yield
+        finally:
+            self._taking_in -= size
 
     @contextlib.contextmanager
     def _told(self, trace: _Trace) -> Iterator[None]:
@@ -114,7 +132,7 @@ class Completions:
             raise Refusal(error, status=408) from None
 
     async def _stream(self, request: web.Request, completion: _Completion, trace: _Trace) -> web.StreamResponse:
-        response = web.StreamResponse(headers=_STREAM_HEADERS)
+        response = web.StreamResponse(headers={**_STREAM_HEADERS, "x-request-id": completion.answer.id})
         try:
             async with asyncio.timeout(self._settings.write_s):
                 await response.prepare(request)
@@ -154,25 +172,30 @@ class _Trace:
 
 
 class _Completion:
-    """A reading that has begun, as the parts of an answer."""
+    """A reading as the parts of an answer."""
 
-    def __init__(self, stream: AsyncReadingStream, text: str, chat: ChatRequest, answer: Answer):
-        self.stream, self._text, self._answer = stream, text, answer
-        self._splitter = Splitter(chat.grammar)
+    def __init__(self, stream: AsyncReadingStream, grammar: str, answer: Answer):
+        self.stream, self.answer = stream, answer
+        self._splitter = Splitter(grammar)
+        self._text = ""
+
+    async def begin(self) -> None:
+        """Send the request and wait for its first text."""
+        self._text = await anext(self.stream, "")
 
     async def whole(self) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         texts = {REASONING: "", CONTENT: ""}
         async for part, text in self._parts():
             texts[part] += text
-        return self._answer.whole(_complete(self.stream), texts[REASONING], texts[CONTENT])
+        return self.answer.whole(_complete(self.stream), texts[REASONING], texts[CONTENT])
 
     async def chunks(self):
         """The events of one that is."""
-        yield self._answer.chunk({"role": "assistant", "content": ""})
+        yield self.answer.chunk({"role": "assistant", "content": ""})
         async for part, text in self._parts():
-            yield self._answer.chunk({part: text})
-        for chunk in self._answer.last_chunks(_complete(self.stream)):
+            yield self.answer.chunk({part: text})
+        for chunk in self.answer.last_chunks(_complete(self.stream)):
             yield chunk
 
     async def _parts(self):

@@ -71,6 +71,8 @@ PARAMETERS: dict[str, Parameter] = {
     ),
     "logprobs": Parameter(TAKEN, _BOOLEAN, "of each token of the answer", "logprobs"),
     "response_format": Parameter(TAKEN, {"type": "object"}, 'type "text" or "json_schema"'),
+    "guide": Parameter(TAKEN, {"enum": ["none", "answer"]}, "answer holds an answer to its grammar", "guide"),
+    "scores": Parameter(TAKEN, _BOOLEAN, "how sure the model is of each label, in the reading", "scores"),
     # Of this server, as the client's extra_body.
     "task": Parameter(TAKEN, _TEXT, "a task of the profile, in place of a text in the last message", "task"),
     "mode": Parameter(TAKEN, _TEXT, "how to answer, a mode of the profile", "mode"),
@@ -115,6 +117,8 @@ PARAMETERS: dict[str, Parameter] = {
 NOT_YET: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "response_format": ({"type": "text"},),
+    "guide": ("none",),
+    "scores": (False,),
 }
 """Taken by the table and not yet by the REQUEST: refused but for these values. A row less here makes one work."""
 

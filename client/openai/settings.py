@@ -32,8 +32,8 @@ class Settings(Checked):
         From the request to the end of the reading.
     max_requests : int
         Completions under way; one more is `QUEUE_FULL`.
-    max_body_mib : int
-        Largest body of a request.
+    max_body_mib, max_bodies_mib : int
+        Largest body of a request, and of all that are on their way in; one more is `QUEUE_FULL`.
     body_s, write_s : float
         For a whole body to come, and for the client to take an event.
     grace_s : float
@@ -56,6 +56,7 @@ class Settings(Checked):
     timeout_s: float = in_range(0.1, 86400.0, default=600.0)
     max_requests: int = in_range(1, 10_000, default=64)
     max_body_mib: int = in_range(1, 1024, default=64)
+    max_bodies_mib: int = in_range(1, 65536, default=256)
     max_connections: int = in_range(1, 10_000, default=256)
     max_per_address: int = in_range(1, 10_000, default=256)
     body_s: float = in_range(0.1, 3600.0, default=60.0)

@@ -334,6 +334,8 @@ def test_a_body_that_is_no_json_object(site, data):
 def test_what_the_request_cannot_take_yet_is_refused_by_one_row(name, monkeypatch):
     value = {
         "logprobs": True,
+        "scores": True,
+        "guide": "answer",
         "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
     }
     with pytest.raises(Refusal, match="no served reader takes it yet") as refused:
@@ -350,7 +352,7 @@ def test_what_the_request_cannot_take_yet_is_refused_by_one_row(name, monkeypatc
     monkeypatch.setattr("cxr_triton.client.openai.chat.ReadRequest.from_json", capture)
     with pytest.raises(Refusal, match="seen"):
         asked(body(**{name: value[name]}))
-    key = {"logprobs": {"logprobs": True}, "response_format": {"guide": {"json_schema": {"type": "object"}}}}[name]
+    key = {"guide": {"json_schema": {"type": "object"}}} if name == "response_format" else {name: value[name]}
     assert sent == {"prompt": "Is the heart large?", **key}
 
 
@@ -462,6 +464,17 @@ def test_more_at_once_than_allowed_is_a_full_queue():
             stream.close()
             triton.answer = answering()
             until(lambda: server.ask("POST", "/v1/chat/completions", body())[0] == 200)
+
+
+def test_more_bytes_on_their_way_in_than_allowed():
+    with served(max_bodies_mib=1, max_body_mib=2) as (_, server):
+        with socket.create_connection(server.address) as peer:
+            peer.sendall(head(1 << 20) + b"{")
+            until(lambda: server.service._completions.under_way == 1)
+            status, _, answer = post(server, body(user("Large?", image(bytes(99_999)))))
+            assert (status, answer["error"]["code"]) == (429, "QUEUE_FULL")
+        until(lambda: server.service._completions.under_way == 0)
+        assert post(server, body(user("Large?", image(bytes(99_999)))))[0] == 200
 
 
 def test_more_connections_than_allowed():
