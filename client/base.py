@@ -64,6 +64,8 @@ class BaseReader(Generic[Stream]):
         seed: int | None = None,
         stop: Sequence[str] | None = None,
         identifiers: str | None = None,
+        logprobs: bool | None = None,
+        scores: bool | None = None,
     ) -> Stream:
         """One reading of one patient's pictures; what is None is left to the server's profile.
 
@@ -72,7 +74,7 @@ class BaseReader(Generic[Stream]):
         images : bytes, path, or a sequence of these
             DICOM Part 10, PNG or JPEG; prior first, current last; none for a text-only task. Paths are read here.
         task, prompt, mode, history, variables, max_new_tokens, temperature, top_p, repetition_penalty, seed, stop,
-        identifiers
+        identifiers, logprobs, scores
             Keys of the request, see `cxr_triton.request.ReadRequest`.
 
         Returns
@@ -100,6 +102,8 @@ class BaseReader(Generic[Stream]):
             "seed": seed,
             "stop": stop,
             "identifiers": identifiers,
+            "logprobs": logprobs,
+            "scores": scores,
         }
         contents = wire.image_bytes(images)
         message = wire.infer_request(self.model, contents, request, self.max_message_mib)

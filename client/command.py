@@ -153,6 +153,10 @@ def require_readings_of(
     show_envvar=True,
     help="How the reading names its images' UIDs; plain if left out. Hashed also keeps file name and date off --html.",
 )
+@click.option(
+    "--logprobs", is_flag=True, help="Have the reading say how likely the model found each token; --html shades."
+)
+@click.option("--scores", is_flag=True, help="Have the reading say how sure the model is of each label or option.")
 @connection
 @click.option("-o", "--out", type=OUT_FOLDER, help="Folder of the readings of a FOLDER; made if it is not there.")
 @click.option(
@@ -165,7 +169,7 @@ def require_readings_of(
 @json_option
 def read(
     *, files, task, prompt, mode, variables, history, unchecked_reading, max_new_tokens, temperature, seed,
-    identifiers, out, html_path, json_path, **server,
+    identifiers, logprobs, scores, out, html_path, json_path, **server,
 ):  # fmt: skip
     """Read one patient's radiographs and stream the model's reasoning.
 
@@ -191,6 +195,8 @@ def read(
         "temperature": temperature,
         "seed": seed,
         "identifiers": identifiers,
+        "logprobs": logprobs or None,
+        "scores": scores or None,
     }
     if any(file.is_dir() or file.name == DICOMDIR for file in files):
         if len(files) > 1 or history or html_path or not out:
@@ -307,7 +313,7 @@ def received(
 _OPTIONS = (
     (r"REQUEST\.variables\.(\w+)", r"--var \1"),
     (r"REQUEST\.variables", "--var"),
-    (r"REQUEST\.(task|prompt|mode|history|seed|temperature|identifiers)", r"--\1"),
+    (r"REQUEST\.(task|prompt|mode|history|seed|temperature|identifiers|logprobs|scores)", r"--\1"),
     (r"REQUEST\.max_new_tokens", "--max-new-tokens"),
     (r"\bIMAGES: (\d+) given", r"FILE: \1 given"),
     (r"\bREQUEST\b", "the request"),
@@ -379,6 +385,9 @@ def _summary(reading: Reading) -> Iterator[tuple[str, list[str]]]:
         yield "Answer", [", ".join(reading.options)]
     elif reading.answer and not reading.boxes:
         yield "Answer", reading.answer.splitlines()
+    if reading.scores:
+        ranked = sorted(reading.scores.items(), key=lambda pair: -pair[1])
+        yield "Scores", [f"{score:+8.1f}  {name}" for name, score in ranked] + ["Log-odds, not calibrated."]
     if reading.boxes:
         yield (
             "Boxes",

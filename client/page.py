@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+import bisect
 import datetime
 import io
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cxr_triton.alternatives import SCORE_LIMIT
 from cxr_triton.identity import UIDS, require_same_images
 from cxr_triton.numbers import duration, glued, moment, number, percent
 from cxr_triton.page import paragraphs, render
@@ -23,6 +27,11 @@ from cxr_triton.reading import LATERALITIES, STAGES, STATUSES, Box, Reading, ima
 PAGE_PIXELS, DOCUMENT_PIXELS = 1024 * 1024, 640 * 640
 """Most pixels of a picture on a page and in a document."""
 
+SHADES = (0.9, 0.5, 0.2)
+"""A word is shaded once more for each of these that its probability is below."""
+
+_BOLD = re.compile(r"\*\*.+?\*\*")
+_WORD = re.compile(r"\*\*|\s+|(?:(?!\*\*)\S)+")
 _MODEL = {"title": "model", "profile": "profile", "revision": "revision", "engine": "engine", "precision": "precision"}
 _IMAGE = {
     "transfer_syntax_name": "transfer syntax",
@@ -146,6 +155,8 @@ def reading_page(
         status=STATUSES.get(reading.status, reading.status),
         doubts=_doubts(reading),
         chips=_chips(reading),
+        scores=_scores(reading),
+        words=_words(reading),
         pictures=[_picture(reading, i, picture, len(pictures)) for i, picture in enumerate(pictures)],
         boxes=[_box(box) for box in reading.boxes],
         turns=_turns(reading, history),
@@ -173,6 +184,42 @@ def _origin(picture: Shown, index: int, count: int) -> str:
 def _chips(reading: Reading) -> list[str]:
     chips = [finding.label for finding in reading.findings] + list(reading.options)
     return chips or list(dict.fromkeys(box.label or "unnamed" for box in reading.boxes))
+
+
+def _scores(reading: Reading) -> list[tuple[str, float, float, str]]:
+    """A bar for each label or option from the middle on, the likeliest first, for the macro ``bars`` of parts.html."""
+    ranked = sorted(reading.scores.items(), key=lambda pair: -pair[1])
+    bars = [(name, score, min(abs(score), SCORE_LIMIT) / (2 * SCORE_LIMIT)) for name, score in ranked]
+    return [(name, 0.5 - length if score < 0 else 0.5, length, f"{score:+.1f}") for name, score, length in bars]
+
+
+def _words(reading: Reading) -> list[tuple[str, bool, int, str]]:
+    """The reasoning in pieces: its text, whether it stood in ``**``, how uncertain it is as an index of `SHADES`.
+
+    A word is as likely as all its tokens together. Empty where the reading does not say it.
+    """
+    reasoning = reading.reasoning
+    if not (reading.token_logprobs and reasoning) or (begin := reading.text.find(reasoning)) < 0:
+        return []
+    bold = [match.span() for match in _BOLD.finditer(reasoning)]
+    pieces: list[tuple[str, bool, int, str]] = []
+    for match in _WORD.finditer(reasoning):
+        start, stop = match.span()
+        is_bold = any(first <= start and stop <= last for first, last in bold)
+        if match[0] == "**" and is_bold:
+            continue
+        shade, told = 0, ""
+        if not match[0].isspace():
+            first = bisect.bisect_right(reading.token_ends, begin + start)
+            last = bisect.bisect_left(reading.token_ends, begin + stop)
+            likely = math.exp(sum(reading.token_logprobs[first : last + 1]))
+            shade = sum(likely < limit for limit in SHADES)
+            told = f"{100 * likely:.0f} % likely to the model" if shade else ""
+        if pieces and not shade and not pieces[-1][2] and pieces[-1][1] == is_bold:
+            pieces[-1] = (pieces[-1][0] + match[0], is_bold, 0, "")
+        else:
+            pieces.append((match[0], is_bold, shade, told))
+    return pieces
 
 
 def _doubts(reading: Reading) -> list[str]:

@@ -164,9 +164,13 @@ class ChatTokenizer:
             if part in self._special:
                 ids.append(self._special[part])
             elif part:
-                with _naming_panics():
-                    ids.extend(self._tokenizer.encode(part.replace(mark, ""), add_special_tokens=False).ids)
+                ids.extend(self.text_ids(part.replace(mark, "")))
         return ids
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of a text by itself; what spells a special token in it stays text."""
+        with _naming_panics():
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def stream(self) -> TokenStream:
         """A new incremental detokenizer."""

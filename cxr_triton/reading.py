@@ -24,8 +24,10 @@ STATUSES = {
     "out_of_vocabulary": "out of vocabulary: the answer lists labels that the model was not trained to give",
     "doubtful_image": "of a doubtful image: it may be damaged, no chest, or of a view new to the model; see the flags",
 }
-STAGES = ("image_decode", "preprocess", "vision", "queue", "prefill", "decode", "report")
-"""Of `Reading.timings_ms`, one after the other."""
+STAGES = ("image_decode", "preprocess", "vision", "queue", "prefill", "decode", "scores", "report")
+"""Of `Reading.timings_ms`, one after the other; ``scores`` only where they were asked for."""
+ASKED = ("token_logprobs", "token_ends", "scores")
+"""Keys that only a reading has for which they were asked."""
 LATERALITIES = {"L": "left", "R": "right", "U": "unpaired", "B": "both"}
 FLAGS = {
     "thinking_alias": "the reasoning block is written <thinking>",
@@ -66,10 +68,13 @@ class Finding:
         As the profile spells it.
     written : str
         As the model spelled it.
+    score : float or None
+        As in `Reading.scores`; None where none was asked for.
     """
 
     label: str
     written: str
+    score: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +154,14 @@ class Reading(Parsed):
     timings_ms : dict of str to float
     notice : str
         Research-only notice; show it wherever the reading is shown.
+    token_logprobs : tuple of float
+        Log-probability of each token in nats, by the model's own logits; empty where they were not asked for.
+    token_ends : tuple of int
+        Where in `text` each of them ends, in characters.
+    scores : dict of str to float
+        Log-odds, in nats, of the answer with each label or option and without it, given the reasoning that was written;
+        from -15 to 15 (`cxr_triton.alternatives.SCORE_LIMIT`). Not calibrated, and no probability of a disease. Empty
+        where they were not asked for, or where the answer has no list that could be taken apart.
     """
 
     task: str | None
@@ -158,6 +171,9 @@ class Reading(Parsed):
     usage: dict[str, int] = field(default_factory=dict)
     timings_ms: dict[str, float] = field(default_factory=dict)
     notice: str
+    token_logprobs: tuple[float, ...] = ()
+    token_ends: tuple[int, ...] = ()
+    scores: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, parsed: Parsed, **facts) -> Reading:
@@ -166,7 +182,10 @@ class Reading(Parsed):
 
     def to_json(self) -> str:
         """READING, one JSON object as ``docs/reading.schema.json`` describes it."""
-        return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, ensure_ascii=False, allow_nan=False)
+        data = dataclasses.asdict(self)
+        data["findings"] = [{k: v for k, v in each.items() if v is not None} for each in data["findings"]]
+        data = {key: value for key, value in data.items() if value or key not in ASKED}
+        return json.dumps({"version": VERSION, **data}, ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Reading:
@@ -182,7 +201,8 @@ class Reading(Parsed):
             version = data["version"]
             if version != VERSION:
                 raise ServerMismatch(f"READING: version {version}, this client reads {VERSION}; install the server's")
-            return cls(**{f.name: _typed(f.name, data[f.name]) for f in dataclasses.fields(cls)})
+            names = [f.name for f in dataclasses.fields(cls) if f.name in data or f.name not in ASKED]
+            return cls(**{name: _typed(name, data[name]) for name in names})
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ServerMismatch(
                 f"READING: is not a reading: {type(error).__name__} {error}; use a client of the server's version"
@@ -357,6 +377,23 @@ def _boxed(text: str, flags: dict) -> tuple[str | None, str | None]:
     return reasoning, content
 
 
+def answer_span(text: str, grammar: str) -> tuple[int, int, int] | None:
+    """Where the last answer begins and ends, and where what closes it ends; None where there is no closed one."""
+    if grammar == "plain":
+        return 0, len(text), len(text)
+    if grammar == "boxed":
+        last = _last_box(text, {})
+        return (last.start, last.stop, last.end) if last else None
+    start, span = None, None
+    for tag in _TAG.finditer(text):
+        if tag[2].lower() != "answer":
+            continue
+        if tag[1] and start is not None:
+            span = start, tag.start(), tag.end()
+        start = None if tag[1] else tag.end()
+    return span
+
+
 class _Boxed(NamedTuple):
     start: int  # of the content
     stop: int
@@ -483,17 +520,23 @@ def _kinds() -> dict[str, Any]:
     return kinds
 
 
+def _score(value: object) -> float | None:
+    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+        raise TypeError(f"findings.score is {type(value).__name__}")
+    return value
+
+
 def _typed(name: str, value: Any) -> Any:
     if not isinstance(value, _kinds()[name]):
         raise TypeError(f"{name} is {type(value).__name__}")
-    if name in ("usage", "timings_ms"):
-        for key, number in value.items():
+    if name in ("usage", "timings_ms", *ASKED):
+        for key, number in value.items() if isinstance(value, dict) else enumerate(value):
             if not isinstance(number, int | float) or isinstance(number, bool):
                 raise TypeError(f"{name}.{key} is {type(number).__name__}")
     if name == "images" and not all(isinstance(facts, dict) for facts in value):
         raise TypeError("images has an item that is no object")
     if name == "findings":
-        return tuple(Finding(label=item["label"], written=item["written"]) for item in value)
+        return tuple(Finding(label=f["label"], written=f["written"], score=_score(f.get("score"))) for f in value)
     if name == "boxes":
         return tuple(
             Box(

@@ -3,7 +3,8 @@
 Keys, all optional: ``task`` (a task of the profile), ``prompt`` (free text in place of the task's prompt),
 ``variables`` (values of the prompt's placeholders; a list becomes lettered options), ``mode``, ``history`` (earlier
 turns), ``max_new_tokens``, ``temperature``, ``top_p``, ``repetition_penalty``, ``seed``, ``stop``, ``identifiers``
-(``plain``, or ``hashed`` for a reading that carries digests in place of UIDs).
+(``plain``, or ``hashed`` for a reading that carries digests in place of UIDs), ``logprobs`` and ``scores`` (true for a
+reading that says how likely the model found each token, and how sure it is of each label or option).
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import json
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from cxr_triton.alternatives import Scoring
 from cxr_triton.errors import InvalidRequest, unknown_key
 from cxr_triton.identity import IDENTIFIERS
-from cxr_triton.profile import PLACEHOLDER, Decoding, ModelProfile
+from cxr_triton.profile import PLACEHOLDER, Decoding, ModelProfile, Task
 
 MAX_REQUEST_BYTES = 256 * 1024
 MAX_TEXT_CHARS = 32_768
@@ -38,6 +40,8 @@ _KEYS = (
     "seed",
     "stop",
     "identifiers",
+    "logprobs",
+    "scores",
 )
 _RANGES = {f.name: f.metadata["range"] for f in dataclasses.fields(Decoding)}
 
@@ -60,6 +64,9 @@ class ReadRequest:
         None lets the decoder draw one.
     identifiers : str
         Of `cxr_triton.identity.IDENTIFIERS`.
+    logprobs : bool
+    scoring : Scoring or None
+        None where no scores are asked for.
     """
 
     task: str | None
@@ -75,6 +82,8 @@ class ReadRequest:
     seed: int | None
     stop: tuple[str, ...]
     identifiers: str
+    logprobs: bool
+    scoring: Scoring | None
     min_images: int
     max_images: int
     system_prompt: str | None
@@ -120,6 +129,8 @@ class ReadRequest:
             seed=_number(data, "seed", None, 0, MAX_SEED),
             stop=_stop(data.get("stop", [])),
             identifiers=_identifiers(data),
+            logprobs=_flag(data, "logprobs"),
+            scoring=_scoring(data, task, mode.grammar, profile.labels) if _flag(data, "scores") else None,
             min_images=task.min_images if task else 0,
             max_images=task.max_images if task else profile.max_images,
             system_prompt=profile.system_prompt,
@@ -208,6 +219,26 @@ def _identifiers(data: dict) -> str:
     if value not in IDENTIFIERS:
         raise InvalidRequest(f"REQUEST.identifiers: {value[:60]!r} is none of {', '.join(IDENTIFIERS)}")
     return value
+
+
+def _flag(data: dict, key: str) -> bool:
+    value = data.get(key, False)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"REQUEST.{key}: is {type(value).__name__}, expected true or false")
+    return value
+
+
+def _scoring(data: dict, task: Task | None, grammar: str, labels: tuple[str, ...]) -> Scoring:
+    answer = task.answer if task else "text"
+    if answer == "option":
+        options = data.get("variables", {}).get("options")
+        return Scoring(grammar=grammar, answer=answer, choices=tuple(options) if isinstance(options, list) else ())
+    if answer not in ("labels", "text") or not labels:
+        what = "a free prompt's answer has no labels in the served profile"
+        if task:
+            what = f"the task answers in {answer}" if labels or answer != "text" else "the served profile has no labels"
+        raise InvalidRequest(f"REQUEST.scores: {what}; scores are of labels and of options, so leave it out")
+    return Scoring(grammar=grammar, answer=answer, choices=labels)
 
 
 def _number(data: dict, key: str, default, low, high):

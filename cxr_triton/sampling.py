@@ -31,6 +31,8 @@ class Sampling:
         The text ends before the first of these.
     eos_token_ids : tuple of int
         Tokens that end the generation.
+    logprobs : bool
+        Say how likely the model found each token; see `cxr_triton.engines.runtime.sampler.log_softmax`.
 
     Raises
     ------
@@ -45,6 +47,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    logprobs: bool = False
 
     def __post_init__(self):
         for name, (allowed, holds) in _ALLOWED.items():
@@ -82,5 +85,6 @@ _ALLOWED: dict[str, tuple[str, Callable[[object], bool]]] = {
         "strings that are not empty",
         lambda value: _is_list(value, lambda text: isinstance(text, str) and text != ""),
     ),
+    "logprobs": ("true or false", lambda value: isinstance(value, bool)),
     "eos_token_ids": ("token ids", lambda value: _is_list(value, lambda id_: _is_whole(id_, 0) and id_ < 1 << 31)),
 }

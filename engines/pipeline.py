@@ -8,17 +8,19 @@ CLOCK_MONOTONIC, which all processes of a machine share.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from cxr_triton.alternatives import Scoring
 from cxr_triton.chat import ChatTokenizer
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.verify.record import is_verified
@@ -146,7 +148,9 @@ class Preprocessor:
                 "seed": asked.seed,
                 "stop": list(asked.stop),
                 "eos_token_ids": list(geometry.eos_token_ids),
+                "logprobs": asked.logprobs,
             },
+            "scoring": dataclasses.asdict(asked.scoring) if asked.scoring else None,
             "images": [
                 {**picture.facts, "identity": identify(picture.facts["identity"]), "grid": [vision.rows, vision.cols]}
                 for picture, vision in zip(pictures, inputs, strict=True)
@@ -195,8 +199,27 @@ def sampling_of(context: str) -> Sampling:
     InvalidRequest
         CONTEXT was not written by `Preprocessor`, or asks for a sampling that does not exist.
     """
-    try:
+    with _reading_context():
         return Sampling(**json.loads(context)["sampling"])
+
+
+def scoring_of(context: str) -> Scoring | None:
+    """What of the answer the decoder shall score, out of CONTEXT; None where nothing is asked for.
+
+    Raises
+    ------
+    InvalidRequest
+        CONTEXT was not written by `Preprocessor`.
+    """
+    with _reading_context():
+        asked = json.loads(context)["scoring"]
+        return Scoring(**{**asked, "choices": tuple(asked["choices"])}) if asked else None
+
+
+@contextlib.contextmanager
+def _reading_context() -> Iterator[None]:
+    try:
+        yield
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidRequest(
             f"CONTEXT is not what dicom_preprocess writes ({type(error).__name__}: {error}); "
@@ -221,8 +244,9 @@ def build_reading(completion: dict) -> Reading:
     """Last stage: the typed reading of a COMPLETION.
 
     `Reading.timings_ms` covers the way from the start of preprocessing to here: ``image_decode``, ``preprocess``,
-    ``vision`` (waiting for the encoder included), ``queue``, ``prefill``, ``decode`` and ``report``, each with its way
-    through Triton; ``total`` is their sum, ``first_token`` the time until the decoder had the first token.
+    ``vision`` (waiting for the encoder included), ``queue``, ``prefill``, ``decode``, ``scores`` (where they were asked
+    for) and ``report``, each with its way through Triton; ``total`` is their sum, ``first_token`` the time until the
+    decoder had the first token.
     """
     context = completion["context"]
     parsed = parse(
@@ -235,25 +259,29 @@ def build_reading(completion: dict) -> Reading:
     )
     if parsed.status == "ok" and any(DOUBTFUL & set(facts["flags"]) for facts in context["images"]):
         parsed = dataclasses.replace(parsed, status="doubtful_image")
-    decoder_ms = completion["timings_ms"]
+    scores, decoder_ms = completion["scores"], completion["timings_ms"]
+    findings = tuple(dataclasses.replace(each, score=scores.get(each.label)) for each in parsed.findings)
     received_s, prepared_s = context["received_s"], context["prepared_s"]
     arrived_s, reported_s = completion["arrived_s"], time.monotonic()
     timings_ms = {
         **context["timings_ms"],
         "vision": 1e3 * (arrived_s - prepared_s),
-        **{phase: decoder_ms[phase] for phase in ("queue", "prefill", "decode")},
+        **{phase: decoder_ms[phase] for phase in ("queue", "prefill", "decode", "scores") if phase in decoder_ms},
         "report": 1e3 * (reported_s - arrived_s) - decoder_ms["total"],
         "first_token": 1e3 * (arrived_s - received_s) + decoder_ms["time_to_first_token"],
         "total": 1e3 * (reported_s - received_s),
     }
     return Reading.of(
-        parsed,
+        dataclasses.replace(parsed, findings=findings),
         task=context["task"],
         prompt=context["prompt"],
         model=context["model"],
         images=tuple(context["images"]),
         usage=completion["usage"],
         timings_ms={stage: round(value, 3) for stage, value in timings_ms.items()},
+        token_logprobs=tuple(completion["token_logprobs"]),
+        token_ends=tuple(completion["token_ends"]),
+        scores=scores,
         notice=context["notice"],
     )
 

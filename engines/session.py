@@ -135,6 +135,32 @@ class DecoderSession:
         """
         raise NotImplementedError
 
+    def score(self, slot: int, length: int, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Append tokens to the first positions of a slot, and forget what it held beyond these.
+
+        Parameters
+        ----------
+        slot : int
+        length : int
+            Positions that stay.
+        input_ids : (S,) int64 array
+            Of text.
+        positions : (S,) int64 array
+            The same for time, height and width.
+
+        Returns
+        -------
+        (S, vocab) float32 array
+            Logits of every token, valid until the next call.
+        """
+        self.lengths[slot] = length
+        logits = np.empty((len(input_ids), self.vocab), np.float32)
+        nothing, no_image = np.zeros((0, self.hidden), np.float32), np.full(1, -1, np.int64)
+        for i, position in enumerate(positions):  # a compiled graph gives the logits of one token in a run
+            at = np.full((3, 1), position, np.int64)
+            logits[i] = self.prefill(slot, input_ids[i : i + 1], no_image, nothing, at, is_last=True)
+        return logits
+
     def move(self, source: int, target: int) -> None:
         """Copy what a slot holds to another one."""
         raise NotImplementedError
@@ -219,7 +245,7 @@ class HostDecoder(DecoderSession):
         raise NotImplementedError
 
     def _run(self, rows: slice, **inputs: np.ndarray) -> np.ndarray:
-        """Logits [rows, 1, vocab] of a run over these rows of the cache, which then holds the new tokens."""
+        """Logits [rows, P, vocab] of a run over these rows of the cache, which then holds the new tokens."""
         raise NotImplementedError
 
     def prefill(
@@ -245,6 +271,22 @@ class HostDecoder(DecoderSession):
         )
         self.lengths[slot] += tokens
         return logits[0, 0] if is_last else None
+
+    def score(self, slot: int, length: int, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """See `DecoderSession.score`."""
+        tokens = len(input_ids)
+        self.lengths[slot] = length
+        self._reserve(length + tokens)
+        logits = self._run(
+            slice(slot, slot + 1),
+            input_ids=input_ids[None],
+            image_index=np.full((1, tokens), -1, np.int64),
+            image_embeddings=self._text_only,
+            position_ids=np.broadcast_to(positions, (3, 1, tokens)),
+            logits_index=np.arange(tokens, dtype=np.int64)[None],
+        )
+        self.lengths[slot] += tokens
+        return logits[0]
 
     def step(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """See `DecoderSession.step`."""

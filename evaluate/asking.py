@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -52,6 +53,7 @@ class Questions:
             "ask": data.ask if data.kind == "labels" else None,
             "variables": dict(self._variables),
             **{name: getattr(data, name) for name in SAMPLING},
+            **({"scores": True} if data.scores else {}),
         }
 
     def of(self, case: Case) -> Iterator[dict[str, Any]]:
@@ -73,6 +75,7 @@ class Questions:
             "variables": {name: _value(text, values) for name, text in self._variables.items()} or None,
             "seed": data.seed if data.temperature else None,
             "identifiers": "hashed",
+            "scores": data.scores or None,
             **{name: getattr(data, name) for name in SAMPLING},
         }
 
@@ -107,14 +110,25 @@ class Questions:
         if self.data.kind == "labels":
             labels, unknown = self._labels(readings)
             fault = "malformed" if labels is None or (self.by_label and None in labels.values()) else ""
-            return Answer(labels=labels, unknown_labels=unknown, text=last.answer, whole=whole), fault
+            scores = self._scores(readings)
+            return Answer(labels=labels, unknown_labels=unknown, text=last.answer, whole=whole, scores=scores), fault
         if self.data.kind == "options":
-            options = _options(last)
-            return Answer(options=options, text=last.answer, whole=whole), "" if options else "malformed"
+            options, scores = _options(last), _likely(last.scores)
+            return Answer(options=options, text=last.answer, whole=whole, scores=scores), "" if options else "malformed"
         if self.data.kind == "boxes":
             return Answer(boxes=tuple(_box(box) for box in last.boxes), text=last.answer, whole=whole), ""
         text = last.report or last.answer
         return Answer(text=text, whole=whole), "" if text else "malformed"
+
+    def _scores(self, readings: Sequence[Reading]) -> dict[str, float] | None:
+        if self.by_label:
+            each = zip(self.labels, readings, strict=True)
+            return _likely({label: reading.scores["Yes"] for label, reading in each if "Yes" in reading.scores})
+        said = readings[0].scores
+        if self.by_options:
+            letters = {chr(65 + i): label for i, label in enumerate(self.labels)}
+            return _likely({letters[letter]: score for letter, score in said.items() if letter in letters})
+        return _likely({label: score for label, score in said.items() if label in self.labels})
 
     def _labels(self, readings: Sequence[Reading]) -> tuple[dict[str, int | None] | None, tuple[str, ...]]:
         if self.by_label:
@@ -130,6 +144,12 @@ class Questions:
         if not (present or unknown):
             return None, ()
         return {label: int(label in present) for label in self.labels}, unknown
+
+
+def _likely(scores: Mapping[str, float]) -> dict[str, float] | None:
+    """Log-odds as shares from 0 to 1, in the same order; None without any."""
+    shares = {name: math.exp(min(score, 0.0)) / (1 + math.exp(-abs(score))) for name, score in scores.items()}
+    return shares or None
 
 
 def _value(text: str, values: Values) -> str | list[str]:

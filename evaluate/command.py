@@ -71,6 +71,9 @@ def evaluate():
 @click.option("--prompt", metavar="TEXT", help="Ask this in place of a task; {question} and {options} are filled in.")
 @click.option("--mode", shell_complete=MODES, metavar="NAME", help="How to answer, a mode of the served profile.")
 @click.option("--max-new-tokens", type=click.IntRange(1), metavar="N", help="Longest answer.")
+@click.option(
+    "--scores", is_flag=True, default=None, help="Ask how sure the model is of each label or option, for AUROC."
+)
 @click.option("--concurrency", type=click.IntRange(1), default=8, show_default=True, help="Studies under way at once.")
 @click.option(
     "--timeout-s", type=click.FloatRange(0, min_open=True), default=600.0, show_default=True, help="Of one reading."

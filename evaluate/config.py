@@ -62,6 +62,8 @@ class Data(Checked):
         Placeholders of the task's prompt, with the study's own in braces: ``{disease}``.
     max_new_tokens : int or None
     temperature, top_p, repetition_penalty : float or None
+    scores : bool
+        Ask how sure the model is of each label or option too.
     """
 
     path: str = "."
@@ -90,6 +92,7 @@ class Data(Checked):
     temperature: float | None = None
     top_p: float | None = None
     repetition_penalty: float | None = None
+    scores: bool = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -56,6 +56,16 @@ class FakeSession:
             self._append(slot, [token], position)
         return np.stack([self._logits(slot) for slot in range(len(input_ids))])
 
+    def score(self, slot, length, input_ids, positions):
+        self._log("score", slot, length, len(input_ids))
+        assert length <= self.lengths[slot]
+        self.lengths[slot] = length
+        rows = []
+        for token, position in zip(input_ids, positions, strict=True):
+            self._append(slot, [token], position)
+            rows.append(self._logits(slot))
+        return np.stack(rows)
+
     def move(self, source, target):
         self.calls.append(("move", source, target))
         if self.fail_on(self.calls[-1]):

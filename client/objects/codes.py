@@ -80,6 +80,7 @@ STATUSES = {
     "out_of_vocabulary": Concept("out-of-vocab", PRIVATE_SCHEME, "Out of vocabulary: lists unknown labels"),
     "doubtful_image": Concept("doubtful-image", PRIVATE_SCHEME, "Doubtful image: may be no readable chest, or damaged"),
 }
+SCORE = Concept("score", PRIVATE_SCHEME, "Log-odds that the answer lists it, not calibrated")
 NAMED_REGION = Concept("named-region", PRIVATE_SCHEME, "Region that the algorithm named in words")
 REASONING = Concept("reasoning", PRIVATE_SCHEME, "Reasoning of the algorithm")
 UNTOUCHED = Concept("text", PRIVATE_SCHEME, "Text of the algorithm, untouched")

@@ -59,9 +59,12 @@ def _kinds(context, parameter, value: str) -> tuple[str, ...]:
     help=f"Of {', '.join(KINDS)}, fhir; with commas.",
 )
 @click.option("--task", shell_complete=TASKS, metavar="NAME", help="What to ask the server.")
+@click.option(
+    "--scores", is_flag=True, help="Write how sure the model is of each label too, where the reading says it."
+)
 @connection
 @json_option
-def sr(*, files, reading_path, unchecked_reading, out, kinds, task, json_path, **server):
+def sr(*, files, reading_path, unchecked_reading, out, kinds, task, scores, json_path, **server):
     """Write the objects of a reading into a folder: structured reports, presentation state, PDF, FHIR report.
 
     FILEs are the DICOM images that were read, in their order: prior first, current last. The objects belong to the
@@ -85,13 +88,17 @@ def sr(*, files, reading_path, unchecked_reading, out, kinds, task, json_path, *
         require_readings_of(files, images, [(reading_path.name, reading)], unchecked_reading=unchecked_reading)
         made_at = datetime.datetime.fromtimestamp(int(reading_path.stat().st_mtime)).astimezone()
     else:
-        reading = received(connect(images, **server), files, images, task=task)
+        reading = received(connect(images, **server), files, images, task=task, scores=scores or None)
         made_at = datetime.datetime.now().astimezone().replace(microsecond=0)
     options = ObjectOptions(
         made_at=made_at,
         digests=tuple(map(sha256, images)),
         unchecked_reading=unchecked_reading,
+        scores=scores,
     )
+    if scores and not reading.scores:
+        warnings.append("the reading has no scores; `read --scores` asks for them, of labels and options")
+        click.echo(f"warning: {warnings[-1]}", err=True)
     pictures: Sequence[Shown] = ()
     if "pdf" in kinds:
         names = [file.name for file in files]

@@ -8,11 +8,21 @@ from html import escape
 from typing import Any
 
 from cxr_triton import __version__
-from cxr_triton.client.objects.codes import FHIR_SYSTEMS, PRESENT, STATUS, STATUSES, Concept, label_concept, presence
-from cxr_triton.client.objects.statements import box_text, flags, has_area, notice, statements
+from cxr_triton.client.objects.codes import (
+    FHIR_SYSTEMS,
+    PRESENT,
+    SCORE,
+    STATUS,
+    STATUSES,
+    Concept,
+    label_concept,
+    presence,
+)
+from cxr_triton.client.objects.statements import box_text, flags, has_area, notice, statements, told_scores
 from cxr_triton.client.objects.study import MANUFACTURER, UNVERIFIED, Study
 
 DICOM_UID = "urn:dicom:uid"
+NO_UNITS = {"system": "http://unitsofmeasure.org", "code": "1"}
 
 
 def report(study: Study) -> dict[str, Any]:
@@ -78,14 +88,22 @@ def _observations(study: Study) -> list[dict[str, Any]]:
         "derivedFrom": [_study_reference(study.current.StudyInstanceUID)],
     }
     status = {**common, "code": _concept(STATUS), "valueCodeableConcept": _concept(STATUSES[reading["status"]])}
-    status["note"] = [{"text": _text(text)} for text in (notice(reading), *flags(reading))]
+    notes = [notice(reading), *flags(reading), *told_scores(study.scores)]
+    status["note"] = [{"text": _text(text)} for text in notes]
     observations = [status]
-    for label, value in presence(reading).items():
+    called, scores = presence(reading), study.label_scores
+    for label in dict.fromkeys([*called, *scores]):
         finding = label_concept(label)
         observation = {**common, "code": {**_concept(finding), "text": _text(label)}}
         if finding.site:
             observation["bodySite"] = _concept(finding.site)
-        observations.append({**observation, "valueCodeableConcept": _concept(value)})
+        if label in called:
+            observation["valueCodeableConcept"] = _concept(called[label])
+        if label in scores:
+            observation["component"] = [
+                {"code": _concept(SCORE), "valueQuantity": {"value": scores[label], **NO_UNITS}}
+            ]
+        observations.append(observation)
     for box in reading["boxes"]:
         label = _text(box["label"] or "unnamed region")
         text = box_text(box, len(reading["images"]))

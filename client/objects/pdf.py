@@ -19,7 +19,7 @@ from pydicom.uid import EncapsulatedPDFStorage
 from cxr_triton import __version__
 from cxr_triton.client.objects.codes import UNTOUCHED, Concept
 from cxr_triton.client.objects.source import reference
-from cxr_triton.client.objects.statements import flags, has_area, notice, statements, untouched
+from cxr_triton.client.objects.statements import flags, has_area, notice, statements, told_scores, untouched
 from cxr_triton.client.objects.study import UNVERIFIED, Study, code_item
 from cxr_triton.reading import LATERALITIES, NOT_FOR_DIAGNOSIS, image_name
 
@@ -125,7 +125,11 @@ def pdf(study: Study) -> bytes:
     _section(sheet, "Reasoning", [reading["reasoning"]] if reading["reasoning"] else [])
     _section(sheet, UNTOUCHED.meaning, untouched(reading))
     algorithm = f"{study.algorithm} {study.algorithm_version}, engine bundle {study.bundle}"
-    _section(sheet, "Algorithm", [algorithm, *flags(reading), f"Written {study.made_at:%Y-%m-%d %H:%M %Z}"])
+    _section(
+        sheet,
+        "Algorithm",
+        [algorithm, *flags(reading), *told_scores(study.scores), f"Written {study.made_at:%Y-%m-%d %H:%M %Z}"],
+    )
     if sheet.missing:
         sheet.say(10, f"{sheet.missing} characters are outside this document's font; the structured report has them.")
     return bytes(sheet.output())

@@ -18,6 +18,7 @@ from cxr_triton.client.objects.codes import (
     NOTICE,
     PLAIN_RADIOGRAPHY,
     REASONING,
+    SCORE,
     STATUS,
     STATUSES,
     UNTOUCHED,
@@ -25,7 +26,16 @@ from cxr_triton.client.objects.codes import (
     label_concept,
     presence,
 )
-from cxr_triton.client.objects.statements import box_text, corners, flags, has_area, notice, statements, untouched
+from cxr_triton.client.objects.statements import (
+    box_text,
+    corners,
+    flags,
+    has_area,
+    notice,
+    statements,
+    told_scores,
+    untouched,
+)
 from cxr_triton.client.objects.study import MANUFACTURER, Study, code_item, free_text, long_string
 from cxr_triton.reading import STATUSES as STATUS_TEXTS
 
@@ -61,6 +71,7 @@ def _whole_reading(study: Study) -> sr.MeasurementsAndQualitativeEvaluations:
         source_images=[
             sr.SourceImageForMeasurementGroup(source.SOPClassUID, source.SOPInstanceUID) for source in study.sources
         ],
+        measurements=[_score(label_concept(label), score) for label, score in study.label_scores.items()] or None,
         qualitative_evaluations=[
             sr.QualitativeEvaluation(_concept(STATUS), _concept(STATUSES[reading["status"]])),
             *(_evaluation(label_concept(label), value) for label, value in presence(reading).items()),
@@ -106,6 +117,7 @@ def text_report(study: Study) -> list[Dataset]:
         )
     findings, impression = statements(reading)
     about = [f"{study.algorithm} {study.algorithm_version}", *_parameters(study), *flags(reading)]
+    about += told_scores(study.scores)
     sections = (
         (_concept(NOTICE), _concept(NOTICE), [notice(reading)]),
         (codes.LN.Findings, codes.DCM.Finding, findings),
@@ -137,6 +149,16 @@ def _evaluation(concept: Concept, value: Concept) -> sr.QualitativeEvaluation:
     return evaluation
 
 
+def _score(concept: Concept, score: float) -> sr.Measurement:
+    """How sure the algorithm is of a finding, which is a modifier of the number, and the finding's site another one."""
+    measurement = sr.Measurement(_concept(SCORE), score, codes.UCUM.NoUnits)
+    about = [(codes.DCM.Finding, concept), *([(codes.SCT.FindingSite, concept.site)] if concept.site else [])]
+    measurement[0].ContentSequence = sr.ContentSequence(
+        [sr.CodeContentItem(name, _concept(value), RELATION.HAS_CONCEPT_MOD) for name, value in about]
+    )
+    return measurement
+
+
 def _parameters(study: Study) -> list[str]:
     reading = study.reading
     presets = dict.fromkeys(str(facts["preset"]) for facts in reading["images"] if facts.get("preset"))
@@ -161,7 +183,7 @@ def _comments(study: Study) -> list[str]:
     if reading["report"]:
         texts.append(reading["report"])
     texts += [f"Box: {box_text(box, len(reading['images']))}" for box in reading["boxes"] if not has_area(box)]
-    return texts + flags(reading)
+    return texts + told_scores(study.scores) + flags(reading)
 
 
 def _image_library(study: Study) -> sr.ContainerContentItem:

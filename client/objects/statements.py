@@ -11,6 +11,11 @@ from cxr_triton.reading import FLAGS as READING_FLAGS
 from cxr_triton.reading import NOT_FOR_DIAGNOSIS
 from cxr_triton.reading import STATUSES as STATUS_TEXTS
 
+SCORES_ARE = (
+    "They are log-odds, in nats, of the algorithm's answer with each and without it, given the reasoning that it "
+    "wrote: not calibrated, and no probability of a disease."
+)
+
 
 def notice(reading: dict[str, Any]) -> str:
     """What has to be shown wherever a reading is shown."""
@@ -46,6 +51,13 @@ def statements(reading: dict[str, Any]) -> tuple[list[str], list[str]]:
 def untouched(reading: dict[str, Any]) -> list[str]:
     """The model's own text where the reading is not well formed, so that nothing of it is lost."""
     return [reading["text"]] if reading["status"] != "ok" and reading["text"].strip() else []
+
+
+def told_scores(scores: dict[str, float]) -> list[str]:
+    """Scores in words, the highest first, with what they are; nothing without any."""
+    ranked = sorted(scores.items(), key=lambda pair: -pair[1])
+    said = ", ".join(f"{name} {score:+.1f}" for name, score in ranked)
+    return [f"Scores: {said}. {SCORES_ARE}"] if said else []
 
 
 def box_text(box: dict[str, Any], images: int) -> str:

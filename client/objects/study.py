@@ -15,7 +15,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from cxr_triton import __version__
 from cxr_triton.client.objects import KINDS
-from cxr_triton.client.objects.codes import FHIR_SYSTEMS, PRIVATE_SCHEME, STATUSES, Concept
+from cxr_triton.client.objects.codes import FHIR_SYSTEMS, LABELS, PRIVATE_SCHEME, STATUSES, Concept
 from cxr_triton.client.objects.source import (
     FILED_UID,
     PATIENT_AND_STUDY,
@@ -56,12 +56,15 @@ class ObjectOptions:
         Name of the device that made the reading, at most 16 characters.
     unchecked_reading : bool
         Take a reading that does not say which images it is of, see `cxr_triton.identity.require_same_images`.
+    scores : bool
+        Write the reading's scores too, where it has any.
     """
 
     made_at: datetime.datetime
     digests: tuple[str, ...] = ()
     station: str = "CXR_TRITON"
     unchecked_reading: bool = False
+    scores: bool = False
 
     def __post_init__(self) -> None:
         if self.made_at.tzinfo is None:
@@ -132,6 +135,17 @@ class Study:
         """Digest of the engine bundle; it identifies weights, engine and configuration."""
         return str(self.reading["model"].get("bundle") or "unknown")
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """Those of the reading that are to be written, by label or option."""
+        return self.reading.get("scores", {}) if self.options.scores else {}
+
+    @property
+    def label_scores(self) -> dict[str, float]:
+        """Those of labels, which have codes."""
+        labels = (*LABELS, *self.reading["model"].get("labels", ()))
+        return {label: score for label, score in self.scores.items() if label in labels}
+
     def uid(self, *parts: str) -> str:
         """A UID that is the same whenever the same is asked of the same images (PS3.5 B.2)."""
         model = self.reading["model"]
@@ -141,7 +155,7 @@ class Study:
             model.get("bundle") or [self.algorithm, self.algorithm_version],
             self.reading["task"],
             self.reading["prompt"],
-            list(parts),
+            [*parts, *(["scores"] if self.scores else [])],
         ]
         return f"2.25.{uuid.uuid5(NAMESPACE, json.dumps(key)).int}"
 

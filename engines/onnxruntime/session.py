@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from cxr_triton.engines.onnxruntime.tower import require_exact
 from cxr_triton.engines.session import HostDecoder, VisionSession
 
 
@@ -42,9 +43,16 @@ class OrtVision(VisionSession):
     bundle : Bundle
     threads : int, optional
         CPU threads; all cores if None.
+
+    Raises
+    ------
+    DeviceUnavailable
+        The tower is in int8, which this CPU does not multiply exactly.
     """
 
     def __init__(self, bundle, *, threads: int | None = None):
+        if bundle.vision_precision == "int8":
+            require_exact()
         self._session = open_graph(bundle.path / "vision.onnx", threads)
 
     def _run(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
@@ -73,23 +81,28 @@ class OrtDecoder(HostDecoder):
     def _open(self, bundle, threads: int | None) -> None:
         self._session = open_graph(bundle.path / "decoder.onnx", threads)
 
-    def _binding(self, rows: slice) -> ort.IOBinding:
+    def _binding(self, rows: slice, logits: np.ndarray) -> ort.IOBinding:
         """Cache rows bound as past and present at once: attention then writes in place."""
-        key = (rows.start, rows.stop)
-        if key not in self._bindings:
-            binding = self._session.io_binding()
-            for name, cache in self._cache.items():
-                value = ort.OrtValue.ortvalue_from_numpy(cache[rows])
-                binding.bind_ortvalue_input(f"past_{name}", value)
-                binding.bind_ortvalue_output(f"present_{name}", value)
-            binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits[rows]))
-            self._bindings[key] = binding
-        return self._bindings[key]
+        binding = self._session.io_binding()
+        for name, cache in self._cache.items():
+            value = ort.OrtValue.ortvalue_from_numpy(cache[rows])
+            binding.bind_ortvalue_input(f"past_{name}", value)
+            binding.bind_ortvalue_output(f"present_{name}", value)
+        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        return binding
 
     def _run(self, rows: slice, **inputs: np.ndarray) -> np.ndarray:
-        binding = self._binding(rows)
+        key, shape = (rows.start, rows.stop), inputs["logits_index"].shape
+        logits = self._logits[rows]
+        if shape[1] > 1:
+            logits = np.empty((*shape, self.vocab), np.float32)
+            binding = self._binding(rows, logits)
+        else:
+            if key not in self._bindings:
+                self._bindings[key] = self._binding(rows, logits)
+            binding = self._bindings[key]
         for name, value in inputs.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(value))
         binding.bind_cpu_input("write_index", self.lengths[rows].copy())
         self._session.run_with_iobinding(binding)
-        return self._logits[rows]
+        return logits

@@ -84,6 +84,12 @@ class Sampler:
             token = self._draw(logits)
         return self._see(token)
 
+    def sample_with_logprob(self, logits: np.ndarray | TopLogits) -> tuple[int, float]:
+        """The next token id, and its log-probability by the model's own logits; as `sample` otherwise."""
+        own = log_softmax(logits.all() if isinstance(logits, TopLogits) else logits)  # before the penalty overwrites it
+        token = self.sample(logits)
+        return token, float(own[token])
+
     def _best(self, top: TopLogits) -> int | None:
         """The likeliest id, if greedy decoding can tell it from the best logits alone."""
         if not self._greedy or self._penalty < 1:
@@ -115,6 +121,19 @@ class Sampler:
         cumulative = np.cumsum(probabilities)
         position = int(np.searchsorted(cumulative, self._generator.random() * cumulative[-1], side="right"))
         return int(ids[min(position, len(ids) - 1)])
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities in nats, float64, by the model alone: no penalty, temperature or top-p.
+
+    Parameters
+    ----------
+    logits : (..., vocab) float32 array
+    """
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
 
 
 def nucleus(logits: np.ndarray, temperature: float, top_p: float) -> tuple[np.ndarray, np.ndarray]:

@@ -48,10 +48,13 @@ class Runtime:
         Decode steps made so far; None where the engine does not tell.
     prefix : PrefixCache or None
         What prompts that begin alike share; None where nothing is, or the engine does not tell.
+    gives : frozenset of str
+        ``logprobs``, ``scores``: what a request may ask for beside its answer.
     """
 
     steps: int | None = None
     prefix: PrefixCache | None = None
+    gives: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -104,7 +107,8 @@ class Runtime:
         Raises
         ------
         InvalidRequest
-            Token ids outside the vocabulary, or embeddings of another width.
+            Token ids outside the vocabulary, embeddings of another width, or something asked for that the engine does
+            not give.
         PromptTooLong
             The prompt leaves no room for an answer.
         QueueFull
@@ -124,6 +128,13 @@ class Runtime:
                 f"the prompt has {prompt} tokens, the decoder's context holds {context} with at least 1 of the answer; "
                 "shorten the prompt or the history, send fewer images, or export with a larger context"
             )
+        asked = {"logprobs": generation.sampling.logprobs, "scores": generation.scoring is not None}
+        for key, is_asked in asked.items():
+            if is_asked and key not in self.gives:
+                raise InvalidRequest(
+                    f"REQUEST.{key}: the engine behind this server gives none; leave it out, or serve a bundle of "
+                    "another engine"
+                )
         limit = min(generation.sampling.max_new_tokens, context - prompt)
         stream = Stream(generation, on_chunk, is_cancelled, self._tokenizer.stream(), limit)
         with self._wake:
@@ -302,6 +313,7 @@ class DecoderRuntime(Runtime):
     """
 
     steps: int = 0
+    gives = frozenset({"logprobs", "scores"})
 
     def __init__(
         self,
@@ -349,6 +361,7 @@ class DecoderRuntime(Runtime):
     def _turn(self) -> None:
         self._admit()
         self._prefill()
+        self._score()
         self._decode()
 
     def _end(self) -> None:
@@ -401,7 +414,7 @@ class DecoderRuntime(Runtime):
     def _decode(self) -> None:
         """One step for every stream that decodes."""
         streams = list(self._decoding)
-        if not streams:
+        if all(stream.scorer for stream in streams):
             return
         started_s = time.monotonic()
         try:
@@ -413,21 +426,61 @@ class DecoderRuntime(Runtime):
             self._fail(streams, "a step")
             return
         self.steps += 1
-        for stream, row in zip(streams, logits, strict=True):
+        stepped = [(stream, row) for stream, row in zip(streams, logits, strict=True) if not stream.scorer]
+        for stream, row in stepped:
             stream.next_position += 1
             self._accept(stream, row)
         self._step_s = time.monotonic() - started_s
-        for stream in streams:
+        for stream, _ in stepped:
             self._emit(stream)
 
-    def _accept(self, stream: Stream, logits: np.ndarray) -> None:
+    def _pass_on(self, stream: Stream, finish_reason: str | None = None) -> None:
+        """As `Runtime`'s; an answer that has ended by itself is scored first, where that is asked for.
+
+        Its row stays where it is, and steps go over it: what they write there lies beyond what scores stand on.
+        """
+        is_asked = stream.generation.scoring is not None and not stream.scorer
+        if finish_reason != "stop" or not is_asked:
+            super()._pass_on(stream, finish_reason)
+            return
         try:
-            stream.accept(stream.sampler.sample(logits), time.monotonic())
+            stream.begin_scoring(self._tokenizer, self._session.max_sequence)
+        except Exception:
+            self._fail([stream], "scoring")
+            return
+        super()._pass_on(stream, None if stream.scorer else finish_reason)
+
+    def _score(self) -> None:
+        """One run of the scores of one answer."""
+        stream = next((stream for stream in self._decoding if stream.scorer), None)
+        if stream is None or stream.scorer is None:
+            return
+        row, made = self._decoding.index(stream), stream.scorer
+        try:
+            if run := made.next():
+                made.take(run, self._session.score(row, run.length, run.input_ids, run.positions))
+                return
+            stream.scores = made.scores()
+        except Exception:
+            self._fail([stream], "scoring")
+            return
+        self._session.lengths[row] = made.length  # what other lists wrote is not of this answer
+        self._pass_on(stream, stream.finish_reason)
+
+    def _accept(self, stream: Stream, logits: np.ndarray) -> None:
+        sampler, logprob = stream.sampler, None
+        try:
+            if sampler.sampling.logprobs:
+                token, logprob = sampler.sample_with_logprob(logits)
+            else:
+                token = sampler.sample(logits)
+            stream.accept(token, time.monotonic(), logprob)
         except Exception:
             self._fail([stream], "sampling")
 
     def _silent(self) -> list[Stream]:
-        return [self._prefilling] if self._prefilling else []
+        scoring = [stream for stream in self._decoding if stream.scorer]
+        return [self._prefilling, *scoring] if self._prefilling else scoring
 
     def _release(self, stream: Stream) -> None:
         try:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import time
 import uuid
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from cxr_triton.alternatives import Scoring, alternatives
 from cxr_triton.engines.runtime.sampler import Sampler
+from cxr_triton.engines.runtime.scores import Scorer
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.sampling import Sampling
 
@@ -28,6 +31,8 @@ class Generation:
     image_embeddings : (N, hidden) float32 array
         N may be 0.
     sampling : Sampling
+    scoring : Scoring, optional
+        What of the answer is scored once it is written; see `cxr_triton.engines.runtime.scores`.
 
     Raises
     ------
@@ -40,6 +45,7 @@ class Generation:
     image_index: np.ndarray
     image_embeddings: np.ndarray
     sampling: Sampling
+    scoring: Scoring | None = None
 
     def __post_init__(self):
         tokens = len(self.input_ids)
@@ -70,15 +76,27 @@ class Completion:
         ``stop`` (end-of-sequence token or stop string), ``length`` or ``cancelled``.
     usage : dict of str to int
         ``prompt_tokens`` (image tokens included), ``completion_tokens``, ``image_tokens``, and where prompts are reused
-        ``cached_tokens``: those of the prompt that were not computed again.
+        ``cached_tokens``: those of the prompt that were not computed again. ``scored_tokens``, where the answer was
+        scored: those of the lists that it was compared with.
     timings_ms : dict of str to float
-        ``queue``, ``prefill``, ``decode``, ``time_to_first_token``, ``total``; phases not reached are 0.
+        ``queue``, ``prefill``, ``decode``, ``time_to_first_token``, ``total``; phases not reached are 0. ``scores``
+        where the answer was scored.
+    token_logprobs : tuple of float
+        Of every token, the one that ended the answer included, where they were asked for; in nats, see
+        `cxr_triton.engines.runtime.sampler.log_softmax`.
+    token_ends : tuple of int
+        Where in `text` each of them ends, in characters; a character counts where its last byte does.
+    scores : dict of str to float
+        By label or option, where they were asked for and can be told; see `cxr_triton.engines.runtime.scores`.
     """
 
     text: str
     finish_reason: str
     usage: dict[str, int]
     timings_ms: dict[str, float]
+    token_logprobs: tuple[float, ...] = ()
+    token_ends: tuple[int, ...] = ()
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -123,6 +141,11 @@ class Stream:
         self.started_s: float | None = None
         self.first_token_s: float | None = None
         self.unsent_since_s = 0.0
+        self.token_ends: list[int] = []  # where each token's text ends, in characters
+        self.scorer: Scorer | None = None  # of an answer that is written
+        self.scoring_since_s: float | None = None
+        self.scores: dict[str, float] = {}
+        self._logprobs: list[float] = []
         self._detokenizer = detokenizer
         self._sent_text: list[str] = []
         self._text = ""  # decoded, not sent
@@ -133,7 +156,12 @@ class Stream:
         """Tokens that no chunk has held yet."""
         return len(self._token_ids)
 
-    def accept(self, token: int, now_s: float) -> None:
+    @property
+    def whole(self) -> str:
+        """The text so far."""
+        return "".join(self._sent_text) + self._text
+
+    def accept(self, token: int, now_s: float, logprob: float | None = None) -> None:
         """Take the token that was sampled: extend the text, and set `finish_reason` if it ends the stream."""
         sampling = self.generation.sampling
         if self.first_token_s is None:
@@ -144,10 +172,15 @@ class Stream:
         self.answer.append(token)
         self.last_token = token
         self.generated += 1
+        if logprob is not None:
+            self._logprobs.append(logprob)
+        self.token_ends.append(self.token_ends[-1] if self.token_ends else 0)
         if token in sampling.eos_token_ids:
             self.finish_reason = "stop"
         else:
-            self._text += self._detokenizer.push([token])
+            text = self._detokenizer.push([token])
+            self._text += text
+            self.token_ends[-1] += len(text)
             if self.generated == self.max_new_tokens:
                 self.finish_reason = "length"
         if self.finish_reason:
@@ -168,28 +201,58 @@ class Stream:
         """The last chunk."""
         self.finish_reason = finish_reason
         chunk = self.take()
-        now_s = time.monotonic()
+        now_s, text = time.monotonic(), self.whole
         started_s = self.started_s or now_s
         first_token_s = self.first_token_s or now_s
+        written_s = self.scoring_since_s or now_s
         seconds = {
             "queue": started_s - self.submitted_s,
             "prefill": first_token_s - started_s,
-            "decode": now_s - first_token_s,
+            "decode": written_s - first_token_s,
+            **({} if self.scoring_since_s is None else {"scores": now_s - written_s}),
             "time_to_first_token": first_token_s - self.submitted_s if self.first_token_s else 0.0,
             "total": now_s - self.submitted_s,
         }
         chunk.completion = Completion(
-            text="".join(self._sent_text),
+            text=text,
             finish_reason=finish_reason,
             usage={
                 "prompt_tokens": len(self.generation.input_ids),
                 "completion_tokens": self.generated,
                 "image_tokens": int((self.generation.image_index >= 0).sum()),
                 **({} if self.cached is None else {"cached_tokens": self.cached}),
+                **({"scored_tokens": self.scorer.tokens} if self.scorer else {}),
             },
             timings_ms={phase: round(1e3 * value, 3) for phase, value in seconds.items()},
+            token_logprobs=tuple(round(value, 4) for value in self._logprobs),
+            token_ends=self._ends_within(len(text)) if self._logprobs else (),
+            scores={name: round(value, 4) for name, value in self.scores.items()},
         )
         return chunk
+
+    def begin_scoring(self, tokenizer, max_sequence: int) -> None:
+        """Set `scorer`, where the answer has something that can be scored; it has ended by itself."""
+        self.scoring_since_s = time.monotonic()
+        generation, text, ends = self.generation, self.whole, self.token_ends
+        if generation.scoring is None or (found := alternatives(text, generation.scoring)) is None:
+            return
+        kept = bisect.bisect_right(ends, found.start)  # tokens of the answer before the list
+        bridge = text[ends[kept - 1] if kept else 0 : found.start]
+        end = self.answer[-1:] if found.has_end and self.last_token in generation.sampling.eos_token_ids else []
+        made = Scorer(
+            found,
+            [(*tokenizer.text_ids(bridge + each), *end) for each in found.texts],
+            last=([int(generation.input_ids[-1]), *self.answer])[kept],
+            length=len(generation.input_ids) - 1 + kept,
+            position=int(generation.position_ids.max()) + kept,
+        )
+        if made.longest < max_sequence:  # a step of other streams writes one token more
+            self.scorer = made
+
+    def _ends_within(self, length: int) -> tuple[int, ...]:
+        """`token_ends` of a text that a stop string may have cut; the last token has what was left of a character."""
+        ends = [min(end, length) for end in self.token_ends]
+        return (*ends[:-1], length)
 
 
 def first_stop(text: str, stop: tuple[str, ...]) -> int | None:

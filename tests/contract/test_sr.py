@@ -1,5 +1,6 @@
 """A reading's DICOM objects against what others make of them: dciodvfy, DCMTK, highdicom, Ghostscript."""
 
+import dataclasses
 import io
 import json
 import re
@@ -100,6 +101,8 @@ def document(folder: Path, instance):
     return highdicom.sr.srread(write(instance, folder))
 
 
+SCORES = {"Cardiomegaly": 9.125, "Edema": 0.75, "Lung Lesion": -15.0, "No Finding": -11.5}
+SCORED = dataclasses.replace(OPTIONS, scores=True)
 READINGS = {
     "findings": lambda source: reading(source),
     "nothing found": lambda source: reading(source, text="<think>Clear.</think><answer>No Finding</answer>"),
@@ -113,6 +116,10 @@ READINGS = {
     "out_of_vocabulary": lambda source: reading(source, text="<think>a</think><answer>Edema, Hernia</answer>"),
     "doubtful_image": lambda source: {**reading(source), "status": "doubtful_image"},
     "free prompt, bare model": lambda source: reading(source, task=None, model={}, text=TEXT),
+    "scores": lambda source: reading(source, scores=SCORES),
+    "scores of options": lambda source: reading(
+        source, text="<think>a</think><answer>(B)</answer>", answer="option", task="vqa", scores={"A": -3.0, "B": 3.25}
+    ),
     "long": lambda source: reading(source, text=f"<think>{'word ' * 4_000}</think><answer>Edema</answer>"),
     "control characters": lambda source: reading(
         source, text="<think>\x00\x1b[2J\ud800 a\\b\r\x85</think><answer>Edema</answer>"
@@ -123,7 +130,7 @@ READINGS = {
 @pytest.mark.parametrize("name", READINGS)
 def test_every_object_conforms(name, tmp_path):
     source = header()
-    instances = result_objects(READINGS[name](source), [source], kinds=KINDS, options=OPTIONS)
+    instances = result_objects(READINGS[name](source), [source], kinds=KINDS, options=SCORED)
     assert {"SR", "DOC"} <= {instance.Modality for instance in instances}
     for instance in instances:
         path = write(instance, tmp_path)
@@ -165,6 +172,34 @@ def test_findings_are_coded(tmp_path):
     (image,) = group.source_images
     assert image.referenced_sop_instance_uid == source.SOPInstanceUID
     assert [uids[2] for uids in document(tmp_path, instance).get_evidence()] == [source.SOPInstanceUID]
+
+
+def test_scores_are_measurements_about_a_coded_finding_and_only_on_request(tmp_path):
+    source = header()
+    made = reading(source, scores=SCORES)
+    (instance,) = result_objects(made, [source], kinds=["findings_sr"], options=SCORED)
+    measured = find(find(document(tmp_path, instance).content[0], "126010"), "125007")
+    found = {}
+    for number in measured.ContentSequence:
+        if number.ConceptNameCodeSequence[0].CodeValue != "score":
+            continue
+        assert number.ConceptNameCodeSequence[0].CodingSchemeDesignator == "99CXR" and number.ValueType == "NUM"
+        value = number.MeasuredValueSequence[0]
+        assert value.MeasurementUnitsCodeSequence[0].CodeValue == "1"
+        about = find(number, "121071").ConceptCodeSequence[0]
+        found[about.CodeValue, about.CodingSchemeDesignator] = float(value.NumericValue)
+        sites = [tree(item)[0][2:4] for item in number.ContentSequence[1:]]
+        concept = next(each for each in LABELS.values() if each.value == about.CodeValue)
+        assert sites == ([["363698007", concept.site.value]] if concept.site else [])
+    assert found == {label_concept(label)[:2]: score for label, score in SCORES.items()}
+    for kind in ("findings_sr", "text_sr"):
+        (with_them,) = result_objects(made, [source], kinds=[kind], options=SCORED)
+        (without,) = result_objects(made, [source], kinds=[kind], options=OPTIONS)
+        (plain,) = result_objects(reading(source), [source], kinds=[kind], options=SCORED)
+        (said,) = [text for text in texts(with_them) if text.startswith("Scores: Cardiomegaly +9.1, Edema +0.8, ")]
+        assert "not calibrated, and no probability of a disease" in said
+        assert not [text for text in texts(without) if "Scores:" in text] and tree(without) == tree(plain)
+        assert with_them.SOPInstanceUID != without.SOPInstanceUID == plain.SOPInstanceUID
 
 
 def test_codes_are_those_of_the_standard():
@@ -446,6 +481,15 @@ def test_fhir_is_valid_r4():
         assert DiagnosticReport.model_validate(report).status == "partial", name
         assert "Not for diagnosis" in report["conclusion"] and "AI, not verified" in report["conclusion"]
         json.dumps(report, allow_nan=False).encode("utf-8")
+    report = DiagnosticReport.model_validate(
+        diagnostic_report(reading(source, scores=SCORES), [source], options=SCORED)
+    )
+    observed = {item.code.text: item for item in report.contained if item.get_resource_type() == "Observation"}
+    for label, score in SCORES.items():
+        (component,) = observed[label].component
+        assert component.code.coding[0].code == "score" and float(component.valueQuantity.value) == score
+    assert observed["No Finding"].valueCodeableConcept is None, "neither present nor absent"
+    assert observed["Pneumonia"].component is None
     read = reading(source, text="<think>a</think><answer>Lung Lesion, Support Devices</answer>")
     report = diagnostic_report(read, [source], options=OPTIONS)
     observed = {item["code"]["text"]: item for item in report["contained"] if item["resourceType"] == "Observation"}

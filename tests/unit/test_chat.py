@@ -196,6 +196,7 @@ def test_harmless_text_has_the_reference_tokens(chat, processor, text):
     assert chat.encode(messages).input_ids.tolist() == processor.tokenizer(rendered)["input_ids"]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     ids=st.lists(st.integers(0, 151935) | st.integers(0, 255) | st.integers(151640, 151670), max_size=40),
@@ -233,6 +234,7 @@ def copy_files(folder, target, **changes):
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chat_template.json", "tokenizer_config.json"])
 def test_template_is_found_where_checkpoints_keep_it(folder, tmp_path, chat, name):
     template = (folder / "chat_template.jinja").read_text()
@@ -243,6 +245,7 @@ def test_template_is_found_where_checkpoints_keep_it(folder, tmp_path, chat, nam
     np.testing.assert_array_equal(ChatTokenizer(other).encode(messages).input_ids, chat.encode(messages).input_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -433,6 +433,8 @@ def test_options_become_the_request(png, tmp_path):
             3,
             "--identifiers",
             "hashed",
+            "--logprobs",
+            "--scores",
         )
         assert result.exit_code == 0
         assert server.asked == {
@@ -449,6 +451,8 @@ def test_options_become_the_request(png, tmp_path):
             "temperature": 0.5,
             "seed": 3,
             "identifiers": "hashed",
+            "logprobs": True,
+            "scores": True,
         }
         images = server.requests[-1].raw_input_contents[0]
         assert images.index(other.read_bytes()) < images.index(png.read_bytes())

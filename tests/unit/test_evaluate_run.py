@@ -24,7 +24,9 @@ PICTURE = b"\x89PNG picture "
 MODEL = {"profile": "test", "bundle": "b1", "labels": list(LABELS)}
 
 
-def reading(text, sent, answer="labels", finish_reason="stop", model=MODEL, sizes=((100, 200),), grammar="plain"):
+def reading(
+    text, sent, answer="labels", finish_reason="stop", model=MODEL, sizes=((100, 200),), grammar="plain", scores=None
+):
     parsed = parse(text, grammar=grammar, answer=answer, labels=LABELS, finish_reason=finish_reason, image_sizes=sizes)
     return Reading.of(
         parsed,
@@ -38,6 +40,7 @@ def reading(text, sent, answer="labels", finish_reason="stop", model=MODEL, size
         usage={"prompt_tokens": 7, "completion_tokens": 3},
         timings_ms={"decode": 2.5, "total": 5.0},
         notice="A test double answered.",
+        scores=scores or {},
     ).to_json()
 
 
@@ -225,6 +228,27 @@ def test_labels_by_one_question_each_and_as_options(tmp_path):
         _, found = run(table, tmp_path / "two.jsonl", server, ask="options")
         assert server.asked["variables"] == {"options": list(LABELS)}
     assert found["a"].answer.labels == {"Edema": 1, "No Finding": 0, "Pneumonia": 1}
+
+
+def test_scores_are_asked_for_and_stand_in_the_rows_as_shares(tmp_path):
+    table = write_table(tmp_path / "d", a="Edema", b="Pneumonia")
+    scores = {"Edema": 2.0, "No Finding": -800.0, "Pneumonia": -0.5, "Fracture": 3.0}
+    with Double(lambda key, asked: ("Edema", {"scores": scores if key == "a" else {}})) as server:
+        header, found = run(table, tmp_path / "set.jsonl", server, scores=True)
+        assert server.asked["scores"] is True and header.request["scores"] is True
+    assert found["a"].answer.scores == pytest.approx({"Edema": 0.880797, "No Finding": 0.0, "Pneumonia": 0.377541})
+    assert found["b"].answer.scores is None
+    letters = {"A": 1.0, "B": -1.0, "C": 0.0}
+    with Double(lambda key, asked: ("A", {"answer": "option", "scores": letters})) as server:
+        _, found = run(table, tmp_path / "options.jsonl", server, ask="options", scores=True)
+    assert found["a"].answer.scores == pytest.approx({"Edema": 0.7310586, "No Finding": 0.2689414, "Pneumonia": 0.5})
+    with Double(lambda key, asked: ("No", {"answer": "option", "scores": {"Yes": -1.0, "No": 1.0}})) as server:
+        _, found = run(table, tmp_path / "each.jsonl", server, ask="each", scores=True)
+    assert found["a"].answer.scores == pytest.approx(dict.fromkeys(LABELS, 0.268941), rel=1e-5)
+    with Double(lambda key, asked: "Edema") as server:
+        header, found = run(table, tmp_path / "none.jsonl", server)
+        assert "scores" not in server.asked and "scores" not in header.request
+    assert found["a"].answer.scores is None
 
 
 def test_boxes_of_both_sides_are_in_pixels(tmp_path):

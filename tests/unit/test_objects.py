@@ -536,6 +536,23 @@ def test_sr_reads_through_a_server_and_tells_a_reading_that_is_not_well_formed(i
         "chest-findings_sr.dcm", "chest-text_sr.dcm", "chest-fhir.json"}  # fmt: skip
 
 
+def test_sr_asks_for_scores_and_says_where_there_are_none(image, tmp_path):
+    source, asked = source_header(image), []
+    answers = [reading(source, scores={"Edema": 2.5}), reading(source)]
+
+    def server(request, context):
+        asked.append(json.loads(request.raw_input_contents[1][4:]))
+        yield response("", json.dumps(answers[len(asked) - 1]), final=True)
+
+    with FakeServer(server) as fake:
+        ran = [run(image, "--url", fake.url, "-o", tmp_path / name, "--scores", "--json", "-") for name in ("a", "b")]
+    assert [each["scores"] for each in asked] == [True, True]
+    assert json.loads(ran[0].stdout)["warnings"] == []
+    assert "the reading has no scores" in json.loads(ran[1].stdout)["warnings"][0] and "no scores" in ran[1].stderr
+    written = [(tmp_path / name / "chest-fhir.json").read_text() for name in ("a", "b")]
+    assert ["Edema +2.5" in text for text in written] == [True, False]
+
+
 def test_sr_refuses_what_does_not_fit(image, tmp_path):
     stored = tmp_path / "case.json"
     stored.write_text(json.dumps(reading(source_header(image))))

@@ -186,6 +186,7 @@ def test_force_replaces_a_repository(bundle, tmp_path):
 FOREIGN = "decoder/1/numpy.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -4,7 +4,9 @@ import dataclasses
 import datetime
 import hashlib
 import io
+import itertools
 import json
+import math
 import re
 import time
 import tomllib
@@ -68,6 +70,37 @@ def test_the_page_says_everything_a_reader_needs():
         "<think> raw <b>text</b> </think>",
     ):  # fmt: skip
         assert part in text, part
+
+
+def test_uncertain_words_are_shaded_and_every_label_has_a_bar():
+    text = "<think> The **heart is wide**, no <i>fluid</i>. </think>\n<answer> Cardiomegaly </answer>"
+    pieces = ["<think>", " The", " **", "heart", " is", " wi", "de", "**", ",", " no", " <i>fluid</i>", "."]
+    pieces.append(text[len("".join(pieces)) :])
+    likely = {"heart": 0.85, " is": 0.4, " wi": 0.6, "de": 0.3, " <i>fluid</i>": 0.1}
+    reading = dataclasses.replace(
+        READING,
+        text=text,
+        reasoning="The **heart is wide**, no <i>fluid</i>.",
+        token_logprobs=tuple(math.log(likely.get(piece, 1.0)) for piece in pieces),
+        token_ends=tuple(itertools.accumulate(map(len, pieces))),
+        scores={"Edema": -15.0, "Cardiomegaly": 4.5},
+    )
+    html = reading_page(reading)
+    shaded = re.findall(r'<mark class="shade(\d)" title="([^"]+)">([^<]+)</mark>', html)
+    assert shaded == [
+        ("1", "85 % likely to the model", "heart"),
+        ("2", "40 % likely to the model", "is"),
+        ("3", "18 % likely to the model", "wide"),
+        ("3", "10 % likely to the model", "&lt;i&gt;fluid&lt;/i&gt;."),
+    ]
+    assert "<strong>" in html and "**" not in html.split('class="raw"')[0]
+    assert "The heart is wide , no <i>fluid</i>." in Page(html).text
+    bar = r'<dt>(\w+)</dt><dd><i style="margin-left:([\d.]+)%;width:([\d.]+)%"></i></dd><dd>([^<]+)</dd>'
+    bars = re.findall(bar, html)
+    assert bars[:2] == [("Cardiomegaly", "50.00", "15.00", "+4.5"), ("Edema", "0.00", "50.00", "-15.0")]
+    assert "no probability of a disease" in Page(html).text
+    without = reading_page(READING)
+    assert "<mark" not in without and "How sure" not in without
 
 
 @pytest.mark.parametrize("status", ["malformed", "truncated", "out_of_vocabulary", "doubtful_image"])
@@ -319,6 +352,7 @@ def test_boxes_land_where_the_model_put_them(tmp_path, picture, window):
     assert np.abs(down + 1 - height * y1 / 100).min() <= 1.5
 
 
+@pytest.mark.slow
 @browser
 @pytest.mark.parametrize("width", [320, 390, 1280])
 def test_findings_come_first_on_a_phone_and_beside_the_picture_on_a_desktop(tmp_path, width):

@@ -181,6 +181,7 @@ def test_a_garbled_tensor_is_named(kind):
         collect(kind, server, b"x")
 
 
+@pytest.mark.slow
 @both
 def test_connecting_is_retried_until_the_server_is_ready(kind):
     with FakeServer(streamed) as server:
@@ -224,6 +225,7 @@ def test_an_unknown_model_is_a_mismatch():
             reader.server_info()
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize(
     ("limit", "answer"),
@@ -595,6 +597,7 @@ def test_too_large_a_request_is_refused_before_it_is_sent():
         reader.read([bytes(3 << 18), bytes(3 << 18)])
 
 
+@pytest.mark.slow
 @both
 def test_a_server_with_a_smaller_limit_is_told_apart_from_a_full_queue(kind):
     with (

@@ -1,5 +1,6 @@
 """The answer grammars, and the READING JSON against its schema."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -344,10 +345,30 @@ def test_schema_refuses_what_is_no_reading():
         assert not VALIDATOR.is_valid({k: v for k, v in good.items() if k != key})
 
 
+def test_what_was_asked_for_besides_is_there_only_then():
+    plain = Reading.of(nv("<think>a</think><answer>Edema</answer>"), **FACTS)
+    assert not {"scores", "token_logprobs", "token_ends"} & set(json.loads(plain.to_json()))
+    assert "score" not in json.loads(plain.to_json())["findings"][0]
+    findings = tuple(dataclasses.replace(finding, score=3.5) for finding in plain.findings)
+    asked = {"token_logprobs": (-0.25, 0.0), "token_ends": (10, 37), "scores": {"Edema": 3.5, "Fracture": -7.0}}
+    full = dataclasses.replace(plain, findings=findings, **asked)
+    wire = json.loads(full.to_json())
+    VALIDATOR.validate(wire)
+    assert Reading.from_json(full.to_json()) == full
+    for change in ({"token_logprobs": [0.1]}, {"token_ends": [-1]}, {"scores": {}}, {"scores": {"Edema": None}}):
+        assert not VALIDATOR.is_valid({**wire, **change})
+    assert not VALIDATOR.is_valid({key: value for key, value in wire.items() if key != "token_ends"})
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"version": 2},
+        {"scores": {"Edema": "high"}},
+        {"scores": [1.0]},
+        {"token_logprobs": ["-1"]},
+        {"token_ends": {"a": 1}},
+        {"findings": [{"label": "Edema", "written": "Edema", "score": True}]},
         {"text": 3},
         {"findings": [1]},
         {"findings": {}},

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cxr_triton.alternatives import Scoring
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.profile import load_profile, profile_names
 from cxr_triton.request import MAX_REQUEST_BYTES, MAX_TEXT_CHARS, ReadRequest
@@ -42,6 +43,18 @@ def test_placeholders_are_filled_once_and_lists_become_lettered_options():
     assert request.text == "What of {options}? Options:\n(A) PA\n(B) AP"
     request = ask(task="vqa", mode="instruct", variables={"question": "q", "options": "A. yes\nB. no"})
     assert request.text == "q Options:\nA. yes\nB. no"
+
+
+def test_scores_are_of_the_profile_s_labels_or_of_the_question_s_options():
+    assert ask().scoring is None and not ask().logprobs and ask(logprobs=True).logprobs
+    nv = load_profile("nv-reason-cxr-3b")
+    for keys, answer in (({}, "labels"), ({"task": "educational"}, "text"), ({"prompt": "Is it wide?"}, "text")):
+        assert ask(nv, scores=True, **keys).scoring == Scoring(grammar="think_answer", answer=answer, choices=nv.labels)
+    variables = {"question": "Which?", "options": ["left", "right"]}
+    scoring = ask(task="vqa", variables=variables, scores=True).scoring
+    assert scoring == Scoring(grammar="boxed", answer="option", choices=("left", "right"))
+    yes_no = ask(task="disease", variables={"disease": "edema"}, scores=True, mode="instruct").scoring
+    assert yes_no == Scoring(grammar="plain", answer="option")
 
 
 def test_free_prompt_replaces_the_tasks_prompt():
@@ -116,6 +129,10 @@ def test_follow_up_needs_a_history():
         ({"seed": -1}, "is outside 0 to"),
         ({"seed": 2**63}, "is outside 0 to"),
         ({"identifiers": "secret"}, "REQUEST.identifiers: 'secret' is none of plain, hashed"),
+        ({"logprobs": "yes"}, "REQUEST.logprobs: is str, expected true or false"),
+        ({"scores": 1}, "REQUEST.scores: is int, expected true or false"),
+        ({"scores": True}, "REQUEST.scores: the task answers in prose; scores are of labels and of options"),
+        ({"scores": True, "prompt": "Is it?"}, "REQUEST.scores: a free prompt's answer has no labels in the served"),
         ({"stop": "x"}, "expected a list of at most 8 texts"),
         ({"stop": [""]}, "0 characters, allowed 1 to 64"),
         ({"x" * 9999: 1}, "unknown key 'xxx"),

@@ -16,7 +16,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from cxr_triton.engines.bundle import Bundle
-from cxr_triton.engines.pipeline import completion_json, sampling_of, wire_error
+from cxr_triton.engines.pipeline import completion_json, sampling_of, scoring_of, wire_error
 from cxr_triton.engines.runtime.stream import Chunk, Generation
 from cxr_triton.engines.secret import Seal
 from cxr_triton.errors import InvalidRequest
@@ -122,6 +122,7 @@ class TritonPythonModel:
             image_index=arrays["IMAGE_INDEX"],
             image_embeddings=embeddings.reshape(-1, embeddings.shape[-1]),  # [n, T, hidden] -> [n * T, hidden]
             sampling=sampling_of(stream.context),
+            scoring=scoring_of(stream.context),
         )
         stream.id = self.runtime.submit(
             generation,
