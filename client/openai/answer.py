@@ -19,15 +19,19 @@ class Answer:
         self._same: dict[str, Any] = {"id": self.id, "created": int(time.time()), "model": model}
         self._include_usage = include_usage
 
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> dict[str, Any]:
-        """One event of a stream."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def chunk(self, delta: dict[str, str], end: Reading | None = None) -> dict[str, Any]:
+        """One event of a stream; the last one with a choice tells of the reading, which has come to its `end`."""
+        choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
+        more = {}
+        if end:
+            choice |= {"logprobs": logprobs(end), "finish_reason": finish_reason(end)}
+            more = {"cxr": extension(end)}
         usage = {"usage": None} if self._include_usage else {}
         return {**self._same, "object": "chat.completion.chunk", "choices": [choice], **usage, **more}
 
     def last_chunks(self, reading: Reading) -> list[dict[str, Any]]:
         """The end of a stream: why it ended and the whole reading, then the usage where it was asked for."""
-        chunks = [self.chunk({}, finish_reason(reading), cxr=extension(reading))]
+        chunks = [self.chunk({}, reading)]
         if self._include_usage:
             chunks.append({**self.chunk({}), "choices": [], "usage": usage(reading)})
         return chunks
@@ -35,7 +39,8 @@ class Answer:
     def whole(self, reading: Reading, reasoning: str, content: str) -> dict[str, Any]:
         """A completion that is not streamed."""
         message = {"role": "assistant", "content": content, "reasoning_content": reasoning or None, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(reading)}
+        ended = {"logprobs": logprobs(reading), "finish_reason": finish_reason(reading)}
+        choice = {"index": 0, "message": message, **ended}
         body = {**self._same, "object": "chat.completion", "choices": [choice], "usage": usage(reading)}
         return {**body, "cxr": extension(reading)}
 
@@ -43,6 +48,17 @@ class Answer:
 def finish_reason(reading: Reading) -> str:
     """``stop``, or ``length`` where the token limit came first."""
     return "stop" if reading.finish_reason == "stop" else "length"
+
+
+def logprobs(reading: Reading) -> dict[str, Any] | None:
+    """Of each token of the model's text, where they were asked for; the bytes of a cut-off character are its last's."""
+    if not reading.token_logprobs:
+        return None
+    tokens, start = [], 0
+    for end, logprob in zip(reading.token_ends, reading.token_logprobs, strict=False):
+        token, start = reading.text[start:end], end
+        tokens.append({"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []})
+    return {"content": tokens, "refusal": None}
 
 
 def usage(reading: Reading) -> dict[str, Any]:

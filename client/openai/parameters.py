@@ -69,7 +69,9 @@ PARAMETERS: dict[str, Parameter] = {
         {"oneOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": 8}]},
         "up to 8 texts; the answer, reasoning included, ends before the first of them",
     ),
-    "logprobs": Parameter(TAKEN, _BOOLEAN, "of each token of the answer", "logprobs"),
+    "logprobs": Parameter(
+        TAKEN, _BOOLEAN, "of each token, those of reasoning and tags too; in a stream with its last chunk", "logprobs"
+    ),
     "response_format": Parameter(TAKEN, {"type": "object"}, 'type "text" or "json_schema"'),
     "guide": Parameter(TAKEN, {"enum": ["none", "answer"]}, "answer holds an answer to its grammar", "guide"),
     "scores": Parameter(TAKEN, _BOOLEAN, "how sure the model is of each label, in the reading", "scores"),
@@ -115,10 +117,8 @@ PARAMETERS: dict[str, Parameter] = {
 }
 
 NOT_YET: dict[str, tuple[Any, ...]] = {
-    "logprobs": (False,),
     "response_format": ({"type": "text"},),
     "guide": ("none",),
-    "scores": (False,),
 }
 """Taken by the table and not yet by the REQUEST: refused but for these values. A row less here makes one work."""
 

@@ -72,6 +72,15 @@ def test_it_gives_what_the_grpc_client_gets(client, server):
     assert parts == said(answer.choices[0].message) and alike(last) == alike(answer.cxr["reading"])
 
 
+def test_log_probabilities_are_those_of_the_grpc_client(client, server):
+    with Reader(server.grpc) as reader:
+        ours = reader.read(radiograph(1), max_new_tokens=12, temperature=2.0, seed=7, logprobs=True).result()
+    answer = client.chat.completions.create(**asked(radiograph(1)), **SHORT, logprobs=True)
+    given = answer.choices[0].logprobs.content
+    assert [token.logprob for token in given] == pytest.approx(list(ours.token_logprobs), rel=1e-3)
+    assert len(given) == 12 and "".join(token.token for token in given) == ours.text
+
+
 def test_a_conversation_goes_on_as_the_grpc_client_has_it(client, server):
     first = client.chat.completions.create(**asked(radiograph(3)), **SHORT)
     reading, more = first.cxr["reading"], asked(radiograph(3))

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -175,6 +176,22 @@ def test_prose_without_a_box_becomes_content_at_the_end(stream):
         assert answer["choices"][0]["message"]["content"] == "Clear lungs."
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_are_of_each_token(stream):
+    ends = (7, 20, len(TEXT) - 1, len(TEXT))
+    plain = Reading.from_json(reading())
+    with_them = dataclasses.replace(plain, token_logprobs=(-0.5, -1.0, 0.0, -2.0), token_ends=ends).to_json()
+    told = [response(TEXT), response("", with_them, final=True)]
+    with served(lambda request, context: iter(told)) as (triton, server):
+        with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0) as client:
+            answer = client.chat.completions.create(**body(logprobs=True, stream=stream))
+            given = [c.choices[0].logprobs for c in answer][-1] if stream else answer.choices[0].logprobs
+        assert triton.asked["logprobs"] is True
+    assert "".join(token.token for token in given.content) == TEXT
+    assert [token.logprob for token in given.content] == [-0.5, -1.0, 0.0, -2.0]
+    assert bytes(given.content[1].bytes) == TEXT[7:20].encode()
+
+
 def test_the_mode_decides_what_is_reasoning():
     with served(answering("Clear lungs.", grammar="plain", answer="text"), CHEXONE) as (triton, server):
         _, _, answer = post(server, body(profile=CHEXONE, mode="instruct"))
@@ -333,8 +350,6 @@ def test_a_body_that_is_no_json_object(site, data):
 @pytest.mark.parametrize("name", sorted(NOT_YET))
 def test_what_the_request_cannot_take_yet_is_refused_by_one_row(name, monkeypatch):
     value = {
-        "logprobs": True,
-        "scores": True,
         "guide": "answer",
         "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
     }
