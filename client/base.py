@@ -29,6 +29,7 @@ class Calls(NamedTuple):
     channel: Any
     server: Callable[..., Any]
     model: Callable[..., Any]
+    config: Callable[..., Any]
     infer: Callable[..., Any]
 
 
@@ -130,7 +131,7 @@ class BaseReader(Generic[Stream]):
             channel = library.insecure_channel(self.url, options)
         stub = GRPCInferenceServiceStub(channel)
         infer = channel.unary_stream(kserve.STREAM_INFER, **kserve.STREAM_INFER_TYPES)
-        return Calls(channel, stub.ServerMetadata, stub.ModelMetadata, infer)
+        return Calls(channel, stub.ServerMetadata, stub.ModelMetadata, stub.ModelConfig, infer)
 
     def _opened(self) -> Calls:
         if self._calls is None:

@@ -58,6 +58,11 @@ VERBS = {
         "gateway",
         "Run a PACS gateway: studies in, readings back as DICOM.",
     ),
+    "openai": (
+        "cxr_triton.client.openai.command:openai",
+        "openai",
+        "Answer OpenAI's chat completions through a running server.",
+    ),
     "bench": ("cxr_triton.perf.command:bench", "perf", "Measure a served reader, and compare measurements."),
     "evaluate": (
         "cxr_triton.evaluate.command:evaluate",
@@ -103,6 +108,10 @@ EXAMPLES = {
     "gateway retry": ("gateway retry 12",),
     "gateway drop": ("gateway drop 12",),
     "gateway drain": ("gateway drain --timeout-s 600",),
+    "openai": (
+        "openai --url 127.0.0.1:8001",
+        "openai --host 0.0.0.0 --cert cert.pem --key key.pem --api-keys-file keys",
+    ),
     "bench": ("bench run repository/ --json result.json",),
     "bench run": (
         "bench run repository/ --json result.json --html result.html",
