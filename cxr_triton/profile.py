@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import re
 import typing
@@ -337,6 +338,21 @@ class ModelProfile(_Checked):
         data = dataclasses.asdict(self)
         data |= {"labels": list(self.labels), "views": list(self.views)}
         return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+
+    def to_json(self) -> str:
+        """The profile, complete, as a served ensemble says it; `from_json` reads it back equal."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelProfile:
+        """A profile from `to_json`; raises `InvalidProfile` where it is none of this release."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InvalidProfile(
+                f"served profile: is not JSON: {error}; use the client of the server's release"
+            ) from None
+        return build(cls, data, "served profile")
 
 
 def profile_names() -> list[str]:

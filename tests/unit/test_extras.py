@@ -85,6 +85,7 @@ CALLS = [
     ("gateway", []),
     ("gateway", ["status", "--json", "-"]),
     ("gateway", ["drain"]),
+    ("openai", []),
     ("bench", ["run", "empty"]),
     ("evaluate", ["file.json", "--format", "table", "--url", "127.0.0.1:1", "-o", "out"]),
     ("demo", []),
