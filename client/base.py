@@ -65,6 +65,7 @@ class BaseReader(Generic[Stream]):
         seed: int | None = None,
         stop: Sequence[str] | None = None,
         identifiers: str | None = None,
+        guide: str | dict | None = None,
         logprobs: bool | None = None,
         scores: bool | None = None,
     ) -> Stream:
@@ -75,7 +76,7 @@ class BaseReader(Generic[Stream]):
         images : bytes, path, or a sequence of these
             DICOM Part 10, PNG or JPEG; prior first, current last; none for a text-only task. Paths are read here.
         task, prompt, mode, history, variables, max_new_tokens, temperature, top_p, repetition_penalty, seed, stop,
-        identifiers, logprobs, scores
+        identifiers, logprobs, scores, guide
             Keys of the request, see `cxr_triton.request.ReadRequest`.
 
         Returns
@@ -103,6 +104,7 @@ class BaseReader(Generic[Stream]):
             "seed": seed,
             "stop": stop,
             "identifiers": identifiers,
+            "guide": guide,
             "logprobs": logprobs,
             "scores": scores,
         }

@@ -34,6 +34,7 @@ from cxr_triton.client.page import decode_rate, draw, reading_page
 from cxr_triton.client.reader import Reader, ReadingStream
 from cxr_triton.errors import CxrError, InvalidRequest, ServerMismatch
 from cxr_triton.files import write
+from cxr_triton.guide import MODE_GUIDES
 from cxr_triton.identity import IDENTIFIERS, require_same_images
 from cxr_triton.numbers import duration
 from cxr_triton.pixels.flags import FLAGS as IMAGE_FLAGS
@@ -162,6 +163,11 @@ def require_readings_of(
     help="How the reading names its images' UIDs; plain if left out. Hashed also keeps file name and date off --html.",
 )
 @click.option(
+    "--guide",
+    metavar="none|answer|FILE.json",
+    help="Hold what is read by machines to its grammar while it is written, or the answer to the JSON schema in FILE.",
+)
+@click.option(
     "--logprobs", is_flag=True, help="Have the reading say how likely the model found each token; --html shades."
 )
 @click.option("--scores", is_flag=True, help="Have the reading say how sure the model is of each label or option.")
@@ -177,7 +183,7 @@ def require_readings_of(
 @json_option
 def read(
     *, files, follow, task, prompt, mode, variables, history, unchecked_reading, max_new_tokens, temperature, seed,
-    identifiers, logprobs, scores, out, html_path, json_path, **server,
+    identifiers, guide, logprobs, scores, out, html_path, json_path, **server,
 ):  # fmt: skip
     """Read one patient's radiographs and stream the model's reasoning.
 
@@ -206,6 +212,7 @@ def read(
         "temperature": temperature,
         "seed": seed,
         "identifiers": identifiers,
+        "guide": _guide(guide),
         "logprobs": logprobs or None,
         "scores": scores or None,
     }
@@ -339,7 +346,7 @@ def answered(stream: ReadingStream, url: str, files: Sequence[Path], show: Calla
 _OPTIONS = (
     (r"REQUEST\.variables\.(\w+)", r"--var \1"),
     (r"REQUEST\.variables", "--var"),
-    (r"REQUEST\.(task|prompt|mode|history|seed|temperature|identifiers|logprobs|scores)", r"--\1"),
+    (r"REQUEST\.(task|prompt|mode|history|seed|temperature|identifiers|guide|logprobs|scores)", r"--\1"),
     (r"REQUEST\.max_new_tokens", "--max-new-tokens"),
     (r"\bIMAGES: (\d+) given", r"FILE: \1 given"),
     (r"\bREQUEST\b", "the request"),
@@ -354,6 +361,19 @@ def in_options(message: str, files: Sequence[Path] = ()) -> str:
     for word, option in _OPTIONS:
         message = re.sub(word, option, message)
     return message
+
+
+def _guide(given: str | None) -> str | dict | None:
+    """Of the request: a word, or the schema that a file holds."""
+    if given is None or given in MODE_GUIDES:
+        return given
+    try:
+        if isinstance(schema := json.loads(Path(given).read_bytes()), dict):
+            return {"json_schema": schema}
+        said = "it holds no object"
+    except (OSError, ValueError, RecursionError) as error:
+        said = str(error)
+    raise click.BadParameter(f"{given} is neither none nor answer nor a JSON schema: {said}", param_hint="--guide")
 
 
 def _variables(pairs: tuple[str, ...]) -> dict[str, str | list[str]]:
@@ -408,9 +428,15 @@ def summary(reading: Reading) -> Iterator[str]:
             yield f"{'' if i else name:<9} {line}"
 
 
+_HELD = {
+    "answer": ["the answer was held to its grammar while it was written"],
+    "json_schema": ["the answer was held to a JSON schema while it was written"],
+}
+
+
 def _summary(reading: Reading) -> Iterator[tuple[str, list[str]]]:
     """Rows of the table under the streamed text: a name and its lines."""
-    yield "Status", [STATUSES.get(reading.status, reading.status)]
+    yield "Status", [STATUSES.get(reading.status, reading.status), *_HELD.get(reading.guide, [])]
     labels = [finding.label for finding in reading.findings]
     labels += [f"{label} (not in the vocabulary)" for label in reading.unknown_labels]
     if labels:
