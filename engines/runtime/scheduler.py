@@ -13,10 +13,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from cxr_triton.engines.runtime.drafts import NONE, Drafts
 from cxr_triton.engines.runtime.prefix import PrefixCache
 from cxr_triton.engines.runtime.stream import Chunk, Generation, Stream
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, PromptTooLong, QueueFull, Unavailable
@@ -48,10 +49,13 @@ class Runtime:
         Decode steps made so far; None where the engine does not tell.
     prefix : PrefixCache or None
         What prompts that begin alike share; None where nothing is, or the engine does not tell.
+    drafts : Drafts or None
+        What guesses tokens; None where nothing does, or the engine does not tell.
     """
 
     steps: int | None = None
     prefix: PrefixCache | None = None
+    drafts: Drafts | None = None
 
     def __init__(
         self,
@@ -297,6 +301,8 @@ class DecoderRuntime(Runtime):
         Used instead of the bundle's.
     prefix : PrefixCache, optional
         What prompts that begin alike share; each is computed as a whole without.
+    drafts : Drafts, optional
+        Guesses tokens, which a step then checks, where the session can.
     queue_size, coalesce_tokens, coalesce_ms, heartbeat_ms
         As in `Runtime`.
     """
@@ -313,6 +319,7 @@ class DecoderRuntime(Runtime):
         session=None,
         tokenizer=None,
         prefix: PrefixCache | None = None,
+        drafts: Drafts | None = None,
         queue_size: int = 64,
         **pace: float,
     ):
@@ -326,6 +333,8 @@ class DecoderRuntime(Runtime):
         self._session = session
         self._step = getattr(session, "step_top", session.step)
         self._slots = session.slots
+        self._checks: int = getattr(session, "checks", 0)
+        self.drafts = drafts if self._checks else None
         self._prefill_chunk: int = prefill_chunk if prefill_chunk else getattr(session, "prefill_chunk", 128)
         self._prefilling: Stream | None = None
         self._decoding: list[Stream] = []
@@ -399,26 +408,57 @@ class DecoderRuntime(Runtime):
                 self.prefix.keep(self._session, self._decoding.index(stream), stream)
 
     def _decode(self) -> None:
-        """One step for every stream that decodes."""
+        """One step for every stream that decodes, with tokens that were guessed where that should be worth it."""
         streams = list(self._decoding)
         if not streams:
             return
-        started_s = time.monotonic()
+        held, started_s = self._session.lengths[: len(streams)].copy(), time.monotonic()
+        guesses = self._guess(streams, held)
         try:
-            logits = self._step(
-                np.array([stream.last_token for stream in streams], np.int64),
-                np.array([stream.next_position for stream in streams], np.int64),
-            )
+            logits = self._logits(streams, guesses)
         except Exception:
             self._fail(streams, "a step")
             return
         self.steps += 1
-        for stream, row in zip(streams, logits, strict=True):
-            stream.next_position += 1
-            self._accept(stream, row)
+        if self.drafts:
+            self.drafts.costs.take(len(streams), 1 + guesses.shape[1], time.monotonic() - started_s)
+        for stream, rows, guessed, length in zip(streams, logits, guesses.tolist(), held, strict=True):
+            self._take(stream, rows, guessed, int(length))
         self._step_s = time.monotonic() - started_s
         for stream in streams:
             self._emit(stream)
+
+    def _guess(self, streams: list[Stream], held: np.ndarray) -> np.ndarray:
+        """Tokens [n, k] that may come next, k of 0 where none are worth a check."""
+        if self.drafts and len(streams) <= self._checks:
+            guesses = self.drafts.propose(streams, self._max_sequence - int(held.max()))
+            if guesses is not None:
+                return guesses
+        return np.empty((len(streams), 0), np.int64)
+
+    def _logits(self, streams: list[Stream], guesses: np.ndarray) -> Sequence[Sequence]:
+        """Logits after the last token of each stream, and after each guess."""
+        last = np.array([stream.last_token for stream in streams], np.int64)
+        first = np.array([stream.next_position for stream in streams], np.int64)
+        if not guesses.shape[1]:
+            return [[row] for row in self._step(last, first)]
+        ids = np.column_stack([last, np.where(guesses == NONE, last[:, None], guesses)])
+        return self._session.check(ids, first[:, None] + np.arange(ids.shape[1]))
+
+    def _take(self, stream: Stream, rows: Sequence, guessed: list[int], held: int) -> None:
+        """Sample a token, and while it was guessed the next one; a slot keeps nothing of what was guessed wrongly."""
+        taken = 0
+        for row, guess in zip(rows, [*guessed, NONE], strict=True):
+            taken += 1
+            stream.next_position += 1
+            self._accept(stream, row)
+            if stream.last_token != guess or stream.finish_reason or stream.id not in self._streams:
+                break
+        if not guessed or stream not in self._decoding:
+            return
+        self._session.shorten(self._decoding.index(stream), held + taken)
+        if self.drafts:
+            self.drafts.count(len(guessed) - guessed.count(NONE), taken - 1)
 
     def _accept(self, stream: Stream, logits: np.ndarray) -> None:
         try:
@@ -445,8 +485,11 @@ class DecoderRuntime(Runtime):
             self._session.free(len(self._decoding))
             return
         row = self._decoding.index(stream)
-        if self.prefix and stream.finish_reason in ("stop", "length"):
-            self.prefix.keep(self._session, row, stream)
+        if stream.finish_reason in ("stop", "length"):
+            if self.prefix:
+                self.prefix.keep(self._session, row, stream)
+            if self.drafts:
+                self.drafts.keep(stream)
         last = self._decoding.pop()
         free = len(self._decoding)
         if last is not stream:
