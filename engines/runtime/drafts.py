@@ -8,7 +8,8 @@ random sampling give what they give without. Nothing of the texts is ever writte
 from __future__ import annotations
 
 import logging
-import statistics
+import time
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,10 +26,12 @@ WIDTHS = (1, 2, 3, 4, 6, 8)
 """Tokens of each stream that a step may take: the one that was sampled last, and guesses."""
 BYTES_PER_TOKEN = 16
 LONGEST = 12  # tokens; a longer context tells no more
+_MIX = 1000003
 _PLACES = 8  # newest ones of a context that are looked at
 _RUNS = 7  # of a width, over which its median goes
 _PLAIN_EVERY, _STALE = 64, 500  # steps after which one guess, and what a width takes, is measured again
 _MARGIN = 1.03  # by which a wider step has to be worth more
+_IN_VAIN, _SHARE, _LONGEST_REST = 16, 0.005, 64  # guesses in a row; of a step's time, for more of them; steps
 
 
 class Texts:
@@ -63,25 +66,25 @@ class Texts:
         tokens = tokens[-(self._size - 1) :]
         if self._next + len(tokens) > self._size:
             self._next = 1
-        for token in tokens:
-            self.push(token)
+        self.go_on(tokens)
         self._next += 1
 
-    def push(self, token: int) -> None:
-        """Go on with the text that is written now; a ring that is full to its end takes no more."""
+    def go_on(self, tokens: Sequence[int]) -> None:
+        """Add to the text that is written now; a ring that is full to its end takes no more."""
+        size, text, older, after_one, after_two = self._size, self._text, self._older, self._after_one, self._after_two
         place = self._next
-        if place > self._size:
-            return
-        text = self._text
-        text[place], text[place + 1] = token, NONE
-        last, one_before = text[place - 1], text[place - 2]
-        if last != NONE:
-            self._after_one[last % self._size] = place
-            if one_before != NONE:
-                key = self._key(one_before, last)
-                self._older[place] = self._after_two[key]
-                self._after_two[key] = place
-        self._next = place + 1
+        one_before, last = text[place - 2], text[place - 1]
+        for token in tokens[: size + 1 - place]:
+            text[place] = token
+            if last != NONE:
+                after_one[last % size] = place
+                if one_before != NONE:
+                    key = (one_before * _MIX + last) % size
+                    older[place], after_two[key] = after_two[key], place
+            one_before, last = last, token
+            place += 1
+        text[place] = NONE
+        self._next = place
 
     def find(self, tail: Sequence[int]) -> tuple[int, int]:
         """The newest place before which the longest end of `tail` stands, up to `LONGEST` tokens, and its length."""
@@ -104,10 +107,11 @@ class Texts:
         """Whether a whole text, or the end of one, is among the newest that end with its last three tokens."""
         if len(tokens) < 3:
             return False
+        text, wanted = self._text, memoryview(array("i", tokens))
         place = self._after_two[self._key(tokens[-3], tokens[-2])]
         for _ in range(_PLACES):
             first = place + 1 - len(tokens)
-            if first > 0 and self._text[place] == tokens[-1] and self._text[first : place + 1].tolist() == list(tokens):
+            if first > 0 and text[place] == tokens[-1] and text[first : place + 1] == wanted:
                 return True
             place = self._older[place]
         return False
@@ -122,7 +126,7 @@ class Texts:
         return tokens[: tokens.index(NONE)] if NONE in tokens else tokens
 
     def _key(self, one: int, two: int) -> int:
-        return (one * 1000003 + two) % self._size
+        return (one * _MIX + two) % self._size
 
     def _common(self, place: int, tail: Sequence[int]) -> int:
         """Tokens before a place that are the last ones of `tail`."""
@@ -154,7 +158,11 @@ class Costs:
             self._runs[kind] = deque(maxlen=_RUNS)
             return
         self._runs[kind].append(seconds)
-        self._median[kind] = statistics.median(self._runs[kind])
+        self._median[kind] = sorted(self._runs[kind])[len(self._runs[kind]) // 2]
+
+    def seconds(self, streams: int, width: int) -> float | None:
+        """What a step takes; None where that was not measured."""
+        return self._median.get((streams, width))
 
     def best(self, streams: int, tokens: Sequence[float]) -> int:
         """The width that gives most tokens a second.
@@ -180,6 +188,11 @@ class Costs:
                 chosen, most = width, expected / seconds
         return chosen
 
+    def rest(self, streams: int, seconds: float) -> int:
+        """Steps to make without a look at what could be guessed, where a look takes so long and was in vain."""
+        step_s = self._median.get((streams, 1))
+        return min(int(seconds / (_SHARE * step_s)), _LONGEST_REST) if step_s else 0
+
     def _is_stale(self, kind: tuple[int, int], steps: int) -> bool:
         return self._steps - self._last.get(kind, 0) > steps
 
@@ -194,7 +207,7 @@ class Rates:
     def learn(self, length: int, is_right: bool) -> None:
         """Count a guess, whether or not a step was made for it."""
         length = min(length, LONGEST)
-        seen = self._seen[length] = min(self._seen[length] + 1, 100)
+        seen = self._seen[length] = min(self._seen[length] + 1, 40)
         self._right[length] += (is_right - self._right[length]) / seen
 
     def all_right(self, length: int, guesses: int) -> list[float]:
@@ -218,6 +231,9 @@ class _Follower:
 
     def follow(self, answer: Sequence[int], earlier: Texts, rates: Rates) -> None:
         """Take what the answer has more than before."""
+        if (looked := len(answer) - WIDTHS[-1]) > self.taken:  # said while nobody looked
+            self.own.go_on(answer[self.taken : looked])
+            self.taken, self.place, self.length = looked, 0, 0
         for end in range(self.taken + 1, len(answer) + 1):
             token = answer[end - 1]
             guess = self.texts.at(self.place)
@@ -230,7 +246,7 @@ class _Follower:
                 self.texts, (self.place, self.length) = earlier, earlier.find(tail)
                 if (mine := self.own.find(tail))[1] > self.length:
                     self.texts, (self.place, self.length) = self.own, mine
-            self.own.push(token)
+            self.own.go_on((token,))
         self.taken = len(answer)
 
 
@@ -251,6 +267,7 @@ class Drafts:
         self.texts, self._rates = Texts(self.limit_bytes), Rates()
         self._followers: WeakKeyDictionary[Stream, _Follower] = WeakKeyDictionary()
         self._drafted = self._accepted = 0
+        self._in_vain = self._rest = 0
 
     def counts(self) -> dict[str, int]:
         """Tokens that were ``drafted`` and, of them, ``accepted``, for any thread."""
@@ -276,21 +293,24 @@ class Drafts:
         (n, k) int64 array or None
             `NONE` after a stream's last guess.
         """
+        if self._rest:
+            self._rest -= 1
+            return None
+        started_s = time.monotonic()
         try:
-            guesses = [self._guess(stream, min(room, WIDTHS[-1]) - 1) for stream in streams]
-            most = max(len(tokens) for tokens, _ in guesses)
-            if not most:
-                return None
-            gains = [self._rates.all_right(length, len(tokens)) for tokens, length in guesses]
-            widths = [width for width in WIDTHS if width <= most + 1]
-            expected = [len(streams) + sum(sum(gain[: width - 1]) for gain in gains) for width in widths]
-            width = self.costs.best(len(streams), expected)
-            if width == 1:
-                return None
-            return np.array([(tokens + [NONE] * width)[: width - 1] for tokens, _ in guesses], np.int64)
+            guesses = self._worth_a_check(streams, min(room, WIDTHS[-1]) - 1)
         except Exception:
             self._give_up("guessing")
             return None
+        self._in_vain = self._in_vain + 1 if guesses is None else 0
+        if self._in_vain >= _IN_VAIN:
+            self._rest = self.costs.rest(len(streams), time.monotonic() - started_s)
+        return guesses
+
+    def took(self, streams: int, width: int, seconds: float) -> None:
+        """Count what a step took, guessing included."""
+        if not self._rest:
+            self.costs.take(streams, width, seconds)
 
     def keep(self, stream: Stream) -> None:
         """Hold the answer of a stream that has ended, once."""
@@ -310,6 +330,19 @@ class Drafts:
             own = Texts((stream.max_new_tokens + 3) * BYTES_PER_TOKEN)
             self._followers[stream] = _Follower(own, self.texts)
         return self._followers[stream]
+
+    def _worth_a_check(self, streams: Sequence[Stream], most: int) -> np.ndarray | None:
+        guesses = [self._guess(stream, most) for stream in streams]
+        longest = max(len(tokens) for tokens, _ in guesses)
+        if not longest:
+            return None
+        gains = [self._rates.all_right(length, len(tokens)) for tokens, length in guesses]
+        widths = [width for width in WIDTHS if width <= longest + 1]
+        expected = [len(streams) + sum(sum(gain[: width - 1]) for gain in gains) for width in widths]
+        width = self.costs.best(len(streams), expected)
+        if width == 1:
+            return None
+        return np.array([(tokens + [NONE] * width)[: width - 1] for tokens, _ in guesses], np.int64)
 
     def _guess(self, stream: Stream, most: int) -> tuple[list[int], int]:
         """Tokens that may come next, as many as the answer has room for beside one, and the length of their context."""

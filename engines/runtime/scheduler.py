@@ -412,36 +412,35 @@ class DecoderRuntime(Runtime):
         streams = list(self._decoding)
         if not streams:
             return
-        held, started_s = self._session.lengths[: len(streams)].copy(), time.monotonic()
-        guesses = self._guess(streams, held)
+        started_s = time.monotonic()
+        drafts = self.drafts if len(streams) <= self._checks else None
+        held = self._session.lengths[: len(streams)].tolist() if drafts else []
+        guesses = drafts.propose(streams, self._max_sequence - max(held)) if drafts else None
         try:
             logits = self._logits(streams, guesses)
         except Exception:
             self._fail(streams, "a step")
             return
         self.steps += 1
-        if self.drafts:
-            self.drafts.costs.take(len(streams), 1 + guesses.shape[1], time.monotonic() - started_s)
-        for stream, rows, guessed, length in zip(streams, logits, guesses.tolist(), held, strict=True):
-            self._take(stream, rows, guessed, int(length))
+        if drafts:
+            width = 1 if guesses is None else 1 + guesses.shape[1]
+            drafts.took(len(streams), width, time.monotonic() - started_s)
+        for row, stream in enumerate(streams):
+            if guesses is None:
+                stream.next_position += 1
+                self._accept(stream, logits[row])
+            else:
+                self._take(stream, logits[row], guesses[row].tolist(), held[row])
         self._step_s = time.monotonic() - started_s
         for stream in streams:
             self._emit(stream)
 
-    def _guess(self, streams: list[Stream], held: np.ndarray) -> np.ndarray:
-        """Tokens [n, k] that may come next, k of 0 where none are worth a check."""
-        if self.drafts and len(streams) <= self._checks:
-            guesses = self.drafts.propose(streams, self._max_sequence - int(held.max()))
-            if guesses is not None:
-                return guesses
-        return np.empty((len(streams), 0), np.int64)
-
-    def _logits(self, streams: list[Stream], guesses: np.ndarray) -> Sequence[Sequence]:
-        """Logits after the last token of each stream, and after each guess."""
+    def _logits(self, streams: list[Stream], guesses: np.ndarray | None) -> Sequence:
+        """Logits after the last token of each stream, or after that and each guess [n, k]."""
         last = np.array([stream.last_token for stream in streams], np.int64)
         first = np.array([stream.next_position for stream in streams], np.int64)
-        if not guesses.shape[1]:
-            return [[row] for row in self._step(last, first)]
+        if guesses is None:
+            return self._step(last, first)
         ids = np.column_stack([last, np.where(guesses == NONE, last[:, None], guesses)])
         return self._session.check(ids, first[:, None] + np.arange(ids.shape[1]))
 
@@ -452,9 +451,9 @@ class DecoderRuntime(Runtime):
             taken += 1
             stream.next_position += 1
             self._accept(stream, row)
-            if stream.last_token != guess or stream.finish_reason or stream.id not in self._streams:
+            if stream.last_token != guess or stream.finish_reason:
                 break
-        if not guessed or stream not in self._decoding:
+        if stream not in self._decoding:
             return
         self._session.shorten(self._decoding.index(stream), held + taken)
         if self.drafts:

@@ -242,6 +242,9 @@ class Free(Costs):
     def best(self, streams, tokens):
         return WIDTHS[len(tokens) - 1]
 
+    def rest(self, streams, seconds):
+        return 0
+
 
 @pytest.mark.parametrize("penalty", [1.0, PENALTY])
 def test_greedy_tokens_with_drafts_are_those_of_transformers(bundle, reference, generations, penalty):

@@ -185,7 +185,8 @@ def test_what_prompts_shared_is_counted_and_stands_in_the_usage(decoder):
 
 
 def test_what_was_guessed_is_counted(decoder, monkeypatch):
-    monkeypatch.setattr(decoder.runtime.drafts.costs, "best", lambda streams, tokens: len(tokens) and 2)
+    monkeypatch.setattr(decoder.runtime.drafts.costs, "best", lambda streams, tokens: 2)
+    monkeypatch.setattr(decoder.runtime.drafts.costs, "rest", lambda streams, seconds: 0)
     for _ in range(2):
         ended(decoder, request())
     counted = {name: metric.value for name, metric in decoder.metrics.items() if name.startswith("draft_")}

@@ -21,6 +21,9 @@ class Free(Costs):
     def best(self, streams, tokens):
         return WIDTHS[len(tokens) - 1]
 
+    def rest(self, streams, seconds):
+        return 0
+
 
 def texts_of(seed, alphabet, count=30):
     rng = random.Random(seed)
@@ -425,9 +428,13 @@ def test_a_session_that_checks_nothing_gets_no_drafts(serve):
     assert [read(runtime, given).tokens for _ in range(2)] == [expected_tokens(given)] * 2
 
 
-def test_a_stream_never_keeps_more_of_its_own_text_than_it_may_write():
+def test_no_more_is_guessed_or_kept_than_a_stream_may_still_write():
     drafts = Drafts(1 << 16, costs=Free())
     stream = Stream(generation(range(5), 50), None, None, Letters().stream(), 50)
-    stream.answer, stream.generated = list(range(49)), 49
-    assert drafts.propose([stream], 100) is None
+    left = []
+    for count in range(12, 51):
+        stream.answer, stream.generated = [i % 5 for i in range(count)], count
+        guesses = drafts.propose([stream], 100)
+        left.append(0 if guesses is None else guesses.shape[1])
+    assert left[-4:] == [2, 1, 0, 0] and set(left) == {5, 3, 2, 1, 0}
     assert drafts._followers[stream].own.nbytes <= 60 * BYTES_PER_TOKEN
