@@ -235,15 +235,19 @@ def measure(bundle: Path, texts: list[list[int]], *, measured: int, streams, rou
         "stolen_share": stolen.share(),
         "texts": len(texts),
         "text_tokens": sum(map(len, texts)),
-        "step_s": step_seconds(drafts, max(streams)),
+        "steps": step_costs(drafts, max(streams)),
         "results": results,
     }
 
 
-def step_seconds(drafts: Drafts, streams: int) -> dict[str, dict[str, float]]:
-    """What steps took at last, by their streams and the tokens of each."""
-    held = {n: {str(w): s for w in WIDTHS if (s := drafts.costs.seconds(n, w))} for n in range(1, streams + 1)}
-    return {str(n): steps for n, steps in held.items() if steps}
+def step_costs(drafts: Drafts, streams: int) -> dict[str, dict]:
+    """What steps took at last, by their streams: seconds of one token each, and shares of that for more."""
+    costs, result = drafts.costs, {}
+    for count in range(1, streams + 1):
+        if seconds := costs.step_s(count):
+            shares = {str(width): share for width in WIDTHS if (share := costs.share(count, width))}
+            result[str(count)] = {"seconds": seconds, "share_by_tokens": shares}
+    return result
 
 
 def texts_of(bundle: Path, opened: Bundle, file: Path | None, tokenizer: Path | None, count: int) -> list[list[int]]:

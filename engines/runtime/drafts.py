@@ -29,7 +29,7 @@ LONGEST = 12  # tokens; a longer context tells no more
 _MIX = 1000003
 _PLACES = 8  # newest ones of a context that are looked at
 _RUNS = 7  # of a width, over which its median goes
-_PLAIN_EVERY, _STALE = 64, 500  # steps after which one guess, and what a width takes, is measured again
+_PLAIN_EVERY, _STALE = 64, 200  # steps after which one guess, and what a width takes, is measured again
 _MARGIN = 1.03  # by which a wider step has to be worth more
 _IN_VAIN, _SHARE, _LONGEST_REST = 16, 0.005, 64  # guesses in a row; of a step's time, for more of them; steps
 
@@ -137,7 +137,11 @@ class Texts:
 
 
 class Costs:
-    """What a step takes, by its streams and the tokens of each: medians of its latest runs."""
+    """What a step takes, by its streams and the tokens of each: medians of its latest runs.
+
+    Of one token it is seconds; of several, shares of what one took at that time, as a machine may have become slower or
+    faster when they are compared.
+    """
 
     def __init__(self):
         self._runs: dict[tuple[int, int], deque[float]] = {}
@@ -154,15 +158,21 @@ class Costs:
             if kind in self._runs:
                 self._runs[kind].clear()
         self._last[kind] = self._steps
-        if kind not in self._runs:
-            self._runs[kind] = deque(maxlen=_RUNS)
+        unit = 1.0 if width == 1 else self.step_s(streams)
+        if kind not in self._runs or unit is None:
+            self._runs.setdefault(kind, deque(maxlen=_RUNS))
             return
-        self._runs[kind].append(seconds)
-        self._median[kind] = sorted(self._runs[kind])[len(self._runs[kind]) // 2]
+        runs = self._runs[kind]
+        runs.append(seconds / unit)
+        self._median[kind] = sorted(runs)[len(runs) // 2]
 
-    def seconds(self, streams: int, width: int) -> float | None:
-        """What a step takes; None where that was not measured."""
-        return self._median.get((streams, width))
+    def step_s(self, streams: int) -> float | None:
+        """Seconds of a step of one token each; None where that was not measured."""
+        return self._median.get((streams, 1))
+
+    def share(self, streams: int, width: int) -> float | None:
+        """What a step takes as a share of one of one token each; None where that was not measured."""
+        return 1.0 if width == 1 else self._median.get((streams, width))
 
     def best(self, streams: int, tokens: Sequence[float]) -> int:
         """The width that gives most tokens a second.
@@ -178,19 +188,18 @@ class Costs:
         """
         if self._is_stale((streams, 1), _PLAIN_EVERY) or (streams, 1) not in self._median:
             return 1
-        seconds = self._median[streams, 1]
-        chosen, most = 1, tokens[0] / seconds * _MARGIN
+        chosen, most, share = 1, tokens[0] * _MARGIN, 1.0
         for width, expected in zip(WIDTHS[1:], tokens[1:], strict=False):
             kind = (streams, width)
             if kind in self._median and not self._is_stale(kind, _STALE):
-                seconds = self._median[kind]
-            if expected / seconds > most:
-                chosen, most = width, expected / seconds
+                share = self._median[kind]
+            if expected / share > most:
+                chosen, most = width, expected / share
         return chosen
 
     def rest(self, streams: int, seconds: float) -> int:
         """Steps to make without a look at what could be guessed, where a look takes so long and was in vain."""
-        step_s = self._median.get((streams, 1))
+        step_s = self.step_s(streams)
         return min(int(seconds / (_SHARE * step_s)), _LONGEST_REST) if step_s else 0
 
     def _is_stale(self, kind: tuple[int, int], steps: int) -> bool:
