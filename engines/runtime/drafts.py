@@ -29,8 +29,8 @@ LONGEST = 12  # tokens; a longer context tells no more
 _MIX = 1000003
 _PLACES = 8  # newest ones of a context that are looked at
 _RUNS = 7  # of a width, over which its median goes
-_PLAIN_EVERY, _STALE = 64, 200  # steps after which one guess, and what a width takes, is measured again
-_MARGIN = 1.03  # by which a wider step has to be worth more
+_PLAIN_EVERY, _STALE, _HALF_LIFE = 64, 200, 1000  # steps: between plain ones; after which runs are too old; of belief
+_MARGIN = 1.1  # by which a wider step has to be worth more
 _IN_VAIN, _SHARE, _LONGEST_REST = 16, 0.005, 64  # guesses in a row; of a step's time, for more of them; steps
 
 
@@ -177,8 +177,9 @@ class Costs:
     def best(self, streams: int, tokens: Sequence[float]) -> int:
         """The width that gives most tokens a second.
 
-        A width that was not run lately counts as if it took no longer than the next narrower one, so it is tried where
-        that would be worth it.
+        What a width took is believed less with every step since, so that it is tried again sooner the closer it was to
+        being worth it. One that was never run comes after all that are narrower, and counts as if each token more took
+        half of what one did in the widest of those.
 
         Parameters
         ----------
@@ -188,13 +189,20 @@ class Costs:
         """
         if self._is_stale((streams, 1), _PLAIN_EVERY) or (streams, 1) not in self._median:
             return 1
-        chosen, most, share = 1, tokens[0] * _MARGIN, 1.0
+        chosen, most = 1, tokens[0] * _MARGIN
+        narrower, share, a_token = 1, 1.0, 0.0
         for width, expected in zip(WIDTHS[1:], tokens[1:], strict=False):
             kind = (streams, width)
-            if kind in self._median and not self._is_stale(kind, _STALE):
-                share = self._median[kind]
+            if is_known := kind in self._median:
+                share = self._median[kind] * 0.5 ** ((self._steps - self._last[kind]) / _HALF_LIFE)
+                a_token = max(0.0, share - 1) / (width - 1)
+            else:
+                share += a_token / 2 * (width - narrower)
             if expected / share > most:
                 chosen, most = width, expected / share
+            if not is_known:
+                break
+            narrower = width
         return chosen
 
     def rest(self, streams: int, seconds: float) -> int:
