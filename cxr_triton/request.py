@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -43,6 +44,7 @@ _KEYS = (
     "logprobs",
     "scores",
 )
+_LETTERED = re.compile(r"^\([A-Z]\) (.+)$", re.MULTILINE)
 _RANGES = {f.name: f.metadata["range"] for f in dataclasses.fields(Decoding)}
 
 
@@ -231,8 +233,9 @@ def _flag(data: dict, key: str) -> bool:
 def _scoring(data: dict, task: Task | None, grammar: str, labels: tuple[str, ...]) -> Scoring:
     answer = task.answer if task else "text"
     if answer == "option":
-        options = data.get("variables", {}).get("options")
-        return Scoring(grammar=grammar, answer=answer, choices=tuple(options) if isinstance(options, list) else ())
+        options = data.get("variables", {}).get("options", "")
+        choices = options if isinstance(options, list) else _LETTERED.findall(options)
+        return Scoring(grammar=grammar, answer=answer, choices=tuple(choices))
     if answer not in ("labels", "text") or not labels:
         what = "a free prompt's answer has no labels in the served profile"
         if task:
