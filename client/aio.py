@@ -16,6 +16,7 @@ from cxr_triton import kserve
 from cxr_triton.client import wire
 from cxr_triton.client.base import Attempts, BaseReader, BaseStream, Calls
 from cxr_triton.errors import Cancelled
+from cxr_triton.profile import ModelProfile
 from cxr_triton.reading import Reading
 
 
@@ -47,6 +48,16 @@ class AsyncReader(BaseReader["AsyncReadingStream"]):
         except grpc.RpcError as error:
             raise self._failure(error) from None
         return wire.ServerInfo(server.name, server.version, model.name, tuple(model.versions))
+
+    async def profile(self) -> ModelProfile:
+        """What the served model can be asked; see `Reader.profile`."""
+        model = await self._connect()
+        try:
+            call = self._opened().config(pb.ModelConfigRequest(name=model.name), timeout=self.timeouts.connect_s)
+            answer = await self._answer(call)
+        except grpc.RpcError as error:
+            raise self._failure(error) from None
+        return wire.served_profile(answer, self.url)
 
     async def close(self) -> None:
         """Cancel what is under way and close the connection."""

@@ -18,6 +18,7 @@ from tritonclient.grpc import service_pb2 as pb
 from cxr_triton import kserve
 from cxr_triton.client import wire
 from cxr_triton.client.base import Attempts, BaseReader, BaseStream
+from cxr_triton.profile import ModelProfile
 from cxr_triton.reading import Reading
 
 
@@ -77,6 +78,21 @@ class Reader(BaseReader["ReadingStream"]):
         except grpc.RpcError as error:
             raise self._failure(error) from None
         return wire.ServerInfo(server.name, server.version, model.name, tuple(model.versions))
+
+    def profile(self) -> ModelProfile:
+        """What the served model can be asked: tasks, modes, limits, notice.
+
+        Raises
+        ------
+        ServerMismatch
+            The repository was packaged before it carried its profile, or by another release; else as `server_info`.
+        """
+        model = self._connect()
+        try:
+            answer = self._call(self._opened().config, pb.ModelConfigRequest(name=model.name), self.timeouts.connect_s)
+        except grpc.RpcError as error:
+            raise self._failure(error) from None
+        return wire.served_profile(answer, self.url)
 
     def close(self) -> None:
         """Cancel what is under way and close the connection."""

@@ -24,6 +24,7 @@ from cxr_triton.errors import (
     CxrError,
     DeadlineExceeded,
     InternalError,
+    InvalidProfile,
     LimitExceeded,
     QueueFull,
     ServerMismatch,
@@ -31,6 +32,7 @@ from cxr_triton.errors import (
     from_wire,
 )
 from cxr_triton.identity import require_same_images
+from cxr_triton.profile import ModelProfile
 from cxr_triton.reading import Reading
 
 INPUTS, OUTPUTS = {"IMAGES", "REQUEST"}, {"DELTA", "READING"}
@@ -158,6 +160,20 @@ def check_contract(metadata: pb.ModelMetadataResponse, url: str) -> None:
                 f"model {metadata.name!r} at {url} has {kind} {_tensors(found)}, this client speaks "
                 f"{_tensors(dict.fromkeys(wanted, 'BYTES'))}; use the client of the server's release"
             )
+
+
+def served_profile(answer: pb.ModelConfigResponse, url: str) -> ModelProfile:
+    """The profile in an ensemble's configuration; raises `ServerMismatch` where it has none of this release."""
+    text = answer.config.parameters["profile"].string_value if "profile" in answer.config.parameters else ""
+    if not text:
+        raise ServerMismatch(
+            f"model {answer.config.name!r} at {url} does not say which profile it serves; package its bundle again "
+            "with this release"
+        )
+    try:
+        return ModelProfile.from_json(text)
+    except InvalidProfile as error:
+        raise ServerMismatch(f"{url}: {error.message}; use the client of the server's release") from None
 
 
 def _tensors(types: dict[str, str]) -> str:

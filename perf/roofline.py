@@ -113,6 +113,12 @@ def _product(precision: str, shape: tuple[int, int, int]) -> bytes:
         }
         sizes: dict[str, Any] = {"K": k, "N": n, "bits": 4, "block_size": INT4_BLOCK, "accuracy_level": 4}
         node = helper.make_node("MatMulNBits", ["x", "w", "scales"], ["y"], domain="com.microsoft", **sizes)
+    elif precision == "int8":
+        weights = {
+            "w": rng.integers(-127, 128, (k, n), np.int8),
+            "scales": rng.uniform(0.001, 0.002, n).astype(np.float32),
+        }
+        node = helper.make_node("DynamicQuantizeMatMul", ["x", "w", "scales"], ["y"], domain="com.microsoft")
     else:
         weights = {"w": rng.standard_normal((k, n), np.float32)}
         node = helper.make_node("MatMul", ["x", "w"], ["y"])

@@ -64,6 +64,8 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
         Output tensors in the served model's metadata.
     active : int
         Streams under way.
+    profile : str
+        JSON of the profile in the served model's configuration; "" has none.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
         self.refuse: list[grpc.StatusCode] = []
         self.outputs = ("DELTA", "READING")
         self.active = 0
+        self.profile = ""
         options = [("grpc.max_receive_message_length", max_receive_bytes)]
         self._server = grpc.server(ThreadPoolExecutor(8), options=options)
         pb_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
@@ -116,6 +119,13 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
         for name in self.outputs:
             model.outputs.add(name=name, datatype="BYTES", shape=[1])
         return model
+
+    def ModelConfig(self, request, context):
+        answer = pb.ModelConfigResponse()
+        answer.config.name = request.name
+        if self.profile:
+            answer.config.parameters["profile"].string_value = self.profile
+        return answer
 
     def ModelStreamInfer(self, request_iterator, context):
         complete = threading.Event()

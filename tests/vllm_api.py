@@ -10,11 +10,13 @@ import ast
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 PYTHON = os.environ.get("CXR_VLLM_PYTHON") or str(Path(__file__).resolve().parents[1] / ".venv-vllm/bin/python")
 """Of an environment with vLLM, where there is one: `make vllm` makes it."""
+NONE = "no vLLM at CXR_VLLM_PYTHON or in .venv-vllm; `make vllm` installs it"
 RECORD = Path(__file__).with_name("vllm_api.json")
 ENGINE = """model tokenizer skip_tokenizer_init dtype quantization kv_cache_dtype max_model_len max_num_seqs
 max_num_batched_tokens gpu_memory_utilization kv_cache_memory_bytes enforce_eager seed enable_prefix_caching
@@ -58,6 +60,12 @@ CALLED = {
     "vllm/entrypoints/openai/chat_completion/protocol.py": {"ChatCompletionRequest": CHAT},
 }
 """File: class, or "" for the module itself: the names in it that our rooms and the baseline use."""
+
+
+def is_installed() -> bool:
+    """Whether `PYTHON` has vLLM; one where its installation failed has none."""
+    find = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
+    return Path(PYTHON).is_file() and subprocess.run([PYTHON, "-c", find], check=False).returncode == 0
 
 
 def declared(root: Path) -> dict[str, str]:

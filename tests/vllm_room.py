@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 import pytest
+from vllm_api import NONE, PYTHON, is_installed
 
 from cxr_triton.engines.vllm.layout import INTERPRETER
 
-ROOT = Path(__file__).resolve().parents[1]
-PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
-PHANTOM = ROOT / "tests" / "phantom"
+PHANTOM = Path(__file__).resolve().parent / "phantom"
 CHECKPOINT = PHANTOM / "checkpoint"
 
 
 @pytest.fixture(scope="module")
 def vllm_python():
     """The Python that has vLLM, named in the environment; tests that need it are skipped without one."""
-    given = os.environ.get(INTERPRETER)
-    if not given and not PYTHON.is_file():
-        pytest.skip(f"no Python with vLLM: `make vllm` installs one, or name it in {INTERPRETER}")
+    if not is_installed():
+        pytest.skip(NONE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(INTERPRETER, given or str(PYTHON))
+        patch.setenv(INTERPRETER, PYTHON)
         yield
 
 

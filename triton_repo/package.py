@@ -158,7 +158,9 @@ def models(bundle: Bundle, settings: Settings, serving: Serving, verification: s
         tensor.optional = True
     decoder.model_transaction_policy.decoupled = True
     steps = [preprocess, vision, decoder, report]
-    result = [*steps, *serving.models, _ensemble(steps, known)]
+    ensemble = _ensemble(steps, known)
+    ensemble.parameters["profile"].string_value = bundle.profile.to_json()  # so that a client knows tasks and modes
+    result = [*steps, *serving.models, ensemble]
     for model in result:
         model.parameters["verification"].string_value = verification
     return result

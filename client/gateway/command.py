@@ -147,6 +147,19 @@ def drain(context: click.Context, config_path: str | None, undo: bool, timeout_s
         sys.exit(EXIT_NOT_AS_ASKED)
 
 
+@gateway.command()
+@_config_option
+@click.pass_context
+def worklist(context: click.Context, config_path: str | None):
+    """Serve the worklist page until SIGTERM or Ctrl-C: what came in, where it is, what failed and why; retry and drop.
+
+    A process beside the gateway, over its queue; the section `worklist` of its file says where, and names the password.
+    """
+    from cxr_triton.client.gateway.worklist import serve
+
+    serve(_load(context, config_path), lambda address: click.echo(f"worklist at {address}"))
+
+
 def _open(config: Config) -> Store:
     from cxr_triton.client.gateway.store import Store
 

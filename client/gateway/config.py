@@ -185,6 +185,40 @@ class Web(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Worklist(Web):
+    """The worklist page, which `cxr-triton gateway worklist` serves.
+
+    Attributes
+    ----------
+    password_file : str
+        File with the password of its login, 12 characters or more.
+    patients : bool
+        Show Patient ID and Study Instance UID.
+    """
+
+    port: int = in_range(0, 65535, default=8043)
+    password_file: str = ""
+    patients: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.password_file:
+            raise InvalidConfig("password_file: is missing; the worklist page has a login of its own")
+        if self.stow or self.token_file:
+            raise InvalidConfig("stow: and token_file are of `web`; the worklist page takes neither")
+        if self.is_clear and not self.clear_text:
+            raise InvalidConfig(
+                f"clear_text: is false and host is {self.host} without tls, where the password could be read on its "
+                "way; give tls, or set clear_text: true where something else encrypts"
+            )
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether what people type leaves this machine unencrypted."""
+        return not self.tls and not is_loopback(self.host)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Folder(Checked):
     """A watched folder, and those in it. A file that no longer grows is taken; a refused one moves to ``rejected/``."""
 
@@ -463,6 +497,7 @@ class Config(Checked):
     share_with_group: bool = False
     dicom: Dicom | None = None
     web: Web | None = None
+    worklist: Worklist | None = None
     folder: Folder | None = None
     intake: Intake = field(default_factory=Intake)
     group: Grouping = field(default_factory=Grouping)
@@ -513,7 +548,10 @@ class Config(Checked):
         if self.log.key_file:
             yield "log.key_file", self.log.key_file
         here: list[tuple[str, Dicom | Web | Remote]] = [*self.remotes()]
-        here += [(name, one) for name, one in (("dicom", self.dicom), ("web", self.web)) if one]
+        doors = (("dicom", self.dicom), ("web", self.web), ("worklist", self.worklist))
+        here += [(name, one) for name, one in doors if one]
+        if self.worklist:
+            yield "worklist.password_file", self.worklist.password_file
         for name, one in here:
             if token := getattr(one, "token_file", None):
                 yield f"{name}.token_file", token

@@ -128,6 +128,59 @@ class Store(Jobs, Deliveries):
             ],
         }
 
+    def listed(self, states: Sequence[str], *, before: int | None = None, limit: int = 100) -> list[dict]:
+        """The newest jobs in some states, with what became of their results.
+
+        Parameters
+        ----------
+        states : sequence of str
+        before : int, optional
+            Only jobs with a smaller id.
+        limit : int
+
+        Returns
+        -------
+        list of dict
+            ``id``, ``study``, ``patient``, ``state``, ``images``, ``attempts``, ``error``, ``first_at``,
+            ``changed_at``, ``reading_s``, ``deliveries`` (destination to state to count) and ``undelivered`` (errors of
+            results that are late or dead).
+        """
+        wanted = jobs.c.state.in_(states) & (sa.true() if before is None else jobs.c.id < before)
+        patient = (
+            sa.select(sa.func.min(objects.c.patient))
+            .where((objects.c.study == jobs.c.study) & (objects.c.kind == "image"))
+            .scalar_subquery()
+        )
+        with self._begin() as c:
+            query = sa.select(jobs, patient.label("patient")).where(wanted).order_by(jobs.c.id.desc()).limit(limit)
+            rows = c.execute(query).all()
+            d = deliveries.c
+            of_these = sa.select(d.job, d.destination, d.state, d.error).where(d.job.in_([row.id for row in rows]))
+            results = c.execute(of_these.order_by(d.id)).all()
+        sent: dict[int, dict[str, dict[str, int]]] = {}
+        late: dict[int, list[str]] = {}
+        for result in results:
+            states_ = sent.setdefault(result.job, {}).setdefault(result.destination, {})
+            states_[result.state] = states_.get(result.state, 0) + 1
+            if result.error and result.state in ("pending", "dead"):
+                late.setdefault(result.job, []).append(f"{result.destination}: {result.error}")
+        keys = ("id", "study", "patient", "state", "attempts", "error", "first_at", "changed_at", "reading_s")
+        return [
+            {
+                **{key: getattr(row, key) for key in keys},
+                "images": len(row.inputs or []),
+                "deliveries": sent.get(row.id, {}),
+                "undelivered": list(dict.fromkeys(late.get(row.id, []))),
+            }
+            for row in rows
+        ]
+
+    def done_since(self, at: float) -> int:
+        """Jobs that were done after a time, in seconds since 1970."""
+        with self._begin() as c:
+            is_done = (jobs.c.state == "done") & (jobs.c.changed_at >= at)
+            return int(c.execute(sa.select(sa.func.count()).where(is_done)).scalar() or 0)
+
     def times(self, job: int) -> dict:
         """When a job's first image came, when its last result was delivered, and the seconds its reading took."""
         with self._begin() as c:

@@ -1,31 +1,52 @@
-"""ONNX Runtime on the CPU: both graphs rewritten for its kernels."""
+"""ONNX Runtime on the CPU: graphs rewritten for its kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
-from cxr_triton.engines.interface import Compiled, CpuEngine
+from cxr_triton.engines.interface import Compiled, CpuEngine, Need
 
 
 class OnnxRuntime(CpuEngine):
-    """Needs no recipe, and runs everything that is exported for a CPU."""
+    """Needs no recipe, and runs everything that is exported for a CPU; the tower in int8 if a recipe asks for it."""
 
     name = "onnxruntime"
     extra = "local"
     distributions = ("onnxruntime",)
     needs_recipe = False
     abilities = frozenset({"batch_invariant", "prefix_reuse"})
-    products = ("fp32", "int4")
+    products = ("fp32", "int8", "int4")
     cpu_features = ("avx512_vnni", "avx_vnni", "avx512f", "avx2")
+
+    def types(self, graph: str) -> tuple[str, ...]:
+        return ("fp32", "int8") if graph == "vision" else self.computes
+
+    def exchanges(self, vision_precision: str, compute: str) -> bool:
+        """Embeddings of a tower in int8 are fp32."""
+        return (vision_precision, compute) == ("int8", "fp32") or super().exchanges(vision_precision, compute)
 
     def compile(self, job, folder: Path) -> Compiled:
         from cxr_triton.engines.onnxruntime.compiler import compile_decoder
+        from cxr_triton.engines.onnxruntime.tower import compile_tower
 
         if job.graph == "decoder":
             compile_decoder(job.source / "decoder.onnx", folder / "decoder.onnx")
+        elif job.chosen and job.chosen.vision.precision == "int8":
+            compile_tower(job.source / "vision.onnx", folder / "vision.onnx")
         return Compiled({self.name: metadata.version("onnxruntime")})
+
+    def needs(self, bundle, graph: str) -> Iterator[Need]:
+        from cxr_triton.engines.onnxruntime import tower
+
+        yield from super().needs(bundle, graph)
+        if graph == "vision" and bundle.vision_precision == "int8":
+            is_met = tower.is_exact(tower.cpu_features())
+            yield Need(
+                what="8-bit products", found="summed in 32 bits" if is_met else "saturated at 16 bits",
+                wanted="AVX-512 VNNI, AVX-VNNI or AMX", is_met=is_met, remedy=tower.REMEDY,
+            )  # fmt: skip
 
     def open_vision(self, bundle, *, threads: int | None = None):
         from cxr_triton.engines.onnxruntime.session import OrtVision

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from cxr_triton.engines.onnxruntime.tower import require_exact
 from cxr_triton.engines.session import HostDecoder, VisionSession
 
 
@@ -42,9 +43,16 @@ class OrtVision(VisionSession):
     bundle : Bundle
     threads : int, optional
         CPU threads; all cores if None.
+
+    Raises
+    ------
+    DeviceUnavailable
+        The tower is in int8, which this CPU does not multiply exactly.
     """
 
     def __init__(self, bundle, *, threads: int | None = None):
+        if bundle.vision_precision == "int8":
+            require_exact()
         self._session = open_graph(bundle.path / "vision.onnx", threads)
 
     def _run(self, feeds: dict[str, np.ndarray]) -> np.ndarray:

@@ -48,6 +48,7 @@ SUBSTITUTES = (
         r"^(cxr-triton serve \S+) &$",
         r"\1 --grpc-port $PORT --metrics-port 0 > serve.out & ready serve.out ready:",
     ),
+    (r"^(cxr-triton openai .*) &$", r"\1 --port $WEB > openai.out & ready openai.out ready:"),
     (r"^cxr-triton read ", "cxr-triton read --url $SERVER "),
     (r"127\.0\.0\.1:8001", "$SERVER"),
     (
@@ -83,6 +84,9 @@ NOT_RUN = {
     },
     "docs/doctor.md": {
         r"^cxr-triton doctor repository/ ": "tests/integration/test_doctor_served.py looks at a real server",
+    },
+    "docs/openai.md": {
+        r"--host 0.0.0.0": "runs until it is stopped, and lets others in; tests/unit/test_openai.py has keys and TLS",
     },
     "docs/connect.md": {r"^storescu ": "to a gateway that was stopped a line before; examples/orthanc sends one"},
     "deploy/README.md": {
@@ -122,7 +126,7 @@ NOT_RUN = {
 
 PRELUDE = r"""
 set -eo pipefail
-rm -f serve.out gateway.out
+rm -f serve.out gateway.out openai.out
 ready() {  # LOG TEXT: wait until the job in the background has written it
     until grep -q "$2" "$1"; do kill -0 $! 2> /dev/null || { cat "$1"; exit 1; }; sleep 0.1; done
 }
@@ -306,7 +310,7 @@ def test_a_document_runs_as_printed(document, clone, request):
     if document != INSTALL:
         lines.append(". .venv/bin/activate")
     for command in typed:
-        lines += [f"echo @ {command} $SECONDS s", to_run(command, server)]
+        lines += [f"echo @ {command} $SECONDS s", to_run(command, server, web)]
     own = Path(sys.prefix) / "bin"
     path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if Path(part) != own)
     given = {"PORT": port, "DICOM": dicom, "WEB": web, "PACS": pacs, "REST": rest, "SERVER": server}
@@ -314,9 +318,10 @@ def test_a_document_runs_as_printed(document, clone, request):
     bash("\n".join(lines), clone, **{name: str(value) for name, value in given.items()})
 
 
-def to_run(command: Command, server: str) -> str:
+def to_run(command: Command, server: str, web: int) -> str:
     if command.kind == "python":
-        return f"python - <<'END'\n{command.text.replace('127.0.0.1:8001', server)}\nEND"
+        text = command.text.replace("127.0.0.1:8001", server).replace("127.0.0.1:8080", f"127.0.0.1:{web}")
+        return f"python - <<'END'\n{text}\nEND"
     text = command.text
     for pattern, replacement in SUBSTITUTES:
         text = re.sub(pattern, replacement, text)

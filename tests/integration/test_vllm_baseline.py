@@ -1,13 +1,12 @@
 """vLLM itself as a baseline: its own server, tower and processor beside the served demonstration model."""
 
 import io
-import os
 
 import numpy as np
 import pytest
 from gateway_peers import PHANTOM, phantom_repository
 from PIL import Image
-from vllm_api import PYTHON
+from vllm_api import NONE, PYTHON, is_installed
 
 from cxr_triton import phantom
 from cxr_triton.engines.bundle import Bundle
@@ -20,7 +19,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),  # vLLM's start takes half a minute, and many on a machine that does much else
     pytest.mark.triton,
-    pytest.mark.skipif(not os.path.exists(PYTHON), reason="`make vllm` installs vLLM"),
+    pytest.mark.skipif(not is_installed(), reason=NONE),
 ]
 
 

@@ -73,6 +73,7 @@ def test_flipped_bit_that_is_not_noticed_changes_few_pixels(syntax):
     assert max(wrong for name, wrong in found if name != "flagged") < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("syntax", COMPRESSED)
 def test_whole_phantoms_are_not_suspected(syntax):
     for seed in range(12):

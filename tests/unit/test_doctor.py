@@ -733,6 +733,7 @@ GATEWAY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", GATEWAY)
 def test_a_fault_of_the_gateway_is_found(site, fault):
     plant, found = GATEWAY[fault]

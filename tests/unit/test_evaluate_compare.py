@@ -24,6 +24,7 @@ def columns(kind="labels", studies=200, **how) -> Columns:
     return Columns(*evaluations.result(kind, studies, **how))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_engine_is_worse_and_the_same_one_is_not(kind):
     before, damaged = columns(kind), columns(kind, engine=1, skill=0.6)

@@ -85,6 +85,7 @@ CALLS = [
     ("gateway", []),
     ("gateway", ["status", "--json", "-"]),
     ("gateway", ["drain"]),
+    ("openai", []),
     ("bench", ["run", "empty"]),
     ("evaluate", ["file.json", "--format", "table", "--url", "127.0.0.1:1", "-o", "out"]),
     ("demo", []),
@@ -97,6 +98,7 @@ def says_the_remedy(out: subprocess.CompletedProcess, extra: str) -> bool:
     return extras.remedy(extra) in out.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("verb", "arguments"), CALLS, ids=lambda value: value if isinstance(value, str) else "")
 def test_a_verb_without_its_packages_names_the_command(folder, verb, arguments):
     out = ended(VERB, ALL, verb, *arguments, cwd=folder)

@@ -139,6 +139,7 @@ def make_key(config, start, keys):
     keys.put(Log(config, io.StringIO()).uid("1.2.3"))
 
 
+@pytest.mark.slow
 def test_gateways_that_start_at_once_have_one_key(tmp_path):
     """A key is there whole or not at all, whoever comes first."""
     context = multiprocessing.get_context("fork")

@@ -86,6 +86,7 @@ STUDY_A, STUDY_B = (pydicom.dcmread(io.BytesIO(data)).StudyInstanceUID for data 
 # --------------------------------------------------------------------------------------------------------- digests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("syntax", sorted(set(phantom_file.SYNTAXES) - set(phantom_file.LOSSY_BITS)))
 def test_the_digest_of_stored_pixels_is_the_same_in_every_lossless_syntax(syntax):
     stored = pydicom.dcmread(io.BytesIO(A)).pixel_array
@@ -168,6 +169,7 @@ def through_history(case, read, *names, options=()):
 PATHS = pytest.mark.parametrize("through", [through_sr, through_history])
 
 
+@pytest.mark.slow
 @PATHS
 @pytest.mark.parametrize("record", [identity_of, lambda *image: hashed(identity_of(*image))], ids=["plain", "hashed"])
 def test_another_patient_s_reading_of_the_same_size_is_refused_by_name(case, through, record):
@@ -204,6 +206,7 @@ def test_the_flag_lets_no_other_patient_s_reading_through(case, through):
     assert ran.exit_code == 1 and not is_through and "Study Instance UID" in ran.stderr
 
 
+@pytest.mark.slow
 @PATHS
 @pytest.mark.parametrize(
     "keys",
@@ -216,6 +219,7 @@ def test_a_tampered_identity_is_refused(case, through, keys):
     assert ran.exit_code == 1 and not is_through and what in ran.stderr
 
 
+@pytest.mark.slow
 @PATHS
 def test_the_same_image_in_another_syntax_or_with_another_header_is_told_and_taken(case, through):
     read = reading_of(A)
@@ -229,6 +233,7 @@ def test_the_same_image_in_another_syntax_or_with_another_header_is_told_and_tak
     assert ran.exit_code == 1 and "SOP Instance UID" in ran.stderr
 
 
+@pytest.mark.slow
 @PATHS
 def test_images_in_another_order_are_refused_and_named(case, through):
     prior, current = dicom("A", SOPInstanceUID="1.2.3", StudyInstanceUID="1.2.4"), A
@@ -291,6 +296,7 @@ def test_objects_are_refused_for_another_study_without_the_files():
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("right", "wrong"), [(A, B), (png("A"), png("B"))], ids=["dicom", "png"])
 def test_no_page_shows_a_reading_on_another_patient_s_picture(right, wrong):
     read = Reading.from_json(json.dumps(reading_of(right)))
@@ -475,6 +481,7 @@ def result_of(data: bytes, kind: str) -> tuple[bytes, SimpleNamespace]:
     return out.getvalue(), SimpleNamespace(kind="findings_sr", **uids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dicom", "stow", "fhir"])
 def test_no_archive_gets_a_result_in_place_of_another(tmp_path, monkeypatch, kind):
     """Of three results two files were exchanged; only the third is sent."""

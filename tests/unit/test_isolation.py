@@ -194,6 +194,7 @@ LIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
 def test_an_answer_that_makes_no_sense_fails_one_image(monkeypatch, answer, lie):
     parsed, lies = sandbox_answer.parsed, [True]

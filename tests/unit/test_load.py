@@ -117,6 +117,7 @@ def test_both_minima_are_kept():
         assert len(records) == 10  # due at 0, 0.01, ... 0.09
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "code"),
     [("[QUEUE_FULL] 64 requests wait", "QUEUE_FULL"), ("[INVALID_REQUEST] unknown key", "INVALID_REQUEST")],
@@ -154,6 +155,7 @@ def test_a_lost_connection_is_a_failure():
     assert error.code in ends and records and {record.status for record in records} <= ends
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_client_ends_the_load(monkeypatch):
     def broken(*_):
         raise ZeroDivisionError

@@ -19,6 +19,7 @@ from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.serving import STEPS
 from cxr_triton.engines.verify.record import PARTS, subject, write_record
 from cxr_triton.errors import InvalidBundle, InvalidRequest, NotVerified
+from cxr_triton.profile import ModelProfile
 from cxr_triton.triton_repo import package
 from cxr_triton.triton_repo.integrity import RECORD, differences, require_as_packaged
 from cxr_triton.triton_repo.package import BUNDLE, ENSEMBLE, VERIFICATION, Settings, write_repository
@@ -147,6 +148,12 @@ def test_settings_reach_the_models(bundle, tmp_path):
     assert vision.max_batch_size >= 2, "all images of a request are one batch"
 
 
+def test_the_ensemble_says_its_profile(bundle, tmp_path):
+    packaged = write_repository(bundle, tmp_path / "r", Settings())
+    said = config(tmp_path / "r", ENSEMBLE).parameters["profile"].string_value
+    assert ModelProfile.from_json(said) == packaged.profile
+
+
 def test_a_repository_can_be_moved(bundle, tmp_path):
     write_repository(bundle, tmp_path / "here", Settings())
     there = (tmp_path / "here").rename(tmp_path / "there")
@@ -179,6 +186,7 @@ def test_force_replaces_a_repository(bundle, tmp_path):
 FOREIGN = "decoder/1/numpy.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [

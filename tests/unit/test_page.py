@@ -352,6 +352,7 @@ def test_boxes_land_where_the_model_put_them(tmp_path, picture, window):
     assert np.abs(down + 1 - height * y1 / 100).min() <= 1.5
 
 
+@pytest.mark.slow
 @browser
 @pytest.mark.parametrize("width", [320, 390, 1280])
 def test_findings_come_first_on_a_phone_and_beside_the_picture_on_a_desktop(tmp_path, width):

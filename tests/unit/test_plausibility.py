@@ -229,6 +229,7 @@ IMPOSSIBLE = {noise: "noise", speck: "one grey", photo: "coloured"}
 DRAWN = 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NOT_CHESTS, ids=lambda kind: kind.__name__)
 def test_pictures_of_something_else_are_refused_or_flagged(kind):
     verdicts = collections.Counter(verdict(png(kind(np.random.default_rng(seed)))) for seed in range(DRAWN))

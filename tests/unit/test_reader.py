@@ -30,6 +30,7 @@ from cxr_triton.errors import (
     ServerMismatch,
     Unavailable,
 )
+from cxr_triton.profile import load_profile, profile_names
 from cxr_triton.reading import Reading, parse
 
 TEXT = "<think> Lungs are clear. </think>\n<answer> No Finding </answer>"
@@ -180,6 +181,7 @@ def test_a_garbled_tensor_is_named(kind):
         collect(kind, server, b"x")
 
 
+@pytest.mark.slow
 @both
 def test_connecting_is_retried_until_the_server_is_ready(kind):
     with FakeServer(streamed) as server:
@@ -223,6 +225,7 @@ def test_an_unknown_model_is_a_mismatch():
             reader.server_info()
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize(
     ("limit", "answer"),
@@ -594,6 +597,7 @@ def test_too_large_a_request_is_refused_before_it_is_sent():
         reader.read([bytes(3 << 18), bytes(3 << 18)])
 
 
+@pytest.mark.slow
 @both
 def test_a_server_with_a_smaller_limit_is_told_apart_from_a_full_queue(kind):
     with (
@@ -615,6 +619,43 @@ def test_the_environments_web_proxy_is_not_used(monkeypatch):
     with FakeServer(streamed) as server:
         for kind in (Reader, AsyncReader):
             assert collect(kind, server, b"x")[1].status == "ok"
+
+
+def profile_of(kind, server):
+    if kind is Reader:
+        with Reader(server.url) as reader:
+            return reader.profile()
+
+    async def run():
+        async with AsyncReader(server.url) as reader:
+            return await reader.profile()
+
+    return asyncio.run(run())
+
+
+@both
+@pytest.mark.parametrize("name", profile_names())
+def test_the_served_profile(kind, name):
+    with FakeServer(streamed) as server:
+        server.profile = load_profile(name).to_json()
+        assert profile_of(kind, server) == load_profile(name)
+
+
+@both
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("", "package its bundle again"),
+        ("{", "not JSON"),
+        ("[]", "expected a mapping"),
+        ('{"name": "x"}', "is missing"),
+    ],
+)
+def test_a_server_without_a_profile_of_this_release_is_a_mismatch(kind, said, message):
+    with FakeServer(streamed) as server:
+        server.profile = said
+        with pytest.raises(ServerMismatch, match=message):
+            profile_of(kind, server)
 
 
 def test_server_info():
@@ -647,7 +688,7 @@ def test_tls(kind, tmp_path):
 
 
 def test_the_twins_have_the_same_methods():
-    for name in ("read", "server_info", "close", "__init__"):
+    for name in ("read", "server_info", "profile", "close", "__init__"):
         ours, twins = (inspect.signature(getattr(kind, name)).parameters for kind in (Reader, AsyncReader))
         assert list(ours) == list(twins)
 

@@ -55,6 +55,18 @@ def test_what_does_not_import_in_the_end_is_an_error(environment):
     assert done.returncode == 1
 
 
+def test_an_environment_that_was_not_finished_is_removed(tmp_path):
+    base, venv = tmp_path / "python3", tmp_path / "venv"
+    broken = '#!/usr/bin/env bash\nmkdir -p "$3/bin"; echo "exit 1" > "$3/bin/python"; chmod +x "$3/bin/python"\n'
+    base.write_text(broken)
+    base.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "PYTHON": str(base)}
+    done = subprocess.run(
+        ["bash", str(SCRIPT), str(venv)], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 1 and not venv.exists()
+
+
 def test_without_a_folder_it_says_how_it_is_used():
     done = subprocess.run(["bash", str(SCRIPT)], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "usage: deploy/vllm-cpu.sh" in done.stderr

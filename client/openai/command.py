@@ -1,0 +1,84 @@
+"""`cxr-triton openai`: OpenAI's chat completions in front of a running server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cxr_triton.cli import json_option, printable, write_json
+from cxr_triton.client.command import FILE, connection
+from cxr_triton.extras import require
+
+_SECONDS, _COUNT = click.FloatRange(0.1, 3600), click.IntRange(1, 10_000)
+
+
+@click.command(short_help="Answer OpenAI's chat completions through a running server.")
+@connection
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option(
+    "--api-keys-file",
+    type=FILE,
+    metavar="FILE",
+    envvar="CXR_API_KEYS_FILE",
+    show_envvar=True,
+    help="One key a line, of which each request has to bring one; read again when it changes.",
+)
+@click.option("--cert", type=FILE, metavar="PEM", help="Encrypt, with this certificate.")
+@click.option("--key", type=FILE, metavar="PEM", help="The key of --cert.")
+@click.option("--clear-text", is_flag=True, help="Listen unencrypted off the loopback interface, as behind a proxy.")
+@click.option("--without-keys", is_flag=True, help="Let everybody ask who reaches --host.")
+@click.option(
+    "--allow-host",
+    "allowed_hosts",
+    metavar="NAME",
+    multiple=True,
+    help="A name that requests may come for, besides localhost; off the loopback interface any may, if left out.",
+)
+@click.option("--max-requests", type=_COUNT, default=64, show_default=True, help="Completions under way.")
+@click.option("--max-connections", type=_COUNT, default=256, show_default=True)
+@click.option("--max-per-address", type=_COUNT, default=256, show_default=True, help="Of these, from one address.")
+@click.option("--max-body-mib", type=click.IntRange(1, 1024), default=64, show_default=True, help="Pictures in base64.")
+@click.option(
+    "--max-bodies-mib",
+    type=click.IntRange(1, 65536),
+    default=256,
+    show_default=True,
+    help="Of all bodies on their way in; in memory it is some four times as much.",
+)
+@click.option("--body-s", type=_SECONDS, default=60.0, show_default=True, help="For the body of a request to come.")
+@click.option("--write-s", type=_SECONDS, default=30.0, show_default=True, help="For a client to take an event.")
+@click.option(
+    "--grace-s",
+    type=click.FloatRange(0, 3600),
+    default=30.0,
+    show_default=True,
+    help="For what is under way to end after SIGTERM or Ctrl-C.",
+)
+@json_option
+def openai(
+    *, url: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, json_path: str | None, **options
+):
+    """Answer OpenAI's chat completions, so that its clients, benchmarks and chat pages can ask the reader at --url.
+
+    Pictures come as data URIs in the first message: PNG, JPEG or DICOM. Readings are for research only and never for
+    diagnosis; every answer says so. Runs until SIGTERM or Ctrl-C; the log goes to standard error, one JSON object a
+    line, without anything of a request's contents.
+    """
+    require("aiohttp", "prometheus_client")
+    from cxr_triton.client.aio import AsyncReader
+    from cxr_triton.client.limits import Timeouts, Tls
+    from cxr_triton.client.openai.service import serve
+    from cxr_triton.client.openai.settings import Settings
+
+    settings = Settings(**options)
+    tls = Tls(ca=tls_ca, cert=tls_cert, key=tls_key) if tls_ca or tls_cert else None
+    timeouts = Timeouts(first_delta_s=None, total_s=settings.timeout_s)
+
+    def started(port: int) -> None:
+        address = f"{'https' if settings.cert else 'http'}://{settings.host}:{port}/v1"
+        write_json({"status": "ready", "address": address, "reader": url}, json_path)
+        click.echo(printable(f"ready: {address}, in front of {url}"), err=json_path == "-")
+
+    serve(settings, lambda: AsyncReader(url, timeouts=timeouts, tls=tls), started)

@@ -1,0 +1,224 @@
+"""``POST /v1/chat/completions``: one reading, streamed or whole."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+from aiohttp import web
+
+from cxr_triton.client.aio import AsyncReader, AsyncReadingStream
+from cxr_triton.client.openai.answer import Answer
+from cxr_triton.client.openai.chat import ChatRequest
+from cxr_triton.client.openai.metrics import Log, Metrics
+from cxr_triton.client.openai.refusal import Refusal
+from cxr_triton.client.openai.settings import Settings
+from cxr_triton.errors import CxrError, DeadlineExceeded, InternalError, InvalidRequest, QueueFull
+from cxr_triton.profile import ModelProfile
+from cxr_triton.reading import Reading
+from cxr_triton.split import CONTENT, REASONING, Part, Splitter
+
+DONE = b"data: [DONE]\n\n"
+_STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "X-Accel-Buffering": "no"}
+
+
+class Completions:
+    """Handles completions; at most so many at once.
+
+    A client that leaves ends its reading on the server: aiohttp cancels the handler, and that the stream.
+
+    Parameters
+    ----------
+    profile : callable
+        Gives the served profile.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        reader: AsyncReader,
+        profile: Callable[[], Awaitable[ModelProfile]],
+        metrics: Metrics,
+        log: Log,
+    ):
+        self._settings, self._reader, self._profile = settings, reader, profile
+        self._metrics, self._log = metrics, log
+        self.under_way = 0
+        self._taking_in = 0  # bytes
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """One completion; raises `Refusal` or `CxrError` before the first byte of an answer, and none later."""
+        trace = _Trace()
+        with self._told(trace), self._counted():
+            profile = await self._profile()
+            with self._room(request):
+                chat = await asyncio.to_thread(ChatRequest.from_body, await self._body(request), profile)
+                stream = self._reader.read(chat.images, **chat.asked)
+            answer = Answer(profile.name, include_usage=chat.include_usage)
+            completion, is_streamed = _Completion(stream, chat.grammar, answer), chat.stream
+            trace.facts |= {"id": answer.id, "stream": is_streamed, "images": len(chat.images)}
+            del chat  # and the pictures, which are sent with the stream's first step
+            async with stream:
+                await completion.begin()  # so that what is refused has its own status
+                self._metrics.first_text_s.observe(trace.elapsed_s)
+                if is_streamed:
+                    return await self._stream(request, completion, trace)
+                body = await completion.whole()
+                trace.outcome = _complete(stream).status
+                return web.json_response(body, headers={"x-request-id": answer.id})
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        if self.under_way >= self._settings.max_requests:
+            raise QueueFull(
+                f"{self.under_way} completions are under way, allowed {self._settings.max_requests}; send it later"
+            )
+        self.under_way += 1
+        self._metrics.under_way.inc()
+        try:
+            yield
+        finally:
+            self.under_way -= 1
+            self._metrics.under_way.dec()
+
+    @contextlib.contextmanager
+    def _room(self, request: web.Request) -> Iterator[None]:
+        """Bodies lie in memory several times over, as text, as JSON and decoded, until they are sent on."""
+        most = self._settings.max_body_mib << 20
+        size = min(request.content_length or most, most)
+        if self._taking_in and self._taking_in + size > self._settings.max_bodies_mib << 20:
+            raise QueueFull(
+                f"{self._taking_in >> 20} MiB are on their way in, allowed {self._settings.max_bodies_mib} MiB; "
+                "send it later"
+            )
+        self._taking_in += size
+        try:
+            yield
+        finally:
+            self._taking_in -= size
+
+    @contextlib.contextmanager
+    def _told(self, trace: _Trace) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            code = getattr(error, "code", "INTERNAL")
+            trace.outcome = "CANCELLED" if isinstance(error, asyncio.CancelledError) else code
+            raise
+        finally:
+            self._metrics.completions.labels(trace.outcome).inc()
+            if not trace.outcome.isupper():
+                self._metrics.completion_s.observe(trace.elapsed_s)
+            self._log("completion", outcome=trace.outcome, ms=round(1e3 * trace.elapsed_s), **trace.facts)
+
+    async def _body(self, request: web.Request) -> bytes:
+        if (
+            request.content_type != "application/json"
+            or request.headers.get("Content-Encoding", "identity") != "identity"
+        ):
+            # A page of another site can send any other type without asking first.
+            raise Refusal(
+                InvalidRequest("the body has to be plain JSON; send Content-Type: application/json"), status=415
+            )
+        try:
+            async with asyncio.timeout(self._settings.body_s):
+                return await request.read()
+        except TimeoutError:
+            error = DeadlineExceeded(f"the body did not come within {self._settings.body_s:g} s; send it faster")
+            raise Refusal(error, status=408) from None
+
+    async def _stream(self, request: web.Request, completion: _Completion, trace: _Trace) -> web.StreamResponse:
+        response = web.StreamResponse(headers={**_STREAM_HEADERS, "x-request-id": completion.answer.id})
+        try:
+            async with asyncio.timeout(self._settings.write_s):
+                await response.prepare(request)
+            try:
+                async for chunk in completion.chunks():
+                    await self._write(response, _event(chunk))
+                trace.outcome = _complete(completion.stream).status
+                await self._write(response, DONE)
+            except CxrError as error:
+                trace.outcome = error.code
+                await self._write(response, _event(Refusal(error).as_json()))
+            await response.write_eof()
+        except (TimeoutError, ConnectionError):
+            trace.outcome = "CANCELLED"
+            self._log("client_gone")
+            if request.transport:
+                request.transport.abort()
+        return response
+
+    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
+        """Send an event; `TimeoutError` where the client does not take it in time."""
+        async with asyncio.timeout(self._settings.write_s):
+            await response.write(data)
+
+
+class _Trace:
+    """What is told of a completion."""
+
+    def __init__(self) -> None:
+        self.outcome = "INTERNAL"
+        self.facts: dict[str, Any] = {}
+        self._started_s = time.monotonic()
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._started_s
+
+
+class _Completion:
+    """A reading as the parts of an answer."""
+
+    def __init__(self, stream: AsyncReadingStream, grammar: str, answer: Answer):
+        self.stream, self.answer = stream, answer
+        self._splitter = Splitter(grammar)
+        self._text = ""
+
+    async def begin(self) -> None:
+        """Send the request and wait for its first text."""
+        self._text = await anext(self.stream, "")
+
+    async def whole(self) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        texts = {REASONING: "", CONTENT: ""}
+        async for part, text in self._parts():
+            texts[part] += text
+        return self.answer.whole(_complete(self.stream), texts[REASONING], texts[CONTENT])
+
+    async def chunks(self):
+        """The events of one that is."""
+        yield self.answer.chunk({"role": "assistant", "content": ""})
+        async for part, text in self._parts():
+            yield self.answer.chunk({part: text})
+        for chunk in self.answer.last_chunks(_complete(self.stream)):
+            yield chunk
+
+    async def _parts(self):
+        for part in self._splitter.push(self._text):
+            yield part
+        async for text in self.stream:
+            for part in self._splitter.push(text):
+                yield part
+        for part in self._last_parts(_complete(self.stream)):
+            yield part
+
+    def _last_parts(self, reading: Reading) -> Iterator[Part]:
+        yield from self._splitter.finish()
+        if not self._splitter.has_content and reading.finish_reason == "stop" and reading.answer:
+            # Prose of a model that boxes its answers: only now is it known that no box comes.
+            yield CONTENT, reading.answer
+
+
+def _complete(stream: AsyncReadingStream) -> Reading:
+    if stream.reading is None:
+        raise InternalError("the server ended the stream without a reading; see its log")
+    return stream.reading
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"

@@ -1,0 +1,51 @@
+"""What the server tells: JSON lines without anything of a request's contents, and Prometheus metrics."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+from typing import Any, TextIO
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Log:
+    """One JSON object a line. It is never given texts, pictures, file names or keys."""
+
+    def __init__(self, stream: TextIO | None = None):
+        self._stream = stream or sys.stderr
+
+    def __call__(self, event: str, **facts: Any) -> None:
+        """Write a line."""
+        at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        self._stream.write(json.dumps({"at": at, "event": event, **facts}) + "\n")
+        self._stream.flush()
+
+
+class Metrics:
+    """Of one process."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.completions = Counter(
+            "cxr_openai_completions", "Completions, by status of the reading or code of the error.", ["outcome"],
+            registry=registry,
+        )  # fmt: skip
+        self.refused = Counter(
+            "cxr_openai_refused", "Other requests refused, by HTTP status.", ["status"], registry=registry
+        )
+        self.connections_refused = Counter(
+            "cxr_openai_connections_refused", "Connections closed unheard, by reason.", ["reason"], registry=registry
+        )
+        self.under_way = Gauge("cxr_openai_under_way", "Completions under way.", registry=registry)
+        self.first_text_s = Histogram(
+            "cxr_openai_first_text_seconds", "From the request's head to the first text.", buckets=_SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        self.completion_s = Histogram(
+            "cxr_openai_completion_seconds", "From the request's head to the end of a whole reading.", buckets=_SECONDS,
+            registry=registry,
+        )  # fmt: skip

@@ -1,0 +1,189 @@
+"""The server as a process: its parts started, watched and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from cxr_triton.client.aio import AsyncReader
+from cxr_triton.client.gateway.bounds import Doorkeeper
+from cxr_triton.client.openai.answer import model
+from cxr_triton.client.openai.completions import Completions
+from cxr_triton.client.openai.description import description
+from cxr_triton.client.openai.guard import Guard
+from cxr_triton.client.openai.keys import Keys
+from cxr_triton.client.openai.metrics import Log, Metrics
+from cxr_triton.client.openai.refusal import Refusal
+from cxr_triton.client.openai.settings import Settings
+from cxr_triton.errors import CxrError, InvalidRequest, Unavailable
+from cxr_triton.profile import ModelProfile
+
+PROFILE_S = 10.0
+"""How long what the server said of its profile is taken for true."""
+HEALTH_S = 1.0
+"""How long an answer about its health is."""
+
+
+class Service:
+    """All parts of one process.
+
+    Parameters
+    ----------
+    settings : Settings
+    reader : AsyncReader
+        Of the served `cxr_reader`; closed at the end.
+    stream : file, optional
+        Takes the log; standard error by default.
+
+    Attributes
+    ----------
+    port : int or None
+        What is listened on, once `run` has started.
+
+    Raises
+    ------
+    InvalidConfig
+        Keys or certificate cannot be used.
+    """
+
+    def __init__(self, settings: Settings, reader: AsyncReader, stream: TextIO | None = None):
+        self.settings, self._reader = settings, reader
+        self._log, self._metrics = Log(stream), Metrics()
+        self._tls = settings.tls()
+        keys = Keys(settings.api_keys_file) if settings.api_keys_file else None
+        if keys and keys.is_open:
+            self._log("keys_readable_by_others", remedy="chmod o= FILE")
+        self._guard = Guard(settings, keys, self._metrics, self._log)
+        self._completions = Completions(settings, reader, self._profile, self._metrics, self._log)
+        self._asking = asyncio.Lock()
+        self._known: tuple[float, ModelProfile] | None = None
+        self._health: tuple[float, CxrError | None] | None = None
+        self.port: int | None = None
+
+    async def run(self, stopping: asyncio.Event, started: Callable[[int], None] = lambda port: None) -> None:
+        """Serve until `stopping` is set, then let what is under way end within `grace_s`.
+
+        Raises
+        ------
+        Unavailable
+            The port is taken.
+        """
+        runner = await self._runner()
+        try:
+            server = await self._listen(runner)
+            self.port = server.sockets[0].getsockname()[1]
+            started(self.port)
+            await stopping.wait()
+            self._guard.is_draining = True
+            server.close()
+            ends = time.monotonic() + self.settings.grace_s
+            while self._completions.under_way and time.monotonic() < ends:
+                await asyncio.sleep(0.05)
+        finally:
+            await runner.cleanup()
+            await self._reader.close()
+            self._log("stopped")
+
+    async def _runner(self) -> web.AppRunner:
+        keeper = self._keeper = Doorkeeper(self.settings.web, self._tell)
+        keeper.tls = self._tls
+        app = web.Application(
+            client_max_size=self.settings.max_body_mib << 20,
+            middlewares=[keeper.middleware(), self._guard.middleware()],
+        )
+        app.on_response_prepare.append(_harden)
+        app.router.add_get("/health", self._healthy, allow_head=False)
+        app.router.add_get("/metrics", self._metrics_page, allow_head=False)
+        app.router.add_get("/openapi.json", self._description, allow_head=False)
+        app.router.add_get("/v1/models", self._models, allow_head=False)
+        app.router.add_get("/v1/models/{name}", self._model, allow_head=False)
+        app.router.add_post("/v1/chat/completions", self._completions.handle)
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            handle_signals=False,
+            auto_decompress=False,
+            handler_cancellation=True,
+            shutdown_timeout=1.0,
+        )
+        await runner.setup()
+        if runner.server:
+            keeper.inner = runner.server
+        return runner
+
+    async def _listen(self, runner: web.AppRunner) -> asyncio.Server:
+        where = f"{self.settings.host} port {self.settings.port}"
+        try:
+            return await asyncio.get_running_loop().create_server(self._keeper, self.settings.host, self.settings.port)
+        except OSError as error:
+            raise Unavailable(f"cannot listen on {where} ({error.strerror}); stop what listens there") from None
+
+    def _tell(self, event: str, facts: dict[str, str]) -> None:
+        if event == "connection_refused":
+            self._metrics.connections_refused.labels(facts["why"]).inc()
+        self._log(event, **facts)
+
+    async def _profile(self) -> ModelProfile:
+        async with self._asking:
+            if self._known is None or time.monotonic() > self._known[0]:
+                self._known = None
+                profile = await self._reader.profile()
+                self._known = (time.monotonic() + PROFILE_S, profile)
+            return self._known[1]
+
+    async def _healthy(self, request: web.Request) -> web.Response:
+        """200 when a completion that came now would be read; what fails is said."""
+        async with self._asking:
+            if self._health is None or time.monotonic() > self._health[0]:
+                failure = None
+                try:
+                    await self._reader.server_info()
+                except CxrError as error:
+                    failure = error
+                    self._log("not_healthy", error=error.wire())
+                self._health = (time.monotonic() + HEALTH_S, failure)
+        if failure := self._health[1]:
+            raise type(failure)("no reading can be made at the moment; the log says why")  # to anybody, so no more
+        return web.json_response({"status": "ok"})
+
+    async def _metrics_page(self, request: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(self._metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def _description(self, request: web.Request) -> web.Response:
+        return web.json_response(description())
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"object": "list", "data": [model(await self._profile())]})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        profile = await self._profile()
+        if request.match_info["name"] != profile.name:
+            said = f"model: {request.match_info['name']!r:.60} is not served here; ask for {profile.name!r}"
+            raise Refusal(InvalidRequest(said), status=404, param="model")
+        return web.json_response(model(profile))
+
+
+async def _harden(request: web.Request, response: web.StreamResponse) -> None:
+    """Nothing of an answer is kept or guessed at on the way, and no version is told."""
+    response.headers.update({"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "cxr-triton"})
+
+
+def serve(settings: Settings, reader: Callable[[], AsyncReader], started: Callable[[int], None]) -> None:
+    """Run until SIGTERM or SIGINT; both end it in order."""
+
+    async def run() -> None:
+        stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+        await Service(settings, reader()).run(stopping, started)
+
+    logging.getLogger("aiohttp").setLevel(logging.CRITICAL + 1)  # it would quote requests
+    asyncio.run(run())

@@ -1,0 +1,280 @@
+"""The same tool at both doors: AIPerf and vLLM's own bench beside our clients, on the demonstration server.
+
+    CXR_VLLM_PYTHON=python python tests/integration/openai_bench.py --aiperf aiperf --json docs/results/openai.json
+
+Turn by turn, with the same pictures, prompt and lengths, in a closed loop: our client over gRPC, OpenAI's over HTTP,
+and the tools that are given: AIPerf (its program) and vLLM's ``bench serve`` (a Python that has vLLM). Of a tool is
+said its median turn over that of OpenAI's client; of HTTP, the median turn of OpenAI's client over that of gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import click
+import numpy as np
+from PIL import Image
+
+from cxr_triton import phantom
+from cxr_triton.cli import json_option, write_json
+from cxr_triton.client import AsyncReader
+from cxr_triton.perf.environment import Stolen, environment
+from cxr_triton.triton_repo.package import Settings, write_repository
+from cxr_triton.triton_repo.serve import Server
+
+MODEL = Path(__file__).resolve().parents[1] / "phantom"
+PROMPT = "Find abnormalities and support devices."
+MOST_TOKENS = 200
+PORTS = {"grpc_port": 0, "metrics_port": 0}
+# vLLM's CPU wheel is of another name than its command line looks for.
+VLLM = """
+import argparse, vllm.benchmarks.serve as bench
+parser = argparse.ArgumentParser()
+bench.add_cli_args(parser)
+bench.main(parser.parse_args())
+"""
+NUMBERS = ("first_text_ms", "latency_ms", "requests_per_s", "tokens_per_s")
+
+
+def repository(folder: Path) -> Path:
+    """The demonstration model, packaged."""
+    from cxr_triton.engines.build import build_bundle
+    from cxr_triton.export.export import export_checkpoint
+    from cxr_triton.profile import load_profile
+
+    profile = load_profile(MODEL / "profile.yaml")
+    export_checkpoint(str(MODEL / "checkpoint"), folder / "export", profile, precision="fp32", progress=False)
+    bundle = build_bundle(folder / "export", folder / "bundle")
+    write_repository(bundle.path, folder / "repository", Settings(threads=1), unverified=True)
+    return folder / "repository"
+
+
+def pictures(count: int) -> list[bytes]:
+    """PNG files of phantoms, which every tool can send."""
+    rng = np.random.default_rng(21)
+    files = []
+    for _ in range(count):
+        file = io.BytesIO()
+        Image.fromarray(phantom.draw(rng).picture("voi_display")).save(file, "PNG")
+        files.append(file.getvalue())
+    return files
+
+
+@contextlib.contextmanager
+def http_server(url: str) -> Iterator[str]:
+    """`cxr-triton openai` as a process; its address without ``/v1``."""
+    code = "from cxr_triton.cli import main; main()"
+    command = [sys.executable, "-c", code, "openai", "--url", url, "--port", "0", "--json", "-"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            lines = iter(process.stdout.readline, "}\n")
+            yield json.loads("".join(lines) + "}")["address"].removesuffix("/v1")
+        finally:
+            process.terminate()
+
+
+def summary(times: list[tuple[float, float, int]], wall_s: float) -> dict:
+    """Of requests, each the seconds to its first text and to its end, and its tokens."""
+    return {
+        "requests": len(times),
+        "first_text_ms": 1e3 * statistics.median(first for first, _, _ in times),
+        "latency_ms": 1e3 * statistics.median(end for _, end, _ in times),
+        "requests_per_s": len(times) / wall_s,
+        "tokens_per_s": sum(tokens for _, _, tokens in times) / wall_s,
+    }
+
+
+def closed_loop(ask: Callable, requests: int, concurrency: int) -> dict:
+    """`ask` gives, of the request of a number, the time of its first text and its tokens."""
+
+    async def run() -> dict:
+        numbers, times = iter(range(requests)), []
+
+        async def worker() -> None:
+            for number in numbers:
+                begun = time.perf_counter()
+                first, tokens = await ask(number)
+                times.append((first - begun, time.perf_counter() - begun, tokens))
+
+        begun = time.perf_counter()
+        await asyncio.gather(*(worker() for _ in range(concurrency)))
+        return summary(times, time.perf_counter() - begun)
+
+    return asyncio.run(run())
+
+
+def over_grpc(url: str, files: list[bytes], requests: int, concurrency: int) -> dict:
+    """Our own client."""
+    readers: list[AsyncReader] = []
+
+    async def ask(number: int) -> tuple[float, int]:
+        if not readers:
+            readers.append(AsyncReader(url))
+        first = None
+        stream = readers[0].read(files[number % len(files)], prompt=PROMPT, max_new_tokens=MOST_TOKENS)
+        async for _ in stream:
+            first = first or time.perf_counter()
+        return first, stream.reading.usage["completion_tokens"]
+
+    return closed_loop(ask, requests, concurrency)
+
+
+def over_http(address: str, files: list[bytes], requests: int, concurrency: int) -> dict:
+    """OpenAI's client."""
+    import openai
+
+    clients: list[openai.AsyncOpenAI] = []
+    parts = [
+        [{"type": "text", "text": PROMPT}, {"type": "image_url", "image_url": {"url": uri(file)}}] for file in files
+    ]
+
+    async def ask(number: int) -> tuple[float, int]:
+        if not clients:
+            clients.append(openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0))
+        first = tokens = None
+        messages = [{"role": "user", "content": parts[number % len(parts)]}]
+        options = {"max_completion_tokens": MOST_TOKENS, "stream": True, "stream_options": {"include_usage": True}}
+        async for chunk in await clients[0].chat.completions.create(model="phantom", messages=messages, **options):
+            first = first or time.perf_counter()
+            tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+        return first, tokens
+
+    return closed_loop(ask, requests, concurrency)
+
+
+def by_aiperf(program: str, address: str, files: list[bytes], requests: int, concurrency: int) -> dict:
+    """NVIDIA AIPerf."""
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = Path(folder) / "inputs.jsonl"
+        inputs.write_text("".join(json.dumps({"text": PROMPT, "image": uri(file)}) + "\n" for file in files))
+        command = [program, "profile", "-m", "phantom", "-u", address, "--endpoint-type", "chat", "--streaming"]
+        command += ["--input-file", str(inputs), "--custom-dataset-type", "single_turn"]
+        command += ["--request-count", str(requests), "--concurrency", str(concurrency)]
+        command += ["--extra-inputs", f"max_completion_tokens:{MOST_TOKENS}", "--use-server-token-count"]
+        command += ["--tokenizer", str(MODEL / "checkpoint"), "--artifact-dir", folder]
+        run([*command, "--no-server-metrics", "--no-gpu-telemetry", "--ui", "simple"])
+        result = json.loads((Path(folder) / "profile_export_aiperf.json").read_text())
+    return {
+        "requests": int(result["request_count"]["avg"]),
+        "first_text_ms": result["time_to_first_token"]["p50"],
+        "latency_ms": result["request_latency"]["p50"],
+        "requests_per_s": result["request_throughput"]["avg"],
+        "tokens_per_s": result["output_token_throughput"]["avg"],
+    }
+
+
+def by_vllm(python: str, address: str, files: list[bytes], requests: int, concurrency: int) -> dict:
+    """vLLM's ``bench serve``."""
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, output = Path(folder) / "inputs.jsonl", Path(folder) / "result.json"
+        rows = [{"prompt": PROMPT, "image_files": [uri(file)]} for file in files]
+        inputs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        command = [python, "-c", VLLM, "--backend", "openai-chat", "--base-url", address, "--model", "phantom"]
+        command += ["--endpoint", "/v1/chat/completions", "--tokenizer", str(MODEL / "checkpoint")]
+        command += ["--dataset-name", "custom_image", "--dataset-path", str(inputs), "--num-prompts", str(requests)]
+        command += ["--custom-output-len", str(MOST_TOKENS), "--max-concurrency", str(concurrency)]
+        command += ["--percentile-metrics", "ttft,e2el", "--save-result", "--result-filename", str(output)]
+        run(command)
+        result = json.loads(output.read_text())
+    return {
+        "requests": result["completed"],
+        "first_text_ms": result["median_ttft_ms"],
+        "latency_ms": result["median_e2el_ms"],
+        "requests_per_s": result["request_throughput"],
+        "tokens_per_s": result["output_throughput"],
+    }
+
+
+def uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    if done.returncode:
+        raise click.ClickException(
+            f"{command[0]} ended with status {done.returncode}: {(done.stdout + done.stderr)[-2000:]}"
+        )
+    return done.stdout.strip()
+
+
+def medians(turns: list[dict]) -> dict:
+    return {name: statistics.median(turn[name] for turn in turns) for name in NUMBERS}
+
+
+def over(measured: dict, other: dict) -> dict:
+    return {name: round(measured[name] / other[name], 4) for name in NUMBERS}
+
+
+@click.command()
+@click.option("--aiperf", metavar="PROGRAM", help="AIPerf; left out without it.")
+@click.option("--vllm", metavar="PYTHON", envvar="CXR_VLLM_PYTHON", help="A Python that has vLLM; left out without it.")
+@click.option("--requests", default=64, show_default=True, help="Of a turn.")
+@click.option("--concurrency", "levels", multiple=True, type=int, default=(1, 4), show_default=True)
+@click.option("--rounds", default=3, show_default=True)
+@json_option
+def main(aiperf, vllm, requests, levels, rounds, json_path):
+    """Measure one server through its two doors."""
+    result = {
+        "schema": 1,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": ["python", *sys.argv],
+        "environment": environment(),
+        "tools": {"openai": metadata.version("openai"), "aiohttp": metadata.version("aiohttp")},
+        "levels": [],
+    }
+    files, stolen = pictures(16), Stolen()
+    with tempfile.TemporaryDirectory() as folder:
+        with (
+            Server(repository(Path(folder)), **PORTS, ready_timeout_s=120) as server,
+            http_server(server.grpc) as address,
+        ):
+            tools = {
+                "grpc": lambda *load: over_grpc(server.grpc, files, *load),
+                "openai": lambda *load: over_http(address, files, *load),
+            }
+            if aiperf:
+                result["tools"]["aiperf"] = run([aiperf, "--version"])
+                tools["aiperf"] = lambda *load: by_aiperf(aiperf, address, files, *load)
+            if vllm:
+                result["tools"]["vllm"] = run([vllm, "-c", "import vllm; print(vllm.__version__)"])
+                tools["vllm"] = lambda *load: by_vllm(vllm, address, files, *load)
+            for ask in (tools["grpc"], tools["openai"]):  # warm up, also what remembers pictures
+                ask(2 * len(files), 2)
+            for concurrency in levels:
+                turns = {name: [] for name in tools}
+                for _ in range(rounds):
+                    for name, ask in tools.items():
+                        turns[name].append(ask(requests, concurrency))
+                found = {name: medians(each) for name, each in turns.items()}
+                level = {"concurrency": concurrency, "median": found, "turns": turns}
+                level["http_over_grpc"] = over(found["openai"], found["grpc"])
+                level["tool_over_openai"] = {
+                    name: over(found[name], found["openai"]) for name in tools if name not in ("grpc", "openai")
+                }
+                result["levels"].append(level)
+                for name, each in found.items():
+                    click.echo(
+                        f"{concurrency} at once, {name}: " + ", ".join(f"{k} {v:.2f}" for k, v in each.items()),
+                        err=True,
+                    )
+    result["environment"]["stolen_share"] = stolen.share()
+    write_json(result, json_path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""OpenAI's own client, sync and async, against the real served ensemble: many calls, clients that leave, refusals."""
+
+import asyncio
+import base64
+import json
+import random
+
+import pytest
+from fake_session import until
+from served import radiograph
+
+pytest.importorskip("aiohttp")
+pytest.importorskip("openai")
+
+import openai
+from openai_server import OpenAIServer
+
+from cxr_triton.client import Reader
+from cxr_triton.reading import Reading
+
+pytestmark = pytest.mark.triton
+SHORT = {"max_completion_tokens": 12, "temperature": 2.0, "seed": 7}
+LONG = {"max_completion_tokens": 3500}
+NO_IDENTITY = ("timings_ms", "usage")
+
+
+@pytest.fixture(scope="module")
+def site(server):
+    with OpenAIServer(server.grpc) as site:
+        yield site
+
+
+@pytest.fixture
+def client(site):
+    with openai.OpenAI(base_url=site.base_url, api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def asked(*files: bytes, text: str = "", kind: str = "application/dicom") -> dict:
+    urls = [f"data:{kind};base64,{base64.b64encode(file).decode()}" for file in files]
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return {"model": "random", "messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]}
+
+
+def said(message) -> tuple[str, str]:
+    return getattr(message, "reasoning_content", None) or "", message.content or ""
+
+
+def streamed(chunks) -> tuple[tuple[str, str], dict]:
+    """Reasoning and content of a whole stream, and its reading."""
+    parts = [said(choice.delta) for chunk in chunks for choice in chunk.choices]
+    (extension,) = [chunk.cxr for chunk in chunks if getattr(chunk, "cxr", None)]
+    return tuple(map("".join, zip(*parts, strict=True))), extension["reading"]
+
+
+def alike(reading: dict) -> dict:
+    return {key: value for key, value in reading.items() if key not in NO_IDENTITY}
+
+
+def test_it_gives_what_the_grpc_client_gets(client, server):
+    pair = [radiograph(1), radiograph(2, rows=160, columns=300)]
+    with Reader(server.grpc) as reader:
+        ours = reader.read(pair, task="compare", max_new_tokens=12, temperature=2.0, seed=7).result()
+    answer = client.chat.completions.create(**asked(*pair), **SHORT, extra_body={"task": "compare"})
+    reading = Reading.from_json(json.dumps(answer.cxr["reading"]))
+    assert (reading.text, reading.prompt, reading.images) == (ours.text, ours.prompt, ours.images)
+    assert answer.usage.prompt_tokens == ours.usage["prompt_tokens"]
+    assert answer.usage.completion_tokens == 12 and answer.choices[0].finish_reason == "length"
+    assert "".join("".join(said(answer.choices[0].message)).split()) in "".join(ours.text.split())
+    chunks = list(client.chat.completions.create(**asked(*pair), **SHORT, stream=True, extra_body={"task": "compare"}))
+    parts, last = streamed(chunks)
+    assert parts == said(answer.choices[0].message) and alike(last) == alike(answer.cxr["reading"])
+
+
+def test_log_probabilities_are_those_of_the_grpc_client(client, server):
+    with Reader(server.grpc) as reader:
+        ours = reader.read(radiograph(1), max_new_tokens=12, temperature=2.0, seed=7, logprobs=True).result()
+    answer = client.chat.completions.create(**asked(radiograph(1)), **SHORT, logprobs=True)
+    given = answer.choices[0].logprobs.content
+    assert [token.logprob for token in given] == pytest.approx(list(ours.token_logprobs), rel=1e-3)
+    assert len(given) == 12 and "".join(token.token for token in given) == ours.text
+
+
+def test_a_conversation_goes_on_as_the_grpc_client_has_it(client, server):
+    first = client.chat.completions.create(**asked(radiograph(3)), **SHORT)
+    reading, more = first.cxr["reading"], asked(radiograph(3))
+    turns = [{"role": "user", "content": reading["prompt"]}, {"role": "assistant", "content": reading["text"]}]
+    more["messages"] += [turns[1], {"role": "user", "content": ""}]
+    second = client.chat.completions.create(**more, **SHORT, extra_body={"task": "differentials"})
+    with Reader(server.grpc) as reader:
+        stream = reader.read(
+            radiograph(3), task="differentials", history=turns, max_new_tokens=12, temperature=2.0, seed=7
+        )
+        ours = stream.result()
+    assert second.cxr["reading"]["text"] == ours.text
+    assert second.usage.prompt_tokens == ours.usage["prompt_tokens"] > first.usage.total_tokens - 1
+
+
+def test_calls_of_all_kinds_at_once_and_clients_that_leave(site, raw):
+    """A third each is streamed, whole, and left after the first text or before it."""
+    draw = random.Random(1)
+    wanted = {}
+
+    async def call(client, number: int, gate: asyncio.Semaphore) -> str:
+        seed, kind = number % 4, ("stream", "whole", "leave")[number % 3]
+        async with gate:
+            if kind == "leave":
+                task = asyncio.create_task(
+                    client.chat.completions.create(**asked(radiograph(seed)), **LONG, stream=True)
+                )
+                if draw.random() < 0.5:
+                    await asyncio.sleep(draw.random() * 0.1)
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+                else:
+                    async with await task as stream:
+                        await anext(aiter(stream))
+                return kind
+            if kind == "stream":
+                stream = await client.chat.completions.create(**asked(radiograph(seed)), **SHORT, stream=True)
+                parts, _ = streamed([chunk async for chunk in stream])
+            else:
+                answer = await client.chat.completions.create(**asked(radiograph(seed)), **SHORT)
+                parts = said(answer.choices[0].message)
+            assert wanted.setdefault(seed, parts) == parts
+            return kind
+
+    async def run() -> list[str]:
+        gate = asyncio.Semaphore(8)
+        async with openai.AsyncOpenAI(base_url=site.base_url, api_key="none", max_retries=0, timeout=120) as client:
+            return await asyncio.gather(*(call(client, number, gate) for number in range(60)))
+
+    assert sorted(asyncio.run(run())) == ["leave"] * 20 + ["stream"] * 20 + ["whole"] * 20
+    assert len(wanted) == 4
+    until(lambda: raw.metric("cxr_decoder_streams") == 0)
+    until(lambda: site.service._completions.under_way == 0)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "status"),
+    [
+        (asked(b"no picture"), "INVALID_IMAGE", 400),
+        (asked(b"\x89PNG\r\n\x1a\n cut off", kind="image/png"), "INVALID_IMAGE", 400),
+        (asked(radiograph(1)[:-999]), "INVALID_IMAGE", 400),
+        (asked(radiograph(1), text="word " * 6000), "PROMPT_TOO_LONG", 400),
+        (asked(), "INVALID_REQUEST", 400),
+        (asked(*[radiograph(1)] * 3, text="?"), "INVALID_REQUEST", 400),
+    ],
+    ids=["junk", "png", "cut", "long", "none", "three"],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_refusals_are_typed_and_the_next_reading_succeeds(client, request_, code, status, stream):
+    with pytest.raises(openai.APIStatusError) as refused:
+        client.chat.completions.create(**request_, stream=stream)
+    assert (refused.value.code, refused.value.status_code) == (code, status)
+    assert refused.value.param == "messages"
+    assert client.chat.completions.create(**asked(radiograph(1)), **SHORT).usage.completion_tokens == 12
