@@ -267,7 +267,15 @@ def _read_folder(folder: Path, out: Path, options: dict, server: dict, json_path
         reader, is_warned = connect([] if is_warned else [data], **server), True
         return received(reader, [file], [data], **options)
 
-    for number, row in enumerate(read_folder(folder, files, out, options["task"], ask), 1):
+    def is_asked(reading: Reading) -> bool:
+        has_scores = "scores" in reading.timings_ms or reading.finish_reason != "stop"  # none are of a cut answer
+        return (
+            options["task"] in (None, reading.task)
+            and (not options["logprobs"] or bool(reading.token_logprobs))
+            and (not options["scores"] or has_scores)
+        )
+
+    for number, row in enumerate(read_folder(folder, files, out, is_asked, ask), 1):
         rows.append(row)
         said = f"{row.status}{', was there' if row.was_there else ''}{f': {row.said}' if row.said else ''}"
         click.echo(printable(f"[{number}/{len(files)}] {row.file}: {said}"), err=True)
