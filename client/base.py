@@ -14,7 +14,6 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from cxr_triton import kserve
 from cxr_triton.client import wire
 from cxr_triton.client.address import require_endpoint
-from cxr_triton.client.conversation import Conversation
 from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Clock, Timeouts, Tls
 from cxr_triton.errors import Cancelled, CxrError, Unavailable
 from cxr_triton.identity import sha256
@@ -111,15 +110,6 @@ class BaseReader(Generic[Stream]):
         contents = wire.image_bytes(images)
         message = wire.infer_request(self.model, contents, request, self.max_message_mib)
         return self._stream(message, [sha256(content) for content in contents])
-
-    def open(
-        self, images: wire.Image | Sequence[wire.Image] = (), *, follow: Sequence[Reading] = (), **options: Any
-    ) -> Conversation[Stream]:
-        """A dialogue about one patient's pictures, with each turn's questions and answers sent along with the next.
-
-        Parameters, errors and an example: `cxr_triton.client.Conversation`.
-        """
-        return Conversation(self, images, follow=follow, **options)
 
     def _stream(self, request: pb.ModelInferRequest, sent: Sequence[str]) -> Stream:
         raise NotImplementedError

@@ -18,6 +18,7 @@ from tritonclient.grpc import service_pb2 as pb
 from cxr_triton import kserve
 from cxr_triton.client import wire
 from cxr_triton.client.base import Attempts, BaseReader, BaseStream
+from cxr_triton.client.conversation import Conversation
 from cxr_triton.profile import ModelProfile
 from cxr_triton.reading import Reading
 
@@ -59,6 +60,15 @@ class Reader(BaseReader["ReadingStream"]):
         self._escort = _Escort(self._watchdog)
         self._streams: weakref.WeakSet[ReadingStream] = weakref.WeakSet()
         kserve.at_exit(self, Reader._drop)
+
+    def open(
+        self, images: wire.Image | Sequence[wire.Image] = (), *, follow: Sequence[Reading] = (), **options: Any
+    ) -> Conversation[ReadingStream]:
+        """A dialogue about one patient's pictures: each turn takes along what was asked and answered before.
+
+        Parameters, errors and an example: `cxr_triton.client.Conversation`.
+        """
+        return Conversation(self, images, follow=follow, **options)
 
     def server_info(self) -> wire.ServerInfo:
         """What answers at the URL, once it is ready and serves the contract.

@@ -81,6 +81,7 @@ CALLS = [
     ("serve", ["repository"]),
     ("golden", ["empty"]),
     ("read", ["file.json"]),
+    ("chat", ["file.json"]),
     ("sr", ["file.json", "-o", "out"]),
     ("gateway", []),
     ("gateway", ["status", "--json", "-"]),
