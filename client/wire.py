@@ -20,6 +20,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from cxr_triton.client.limits import Timeouts
 from cxr_triton.errors import (
+    AccessDenied,
     Cancelled,
     CxrError,
     DeadlineExceeded,
@@ -209,6 +210,10 @@ def stream_error(error: grpc.RpcError, url: str, timeouts: Timeouts) -> CxrError
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return late("total_s", timeouts, url)
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return AccessDenied(
+            f"{url} lets nobody in with these credentials ({details}); give a token or certificate that holds"
+        )
     if code is grpc.StatusCode.CANCELLED:
         return Cancelled(f"reading at {url} was cancelled before its end")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cxr_triton.client.address import is_loopback
-from cxr_triton.client.limits import Timeouts, Tls
+from cxr_triton.client.address import is_loopback, leaves_machine
+from cxr_triton.client.limits import Access, Timeouts, Tls, read_token
 from cxr_triton.client.objects import KINDS
 from cxr_triton.config import Checked, build, in_range, one_of, read_yaml
 from cxr_triton.errors import InvalidConfig
@@ -241,10 +241,14 @@ class Reading(Checked):
         How a reading names its images' UIDs: ``plain`` or ``hashed``; by default as the server does, plain.
     clear_text : bool
         Off the loopback interface without `tls` on purpose: nothing is said about it.
+    token_file : str, optional
+        File with the bearer token for the front door at `url`; read for each call. Off the loopback interface it
+        needs `tls`.
     """
 
     url: str = "127.0.0.1:8001"
     tls: TlsFiles | None = None
+    token_file: str | None = None
     task: str | None = None
     mode: str | None = None
     max_images: int = in_range(1, 16, default=1)
@@ -263,7 +267,14 @@ class Reading(Checked):
         super().__post_init__()
         if self.identifiers not in (None, *IDENTIFIERS):
             raise InvalidConfig(f"identifiers: {self.identifiers!r:.40} is none of {', '.join(IDENTIFIERS)}")
+        if self.token_file and not self.tls and leaves_machine(self.url):
+            raise InvalidConfig(f"tls: is missing and url is {self.url}, where the token could be read on its way")
         _require_ladder("retry_s", self.retry_s)
+
+    @property
+    def access(self) -> Access:
+        """How the reader is let in."""
+        return Access(self.tls.grpc() if self.tls else None, self.token_file)
 
     @property
     def timeouts(self) -> Timeouts:
@@ -502,7 +513,7 @@ class Config(Checked):
         for name, here in (("dicom", self.dicom), ("web", self.web)):
             if here and not (here.tls or here.clear_text or is_loopback(here.host)):
                 yield name
-        if not (self.read.tls or self.read.clear_text or is_loopback(_host(f"//{self.read.url}"))):
+        if not (self.read.tls or self.read.clear_text or not leaves_machine(self.read.url)):
             yield "read"
         for name, there in self.remotes():
             if there.is_clear and not there.clear_text:
@@ -514,7 +525,7 @@ class Config(Checked):
             yield "log.key_file", self.log.key_file
         here: list[tuple[str, Dicom | Web | Remote]] = [*self.remotes()]
         here += [(name, one) for name, one in (("dicom", self.dicom), ("web", self.web)) if one]
-        for name, one in here:
+        for name, one in (*here, ("read", self.read)):
             if token := getattr(one, "token_file", None):
                 yield f"{name}.token_file", token
         for name, tls in [(name, one.tls) for name, one in here] + [("read", self.read.tls)]:
@@ -527,23 +538,6 @@ class Config(Checked):
             yield "priors", self.priors
         for destination in self.destinations:
             yield f"destinations.{destination.name}", destination
-
-
-def read_token(path: str) -> str:
-    """The token that a file holds.
-
-    Raises
-    ------
-    InvalidConfig
-        The file cannot be read, or is not one line of printable ASCII characters without blanks.
-    """
-    try:
-        token = Path(path).read_text("ascii", "replace").strip()
-    except OSError as error:
-        raise InvalidConfig(f"token_file: {path} cannot be read ({error.strerror})") from None
-    if not re.fullmatch(r"[!-~]{1,4096}", token):
-        raise InvalidConfig(f"token_file: {path} holds no token; write one line of printable characters into it")
-    return token
 
 
 def load_config(path: str | os.PathLike) -> Config:
