@@ -2,8 +2,8 @@
 
     python tests/integration/front_door.py --calls 10000 --readings 200
 
-Behind a door by tokens and one by certificates is a server that takes any call and counts them. Then a real Triton, of a
-small model of random weights, reads one picture again and again, in turn by itself and through each door.
+Behind a door by tokens and one by certificates is a server that takes any call and counts them. Then a real Triton,
+with a small model of random weights, reads one picture again and again, in turn by itself and through each door.
 docs/results/front-door.json takes the result.
 """
 
