@@ -233,6 +233,8 @@ class Reading(Checked):
         Failures that may pass before a study becomes a dead letter.
     retry_s : tuple of float
         Waits between attempts, the last one repeated; each is spread by a third.
+    drain_s : float
+        How long readings under way may take once the gateway was told to stop; then they are given back.
     lease_s : float
         After so long without a sign of life of a gateway another one takes its study.
     unchecked_reading : bool
@@ -258,6 +260,7 @@ class Reading(Checked):
     total_s: float = in_range(0.1, 86400.0, default=900.0)
     max_attempts: int = in_range(1, 1000, default=20)
     retry_s: tuple[float, ...] = (1.0, 5.0, 15.0, 60.0)
+    drain_s: float = in_range(0.0, 3600.0, default=15.0)
     lease_s: float = in_range(1.0, 3600.0, default=60.0)
     unchecked_reading: bool = False
     identifiers: str | None = None

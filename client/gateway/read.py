@@ -97,7 +97,7 @@ class ReadWorker:
         self._storage = Path(config.storage)
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Until `stopping` is set; then readings under way are given back, and nothing of them is lost."""
+        """Until `stopping` is set; readings under way then have `drain_s`, and are given back after it."""
         settings = self._config.read
         running: dict[asyncio.Task, int] = {}  # job of each attempt
 
@@ -120,6 +120,8 @@ class ReadWorker:
                     task.add_done_callback(ended)
                 else:
                     await either(stopping, self.wake, POLL_S)
+            if running:
+                await asyncio.wait(list(running), timeout=settings.drain_s)
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)

@@ -35,7 +35,7 @@ from cxr_triton.errors import QueueFull, Unavailable
 BEAT_S = 1.0
 HOUSEKEEPING_S = 600.0
 STOP_S = 20.0
-"""How long what is under way may take to end once the gateway was told to stop."""
+"""How long what is under way, readings left out, may take to end once the gateway was told to stop."""
 
 
 class Gateway:
@@ -148,9 +148,10 @@ class Gateway:
                 done, _ = await asyncio.wait([wait, *tasks], return_when=asyncio.FIRST_COMPLETED)
             finally:
                 stopping.set()
+                self.intake.draining = True
                 if self._listener:
                     await asyncio.to_thread(self._listener.stop)
-                await asyncio.wait(tasks, timeout=STOP_S)
+                await asyncio.wait(tasks, timeout=STOP_S + self.config.read.drain_s)
                 for task in tasks:
                     task.cancel()
             for ended in done & {*tasks}:
