@@ -38,11 +38,16 @@ class Reader(BaseReader["ReadingStream"]):
         Largest request and response.
     tls : Tls, optional
         Encrypts the channel. Without it pictures travel in clear text, which is meant for the loopback interface.
+    token_file : path, optional
+        File with the bearer token that a front door asks for; read for each call. Off the loopback interface it is
+        sent with `tls` only.
 
     Raises
     ------
     InvalidRequest
-        `url` is no host and port; the message says how to write it.
+        `url` is no host and port, and the message says how to write it; or the token would travel unencrypted.
+    InvalidConfig
+        `token_file` holds no token.
 
     Examples
     --------

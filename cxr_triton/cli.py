@@ -175,6 +175,31 @@ json_option = click.option(
     type=Output(dir_okay=False, writable=True, allow_dash=True),
     help="Write the result as JSON; with - it is all that goes to standard output.",
 )
+_PEM = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def access_options(command):
+    """How a verb is let in by a server or the front door before it; `cxr_triton.client.limits.Access.of` takes them."""
+    options = (
+        click.option(
+            "--tls-ca", type=_PEM, metavar="PEM", help="Encrypt, and trust servers that these authorities signed."
+        ),
+        click.option(
+            "--tls-cert", type=_PEM, metavar="PEM", help="This client's certificate, where the server asks for one."
+        ),
+        click.option("--tls-key", type=_PEM, metavar="PEM", help="The key of --tls-cert."),
+        click.option(
+            "--token-file",
+            type=_PEM,
+            metavar="FILE",
+            envvar="CXR_TRITON_TOKEN_FILE",
+            show_envvar=True,
+            help="A bearer token, where a front door asks for one.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 _SHORT = r'(?:[-+.\w]+|"[-. \w]{0,20}")'

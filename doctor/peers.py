@@ -97,8 +97,7 @@ def reader(case: Case) -> Iterator[Finding]:
     here = case.config.read
     wanted = "a ready server with the model cxr_reader"
     try:
-        tls = here.tls.grpc() if here.tls else None
-        with Reader(here.url, timeouts=Timeouts(connect_s=5.0), tls=tls) as connected:
+        with Reader(here.url, timeouts=Timeouts(connect_s=5.0), **vars(here.access)) as connected:
             info = connected.server_info()
     except (CxrError, OSError) as error:
         message = error.message if isinstance(error, CxrError) else f"{error.strerror}; see read.tls"

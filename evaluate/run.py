@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from cxr_triton import __version__
-from cxr_triton.client import AsyncReader, Timeouts, Tls
-from cxr_triton.errors import CxrError, QueueFull, ServerMismatch, Unavailable
+from cxr_triton.client import AsyncReader, Timeouts
+from cxr_triton.client.limits import NO_ACCESS, Access
+from cxr_triton.errors import AccessDenied, CxrError, QueueFull, ServerMismatch, Unavailable
 from cxr_triton.evaluate.adapters import format_of
 from cxr_triton.evaluate.asking import Questions
 from cxr_triton.evaluate.config import Data
@@ -44,18 +45,19 @@ class Server:
         Studies under way at once.
     timeout_s : float
         Limit of one reading, and of waiting for a full queue.
-    tls : Tls, optional
+    access : Access
+        How it lets a client in.
     """
 
     url: str
     concurrency: int = 4
     timeout_s: float = 600.0
-    tls: Tls | None = None
+    access: Access = NO_ACCESS
 
     def reader(self) -> AsyncReader:
         """A client of it."""
         timeouts = Timeouts(first_delta_s=None, idle_s=None, total_s=self.timeout_s)
-        return AsyncReader(self.url, timeouts=timeouts, tls=self.tls)
+        return AsyncReader(self.url, timeouts=timeouts, **vars(self.access))
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class _Run:
             asked_s = time.monotonic()
             try:
                 readings = [await self._read(reader, images, asked) for asked in self._evaluation.questions.of(case)]
-            except (Unavailable, ServerMismatch):
+            except (AccessDenied, Unavailable, ServerMismatch):
                 raise
             except CxrError as error:
                 return _failed(case, error.code, error.message), pictures
