@@ -21,9 +21,9 @@ from cxr_triton.archive.rows import key_of, unpacked
 from cxr_triton.archive.worker import Task, Worker, error_of
 from cxr_triton.errors import CxrError, InternalError
 
-UNIT = 16
+UNIT = 8
 """Images that an actor is given at once: what a killed one reads again."""
-WINDOW = 1024
+WINDOW = 2048
 """Units of one execution of Ray Data, which holds them all."""
 _BLOCK_BYTES = 1 << 20
 _SPOOL = "todo.jsonl"
