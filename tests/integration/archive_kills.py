@@ -2,8 +2,8 @@
 
     python tests/integration/archive_kills.py --repository build/demo/repository --json docs/results/archive.json
 
-Without --repository the throughput beside `bench` is left out. The faults and the nodes are asked of a double that takes
-its time for a reading and remembers which files it was sent.
+Without --repository the throughput beside `bench` is left out. The faults and the nodes are asked of a double that
+takes its time for a reading and remembers which files it was sent.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ import psutil
 import pydicom
 from pyarrow import parquet
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "phantom")]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(TESTS / "phantom"))
 
 import evaluate
 from fake_server import FakeServer, failure, response
@@ -154,8 +156,11 @@ def with_kills(source: Path, out: Path, server: Double, kills: int, options: lis
                 killed[whom] += 1
                 driver.wait() if whom == "driver" else time.sleep(0.5)
         time.sleep(0.05)
-    return {"killed": dict(killed), "drivers": drivers, "status": driver.returncode, "seconds": round(time.monotonic() - began_s, 1),
-            "most_mib": {"driver": max(s[1] for s in memory.samples), "actor": max(s[2] for s in memory.samples)}}  # fmt: skip
+    most = {name: max(sample[i] for sample in memory.samples) for i, name in ((1, "driver"), (2, "actor"))}
+    seconds = round(time.monotonic() - began_s, 1)
+    return {
+        "killed": dict(killed), "drivers": drivers, "status": driver.returncode, "seconds": seconds, "most_mib": most,
+    }  # fmt: skip
 
 
 def faults(source: Path, work: Path, args) -> dict:
@@ -236,7 +241,7 @@ def nodes(source: Path, work: Path, args) -> dict:
 
 
 def beside_bench(source: Path, work: Path, args) -> dict:
-    """Readings a second of `bench` offline and of an archive, in turn, at the same concurrency and of the same images."""
+    """Readings a second of `bench` offline and of an archive, in turn, at one concurrency and of the same images."""
     from cxr_triton.triton_repo.serve import Server
 
     chosen = work / "chosen"
