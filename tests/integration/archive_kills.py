@@ -30,9 +30,8 @@ import psutil
 import pydicom
 from pyarrow import parquet
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS))
-sys.path.insert(0, str(TESTS / "phantom"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "phantom"))
 
 import evaluate
 from fake_server import FakeServer, failure, response
