@@ -96,7 +96,7 @@ def archive(
     with opened(out, header) as folder:
         if again:
             click.echo(f"{folder.forget(again)} rows dropped, to be read again", err=True)
-        with _bar() as bar:
+        with _Bar() as bar:
             ran = Run(folder, task, _actors(task, actors), bar.add, bar.begins).over(images)
         folder.finish()
         summary = summarize(folder, ran)
@@ -127,7 +127,7 @@ def _actors(task, count: int):
     return Actors(count=count, cpus=task.threads, gpus=float(needs_gpu(task.bundle)))
 
 
-class _bar:
+class _Bar:
     """A bar of rate and time left, with what came of the images."""
 
     def __enter__(self):

@@ -52,9 +52,14 @@ SCHEMA = pa.schema(
 _OF_MODEL = ("profile", "revision", "engine", "precision", "bundle")
 
 
+def written(name: str) -> str:
+    r"""A name as text: bytes of a path that are no UTF-8 become ``\\xff`` and such."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def key_of(name: str) -> bytes:
-    """What tells an item from all others: 16 bytes of the SHA-256 of its name."""
-    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:16]
+    """What tells an item from all others: 16 bytes of the SHA-256 of its name as it is written."""
+    return hashlib.sha256(written(name).encode()).digest()[:16]
 
 
 def keys_of(images: Iterable[str], identifiers: str) -> Iterable[bytes]:
@@ -113,9 +118,9 @@ def error_row(
 
 def _row(item: Item, identifiers: str, digest: str | None, server: str) -> dict[str, Any]:
     is_hashed = identifiers == "hashed"
-    name = item.name.encode("utf-8", "surrogateescape")
+    name = written(item.name)
     return {
-        "image": hashlib.sha256(name).hexdigest() if is_hashed else name.decode("utf-8", "backslashreplace"),
+        "image": sha256(name.encode()) if is_hashed else name,
         "file_sha256": digest,
         **(_without_form(hashed(item.uids)) if is_hashed else item.uids),
         "identifiers": identifiers,

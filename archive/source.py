@@ -47,7 +47,8 @@ class Source:
     @property
     def digest(self) -> str:
         """SHA-256 of what tells one source from another."""
-        return hashlib.sha256(f"{self.kind}\n{self.text}\n{self.column}".encode()).hexdigest()
+        root = self.web.root if self.web else ""
+        return hashlib.sha256("\n".join((self.kind, root, self.text, self.column)).encode()).hexdigest()
 
     def __iter__(self) -> Iterator[Item]:
         if self.kind == "folder":
@@ -97,13 +98,18 @@ def source_of(
 
 def _folder(folder: Path, out: Path) -> Iterator[Item]:
     """Every file below a folder but for hidden ones, a DICOMDIR, and what is in `out`."""
-    for at, folders, files in os.walk(folder):
+    for at, folders, files in os.walk(folder, onerror=_raise):
         here = Path(at)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and (here / name).resolve() != out)
         for name in sorted(files):
             path = here / name
             if not name.startswith(".") and name != DICOMDIR and path.is_file():
                 yield Item(path.relative_to(folder).as_posix(), str(path))
+
+
+def _raise(error: OSError) -> None:
+    """A folder that cannot be listed would leave its images out in silence."""
+    raise error
 
 
 def _glob(pattern: str) -> Iterator[Item]:

@@ -21,7 +21,7 @@ from pyarrow import parquet
 from cxr_triton.archive import folder as archive_folder
 from cxr_triton.archive.folder import WORK, opened
 from cxr_triton.archive.item import Item
-from cxr_triton.archive.rows import SCHEMA, error_row, key_of, packed, read_row, unpacked
+from cxr_triton.archive.rows import SCHEMA, error_row, key_of, keys_of, packed, read_row, unpacked
 from cxr_triton.archive.run import Actors, Run
 from cxr_triton.archive.served import Served
 from cxr_triton.archive.source import source_of
@@ -93,6 +93,20 @@ def test_a_folder_has_every_file_once_but_what_is_hidden_or_written(tmp_path):
     found = list(source_of(str(tmp_path / "in"), tmp_path / "in" / "out"))
     assert [item.name for item in found] == ["a.dcm", "b/2.dcm", "b/c/1.png"]
     assert all(Path(item.place).is_file() for item in found)
+
+
+def test_a_folder_that_cannot_be_listed_is_told(tmp_path, monkeypatch):
+    pictures(tmp_path / "in", "a/1.dcm", "b/2.dcm")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="/b"):
+        list(source_of(str(tmp_path / "in"), tmp_path / "out"))
 
 
 def test_a_glob_and_one_file(tmp_path):
@@ -221,6 +235,13 @@ def test_hashed_rows_name_neither_path_nor_uid():
     assert row["image"] == sha256(b"DOE^JANE/1.2.3.dcm") and row["study_instance_uid"] == sha256(b"1.2.3")
     assert "DOE" not in str(row) and "1.2.3'" not in str(row)
     assert bytes.fromhex(row["image"][:32]) == key_of(item.name)
+
+
+@pytest.mark.parametrize("identifiers", ["hashed", "plain"])
+def test_a_name_that_is_no_utf_8_is_known_again(identifiers):
+    item = Item("caf\udce9.dcm", "/x")
+    (row,) = unpacked(packed([error_row(item, "NO_IMAGE", "", data=b"", identifiers=identifiers)])).to_pylist()
+    assert list(keys_of([row["image"]], identifiers)) == [key_of(item.name)]
 
 
 def test_scores_of_a_reading_become_a_column():
