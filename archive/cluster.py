@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import logging
 import os
 import secrets
@@ -67,3 +69,16 @@ def ray_started(cpus: int, gpus: int = 0) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        leave_at_exit()
+
+
+@functools.cache
+def leave_at_exit() -> None:
+    """Have this process end with its status as soon as Python has ended.
+
+    Ray 2.60 now and then waits for ever in a destructor of its own: `boost::asio::thread_pool` joins the thread
+    ``worker.io``, which waits for a mutex that is gone already. Handlers of the C library run in reverse order, so this
+    one, which is registered after Ray's, comes before.
+    """
+    libc = ctypes.CDLL(None)
+    libc.on_exit(ctypes.cast(libc._exit, ctypes.c_void_p), None)

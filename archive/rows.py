@@ -53,7 +53,7 @@ _OF_MODEL = ("profile", "revision", "engine", "precision", "bundle")
 
 
 def written(name: str) -> str:
-    r"""A name as text: bytes of a path that are no UTF-8 become ``\\xff`` and such."""
+    r"""A name as text: bytes of a path that are no UTF-8 become ``\xff`` and such."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

@@ -1,9 +1,10 @@
 """An archive under faults: driver and actors are killed at random, two Ray nodes share the work, and how fast it is.
 
-    python tests/integration/archive_kills.py --repository build/demo/repository --json docs/results/archive.json
+    python tests/integration/archive_kills.py --json docs/results/archive.json
+    python tests/integration/archive_kills.py --parts beside_bench --repository build/demo/repository
 
-Without --repository the throughput beside `bench` is left out. The faults and the nodes are asked of a double that
-takes its time for a reading and remembers which files it was sent.
+The last holds it against `bench` on a machine that does nothing else. The others ask a double that takes its time for a
+reading and remembers which files it was sent.
 """
 
 from __future__ import annotations
@@ -244,8 +245,9 @@ def beside_bench(source: Path, work: Path, args) -> dict:
 
     chosen = work / "chosen"
     chosen.mkdir()
-    for path in [p for p in sorted(source.rglob("*.dcm")) if (int(p.stem) + 1) % 50][: args.pace_files]:
+    for path in [p for p in sorted(source.rglob("*.dcm")) if (int(p.stem) + 1) % 50]:
         shutil.copy(path, chosen)
+    count = sum(1 for _ in chosen.iterdir())
     rounds = []
     with Server(args.repository, grpc_port=0, metrics_port=0, ready_timeout_s=600) as server:
         for n in range(args.rounds):
@@ -253,7 +255,7 @@ def beside_bench(source: Path, work: Path, args) -> dict:
             bench = work / "bench.json"
             command = [*PROGRAM, "bench", "run", "--url", server.grpc, "--metrics", server.metrics,
                        "--images", str(chosen), "--scenario", "offline", "--offline-concurrency", str(args.concurrency),
-                       "--sweep", "", "--repeats", "1", "--seconds", "1", "--requests", str(args.pace_files),
+                       "--sweep", "", "--repeats", "1", "--seconds", "1", "--requests", str(count),
                        "--perf-analyzer", "none", "--json", str(bench)]  # fmt: skip
             subprocess.run(command, check=True, env={**os.environ, SECRET: server.secret})
             (offline,) = json.loads(bench.read_text())["scenarios"]
@@ -261,8 +263,11 @@ def beside_bench(source: Path, work: Path, args) -> dict:
             rate = pace(work / f"pace-{n}", (None,))
             rounds.append({"archive": round(rate, 3), "bench": best, "ratio": round(rate / best, 3)})
     return {
-        "files": args.pace_files, "concurrency": args.concurrency, "load_average": os.getloadavg()[0], "rounds": rounds,
+        "files": count, "concurrency": args.concurrency, "load_average": os.getloadavg()[0], "rounds": rounds,
     }  # fmt: skip
+
+
+PARTS = {"faults": faults, "steady": steady, "two_nodes": nodes, "beside_bench": beside_bench}
 
 
 def main() -> None:
@@ -275,7 +280,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steady-files", type=int, default=2000)
     parser.add_argument("--node-files", type=int, default=400)
-    parser.add_argument("--repository", type=Path)
+    parser.add_argument("--parts", default="faults,steady,two_nodes", help=", ".join(PARTS))
+    parser.add_argument("--repository", type=Path, help="of beside_bench")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -286,20 +292,16 @@ def main() -> None:
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": sys.version.split()[0],
                     **{name: metadata.version(name) for name in ("ray", "pyarrow", "numpy", "grpcio")}},
     }  # fmt: skip
+    counts = {faults: args.files, steady: args.steady_files, nodes: args.node_files, beside_bench: args.pace_files}
     with tempfile.TemporaryDirectory(prefix="cxr-archive-") as folder:
-        work = Path(folder)
-        counts = {"faults": args.files, "steady": args.steady_files, "two_nodes": args.node_files}
-        for name, part in (("faults", faults), ("steady", steady), ("two_nodes", nodes)):
-            write_files(work / f"{name}-in", counts[name])
-            result[name] = part(work / f"{name}-in", work, args)
+        for name in args.parts.split(","):
+            part = PARTS[name]
+            source = Path(folder) / f"{name}-in"
+            write_files(source, counts[part])
+            result[name] = part(source, Path(folder), args)
             print(name, json.dumps(result[name]), flush=True)
             if args.json:
                 args.json.write_text(json.dumps(result, indent=2) + "\n")
-        if args.repository:
-            result["beside_bench"] = beside_bench(work / "steady-in", work, args)
-            print(json.dumps(result["beside_bench"]), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import json
 import os
 import shlex
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -528,6 +530,17 @@ def test_a_server_that_goes_leaves_what_was_read_and_the_run_goes_on(tmp_path, l
     with Double() as server:
         ran = through(server.url)
     assert (ran.there, ran.rows) == (6, 6) and server.seen == dict.fromkeys(names[6:], 1)
+
+
+def test_a_destructor_that_waits_for_ever_keeps_no_run_from_ending():
+    """Its place is taken by ``pause``, registered first, as Ray's is."""
+    code = (
+        "import ctypes, sys; libc = ctypes.CDLL(None); libc.on_exit(ctypes.cast(libc.pause, ctypes.c_void_p), None)\n"
+        "from cxr_triton.archive.cluster import leave_at_exit\n"
+        "leave_at_exit(); print('said'); sys.exit(3)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (3, "said\n")
 
 
 def test_ray_on_one_machine_listens_on_the_loopback_interface_only(local_ray):
