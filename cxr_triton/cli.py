@@ -69,6 +69,11 @@ VERBS = {
         "evaluate",
         "Measure a served reader's accuracy on labelled data.",
     ),
+    "archive": (
+        "cxr_triton.archive.command:archive",
+        "archive",
+        "Read an archive through, into Parquet files.",
+    ),
     "doctor": ("cxr_triton.doctor.command:doctor", None, "Look at what a deployment needs, and say what to do."),
     "demo": ("cxr_triton.triton_repo.command:demo", "local", "Export, build, package, serve and read on this CPU."),
 }
@@ -128,6 +133,13 @@ EXAMPLES = {
     "evaluate measure": (
         "evaluate measure result.jsonl --html result.html",
         "evaluate measure after.jsonl --against before.jsonl --images ChestX-ray14/ --html result.html",
+    ),
+    "archive": (
+        "archive radiographs/ --url 127.0.0.1:8001 -o rows/",
+        "archive 'radiographs/**/*.dcm' --url 127.0.0.1:8001 --url 127.0.0.1:9001 --actors 2 -o rows/",
+        "archive 'https://pacs.example/dicom-web/studies?StudyDate=20260101-&ModalitiesInStudy=DX'"
+        " --url 127.0.0.1:8001 -o rows/",
+        "archive radiographs/ --in-process bundle/ -o rows/ --html rows.html",
     ),
     "doctor": ("doctor", "doctor repository/ --url 127.0.0.1:8001 --gateway gateway.yaml"),
     "demo": ("demo -o build/demo",),

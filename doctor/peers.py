@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from cxr_triton.client.gateway.config import Config, Remote
+from cxr_triton.client.gateway.config import Config, Remote, Unreachable
 from cxr_triton.doctor.certificates import dated, presented, untrusted
 from cxr_triton.doctor.check import Case, Check, Finding, fail, ok, refused, warn
 from cxr_triton.errors import CxrError, InvalidConfig
@@ -43,7 +43,7 @@ def peer_certificates(case: Case) -> Iterator[Finding]:
 
 def echo(case: Case) -> Iterator[Finding]:
     """Each PACS answers a C-ECHO to this gateway's AE title."""
-    from cxr_triton.client.gateway.association import Unreachable, associate
+    from cxr_triton.client.gateway.association import associate
     from cxr_triton.client.gateway.dimse import UNCOMPRESSED, VERIFICATION
 
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL + 1)

@@ -319,6 +319,10 @@ class Reading(Checked):
         return Timeouts(first_delta_s=self.first_delta_s, idle_s=self.idle_s, total_s=self.total_s)
 
 
+class Unreachable(Exception):
+    """The destination, not a result: nothing can be sent there now."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Remote(Checked):
     """Another system: a PACS with `aet`, `host` and `port`, or a web server at `url`.
