@@ -111,7 +111,7 @@ class Service:
             handle_signals=False,
             auto_decompress=False,
             handler_cancellation=True,
-            shutdown_timeout=1.0,
+            shutdown_timeout=0.1,
         )
         await runner.setup()
         if runner.server:

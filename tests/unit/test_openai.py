@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import dataclasses
+import http.client
 import json
 import os
 import re
@@ -545,6 +546,11 @@ def test_a_client_closes_its_stream():
             assert triton.cancelled.wait(10)
 
 
+def accepts(address: tuple[str, int]) -> bool:
+    with socket.socket() as peer:
+        return peer.connect_ex(address) == 0
+
+
 def test_what_is_under_way_may_end_and_nothing_new_begins():
     go_on = threading.Event()
 
@@ -558,8 +564,15 @@ def test_what_is_under_way_may_end_and_nothing_new_begins():
         with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0) as client:
             stream = iter(client.chat.completions.create(**body(), stream=True))
             next(stream)
+            earlier = http.client.HTTPConnection(*server.address, timeout=20)
+            earlier.request("GET", "/openapi.json")
+            earlier.getresponse().read()
             server.stop()
-            until(lambda: socket.socket().connect_ex(server.address) != 0)
+            until(lambda: not accepts(server.address))
+            earlier.request("POST", "/v1/chat/completions", json.dumps(body()), {"Content-Type": "application/json"})
+            assert earlier.getresponse().status == 503
+            earlier.close()
+            time.sleep(0.5)
             go_on.set()
             assert [c.choices[0].finish_reason for c in stream][-1] == "stop"
 
