@@ -5,15 +5,26 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cxr_triton.client.aio import AsyncReader, AsyncReadingStream
+    from cxr_triton.client.conversation import Conversation
     from cxr_triton.client.limits import Timeouts, Tls
     from cxr_triton.client.reader import Reader, ReadingStream
     from cxr_triton.client.wire import ServerInfo
 
-__all__ = ["AsyncReader", "AsyncReadingStream", "Reader", "ReadingStream", "ServerInfo", "Timeouts", "Tls"]
+__all__ = [
+    "AsyncReader",
+    "AsyncReadingStream",
+    "Conversation",
+    "Reader",
+    "ReadingStream",
+    "ServerInfo",
+    "Timeouts",
+    "Tls",
+]
 
 _MODULES = {
     "AsyncReader": "aio",
     "AsyncReadingStream": "aio",
+    "Conversation": "conversation",
     "Reader": "reader",
     "ReadingStream": "reader",
     "ServerInfo": "wire",

@@ -14,6 +14,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from cxr_triton import kserve
 from cxr_triton.client import wire
 from cxr_triton.client.address import require_endpoint
+from cxr_triton.client.conversation import Conversation
 from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Clock, Timeouts, Tls
 from cxr_triton.errors import Cancelled, CxrError, Unavailable
 from cxr_triton.identity import sha256
@@ -64,6 +65,7 @@ class BaseReader(Generic[Stream]):
         seed: int | None = None,
         stop: Sequence[str] | None = None,
         identifiers: str | None = None,
+        guide: str | dict | None = None,
         logprobs: bool | None = None,
         scores: bool | None = None,
     ) -> Stream:
@@ -74,7 +76,7 @@ class BaseReader(Generic[Stream]):
         images : bytes, path, or a sequence of these
             DICOM Part 10, PNG or JPEG; prior first, current last; none for a text-only task. Paths are read here.
         task, prompt, mode, history, variables, max_new_tokens, temperature, top_p, repetition_penalty, seed, stop,
-        identifiers, logprobs, scores
+        identifiers, logprobs, scores, guide
             Keys of the request, see `cxr_triton.request.ReadRequest`.
 
         Returns
@@ -102,12 +104,22 @@ class BaseReader(Generic[Stream]):
             "seed": seed,
             "stop": stop,
             "identifiers": identifiers,
+            "guide": guide,
             "logprobs": logprobs,
             "scores": scores,
         }
         contents = wire.image_bytes(images)
         message = wire.infer_request(self.model, contents, request, self.max_message_mib)
         return self._stream(message, [sha256(content) for content in contents])
+
+    def open(
+        self, images: wire.Image | Sequence[wire.Image] = (), *, follow: Sequence[Reading] = (), **options: Any
+    ) -> Conversation[Stream]:
+        """A dialogue about one patient's pictures, with each turn's questions and answers sent along with the next.
+
+        Parameters, errors and an example: `cxr_triton.client.Conversation`.
+        """
+        return Conversation(self, images, follow=follow, **options)
 
     def _stream(self, request: pb.ModelInferRequest, sent: Sequence[str]) -> Stream:
         raise NotImplementedError
@@ -194,6 +206,11 @@ class BaseStream:
     def is_sent(self) -> bool:
         """The server was found, and the request is on its way."""
         return self._call is not None
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing comes any more: the reading is complete, or the stream failed or was closed."""
+        return self._ended
 
     def _taken_request(self) -> pb.ModelInferRequest:
         request, self._request = self._request, None

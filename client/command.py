@@ -27,12 +27,14 @@ from cxr_triton.cli import (
     write_json,
 )
 from cxr_triton.client.address import is_loopback
+from cxr_triton.client.conversation import turns_of
 from cxr_triton.client.folder import DICOMDIR, Row, files_in, read_folder
 from cxr_triton.client.limits import Timeouts, Tls
 from cxr_triton.client.page import decode_rate, draw, reading_page
-from cxr_triton.client.reader import Reader
+from cxr_triton.client.reader import Reader, ReadingStream
 from cxr_triton.errors import CxrError, InvalidRequest, ServerMismatch
 from cxr_triton.files import write
+from cxr_triton.guide import MODE_GUIDES
 from cxr_triton.identity import IDENTIFIERS, require_same_images
 from cxr_triton.numbers import duration
 from cxr_triton.pixels.flags import FLAGS as IMAGE_FLAGS
@@ -119,7 +121,13 @@ def require_readings_of(
 
 
 @click.command(short_help="Read radiographs through a running server.")
-@click.argument("files", metavar="[FILE|FOLDER]...", nargs=-1, type=click.Path(exists=True, path_type=Path))
+@click.argument("files", metavar="[FILE|FOLDER]...", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--follow",
+    metavar="READING.json",
+    type=FILE,
+    help="Go on from what --json wrote about the same FILEs; the last argument may then be what to ask.",
+)
 @click.option(
     "--task",
     shell_complete=TASKS,
@@ -140,7 +148,8 @@ def require_readings_of(
     metavar="FILE.json",
     multiple=True,
     type=FILE,
-    help="Earlier turns, oldest file first: a list of {role, content}, or what --json wrote about the same FILEs.",
+    help="Earlier turns, oldest file first: a list of {role, content}, or what --json or chat's /save wrote about the "
+    "same FILEs.",
 )
 @unchecked_reading_option
 @click.option("--max-new-tokens", type=click.IntRange(1), metavar="N", help="Longest answer.")
@@ -152,6 +161,11 @@ def require_readings_of(
     envvar="CXR_IDENTIFIERS",
     show_envvar=True,
     help="How the reading names its images' UIDs; plain if left out. Hashed also keeps file name and date off --html.",
+)
+@click.option(
+    "--guide",
+    metavar="none|answer|FILE.json",
+    help="Hold what is read by machines to its grammar while it is written, or the answer to the JSON schema in FILE.",
 )
 @click.option(
     "--logprobs", is_flag=True, help="Have the reading say how likely the model found each token; --html shades."
@@ -168,8 +182,8 @@ def require_readings_of(
 )
 @json_option
 def read(
-    *, files, task, prompt, mode, variables, history, unchecked_reading, max_new_tokens, temperature, seed,
-    identifiers, logprobs, scores, out, html_path, json_path, **server,
+    *, files, follow, task, prompt, mode, variables, history, unchecked_reading, max_new_tokens, temperature, seed,
+    identifiers, guide, logprobs, scores, out, html_path, json_path, **server,
 ):  # fmt: skip
     """Read one patient's radiographs and stream the model's reasoning.
 
@@ -184,6 +198,9 @@ def read(
     doubtful image (it is shown and written all the same); 1 when there is no reading; 75 when there is none because the
     server is busy or out of reach; 2 for wrong usage; 130 after Ctrl-C, which also cancels the request on the server.
     """
+    if follow and prompt is None and not task:
+        files, prompt = _told_apart(files)
+    _require_there(files)
     if prompt is not None and (task or variables):
         raise click.UsageError("--prompt asks in place of a task: give it without --task and --var")
     options = {
@@ -195,18 +212,19 @@ def read(
         "temperature": temperature,
         "seed": seed,
         "identifiers": identifiers,
+        "guide": _guide(guide),
         "logprobs": logprobs or None,
         "scores": scores or None,
     }
     if any(file.is_dir() or file.name == DICOMDIR for file in files):
-        if len(files) > 1 or history or html_path or not out:
-            raise click.UsageError("a folder is read alone, with -o FOLDER, and without --history and --html")
+        if len(files) > 1 or history or follow or html_path or not out:
+            raise click.UsageError("a folder is read alone, with -o FOLDER, and without --history, --follow and --html")
         _read_folder(files[0] if files[0].is_dir() else files[0].parent, out, options, server, json_path)
         return
     if out:
         raise click.UsageError("-o is for the readings of a FOLDER; use --json and --html for that of FILEs")
     images = [file.read_bytes() for file in files]
-    turns, readings = _history(history)
+    turns, readings = _history((*history, follow) if follow else history)
     require_readings_of(files, images, readings, unchecked_reading=unchecked_reading)
     out = sys.stderr if json_path == "-" else sys.stdout
 
@@ -216,9 +234,8 @@ def read(
     reading = received(connect(images, **server), files, images, show, history=turns or None, **options)
     read_at = datetime.datetime.now().astimezone()
     click.echo("\n", out)
-    for name, lines in _summary(reading):
-        for i, line in enumerate(lines):
-            click.echo(f"{'' if i else name:<9} {printable(line)}", out)
+    for line in summary(reading):
+        click.echo(printable(line), out)
     write_json(json.loads(reading.to_json()), json_path)
     if html_path:
         names = [file.name for file in files] if identifiers != "hashed" else ()
@@ -226,6 +243,18 @@ def read(
         write(html_path, reading_page(reading, pictures, read_at=read_at, history=turns))
     if reading.status != "ok":
         sys.exit(EXIT_NOT_AS_ASKED)
+
+
+def _told_apart(arguments: Sequence[Path]) -> tuple[Sequence[Path], str | None]:
+    """The files among the arguments, and what is asked: the last one, if it is no file."""
+    *files, last = arguments or [Path()]
+    return (arguments, None) if not files or last.exists() else (files, str(last))
+
+
+def _require_there(files: Sequence[Path]) -> None:
+    for file in files:
+        if not file.exists():
+            raise click.BadParameter(f"Path {str(file)!r} does not exist.", param_hint="'[FILE|FOLDER]...'")
 
 
 def _read_folder(folder: Path, out: Path, options: dict, server: dict, json_path: str | None) -> None:
@@ -269,7 +298,13 @@ def received(
     show: Callable[[str], None] = lambda delta: None,
     **request: Any,
 ) -> Reading:
-    """The reading of `images`, which `files` hold; each text is shown as it comes, and `reader` is closed at the end.
+    """The reading of `images`, which `files` hold; as `answered`, and `reader` is closed at the end."""
+    with reader:
+        return answered(reader.read(images, **request), reader.url, files, show)
+
+
+def answered(stream: ReadingStream, url: str, files: Sequence[Path], show: Callable[[str], None]) -> Reading:
+    """The reading that a stream gives; each text is shown as it comes.
 
     A thread receives it, so that Ctrl-C never interrupts gRPC, whose state that breaks; it cancels the request on the
     server. Errors are about `files`.
@@ -284,14 +319,13 @@ def received(
         except BaseException as error:
             texts.put(error)
 
-    with reader, Waiting("") as waiting:
-        stream = reader.read(images, **request)
+    with Waiting("") as waiting:
         thread = threading.Thread(target=receive, name="cxr-received", daemon=True)
         thread.start()
         try:
             while True:
                 what = "".join(file.name for file in files[-1:]) or "the request"
-                waiting.what = f"reading {what}" if stream.is_sent else f"connecting to {reader.url}"
+                waiting.what = f"reading {what}" if stream.is_sent else f"connecting to {url}"
                 try:
                     text = texts.get(timeout=0.2)  # a signal just before a wait does not end it
                 except queue.Empty:
@@ -306,14 +340,13 @@ def received(
                 show(text)
         finally:
             stream.close()
-            reader.close()
             thread.join()
 
 
 _OPTIONS = (
     (r"REQUEST\.variables\.(\w+)", r"--var \1"),
     (r"REQUEST\.variables", "--var"),
-    (r"REQUEST\.(task|prompt|mode|history|seed|temperature|identifiers|logprobs|scores)", r"--\1"),
+    (r"REQUEST\.(task|prompt|mode|history|seed|temperature|identifiers|guide|logprobs|scores)", r"--\1"),
     (r"REQUEST\.max_new_tokens", "--max-new-tokens"),
     (r"\bIMAGES: (\d+) given", r"FILE: \1 given"),
     (r"\bREQUEST\b", "the request"),
@@ -328,6 +361,19 @@ def in_options(message: str, files: Sequence[Path] = ()) -> str:
     for word, option in _OPTIONS:
         message = re.sub(word, option, message)
     return message
+
+
+def _guide(given: str | None) -> str | dict | None:
+    """Of the request: a word, or the schema that a file holds."""
+    if given is None or given in MODE_GUIDES:
+        return given
+    try:
+        if isinstance(schema := json.loads(Path(given).read_bytes()), dict):
+            return {"json_schema": schema}
+        said = "it holds no object"
+    except (OSError, ValueError, RecursionError) as error:
+        said = str(error)
+    raise click.BadParameter(f"{given} is neither none nor answer nor a JSON schema: {said}", param_hint="--guide")
 
 
 def _variables(pairs: tuple[str, ...]) -> dict[str, str | list[str]]:
@@ -351,10 +397,11 @@ def _history(files: tuple[Path, ...]) -> tuple[list[dict], list[tuple[str, Readi
             data = json.loads(file.read_bytes())
         except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"{file.name} of --history is not JSON: {error}; give turns or a reading") from None
-        if isinstance(data, dict):
-            reading = stored_reading(file)
-            readings.append((file.name, reading))
-            data = [{"role": "user", "content": reading.prompt}, {"role": "assistant", "content": reading.text}]
+        several = data if isinstance(data, list) else [data]
+        if all(isinstance(each, dict) and "role" not in each for each in several):
+            told = [stored_reading(file.name, json.dumps(each)) for each in several]
+            readings += [(file.name, reading) for reading in told]
+            data = [turn for reading in told for turn in turns_of(reading)]
         if not (isinstance(data, list) and all(isinstance(turn, dict) for turn in data)):
             raise InvalidRequest(
                 f"{file.name} of --history is no list of turns and no reading; give turns or a reading"
@@ -363,20 +410,33 @@ def _history(files: tuple[Path, ...]) -> tuple[list[dict], list[tuple[str, Readi
     return turns, readings
 
 
-def stored_reading(file: Path) -> Reading:
-    """A reading that `read --json` wrote; raises `InvalidRequest` where `file` is none."""
+def stored_reading(name: str, text: str | bytes) -> Reading:
+    """A reading that `read --json` wrote into a file of that name; raises `InvalidRequest` where it is none."""
     try:
-        return Reading.from_json(file.read_bytes())
+        return Reading.from_json(text)
     except ServerMismatch as error:
         said = error.message.removeprefix("READING: ").replace(
             "use a client of the server's version", "give what `cxr-triton read --json` wrote"
         )
-        raise InvalidRequest(f"{file.name}: {said}") from None
+        raise InvalidRequest(f"{name}: {said}") from None
+
+
+def summary(reading: Reading) -> Iterator[str]:
+    """The lines under a streamed text, for people."""
+    for name, lines in _summary(reading):
+        for i, line in enumerate(lines):
+            yield f"{'' if i else name:<9} {line}"
+
+
+_HELD = {
+    "answer": ["the answer was held to its grammar while it was written"],
+    "json_schema": ["the answer was held to a JSON schema while it was written"],
+}
 
 
 def _summary(reading: Reading) -> Iterator[tuple[str, list[str]]]:
     """Rows of the table under the streamed text: a name and its lines."""
-    yield "Status", [STATUSES.get(reading.status, reading.status)]
+    yield "Status", [STATUSES.get(reading.status, reading.status), *_HELD.get(reading.guide, [])]
     labels = [finding.label for finding in reading.findings]
     labels += [f"{label} (not in the vocabulary)" for label in reading.unknown_labels]
     if labels:

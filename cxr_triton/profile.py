@@ -22,6 +22,7 @@ import yaml
 
 from cxr_triton.config import Checked, build, in_range, one_of, read_yaml, value_of
 from cxr_triton.errors import InvalidProfile, UnsupportedCheckpoint, unknown_key
+from cxr_triton.guide import MODE_GUIDES
 from cxr_triton.pixels.display import PRESETS
 from cxr_triton.pixels.plausibility import POLICIES, VIEWS
 
@@ -32,7 +33,7 @@ WINDOW_UNITS = 4
 """Side of an attention window in merge units: 112 px (`window_size` of Qwen2.5-VL)."""
 
 ANSWERS = ("labels", "prose", "option", "boxes", "text")
-GRAMMARS = ("think_answer", "boxed", "plain")
+GRAMMARS = ("think_answer", "answer_only", "boxed", "plain")
 IMAGE_ORDERS = ("prior_first",)
 PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -133,11 +134,27 @@ class Task(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Mode(_Checked):
-    """How a model is asked to answer: the text appended to a task's prompt and the grammar that it calls for."""
+    """How a model is asked to answer: the text appended to a task's prompt and the grammar that it calls for.
+
+    Attributes
+    ----------
+    guide : str
+        Of `cxr_triton.guide.MODE_GUIDES`, where the request names none: ``answer`` holds the model to the grammar.
+    answers : tuple of str
+        Answers of the tasks that it is for; empty for all.
+    """
 
     description: str
     grammar: str = one_of(GRAMMARS)
     suffix: str = ""
+    guide: str = one_of(MODE_GUIDES, default="none")
+    answers: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        for answer in self.answers:
+            if answer not in ANSWERS:
+                raise InvalidProfile(f"answers: {unknown_key(answer, ANSWERS, 'answers')}")
 
 
 @dataclass(frozen=True, kw_only=True)

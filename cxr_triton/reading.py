@@ -154,6 +154,8 @@ class Reading(Parsed):
     timings_ms : dict of str to float
     notice : str
         Research-only notice; show it wherever the reading is shown.
+    guide : str
+        What the answer was held to while it was written, of `cxr_triton.guide.GUIDES`.
     token_logprobs : tuple of float
         Log-probability of each token in nats, by the model's own logits; empty where they were not asked for.
     token_ends : tuple of int
@@ -171,6 +173,7 @@ class Reading(Parsed):
     usage: dict[str, int] = field(default_factory=dict)
     timings_ms: dict[str, float] = field(default_factory=dict)
     notice: str
+    guide: str = "none"
     token_logprobs: tuple[float, ...] = ()
     token_ends: tuple[int, ...] = ()
     scores: dict[str, float] = field(default_factory=dict)
@@ -201,7 +204,8 @@ class Reading(Parsed):
             version = data["version"]
             if version != VERSION:
                 raise ServerMismatch(f"READING: version {version}, this client reads {VERSION}; install the server's")
-            names = [f.name for f in dataclasses.fields(cls) if f.name in data or f.name not in ASKED]
+            optional = (*ASKED, "guide")  # servers before it had none
+            names = [f.name for f in dataclasses.fields(cls) if f.name in data or f.name not in optional]
             return cls(**{name: _typed(name, data[name]) for name in names})
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ServerMismatch(
@@ -224,10 +228,11 @@ def parse(
     ----------
     text : str
     grammar : str
-        ``think_answer`` (``<think>`` or ``<thinking>``, then ``<answer>``), ``boxed`` (reasoning, then ``\boxed{}``)
-        or ``plain``.
+        ``think_answer`` (``<think>`` or ``<thinking>``, then ``<answer>``), ``answer_only`` (``<answer>`` alone),
+        ``boxed`` (reasoning, then ``\boxed{}``) or ``plain``.
     answer : str
-        What the answer is: ``labels``, ``prose``, ``option``, ``boxes`` or ``text`` (see `cxr_triton.profile.Task`).
+        What the answer is: ``labels``, ``prose``, ``option``, ``boxes`` or ``text`` (see `cxr_triton.profile.Task`), or
+        ``json``, which a guide holds to a schema.
         Prose in ``think_answer`` and text in any grammar may come without tags.
     labels : sequence of str
         The vocabulary.
@@ -237,7 +242,7 @@ def parse(
         Pixels of the original images, for the boxes.
     """
     flags: dict[str, None] = {}  # an ordered set
-    reasoning, content = _blocks(text, grammar, answer, flags)
+    reasoning, content = (_json_blocks if answer == "json" else _blocks)(text, grammar, answer, flags)
     ill = {"unclosed", "missing_answer", *(["missing_reasoning"] if grammar == "think_answer" else [])}
     well_formed = not flags.keys() & ill
     content = content.strip() if content is not None else None
@@ -272,6 +277,8 @@ def _blocks(text: str, grammar: str, answer: str, flags: dict) -> tuple[str | No
     if grammar == "plain":
         return None, text
     reasoning, content = (_boxed if grammar == "boxed" else _think_answer)(text, flags)
+    if grammar == "answer_only":
+        flags.pop("missing_reasoning", None)
     if answer == "text" or (answer == "prose" and grammar == "think_answer"):
         # Follow-ups and free prompts are answered in prose, after a reasoning block or without one.
         if "missing_answer" in flags and "unclosed" not in flags:
@@ -281,6 +288,19 @@ def _blocks(text: str, grammar: str, answer: str, flags: dict) -> tuple[str | No
                 flags.pop(flag, None)
         flags.pop("missing_reasoning", None)
     return reasoning, content
+
+
+def _json_blocks(text: str, grammar: str, _: str, flags: dict) -> tuple[str | None, str | None]:
+    """Reasoning and the first JSON value where the answer begins, whatever stands in its texts."""
+    opening = {"boxed": "\\boxed{", "plain": ""}.get(grammar, "<answer>")
+    reasoning, content = text.partition(opening)[::2] if opening else ("", text)
+    content = content.lstrip()
+    try:
+        content = content[: json.JSONDecoder().raw_decode(content)[1]]
+    except (ValueError, RecursionError):
+        flags["missing_answer"] = None
+        return None, None
+    return _strip_headings(_TAG.sub("", reasoning)), content
 
 
 class _Contents(NamedTuple):

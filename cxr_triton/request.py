@@ -3,8 +3,10 @@
 Keys, all optional: ``task`` (a task of the profile), ``prompt`` (free text in place of the task's prompt),
 ``variables`` (values of the prompt's placeholders; a list becomes lettered options), ``mode``, ``history`` (earlier
 turns), ``max_new_tokens``, ``temperature``, ``top_p``, ``repetition_penalty``, ``seed``, ``stop``, ``identifiers``
-(``plain``, or ``hashed`` for a reading that carries digests in place of UIDs), ``logprobs`` and ``scores`` (true for a
-reading that says how likely the model found each token, and how sure it is of each label or option).
+(``plain``, or ``hashed`` for a reading that carries digests in place of UIDs), ``guide`` (``none``; ``answer`` holds
+what machines read of the answer to its grammar while it is written; ``{"json_schema": {...}}`` makes it JSON),
+``logprobs`` and ``scores`` (true for a reading that says how likely the model found each token, and how sure it is of
+each label or option).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any, TypeVar
 
 from cxr_triton.alternatives import Scoring
 from cxr_triton.errors import InvalidRequest, unknown_key
+from cxr_triton.guide import MODE_GUIDES, answer_grammar, schema_grammar
 from cxr_triton.identity import IDENTIFIERS
 from cxr_triton.profile import PLACEHOLDER, Decoding, ModelProfile, Task
 
@@ -40,6 +43,7 @@ _KEYS = (
     "seed",
     "stop",
     "identifiers",
+    "guide",
     "logprobs",
     "scores",
 )
@@ -64,6 +68,10 @@ class ReadRequest:
         None lets the decoder draw one.
     identifiers : str
         Of `cxr_triton.identity.IDENTIFIERS`.
+    guide : str
+        Of `cxr_triton.guide.GUIDES`.
+    guide_grammar : str or None
+        What the answer is held to; None where nothing is.
     logprobs : bool
     scoring : Scoring or None
         None where no scores are asked for.
@@ -82,6 +90,8 @@ class ReadRequest:
     seed: int | None
     stop: tuple[str, ...]
     identifiers: str
+    guide: str
+    guide_grammar: str | None
     logprobs: bool
     scoring: Scoring | None
     min_images: int
@@ -116,21 +126,39 @@ class ReadRequest:
             raise InvalidRequest(
                 f"REQUEST.history: is empty, but task {name!r} continues a conversation; send its turns"
             )
+        answer = task.answer if task else "text"
+        if mode.answers and answer not in mode.answers:
+            raise InvalidRequest(
+                f"REQUEST.mode: {mode_name!r} is for answers of {', '.join(mode.answers)}, and "
+                f"{f'task {name!r}' if task else 'a free prompt'} is answered with {answer}; choose another mode"
+            )
         prompt = _free_prompt(data) if is_free or task is None else _fill(task.prompt, data.get("variables", {}), name)
+        prompt += mode.suffix
+        guide, schema = _guide(data.get("guide"), mode.guide)
+        held = None
+        if schema is not None:
+            answer, held = "json", schema_grammar(schema, grammar=mode.grammar)
+        elif guide == "answer":
+            options = next((value for value in data.get("variables", {}).values() if isinstance(value, list)), None)
+            held = answer_grammar(
+                grammar=mode.grammar, answer=answer, labels=profile.labels, options=options, prompt=prompt
+            )
         limits = {**_RANGES, "max_new_tokens": (1, profile.max_sequence)}
         return cls(
             task=name,
-            text=prompt + mode.suffix,
+            text=prompt,
             mode=mode_name,
-            answer=task.answer if task else "text",
+            answer=answer,
             grammar=mode.grammar,
             history=history,
             **{key: _number(data, key, getattr(profile.decoding, key), *limits[key]) for key in limits},
             seed=_number(data, "seed", None, 0, MAX_SEED),
             stop=_stop(data.get("stop", [])),
             identifiers=_identifiers(data),
+            guide=guide,
+            guide_grammar=held,
             logprobs=_flag(data, "logprobs"),
-            scoring=_scoring(data, task, mode.grammar, profile.labels) if _flag(data, "scores") else None,
+            scoring=_scoring(data, task, answer, mode.grammar, profile.labels) if _flag(data, "scores") else None,
             min_images=task.min_images if task else 0,
             max_images=task.max_images if task else profile.max_images,
             system_prompt=profile.system_prompt,
@@ -221,6 +249,19 @@ def _identifiers(data: dict) -> str:
     return value
 
 
+def _guide(value: object, default: str) -> tuple[str, dict | None]:
+    """What guides the answer, and a schema of the user's."""
+    if value is None:
+        return default, None
+    if isinstance(value, str):
+        if value not in MODE_GUIDES:
+            raise InvalidRequest(f"REQUEST.guide: {unknown_key(value[:60], MODE_GUIDES, 'guides')}")
+        return value, None
+    if not (isinstance(value, dict) and list(value) == ["json_schema"] and isinstance(value["json_schema"], dict)):
+        raise InvalidRequest('REQUEST.guide: expected "none", "answer" or {"json_schema": {...}}')
+    return "json_schema", value["json_schema"]
+
+
 def _flag(data: dict, key: str) -> bool:
     value = data.get(key, False)
     if not isinstance(value, bool):
@@ -228,14 +269,15 @@ def _flag(data: dict, key: str) -> bool:
     return value
 
 
-def _scoring(data: dict, task: Task | None, grammar: str, labels: tuple[str, ...]) -> Scoring:
-    answer = task.answer if task else "text"
+def _scoring(data: dict, task: Task | None, answer: str, grammar: str, labels: tuple[str, ...]) -> Scoring:
     if answer == "option":
         options = data.get("variables", {}).get("options")
         return Scoring(grammar=grammar, answer=answer, choices=tuple(options) if isinstance(options, list) else ())
     if answer not in ("labels", "text") or not labels:
         what = "a free prompt's answer has no labels in the served profile"
-        if task:
+        if answer == "json":
+            what = "the guide makes the answer JSON"
+        elif task:
             what = f"the task answers in {answer}" if labels or answer != "text" else "the served profile has no labels"
         raise InvalidRequest(f"REQUEST.scores: {what}; scores are of labels and of options, so leave it out")
     return Scoring(grammar=grammar, answer=answer, choices=labels)

@@ -31,6 +31,9 @@ class Sampling:
         The text ends before the first of these.
     eos_token_ids : tuple of int
         Tokens that end the generation.
+    guide : str, optional
+        Grammar of `cxr_triton.guide` that the text follows; it ends only where the grammar does. Tokens are taken of
+        those that it allows, before `top_p` keeps the likeliest.
     logprobs : bool
         Say how likely the model found each token; see `cxr_triton.engines.runtime.sampler.log_softmax`.
 
@@ -47,6 +50,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+    guide: str | None = None
     logprobs: bool = False
 
     def __post_init__(self):
@@ -85,6 +89,7 @@ _ALLOWED: dict[str, tuple[str, Callable[[object], bool]]] = {
         "strings that are not empty",
         lambda value: _is_list(value, lambda text: isinstance(text, str) and text != ""),
     ),
+    "guide": ("a grammar, or None", lambda value: value is None or isinstance(value, str)),
     "logprobs": ("true or false", lambda value: isinstance(value, bool)),
     "eos_token_ids": ("token ids", lambda value: _is_list(value, lambda id_: _is_whole(id_, 0) and id_ < 1 << 31)),
 }

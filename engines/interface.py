@@ -307,6 +307,7 @@ class Engine:
         address : str
             gRPC endpoint of the server that this runs in.
         """
+        from cxr_triton.engines.runtime.guide import Guides
         from cxr_triton.engines.runtime.prefix import PrefixCache
         from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 
@@ -318,7 +319,9 @@ class Engine:
         )
         kept = int(parameters["prefix_cache_mib"]) << 20
         prefix = PrefixCache(kept, exact_only=is_invariant) if kept else None
-        return DecoderRuntime(bundle, session=session, prefix=prefix, queue_size=int(parameters["queue_size"]))
+        return DecoderRuntime(
+            bundle, session=session, prefix=prefix, guides=Guides(bundle), queue_size=int(parameters["queue_size"])
+        )
 
     def serving(self, bundle, settings) -> Serving:
         """How a bundle whose decoder it runs is served; raises `InvalidRequest` and `InvalidBundle`."""

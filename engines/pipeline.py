@@ -139,6 +139,7 @@ class Preprocessor:
             "prompt": asked.text,
             "grammar": asked.grammar,
             "answer": asked.answer,
+            "guide": asked.guide,
             "labels": list(self.profile.labels) if asked.answer in ("labels", "text") else [],
             "sampling": {
                 "max_new_tokens": asked.max_new_tokens,
@@ -148,6 +149,7 @@ class Preprocessor:
                 "seed": asked.seed,
                 "stop": list(asked.stop),
                 "eos_token_ids": list(geometry.eos_token_ids),
+                "guide": asked.guide_grammar,
                 "logprobs": asked.logprobs,
             },
             "scoring": dataclasses.asdict(asked.scoring) if asked.scoring else None,
@@ -283,6 +285,7 @@ def build_reading(completion: dict) -> Reading:
         token_ends=tuple(completion["token_ends"]),
         scores=scores,
         notice=context["notice"],
+        guide=context["guide"],
     )
 
 

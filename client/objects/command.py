@@ -84,7 +84,7 @@ def sr(*, files, reading_path, unchecked_reading, out, kinds, task, scores, json
     if reading_path and task:
         raise click.UsageError("--task asks a server, --reading takes what one answered; give one of them")
     if reading_path:
-        reading = stored_reading(reading_path)
+        reading = stored_reading(reading_path.name, reading_path.read_bytes())
         require_readings_of(files, images, [(reading_path.name, reading)], unchecked_reading=unchecked_reading)
         made_at = datetime.datetime.fromtimestamp(int(reading_path.stat().st_mtime)).astimezone()
     else:

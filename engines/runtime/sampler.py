@@ -1,4 +1,4 @@
-"""Next token from a row of logits: repetition penalty, temperature, top-p, one seeded generator per request.
+"""Next token from a row of logits: repetition penalty, guide, temperature, top-p, one seeded generator per request.
 
 Order and arithmetic are those of the logits processors of `transformers.generate`; the draw itself is our own
 (inverse CDF), since a seed cannot give the same draw in two libraries.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cxr_triton.engines.runtime.guide import Guide
 from cxr_triton.errors import InternalError
 from cxr_triton.sampling import Sampling
 
@@ -47,10 +48,13 @@ class Sampler:
     sampling : Sampling
     prompt_ids : (S,) int64 array
         Prompt, image pads included: transformers penalizes them too.
+    guide : Guide, optional
+        What the tokens follow. A likeliest token that it allows is taken as without it.
     """
 
-    def __init__(self, sampling: Sampling, prompt_ids: np.ndarray):
+    def __init__(self, sampling: Sampling, prompt_ids: np.ndarray, guide: Guide | None = None):
         self.sampling = sampling
+        self._guide = guide
         self._penalty = np.float32(sampling.repetition_penalty)
         self._seen = set(np.unique(prompt_ids).tolist()) if self._penalty != 1 else None
         self._seen_ids = np.fromiter(self._seen, np.int64) if self._seen else np.empty(0, np.int64)
@@ -69,10 +73,12 @@ class Sampler:
         ------
         InternalError
             The largest logit is not a finite number.
+        InvalidRequest
+            The guide cannot be followed further.
         """
         if isinstance(logits, TopLogits):
             token = self._best(logits)
-            if token is not None:
+            if token is not None and self._allows(token):
                 return self._see(token)
             logits = logits.all()
         if self._seen is not None:
@@ -80,9 +86,13 @@ class Sampler:
         token = int(logits.argmax())
         if not np.isfinite(logits[token]):
             raise InternalError(f"the decoder's largest logit is {logits[token]}, not a number; verify the bundle")
-        if not self._greedy:
-            token = self._draw(logits)
-        return self._see(token)
+        if self._greedy and self._allows(token):
+            return self._see(token)
+        if self._guide is None:
+            return self._see(self._draw(logits))
+        allowed = self._guide.allowed()
+        row = logits[allowed]
+        return self._see(int(allowed[row.argmax() if self._greedy else self._draw(row)]))
 
     def sample_with_logprob(self, logits: np.ndarray | TopLogits) -> tuple[int, float]:
         """The next token id, and its log-probability by the model's own logits; as `sample` otherwise."""
@@ -110,7 +120,12 @@ class Sampler:
     def _penalized(self, logits: np.ndarray) -> np.ndarray:
         return np.where(logits < 0, logits * self._penalty, logits / self._penalty)
 
+    def _allows(self, token: int) -> bool:
+        return self._guide is None or self._guide.allows(token)
+
     def _see(self, token: int) -> int:
+        if self._guide is not None:
+            self._guide.accept(token)
         if self._seen is not None and token not in self._seen:
             self._seen.add(token)
             self._seen_ids = np.append(self._seen_ids, token)

@@ -17,11 +17,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from cxr_triton.engines.runtime.guide import Guide, Guides
 from cxr_triton.engines.runtime.prefix import PrefixCache
 from cxr_triton.engines.runtime.stream import Chunk, Generation, Stream
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, PromptTooLong, QueueFull, Unavailable
 
 log = logging.getLogger(__name__)
+_NO_GUIDE = "the engine of this server follows no grammar; leave guide out, and choose a mode without one"
 
 
 class Runtime:
@@ -107,8 +109,8 @@ class Runtime:
         Raises
         ------
         InvalidRequest
-            Token ids outside the vocabulary, embeddings of another width, or something asked for that the engine does
-            not give.
+            Token ids outside the vocabulary, embeddings of another width, a guide that is not taken, or something asked
+            for that the engine does not give.
         PromptTooLong
             The prompt leaves no room for an answer.
         QueueFull
@@ -136,7 +138,8 @@ class Runtime:
                     "another engine"
                 )
         limit = min(generation.sampling.max_new_tokens, context - prompt)
-        stream = Stream(generation, on_chunk, is_cancelled, self._tokenizer.stream(), limit)
+        guide = self._guide(generation.sampling.guide) if generation.sampling.guide else None
+        stream = Stream(generation, on_chunk, is_cancelled, self._tokenizer.stream(), limit, guide=guide)
         with self._wake:
             if self._closing:
                 raise Unavailable("the decoder is shut down; send the request again later")
@@ -148,6 +151,10 @@ class Runtime:
             self._streams[stream.id] = stream
             self._wake.notify()
         return stream.id
+
+    def _guide(self, grammar: str) -> Guide | None:
+        """What a stream's own tokens follow; None where the engine sees to it."""
+        raise InvalidRequest(f"REQUEST.guide: {_NO_GUIDE}")
 
     def cancel(self, stream_id: str) -> None:
         """End a stream before the next step; an id that has ended already is ignored."""
@@ -308,6 +315,8 @@ class DecoderRuntime(Runtime):
         Used instead of the bundle's.
     prefix : PrefixCache, optional
         What prompts that begin alike share; each is computed as a whole without.
+    guides : Guides, optional
+        Of the bundle's tokens; none is taken without.
     queue_size, coalesce_tokens, coalesce_ms, heartbeat_ms
         As in `Runtime`.
     """
@@ -325,6 +334,7 @@ class DecoderRuntime(Runtime):
         session=None,
         tokenizer=None,
         prefix: PrefixCache | None = None,
+        guides: Guides | None = None,
         queue_size: int = 64,
         **pace: float,
     ):
@@ -335,6 +345,7 @@ class DecoderRuntime(Runtime):
 
             tokenizer = ChatTokenizer(bundle.path)
         self.prefix = prefix
+        self._guides = guides
         self._session = session
         self._step = getattr(session, "step_top", session.step)
         self._slots = session.slots
@@ -349,6 +360,9 @@ class DecoderRuntime(Runtime):
             queue_size=queue_size,
             **pace,
         )
+
+    def _guide(self, grammar: str) -> Guide | None:
+        return self._guides.guide(grammar) if self._guides else super()._guide(grammar)
 
     # Everything below runs in the scheduler thread.
 
@@ -475,6 +489,8 @@ class DecoderRuntime(Runtime):
             else:
                 token = sampler.sample(logits)
             stream.accept(token, time.monotonic(), logprob)
+        except InvalidRequest as error:  # of its guide
+            self._refuse(stream, error)
         except Exception:
             self._fail([stream], "sampling")
 

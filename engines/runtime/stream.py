@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cxr_triton.alternatives import Scoring, alternatives
+from cxr_triton.engines.runtime.guide import Guide
 from cxr_triton.engines.runtime.sampler import Sampler
 from cxr_triton.engines.runtime.scores import Scorer
 from cxr_triton.errors import InvalidRequest
@@ -122,14 +123,23 @@ class Chunk:
 class Stream:
     """A request on its way through queue, prefill and decode: its tokens in, chunks of text out."""
 
-    def __init__(self, generation: Generation, on_chunk, is_cancelled, detokenizer, max_new_tokens: int):
+    def __init__(
+        self,
+        generation: Generation,
+        on_chunk,
+        is_cancelled,
+        detokenizer,
+        max_new_tokens: int,
+        *,
+        guide: Guide | None = None,
+    ):
         self.id = f"s{uuid.uuid4().hex}"  # a letter first: leading digits may be taken for a number
         self.generation = generation
         self.on_chunk = on_chunk
         self.is_cancelled = is_cancelled
         self.cancelled = False
         self.max_new_tokens = max_new_tokens
-        self.sampler = Sampler(generation.sampling, generation.input_ids)
+        self.sampler = Sampler(generation.sampling, generation.input_ids, guide)
         self.next_position = int(generation.position_ids.max()) + 1
         self.prefilled = 0  # prompt tokens in the cache
         self.cached: int | None = None  # of them, those that an earlier request had computed, where that is known

@@ -27,7 +27,8 @@ def message(generation: Generation, geometry: Geometry) -> tuple[dict, np.ndarra
     Returns
     -------
     dict
-        ``ids``, ``images`` with ``grid`` (time, rows and columns of patches) and ``digest``, ``hidden``, ``sampling``.
+        ``ids``, ``images`` with ``grid`` (time, rows and columns of patches) and ``digest``, ``hidden``, ``sampling``,
+        ``guide``.
     (N, hidden) float32 array
         Of all images, one below the other.
 
@@ -56,6 +57,7 @@ def message(generation: Generation, geometry: Geometry) -> tuple[dict, np.ndarra
         "images": images,
         "hidden": geometry.hidden,
         "sampling": sampling_params(generation.sampling, geometry.max_sequence - len(ids)),
+        "guide": generation.sampling.guide,
     }
     return asked, np.concatenate(rows) if rows else np.zeros((0, geometry.hidden), np.float32)
 

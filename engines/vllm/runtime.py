@@ -47,6 +47,9 @@ class VLLMRuntime(RemoteRuntime):
         self._check()
         return super().submit(generation, on_chunk, is_cancelled)
 
+    def _guide(self, grammar: str) -> None:
+        """The engine follows it."""
+
     def _request(self, generation: Generation):
         return message(generation, self._geometry)
 

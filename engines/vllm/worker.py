@@ -48,7 +48,9 @@ class Engine:
         arguments = dict(settings["engine"])
         if settings["judges"]:
             arguments["logits_processors"] = [forcing(self._logits)]
-        self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        engine_args = EngineArgs(**arguments)
+        engine_args.structured_outputs_config.backend = "guidance"  # llguidance, whose grammars requests have
+        self._engine = LLMEngine.from_engine_args(engine_args)
         self._running: set[str] = set()
 
     @property
@@ -71,7 +73,9 @@ class Engine:
             return
         try:
             self._engine.add_request(name, self._prompt(message, rows), self._params(name, message))
-        except (ValueError, TypeError) as error:
+        except (
+            Exception
+        ) as error:  # vLLM's own are no ValueError from 0.32 on; an engine that broke fails its next step
             self.say(op="refused", id=name, said=f"{type(error).__name__}: {error}"[:500])
             return
         self._running.add(name)
@@ -90,8 +94,9 @@ class Engine:
 
     def _params(self, name: str, message: dict):
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+        guide = message.get("guide")
         extra = {FORCED: [name, message["forced"]]} if message.get("forced") else None
         return SamplingParams(
             **message["sampling"],
@@ -99,6 +104,7 @@ class Engine:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
             extra_args=extra,
+            structured_outputs=StructuredOutputsParams(grammar=guide) if guide else None,
         )
 
     def step(self) -> None:

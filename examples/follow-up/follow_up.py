@@ -13,16 +13,14 @@ from cxr_triton.client import Reader
 @click.option("--url", default="127.0.0.1:8001", show_default=True)
 def main(image: Path, tasks: tuple[str, ...], url: str) -> None:
     """Read IMAGE with the profile's default task, then ask TASKS in turn. Research only, never for diagnosis."""
-    history: list[dict] = []
     with Reader(url) as reader:
+        conversation = reader.open(image)
         for task in (None, *tasks):
-            stream = reader.read(image, task=task, history=history or None)
+            stream = conversation.ask(task=task)
             print(f"\n== {task or 'first turn'}")
             for delta in stream:
                 print(delta, end="", flush=True)
-            reading = stream.result()
-            history += [{"role": "user", "content": reading.prompt}, {"role": "assistant", "content": reading.text}]
-    print(f"\n\n{reading.notice}")
+    print(f"\n\n{conversation.turns[-1].notice}")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,12 @@ from cxr_triton.engines.verify.reference import Case, Reference, request_json
 from cxr_triton.engines.vllm.options import arguments
 from cxr_triton.engines.vllm.process import EngineProcess
 from cxr_triton.engines.vllm.runtime import VLLMRuntime
+from cxr_triton.errors import InvalidRequest
 from cxr_triton.export.checkpoint import torch_model
+from cxr_triton.guide import answer_grammar
 from cxr_triton.pixels import image
 from cxr_triton.profile import load_profile
+from cxr_triton.reading import parse
 from cxr_triton.sampling import Sampling
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm_python")]
@@ -234,3 +237,46 @@ def test_whole_prompts_without_a_prefix_cache_and_drafts_by_ngram_change_no_toke
         assert read(runtime, *asked[:IN_FLIGHT]) == expected[:IN_FLIGHT]
         assert dict(zip(cases[0], read(runtime, *cases[0].values()), strict=True)) == cases[1]
         assert process.cached_tokens == 0
+
+
+@pytest.fixture
+def held():
+    """Grammars of the demonstration model's answers, by the form that they have."""
+    labels = load_profile(PHANTOM / "profile.yaml").labels
+    return {
+        form: answer_grammar(grammar=form, answer="labels", labels=labels) for form in ("think_answer", "answer_only")
+    }
+
+
+def with_sampling(generation, **changes):
+    return dataclasses.replace(generation, sampling=dataclasses.replace(generation.sampling, **changes))
+
+
+def test_a_greedy_answer_that_its_grammar_allows_keeps_its_tokens(engine, phantoms, held):
+    asked, expected = phantoms
+    guided = [with_sampling(each, guide=held["think_answer"]) for each in asked[:IN_FLIGHT]]
+    assert read(engine[1], *guided) == expected[:IN_FLIGHT]
+
+
+@pytest.mark.parametrize("form", ["think_answer", "answer_only"])
+def test_drawn_answers_follow_their_grammar(engine, bundle, phantoms, held, form):
+    asked = phantoms[0][:IN_FLIGHT]
+    changes = {"guide": held[form], "temperature": 1.5, "max_new_tokens": 400}
+    guided = [with_sampling(each, seed=i, **changes) for i, each in enumerate(asked)]
+    receivers = [Receiver() for _ in guided]
+    for each, receiver in zip(guided, receivers, strict=True):
+        engine[1].submit(each, receiver)
+    whole = [done for receiver in receivers if (done := receiver.wait().last.completion).finish_reason == "stop"]
+    assert len(whole) > IN_FLIGHT / 2
+    for done in whole:
+        labels = bundle.profile.labels
+        assert parse(done.text, grammar=form, answer="labels", labels=labels).status == "ok", done.text
+
+
+def test_a_grammar_that_is_none_is_refused_alone(engine, phantoms, held):
+    asked, expected = phantoms
+    refused, other = Receiver(), Receiver()
+    engine[1].submit(with_sampling(asked[0], guide="start: nothing"), refused)
+    engine[1].submit(asked[1], other)
+    assert refused.done.wait(60) and isinstance(refused.last.error, InvalidRequest)
+    assert other.wait().tokens == expected[1]

@@ -8,6 +8,7 @@ import evaluate
 import pytest
 
 from cxr_triton import phantom, phantom_file
+from cxr_triton.errors import InvalidRequest
 from cxr_triton.pixels import dicom, display, image
 from cxr_triton.profile import load_profile
 
@@ -120,6 +121,31 @@ def test_follow_up_answers_in_prose(served):
         second = reader.read([data], task="structured_report", history=history).result()
     assert first.status == second.status == "ok"
     assert second.text == phantom.report(source) or "Impression" in second.text
+
+
+@pytest.mark.triton
+def test_answers_follow_a_guide(served, profile):
+    from cxr_triton.client import Reader
+
+    schema = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"]}
+    schema["additionalProperties"] = False
+    source = evaluate.held_out(1)[0]
+    data = phantom_file.write_dicom(source)
+    with Reader(served[0].grpc) as reader:
+        plain = reader.read([data]).result()
+        held = reader.read([data], guide="answer").result()
+        assert (held.text, held.guide, plain.guide) == (plain.text, "answer", "none")
+        for seed in range(6):
+            drawn = reader.read([data], guide="answer", temperature=1.5, seed=seed, max_new_tokens=600).result()
+            assert drawn.status in ("ok", "truncated") and not drawn.unknown_labels
+        at_once = reader.read([data], mode="labels", scores=True).result()
+        assert set(at_once.scores) == set(profile.labels)
+        assert at_once.status == "ok" and at_once.findings and at_once.text.startswith("<answer>")
+        assert at_once.usage["completion_tokens"] < plain.usage["completion_tokens"] / 2
+        as_json = reader.read([data], guide={"json_schema": schema}).result()
+        assert as_json.status == "ok" and isinstance(json.loads(as_json.answer)["sure"], bool)
+        with pytest.raises(InvalidRequest, match=r"REQUEST\.guide\.json_schema"):
+            reader.read([data], guide={"json_schema": {"$ref": "http://127.0.0.1:1/a"}}).result()
 
 
 def resized(pixels, profile):

@@ -417,7 +417,9 @@ def test_options_become_the_request(png, tmp_path):
     Image.linear_gradient("L").save(other)
     facts = [{"identity": identity} for identity in identify([other.read_bytes(), png.read_bytes()])]
     earlier.write_text(reading(images=facts).to_json())
-    with FakeServer(answering(reading())) as server:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "string"}')
+    with FakeServer(answering(reading(guide="json_schema"))) as server:
         options = ["--task", "vqa", "--mode", "instruct", "--var", "question=Which?", "--var", "options=A=1"]
         options += ["--var", "options=B", "--history", turns, "--history", earlier, "--max-new-tokens", 7]
         result = run(
@@ -433,6 +435,8 @@ def test_options_become_the_request(png, tmp_path):
             3,
             "--identifiers",
             "hashed",
+            "--guide",
+            schema,
             "--logprobs",
             "--scores",
         )
@@ -451,10 +455,14 @@ def test_options_become_the_request(png, tmp_path):
             "temperature": 0.5,
             "seed": 3,
             "identifiers": "hashed",
+            "guide": {"json_schema": {"type": "string"}},
             "logprobs": True,
             "scores": True,
         }
-        images = server.requests[-1].raw_input_contents[0]
+        assert "held to a JSON schema while it was written" in result.output
+        assert run("read", png, "--url", server.url, "--guide", "answer").exit_code == 0
+        assert server.asked["guide"] == "answer"
+        images = server.requests[-2].raw_input_contents[0]
         assert images.index(other.read_bytes()) < images.index(png.read_bytes())
 
 
@@ -462,6 +470,9 @@ def test_options_become_the_request(png, tmp_path):
     ("args", "code", "message"),
     [
         (["--var", "novalue"], 2, "KEY=VALUE"),
+        (["--guide", "answers"], 2, "neither none nor answer nor a JSON schema"),
+        (["--guide", "bad.json"], 2, "neither none nor answer nor a JSON schema"),
+        (["--guide", "text.json"], 2, "neither none nor answer nor a JSON schema"),
         (["--timeout-s", "0"], 2, "timeout-s"),
         (["no-such-file.dcm"], 2, "no-such-file.dcm"),
         (["--history", "bad.json"], 1, "[INVALID_REQUEST] bad.json"),

@@ -100,7 +100,7 @@ def bytes_input(value: bytes):
 
 
 def request(sampling=None, fails="", **changed):
-    context = json.dumps({"sampling": {"max_new_tokens": 20, "eos_token_ids": [], **(sampling or {})}})
+    context = json.dumps({"scoring": None, "sampling": {"max_new_tokens": 20, "eos_token_ids": [], **(sampling or {})}})
     inputs = {
         "INPUT_IDS": np.array([1, 2, 3]),
         "IMAGE_INDEX": np.array([-1, -1, -1]),

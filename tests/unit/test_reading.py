@@ -341,7 +341,7 @@ def test_schema_refuses_what_is_no_reading():
         "images": [{"identity": {"file_sha256": "0" * 64}}],
     }.items():
         assert not VALIDATOR.is_valid({**good, key: value})
-    for key in good:
+    for key in good.keys() - {"guide"}:  # servers before it had none
         assert not VALIDATOR.is_valid({k: v for k, v in good.items() if k != key})
 
 

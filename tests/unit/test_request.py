@@ -131,6 +131,7 @@ def test_follow_up_needs_a_history():
         ({"identifiers": "secret"}, "REQUEST.identifiers: 'secret' is none of plain, hashed"),
         ({"logprobs": "yes"}, "REQUEST.logprobs: is str, expected true or false"),
         ({"scores": 1}, "REQUEST.scores: is int, expected true or false"),
+        ({"scores": True, "guide": {"json_schema": {}}}, "REQUEST.scores: the guide makes the answer JSON"),
         ({"scores": True}, "REQUEST.scores: the task answers in prose; scores are of labels and of options"),
         ({"scores": True, "prompt": "Is it?"}, "REQUEST.scores: a free prompt's answer has no labels in the served"),
         ({"stop": "x"}, "expected a list of at most 8 texts"),

@@ -5,6 +5,7 @@ import gc
 import re
 import threading
 import time
+import weakref
 
 import numpy as np
 import psutil
@@ -491,3 +492,86 @@ def test_what_the_decoder_cannot_take_is_refused_before_it_waits(serve, change, 
     with pytest.raises(InvalidRequest, match=words):
         runtime.submit(dataclasses.replace(generation(), **change), Receiver())
     assert not runtime._streams and not session.calls
+
+
+class Steps:
+    """A guide that allows one token less than its last; what is not allowed any more ends it."""
+
+    def __init__(self, fails_at=-1):
+        self.next, self.fails_at = 90, fails_at
+
+    def allows(self, token):
+        return token == self.next
+
+    def allowed(self):
+        if self.next == self.fails_at:
+            raise InvalidRequest("REQUEST.guide: no token follows")
+        return np.array([self.next])
+
+    def accept(self, token):
+        self.next = token - 1
+
+
+class StepGuides:
+    """Remembers its guides as long as somebody else does."""
+
+    def __init__(self):
+        self.made = weakref.WeakSet()
+
+    def guide(self, grammar):
+        made = Steps(int(grammar))
+        self.made.add(made)
+        return made
+
+
+def guided(prompt, tokens, grammar="-1", **sampling):
+    plain = generation(prompt, tokens)
+    return dataclasses.replace(plain, sampling=dataclasses.replace(plain.sampling, guide=grammar, **sampling))
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "top_p": 0.1, "seed": 1}])
+def test_a_guided_stream_follows_its_guide_and_its_neighbours_do_not(serve, sampling):
+    runtime, _ = serve(guides=StepGuides())
+    held, plain = guided((3, 4), 12, **sampling), generation((5, 6), 12)
+    receivers = Receiver(), Receiver()
+    for each, receiver in zip((held, plain), receivers, strict=True):
+        runtime.submit(each, receiver)
+    assert [receiver.completion.finish_reason for receiver in receivers] == ["length", "length"]
+    assert receivers[0].tokens == list(range(90, 78, -1))
+    assert receivers[1].tokens == expected_tokens(plain)
+
+
+def test_a_guide_that_cannot_go_on_ends_its_stream_alone(serve):
+    runtime, session = serve(guides=StepGuides())
+    plain = generation((5, 6), 40)
+    failed, other = Receiver(), Receiver()
+    runtime.submit(plain, other)
+    runtime.submit(guided((3, 4), 40, grammar="80"), failed)
+    failed.wait()
+    assert isinstance(failed.error, InvalidRequest) and "no token follows" in failed.error.message
+    assert other.completion.finish_reason == "length" and other.tokens == expected_tokens(plain)
+    until(lambda: not session.lengths.any())
+
+
+def test_a_guided_stream_that_is_cancelled_leaves_nothing_behind(serve):
+    guides = StepGuides()
+    session = FakeSession()
+    session.gated = True
+    runtime, _ = serve(session, guides=guides)
+    receiver = Receiver()
+    stream = runtime.submit(guided((3, 4), 60), receiver)
+    session.gate.release(5)
+    until(lambda: len(session.steps()) >= 2)
+    assert len(guides.made) == 1
+    runtime.cancel(stream)
+    session.gate.release(1000)
+    assert receiver.completion.finish_reason == "cancelled"
+    until(lambda: not session.lengths.any())
+    gc.collect()
+    assert not guides.made
+
+
+def test_a_runtime_without_grammars_refuses_a_guide(serve):
+    runtime, _ = serve()
+    with pytest.raises(InvalidRequest, match=r"REQUEST\.guide: the engine of this server follows no grammar"):
+        runtime.submit(guided((3, 4), 12), Receiver())

@@ -1,5 +1,6 @@
 """Streams over an engine that batches by itself: a scripted backend in its place, and its gRPC client by itself."""
 
+import dataclasses
 import queue
 import threading
 from concurrent import futures
@@ -124,6 +125,15 @@ def test_an_answer_that_ends_early_is_an_error_where_nothing_may_end_it(serve):
     (stream,), (receiver,) = running(runtime, backend, eos_token_ids=())
     backend.say(stream, 1, is_last=True)
     assert isinstance(receiver.error, InternalError) and "ended the answer early" in receiver.error.message
+
+
+def test_a_guide_is_refused_and_reaches_no_engine(serve):
+    runtime, backend = serve()
+    held = generation((1, 2))
+    held = dataclasses.replace(held, sampling=dataclasses.replace(held.sampling, guide="start: /a/"))
+    with pytest.raises(InvalidRequest, match=r"REQUEST\.guide: the engine of this server follows no grammar"):
+        runtime.submit(held, Receiver())
+    assert not backend.started
 
 
 def test_streams_wait_for_a_slot_of_the_engine_with_a_heartbeat(serve):

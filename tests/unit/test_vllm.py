@@ -355,3 +355,15 @@ def test_no_secret_goes_into_the_engines_process(double, monkeypatch):
     monkeypatch.setenv("CXR_TRITON_SECRET", "of the server")
     process = double()
     assert b"CXR_TRITON_SECRET" not in Path(f"/proc/{process.pid}/environ").read_bytes()
+
+
+def test_a_guide_goes_to_the_engine_with_its_request(double):
+    held = generation((1, 2))
+    held = dataclasses.replace(held, sampling=dataclasses.replace(held.sampling, guide="start: /a/"))
+    assert message(held, GEOMETRY)[0]["guide"] == "start: /a/"
+    with runtime(double()) as served:
+        receiver, plain = Receiver(), Receiver()
+        served.submit(held, receiver)
+        served.submit(generation((1, 2)), plain)
+        assert receiver.completion.finish_reason == "length"
+        assert set(receiver.tokens) == {ord("a") - 33} and plain.tokens == expected((1, 2), 12)
