@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from cxr_triton.client.openai.parameters import PARAMETERS, TAKEN, instead, neutral
+from cxr_triton.client.openai.parameters import PARAMETERS, neutral
 from cxr_triton.client.openai.refusal import Refusal
 from cxr_triton.errors import InvalidImage, InvalidRequest, unknown_key
 from cxr_triton.profile import Mode, ModelProfile
@@ -58,7 +58,9 @@ class ChatRequest:
             asked = _asked(data)
             turns, images = _conversation(data.get("messages"), profile, asked)
             asked |= turns
-            checked = ReadRequest.from_json(json.dumps(asked), profile)
+            # A schema is for whoever follows it to judge: the server, before the first text.
+            known = {key: value for key, value in asked.items() if key != "guide" or isinstance(value, str)}
+            checked = ReadRequest.from_json(json.dumps(known), profile)
             checked.messages(len(images))
         except (InvalidRequest, InvalidImage) as error:
             raise Refusal(error) from None
@@ -94,7 +96,7 @@ def _check_names(data: dict[str, Any]) -> None:
         allowed = neutral(name)
         if allowed is not None and not any(_is_same(value, one) for one in allowed):
             but = f" other than {' or '.join(map(json.dumps, allowed))}" if allowed else ""
-            raise InvalidRequest(f"{name}: a value{but} is unsupported; {instead(name)}")
+            raise InvalidRequest(f"{name}: a value{but} is unsupported; {PARAMETERS[name].note}")
 
 
 def _is_same(value: object, other: object) -> bool:
@@ -125,7 +127,7 @@ def _asked(data: dict[str, Any]) -> dict[str, Any]:
     asked: dict[str, Any] = {}
     for name, value in data.items():
         key = PARAMETERS[name].key
-        if key is None or PARAMETERS[name].handling != TAKEN or neutral(name) is not None:
+        if key is None:
             continue
         if asked.get(key, value) != value:
             raise InvalidRequest(
@@ -134,7 +136,7 @@ def _asked(data: dict[str, Any]) -> dict[str, Any]:
         asked[key] = value
     if "stop" in data:
         asked["stop"] = [data["stop"]] if isinstance(data["stop"], str) else data["stop"]
-    if neutral("response_format") is None and (guide := _guide(_object(data, "response_format"))):
+    if guide := _guide(_object(data, "response_format")):
         if "guide" in asked:
             raise InvalidRequest("guide: response_format holds the answer to a schema already; drop one")
         asked["guide"] = guide

@@ -6,7 +6,7 @@ from typing import Any
 
 from cxr_triton import __version__
 from cxr_triton.client.openai.chat import IMAGE_TYPES
-from cxr_triton.client.openai.parameters import IGNORED, NOT_YET, PARAMETERS, REFUSED
+from cxr_triton.client.openai.parameters import IGNORED, PARAMETERS, REFUSED
 from cxr_triton.reading import NOT_FOR_DIAGNOSIS
 
 _TEXT = {"type": "string"}
@@ -29,8 +29,8 @@ def _list(of: dict[str, Any], **more: Any) -> dict[str, Any]:
 def _request() -> dict[str, Any]:
     properties = {}
     for name, parameter in PARAMETERS.items():
-        schema = {"enum": list(NOT_YET[name])} if name in NOT_YET else parameter.schema
-        said = {IGNORED: "Ignored", REFUSED: "Unsupported"}.get("refused" if name in NOT_YET else parameter.handling)
+        schema = parameter.schema
+        said = {IGNORED: "Ignored", REFUSED: "Unsupported"}.get(parameter.handling)
         nullable = schema if not schema else {"anyOf": [schema, {"type": "null"}]}
         properties[name] = {**nullable, "description": f"{said}: {parameter.note}" if said else parameter.note}
     return {**_object("model messages", **properties), "additionalProperties": False}

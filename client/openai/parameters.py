@@ -41,6 +41,11 @@ def _ignored(note: str) -> Parameter:
     return Parameter(IGNORED, {}, note)
 
 
+def _object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+_SCHEMA = _object(schema={"type": "object"})
 _NO_TOOLS = "the models call no tools"
 _TOKENS = {"type": "integer", "minimum": 1}
 
@@ -72,7 +77,11 @@ PARAMETERS: dict[str, Parameter] = {
     "logprobs": Parameter(
         TAKEN, _BOOLEAN, "of each token, those of reasoning and tags too; in a stream with its last chunk", "logprobs"
     ),
-    "response_format": Parameter(TAKEN, {"type": "object"}, 'type "text" or "json_schema"'),
+    "response_format": Parameter(
+        TAKEN,
+        {"oneOf": [_object(type={"const": "text"}), _object(type={"const": "json_schema"}, json_schema=_SCHEMA)]},
+        "json_schema holds the answer to the schema while it is written, after free reasoning; text asks for nothing",
+    ),
     "guide": Parameter(TAKEN, {"enum": ["none", "answer"]}, "answer holds an answer to its grammar", "guide"),
     "scores": Parameter(TAKEN, _BOOLEAN, "how sure the model is of each label, in the reading", "scores"),
     # Of this server, as the client's extra_body.
@@ -116,21 +125,8 @@ PARAMETERS: dict[str, Parameter] = {
     "top_k": _refused("use top_p", 0, -1),
 }
 
-NOT_YET: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "guide": ("none",),
-}
-"""Taken by the table and not yet by the REQUEST: refused but for these values. A row less here makes one work."""
-
 
 def neutral(name: str) -> tuple[Any, ...] | None:
     """The values of a parameter that ask for nothing, where it is refused otherwise; else None."""
-    if name in NOT_YET:
-        return NOT_YET[name]
     parameter = PARAMETERS[name]
     return parameter.neutral if parameter.handling == REFUSED else None
-
-
-def instead(name: str) -> str:
-    """What to do where a parameter is refused."""
-    return "no served reader takes it yet; leave it out" if name in NOT_YET else PARAMETERS[name].note

@@ -31,7 +31,7 @@ from cxr_triton.client import Timeouts
 from cxr_triton.client.openai.chat import ChatRequest
 from cxr_triton.client.openai.description import description
 from cxr_triton.client.openai.keys import Keys
-from cxr_triton.client.openai.parameters import NOT_YET, PARAMETERS, REFUSED
+from cxr_triton.client.openai.parameters import PARAMETERS
 from cxr_triton.client.openai.refusal import Refusal
 from cxr_triton.client.openai.settings import Settings
 from cxr_triton.errors import CODES, InvalidConfig, InvalidImage, InvalidRequest
@@ -272,6 +272,7 @@ SYSTEM = {"role": "system", "content": "You are a pirate."}
 REMOTE = {"type": "image_url", "image_url": {"url": "https://example.org/DOE.png"}}
 HELLO = user("Hello.", image())
 ANSWER = {"role": "assistant", "content": "Hi."}
+JSON = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
 REFUSALS = [
     ({"messages": [SYSTEM, HELLO]}, "messages", "system prompt is the profile's"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "expected user or assistant"),
@@ -316,6 +317,12 @@ REFUSALS = [
     ({"stream": "yes"}, "stream", "true or false"),
     ({"stream_options": []}, "stream_options", "expected an object"),
     ({"identifiers": "none"}, "identifiers", "plain, hashed"),
+    ({"logprobs": "yes"}, "logprobs", "true or false"),
+    ({"response_format": {"type": "json_object"}}, "response_format", 'type "json_schema"'),
+    ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema.schema"),
+    ({"response_format": "json"}, "response_format", "expected an object"),
+    ({"response_format": JSON, "guide": "answer"}, "guide", "drop one"),
+    ({"guide": "all"}, "guide", "none"),
 ]
 
 
@@ -348,28 +355,15 @@ def test_a_body_that_is_no_json_object(site, data):
     )
 
 
-@pytest.mark.parametrize("name", sorted(NOT_YET))
-def test_what_the_request_cannot_take_yet_is_refused_by_one_row(name, monkeypatch):
-    value = {
-        "guide": "answer",
-        "response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
-    }
-    with pytest.raises(Refusal, match="no served reader takes it yet") as refused:
-        asked(body(**{name: value[name]}))
-    assert refused.value.param == name
-    assert asked(body(**{name: NOT_YET[name][0]}))[0] == {"prompt": "Is the heart large?"}
-    sent = {}
+SCHEMA = {"type": "object", "properties": {"label": {"type": "string"}}, "required": ["label"]}
 
-    def capture(text, profile):
-        sent.update(json.loads(text))
-        raise InvalidRequest("seen")
 
-    monkeypatch.delitem(NOT_YET, name)
-    monkeypatch.setattr("cxr_triton.client.openai.chat.ReadRequest.from_json", capture)
-    with pytest.raises(Refusal, match="seen"):
-        asked(body(**{name: value[name]}))
-    key = {"guide": {"json_schema": {"type": "object"}}} if name == "response_format" else {name: value[name]}
-    assert sent == {"prompt": "Is the heart large?", **key}
+def test_a_schema_becomes_the_guide():
+    named = {"name": "label", "strict": True, "schema": SCHEMA}
+    found, _ = asked(body(response_format={"type": "json_schema", "json_schema": named}, scores=False))
+    assert found == {"prompt": "Is the heart large?", "guide": {"json_schema": SCHEMA}, "scores": False}
+    assert asked(body(response_format={"type": "text"}))[0] == {"prompt": "Is the heart large?"}
+    assert asked(body(user(image()), guide="answer"))[0] == {"guide": "answer"}
 
 
 def test_every_parameter_of_openais_client_is_in_the_table():
@@ -746,8 +740,7 @@ def test_what_is_taken_is_what_is_described():
 def test_the_documents_table_is_the_table():
     text = (ROOT / "docs" / "openai.md").read_text("utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| (\w+)", text, re.MULTILINE))
-    handled = {name: REFUSED if name in NOT_YET else parameter.handling for name, parameter in PARAMETERS.items()}
-    assert {name: rows.get(name) for name in handled} == handled
+    assert {name: rows.get(name) for name in PARAMETERS} == {name: found.handling for name, found in PARAMETERS.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- command
