@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from cxr_triton.engines.runtime.scheduler import Runtime
     from cxr_triton.engines.session import DecoderSession, VisionSession
 
-ABILITIES = {"batch_invariant": "batch-invariant readings were", "prefix_reuse": "prefix reuse was"}
+ABILITIES = {
+    "batch_invariant": "batch-invariant readings were",
+    "prefix_reuse": "prefix reuse was",
+    "drafts": "drafts were",
+}
 """What only some engines do, as a message begins that says so; settings of a repository have the same names."""
 COMPUTES = ("fp32", "fp16", "bf16")
 SLOTS = 4
@@ -307,6 +311,7 @@ class Engine:
         address : str
             gRPC endpoint of the server that this runs in.
         """
+        from cxr_triton.engines.runtime.drafts import Drafts
         from cxr_triton.engines.runtime.guide import Guides
         from cxr_triton.engines.runtime.prefix import PrefixCache
         from cxr_triton.engines.runtime.scheduler import DecoderRuntime
@@ -319,19 +324,24 @@ class Engine:
         )
         kept = int(parameters["prefix_cache_mib"]) << 20
         prefix = PrefixCache(kept, exact_only=is_invariant) if kept else None
+        guessed = int(parameters["draft_index_mib"]) << 20
+        drafts = Drafts(guessed) if guessed else None
+        queue_size, guides = int(parameters["queue_size"]), Guides(bundle)
         return DecoderRuntime(
-            bundle, session=session, prefix=prefix, guides=Guides(bundle), queue_size=int(parameters["queue_size"])
+            bundle, session=session, prefix=prefix, guides=guides, drafts=drafts, queue_size=queue_size
         )
 
     def serving(self, bundle, settings) -> Serving:
         """How a bundle whose decoder it runs is served; raises `InvalidRequest` and `InvalidBundle`."""
         reuses = self.reuses_prefixes if settings.prefix_reuse is None else settings.prefix_reuse
+        guesses = "drafts" in self.abilities and settings.drafts is not False and not settings.batch_invariant
         return Serving(
             parameters={
                 "slots": settings.slots or SLOTS,
                 "threads": settings.threads,
                 "batch_invariant": int(settings.batch_invariant),
                 "prefix_cache_mib": settings.prefix_cache_mib if reuses and "prefix_reuse" in self.abilities else 0,
+                "draft_index_mib": settings.draft_index_mib if guesses else 0,
             }
         )
 
@@ -358,7 +368,7 @@ class CpuEngine(Engine):
     """Runs on the CPU, computes in fp32, and reads graphs that an older version of its library wrote."""
 
     computes = ("fp32",)
-    abilities = frozenset({"prefix_reuse"})
+    abilities = frozenset({"prefix_reuse", "drafts"})
     reuses_prefixes = True
 
     def check_target(self, recipe, graph: str) -> None:

@@ -32,6 +32,11 @@ class Settings:
         on a CPU.
     prefix_cache_mib : int
         Memory of the host for them; 0 keeps none. An engine with a paged cache keeps them there instead.
+    drafts : bool, optional
+        Guess tokens from earlier answers, and check several in a step. By default where the engine does; not with
+        `batch_invariant`, as a token's numbers then depend on how many are checked with it.
+    draft_index_mib : int
+        Memory of the host for earlier answers; 0 guesses nothing.
     picture_cache_mib : int
         Memory of the vision encoder for embeddings of pictures that it encoded; 0 keeps none.
     options : dict of str to str
@@ -45,16 +50,23 @@ class Settings:
     batch_invariant: bool = False
     prefix_reuse: bool | None = None
     prefix_cache_mib: int = 512
+    drafts: bool | None = None
+    draft_index_mib: int = 16
     picture_cache_mib: int = 256
     options: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         at_least = {"slots": 1, "preprocess_instances": 1, "threads": 0, "queue_size": 1}
-        for name, least in (at_least | {"prefix_cache_mib": 0, "picture_cache_mib": 0}).items():
+        memory = ("prefix_cache_mib", "draft_index_mib", "picture_cache_mib")
+        for name, least in (at_least | dict.fromkeys(memory, 0)).items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise InvalidRequest(f"{name} is {value}, must be at least {least}")
         if self.prefix_reuse and not self.prefix_cache_mib:
             raise InvalidRequest("prefix_reuse is asked for with prefix_cache_mib 0; give it memory, or leave it out")
+        if self.drafts and not self.draft_index_mib:
+            raise InvalidRequest("drafts are asked for with draft_index_mib 0; give them memory, or leave them out")
+        if self.drafts and self.batch_invariant:
+            raise InvalidRequest("drafts are asked for with batch_invariant, which they are not; leave one of them out")
 
 
 _PATCHES = ("PIXEL_WINDOWS", "PATCH_ROWS_COLS", "VALID", "MERGE_ORDER")

@@ -82,6 +82,8 @@ class DecoderSession:
     vocab, hidden : int
     lengths : (rows,) int64 array
         Positions in use, of the slots first.
+    checks : int
+        Slots of which `check` takes several tokens in one run; 0: it is not to be called.
     """
 
     slots: int
@@ -89,6 +91,7 @@ class DecoderSession:
     vocab: int
     hidden: int
     lengths: np.ndarray
+    checks: int = 0
 
     def prefill(
         self,
@@ -161,6 +164,27 @@ class DecoderSession:
             logits[i] = self.prefill(slot, input_ids[i : i + 1], no_image, nothing, at, is_last=True)
         return logits
 
+    def check(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Append S tokens to each of the first n slots, of which all but the first are guesses.
+
+        Parameters
+        ----------
+        input_ids : (n, S) int64 array
+            n at most `checks`.
+        positions : (n, S) int64 array
+            The same for time, height and width.
+
+        Returns
+        -------
+        (n, S, vocab) float32 array
+            Logits after each token, valid until the next call.
+        """
+        raise NotImplementedError
+
+    def shorten(self, slot: int, length: int) -> None:
+        """Forget what a slot holds beyond so many positions."""
+        self.lengths[slot] = length
+
     def move(self, source: int, target: int) -> None:
         """Copy what a slot holds to another one."""
         raise NotImplementedError
@@ -224,7 +248,7 @@ class HostDecoder(DecoderSession):
 
     def __init__(self, bundle, *, slots: int, threads: int | None = None, together: int = 1):
         geometry = bundle.geometry
-        self.slots = slots
+        self.slots = self.checks = slots
         self.max_sequence = geometry.max_sequence
         self.vocab, self.hidden = geometry.vocab, geometry.hidden
         self._together = together
@@ -233,7 +257,6 @@ class HostDecoder(DecoderSession):
         self._open(bundle, threads)
         self._names = [f"{part}.{layer}" for layer in range(geometry.layers) for part in ("key", "value")]
         self._row = (geometry.kv_heads, geometry.head_dim)
-        self._logits = np.zeros((rows, 1, geometry.vocab), np.float32)
         self._text_only = np.zeros((1, geometry.hidden), np.float32)
         self._capacity = 0
         self._cache: dict[str, np.ndarray] = {}
@@ -245,7 +268,10 @@ class HostDecoder(DecoderSession):
         raise NotImplementedError
 
     def _run(self, rows: slice, **inputs: np.ndarray) -> np.ndarray:
-        """Logits [rows, P, vocab] of a run over these rows of the cache, which then holds the new tokens."""
+        """Logits of a run over these rows of the cache, which then holds the new tokens.
+
+        They are [rows, T, vocab] for a `logits_index` [rows, T].
+        """
         raise NotImplementedError
 
     def prefill(
@@ -290,21 +316,25 @@ class HostDecoder(DecoderSession):
 
     def step(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """See `DecoderSession.step`."""
-        active = len(input_ids)
+        return self.check(input_ids[:, None], positions[:, None])[:, 0]
+
+    def check(self, input_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """See `DecoderSession.check`."""
+        active, tokens = input_ids.shape
         rows = self._rounded(active)
         if rows > active:  # what the row more writes lies beyond its length
-            input_ids, positions = np.append(input_ids, input_ids[-1]), np.append(positions, positions[-1])
-        self._reserve(int(self.lengths[:rows].max()) + 1)
+            input_ids, positions = (np.append(each, each[-1:], axis=0) for each in (input_ids, positions))
+        self._reserve(int(self.lengths[:rows].max()) + tokens)
         logits = self._run(
             slice(0, rows),
-            input_ids=input_ids[:, None],
-            image_index=np.full((rows, 1), -1, np.int64),
+            input_ids=input_ids,
+            image_index=np.full((rows, tokens), -1, np.int64),
             image_embeddings=self._text_only,
-            position_ids=np.broadcast_to(positions[:, None], (3, rows, 1)),
-            logits_index=np.zeros((rows, 1), np.int64),
+            position_ids=np.broadcast_to(positions, (3, rows, tokens)),
+            logits_index=np.tile(np.arange(tokens), (rows, 1)),
         )
-        self.lengths[:active] += 1
-        return logits[:active, 0]
+        self.lengths[:active] += tokens
+        return logits[:active]
 
     def move(self, source: int, target: int) -> None:
         """See `DecoderSession.move`."""

@@ -27,6 +27,7 @@ class FakeSession:
         self.gated = False
         self.fail_on = lambda call: False
         self.step_s = 0.0
+        self.checks = slots
 
     def _log(self, *call):
         if self.gated:
@@ -66,6 +67,22 @@ class FakeSession:
             rows.append(self._logits(slot))
         return np.stack(rows)
 
+    def check(self, input_ids, positions):
+        self._log("check", *input_ids.shape)
+        assert len(input_ids) <= self.checks
+        rows = []
+        for slot, (tokens, places) in enumerate(zip(input_ids, positions, strict=True)):
+            rows.append([])
+            for token, place in zip(tokens, places, strict=True):
+                assert self.lengths[slot] < self.max_sequence and 0 <= token < VOCAB
+                self._append(slot, [token], place)
+                rows[-1].append(self._logits(slot))
+        return np.array(rows)
+
+    def shorten(self, slot, length):
+        assert length <= self.lengths[slot]
+        self.lengths[slot] = length
+
     def move(self, source, target):
         self.calls.append(("move", source, target))
         if self.fail_on(self.calls[-1]):
@@ -92,7 +109,7 @@ class FakeSession:
         self.lengths[slot] += rows.shape[2]
 
     def steps(self):
-        return [call for call in self.calls if call[0] == "step"]
+        return [call for call in self.calls if call[0] in ("step", "check")]
 
 
 def reference_logits(row):

@@ -57,6 +57,12 @@ def _options(given: tuple[str, ...]) -> dict[str, str]:
     help="Compute the beginning that prompts share once.  [default: on a CPU]",
 )
 @click.option("--prefix-cache-mib", default=512, show_default=True, help="Memory for such beginnings; 0: none.")
+@click.option(
+    "--drafts/--no-drafts",
+    default=None,
+    help="Guess tokens from earlier answers and check several in a step.  [default: where the engine can]",
+)
+@click.option("--draft-index-mib", default=16, show_default=True, help="Memory for earlier answers; 0: no drafts.")
 @click.option("--picture-cache-mib", default=256, show_default=True, help="Memory for embeddings of pictures; 0: none.")
 @click.option(
     "--option",

@@ -16,7 +16,7 @@ class OnnxRuntime(CpuEngine):
     extra = "local"
     distributions = ("onnxruntime",)
     needs_recipe = False
-    abilities = frozenset({"batch_invariant", "prefix_reuse"})
+    abilities = frozenset({"batch_invariant", "prefix_reuse", "drafts"})
     products = ("fp32", "int8", "int4")
     cpu_features = ("avx512_vnni", "avx_vnni", "avx512f", "avx2")
 

@@ -77,32 +77,43 @@ class OrtDecoder(HostDecoder):
         # The int4 kernel takes rows in pairs, and sums one that is left over in another order.
         together = 2 if batch_invariant and bundle.precision.startswith("int4") else 1
         super().__init__(bundle, slots=slots, threads=threads, together=together)
+        # Attention takes several tokens of one sequence only, and sums them otherwise than one.
+        self.checks = 0 if batch_invariant else 1
 
     def _open(self, bundle, threads: int | None) -> None:
         self._session = open_graph(bundle.path / "decoder.onnx", threads)
+        self._logits = np.zeros((1, self.vocab), np.float32)
+        self._results: dict[tuple[int, int], tuple[np.ndarray, ort.OrtValue]] = {}
 
-    def _binding(self, rows: slice, logits: np.ndarray) -> ort.IOBinding:
+    def _binding(self, rows: slice) -> ort.IOBinding:
         """Cache rows bound as past and present at once: attention then writes in place."""
-        binding = self._session.io_binding()
-        for name, cache in self._cache.items():
-            value = ort.OrtValue.ortvalue_from_numpy(cache[rows])
-            binding.bind_ortvalue_input(f"past_{name}", value)
-            binding.bind_ortvalue_output(f"present_{name}", value)
-        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
-        return binding
+        key = (rows.start, rows.stop)
+        if key not in self._bindings:
+            binding = self._session.io_binding()
+            for name, cache in self._cache.items():
+                value = ort.OrtValue.ortvalue_from_numpy(cache[rows])
+                binding.bind_ortvalue_input(f"past_{name}", value)
+                binding.bind_ortvalue_output(f"present_{name}", value)
+            self._bindings[key] = binding
+        return self._bindings[key]
 
     def _run(self, rows: slice, **inputs: np.ndarray) -> np.ndarray:
-        key, shape = (rows.start, rows.stop), inputs["logits_index"].shape
-        logits = self._logits[rows]
-        if shape[1] > 1:
-            logits = np.empty((*shape, self.vocab), np.float32)
-            binding = self._binding(rows, logits)
-        else:
-            if key not in self._bindings:
-                self._bindings[key] = self._binding(rows, logits)
-            binding = self._bindings[key]
+        binding = self._binding(rows)
         for name, value in inputs.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(value))
         binding.bind_cpu_input("write_index", self.lengths[rows].copy())
+        logits, value = self._result(*inputs["logits_index"].shape)
+        binding.bind_ortvalue_output("logits", value)
         self._session.run_with_iobinding(binding)
         return logits
+
+    def _result(self, rows: int, tokens: int) -> tuple[np.ndarray, ort.OrtValue]:
+        """Memory for logits [rows, tokens, vocab], and the same as ONNX Runtime takes it."""
+        count = rows * tokens
+        if count > len(self._logits):
+            self._results.clear()
+            self._logits = np.zeros((count, self.vocab), np.float32)
+        if (rows, tokens) not in self._results:
+            logits = self._logits[:count].reshape(rows, tokens, self.vocab)
+            self._results[rows, tokens] = logits, ort.OrtValue.ortvalue_from_numpy(logits)
+        return self._results[rows, tokens]

@@ -13,10 +13,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from cxr_triton.engines.runtime.drafts import NONE, Drafts
 from cxr_triton.engines.runtime.guide import Guide, Guides
 from cxr_triton.engines.runtime.prefix import PrefixCache
 from cxr_triton.engines.runtime.stream import Chunk, Generation, Stream
@@ -52,11 +53,14 @@ class Runtime:
         What prompts that begin alike share; None where nothing is, or the engine does not tell.
     gives : frozenset of str
         ``logprobs``, ``scores``: what a request may ask for beside its answer.
+    drafts : Drafts or None
+        What guesses tokens; None where nothing does, or the engine does not tell.
     """
 
     steps: int | None = None
     prefix: PrefixCache | None = None
     gives: frozenset[str] = frozenset()
+    drafts: Drafts | None = None
 
     def __init__(
         self,
@@ -317,6 +321,8 @@ class DecoderRuntime(Runtime):
         What prompts that begin alike share; each is computed as a whole without.
     guides : Guides, optional
         Of the bundle's tokens; none is taken without.
+    drafts : Drafts, optional
+        Guesses tokens, which a step then checks, where the session can.
     queue_size, coalesce_tokens, coalesce_ms, heartbeat_ms
         As in `Runtime`.
     """
@@ -335,6 +341,7 @@ class DecoderRuntime(Runtime):
         tokenizer=None,
         prefix: PrefixCache | None = None,
         guides: Guides | None = None,
+        drafts: Drafts | None = None,
         queue_size: int = 64,
         **pace: float,
     ):
@@ -349,6 +356,8 @@ class DecoderRuntime(Runtime):
         self._session = session
         self._step = getattr(session, "step_top", session.step)
         self._slots = session.slots
+        self._checks: int = getattr(session, "checks", 0)
+        self.drafts = drafts if self._checks else None
         self._prefill_chunk: int = prefill_chunk if prefill_chunk else getattr(session, "prefill_chunk", 128)
         self._prefilling: Stream | None = None
         self._decoding: list[Stream] = []
@@ -426,27 +435,58 @@ class DecoderRuntime(Runtime):
                 self.prefix.keep(self._session, self._decoding.index(stream), stream)
 
     def _decode(self) -> None:
-        """One step for every stream that decodes."""
+        """One step for every stream that decodes, with tokens that were guessed where that should be worth it."""
         streams = list(self._decoding)
         if all(stream.scorer for stream in streams):
             return
         started_s = time.monotonic()
+        can_check = len(streams) <= self._checks and not any(stream.scorer for stream in streams)
+        drafts = self.drafts if can_check else None
+        held = self._session.lengths[: len(streams)].tolist() if drafts else []
+        guesses = drafts.propose(streams, self._max_sequence - max(held)) if drafts else None
         try:
-            logits = self._step(
-                np.array([stream.last_token for stream in streams], np.int64),
-                np.array([stream.next_position for stream in streams], np.int64),
-            )
+            logits = self._logits(streams, guesses)
         except Exception:
             self._fail(streams, "a step")
             return
         self.steps += 1
-        stepped = [(stream, row) for stream, row in zip(streams, logits, strict=True) if not stream.scorer]
-        for stream, row in stepped:
+        if drafts:
+            width = 1 if guesses is None else 1 + guesses.shape[1]
+            drafts.took(len(streams), width, time.monotonic() - started_s)
+        stepped = [(row, stream) for row, stream in enumerate(streams) if not stream.scorer]
+        for row, stream in stepped:
+            if guesses is None:
+                stream.next_position += 1
+                self._accept(stream, logits[row])
+            else:
+                self._take(stream, logits[row], guesses[row].tolist(), held[row])
+        self._step_s = time.monotonic() - started_s
+        for _, stream in stepped:
+            self._emit(stream)
+
+    def _logits(self, streams: list[Stream], guesses: np.ndarray | None) -> Sequence:
+        """Logits after the last token of each stream, or after that and each guess [n, k]."""
+        last = np.array([stream.last_token for stream in streams], np.int64)
+        first = np.array([stream.next_position for stream in streams], np.int64)
+        if guesses is None:
+            return self._step(last, first)
+        ids = np.column_stack([last, np.where(guesses == NONE, last[:, None], guesses)])
+        return self._session.check(ids, first[:, None] + np.arange(ids.shape[1]))
+
+    def _take(self, stream: Stream, rows: Sequence, guessed: list[int], held: int) -> None:
+        """Sample a token, and while it was guessed the next one; a slot keeps nothing of what was guessed wrongly."""
+        taken = 0
+        for row, guess in zip(rows, [*guessed, NONE], strict=True):
+            taken += 1
             stream.next_position += 1
             self._accept(stream, row)
-        self._step_s = time.monotonic() - started_s
-        for stream, _ in stepped:
-            self._emit(stream)
+            if stream.last_token != guess or stream.finish_reason:
+                break
+        if stream not in self._decoding:
+            return
+        self._session.shorten(self._decoding.index(stream), held + taken)
+        if self.drafts:
+            self.drafts.count(len(guessed) - guessed.count(NONE), taken - 1)
 
     def _pass_on(self, stream: Stream, finish_reason: str | None = None) -> None:
         """As `Runtime`'s; an answer that has ended by itself is scored first, where that is asked for.
@@ -514,8 +554,11 @@ class DecoderRuntime(Runtime):
             self._session.free(len(self._decoding))
             return
         row = self._decoding.index(stream)
-        if self.prefix and stream.finish_reason in ("stop", "length"):
-            self.prefix.keep(self._session, row, stream)
+        if stream.finish_reason in ("stop", "length"):
+            if self.prefix:
+                self.prefix.keep(self._session, row, stream)
+            if self.drafts:
+                self.drafts.keep(stream)
         last = self._decoding.pop()
         free = len(self._decoding)
         if last is not stream:

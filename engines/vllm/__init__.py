@@ -131,6 +131,9 @@ class VLLM(Engine):
         options = checked(settings.options)
         if settings.prefix_reuse is False or not settings.prefix_cache_mib:
             options["prefix-caching"] = "off"
+        if settings.drafts is False:
+            options["drafts"] = "off"
+            options.pop("draft-tokens", None)
         return Serving(parameters={"slots": slots, "threads": settings.threads, **options})
 
     def run_bytes(self, bundle, graph: str) -> int:

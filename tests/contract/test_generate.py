@@ -11,6 +11,7 @@ from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START, random_check
 
 from cxr_triton.engines.build import build_bundle
 from cxr_triton.engines.onnxruntime.session import OrtDecoder
+from cxr_triton.engines.runtime.drafts import WIDTHS, Costs, Drafts
 from cxr_triton.engines.runtime.prefix import PrefixCache
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 from cxr_triton.engines.runtime.stream import Generation
@@ -233,6 +234,37 @@ def test_greedy_tokens_with_reuse_are_those_of_transformers(bundle, reference, g
         for name, receiver in crowd[len(cases()) :]:
             length = len(cases()[name].input_ids)
             assert receiver.last.completion.usage["cached_tokens"] == (length - 1) // 16 * 16, name
+
+
+class Free(Costs):
+    """A step of any width takes the same, so all that is guessed is checked."""
+
+    def best(self, streams, tokens):
+        return WIDTHS[len(tokens) - 1]
+
+    def rest(self, streams, seconds):
+        return 0
+
+
+@pytest.mark.parametrize("penalty", [1.0, PENALTY])
+def test_greedy_tokens_with_drafts_are_those_of_transformers(bundle, reference, generations, penalty):
+    """Alone and again, then sixteen in flight by eight, each beside its equal, with prefixes and without."""
+    drafts = Drafts(1 << 20, costs=Free())
+    with DecoderRuntime(bundle, slots=1, prefill_chunk=64, threads=1, drafts=drafts) as runtime:
+        for name in [*cases(), *cases()]:
+            receiver = Receiver()
+            runtime.submit(generations[name, penalty], receiver)
+            assert receiver.wait().tokens == reference[0][name, penalty], name
+        assert drafts.counts()["accepted"] > 0.7 * len(cases()) * NEW_TOKENS
+    for prefix in (None, PrefixCache(64 << 20)):
+        with DecoderRuntime(bundle, slots=8, threads=1, prefill_chunk=16, drafts=drafts, prefix=prefix) as runtime:
+            before, crowd = drafts.counts()["accepted"], [(name, Receiver()) for name in [*cases(), *cases()]]
+            for name, receiver in crowd:
+                runtime.submit(generations[name, penalty], receiver)
+            for name, receiver in crowd:
+                assert receiver.wait().tokens == reference[0][name, penalty], name
+        if bundle.engine == "openvino":  # ONNX Runtime checks guesses of a stream that runs alone
+            assert drafts.counts()["accepted"] - before > 0.7 * 2 * len(cases()) * NEW_TOKENS
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])

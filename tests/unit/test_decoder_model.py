@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from fake_session import FakeSession, Letters, until
 
+from cxr_triton.engines.runtime.drafts import Drafts
 from cxr_triton.engines.runtime.prefix import PrefixCache
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 from cxr_triton.engines.secret import SECRET, Seal
@@ -81,7 +82,8 @@ def decoder(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     session = FakeSession()
-    runtime = DecoderRuntime(None, session=session, tokenizer=Letters(), prefix=PrefixCache(1 << 20), prefill_chunk=16)
+    kept = {"prefix": PrefixCache(1 << 20), "drafts": Drafts(1 << 20)}
+    runtime = DecoderRuntime(None, session=session, tokenizer=Letters(), prefill_chunk=16, **kept)
     monkeypatch.setattr(module, "Bundle", SimpleNamespace(open=lambda path: path))
     monkeypatch.setattr(module, "open_runtime", lambda bundle, values: runtime)
     inputs = [{"name": name, "data_type": "TYPE_FP32"} for name in module.INPUTS]
@@ -180,3 +182,15 @@ def test_what_prompts_shared_is_counted_and_stands_in_the_usage(decoder):
         "prefix_hits_total": 2,
         "prefix_evicted_total": 0,
     }
+
+
+def test_what_was_guessed_is_counted(decoder, monkeypatch):
+    monkeypatch.setattr(decoder.runtime.drafts.costs, "best", lambda streams, tokens: 2)
+    monkeypatch.setattr(decoder.runtime.drafts.costs, "rest", lambda streams, seconds: 0)
+    for _ in range(2):
+        ended(decoder, request())
+    counted = {name: metric.value for name, metric in decoder.metrics.items() if name.startswith("draft_")}
+    counts = decoder.runtime.drafts.counts()
+    assert counted == {f"draft_{name}_tokens_total": count for name, count in counts.items()}
+    assert counts["drafted"] >= counts["accepted"] > 5
+    assert decoder.metrics["steps_total"].value == decoder.runtime.steps < 2 * 19 - 5

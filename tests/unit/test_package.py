@@ -556,6 +556,31 @@ def test_a_cpus_decoder_keeps_prefixes_unless_told_otherwise(bundle, tmp_path, s
     assert config(tmp_path / "r", "decoder").parameters["prefix_cache_mib"].string_value == mib
 
 
+@pytest.mark.parametrize(
+    ("settings", "mib"),
+    [
+        ({}, "16"),
+        ({"drafts": True, "draft_index_mib": 4}, "4"),
+        ({"draft_index_mib": 0}, "0"),
+        ({"drafts": False}, "0"),
+        ({"batch_invariant": True}, "0"),
+    ],
+    ids=str,
+)
+def test_a_cpus_decoder_guesses_unless_told_otherwise(bundle, tmp_path, settings, mib):
+    write_repository(bundle, tmp_path / "r", Settings(**settings))
+    assert config(tmp_path / "r", "decoder").parameters["draft_index_mib"].string_value == mib
+
+
+def test_drafts_that_cannot_be_are_refused(engine_bundle, tmp_path):
+    with pytest.raises(InvalidRequest, match="draft_index_mib 0; give them memory"):
+        Settings(drafts=True, draft_index_mib=0)
+    with pytest.raises(InvalidRequest, match="batch_invariant, which they are not"):
+        Settings(drafts=True, batch_invariant=True)
+    with pytest.raises(InvalidRequest, match="drafts were asked for, tensorrt-llm has none; use onnxruntime or open"):
+        packaged(engine_bundle, tmp_path / "repository", drafts=True)
+
+
 def test_prefix_reuse_without_memory_for_it_is_refused():
     with pytest.raises(InvalidRequest, match="prefix_cache_mib 0; give it memory"):
         Settings(prefix_reuse=True, prefix_cache_mib=0)

@@ -209,6 +209,14 @@ def test_nothing_is_kept_where_that_is_asked_for(asked):
     assert kept["prefix-caching"] == "off", "the safe one of two wishes"
 
 
+def test_nothing_is_guessed_where_that_is_asked_for():
+    bundle = SimpleNamespace(engine="vllm", manifest={})
+    options = {"drafts": "suffix", "draft-tokens": "3"}
+    assert serving_of(bundle, Settings(options=options)).parameters.items() >= options.items()
+    asked = serving_of(bundle, Settings(drafts=False, options=options)).parameters
+    assert asked["drafts"] == "off" and "draft-tokens" not in asked
+
+
 def test_a_python_without_vllm_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv(INTERPRETER, str(tmp_path / "none"))
     with pytest.raises(DeviceUnavailable, match=f"{INTERPRETER} names"):

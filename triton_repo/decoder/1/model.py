@@ -66,13 +66,18 @@ class TritonPythonModel:
                 ("prefix_evicted_total", "Blocks of tokens that were forgotten for want of room", counter),
                 ("prefix_bytes", "Keys and values that are kept", gauge),
             ]
+        if self.runtime.drafts:
+            families += [
+                ("draft_drafted_tokens_total", "Tokens that were guessed and checked", counter),
+                ("draft_accepted_tokens_total", "Tokens that were guessed rightly", counter),
+            ]
         # A metric dies with its family.
         self.families = {
             name: pb_utils.MetricFamily(name=f"cxr_decoder_{name}", description=description, kind=kind)
             for name, description, kind in families
         }
         self.metrics = {name: family.Metric(labels={}) for name, family in self.families.items()}
-        self.counted_steps, self.counted_prefix = 0, {}
+        self.counted_steps, self.counted = 0, {}
         self.outbox: queue.SimpleQueue = queue.SimpleQueue()
         self.responder = threading.Thread(target=self.respond, name="responder", daemon=True)
         self.responder.start()
@@ -192,9 +197,9 @@ class TritonPythonModel:
         self.metrics["streams"].set(len(self.streams))
         if prefix := self.runtime.prefix:
             self.metrics["prefix_bytes"].set(prefix.nbytes)
-            for name, count in prefix.counts().items():
-                self.metrics[f"prefix_{name}_total"].increment(count - self.counted_prefix.get(name, 0))
-                self.counted_prefix[name] = count
+            self.count({f"prefix_{name}_total": count for name, count in prefix.counts().items()})
+        if drafts := self.runtime.drafts:
+            self.count({f"draft_{name}_tokens_total": count for name, count in drafts.counts().items()})
         if was_cancelled:
             self.metrics["cancelled_total"].increment(1)
         if self.counts_steps:
@@ -202,3 +207,9 @@ class TritonPythonModel:
             self.counted_steps = step
             if was_cancelled:
                 self.metrics["steps_after_cancel_total"].increment(step - stream.stopped_at_step)
+
+    def count(self, counts):
+        """Bring counters to what the runtime has counted."""
+        for name, count in counts.items():
+            self.metrics[name].increment(count - self.counted.get(name, 0))
+            self.counted[name] = count
