@@ -41,7 +41,7 @@ class ChatRequest:
     include_usage: bool
 
     @classmethod
-    def from_body(cls, body: bytes, profile: ModelProfile) -> ChatRequest:
+    def from_body(cls, body: bytes | bytearray, profile: ModelProfile) -> ChatRequest:
         """What a body asks of a server of `profile`.
 
         Raises
@@ -67,7 +67,7 @@ class ChatRequest:
         return cls(asked=asked, images=images, grammar=checked.grammar, stream=stream, include_usage=usage)
 
 
-def _parsed(body: bytes) -> dict[str, Any]:
+def _parsed(body: bytes | bytearray) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         data = dict(pairs)
         if len(data) < len(pairs):  # two readers could take two different ones

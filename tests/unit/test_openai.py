@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import get_type_hints
 
@@ -474,6 +475,24 @@ def test_more_at_once_than_allowed_is_a_full_queue():
             stream.close()
             triton.answer = answering()
             until(lambda: server.ask("POST", "/v1/chat/completions", body())[0] == 200)
+
+
+def test_pictures_are_not_kept_while_their_answer_comes():
+    rooms = [tracemalloc.Filter(True, f"*/{name}/*") for name in ("client", "aiohttp", "json", "asyncio")]
+    with served(forever()) as (triton, server):
+        peer = sent(server, body(stream=True))
+        until(lambda: triton.active == 1)
+        tracemalloc.start()
+        try:
+            other = sent(server, body(user("Large?", image(bytes(8 << 20))), stream=True))
+            other.settimeout(20)
+            assert other.recv(99).startswith(b"HTTP/1.1 200 ")
+            kept = tracemalloc.take_snapshot().filter_traces(rooms)
+            other.close()
+        finally:
+            tracemalloc.stop()
+        peer.close()
+    assert sum(trace.size for trace in kept.traces) < 4 << 20
 
 
 def test_more_bytes_on_their_way_in_than_allowed():
