@@ -58,7 +58,8 @@ BUNDLE = click.Path(exists=True, file_okay=False, path_type=Path)
 def archive(
     *, source: str, out: Path, urls: tuple[str, ...], bundle: Path | None, column: str, web_token: Path | None,
     web_ca: Path | None, identifiers: str, concurrency: int, actors: int, threads: int | None, timeout_s: float,
-    tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, token_file: Path | None, again: tuple[str, ...], html_path: Path | None,
+    tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, token_file: Path | None, again: tuple[str, ...],
+    html_path: Path | None,
     json_path: str | None, **asked,
 ):  # fmt: skip
     """Read every image of SOURCE, and write a row of each into Parquet files in -o.

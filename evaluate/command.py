@@ -114,8 +114,10 @@ def run(
         _say_what_was_met(evaluation.header)
         if not evaluation.is_complete:
             with _served(repository, url or str(archive), ready_timeout_s) as endpoint:
-                limits = {"concurrency": concurrency, "timeout_s": timeout_s}
-                _run(evaluation, Server(url=endpoint, access=access, archive=archive, **limits))
+                server = Server(
+                    url=endpoint, concurrency=concurrency, timeout_s=timeout_s, access=access, archive=archive
+                )
+                _run(evaluation, server)
     result = rows.read(out)
     counted = counts(iter(result))
     said = ", ".join(f"{number} {name}" for name, number in counted.items())

@@ -41,7 +41,7 @@ class ChatRequest:
     include_usage: bool
 
     @classmethod
-    def from_body(cls, body: bytes, profile: ModelProfile) -> ChatRequest:
+    def from_body(cls, body: bytes | bytearray, profile: ModelProfile) -> ChatRequest:
         """What a body asks of a server of `profile`.
 
         Raises
@@ -58,14 +58,16 @@ class ChatRequest:
             asked = _asked(data)
             turns, images = _conversation(data.get("messages"), profile, asked)
             asked |= turns
-            checked = ReadRequest.from_json(json.dumps(asked), profile)
+            # A schema is for whoever follows it to judge: the server, before the first text.
+            known = {key: value for key, value in asked.items() if key != "guide" or isinstance(value, str)}
+            checked = ReadRequest.from_json(json.dumps(known), profile)
             checked.messages(len(images))
         except (InvalidRequest, InvalidImage) as error:
             raise Refusal(error) from None
         return cls(asked=asked, images=images, grammar=checked.grammar, stream=stream, include_usage=usage)
 
 
-def _parsed(body: bytes) -> dict[str, Any]:
+def _parsed(body: bytes | bytearray) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         data = dict(pairs)
         if len(data) < len(pairs):  # two readers could take two different ones

@@ -17,7 +17,7 @@ from cxr_triton.client.openai.chat import ChatRequest
 from cxr_triton.client.openai.metrics import Log, Metrics
 from cxr_triton.client.openai.refusal import Refusal
 from cxr_triton.client.openai.settings import Settings
-from cxr_triton.errors import CxrError, DeadlineExceeded, InternalError, InvalidRequest, QueueFull
+from cxr_triton.errors import CxrError, DeadlineExceeded, InternalError, InvalidRequest, LimitExceeded, QueueFull
 from cxr_triton.profile import ModelProfile
 from cxr_triton.reading import Reading
 from cxr_triton.split import CONTENT, REASONING, Part, Splitter
@@ -115,7 +115,7 @@ class Completions:
                 self._metrics.completion_s.observe(trace.elapsed_s)
             self._log("completion", outcome=trace.outcome, ms=round(1e3 * trace.elapsed_s), **trace.facts)
 
-    async def _body(self, request: web.Request) -> bytes:
+    async def _body(self, request: web.Request) -> bytearray:
         if (
             request.content_type != "application/json"
             or request.headers.get("Content-Encoding", "identity") != "identity"
@@ -124,9 +124,18 @@ class Completions:
             raise Refusal(
                 InvalidRequest("the body has to be plain JSON; send Content-Type: application/json"), status=415
             )
+        most = self._settings.max_body_mib << 20
+        body = bytearray()
         try:
             async with asyncio.timeout(self._settings.body_s):
-                return await request.read()
+                async for part in request.content.iter_any():  # aiohttp would keep what it reads as a whole
+                    body += part
+                    if len(body) > most:
+                        raise LimitExceeded(
+                            f"the body is over {self._settings.max_body_mib} MiB; send fewer or smaller images, or "
+                            "raise --max-body-mib"
+                        )
+                return body
         except TimeoutError:
             error = DeadlineExceeded(f"the body did not come within {self._settings.body_s:g} s; send it faster")
             raise Refusal(error, status=408) from None

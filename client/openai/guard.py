@@ -13,7 +13,7 @@ from cxr_triton.client.openai.keys import Keys
 from cxr_triton.client.openai.metrics import Log, Metrics
 from cxr_triton.client.openai.refusal import Refusal
 from cxr_triton.client.openai.settings import Settings
-from cxr_triton.errors import CxrError, InternalError, InvalidConfig, InvalidRequest, LimitExceeded, Unavailable
+from cxr_triton.errors import CxrError, InternalError, InvalidConfig, InvalidRequest, Unavailable
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 OPEN_PATHS = ("/health", "/openapi.json")
@@ -30,7 +30,6 @@ class Guard:
     def __init__(self, settings: Settings, keys: Keys | None, metrics: Metrics, log: Log):
         self._hosts, self._keys = settings.hosts, keys
         self._metrics, self._log = metrics, log
-        self._most_mib = settings.max_body_mib
         self.is_draining = False
 
     def middleware(self) -> Any:
@@ -80,12 +79,6 @@ class Guard:
             return False
 
     def _of_http(self, request: web.Request, error: web.HTTPException) -> Refusal:
-        if error.status == 413:
-            return Refusal(
-                LimitExceeded(
-                    f"the body is over {self._most_mib} MiB; send fewer or smaller images, or raise --max-body-mib"
-                )
-            )
         said = _HTTP.get(error.status, HTTPStatus(error.status).phrase)
         said = said.format(path=repr(request.path[:60]), method=request.method[:20])
         return Refusal(InvalidRequest(said), status=error.status)

@@ -41,6 +41,11 @@ def _ignored(note: str) -> Parameter:
     return Parameter(IGNORED, {}, note)
 
 
+def _object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+_SCHEMA = _object(schema={"type": "object"})
 _NO_TOOLS = "the models call no tools"
 _TOKENS = {"type": "integer", "minimum": 1}
 
@@ -72,7 +77,11 @@ PARAMETERS: dict[str, Parameter] = {
     "logprobs": Parameter(
         TAKEN, _BOOLEAN, "of each token, those of reasoning and tags too; in a stream with its last chunk", "logprobs"
     ),
-    "response_format": Parameter(TAKEN, {"type": "object"}, 'type "text" or "json_schema"'),
+    "response_format": Parameter(
+        TAKEN,
+        {"oneOf": [_object(type={"const": "text"}), _object(type={"const": "json_schema"}, json_schema=_SCHEMA)]},
+        "json_schema holds the answer to the schema while it is written, after free reasoning; text asks for nothing",
+    ),
     "guide": Parameter(TAKEN, {"enum": ["none", "answer"]}, "answer holds an answer to its grammar", "guide"),
     "scores": Parameter(TAKEN, _BOOLEAN, "how sure the model is of each label, in the reading", "scores"),
     # Of this server, as the client's extra_body.

@@ -34,7 +34,7 @@ _TYPES = {
 _NAMES = (
     (r"REQUEST\.(?:prompt|history)\b(?:\[\d+\])?(?:\.content)?", "messages"),
     (r"REQUEST\.max_new_tokens", "max_completion_tokens"),
-    (r"REQUEST\.guide", "response_format"),
+    (r"REQUEST\.guide\.json_schema", "response_format"),
     (r"REQUEST\.(\w+)", r"\1"),
     (r"\bIMAGES: (\d+) given", r"messages: \1 images given"),
     (r"\bREQUEST\b", "the request"),

@@ -94,10 +94,7 @@ class Service:
     async def _runner(self) -> web.AppRunner:
         keeper = self._keeper = Doorkeeper(self.settings.web, self._tell)
         keeper.tls = self._tls
-        app = web.Application(
-            client_max_size=self.settings.max_body_mib << 20,
-            middlewares=[keeper.middleware(), self._guard.middleware()],
-        )
+        app = web.Application(middlewares=[keeper.middleware(), self._guard.middleware()])
         app.on_response_prepare.append(_harden)
         app.router.add_get("/health", self._healthy, allow_head=False)
         app.router.add_get("/metrics", self._metrics_page, allow_head=False)
@@ -111,7 +108,7 @@ class Service:
             handle_signals=False,
             auto_decompress=False,
             handler_cancellation=True,
-            shutdown_timeout=1.0,
+            shutdown_timeout=0.1,
         )
         await runner.setup()
         if runner.server:

@@ -98,62 +98,53 @@ def summary(times: list[tuple[float, float, int]], wall_s: float) -> dict:
     }
 
 
-def closed_loop(ask: Callable, requests: int, concurrency: int) -> dict:
+async def closed_loop(ask: Callable, requests: int, concurrency: int) -> dict:
     """`ask` gives, of the request of a number, the time of its first text and its tokens."""
+    numbers, times = iter(range(requests)), []
 
-    async def run() -> dict:
-        numbers, times = iter(range(requests)), []
+    async def worker() -> None:
+        for number in numbers:
+            begun = time.perf_counter()
+            first, tokens = await ask(number)
+            times.append((first - begun, time.perf_counter() - begun, tokens))
 
-        async def worker() -> None:
-            for number in numbers:
-                begun = time.perf_counter()
-                first, tokens = await ask(number)
-                times.append((first - begun, time.perf_counter() - begun, tokens))
-
-        begun = time.perf_counter()
-        await asyncio.gather(*(worker() for _ in range(concurrency)))
-        return summary(times, time.perf_counter() - begun)
-
-    return asyncio.run(run())
+    begun = time.perf_counter()
+    await asyncio.gather(*(worker() for _ in range(concurrency)))
+    return summary(times, time.perf_counter() - begun)
 
 
-def over_grpc(url: str, files: list[bytes], requests: int, concurrency: int) -> dict:
+async def over_grpc(url: str, files: list[bytes], *load: int) -> dict:
     """Our own client."""
-    readers: list[AsyncReader] = []
+    async with AsyncReader(url) as reader:
 
-    async def ask(number: int) -> tuple[float, int]:
-        if not readers:
-            readers.append(AsyncReader(url))
-        first = None
-        stream = readers[0].read(files[number % len(files)], prompt=PROMPT, max_new_tokens=MOST_TOKENS)
-        async for _ in stream:
-            first = first or time.perf_counter()
-        return first, stream.reading.usage["completion_tokens"]
+        async def ask(number: int) -> tuple[float, int]:
+            first = None
+            stream = reader.read(files[number % len(files)], prompt=PROMPT, max_new_tokens=MOST_TOKENS)
+            async for _ in stream:
+                first = first or time.perf_counter()
+            return first, stream.reading.usage["completion_tokens"]
 
-    return closed_loop(ask, requests, concurrency)
+        return await closed_loop(ask, *load)
 
 
-def over_http(address: str, files: list[bytes], requests: int, concurrency: int) -> dict:
+async def over_http(address: str, files: list[bytes], *load: int) -> dict:
     """OpenAI's client."""
     import openai
 
-    clients: list[openai.AsyncOpenAI] = []
-    parts = [
-        [{"type": "text", "text": PROMPT}, {"type": "image_url", "image_url": {"url": uri(file)}}] for file in files
-    ]
+    options = {"max_completion_tokens": MOST_TOKENS, "stream": True, "stream_options": {"include_usage": True}}
+    images = [{"type": "image_url", "image_url": {"url": uri(file)}} for file in files]
+    async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
 
-    async def ask(number: int) -> tuple[float, int]:
-        if not clients:
-            clients.append(openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0))
-        first = tokens = None
-        messages = [{"role": "user", "content": parts[number % len(parts)]}]
-        options = {"max_completion_tokens": MOST_TOKENS, "stream": True, "stream_options": {"include_usage": True}}
-        async for chunk in await clients[0].chat.completions.create(model="phantom", messages=messages, **options):
-            first = first or time.perf_counter()
-            tokens = chunk.usage.completion_tokens if chunk.usage else tokens
-        return first, tokens
+        async def ask(number: int) -> tuple[float, int]:
+            first = tokens = None
+            content = [{"type": "text", "text": PROMPT}, images[number % len(images)]]
+            messages = [{"role": "user", "content": content}]
+            async for chunk in await client.chat.completions.create(model="phantom", messages=messages, **options):
+                first = first or time.perf_counter()
+                tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+            return first, tokens
 
-    return closed_loop(ask, requests, concurrency)
+        return await closed_loop(ask, *load)
 
 
 def by_aiperf(program: str, address: str, files: list[bytes], requests: int, concurrency: int) -> dict:
@@ -244,8 +235,8 @@ def main(aiperf, vllm, requests, levels, rounds, json_path):
             http_server(server.grpc) as address,
         ):
             tools = {
-                "grpc": lambda *load: over_grpc(server.grpc, files, *load),
-                "openai": lambda *load: over_http(address, files, *load),
+                "grpc": lambda *load: asyncio.run(over_grpc(server.grpc, files, *load)),
+                "openai": lambda *load: asyncio.run(over_http(address, files, *load)),
             }
             if aiperf:
                 result["tools"]["aiperf"] = run([aiperf, "--version"])

@@ -99,6 +99,8 @@ NOT_RUN = {
         r"--format checkpoint|cpu-bf16-vllm|CXR_VLLM_PYTHON": "tests/integration/test_vllm_serving.py does",
     },
     "docs/benchmarks.md": {
+        r"^cxr-triton openai |^aiperf |^vllm ": "the tools are of other environments; openai_bench.py runs all of them",
+        r"openai_bench.py": "takes minutes, and AIPerf and vLLM; test_openai_served.py asks as they do",
         r"bench_harness.py": "takes minutes; tests/integration/test_bench_served.py runs small versions",
         r"bench run build/3b/": "takes 46 minutes, and onnxruntime-genai",
         r"^make bench$": "takes minutes on a machine that does nothing else",

@@ -81,6 +81,23 @@ def test_log_probabilities_are_those_of_the_grpc_client(client, server):
     assert len(given) == 12 and "".join(token.token for token in given) == ours.text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_by_a_schema(client, stream):
+    choices = {"type": "object", "properties": {"label": {"enum": ["Edema", "None"]}}, "required": ["label"]}
+    given = {
+        "type": "json_schema",
+        "json_schema": {"name": "label", "schema": {**choices, "additionalProperties": False}},
+    }
+    asking = {**asked(radiograph(1)), "extra_body": {"mode": "labels"}, "max_completion_tokens": 200, "stream": stream}
+    answer = client.chat.completions.create(**asking, response_format=given)
+    content = streamed(list(answer))[0][1] if stream else answer.choices[0].message.content
+    assert json.loads(content)["label"] in ("Edema", "None")
+    given["json_schema"]["schema"] = {"$ref": "https://example.org/schema"}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(**asking, response_format=given)
+    assert refused.value.param == "response_format"
+
+
 def test_a_conversation_goes_on_as_the_grpc_client_has_it(client, server):
     first = client.chat.completions.create(**asked(radiograph(3)), **SHORT)
     reading, more = first.cxr["reading"], asked(radiograph(3))

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import dataclasses
+import http.client
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 from typing import get_type_hints
 
@@ -271,6 +273,7 @@ SYSTEM = {"role": "system", "content": "You are a pirate."}
 REMOTE = {"type": "image_url", "image_url": {"url": "https://example.org/DOE.png"}}
 HELLO = user("Hello.", image())
 ANSWER = {"role": "assistant", "content": "Hi."}
+JSON = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
 REFUSALS = [
     ({"messages": [SYSTEM, HELLO]}, "messages", "system prompt is the profile's"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "expected user or assistant"),
@@ -315,6 +318,12 @@ REFUSALS = [
     ({"stream": "yes"}, "stream", "true or false"),
     ({"stream_options": []}, "stream_options", "expected an object"),
     ({"identifiers": "none"}, "identifiers", "plain, hashed"),
+    ({"logprobs": "yes"}, "logprobs", "true or false"),
+    ({"response_format": {"type": "json_object"}}, "response_format", 'type "json_schema"'),
+    ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema.schema"),
+    ({"response_format": "json"}, "response_format", "expected an object"),
+    ({"response_format": JSON, "guide": "answer"}, "guide", "drop one"),
+    ({"guide": "all"}, "guide", "none"),
 ]
 
 
@@ -358,6 +367,17 @@ def test_an_answer_may_be_held_to_its_grammar_or_to_a_schema():
     with pytest.raises(Refusal, match=r"response_format\.json_schema: \$ref") as refused:
         asked(body(response_format=given))
     assert refused.value.param == "response_format"
+
+
+SCHEMA = {"type": "object", "properties": {"label": {"type": "string"}}, "required": ["label"]}
+
+
+def test_a_schema_becomes_the_guide():
+    named = {"name": "label", "strict": True, "schema": SCHEMA}
+    found, _ = asked(body(response_format={"type": "json_schema", "json_schema": named}, scores=False))
+    assert found == {"prompt": "Is the heart large?", "guide": {"json_schema": SCHEMA}, "scores": False}
+    assert asked(body(response_format={"type": "text"}))[0] == {"prompt": "Is the heart large?"}
+    assert asked(body(user(image()), guide="answer"))[0] == {"guide": "answer"}
 
 
 def test_every_parameter_of_openais_client_is_in_the_table():
@@ -470,6 +490,24 @@ def test_more_at_once_than_allowed_is_a_full_queue():
             until(lambda: server.ask("POST", "/v1/chat/completions", body())[0] == 200)
 
 
+def test_pictures_are_not_kept_while_their_answer_comes():
+    rooms = [tracemalloc.Filter(True, f"*/{name}/*") for name in ("client", "aiohttp", "json", "asyncio")]
+    with served(forever()) as (triton, server):
+        peer = sent(server, body(stream=True))
+        until(lambda: triton.active == 1)
+        tracemalloc.start()
+        try:
+            other = sent(server, body(user("Large?", image(bytes(8 << 20))), stream=True))
+            other.settimeout(20)
+            assert other.recv(99).startswith(b"HTTP/1.1 200 ")
+            kept = tracemalloc.take_snapshot().filter_traces(rooms)
+            other.close()
+        finally:
+            tracemalloc.stop()
+        peer.close()
+    assert sum(trace.size for trace in kept.traces) < 4 << 20
+
+
 def test_more_bytes_on_their_way_in_than_allowed():
     with served(max_bodies_mib=1, max_body_mib=2) as (_, server):
         with socket.create_connection(server.address) as peer:
@@ -534,6 +572,11 @@ def test_a_client_closes_its_stream():
             assert triton.cancelled.wait(10)
 
 
+def accepts(address: tuple[str, int]) -> bool:
+    with socket.socket() as peer:
+        return peer.connect_ex(address) == 0
+
+
 def test_what_is_under_way_may_end_and_nothing_new_begins():
     go_on = threading.Event()
 
@@ -547,8 +590,15 @@ def test_what_is_under_way_may_end_and_nothing_new_begins():
         with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0) as client:
             stream = iter(client.chat.completions.create(**body(), stream=True))
             next(stream)
+            earlier = http.client.HTTPConnection(*server.address, timeout=20)
+            earlier.request("GET", "/openapi.json")
+            earlier.getresponse().read()
             server.stop()
-            until(lambda: socket.socket().connect_ex(server.address) != 0)
+            until(lambda: not accepts(server.address))
+            earlier.request("POST", "/v1/chat/completions", json.dumps(body()), {"Content-Type": "application/json"})
+            assert earlier.getresponse().status == 503
+            earlier.close()
+            time.sleep(0.5)
             go_on.set()
             assert [c.choices[0].finish_reason for c in stream][-1] == "stop"
 
@@ -722,8 +772,7 @@ def test_what_is_taken_is_what_is_described():
 def test_the_documents_table_is_the_table():
     text = (ROOT / "docs" / "openai.md").read_text("utf-8")
     rows = dict(re.findall(r"^\| `(\w+)` \| (\w+)", text, re.MULTILINE))
-    handled = {name: parameter.handling for name, parameter in PARAMETERS.items()}
-    assert {name: rows.get(name) for name in handled} == handled
+    assert {name: rows.get(name) for name in PARAMETERS} == {name: found.handling for name, found in PARAMETERS.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- command
