@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEBIAN_PACKAGES := dcmtk dicom3tools ghostscript chromium orthanc orthanc-dicomweb postgresql
+DEBIAN_PACKAGES := dcmtk dicom3tools ghostscript chromium orthanc orthanc-dicomweb postgresql nginx-light
 
 .PHONY: demo server-python check lint tree imports types quick test bench clean
 

@@ -35,6 +35,14 @@ def require_endpoint(url: str) -> str:
     return url
 
 
+def leaves_machine(url: str) -> bool:
+    """Whether what is sent to an endpoint, as `require_endpoint` takes it, goes further than the loopback interface."""
+    if re.match(r"unix(-abstract)?:", url):
+        return False
+    target = re.sub(r"^(dns|ipv4|ipv6):(//[^/]*/|/)?", "", url)
+    return not is_loopback(target.rpartition(":")[0])
+
+
 def is_loopback(host: str) -> bool:
     """Whether a host, an IPv6 address with or without brackets, is this machine by its loopback interface."""
     try:

@@ -15,6 +15,7 @@ from tritonclient.grpc import service_pb2 as pb
 from cxr_triton import kserve
 from cxr_triton.client import wire
 from cxr_triton.client.base import Attempts, BaseReader, BaseStream, Calls
+from cxr_triton.client.conversation import Conversation
 from cxr_triton.errors import Cancelled
 from cxr_triton.profile import ModelProfile
 from cxr_triton.reading import Reading
@@ -38,6 +39,12 @@ class AsyncReader(BaseReader["AsyncReadingStream"]):
         super().__post_init__()
         self._streams: weakref.WeakSet[AsyncReadingStream] = weakref.WeakSet()
         self._leaving: set[asyncio.Task] = set()
+
+    def open(
+        self, images: wire.Image | Sequence[wire.Image] = (), *, follow: Sequence[Reading] = (), **options: Any
+    ) -> Conversation[AsyncReadingStream]:
+        """A dialogue about one patient's pictures; see `Reader.open`."""
+        return Conversation(self, images, follow=follow, **options)
 
     async def server_info(self) -> wire.ServerInfo:
         """What answers at the URL, once it is ready and serves the contract; see `Reader.server_info`."""

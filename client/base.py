@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -14,8 +15,7 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 from cxr_triton import kserve
 from cxr_triton.client import wire
 from cxr_triton.client.address import require_endpoint
-from cxr_triton.client.conversation import Conversation
-from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Clock, Timeouts, Tls
+from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Access, Clock, Timeouts, Tls
 from cxr_triton.errors import Cancelled, CxrError, Unavailable
 from cxr_triton.identity import sha256
 from cxr_triton.reading import Reading
@@ -43,9 +43,12 @@ class BaseReader(Generic[Stream]):
     model: str = "cxr_reader"
     max_message_mib: int = 256
     tls: Tls | None = None
+    token_file: str | os.PathLike | None = None
 
     def __post_init__(self):
         require_endpoint(self.url)
+        self._access = Access(self.tls, self.token_file)
+        self._access.require_private(self.url)
         self._closed = False
         self._calls: Calls | None = None
 
@@ -112,28 +115,25 @@ class BaseReader(Generic[Stream]):
         message = wire.infer_request(self.model, contents, request, self.max_message_mib)
         return self._stream(message, [sha256(content) for content in contents])
 
-    def open(
-        self, images: wire.Image | Sequence[wire.Image] = (), *, follow: Sequence[Reading] = (), **options: Any
-    ) -> Conversation[Stream]:
-        """A dialogue about one patient's pictures, with each turn's questions and answers sent along with the next.
-
-        Parameters, errors and an example: `cxr_triton.client.Conversation`.
-        """
-        return Conversation(self, images, follow=follow, **options)
-
     def _stream(self, request: pb.ModelInferRequest, sent: Sequence[str]) -> Stream:
         raise NotImplementedError
 
     def _open(self, library: Any) -> Calls:
         """A channel of `grpc` or `grpc.aio`."""
         options = kserve.channel_options(self.max_message_mib)
-        if self.tls:
-            channel = library.secure_channel(self.url, self.tls.credentials(), options)
-        else:
-            channel = library.insecure_channel(self.url, options)
+        channel = self._access.channel(library, self.url, options)
         stub = GRPCInferenceServiceStub(channel)
         infer = channel.unary_stream(kserve.STREAM_INFER, **kserve.STREAM_INFER_TYPES)
-        return Calls(channel, stub.ServerMetadata, stub.ModelMetadata, stub.ModelConfig, infer)
+        return Calls(channel, *map(self._let_in, (stub.ServerMetadata, stub.ModelMetadata, stub.ModelConfig, infer)))
+
+    def _let_in(self, rpc: Callable[..., Any]) -> Callable[..., Any]:
+        """`rpc` with the credentials of the moment that it is called at."""
+        metadata = self._access.metadata
+
+        def call(request: object, timeout: float | None = None) -> Any:
+            return rpc(request, timeout=timeout, metadata=metadata())
+
+        return call
 
     def _opened(self) -> Calls:
         if self._calls is None:

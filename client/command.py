@@ -22,14 +22,15 @@ from cxr_triton.cli import (
     OUT_FOLDER,
     TASKS,
     Waiting,
+    access_options,
     json_option,
     printable,
     write_json,
 )
-from cxr_triton.client.address import is_loopback
+from cxr_triton.client.address import leaves_machine
 from cxr_triton.client.conversation import turns_of
 from cxr_triton.client.folder import DICOMDIR, Row, files_in, read_folder
-from cxr_triton.client.limits import Timeouts, Tls
+from cxr_triton.client.limits import Access, Timeouts
 from cxr_triton.client.page import decode_rate, draw, reading_page
 from cxr_triton.client.reader import Reader, ReadingStream
 from cxr_triton.errors import CxrError, InvalidRequest, ServerMismatch
@@ -59,13 +60,7 @@ def connection(command):
             metavar="S",
             help="Longest wait for the whole reading.",
         ),
-        click.option(
-            "--tls-ca", type=FILE, metavar="PEM", help="Encrypt, and trust servers that these authorities signed."
-        ),
-        click.option(
-            "--tls-cert", type=FILE, metavar="PEM", help="This client's certificate, where the server asks for one."
-        ),
-        click.option("--tls-key", type=FILE, metavar="PEM", help="The key of --tls-cert."),
+        access_options,
     )
     for option in reversed(options):
         command = option(command)
@@ -77,14 +72,12 @@ def connect(
     *,
     url: str,
     timeout_s: float,
-    tls_ca: Path | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
+    **access: Path | None,
 ) -> Reader:
     """A reader at `url`; warns where `images` would travel in clear text."""
-    tls = Tls(ca=tls_ca, cert=tls_cert, key=tls_key) if tls_ca or tls_cert else None
-    reader = Reader(url, timeouts=Timeouts(first_delta_s=None, total_s=timeout_s), tls=tls)
-    if images and not tls and not is_loopback(url.rpartition(":")[0]):
+    let_in = Access.of(**access)
+    reader = Reader(url, timeouts=Timeouts(first_delta_s=None, total_s=timeout_s), **vars(let_in))
+    if images and not let_in.tls and leaves_machine(url):
         click.echo(f"warning: the pictures travel unencrypted to {printable(url)}; use --tls-ca", err=True)
     return reader
 
@@ -267,7 +260,15 @@ def _read_folder(folder: Path, out: Path, options: dict, server: dict, json_path
         reader, is_warned = connect([] if is_warned else [data], **server), True
         return received(reader, [file], [data], **options)
 
-    for number, row in enumerate(read_folder(folder, files, out, options["task"], ask), 1):
+    def is_asked(reading: Reading) -> bool:
+        has_scores = "scores" in reading.timings_ms or reading.finish_reason != "stop"  # none are of a cut answer
+        return (
+            options["task"] in (None, reading.task)
+            and (not options["logprobs"] or bool(reading.token_logprobs))
+            and (not options["scores"] or has_scores)
+        )
+
+    for number, row in enumerate(read_folder(folder, files, out, is_asked, ask), 1):
         rows.append(row)
         said = f"{row.status}{', was there' if row.was_there else ''}{f': {row.said}' if row.said else ''}"
         click.echo(printable(f"[{number}/{len(files)}] {row.file}: {said}"), err=True)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic
 
 from cxr_triton.client import wire
+from cxr_triton.client.base import BaseReader, Stream
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.identity import require_same_images, sha256
 from cxr_triton.reading import Reading
 from cxr_triton.request import MAX_TURNS
-
-if TYPE_CHECKING:
-    from cxr_triton.client.base import BaseReader, BaseStream
-
-Stream = TypeVar("Stream", bound="BaseStream")
 
 
 class Conversation(Generic[Stream]):

@@ -71,7 +71,11 @@ def files_in(folder: Path, out: Path) -> list[Path]:
 
 
 def read_folder(
-    folder: Path, files: list[Path], out: Path, task: str | None, ask: Callable[[Path, bytes], Reading]
+    folder: Path,
+    files: list[Path],
+    out: Path,
+    is_asked: Callable[[Reading], bool],
+    ask: Callable[[Path, bytes], Reading],
 ) -> Iterator[Row]:
     """Read each file that is an image; a refused one does not keep the others from being read.
 
@@ -80,10 +84,10 @@ def read_folder(
     files : list of Path
         Of `files_in`.
     out : Path
-        Gets ``NAME.json`` of each, in the same folders; one that is there already, about the same bytes and task, is
-        not read again.
-    task : str or None
-        None takes whatever was asked.
+        Gets ``NAME.json`` of each, in the same folders; one that is there already, about the same bytes, is not read
+        again where it has what is asked for.
+    is_asked : callable
+        Says whether a reading has that.
     ask : callable
         Gives the reading of a file and its contents.
 
@@ -105,7 +109,7 @@ def read_folder(
         if not may_be_image(data):
             yield Row(name, "NO_IMAGE", kind_of(data))
             continue
-        if (earlier := _earlier(path, data, task)) is not None:
+        if (earlier := _earlier(path, data, is_asked)) is not None:
             yield Row(name, earlier.status, path=path, reading=earlier, was_there=True)
             continue
         try:
@@ -118,12 +122,11 @@ def read_folder(
         yield Row(name, reading.status, path=path, reading=reading)
 
 
-def _earlier(path: Path, data: bytes, task: str | None) -> Reading | None:
-    """The reading that lies there, if it is of these bytes and this task."""
+def _earlier(path: Path, data: bytes, is_asked: Callable[[Reading], bool]) -> Reading | None:
+    """The reading that lies there, if it is of these bytes and has what is asked for."""
     try:
         reading = Reading.from_json(path.read_bytes())
     except (OSError, ServerMismatch):
         return None
     digests = [facts.get("identity", {}).get("file_sha256") for facts in reading.images]
-    is_same = digests == [sha256(data)] and task in (None, reading.task)
-    return reading if is_same else None
+    return reading if digests == [sha256(data)] and is_asked(reading) else None

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from cxr_triton.client.address import leaves_machine
+from cxr_triton.errors import InvalidConfig, InvalidRequest
 
 if TYPE_CHECKING:
     import grpc
@@ -93,3 +97,72 @@ class Tls:
 
         ca, cert, key = (Path(path).read_bytes() if path else None for path in (self.ca, self.cert, self.key))
         return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)
+
+
+@dataclass(frozen=True)
+class Access:
+    """How a client is let in by a server, or by the front door before it.
+
+    Attributes
+    ----------
+    tls : Tls, optional
+        Encrypts the channel.
+    token_file : path, optional
+        File with a bearer token, which goes along with every call. It is read for each, so that a token may be
+        exchanged while a program runs.
+    """
+
+    tls: Tls | None = None
+    token_file: str | os.PathLike | None = None
+
+    @classmethod
+    def of(cls, *, tls_ca=None, tls_cert=None, tls_key=None, token_file=None) -> Access:
+        """From the values of `cxr_triton.cli.access_options`."""
+        return cls(Tls(tls_ca, tls_cert, tls_key) if tls_ca or tls_cert else None, token_file)
+
+    def require_private(self, url: str) -> None:
+        """Refuse a token that others could read on its way, and one that cannot be used.
+
+        Raises
+        ------
+        InvalidRequest
+            The channel to `url` leaves this machine unencrypted.
+        InvalidConfig
+            The file holds no token.
+        """
+        if not self.token_file:
+            return
+        if not self.tls and leaves_machine(url):
+            raise InvalidRequest(f"{url}: a token is not sent unencrypted; give the authority of its certificate, tls")
+        self.metadata()
+
+    def channel(self, library: Any, url: str, options: list) -> Any:
+        """A channel of `grpc` or `grpc.aio`."""
+        if self.tls:
+            return library.secure_channel(url, self.tls.credentials(), options)
+        return library.insecure_channel(url, options)
+
+    def metadata(self) -> list[tuple[str, str]]:
+        """What goes along with a call; raises `InvalidConfig` where the file holds no token."""
+        return [("authorization", f"Bearer {read_token(self.token_file)}")] if self.token_file else []
+
+
+NO_ACCESS = Access()
+"""Of a server that asks for nothing, on this machine."""
+
+
+def read_token(path: str | os.PathLike) -> str:
+    """The token that a file holds.
+
+    Raises
+    ------
+    InvalidConfig
+        The file cannot be read, or is not one line of printable ASCII characters without blanks.
+    """
+    try:
+        token = Path(path).read_text("ascii", "replace").strip()
+    except OSError as error:
+        raise InvalidConfig(f"token_file: {path} cannot be read ({error.strerror})") from None
+    if not re.fullmatch(r"[!-~]{1,4096}", token):
+        raise InvalidConfig(f"token_file: {path} holds no token; write one line of printable characters into it")
+    return token

@@ -18,6 +18,7 @@ from tritonclient.grpc import service_pb2 as pb
 from cxr_triton import kserve
 from cxr_triton.client import wire
 from cxr_triton.client.base import Attempts, BaseReader, BaseStream
+from cxr_triton.client.conversation import Conversation
 from cxr_triton.profile import ModelProfile
 from cxr_triton.reading import Reading
 
@@ -37,11 +38,16 @@ class Reader(BaseReader["ReadingStream"]):
         Largest request and response.
     tls : Tls, optional
         Encrypts the channel. Without it pictures travel in clear text, which is meant for the loopback interface.
+    token_file : path, optional
+        File with the bearer token that a front door asks for; read for each call. Off the loopback interface it is
+        sent with `tls` only.
 
     Raises
     ------
     InvalidRequest
-        `url` is no host and port; the message says how to write it.
+        `url` is no host and port, and the message says how to write it; or the token would travel unencrypted.
+    InvalidConfig
+        `token_file` holds no token.
 
     Examples
     --------
@@ -59,6 +65,15 @@ class Reader(BaseReader["ReadingStream"]):
         self._escort = _Escort(self._watchdog)
         self._streams: weakref.WeakSet[ReadingStream] = weakref.WeakSet()
         kserve.at_exit(self, Reader._drop)
+
+    def open(
+        self, images: wire.Image | Sequence[wire.Image] = (), *, follow: Sequence[Reading] = (), **options: Any
+    ) -> Conversation[ReadingStream]:
+        """A dialogue about one patient's pictures: each turn takes along what was asked and answered before.
+
+        Parameters, errors and an example: `cxr_triton.client.Conversation`.
+        """
+        return Conversation(self, images, follow=follow, **options)
 
     def server_info(self) -> wire.ServerInfo:
         """What answers at the URL, once it is ready and serves the contract.

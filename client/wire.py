@@ -20,6 +20,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from cxr_triton.client.limits import Timeouts
 from cxr_triton.errors import (
+    AccessDenied,
     Cancelled,
     CxrError,
     DeadlineExceeded,
@@ -186,11 +187,14 @@ def server_error(text: str) -> CxrError:
     if type(error) is InternalError and text == error.message:
         if "Exceeds maximum queue size" in text:
             return QueueFull(f"{text}; send the request again later")
+        if _ENDS in text:
+            return Unavailable(f"{text}: the server is starting or ending; send the request again later")
         if "unknown model" in text or "unexpected inference input" in text or "unexpected datatype" in text:
             return ServerMismatch(f"{text}; use the client of the server's release")
     return error
 
 
+_ENDS = "has no available versions"  # what Triton says of a model that it has, but not now
 _NO_GRPC = ("Socket closed", "Failed parsing HTTP/2", "http1.x server")  # what gRPC says of a server of HTTP/1
 
 
@@ -198,6 +202,8 @@ def connect_error(error: grpc.RpcError, url: str, model: str, timeouts: Timeouts
     """The exception for a failed check of the server; `Unavailable` is the one worth another attempt."""
     error.__traceback__ = None  # would keep the call
     code, details = error.code(), error.details() or ""
+    if _ENDS in details:
+        return Unavailable(f"the server at {url} is starting or ending ({details}); send the request again later")
     if code is grpc.StatusCode.NOT_FOUND or (code is grpc.StatusCode.UNAVAILABLE and "unknown model" in details):
         return ServerMismatch(f"no model {model!r} at {url}; serve a repository written by `cxr-triton package`")
     if code is grpc.StatusCode.UNIMPLEMENTED:
@@ -225,6 +231,10 @@ def stream_error(error: grpc.RpcError, url: str, timeouts: Timeouts) -> CxrError
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return late("total_s", timeouts, url)
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return AccessDenied(
+            f"{url} lets nobody in with these credentials ({details}); give a token or certificate that holds"
+        )
     if code is grpc.StatusCode.CANCELLED:
         return Cancelled(f"reading at {url} was cancelled before its end")
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:

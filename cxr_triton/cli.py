@@ -69,6 +69,11 @@ VERBS = {
         "evaluate",
         "Measure a served reader's accuracy on labelled data.",
     ),
+    "archive": (
+        "cxr_triton.archive.command:archive",
+        "archive",
+        "Read an archive through, into Parquet files.",
+    ),
     "doctor": ("cxr_triton.doctor.command:doctor", None, "Look at what a deployment needs, and say what to do."),
     "demo": ("cxr_triton.triton_repo.command:demo", "local", "Export, build, package, serve and read on this CPU."),
 }
@@ -129,6 +134,13 @@ EXAMPLES = {
         "evaluate measure result.jsonl --html result.html",
         "evaluate measure after.jsonl --against before.jsonl --images ChestX-ray14/ --html result.html",
     ),
+    "archive": (
+        "archive radiographs/ --url 127.0.0.1:8001 -o rows/",
+        "archive 'radiographs/**/*.dcm' --url 127.0.0.1:8001 --url 127.0.0.1:9001 --actors 2 -o rows/",
+        "archive 'https://pacs.example/dicom-web/studies?StudyDate=20260101-&ModalitiesInStudy=DX'"
+        " --url 127.0.0.1:8001 -o rows/",
+        "archive radiographs/ --in-process bundle/ -o rows/ --html rows.html",
+    ),
     "doctor": ("doctor", "doctor repository/ --url 127.0.0.1:8001 --gateway gateway.yaml"),
     "demo": ("demo -o build/demo",),
 }
@@ -175,6 +187,31 @@ json_option = click.option(
     type=Output(dir_okay=False, writable=True, allow_dash=True),
     help="Write the result as JSON; with - it is all that goes to standard output.",
 )
+_PEM = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+def access_options(command):
+    """How a verb is let in by a server or the front door before it; `cxr_triton.client.limits.Access.of` takes them."""
+    options = (
+        click.option(
+            "--tls-ca", type=_PEM, metavar="PEM", help="Encrypt, and trust servers that these authorities signed."
+        ),
+        click.option(
+            "--tls-cert", type=_PEM, metavar="PEM", help="This client's certificate, where the server asks for one."
+        ),
+        click.option("--tls-key", type=_PEM, metavar="PEM", help="The key of --tls-cert."),
+        click.option(
+            "--token-file",
+            type=_PEM,
+            metavar="FILE",
+            envvar="CXR_TRITON_TOKEN_FILE",
+            show_envvar=True,
+            help="A bearer token, where a front door asks for one.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 _SHORT = r'(?:[-+.\w]+|"[-. \w]{0,20}")'

@@ -17,6 +17,7 @@
     ├── DeadlineExceeded      DEADLINE_EXCEEDED
     ├── Cancelled             CANCELLED
     ├── Unavailable           UNAVAILABLE            may be retried
+    ├── AccessDenied          ACCESS_DENIED
     ├── ServerMismatch        SERVER_MISMATCH
     ├── InternalError         INTERNAL
     ├── InvalidProfile        INVALID_PROFILE
@@ -157,6 +158,12 @@ class Unavailable(CxrError):
     """The server cannot be reached, is starting or stopping; check its address and health, then try again."""
 
     code = "UNAVAILABLE"
+
+
+class AccessDenied(CxrError):
+    """What stands before the server takes neither token nor certificate; renew them, or ask who runs it."""
+
+    code = "ACCESS_DENIED"
 
 
 class ServerMismatch(CxrError):

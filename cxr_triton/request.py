@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -47,6 +48,7 @@ _KEYS = (
     "logprobs",
     "scores",
 )
+_LETTERED = re.compile(r"^\([A-Z]\) (.+)$", re.MULTILINE)
 _RANGES = {f.name: f.metadata["range"] for f in dataclasses.fields(Decoding)}
 
 
@@ -271,8 +273,9 @@ def _flag(data: dict, key: str) -> bool:
 
 def _scoring(data: dict, task: Task | None, answer: str, grammar: str, labels: tuple[str, ...]) -> Scoring:
     if answer == "option":
-        options = data.get("variables", {}).get("options")
-        return Scoring(grammar=grammar, answer=answer, choices=tuple(options) if isinstance(options, list) else ())
+        options = data.get("variables", {}).get("options", "")
+        choices = options if isinstance(options, list) else _LETTERED.findall(options)
+        return Scoring(grammar=grammar, answer=answer, choices=tuple(choices))
     if answer not in ("labels", "text") or not labels:
         what = "a free prompt's answer has no labels in the served profile"
         if answer == "json":

@@ -9,13 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cxr_triton.client.limits import NO_ACCESS, Access
 from cxr_triton.engines.bundle import MANIFEST, Bundle
 from cxr_triton.engines.serving import BUNDLE
 from cxr_triton.errors import CxrError, InvalidRequest
 
 if TYPE_CHECKING:
     from cxr_triton.client.gateway.config import Config
-    from cxr_triton.client.limits import Tls
 
 OK, WARN, FAIL, SKIPPED = STATUSES = ("ok", "warn", "fail", "skipped")
 REPOSITORY = "repository"
@@ -110,8 +110,8 @@ class Case:
         Host and port of Triton's gRPC endpoint.
     is_asked : bool
         The user named `url`: there has to be a server.
-    tls : Tls, optional
-        How to trust it.
+    access : Access
+        How it lets a client in.
     config_path : Path, optional
         Of the gateway's ``gateway.yaml``.
     offline : bool
@@ -123,7 +123,7 @@ class Case:
     path: Path | None = None
     url: str = "127.0.0.1:8001"
     is_asked: bool = False
-    tls: Tls | None = None
+    access: Access = NO_ACCESS
     config_path: Path | None = None
     offline: bool = False
     root: Path = Path("/")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from cxr_triton.cli import EXIT_NOT_AS_ASKED, Waiting, json_option, printable, write_json
+from cxr_triton.cli import EXIT_NOT_AS_ASKED, Waiting, access_options, json_option, printable, write_json
 from cxr_triton.client.address import require_endpoint
-from cxr_triton.client.limits import Tls
+from cxr_triton.client.limits import Access
 from cxr_triton.doctor.check import FAIL, WARN, Case
 from cxr_triton.errors import InvalidRequest
 
@@ -28,9 +28,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--url", metavar="HOST:PORT", help=f"Triton's gRPC endpoint, which has to answer.  [default: {DEFAULT_URL}]"
 )
 @click.option("--gateway", "config_path", metavar="YAML", type=FILE, help="The gateway's configuration.")
-@click.option("--tls-ca", type=FILE, metavar="PEM", help="Encrypt the calls of --url; authorities of its certificate.")
-@click.option("--tls-cert", type=FILE, metavar="PEM", help="This client's certificate, where the server asks for one.")
-@click.option("--tls-key", type=FILE, metavar="PEM", help="The key of --tls-cert.")
+@access_options
 @click.option("--offline", is_flag=True, help="Open no connection: look at files and the machine only.")
 @click.option("--strict", is_flag=True, help="Warnings end with status 3, too.")
 @json_option
@@ -39,12 +37,10 @@ def doctor(
     *,
     url: str | None,
     config_path: Path | None,
-    tls_ca: Path | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
     offline: bool,
     strict: bool,
     json_path: str | None,
+    **access: Path | None,
 ):
     """Look at everything that a deployment needs, and say what is wrong and what to do.
 
@@ -60,7 +56,7 @@ def doctor(
         path=folder,
         url=_address(url) if url else DEFAULT_URL,
         is_asked=url is not None,
-        tls=Tls(ca=tls_ca, cert=tls_cert, key=tls_key) if tls_ca or tls_cert else None,
+        access=Access.of(**access),
         config_path=config_path,
         offline=offline,
     )

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cxr_triton.client.address import is_loopback
-from cxr_triton.client.gateway.config import LEAST_KEY_BYTES, Config, TlsFiles, read_token
+from cxr_triton.client.gateway.config import LEAST_KEY_BYTES, Config, TlsFiles
+from cxr_triton.client.limits import read_token
 from cxr_triton.doctor.certificates import own
 from cxr_triton.doctor.check import (
     Absent,
@@ -163,6 +164,7 @@ def tokens(case: Case) -> Iterator[Finding]:
     named = [(f"{name}.token_file", to.token_file) for name, to in case.config.remotes()]
     if case.config.web:
         named.append(("web.token_file", case.config.web.token_file))
+    named.append(("read.token_file", case.config.read.token_file))
     for key, path in named:
         if path:
             try:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from cxr_triton.client.gateway.config import Config, Remote
+from cxr_triton.client.gateway.config import Config, Remote, Unreachable
 from cxr_triton.doctor.certificates import dated, presented, untrusted
 from cxr_triton.doctor.check import Case, Check, Finding, fail, ok, refused, warn
 from cxr_triton.errors import CxrError, InvalidConfig
@@ -43,7 +43,7 @@ def peer_certificates(case: Case) -> Iterator[Finding]:
 
 def echo(case: Case) -> Iterator[Finding]:
     """Each PACS answers a C-ECHO to this gateway's AE title."""
-    from cxr_triton.client.gateway.association import Unreachable, associate
+    from cxr_triton.client.gateway.association import associate
     from cxr_triton.client.gateway.dimse import UNCOMPRESSED, VERIFICATION
 
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL + 1)
@@ -97,8 +97,7 @@ def reader(case: Case) -> Iterator[Finding]:
     here = case.config.read
     wanted = "a ready server with the model cxr_reader"
     try:
-        tls = here.tls.grpc() if here.tls else None
-        with Reader(here.url, timeouts=Timeouts(connect_s=5.0), tls=tls) as connected:
+        with Reader(here.url, timeouts=Timeouts(connect_s=5.0), **vars(here.access)) as connected:
             info = connected.server_info()
     except (CxrError, OSError) as error:
         message = error.message if isinstance(error, CxrError) else f"{error.strerror}; see read.tls"

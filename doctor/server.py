@@ -21,7 +21,7 @@ from cxr_triton.doctor.listening import (
     server_process,
 )
 from cxr_triton.doctor.machine import control_group_limit
-from cxr_triton.errors import ServerMismatch, Unavailable
+from cxr_triton.errors import AccessDenied, ServerMismatch, Unavailable
 from cxr_triton.triton_repo.renew import RENEW_MIB, resident_mib
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ def ready(case: Case) -> Iterator[Finding]:
             yield ok(case.url, "free: no server runs", "free, or a server")
         return
     try:
-        with Reader(case.url, timeouts=Timeouts(connect_s=_CALL_S), tls=case.tls) as reader:
+        with Reader(case.url, timeouts=Timeouts(connect_s=_CALL_S), **vars(case.access)) as reader:
             info = reader.server_info()
-    except (ServerMismatch, Unavailable) as error:
+    except (AccessDenied, ServerMismatch, Unavailable) as error:
         if case.is_asked:
             yield refused(case.url, error.message, wanted)
         else:
@@ -90,7 +90,7 @@ def version(case: Case) -> Iterator[Finding]:
     from tritonclient.grpc import service_pb2 as pb
 
     with _stub(case) as stub:
-        said = stub.ServerMetadata(pb.ServerMetadataRequest(), timeout=_CALL_S).version
+        said = stub.ServerMetadata(pb.ServerMetadataRequest(), timeout=_CALL_S, metadata=case.access.metadata()).version
     numbers = tuple(int(part) for part in said.split(".")[:2] if part.isdigit())
     outside = [] if is_loopback(case.host) else [case.host]
     outside += beyond_loopback(case, case.port) if is_loopback(case.host) else []
@@ -147,8 +147,8 @@ def metrics(case: Case) -> Iterator[Finding]:
 
 def encryption(case: Case) -> Iterator[Finding]:
     """What leaves this machine for the server is encrypted."""
-    if case.tls or is_loopback(case.host):
-        yield ok(case.url, "TLS" if case.tls else "loopback", "TLS off this machine")
+    if case.access.tls or is_loopback(case.host):
+        yield ok(case.url, "TLS" if case.access.tls else "loopback", "TLS off this machine")
     else:
         yield fail(
             case.url,
@@ -317,13 +317,8 @@ def _stub(case: Case) -> Iterator[GRPCInferenceServiceStub]:
 
     from cxr_triton.kserve import channel_options
 
-    options = channel_options(16)
-    if case.tls:
-        channel = grpc.secure_channel(case.url, case.tls.credentials(), options)
-    else:
-        channel = grpc.insecure_channel(case.url, options)
     try:
-        with channel:
+        with case.access.channel(grpc, case.url, channel_options(16)) as channel:
             yield GRPCInferenceServiceStub(channel)
     except grpc.RpcError as error:
         error.__traceback__ = None  # it is the call, which its traceback would keep alive

@@ -18,6 +18,7 @@ from cxr_triton.cli import (
     OUT_FILE,
     TASKS,
     Waiting,
+    access_options,
     json_option,
     names,
     printable,
@@ -50,6 +51,7 @@ def evaluate():
 @click.argument("data", type=click.Path(exists=True, path_type=Path))
 @click.argument("repository", required=False, type=FOLDER)
 @click.option("--url", help="gRPC endpoint of a server that runs already, in place of REPOSITORY.")
+@click.option("--archive", type=FOLDER, help="Take what `cxr-triton archive` read, in place of REPOSITORY.")
 @click.option(
     "-o", "--out", required=True, type=OUT_FILE, metavar="RESULT", help="JSON Lines: a header, then the rows."
 )
@@ -79,41 +81,41 @@ def evaluate():
     "--timeout-s", type=click.FloatRange(0, min_open=True), default=600.0, show_default=True, help="Of one reading."
 )
 @click.option("--ready-timeout-s", default=600.0, show_default=True, help="For REPOSITORY to be loaded and warm.")
-@click.option("--tls-ca", type=FILE, metavar="PEM", help="Encrypt, and trust servers that these authorities signed.")
-@click.option("--tls-cert", type=FILE, metavar="PEM", help="This client's certificate, where the server asks for one.")
-@click.option("--tls-key", type=FILE, metavar="PEM", help="The key of --tls-cert.")
+@access_options
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run left of RESULT.")
 @json_option
 def run(
-    *, data: Path, repository: Path | None, url: str | None, out: Path, format_: str | None, concurrency: int,
-    timeout_s: float, ready_timeout_s: float, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None,
-    restart: bool, json_path: str | None, **asked,
+    *, data: Path, repository: Path | None, url: str | None, archive: Path | None, out: Path, format_: str | None,
+    concurrency: int, timeout_s: float, ready_timeout_s: float, tls_ca: Path | None, tls_cert: Path | None,
+    tls_key: Path | None, token_file: Path | None, restart: bool, json_path: str | None, **asked,
 ):  # fmt: skip
     """Read all studies of DATA, and write what was answered beside what is known.
 
     DATA is a YAML file that describes a data set, or with --format the data set itself. It is read by REPOSITORY, which
-    is served for it on free ports of this machine, or by the server at --url. Every row is on the disk at once; the
-    same command goes on where it was stopped. A study that cannot be read is a row with its error.
+    is served for it on free ports of this machine, or by the server at --url; or --archive has its readings already.
+    Every row is on the disk at once; the same command goes on where it was stopped. A study that cannot be read is a
+    row with its error.
 
     Exit status 3 when a study could not be read; 1 when none could; 75 when the server is out of reach, and the same
     command goes on.
     """
-    from cxr_triton.client.address import is_loopback, require_endpoint
-    from cxr_triton.client.limits import Tls
+    from cxr_triton.client.address import leaves_machine, require_endpoint
+    from cxr_triton.client.limits import Access
     from cxr_triton.evaluate import rows
     from cxr_triton.evaluate.config import load_data
     from cxr_triton.evaluate.run import Server, counts, opened
 
-    if bool(url) == bool(repository):
-        raise click.UsageError("give REPOSITORY or --url, one of them")
-    tls = Tls(ca=tls_ca, cert=tls_cert, key=tls_key) if tls_ca or tls_cert else None
-    if url and not tls and not is_loopback(require_endpoint(url).rpartition(":")[0]):
+    if sum(map(bool, (url, repository, archive))) != 1:
+        raise click.UsageError("give REPOSITORY, --url or --archive, one of them")
+    access = Access.of(tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, token_file=token_file)
+    if url and not access.tls and leaves_machine(require_endpoint(url)):
         click.echo(f"warning: the pictures travel unencrypted to {printable(url)}; use --tls-ca", err=True)
     with opened(load_data(data, format=format_, **asked), out, restart=restart) as evaluation:
         _say_what_was_met(evaluation.header)
         if not evaluation.is_complete:
-            with _served(repository, url, ready_timeout_s) as endpoint:
-                _run(evaluation, Server(url=endpoint, concurrency=concurrency, timeout_s=timeout_s, tls=tls))
+            with _served(repository, url or str(archive), ready_timeout_s) as endpoint:
+                limits = {"concurrency": concurrency, "timeout_s": timeout_s}
+                _run(evaluation, Server(url=endpoint, access=access, archive=archive, **limits))
     result = rows.read(out)
     counted = counts(iter(result))
     said = ", ".join(f"{number} {name}" for name, number in counted.items())

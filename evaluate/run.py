@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from cxr_triton import __version__
-from cxr_triton.client import AsyncReader, Timeouts, Tls
-from cxr_triton.errors import CxrError, QueueFull, ServerMismatch, Unavailable
+from cxr_triton.client import AsyncReader, Timeouts
+from cxr_triton.client.limits import NO_ACCESS, Access
+from cxr_triton.errors import AccessDenied, CxrError, QueueFull, ServerMismatch, Unavailable
 from cxr_triton.evaluate.adapters import format_of
 from cxr_triton.evaluate.asking import Questions
 from cxr_triton.evaluate.config import Data
 from cxr_triton.evaluate.dataset import Case, DataSet, prepare
 from cxr_triton.evaluate.journal import JOURNAL, Journal, is_begun, is_complete, work_folder
 from cxr_triton.evaluate.rows import BAD_TRUTH, MISSING_FILE, Header, Row
+from cxr_triton.evaluate.stored import Archive
 from cxr_triton.files import locked
 from cxr_triton.identity import sha256
 from cxr_triton.reading import Reading
@@ -39,23 +41,29 @@ class Server:
     Attributes
     ----------
     url : str
-        gRPC endpoint.
+        gRPC endpoint; of an archive its folder, for messages.
     concurrency : int
         Studies under way at once.
     timeout_s : float
         Limit of one reading, and of waiting for a full queue.
-    tls : Tls, optional
+    access : Access
+        How it lets a client in.
+    archive : Path, optional
+        What `cxr-triton archive` wrote; its readings are taken, and no server is asked.
     """
 
     url: str
     concurrency: int = 4
     timeout_s: float = 600.0
-    tls: Tls | None = None
+    access: Access = NO_ACCESS
+    archive: Path | None = None
 
-    def reader(self) -> AsyncReader:
+    def reader(self) -> AsyncReader | Archive:
         """A client of it."""
+        if self.archive:
+            return Archive(self.archive)
         timeouts = Timeouts(first_delta_s=None, idle_s=None, total_s=self.timeout_s)
-        return AsyncReader(self.url, timeouts=timeouts, tls=self.tls)
+        return AsyncReader(self.url, timeouts=timeouts, **vars(self.access))
 
 
 @dataclass(frozen=True)
@@ -164,13 +172,13 @@ class _Run:
             except BaseExceptionGroup as failed:
                 raise failed.exceptions[0] from None
 
-    async def _work(self, reader: AsyncReader) -> None:
+    async def _work(self, reader: AsyncReader | Archive) -> None:
         for case in self._cases:
             row, pictures = await self._row(reader, case)
             self._journal.add(row, pictures, time.monotonic() - self._began_s)
             self._tell(row)
 
-    async def _row(self, reader: AsyncReader, case: Case) -> tuple[Row, list[str]]:
+    async def _row(self, reader: AsyncReader | Archive, case: Case) -> tuple[Row, list[str]]:
         """The case's row, and the digests of its pictures."""
         if case.fault:
             return _failed(case, BAD_TRUTH, case.fault), []
@@ -184,14 +192,14 @@ class _Run:
             asked_s = time.monotonic()
             try:
                 readings = [await self._read(reader, images, asked) for asked in self._evaluation.questions.of(case)]
-            except (Unavailable, ServerMismatch):
+            except (AccessDenied, Unavailable, ServerMismatch):
                 raise
             except CxrError as error:
                 return _failed(case, error.code, error.message), pictures
             asked_ms = 1e3 * (time.monotonic() - asked_s)
         return self._evaluation.questions.row(case, readings, asked_ms), pictures
 
-    async def _read(self, reader: AsyncReader, images: list[bytes], asked: dict[str, Any]) -> Reading:
+    async def _read(self, reader: AsyncReader | Archive, images: list[bytes], asked: dict[str, Any]) -> Reading:
         """A reading, asked again while the server's queue is full."""
         ends_s = time.monotonic() + self._server.timeout_s
         while True:

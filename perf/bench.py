@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from cxr_triton.client import Reader, Timeouts
+from cxr_triton.client.limits import NO_ACCESS, Access
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, unknown_key
 from cxr_triton.perf import perf_analyzer
 from cxr_triton.perf.environment import Stolen, environment
@@ -116,6 +117,8 @@ class Bench:
         Of a warm server.
     tool : PerfAnalyzer, optional
         Without it our driver sweeps alone.
+    door : str and Access, optional
+        Of the front door that the load goes through; the observer asks the server itself.
     timeout_s : float
         Limit of one request.
     on_run : callable
@@ -129,13 +132,15 @@ class Bench:
         observer: Observer,
         tool: PerfAnalyzer | None = None,
         *,
+        door: tuple[str, Access] | None = None,
         timeout_s: float = 600.0,
         on_run: Callable[[str], None] = lambda what: None,
     ):
-        self.url, self.workload, self.plan, self.observer, self.tool = observer.url, workload, plan, observer, tool
+        self.workload, self.plan, self.observer, self.tool = workload, plan, observer, tool
+        self.url, self._access = door or (observer.url, NO_ACCESS)
         self.timeout_s, self.on_run = timeout_s, on_run
         messages = [item.message(MODEL) for item in workload.items]
-        self._offer = partial(offer, self.url, messages, timeout_s=timeout_s)
+        self._offer = partial(offer, self.url, messages, timeout_s=timeout_s, access=self._access)
         self.ended_by: BaseException | None = None
 
     @contextlib.contextmanager
@@ -202,7 +207,7 @@ class Bench:
         self.on_run("warm-up")
         observed = Observed(self.observer)
         timeouts = Timeouts(first_delta_s=None, idle_s=None, total_s=self.timeout_s)
-        with Reader(self.url, timeouts=timeouts, max_message_mib=1024) as reader:
+        with Reader(self.url, timeouts=timeouts, max_message_mib=1024, **vars(self._access)) as reader:
             info = reader.server_info()
             reading = reader.read([image.data for image in item.images], **item.request).result()
         load = Load("concurrency", min(self.plan.warm_up, 4))

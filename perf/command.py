@@ -6,13 +6,25 @@ import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from cxr_triton.cli import EXIT_INTERRUPTED, EXIT_NOT_AS_ASKED, OUT_FILE, json_option, printable, write_json
+from cxr_triton.cli import (
+    EXIT_INTERRUPTED,
+    EXIT_NOT_AS_ASKED,
+    OUT_FILE,
+    access_options,
+    json_option,
+    printable,
+    write_json,
+)
 from cxr_triton.files import write
 from cxr_triton.perf.compare import ALPHA, MIN_CHANGE
 from cxr_triton.perf.peers import PEERS
+
+if TYPE_CHECKING:
+    from cxr_triton.client.limits import Access
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _RESULT = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -22,6 +34,20 @@ _html_option = click.option("--html", "html_path", type=OUT_FILE, help="Write it
 @click.group()
 def bench():
     """Measure a served reader, and compare measurements."""
+
+
+def _door(through: str | None, **access: Path | None) -> tuple[str, Access] | None:
+    """The front door of `--through`, and how it lets us in."""
+    from cxr_triton.client.address import require_endpoint
+    from cxr_triton.client.limits import Access
+
+    let_in = Access.of(**access)
+    if not through:
+        if any(access.values()):
+            raise click.UsageError("--tls-ca, --tls-cert, --tls-key and --token-file are for --through: give it too")
+        return None
+    let_in.require_private(require_endpoint(through))
+    return through, let_in
 
 
 def _numbers(kind):
@@ -38,6 +64,8 @@ def _numbers(kind):
 @click.argument("repository", required=False, type=_FOLDER)
 @click.option("--url", help="gRPC endpoint of a server that runs already, in place of REPOSITORY.")
 @click.option("--metrics", metavar="HOST:PORT", help="Metrics of the server at --url.")
+@click.option("--through", metavar="HOST:PORT", help="Send the load through this front door; --url stays the server's.")
+@access_options
 @click.option(
     "--workload", default="phantom", show_default=True, help="A bundled workload, or the path of a YAML file."
 )
@@ -93,6 +121,7 @@ def run(
     repository: Path | None,
     url: str | None,
     metrics: str | None,
+    through: str | None,
     workload: str,
     images: Path | None,
     scenarios: tuple[str, ...],
@@ -111,7 +140,7 @@ def run(
     Four scenarios in MLPerf's words, then a sweep over concurrency by our client and by perf_analyzer in turn. Ends
     with an error at the first request that fails for another reason than overload. An error and Ctrl-C, which ends with
     status 130, keep the repeats that were measured. The server at --url has to have the CXR_TRITON_SECRET of this
-    command's environment.
+    command's environment. With --through the load goes through a front door, by our client alone.
     """
     from cxr_triton.client.address import require_endpoint
     from cxr_triton.engines.secret import SECRET
@@ -132,8 +161,9 @@ def run(
     beside = peers.parse(baseline)
     if beside and not repository:
         raise click.UsageError("--baseline runs on the server's own cores: give REPOSITORY, not --url")
+    door = _door(through, **{name: planned.pop(name) for name in ("tls_ca", "tls_cert", "tls_key", "token_file")})
     plan = Plan(scenarios=scenarios or SCENARIOS, **planned)
-    analyzer = chosen(tool) if plan.concurrencies else None
+    analyzer = chosen(tool) if plan.concurrencies and not through else None
     drawn = load_workload(workload, images=images)
     with server as observer:
         result, error = served.measure(
@@ -142,6 +172,7 @@ def run(
             plan,
             repository=repository,
             tool=analyzer,
+            door=door,
             beside=beside,
             rounds=baseline_rounds,
             timeout_s=timeout_s,

@@ -27,6 +27,7 @@ from cxr_triton.cli import Command, json_option, write_json
 from cxr_triton.engines import engine
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.pipeline import Preprocessor, sampling_of
+from cxr_triton.engines.runtime.drafts import Drafts
 from cxr_triton.engines.runtime.guide import Guide, Guides
 from cxr_triton.engines.runtime.sampler import Sampler
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime
@@ -88,9 +89,11 @@ class Asked:
     bundle : Bundle
     pictures : int
     threads : int, optional
+    drafts : Drafts, optional
+        Of the decoder; without, none are made.
     """
 
-    def __init__(self, bundle: Bundle, pictures: int, threads: int | None = None):
+    def __init__(self, bundle: Bundle, pictures: int, threads: int | None = None, drafts: Drafts | None = None):
         rng = np.random.default_rng(HELD_OUT_SEED)
         self.phantoms = [phantom.draw(rng) for _ in range(pictures)]
         self.profile = bundle.profile
@@ -98,7 +101,7 @@ class Asked:
         self._vision = bundle.open_vision(threads=threads)
         self._preprocessor = Preprocessor(bundle.path, not_a_chest="flag")
         session = bundle.open_decoder(slots=8, threads=threads)
-        self.runtime = DecoderRuntime(bundle, session=session, guides=Guides(bundle), queue_size=1 << 16)
+        self.runtime = DecoderRuntime(bundle, session=session, guides=Guides(bundle), drafts=drafts, queue_size=1 << 16)
         self._embeddings: dict[int, np.ndarray] = {}
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from cxr_triton import kserve
 from cxr_triton.client import wire
-from cxr_triton.client.limits import Timeouts
+from cxr_triton.client.limits import NO_ACCESS, Access, Timeouts
 from cxr_triton.errors import CxrError, Unavailable
 from cxr_triton.perf.stages import stages_of
 from cxr_triton.perf.summary import Record
@@ -102,6 +102,7 @@ def offer(
     min_requests: int,
     seed: int = 0,
     timeout_s: float = 600.0,
+    access: Access = NO_ACCESS,
 ) -> tuple[list[Record], CxrError | None]:
     """Offer a load until both minima are reached, and wait for what is under way.
 
@@ -118,6 +119,8 @@ def offer(
         Of the arrivals.
     timeout_s : float
         Limit of one request.
+    access : Access
+        How the endpoint lets a client in.
 
     Returns
     -------
@@ -126,7 +129,7 @@ def offer(
     CxrError or None
         The first failure; it ends the load early.
     """
-    run = _Run(url, messages, load, min_seconds, min_requests, seed, timeout_s)
+    run = _Run(url, messages, load, min_seconds, min_requests, seed, timeout_s, access)
     run.run()
     exchanges = sorted(run.exchanges, key=lambda exchange: exchange.scheduled_s)
     return [record(exchange) for exchange in exchanges], run.failure
@@ -154,9 +157,12 @@ class _Run:
     min_requests: int
     seed: int = 0
     timeout_s: float = 600.0
+    access: Access = NO_ACCESS
 
     def __post_init__(self):
         timeout_s = self.timeout_s
+        self.access.require_private(self.url)
+        self._metadata = self.access.metadata()
         self.timeouts = Timeouts(connect_s=min(5.0, timeout_s), first_delta_s=None, idle_s=None, total_s=timeout_s)
         self.exchanges: list[_Exchange] = []
         self.failure: CxrError | None = None
@@ -184,7 +190,7 @@ class _Run:
 
     def _connect_and_offer(self) -> None:
         options = [*kserve.channel_options(1024), (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)]
-        with grpc.insecure_channel(self.url, options) as channel:
+        with self.access.channel(grpc, self.url, options) as channel:
             if not self._is_ready(channel):
                 raise Unavailable(
                     f"no server at {self.url} within {self.timeouts.connect_s:g} s; start one or give its gRPC port"
@@ -255,7 +261,9 @@ class _Run:
         exchange = _Exchange(turn % len(self.messages), scheduled_s, self._now(), [], [])
         self.exchanges.append(exchange)
         try:
-            for response in self._infer(self.messages[exchange.item], timeout=self.timeouts.total_s):
+            for response in self._infer(
+                self.messages[exchange.item], timeout=self.timeouts.total_s, metadata=self._metadata
+            ):
                 exchange.arrived_s.append(self._now())
                 exchange.responses.append(response)
         except grpc.RpcError as error:

@@ -16,6 +16,7 @@ import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -71,7 +72,7 @@ class Way:
     pictures: PictureCache
     runtime: DecoderRuntime
 
-    def read(self, step: StepTensors, prompt: dict[str, np.ndarray], tokens: int) -> tuple[dict, list[int]]:
+    def read(self, step: StepTensors, prompt: dict[str, Any], tokens: int) -> tuple[dict, list[int]]:
         """Seconds of wall and of processor to the first token, and the answer's tokens."""
         wall_s, processor_s = time.perf_counter(), time.process_time()
         windows = (step.pixel_windows, step.patch_rows_cols, step.valid, step.merge_order)

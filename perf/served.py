@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cxr_triton.cli import Waiting
+from cxr_triton.client.limits import Access
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.perf import peers, roofline
 from cxr_triton.perf.bench import Bench, Observer, Plan, ending, served_models
@@ -32,6 +33,7 @@ def measure(
     *,
     repository: Path | None = None,
     tool: PerfAnalyzer | None = None,
+    door: tuple[str, Access] | None = None,
     beside: Mapping[str, Path] | None = None,
     rounds: int = 3,
     timeout_s: float = 600.0,
@@ -48,6 +50,8 @@ def measure(
         What is served on this machine: its bundle's ceilings are measured too.
     tool : PerfAnalyzer, optional
         Second driver of the sweep.
+    door : str and Access, optional
+        Of the front door that the load goes through.
     beside : mapping, optional
         Baseline to its checkpoint, see `peers.measure`.
     rounds : int
@@ -74,7 +78,7 @@ def measure(
             bar.set_description(what)
             bar.update()
 
-        bench = Bench(workload, plan, observer, tool, timeout_s=timeout_s, on_run=on_run)
+        bench = Bench(workload, plan, observer, tool, door=door, timeout_s=timeout_s, on_run=on_run)
         result = bench.run(command)
         if repository:
             with bench.keeping(result):

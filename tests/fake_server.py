@@ -60,6 +60,8 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
         Set once a client has gone before its stream ended.
     refuse : list of grpc.StatusCode
         Statuses that the next checks of the model fail with, first one first.
+    refusal : str
+        What is said with them.
     outputs : tuple of str
         Output tensors in the served model's metadata.
     active : int
@@ -80,6 +82,7 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
         self.requests: list[pb.ModelInferRequest] = []
         self.cancelled = threading.Event()
         self.refuse: list[grpc.StatusCode] = []
+        self.refusal = "the test said so"
         self.outputs = ("DELTA", "READING")
         self.active = 0
         self.profile = ""
@@ -110,7 +113,7 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
 
     def ModelMetadata(self, request, context):
         if self.refuse:
-            context.abort(self.refuse.pop(0), "the test said so")
+            context.abort(self.refuse.pop(0), self.refusal)
         if request.name != "cxr_reader":
             context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{request.name}' is not found")
         model = pb.ModelMetadataResponse(name=request.name, versions=["1"], platform="ensemble")

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -27,6 +28,9 @@ from cxr_triton.cli import (
 )
 from cxr_triton.errors import InternalError
 from cxr_triton.extras import require
+
+if TYPE_CHECKING:
+    from cxr_triton.triton_repo.serve import Server
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -123,11 +127,21 @@ def package(bundle: Path, out: Path, force: bool, unverified: bool, json_path: s
     help="Start the server again when it has grown by so much and no reading is under way, and at twice that in any "
     "case; 0 never does.",
 )
+@click.option(
+    "--drain-seconds",
+    "drain_s",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="Longest wait for readings under way before it ends; new ones get QUEUE_FULL meanwhile.",
+)
 @click.option("--log", type=OUT_FILE, help="Log file.  [default: REPOSITORY.log]")
 @click.option("--modified", is_flag=True, help="Serve your own edits of REPOSITORY; says what they are.")
 @json_option
-def serve(repository: Path, json_path: str | None, renew_mib: int, **options):
+def serve(repository: Path, json_path: str | None, renew_mib: int, drain_s: float, **options):
     """Run the pip-installed Triton on REPOSITORY, on 127.0.0.1, until SIGTERM or SIGINT.
+
+    A signal lets readings under way end (--drain-seconds) and refuses new ones; a second one ends at once.
 
     A REPOSITORY that is not as `package` wrote it is refused, file by file.
 
@@ -144,7 +158,7 @@ def serve(repository: Path, json_path: str | None, renew_mib: int, **options):
     stopping: list[bool] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: _stop(stopping, number))
-    server = Server(repository, **options)
+    server, is_up = Server(repository, **options), False
     try:
         with Waiting("starting the server") as waiting:
             server.start(lambda what: setattr(waiting, "what", what))
@@ -167,7 +181,8 @@ def serve(repository: Path, json_path: str | None, renew_mib: int, **options):
             f"started in {server.start_s:.1f} s, first reading {server.warm_up_ms / 1e3:.1f} s",
             err=json_path == "-",
         )
-        renewal = Renewal(server, renew_mib)
+        is_up = True
+        renewal = Renewal(server, renew_mib, drain_s)
         while True:
             server.check()
             if renewal.is_due():
@@ -177,9 +192,21 @@ def serve(repository: Path, json_path: str | None, renew_mib: int, **options):
             time.sleep(0.5)
     except _Stopped as stopped:
         click.echo(f"stopping on {stopped}", err=True)
+        if is_up and drain_s:
+            _drain(server, drain_s, stopping)
     finally:
         stopping.append(True)  # a further signal does not keep the server from being cleared away
         server.stop()
+
+
+def _drain(server: Server, drain_s: float, stopping: list) -> None:
+    """Let readings under way end; a further signal ends the wait."""
+    stopping.clear()
+    try:
+        if not server.drain(drain_s):
+            click.echo(f"readings were under way after {drain_s:g} s, and are lost: --drain-seconds", err=True)
+    except _Stopped as again:
+        click.echo(f"stopping at once on another {again}", err=True)
 
 
 class _Stopped(BaseException):

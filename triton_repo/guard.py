@@ -5,23 +5,36 @@
 A repository that is not as `package` wrote it is refused, unless ``--modified`` stands before ``tritonserver``.
 Shared memory, model repository, trace and logging stay closed for everybody, statistics open with a value derived from
 the server's secret. Its files are for its user alone.
+
+With `CXR_TRITON_DRAIN_SECONDS` in the environment it stays the server's parent: SIGTERM and SIGINT let readings under
+way end for so long and refuse new ones, and another signal ends the server at once. `CXR_TRITON_DRAIN` may name the
+file that says so, for ``--is-ready`` in the same environment.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import math
 import os
 import secrets
+import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 from cxr_triton.engines.secret import SECRET, derived, secret_of
-from cxr_triton.errors import CxrError
+from cxr_triton.errors import CxrError, InvalidConfig
+from cxr_triton.triton_repo.drain import DRAIN, drained, is_draining
 from cxr_triton.triton_repo.integrity import require_as_packaged
 
 UMASK = 0o077
 SHM_PREFIX = "triton_python_backend_shm_region_"
 """Servers newer than 2.51 let nobody register shared memory whose name begins so."""
 _CLOSED = "shared-memory,model-repository,trace,logging"
+DRAIN_SECONDS = "CXR_TRITON_DRAIN_SECONDS"
 _WEB = "inference,model-config"  # a page in a browser reaches HTTP, and no reading comes that way
 _STATISTICS = "cxr-triton"
 
@@ -70,9 +83,76 @@ def is_ready(address: str) -> bool:
         return False
 
 
+def drain_seconds(environment: Mapping[str, str]) -> float:
+    """How long an environment lets readings under way end; 0 where it says nothing.
+
+    Raises
+    ------
+    InvalidConfig
+        It is no number of seconds.
+    """
+    text = environment.get(DRAIN_SECONDS) or "0"
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise InvalidConfig(f"{DRAIN_SECONDS} is {text!r:.40}, must be a number of seconds; leave it out for no drain")
+    return value
+
+
+def _metrics_of(arguments: list[str]) -> str:
+    """Where a server with these flags has its metrics, from this machine."""
+    given = dict(
+        argument.split("=", 1) for argument in arguments if argument.startswith("--metrics-") and "=" in argument
+    )
+    host = given.get("--metrics-address", "127.0.0.1")
+    return f"{'127.0.0.1' if host == '0.0.0.0' else host}:{given.get('--metrics-port', '8002')}"  # noqa: S104  # a match
+
+
+class _Asked(BaseException):
+    """A signal asked the server to end."""
+
+
+def _asked(number: int, frame: object) -> None:
+    raise _Asked
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _supervise(command: list[str], environment: dict[str, str], limit_s: float) -> int:
+    """Run a server until it ends, and drain it when a signal asks for its end; its exit status."""
+    with tempfile.TemporaryDirectory(prefix="cxr-triton-drain-") as folder:
+        file = Path(environment.setdefault(DRAIN, str(Path(folder) / "draining")))
+        file.unlink(missing_ok=True)
+        # A session of its own: Ctrl-C of a terminal is for this process alone.
+        server = subprocess.Popen(
+            command,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509  # no thread yet
+        )
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, _asked)
+            server.wait()
+        except _Asked:
+            with contextlib.suppress(_Asked):
+                drained(file, _metrics_of(command), limit_s, lambda: server.poll() is None)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        if server.poll() is None:
+            server.terminate()  # its --exit-timeout-secs limits what follows
+        status = server.wait()
+        file.unlink(missing_ok=True)
+        return status if status >= 0 else 128 - status
+
+
 def _main(arguments: list[str]) -> None:
     if arguments[0] == "--is-ready":
-        sys.exit(not is_ready(arguments[1]))
+        sys.exit(is_draining() or not is_ready(arguments[1]))
     if arguments[0] == "--modified":
         arguments = arguments[1:]
     else:
@@ -82,6 +162,8 @@ def _main(arguments: list[str]) -> None:
                 require_as_packaged(value)
     environment, flags = guarded(os.environ)
     os.umask(UMASK)
+    if limit_s := drain_seconds(environment):
+        sys.exit(_supervise([*arguments, *flags], environment, limit_s))
     os.execvpe(arguments[0], [*arguments, *flags], environment)  # noqa: S606  # the command line's own program
 
 

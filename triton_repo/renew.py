@@ -5,20 +5,17 @@ What it keeps, and when, was measured: docs/reliability.md.
 
 from __future__ import annotations
 
-import http.client
 import re
-import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cxr_triton.errors import InvalidRequest
+from cxr_triton.triton_repo.drain import DRAIN_S, under_way
 
 if TYPE_CHECKING:
     from cxr_triton.triton_repo.serve import Server
 
 RENEW_MIB = 1024
-METRICS_TIMEOUT_S = 5
-_UNDER_WAY = re.compile(r"^(?:nv_inference_pending_request_count|cxr_decoder_streams)(?:{.*})? (\S+)$", re.MULTILINE)
 
 
 class Renewal:
@@ -32,16 +29,19 @@ class Renewal:
         How much the server's own process may grow, its models' processes left out, until a moment without readings is
         used to renew it. At twice that it is renewed at once. 0 never renews.
 
+    drain_s : float
+        How long readings under way may take to end.
+
     Raises
     ------
     InvalidRequest
         `mib` is negative.
     """
 
-    def __init__(self, server: Server, mib: int = RENEW_MIB):
+    def __init__(self, server: Server, mib: int = RENEW_MIB, drain_s: float = DRAIN_S):
         if mib < 0:
             raise InvalidRequest(f"--renew-mib is {mib}, must be 0 (never) or more")
-        self._server, self._mib = server, mib
+        self._server, self._mib, self._drain_s = server, mib, drain_s
         self._began_mib = resident_mib(server.pid)
 
     @property
@@ -58,9 +58,10 @@ class Renewal:
     def renew(self) -> None:
         """Start the server again at the same addresses; its log so far is kept as ``NAME.1``.
 
-        Readings under way get five seconds to end. A client that connects meanwhile finds no server, which `Reader`
-        tries again for its `Timeouts.connect_s`.
+        Readings under way get `drain_s` to end, and new ones are refused. A client that connects after that finds no
+        server, which `Reader` tries again for its `Timeouts.connect_s`.
         """
+        self._server.drain(self._drain_s)
         self._server.stop()
         self._server.log.replace(self._server.log.with_name(self._server.log.name + ".1"))
         self._server.start()
@@ -75,13 +76,3 @@ def resident_mib(pid: int) -> float:
         return 0.0
     found = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
     return int(found[1]) / 1024 if found else 0.0
-
-
-def under_way(metrics: str) -> float:
-    """Requests that wait and streams that decode, by the metrics of a server at ``HOST:PORT``; 1 where it is silent."""
-    try:
-        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(f"http://{metrics}/metrics", timeout=METRICS_TIMEOUT_S) as page:
-            return sum(map(float, _UNDER_WAY.findall(page.read().decode())))
-    except (OSError, http.client.HTTPException):
-        return 1.0

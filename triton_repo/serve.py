@@ -28,6 +28,7 @@ from cxr_triton.engines import ROOMS, engine
 from cxr_triton.engines.secret import SECRET
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, ServerMismatch, Unavailable
 from cxr_triton.extras import remedy
+from cxr_triton.triton_repo.drain import DRAIN, drained
 from cxr_triton.triton_repo.guard import SHM_PREFIX, UMASK, guarded, is_ready
 from cxr_triton.triton_repo.integrity import require_as_packaged
 
@@ -184,6 +185,7 @@ class Server:
             "LD_LIBRARY_PATH": os.pathsep.join(map(str, [*libraries, self._backends])),
             "PYTHONUNBUFFERED": "1",
             GRPC_ADDRESS: self.grpc,
+            DRAIN: str(self._draining),
         }
         environment.pop("PYTHONHOME", None)
         command = [
@@ -229,6 +231,18 @@ class Server:
         self.start_s = time.monotonic() - started
         say("first reading")
         self.warm_up_ms = self._warm_up(max(1.0, deadline - time.monotonic()))
+
+    @property
+    def _draining(self) -> Path:
+        return Path(self._backends) / "draining"
+
+    def drain(self, limit_s: float) -> bool:
+        """Take no new reading, and wait for those under way; whether all of them ended within the limit.
+
+        New ones get QUEUE_FULL. Call `stop` after it.
+        """
+        started = self._started
+        return drained(self._draining, self.metrics, limit_s, lambda: started.poll() is None)
 
     def stop(self) -> None:
         """End the server and everything it started; may be called at any time, more than once."""

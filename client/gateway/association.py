@@ -18,7 +18,7 @@ from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.fsm import InvalidEventError
 
-from cxr_triton.client.gateway.config import Remote
+from cxr_triton.client.gateway.config import Remote, Unreachable
 from cxr_triton.errors import LimitExceeded
 
 MAX_IN_MEMORY = 1 << 20
@@ -49,10 +49,6 @@ MOST_COMMAND = 1 << 16
 _ABORT = b"\7\0\0\0\0\4\0\0\2\6"
 """A-ABORT of the provider for an invalid PDU parameter value (PS3.8 9.3.8)."""
 _THEIR_ABORT = "Evt16"
-
-
-class Unreachable(Exception):
-    """The destination, not a result: nothing can be sent there now."""
 
 
 class Receiver:

@@ -9,8 +9,8 @@ import sqlalchemy as sa
 from pydicom import Dataset
 from pynetdicom import evt
 
-from cxr_triton.client.gateway.association import MOST_REPORTED, Unreachable, associate
-from cxr_triton.client.gateway.config import Destination
+from cxr_triton.client.gateway.association import MOST_REPORTED, associate
+from cxr_triton.client.gateway.config import Destination, Unreachable
 from cxr_triton.client.gateway.dimse import (
     PROCESSING_FAILURE,
     PUSH_MODEL,

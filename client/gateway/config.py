@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cxr_triton.client.address import is_loopback
-from cxr_triton.client.limits import Timeouts, Tls
+from cxr_triton.client.address import is_loopback, leaves_machine
+from cxr_triton.client.limits import Access, Timeouts, Tls, read_token
 from cxr_triton.client.objects import KINDS
 from cxr_triton.config import Checked, build, in_range, one_of, read_yaml
 from cxr_triton.errors import InvalidConfig
@@ -267,6 +267,8 @@ class Reading(Checked):
         Failures that may pass before a study becomes a dead letter.
     retry_s : tuple of float
         Waits between attempts, the last one repeated; each is spread by a third.
+    drain_s : float
+        How long readings under way may take once the gateway was told to stop; then they are given back.
     lease_s : float
         After so long without a sign of life of a gateway another one takes its study.
     unchecked_reading : bool
@@ -275,10 +277,14 @@ class Reading(Checked):
         How a reading names its images' UIDs: ``plain`` or ``hashed``; by default as the server does, plain.
     clear_text : bool
         Off the loopback interface without `tls` on purpose: nothing is said about it.
+    token_file : str, optional
+        File with the bearer token for the front door at `url`; read for each call. Off the loopback interface it
+        needs `tls`.
     """
 
     url: str = "127.0.0.1:8001"
     tls: TlsFiles | None = None
+    token_file: str | None = None
     task: str | None = None
     mode: str | None = None
     max_images: int = in_range(1, 16, default=1)
@@ -288,6 +294,7 @@ class Reading(Checked):
     total_s: float = in_range(0.1, 86400.0, default=900.0)
     max_attempts: int = in_range(1, 1000, default=20)
     retry_s: tuple[float, ...] = (1.0, 5.0, 15.0, 60.0)
+    drain_s: float = in_range(0.0, 3600.0, default=15.0)
     lease_s: float = in_range(1.0, 3600.0, default=60.0)
     unchecked_reading: bool = False
     identifiers: str | None = None
@@ -297,12 +304,23 @@ class Reading(Checked):
         super().__post_init__()
         if self.identifiers not in (None, *IDENTIFIERS):
             raise InvalidConfig(f"identifiers: {self.identifiers!r:.40} is none of {', '.join(IDENTIFIERS)}")
+        if self.token_file and not self.tls and leaves_machine(self.url):
+            raise InvalidConfig(f"tls: is missing and url is {self.url}, where the token could be read on its way")
         _require_ladder("retry_s", self.retry_s)
+
+    @property
+    def access(self) -> Access:
+        """How the reader is let in."""
+        return Access(self.tls.grpc() if self.tls else None, self.token_file)
 
     @property
     def timeouts(self) -> Timeouts:
         """Limits of each reading, as the reader takes them."""
         return Timeouts(first_delta_s=self.first_delta_s, idle_s=self.idle_s, total_s=self.total_s)
+
+
+class Unreachable(Exception):
+    """The destination, not a result: nothing can be sent there now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -537,7 +555,7 @@ class Config(Checked):
         for name, here in (("dicom", self.dicom), ("web", self.web)):
             if here and not (here.tls or here.clear_text or is_loopback(here.host)):
                 yield name
-        if not (self.read.tls or self.read.clear_text or is_loopback(_host(f"//{self.read.url}"))):
+        if not (self.read.tls or self.read.clear_text or not leaves_machine(self.read.url)):
             yield "read"
         for name, there in self.remotes():
             if there.is_clear and not there.clear_text:
@@ -552,7 +570,7 @@ class Config(Checked):
         here += [(name, one) for name, one in doors if one]
         if self.worklist:
             yield "worklist.password_file", self.worklist.password_file
-        for name, one in here:
+        for name, one in (*here, ("read", self.read)):
             if token := getattr(one, "token_file", None):
                 yield f"{name}.token_file", token
         for name, tls in [(name, one.tls) for name, one in here] + [("read", self.read.tls)]:
@@ -565,23 +583,6 @@ class Config(Checked):
             yield "priors", self.priors
         for destination in self.destinations:
             yield f"destinations.{destination.name}", destination
-
-
-def read_token(path: str) -> str:
-    """The token that a file holds.
-
-    Raises
-    ------
-    InvalidConfig
-        The file cannot be read, or is not one line of printable ASCII characters without blanks.
-    """
-    try:
-        token = Path(path).read_text("ascii", "replace").strip()
-    except OSError as error:
-        raise InvalidConfig(f"token_file: {path} cannot be read ({error.strerror})") from None
-    if not re.fullmatch(r"[!-~]{1,4096}", token):
-        raise InvalidConfig(f"token_file: {path} holds no token; write one line of printable characters into it")
-    return token
 
 
 def load_config(path: str | os.PathLike) -> Config:

@@ -12,9 +12,8 @@ from collections.abc import Callable, Collection, Sequence
 import sqlalchemy as sa
 import sqlalchemy.exc
 
-from cxr_triton.client.gateway.association import Unreachable
 from cxr_triton.client.gateway.commitment import ask_commitment
-from cxr_triton.client.gateway.config import Config, Destination
+from cxr_triton.client.gateway.config import Config, Destination, Unreachable
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.send import DicomSender, WebSender
 from cxr_triton.client.gateway.store import Store

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 
-from cxr_triton.client.gateway.association import Unreachable
-from cxr_triton.client.gateway.config import Remote
+from cxr_triton.client.gateway.config import Remote, Unreachable
 from cxr_triton.errors import InvalidConfig
 
 
@@ -85,3 +84,12 @@ async def web_client(to: Remote, name: str, total_s: float) -> AsyncIterator[Web
         raise Unreachable(f"{name}: {error.message}") from None
     except (aiohttp.ClientError, TimeoutError) as error:
         raise Unreachable(f"{name}: {type(error).__name__}") from None
+
+
+def first_part(kind: str, body: bytes) -> bytes:
+    """The first part of a multipart/related answer, or the body where it is a bare object."""
+    marker = next((p.split("=", 1)[1].strip('"') for p in kind.split(";") if p.strip().startswith("boundary=")), None)
+    if marker is None:
+        return body
+    _, _, part = body.partition(b"\r\n\r\n")
+    return part.partition(f"\r\n--{marker}".encode())[0]

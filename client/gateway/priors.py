@@ -22,8 +22,8 @@ from pydicom.uid import (
 )
 from pynetdicom import build_role, evt
 
-from cxr_triton.client.gateway.association import MOST_ANSWERED, Unreachable, associate, whole_request
-from cxr_triton.client.gateway.config import Priors
+from cxr_triton.client.gateway.association import MOST_ANSWERED, associate, whole_request
+from cxr_triton.client.gateway.config import Priors, Unreachable
 from cxr_triton.client.gateway.dimse import (
     OUT_OF_RESOURCES,
     PENDING,
@@ -32,7 +32,7 @@ from cxr_triton.client.gateway.dimse import (
     SUCCESS,
     UNCOMPRESSED,
 )
-from cxr_triton.client.gateway.http import Answer, web_client
+from cxr_triton.client.gateway.http import Answer, first_part, web_client
 from cxr_triton.client.gateway.intake import MIB, IncomingFile, Intake
 from cxr_triton.client.gateway.read import choose
 from cxr_triton.client.gateway.store import Store
@@ -208,7 +208,7 @@ class WebFinder(PriorFinder):
             accept = 'multipart/related; type="application/dicom"; transfer-syntax=*'
             kind, body = self._ask(path, accept, self._intake.max_bytes + MIB)
             with self._intake.new_file() as file:
-                file.write(_first_part(kind, body))
+                file.write(first_part(kind, body))
                 if sop_instance := self._take(file, "dicomweb"):
                     taken.append(sop_instance)
         return taken
@@ -256,12 +256,3 @@ def _date(text: str) -> datetime.date | None:
         return datetime.datetime.strptime(text, "%Y%m%d").date()
     except ValueError:
         return None
-
-
-def _first_part(kind: str, body: bytes) -> bytes:
-    """The first part of a multipart/related answer, or the body where it is a bare object."""
-    marker = next((p.split("=", 1)[1].strip('"') for p in kind.split(";") if p.strip().startswith("boundary=")), None)
-    if marker is None:
-        return body
-    _, _, part = body.partition(b"\r\n\r\n")
-    return part.partition(f"\r\n--{marker}".encode())[0]

@@ -29,6 +29,7 @@ from cxr_triton.client.objects.source import header_faults, source_header
 from cxr_triton.client.objects.study import ObjectOptions
 from cxr_triton.client.page import DOCUMENT_PIXELS, Shown, draw
 from cxr_triton.errors import (
+    AccessDenied,
     Cancelled,
     CxrError,
     DeadlineExceeded,
@@ -45,7 +46,7 @@ from cxr_triton.files import write
 from cxr_triton.pixels.dicom import read_identity
 from cxr_triton.reading import Reading
 
-PASSING = (Unavailable, QueueFull, DeadlineExceeded, Cancelled, InternalError, ServerMismatch)
+PASSING = (AccessDenied, Unavailable, QueueFull, DeadlineExceeded, Cancelled, InternalError, ServerMismatch)
 """Failures of the server rather than of the images: worth another attempt."""
 VIEWS = {"lateral": 0, "oblique": 0, "unknown": 1}
 """Rank of a view among those that are read; the frontal ones rank 2."""
@@ -96,7 +97,7 @@ class ReadWorker:
         self._storage = Path(config.storage)
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Until `stopping` is set; then readings under way are given back, and nothing of them is lost."""
+        """Until `stopping` is set; readings under way then have `drain_s`, and are given back after it."""
         settings = self._config.read
         running: dict[asyncio.Task, int] = {}  # job of each attempt
 
@@ -104,8 +105,7 @@ class ReadWorker:
             running.pop(attempt)
             self.wake.set()
 
-        tls = settings.tls.grpc() if settings.tls else None
-        async with AsyncReader(settings.url, timeouts=settings.timeouts, tls=tls) as reader:
+        async with AsyncReader(settings.url, timeouts=settings.timeouts, **vars(settings.access)) as reader:
             while not stopping.is_set():
                 self.wake.clear()
                 try:
@@ -120,6 +120,8 @@ class ReadWorker:
                     task.add_done_callback(ended)
                 else:
                     await either(stopping, self.wake, POLL_S)
+            if running:
+                await asyncio.wait(list(running), timeout=settings.drain_s)
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
@@ -207,7 +209,7 @@ class ReadWorker:
         else:  # its text may quote a data set
             code, passing = type(error).__name__, True
             text = f"[INTERNAL] {code}"
-        if isinstance(error, Unavailable | Cancelled | InternalError | ServerMismatch):
+        if isinstance(error, AccessDenied | Unavailable | Cancelled | InternalError | ServerMismatch):
             self.is_server_ready = False
         self._metrics.readings.labels(code).inc()
         is_ours = is_full(error) or isinstance(error, sqlalchemy.exc.SQLAlchemyError)

@@ -14,8 +14,8 @@ from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
 from pynetdicom.association import Association
 
-from cxr_triton.client.gateway.association import Unreachable, associate
-from cxr_triton.client.gateway.config import Config, Destination
+from cxr_triton.client.gateway.association import associate
+from cxr_triton.client.gateway.config import Config, Destination, Unreachable
 from cxr_triton.client.gateway.dimse import STORED, UNCOMPRESSED, is_permanent
 from cxr_triton.client.gateway.http import WebClient, web_client
 from cxr_triton.errors import InvalidImage, ReadingMismatch

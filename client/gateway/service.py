@@ -18,7 +18,7 @@ from pydicom import config as pydicom_config
 
 from cxr_triton.client.gateway.association import prepare_pynetdicom
 from cxr_triton.client.gateway.bounds import Doorkeeper
-from cxr_triton.client.gateway.config import Config, Folder, read_token
+from cxr_triton.client.gateway.config import Config, Folder
 from cxr_triton.client.gateway.deliver import Deliverer
 from cxr_triton.client.gateway.disk import is_open, keep_private
 from cxr_triton.client.gateway.intake import Intake
@@ -29,12 +29,13 @@ from cxr_triton.client.gateway.read import ReadWorker
 from cxr_triton.client.gateway.store import Store
 from cxr_triton.client.gateway.stow import stow
 from cxr_triton.client.gateway.watch import FolderWatcher
+from cxr_triton.client.limits import read_token
 from cxr_triton.errors import QueueFull, Unavailable
 
 BEAT_S = 1.0
 HOUSEKEEPING_S = 600.0
 STOP_S = 20.0
-"""How long what is under way may take to end once the gateway was told to stop."""
+"""How long what is under way, readings left out, may take to end once the gateway was told to stop."""
 
 
 class Gateway:
@@ -93,6 +94,7 @@ class Gateway:
 
     def _look_round(self, kept: list[str]) -> None:
         """Refuse what cannot be meant, and say once what only whoever installs this can put right."""
+        self.config.read.access.metadata()
         for destination in (*self.config.destinations, self.config.priors):
             if destination:
                 destination.authorization()
@@ -146,9 +148,10 @@ class Gateway:
                 done, _ = await asyncio.wait([wait, *tasks], return_when=asyncio.FIRST_COMPLETED)
             finally:
                 stopping.set()
+                self.intake.draining = True
                 if self._listener:
                     await asyncio.to_thread(self._listener.stop)
-                await asyncio.wait(tasks, timeout=STOP_S)
+                await asyncio.wait(tasks, timeout=STOP_S + self.config.read.drain_s)
                 for task in tasks:
                     task.cancel()
             for ended in done & {*tasks}:

@@ -30,6 +30,7 @@ _MIX = 1000003
 _PLACES = 8  # newest ones of a context that are looked at
 _RUNS = 7  # of a width, over which its median goes
 _PLAIN_EVERY, _STALE, _HALF_LIFE = 64, 200, 1000  # steps: between plain ones; after which runs are too old; of belief
+_ROW = 0.1  # of a plain step, for a token more of one stream, before that was measured
 _MARGIN = 1.1  # by which a wider step has to be worth more
 _IN_VAIN, _SHARE, _LONGEST_REST = 16, 0.005, 64  # guesses in a row; of a step's time, for more of them; steps
 
@@ -179,7 +180,7 @@ class Costs:
 
         What a width took is believed less with every step since, so that it is tried again sooner the closer it was to
         being worth it. One that was never run comes after all that are narrower, and counts as if each token more took
-        half of what one did in the widest of those.
+        half of what one did in the widest of those, or half of `_ROW` for each stream.
 
         Parameters
         ----------
@@ -190,7 +191,7 @@ class Costs:
         if self._is_stale((streams, 1), _PLAIN_EVERY) or (streams, 1) not in self._median:
             return 1
         chosen, most = 1, tokens[0] * _MARGIN
-        narrower, share, a_token = 1, 1.0, 0.0
+        narrower, share, a_token = 1, 1.0, _ROW * streams
         for width, expected in zip(WIDTHS[1:], tokens[1:], strict=False):
             kind = (streams, width)
             if is_known := kind in self._median:

@@ -21,8 +21,10 @@ import numpy as np
 
 from cxr_triton.alternatives import SCORE_LIMIT, Alternatives
 from cxr_triton.engines.runtime.sampler import log_softmax
+from cxr_triton.errors import InternalError
 
 MARGIN_NATS = 5.0
+LEAST_NATS = -1e6  # in place of minus infinity, which has no difference
 Tokens = tuple[int, ...]
 
 
@@ -85,7 +87,9 @@ class Scorer:
         return None
 
     def take(self, run: Run, logits: np.ndarray) -> None:
-        """Take the logits of a run, (S, vocab)."""
+        """Take the logits of a run, (S, vocab); raises `InternalError` where the largest is not a finite number."""
+        if not np.isfinite(logits.max(axis=-1)).all():
+            raise InternalError("the decoder's largest logit is not a number; verify the bundle")
         fed = (self._last, *run.tokens)
         first = run.length - self.length
         self.tokens += len(logits)
@@ -93,7 +97,7 @@ class Scorer:
             before = run.tokens[:i]
             if before not in self._known:
                 own = log_softmax(row)
-                self._known[before] = {token: float(own[token]) for token in self._wanted[before]}
+                self._known[before] = {token: max(float(own[token]), LEAST_NATS) for token in self._wanted[before]}
         self._held = fed[: first + len(logits)]
 
     def scores(self) -> dict[str, float]:

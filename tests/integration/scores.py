@@ -2,7 +2,7 @@
 
 One served demonstration model in fp32. Every phantom is read with scores; a label's AUROC by its scores stands beside
 that of a yes or no by whether the answer lists it. What scores cost is their time beside that of the answer, of single
-readings, one at a time.
+readings, one at a time; and of each ``--bundle``, such as one of the 3B shape, a run of some tokens beside a step.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,7 @@ from cxr_triton import phantom, phantom_file  # noqa: E402
 from cxr_triton.cli import Command, json_option, write_json  # noqa: E402
 from cxr_triton.client import Reader  # noqa: E402
 from cxr_triton.engines.build import build_bundle  # noqa: E402
+from cxr_triton.engines.bundle import Bundle  # noqa: E402
 from cxr_triton.evaluate.intervals import Resamples  # noqa: E402
 from cxr_triton.evaluate.measures import ranking  # noqa: E402
 from cxr_triton.export.export import export_checkpoint  # noqa: E402
@@ -34,6 +36,7 @@ from cxr_triton.profile import load_profile  # noqa: E402
 from cxr_triton.triton_repo.package import Settings, write_repository  # noqa: E402
 from cxr_triton.triton_repo.serve import Server  # noqa: E402
 
+RUN_TOKENS, RUN_ROUNDS, HELD = (5, 9, 13), 7, 300
 LABELS = (*phantom.LABELS, "No Finding")
 TIMED = 30
 
@@ -75,10 +78,43 @@ def by_label(phantoms, readings) -> dict[str, dict]:
     return found
 
 
+def run_cost(path: Path) -> dict:
+    """Medians of a step of one stream and of runs of several tokens, in alternating rounds after one that warms up."""
+    bundle = Bundle.open(path, verify=False)
+    session, random = bundle.open_decoder(slots=1), np.random.default_rng(0)
+    vocab, no_image = session.vocab, np.zeros((0, session.hidden), np.float32)
+    prompt = random.integers(0, vocab, HELD), np.full(HELD, -1, np.int64), no_image, np.tile(np.arange(HELD), (3, 1))
+    session.prefill(0, *prompt, is_last=True)
+    took: dict[int, list[float]] = {tokens: [] for tokens in (1, *RUN_TOKENS)}
+    for _ in range(1 + RUN_ROUNDS):
+        for tokens, seconds in took.items():
+            began_s = time.perf_counter()
+            session.score(0, HELD, random.integers(0, vocab, tokens), np.arange(HELD, HELD + tokens))
+            seconds.append(time.perf_counter() - began_s)
+    medians = {tokens: statistics.median(seconds[1:]) for tokens, seconds in took.items()}
+    return {
+        "engine": bundle.engine,
+        "precision": bundle.precision,
+        "layers": bundle.geometry.layers,
+        "hidden": bundle.geometry.hidden,
+        "held_tokens": HELD,
+        "rounds": RUN_ROUNDS,
+        "step_ms": round(1e3 * medians[1], 2),
+        "steps_that_a_run_takes": {str(tokens): round(medians[tokens] / medians[1], 2) for tokens in RUN_TOKENS},
+    }
+
+
 @click.command(cls=Command, extra="export")
 @click.option("--count", default=300, show_default=True, help="Held-out phantoms.")
+@click.option(
+    "--bundle",
+    "bundles",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Measure a run of its decoder too.",
+)
 @json_option
-def main(count: int, json_path: str | None):
+def main(count: int, bundles: tuple[Path, ...], json_path: str | None):
     """Scores of held-out phantoms, held against what was drawn."""
     phantoms = evaluate.held_out(count)
     syntaxes = list(phantom_file.SYNTAXES)
@@ -93,7 +129,9 @@ def main(count: int, json_path: str | None):
                 alone = [reader.read([data], scores=True).result() for data in files[:TIMED]]
     result = {
         "schema": 1,
-        "command": f"python tests/integration/scores.py --count {count} --json docs/results/scores.json",
+        "command": " ".join(
+            ["python tests/integration/scores.py", *["--bundle BUNDLE"] * len(bundles), "--json RESULT"]
+        ),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment(),
         "engine": "onnxruntime",
@@ -117,6 +155,8 @@ def main(count: int, json_path: str | None):
             for stage in ("prefill", "decode", "scores", "total")
         },
     }
+    if bundles:
+        result["runs"] = [run_cost(bundle) for bundle in bundles]
     for label, row in result["labels"].items():
         click.echo(f"{label:<20} scores {row['auroc_scores']:.4f}  yes or no {row['auroc_yes_no']:.4f}", err=True)
     write_json(result, json_path)

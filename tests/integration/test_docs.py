@@ -109,6 +109,9 @@ NOT_RUN = {
         r"integration/evaluation.py": "takes minutes; tests/integration/test_evaluate.py runs a small version",
         r"integration/evaluation_engines.py": "takes minutes; test_evaluate_compare.py has a small version",
     },
+    "docs/archive.md": {
+        r"--url|^RAY_ADDRESS=|--archive rows/": "tests/unit/test_archive.py reads by servers, and evaluates",
+    },
     "docs/measures.md": {r"^cxr-triton evaluate measure ": "of anybody's result; docs/evaluation.md runs it on one"},
     "examples/evaluation/README.md": {
         r"": "of a data set that has to be asked for; its layout is in test_evaluate_data.py"

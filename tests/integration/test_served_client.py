@@ -49,6 +49,25 @@ def test_both_clients_give_what_a_bare_client_gets(raw, reader, server):
     assert (reading.text, reading.model) == (bare["text"], bare["model"])
 
 
+def test_an_archive_reads_in_the_process_what_it_reads_by_a_server(reader, served_bundle, server):
+    from cxr_triton.archive.in_process import InProcess
+    from cxr_triton.archive.served import Served
+
+    asked = {"task": None, "prompt": None, "mode": None, "max_new_tokens": 12, "identifiers": "hashed"}
+    here, there = InProcess(served_bundle, slots=2, threads=1), Served([server.grpc], 60.0, None)
+    try:
+        for image in (radiograph(1), radiograph(2, rows=160, columns=300)):
+            (mine, _), (theirs, _) = here.read(image, asked), there.read(image, asked)
+            for name in ("text", "status", "prompt", "model", "images"):
+                assert getattr(mine, name) == getattr(theirs, name)
+            assert mine.usage["completion_tokens"] == theirs.usage["completion_tokens"] == 12
+        with pytest.raises(InvalidImage, match="no DICOM, PNG or JPEG"):
+            here.read(b"no picture", asked)
+    finally:
+        here.close()
+        there.close()
+
+
 def test_a_conversation_goes_on(reader):
     first = reader.read(radiograph(3), **SHORT).result()
     turns = [{"role": "user", "content": first.prompt}, {"role": "assistant", "content": first.text}]

@@ -368,7 +368,8 @@ def test_full_queues_and_a_dead_model(small_server):
 
 def test_a_server_is_renewed_at_its_addresses(small_server):
     from cxr_triton.client import Reader, Timeouts
-    from cxr_triton.triton_repo.renew import Renewal, under_way
+    from cxr_triton.triton_repo.drain import under_way
+    from cxr_triton.triton_repo.renew import Renewal
 
     pid, models = small_server.pid, set(small_server.pids)
     with Reader(small_server.grpc, timeouts=Timeouts(connect_s=60)) as reader:

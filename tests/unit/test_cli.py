@@ -264,6 +264,14 @@ def test_read_prints_the_text_then_what_was_read(png):
     assert rows["Notice"] == "Research only. Not for diagnosis." and "A test double answered." in table
 
 
+def test_read_prints_scores_with_what_they_are(png):
+    with FakeServer(answering(reading(scores={"Edema": -3.25, "Cardiomegaly": 8.0}))) as server:
+        table = run("read", png, "--url", server.url, "--scores").stdout.split("\n\n", 1)[1]
+    lines = [line[10:] for line in table.splitlines()]
+    start = lines.index("    +8.0  Cardiomegaly")
+    assert lines[start : start + 3] == ["    +8.0  Cardiomegaly", "    -3.2  Edema", "Log-odds, not calibrated."]
+
+
 def test_read_flushes_every_delta(png):
     printed = threading.Event()
 

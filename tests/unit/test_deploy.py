@@ -28,8 +28,9 @@ def lint(tool, *arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_dockerfile_passes_hadolint():
-    lint("hadolint", str(DEPLOY / "Dockerfile"))
+@pytest.mark.parametrize("name", ["Dockerfile", "front/Dockerfile"])
+def test_the_dockerfile_passes_hadolint(name):
+    lint("hadolint", str(DEPLOY / name))
 
 
 @pytest.mark.parametrize("name", ["smoke.sh", "vllm-cpu.sh"])
@@ -37,8 +38,9 @@ def test_the_scripts_pass_shellcheck(name):
     lint("shellcheck", str(DEPLOY / name))
 
 
-def test_the_compose_file_is_of_the_compose_schema():
-    lint("check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(DEPLOY / "compose.yaml"))
+@pytest.mark.parametrize("name", ["compose.yaml", "front/compose.yaml"])
+def test_the_compose_file_is_of_the_compose_schema(name):
+    lint("check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(DEPLOY / name))
 
 
 def test_compose_itself_takes_the_file(tmp_path):
@@ -123,6 +125,19 @@ def test_everything_listens_on_loopback_and_nothing_may_gain_privileges():
     scraped = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["scrape_configs"][0]["static_configs"]
     assert scraped == [{"targets": ["server:8002"]}]
     assert services["server-vllm"]["networks"] == {"default": {"aliases": ["server"]}}
+
+
+def test_the_front_door_stands_on_loopback_until_it_is_opened_and_keeps_tokens_from_the_network():
+    services = yaml.safe_load((DEPLOY / "front" / "compose.yaml").read_text())["services"]
+    assert services["front"]["ports"] == ["${FRONT_ADDRESS:-127.0.0.1}:8443:8443"] and "ports" not in services["tokens"]
+    assert services["tokens"]["network_mode"] == "none"
+    for name, service in services.items():
+        assert service["cap_drop"] == ["ALL"] and service["read_only"], name
+        assert "no-new-privileges:true" in service["security_opt"], name
+    dockerfile = (DEPLOY / "front" / "Dockerfile").read_text()
+    for file in re.search(r"^COPY (.*) /etc/front/$", dockerfile, re.MULTILINE)[1].split():
+        assert (DEPLOY / "front" / file).is_file()
+    assert "\nUSER 10001:10001\n" in dockerfile
 
 
 @pytest.mark.parametrize("stage", ["serve", "serve-vllm"])

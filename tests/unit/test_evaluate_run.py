@@ -277,7 +277,7 @@ def test_the_command_says_what_was_met_and_ends_as_it_went(tmp_path):
         done = CliRunner().invoke(main, [*command, "--url", server.url, "--restart"])
     assert done.exit_code == 1
     wrong = CliRunner().invoke(main, command)
-    assert wrong.exit_code == 2 and "give REPOSITORY or --url" in wrong.stderr
+    assert wrong.exit_code == 2 and "give REPOSITORY, --url or --archive" in wrong.stderr
 
 
 @pytest.mark.slow

@@ -81,6 +81,7 @@ CALLS = [
     ("serve", ["repository"]),
     ("golden", ["empty"]),
     ("read", ["file.json"]),
+    ("chat", ["file.json"]),
     ("sr", ["file.json", "-o", "out"]),
     ("gateway", []),
     ("gateway", ["status", "--json", "-"]),
@@ -88,6 +89,7 @@ CALLS = [
     ("openai", []),
     ("bench", ["run", "empty"]),
     ("evaluate", ["file.json", "--format", "table", "--url", "127.0.0.1:1", "-o", "out"]),
+    ("archive", ["empty", "--url", "127.0.0.1:1", "-o", "out"]),
     ("demo", []),
 ]
 
@@ -291,8 +293,8 @@ def test_documents_install_from_a_clone():
         *(ROOT / "examples").rglob("*.md"),
     ]
     assert [path.name for path in texts if re.search(r"pip install\S* '?cxr-triton", path.read_text())] == []
-    code = [path for part in ("cxr_triton", "client", "doctor", "engines", "evaluate", "export", "perf", "triton_repo")
-            for path in (ROOT / part).rglob("*.py")]  # fmt: skip
+    parts = "archive", "cxr_triton", "client", "doctor", "engines", "evaluate", "export", "perf", "triton_repo"
+    code = [path for part in parts for path in (ROOT / part).rglob("*.py")]
     assert [path.name for path in code if "pip install 'cxr-triton" in path.read_text()] == []
 
 

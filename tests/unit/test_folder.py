@@ -26,12 +26,19 @@ def answer(request, context):
     if width == 9:
         yield failure("[NOT_A_CHEST] is a knee")
         return
-    facts = {"task": json.loads(unpack(request.raw_input_contents[1])[0]).get("task", "findings"), "prompt": "?"}
+    asked = json.loads(unpack(request.raw_input_contents[1])[0])
+    facts = {"task": asked.get("task", "findings"), "prompt": "?", "timings_ms": {}}
+    if asked.get("scores") and width > 12:  # no list of the first one can be taken apart
+        facts["scores"] = {"Cardiomegaly": 2.5}
+    if asked.get("scores"):
+        facts["timings_ms"] = {"scores": 3.0}
+    if asked.get("logprobs"):
+        facts |= {"token_logprobs": (-0.5,), "token_ends": (4,)}
     parsed = parse(
         TEXT.format(width), grammar="think_answer", answer="labels", labels=("Cardiomegaly",), finish_reason="stop"
     )
     images = tuple({"identity": identity} for identity in identify([image]))
-    reading = Reading.of(parsed, model={}, images=images, usage={}, timings_ms={}, notice="Research.", **facts)
+    reading = Reading.of(parsed, model={}, images=images, usage={}, notice="Research.", **facts)
     yield response("", reading.to_json(), final=True)
 
 
@@ -59,6 +66,21 @@ def server():
 
 def read(server, *args):
     return CliRunner().invoke(cli.main, ["read", "--url", server.url, *map(str, args)])
+
+
+def test_a_second_run_reads_again_what_lacks_what_is_asked_for(folder, server, tmp_path):
+    out = tmp_path / "out"
+    for options, again in (
+        ((), 3),
+        (("--scores",), 3),
+        (("--scores",), 0),
+        ((), 0),
+        (("--scores", "--logprobs"), 3),
+        (("--logprobs",), 0),
+    ):
+        before = len(server.requests)
+        assert read(server, folder, "-o", out, *options).exit_code == 0
+        assert len(server.requests) - before == again, options
 
 
 @pytest.mark.parametrize("name", [".", "DICOMDIR"])

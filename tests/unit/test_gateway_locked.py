@@ -28,8 +28,8 @@ from pynetdicom.association import Association
 
 from cxr_triton import files, phantom, phantom_file
 from cxr_triton.client.gateway import disk
-from cxr_triton.client.gateway.association import Unreachable, forget_messages, limit
-from cxr_triton.client.gateway.config import EXAMPLE, Destination, Folder, Priors, load_config, read_token
+from cxr_triton.client.gateway.association import forget_messages, limit
+from cxr_triton.client.gateway.config import EXAMPLE, Destination, Folder, Priors, Unreachable, load_config
 from cxr_triton.client.gateway.dimse import STUDY_ROOT_FIND
 from cxr_triton.client.gateway.intake import Intake
 from cxr_triton.client.gateway.log import Log, Metrics
@@ -39,6 +39,7 @@ from cxr_triton.client.gateway.send import WebSender
 from cxr_triton.client.gateway.service import Gateway
 from cxr_triton.client.gateway.store import Store
 from cxr_triton.client.gateway.watch import FolderWatcher
+from cxr_triton.client.limits import read_token
 from cxr_triton.errors import InvalidConfig
 from cxr_triton.profile import load_profile, profile_names
 

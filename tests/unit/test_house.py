@@ -18,7 +18,7 @@ from cxr_triton.errors import InvalidRequest
 from cxr_triton.extras import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[2]
-PRODUCT = ("cxr_triton", "export", "engines", "triton_repo", "client", "evaluate", "perf", "doctor")
+PRODUCT = ("cxr_triton", "export", "engines", "triton_repo", "client", "evaluate", "archive", "perf", "doctor")
 NAMED = re.compile(r"(?i)\b(onnxruntime|openvino|tensorrt(?:[-_]?(?:rtx|llm))?|vllm)\b")
 MAY_NAME = {
     "engines/__init__.py": "the table",

@@ -794,3 +794,23 @@ def test_a_thousand_readings_leave_no_thread_no_descriptor_and_no_memory(kind, w
     assert fds_after <= fds and threads_after <= threads
     # 1,000 requests carry 95 MiB; a leak of one message in twenty would show.
     assert mib_after < mib + 4.5
+
+
+@both
+@pytest.mark.parametrize("code", [grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE])
+def test_a_server_that_puts_its_models_away_is_not_taken_for_another(kind, code):
+    """So Triton answers while it ends: it is worth another attempt, which a proxy may give to another server."""
+    ends = "Request for unknown model: 'cxr_reader' has no available versions"
+    with FakeServer(streamed) as server:
+        server.refuse, server.refusal = [code], ends
+        assert collect(kind, server, b"x")[1].status == "ok"
+
+    def gone(request, context):
+        context.abort(grpc.StatusCode.UNAVAILABLE, ends)
+        yield
+
+    with FakeServer(gone) as server, pytest.raises(Unavailable):
+        collect(kind, server, b"x")
+    with FakeServer(lambda request, context: iter([failure(ends)])) as server:
+        with pytest.raises(Unavailable, match="starting or ending"):
+            collect(kind, server, b"x")

@@ -53,6 +53,8 @@ def test_scores_are_of_the_profile_s_labels_or_of_the_question_s_options():
     variables = {"question": "Which?", "options": ["left", "right"]}
     scoring = ask(task="vqa", variables=variables, scores=True).scoring
     assert scoring == Scoring(grammar="boxed", answer="option", choices=("left", "right"))
+    variables["options"] = "(A) left\n(B) right"
+    assert ask(task="vqa", variables=variables, scores=True).scoring == scoring
     yes_no = ask(task="disease", variables={"disease": "edema"}, scores=True, mode="instruct").scoring
     assert yes_no == Scoring(grammar="plain", answer="option")
 

@@ -253,6 +253,28 @@ def test_the_text_is_there_before_the_scores(serve):
     assert receiver.completion.scores
 
 
+def test_a_token_that_the_model_excludes_is_no_number_s_end(serve):
+    """Minus infinity beside other lists; a row that is no number is an error, and never a score."""
+    runtime, session = serve()
+    plain = session.score
+
+    def changed(value):
+        def score(*run):
+            logits = plain(*run)
+            logits[:, ord("F") if value == -np.inf else 0] = value
+            return logits
+
+        return score
+
+    session.score = changed(-np.inf)
+    (receiver,) = read(runtime, scored(0))
+    assert receiver.completion.scores["Fracture"] == -SCORE_LIMIT
+    assert all(math.isfinite(score) for score in receiver.completion.scores.values())
+    session.score = changed(np.nan)
+    (receiver,) = read(runtime, scored(0))
+    assert isinstance(receiver.error, InternalError)
+
+
 @pytest.mark.parametrize("how", ["cancelled", "failed"])
 def test_a_stream_that_ends_while_it_is_scored_leaves_nothing_behind(serve, how):
     runtime, session = serve(prefix=PrefixCache(1 << 20))

@@ -6,18 +6,22 @@ import triton_python_backend_utils as pb_utils
 from cxr_triton.engines.pipeline import Preprocessor
 from cxr_triton.engines.secret import Seal
 from cxr_triton.triton_repo.adapter import error_response, parameters
+from cxr_triton.triton_repo.drain import Step, require_admission
 
 
 class TritonPythonModel:
     def initialize(self, args):
         self.preprocessor = Preprocessor(parameters(args)["bundle"])
         self.context = Seal("CONTEXT")
+        self.step = Step(pb_utils, args["model_instance_name"])
 
     def execute(self, requests):
-        return [self.prepare(request) for request in requests]
+        with self.step.of(len(requests)):
+            return [self.prepare(request) for request in requests]
 
     def prepare(self, request):
         try:
+            require_admission()
             images = list(pb_utils.get_input_tensor_by_name(request, "IMAGES").as_numpy())
             asked = pb_utils.get_input_tensor_by_name(request, "REQUEST").as_numpy()[0]
             step = self.preprocessor.prepare(images, asked)

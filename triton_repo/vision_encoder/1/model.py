@@ -9,6 +9,7 @@ import triton_python_backend_utils as pb_utils
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.pictures import PictureCache
 from cxr_triton.triton_repo.adapter import error_response, parameters
+from cxr_triton.triton_repo.drain import Step
 
 INPUTS = ("PIXEL_WINDOWS", "PATCH_ROWS_COLS", "VALID", "MERGE_ORDER")
 
@@ -24,6 +25,7 @@ class TritonPythonModel:
             "picture_hits_total": "Pictures that were not encoded, as they had been before",
         }
         counter = pb_utils.MetricFamily.COUNTER
+        self.step = Step(pb_utils, args["model_instance_name"])
         # A metric dies with its family.
         self.families = {
             name: pb_utils.MetricFamily(name=f"cxr_vision_{name}", description=description, kind=counter)
@@ -32,6 +34,10 @@ class TritonPythonModel:
         self.metrics = {name: family.Metric(labels={}) for name, family in self.families.items()}
 
     def execute(self, requests):
+        with self.step.of(len(requests)):
+            return self.encode(requests)
+
+    def encode(self, requests):
         try:
             inputs = [
                 [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in INPUTS] for request in requests
@@ -45,7 +51,7 @@ class TritonPythonModel:
             if len(requests) == 1:
                 return [error_response(error)]
             # One that somebody sent past dicom_preprocess fails alone.
-            return [response for request in requests for response in self.execute([request])]
+            return [response for request in requests for response in self.encode([request])]
         ends = np.cumsum([len(tensors[0]) for tensors in inputs])[:-1]
         return [
             pb_utils.InferenceResponse([pb_utils.Tensor("IMAGE_EMBEDDINGS", part)])

@@ -1,0 +1,167 @@
+"""How servers end: nothing new is taken, what is under way ends, and a limit holds."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+from cxr_triton.errors import InvalidConfig, QueueFull
+from cxr_triton.triton_repo import drain, guard
+
+
+@pytest.fixture
+def metrics():
+    """A page of metrics; `busy` is what is under way."""
+    state = SimpleNamespace(busy=0, looks=0)
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            state.looks += 1
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"cxr_decoder_streams %d\n" % state.busy)
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    state.url = f"127.0.0.1:{server.server_port}"
+    yield state
+    server.shutdown()
+    server.server_close()
+
+
+def test_nothing_is_taken_while_the_file_is_there(tmp_path, monkeypatch):
+    monkeypatch.delenv(drain.DRAIN, raising=False)
+    drain.require_admission()
+    monkeypatch.setenv(drain.DRAIN, str(tmp_path / "draining"))
+    drain.require_admission()
+    (tmp_path / "draining").touch()
+    assert drain.is_draining()
+    with pytest.raises(QueueFull, match="send it again in 5 s"):
+        drain.require_admission()
+
+
+def test_a_server_is_drained_once_it_was_found_quiet_again_and_again(tmp_path, metrics):
+    file = tmp_path / "draining"
+    assert drain.drained(file, metrics.url, 10) and file.exists() and metrics.looks == 4
+    metrics.busy = 1
+    threading.Timer(0.5, lambda: setattr(metrics, "busy", 0)).start()
+    began_s = time.monotonic()
+    assert drain.drained(file, metrics.url, 10) and time.monotonic() - began_s > 0.5
+
+
+def test_the_limit_holds_and_a_dead_server_is_not_waited_for(tmp_path, metrics):
+    metrics.busy = 1
+    assert not drain.drained(tmp_path / "draining", metrics.url, 0.3)
+    assert not drain.drained(tmp_path / "draining", metrics.url, 60, lambda: False)
+    assert not drain.drained(tmp_path / "draining", "127.0.0.1:9", 0.3), "silent metrics may hide a reading"
+
+
+SERVER = """
+import os, signal, sys, time
+def end(*args):
+    print("ended", flush=True)
+    sys.exit(7)
+signal.signal(signal.SIGTERM, end)
+print("up", os.environ["CXR_TRITON_DRAIN"], flush=True)
+time.sleep(60)
+"""
+
+
+def guarded(metrics, seconds="20", **environment):
+    """A program in Triton's place under the guard; gives the process and its drain file."""
+    flags = ["--metrics-address=0.0.0.0", f"--metrics-port={metrics.url.rpartition(':')[2]}"]
+    command = [sys.executable, "-m", "cxr_triton.triton_repo.guard", sys.executable, "-c", SERVER, *flags]
+    environment = {**os.environ, "CXR_TRITON_DRAIN_SECONDS": seconds, **environment}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    up, file = process.stdout.readline().split()
+    assert up == "up"
+    return process, file
+
+
+def until(state, seconds=20):
+    ends_s = time.monotonic() + seconds
+    while not state():
+        assert time.monotonic() < ends_s
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_containers_entry_lets_readings_end_and_then_its_server(metrics, number):
+    metrics.busy = 1
+    process, file = guarded(metrics)
+    process.send_signal(number)
+    until(lambda: os.path.exists(file))
+    until(lambda: metrics.looks > 2)
+    assert process.poll() is None
+    metrics.busy = 0
+    assert process.communicate(timeout=20)[0] == "ended\n"
+    assert process.returncode == 7 and not os.path.exists(file)
+
+
+def test_a_second_signal_and_the_limit_end_it_with_readings_under_way(metrics):
+    metrics.busy = 1
+    process, file = guarded(metrics)
+    process.send_signal(signal.SIGTERM)
+    until(lambda: os.path.exists(file))
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[0] == "ended\n"
+    process, _ = guarded(metrics, seconds="0.3")
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[0] == "ended\n"
+
+
+def test_no_server_outlives_its_guard(metrics):
+    process, _ = guarded(metrics)
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+    with open(children) as file:
+        [child] = file.read().split()
+    process.kill()
+    process.communicate(timeout=20)
+    until(lambda: not os.path.exists(f"/proc/{child}") or _state(child) == "Z")
+
+
+def _state(pid):
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+
+
+def test_an_old_file_closes_no_new_server(metrics, tmp_path):
+    file = tmp_path / "draining"
+    file.touch()
+    process, named = guarded(metrics, CXR_TRITON_DRAIN=str(file))
+    assert named == str(file) and not file.exists()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+
+
+def test_one_that_is_ending_is_not_ready(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "is_ready", lambda address: True)
+    monkeypatch.setenv(drain.DRAIN, str(tmp_path / "draining"))
+    for status, there in ((False, False), (True, True)):
+        if there:
+            (tmp_path / "draining").touch()
+        with pytest.raises(SystemExit) as ended:
+            guard._main(["--is-ready", "127.0.0.1:8001"])
+        assert ended.value.code is status
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "nan", "inf"])
+def test_no_number_of_seconds_is_refused(text):
+    with pytest.raises(InvalidConfig, match="CXR_TRITON_DRAIN_SECONDS"):
+        guard.drain_seconds({guard.DRAIN_SECONDS: text})
+
+
+def test_serve_says_how_long_it_lets_readings_end():
+    from cxr_triton.cli import main
+
+    assert "--drain-seconds" in CliRunner().invoke(main, ["serve", "--help"]).output
