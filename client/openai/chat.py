@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from cxr_triton.client.openai.parameters import PARAMETERS, TAKEN, neutral
+from cxr_triton.client.openai.parameters import PARAMETERS, neutral
 from cxr_triton.client.openai.refusal import Refusal
 from cxr_triton.errors import InvalidImage, InvalidRequest, unknown_key
 from cxr_triton.profile import Mode, ModelProfile
@@ -127,7 +127,7 @@ def _asked(data: dict[str, Any]) -> dict[str, Any]:
     asked: dict[str, Any] = {}
     for name, value in data.items():
         key = PARAMETERS[name].key
-        if key is None or PARAMETERS[name].handling != TAKEN:
+        if key is None:
             continue
         if asked.get(key, value) != value:
             raise InvalidRequest(

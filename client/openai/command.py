@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from cxr_triton.cli import json_option, printable, write_json
@@ -57,9 +55,7 @@ _SECONDS, _COUNT = click.FloatRange(0.1, 3600), click.IntRange(1, 10_000)
     help="For what is under way to end after SIGTERM or Ctrl-C.",
 )
 @json_option
-def openai(
-    *, url: str, tls_ca: Path | None, tls_cert: Path | None, tls_key: Path | None, json_path: str | None, **options
-):
+def openai(*, url, tls_ca, tls_cert, tls_key, token_file, json_path, **options):
     """Answer OpenAI's chat completions, so that its clients, benchmarks and chat pages can ask the reader at --url.
 
     Pictures come as data URIs in the first message: PNG, JPEG or DICOM. Readings are for research only and never for
@@ -68,12 +64,12 @@ def openai(
     """
     require("aiohttp", "prometheus_client")
     from cxr_triton.client.aio import AsyncReader
-    from cxr_triton.client.limits import Timeouts, Tls
+    from cxr_triton.client.limits import Access, Timeouts
     from cxr_triton.client.openai.service import serve
     from cxr_triton.client.openai.settings import Settings
 
     settings = Settings(**options)
-    tls = Tls(ca=tls_ca, cert=tls_cert, key=tls_key) if tls_ca or tls_cert else None
+    access = Access.of(tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, token_file=token_file)
     timeouts = Timeouts(first_delta_s=None, total_s=settings.timeout_s)
 
     def started(port: int) -> None:
@@ -81,4 +77,4 @@ def openai(
         write_json({"status": "ready", "address": address, "reader": url}, json_path)
         click.echo(printable(f"ready: {address}, in front of {url}"), err=json_path == "-")
 
-    serve(settings, lambda: AsyncReader(url, timeouts=timeouts, tls=tls), started)
+    serve(settings, lambda: AsyncReader(url, timeouts=timeouts, **vars(access)), started)

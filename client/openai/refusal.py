@@ -17,6 +17,7 @@ from cxr_triton.errors import (
 RETRY_AFTER_S = 1
 STATUSES = {
     "READING_MISMATCH": 502,
+    "ACCESS_DENIED": 502,
     "LIMIT_EXCEEDED": 413,
     "QUEUE_FULL": 429,
     "DEADLINE_EXCEEDED": 504,

@@ -356,19 +356,6 @@ def test_a_body_that_is_no_json_object(site, data):
     )
 
 
-def test_an_answer_may_be_held_to_its_grammar_or_to_a_schema():
-    schema = {"type": "object", "properties": {"sure": {"type": "boolean"}}}
-    given = {"type": "json_schema", "json_schema": {"name": "mine", "schema": schema}}
-    plain = {"prompt": "Is the heart large?"}
-    assert asked(body(guide="answer"))[0] == {**plain, "guide": "answer"}
-    assert asked(body(response_format=given))[0] == {**plain, "guide": {"json_schema": schema}}
-    assert asked(body(response_format={"type": "text"}))[0] == plain
-    given["json_schema"]["schema"] = {"$ref": "http://127.0.0.1:1/a"}
-    with pytest.raises(Refusal, match=r"response_format\.json_schema: \$ref") as refused:
-        asked(body(response_format=given))
-    assert refused.value.param == "response_format"
-
-
 SCHEMA = {"type": "object", "properties": {"label": {"type": "string"}}, "required": ["label"]}
 
 

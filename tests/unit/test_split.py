@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cxr_triton.profile import GRAMMARS
@@ -52,6 +52,7 @@ def split(grammar: str, chunks) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
+@settings(deadline=None)  # a busy machine
 @given(text=TEXTS, cuts=st.lists(st.integers(0, 60), max_size=8))
 def test_how_the_text_is_cut_changes_nothing(grammar, text, cuts):
     places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
@@ -62,6 +63,7 @@ def test_how_the_text_is_cut_changes_nothing(grammar, text, cuts):
 
 
 @pytest.mark.parametrize("grammar", GRAMMARS)
+@settings(deadline=None)  # a busy machine
 @given(text=TEXTS)
 def test_no_word_is_dropped(grammar, text):
     kept = "".join(split(grammar, [text]).values())
@@ -72,6 +74,7 @@ def test_no_word_is_dropped(grammar, text):
 WORDS = st.text(st.sampled_from("ab .,()\n"), min_size=1).filter(str.strip)
 
 
+@settings(deadline=None)  # a busy machine
 @given(
     reasoning=WORDS, answer=WORDS, tag=st.sampled_from(["think", "thinking", "THINK"]), gap=st.sampled_from(["", "\n"])
 )
@@ -82,6 +85,7 @@ def test_a_well_formed_answer_is_split_as_it_is_parsed(reasoning, answer, tag, g
     assert split("think_answer", text) == {REASONING: parsed.reasoning, CONTENT: parsed.answer}
 
 
+@settings(deadline=None)  # a busy machine
 @given(reasoning=WORDS, answer=WORDS, frame=st.sampled_from(["{}", "${}$", "$${}$$.", "\n{}.\n"]))
 def test_a_boxed_answer_is_split_as_it_is_parsed(reasoning, answer, frame):
     text = reasoning + frame.format(rf"\boxed{{{answer}}}")
