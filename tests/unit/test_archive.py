@@ -427,9 +427,9 @@ def test_an_image_that_fails_is_a_row_and_what_concerns_all_stops_the_unit(tmp_p
 # The whole, with Ray.
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_ray():
-    """One small Ray for all tests, on the loopback interface."""
+    """One small Ray for the tests here, on the loopback interface; it ends with them."""
     from cxr_triton.archive.cluster import ray_started
 
     with pytest.MonkeyPatch.context() as patch:
