@@ -111,6 +111,7 @@ NOT_RUN = {
     },
     "docs/archive.md": {
         r"--url|^RAY_ADDRESS=|--archive rows/": "tests/unit/test_archive.py reads by servers, and evaluates",
+        r"archive_kills.py": "takes ten minutes; tests/unit/test_archive.py kills an actor",
     },
     "docs/measures.md": {r"^cxr-triton evaluate measure ": "of anybody's result; docs/evaluation.md runs it on one"},
     "examples/evaluation/README.md": {

@@ -389,6 +389,7 @@ def test_what_may_pass_is_asked_again_and_two_servers_share(monkeypatch):
     assert one.seen and other.seen
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_is_left_to_the_other(monkeypatch):
     with Double() as gone:
         pass
@@ -426,9 +427,9 @@ def test_an_image_that_fails_is_a_row_and_what_concerns_all_stops_the_unit(tmp_p
 # The whole, with Ray.
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_ray():
-    """One small Ray for all tests, on the loopback interface."""
+    """One small Ray for the tests here, on the loopback interface; it ends with them."""
     from cxr_triton.archive.cluster import ray_started
 
     with pytest.MonkeyPatch.context() as patch:
@@ -532,6 +533,7 @@ def test_a_server_that_goes_leaves_what_was_read_and_the_run_goes_on(tmp_path, l
     assert (ran.there, ran.rows) == (6, 6) and server.seen == dict.fromkeys(names[6:], 1)
 
 
+@pytest.mark.slow
 def test_a_destructor_that_waits_for_ever_keeps_no_run_from_ending():
     """Its place is taken by ``pause``, registered first, as Ray's is."""
     code = (
@@ -543,6 +545,7 @@ def test_a_destructor_that_waits_for_ever_keeps_no_run_from_ending():
     assert (ended.returncode, ended.stdout) == (3, "said\n")
 
 
+@pytest.mark.slow
 def test_ray_on_one_machine_listens_on_the_loopback_interface_only(local_ray):
     import psutil
     import ray
