@@ -28,8 +28,12 @@ BYTES_PER_TOKEN = 16
 LONGEST = 12  # tokens; a longer context tells no more
 _MIX = 1000003
 _PLACES = 8  # newest ones of a context that are looked at
-_RUNS = 7  # of a width, over which its median goes
-_PLAIN_EVERY, _STALE, _HALF_LIFE = 64, 200, 1000  # steps: between plain ones; after which runs are too old; of belief
+_RUNS = 5  # of a width, of which the least counts
+_PLAIN_EVERY, _STALE, _HALF_LIFE = (
+    16,
+    200,
+    200,
+)  # steps: between plain ones; after which these are too old; of belief in a run
 _ROW = 0.1  # of a plain step, for a token more of one stream, before that was measured
 _MARGIN = 1.1  # by which a wider step has to be worth more
 _IN_VAIN, _SHARE, _LONGEST_REST = 16, 0.005, 64  # guesses in a row; of a step's time, for more of them; steps
@@ -138,7 +142,7 @@ class Texts:
 
 
 class Costs:
-    """What a step takes, by its streams and the tokens of each: medians of its latest runs.
+    """What a step takes, by its streams and the tokens of each: the least of its latest runs, as others only add to it.
 
     Of one token it is seconds; of several, shares of what one took at that time, as a machine may have become slower or
     faster when they are compared.
@@ -146,7 +150,7 @@ class Costs:
 
     def __init__(self):
         self._runs: dict[tuple[int, int], deque[float]] = {}
-        self._median: dict[tuple[int, int], float] = {}
+        self._least: dict[tuple[int, int], float] = {}
         self._last: dict[tuple[int, int], int] = {}  # step at which it was run
         self._steps = 0
 
@@ -154,10 +158,9 @@ class Costs:
         """Count a step. The first of its kind is left out, as engines prepare for a new shape."""
         self._steps += 1
         kind = (streams, width)
-        if self._is_stale(kind, _STALE):
-            self._median.pop(kind, None)
-            if kind in self._runs:
-                self._runs[kind].clear()
+        if width == 1 and self._is_stale(kind, _STALE):
+            self._least.pop(kind, None)
+            self._runs.get(kind, deque()).clear()
         self._last[kind] = self._steps
         unit = 1.0 if width == 1 else self.step_s(streams)
         if kind not in self._runs or unit is None:
@@ -165,22 +168,22 @@ class Costs:
             return
         runs = self._runs[kind]
         runs.append(seconds / unit)
-        self._median[kind] = sorted(runs)[len(runs) // 2]
+        self._least[kind] = min(runs)
 
     def step_s(self, streams: int) -> float | None:
         """Seconds of a step of one token each; None where that was not measured."""
-        return self._median.get((streams, 1))
+        return self._least.get((streams, 1))
 
     def share(self, streams: int, width: int) -> float | None:
         """What a step takes as a share of one of one token each; None where that was not measured."""
-        return 1.0 if width == 1 else self._median.get((streams, width))
+        return 1.0 if width == 1 else self._least.get((streams, width))
 
     def best(self, streams: int, tokens: Sequence[float]) -> int:
         """The width that gives most tokens a second.
 
-        What a width took is believed less with every step since, so that it is tried again sooner the closer it was to
-        being worth it. One that was never run comes after all that are narrower, and counts as if each token more took
-        half of what one did in the widest of those, or half of `_ROW` for each stream.
+        What a width took is believed less with every step since, and sooner after few runs, so that it is tried again
+        the sooner the closer it was to being worth it. One that was never run comes after all that are narrower, and
+        counts as if each token more took half of what one did in the widest of those, or of `_ROW` a stream.
 
         Parameters
         ----------
@@ -188,14 +191,15 @@ class Costs:
         tokens : sequence of float
             Expected of all streams together, for each of `WIDTHS` that may be taken.
         """
-        if self._is_stale((streams, 1), _PLAIN_EVERY) or (streams, 1) not in self._median:
+        if self._is_stale((streams, 1), _PLAIN_EVERY) or (streams, 1) not in self._least:
             return 1
         chosen, most = 1, tokens[0] * _MARGIN
         narrower, share, a_token = 1, 1.0, _ROW * streams
         for width, expected in zip(WIDTHS[1:], tokens[1:], strict=False):
             kind = (streams, width)
-            if is_known := kind in self._median:
-                share = self._median[kind] * 0.5 ** ((self._steps - self._last[kind]) / _HALF_LIFE)
+            if is_known := kind in self._least:
+                age = (self._steps - self._last[kind]) / (_HALF_LIFE * len(self._runs[kind]))
+                share = self._least[kind] * 0.5**age
                 a_token = max(0.0, share - 1) / (width - 1)
             else:
                 share += a_token / 2 * (width - narrower)

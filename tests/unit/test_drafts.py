@@ -152,13 +152,21 @@ def test_no_width_is_tried_that_would_cost_more_than_it_could_gain():
     assert tokens / spent > 0.99
 
 
-def test_one_slow_step_does_not_change_what_is_believed_and_a_change_that_lasts_does():
+def test_slow_steps_do_not_change_what_is_believed_and_a_change_that_lasts_does():
     costs = cost_of(ORT)
-    for _ in range(3):
+    for _ in range(4):
         costs.take(1, 2, 100.0)
     assert costs.best(1, expected_of(0.5)) == 2
     costs.take(1, 2, 100.0)
     assert costs.best(1, expected_of(0.5)) == 1
+
+
+def test_a_width_whose_first_run_was_slow_is_soon_tried_again():
+    costs = cost_of({1: 1.0})
+    for seconds in (5.0, 4.0):
+        costs.take(1, 2, seconds)
+    chosen = chosen_over(costs, 0.9, {1: 1.0, 2: 1.2}, 600)
+    assert chosen[:100].count(2) == 0 and chosen[400:].count(2) > 150
 
 
 def test_a_machine_that_becomes_slower_makes_no_width_dearer():
@@ -184,8 +192,19 @@ def test_plain_steps_and_dear_widths_are_measured_again():
     costs = cost_of(dear)
     assert 4 <= chosen_over(costs, 0.9, dear, 5000).count(2) <= 8
     cheap = chosen_over(costs, 0.9, {1: 1.0, 2: 1.1}, 2000)
-    assert cheap[:1000].count(2) and cheap[1000:].count(1) < 50, "a width that has become cheap is found out"
-    assert cheap[1000:].count(1) >= 10, "and held against a plain step all the time"
+    assert cheap[:1000].count(2) and cheap[1000:].count(1) < 80, "a width that has become cheap is found out"
+    assert cheap[1000:].count(1) >= 50, "and held against a plain step all the time"
+
+
+def test_a_busy_minute_is_not_held_against_plain_steps_for_long():
+    table, costs = {1: 1.0, 2: 1.6, 3: 2.5}, Costs()
+    for busy in (1, 1, 1, 1, 30, 30, 30, 30, 30):
+        costs.take(8, 1, busy * table[1])
+    chosen = []
+    for _ in range(400):
+        chosen.append(costs.best(8, [8, 12, 14]))
+        costs.take(8, chosen[-1], table[chosen[-1]])
+    assert chosen.count(1) > 330
 
 
 def test_rates_follow_what_came():
