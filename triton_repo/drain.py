@@ -8,6 +8,7 @@ nothing more until its own time limit is over. So its models close first. `DRAIN
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import http.client
 import os
 import re
@@ -24,9 +25,8 @@ RETRY_S = 5
 _LOOKS, _LOOK_S = 4, 0.15
 """Of the metrics, all of which have to find nothing: between two steps a reading is in neither."""
 _METRICS_TIMEOUT_S = 5
-_UNDER_WAY = re.compile(
-    r"^(?:nv_inference_pending_request_count|cxr_decoder_streams|cxr_step_requests)(?:{.*})? (\S+)$", re.MULTILINE
-)
+_UNDER_WAY = re.compile(r"^(?:nv_inference_pending_request_count|cxr_decoder_streams)(?:{.*})? (\S+)$", re.MULTILINE)
+_LOCK = ".lock"
 
 
 def is_draining() -> bool:
@@ -42,7 +42,7 @@ def require_admission() -> None:
 
 
 def under_way(metrics: str) -> float:
-    """Requests that wait or are in a step, and streams that decode, by the metrics at ``HOST:PORT``; 1 where silent."""
+    """Requests that wait and streams that decode, by the metrics of a server at ``HOST:PORT``; 1 where it is silent."""
     try:
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with direct.open(f"http://{metrics}/metrics", timeout=_METRICS_TIMEOUT_S) as page:
@@ -56,7 +56,7 @@ def drained(file: Path, metrics: str, limit_s: float, is_alive: Callable[[], boo
     file.touch(mode=0o600)
     ends_s, quiet = time.monotonic() + limit_s, 0
     while is_alive():
-        quiet = 0 if under_way(metrics) else quiet + 1
+        quiet = 0 if _is_in_work(file) or under_way(metrics) else quiet + 1
         if quiet == _LOOKS:
             return True
         if time.monotonic() > ends_s:
@@ -65,28 +65,23 @@ def drained(file: Path, metrics: str, limit_s: float, is_alive: Callable[[], boo
     return False
 
 
-class Step:
-    """Says in the metrics how many requests a model has in work, which Triton does not.
+@contextlib.contextmanager
+def in_work() -> Iterator[None]:
+    """A step has requests until the block ends, which Triton tells nobody; one that dies has none."""
+    file = os.environ.get(DRAIN)
+    if file is None:
+        yield
+        return
+    with open(file + _LOCK, "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
 
-    Parameters
-    ----------
-    utils : module
-        ``triton_python_backend_utils``.
-    instance : str
-        Of the model: each counts for itself.
-    """
 
-    def __init__(self, utils, instance: str):
-        kind = utils.MetricFamily.GAUGE
-        # A metric dies with its family.
-        self._family = utils.MetricFamily(name="cxr_step_requests", description="Requests in a step", kind=kind)
-        self._gauge = self._family.Metric(labels={"instance": instance})
-
-    @contextlib.contextmanager
-    def of(self, requests: int) -> Iterator[None]:
-        """So many are in work until the block ends."""
-        self._gauge.set(requests)
+def _is_in_work(file: Path) -> bool:
+    """Whether a step of the server whose `DRAIN` names `file` has requests."""
+    with open(f"{file}{_LOCK}", "ab") as lock:
         try:
-            yield
-        finally:
-            self._gauge.set(0)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -435,7 +435,7 @@ def test_serve_leaves_nothing_when_it_ends(served_bundle, tmp_path, number):
 
     settings = Settings(preprocess_instances=1, slots=1, threads=1)
     write_repository(served_bundle, tmp_path / "repository", settings, unverified=True)
-    ports = ("--grpc-port", "0", "--metrics-port", "0")
+    ports = ("--grpc-port", "0", "--metrics-port", "0", "--drain-seconds", "1")
     command = [Path(sys.executable).with_name("cxr-triton"), "serve", "repository", *ports, "--json", "ready.json"]
     segments = set(Path("/dev/shm").iterdir())
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:

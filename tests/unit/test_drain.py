@@ -59,6 +59,20 @@ def test_a_server_is_drained_once_it_was_found_quiet_again_and_again(tmp_path, m
     assert drain.drained(file, metrics.url, 10) and time.monotonic() - began_s > 0.5
 
 
+def test_a_step_that_runs_is_waited_for_though_no_metric_says_so(tmp_path, monkeypatch, metrics):
+    file = tmp_path / "draining"
+    monkeypatch.setenv(drain.DRAIN, str(file))
+    with drain.in_work(), drain.in_work():
+        assert not drain.drained(file, metrics.url, 0.3)
+    assert drain.drained(file, metrics.url, 10)
+    died = "import os; from cxr_triton.triton_repo.drain import in_work; in_work().__enter__(); os._exit(0)"
+    subprocess.run([sys.executable, "-c", died], check=True)
+    assert drain.drained(file, metrics.url, 10)
+    monkeypatch.delenv(drain.DRAIN)
+    with drain.in_work():
+        assert drain.drained(file, metrics.url, 10), "of another server"
+
+
 def test_the_limit_holds_and_a_dead_server_is_not_waited_for(tmp_path, metrics):
     metrics.busy = 1
     assert not drain.drained(tmp_path / "draining", metrics.url, 0.3)

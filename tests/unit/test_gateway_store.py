@@ -572,6 +572,26 @@ def test_a_job_whose_lease_ran_out_in_an_outage_is_read_once(gateway, monkeypatc
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("drain_s", "state"), [(20, "sending"), (0, "grouped")])
+def test_a_reading_under_way_has_time_to_end_when_the_gateway_is_stopped(tmp_path, monkeypatch, drain_s, state):
+    """Nothing new is begun meanwhile; one that takes longer is given back, and lost is none."""
+    text = f"storage: {tmp_path}\nfolder: {{path: {tmp_path}/in}}\nread: {{drain_s: {drain_s}}}\n{DESTINATION}"
+    config = load_config(write(tmp_path, text))
+    store = Store(config.queue_url, config.name)
+    store.add(received(), 0, 0)
+
+    async def run():
+        server = Server(monkeypatch, config, store)
+        await eventually(lambda: server.began)
+        asyncio.get_running_loop().call_later(0.3, server.gate.set)
+        await server.stop()
+        assert (server.began, server.cancelled) == (1, int(drain_s == 0))
+
+    asyncio.run(run())
+    assert states(store) == {state: 1}
+    store.close()
+
+
 def test_a_site_may_have_every_reading_name_hashes_in_place_of_uids(tmp_path, monkeypatch):
     text = f"storage: {tmp_path}\nfolder: {{path: {tmp_path}/in}}\nread: {{identifiers: hashed}}\n{DESTINATION}"
     config = load_config(write(tmp_path, text))

@@ -6,17 +6,16 @@ import triton_python_backend_utils as pb_utils
 from cxr_triton.engines.pipeline import Preprocessor
 from cxr_triton.engines.secret import Seal
 from cxr_triton.triton_repo.adapter import error_response, parameters
-from cxr_triton.triton_repo.drain import Step, require_admission
+from cxr_triton.triton_repo.drain import in_work, require_admission
 
 
 class TritonPythonModel:
     def initialize(self, args):
         self.preprocessor = Preprocessor(parameters(args)["bundle"])
         self.context = Seal("CONTEXT")
-        self.step = Step(pb_utils, args["model_instance_name"])
 
     def execute(self, requests):
-        with self.step.of(len(requests)):
+        with in_work():
             return [self.prepare(request) for request in requests]
 
     def prepare(self, request):

@@ -9,7 +9,7 @@ import triton_python_backend_utils as pb_utils
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.pictures import PictureCache
 from cxr_triton.triton_repo.adapter import error_response, parameters
-from cxr_triton.triton_repo.drain import Step
+from cxr_triton.triton_repo.drain import in_work
 
 INPUTS = ("PIXEL_WINDOWS", "PATCH_ROWS_COLS", "VALID", "MERGE_ORDER")
 
@@ -25,7 +25,6 @@ class TritonPythonModel:
             "picture_hits_total": "Pictures that were not encoded, as they had been before",
         }
         counter = pb_utils.MetricFamily.COUNTER
-        self.step = Step(pb_utils, args["model_instance_name"])
         # A metric dies with its family.
         self.families = {
             name: pb_utils.MetricFamily(name=f"cxr_vision_{name}", description=description, kind=counter)
@@ -34,7 +33,7 @@ class TritonPythonModel:
         self.metrics = {name: family.Metric(labels={}) for name, family in self.families.items()}
 
     def execute(self, requests):
-        with self.step.of(len(requests)):
+        with in_work():
             return self.encode(requests)
 
     def encode(self, requests):
