@@ -4,142 +4,21 @@ import json
 import os
 import re
 import shutil
-import signal
-import socket
-import ssl
-import subprocess
-import sys
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
-from fake_server import FakeServer, empty_final, failure, response
+from helm_chart import CHART, DATABASE, GATEWAY, PACS, PEERS, ROOT, VALUES, objects, one, pods, render
 
 from cxr_triton.client.gateway.config import load_config
 from cxr_triton.engines.recipe import load_recipe, recipe_names
-from cxr_triton.reading import Reading, parse
 
 helm = pytest.importorskip("helm_python", reason="pip install '.[test]' brings Helm")
 kubernetes = pytest.importorskip("kubernetes_validate", reason="pip install '.[test]' brings it")
-
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
-CHART = ROOT / "deploy" / "helm" / "cxr-triton"
 IMMUTABLE = ROOT / "tests" / "helm_immutable.json"
 OLDEST, NEWEST = "1.33.0", kubernetes.latest_version()
-
-PEERS = [{"aet": "PACS", "addresses": ["10.1.0.0/16"]}]
-PACS = {"name": "pacs", "kind": "dicom", "aet": "PACS", "host": "pacs.example", "port": 104}
-GATEWAY = {"enabled": True, "dicom": {"peers": PEERS}, "config": {"destinations": [PACS]}}
-DATABASE = {"host": "db.example", "secretName": "database", "caSecret": "database-ca"}
-OWN = {"recipe": "own", "server": {"image": {"tag": "own"}, "slots": 4, "gpu": {"count": 0}}}
-
-VALUES = {
-    "defaults": {},
-    "tensorrt-llm on an L40S": {"recipe": "l40s-fp8-trtllm", "server": {"gpu": {"product": "NVIDIA-L40S"}}},
-    "own recipe on CPUs": OWN,
-    "pinned images": {
-        "imagePullSecrets": ["registry"],
-        "server": {"image": {"repository": "registry.example/serve", "digest": "sha256:" + "a" * 64}},
-    },
-    "repository in a folder of a claim": {"repository": {"claim": "models", "subPath": "nv-reason/1"}},
-    "repository as an image": {"repository": {"claim": "", "image": "registry.example/repository:1"}},
-    "repository copied from an image": {
-        "repository": {"claim": "", "init": {"image": "registry.example/repository:1", "size": "20Gi"}},
-    },
-    "door by token": {"frontDoor": {"auth": "token"}},
-    "door by certificate and token, for the world": {
-        "frontDoor": {
-            "auth": "both",
-            "service": {"type": "LoadBalancer", "annotations": {"a/b": "c"}, "sourceRanges": ["10.0.0.0/8"]},
-        },
-        "networkPolicy": {"clients": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]},
-    },
-    "door with files of one's own": {"frontDoor": {"configMap": "own-door", "replicas": 1}},
-    "keda": {"autoscaling": {"kind": "keda", "max": 8}},
-    "hpa": {"autoscaling": {"kind": "hpa", "streams": 20}},
-    "kserve": {"server": {"kind": "kserve", "replicas": 2, "annotations": {"a/b": "c"}}},
-    "kserve with keda, repository copied": {
-        "server": {"kind": "kserve"},
-        "autoscaling": {"kind": "keda"},
-        "repository": {"claim": "", "init": {"image": "registry.example/repository:1"}},
-    },
-    "gateway on SQLite": {"gateway": GATEWAY},
-    "gateways on PostgreSQL": {
-        "gateway": {
-            **GATEWAY,
-            "count": 2,
-            "postgresql": DATABASE,
-            "storage": {"accessModes": ["ReadWriteMany"], "className": "shared"},
-            "dicom": {"aet": "CXR", "peers": PEERS, "tlsSecret": "dicom-tls"},
-            "service": {"type": "LoadBalancer", "port": 104, "sourceRanges": ["10.1.0.0/16"]},
-            "egress": [{"to": [{"ipBlock": {"cidr": "10.1.0.0/16"}}], "ports": [{"protocol": "TCP", "port": 104}]}],
-            "config": {"destinations": [PACS], "read": {"concurrency": 8}, "group": {"quiet_s": 5}},
-        },
-        "networkPolicy": {"dicom": [{"ipBlock": {"cidr": "10.1.0.0/16"}}], "clients": [{"podSelector": {}}]},
-    },
-    "gateway without a door": {
-        "frontDoor": {"enabled": False},
-        "gateway": {
-            **GATEWAY,
-            "through": "server",
-            "storage": {"claim": "storage"},
-            "secrets": [{"name": "archive", "key": "token", "file": "archive.token"}],
-            "config": {
-                "destinations": [
-                    {
-                        "name": "archive",
-                        "kind": "stow",
-                        "url": "https://archive.example/dicom-web",
-                        "token_file": "/etc/cxr-gateway/secrets/archive.token",
-                    }
-                ],
-                "web": {"max_connections": 8},
-            },
-        },
-    },
-    "everything that a cluster may have": {
-        "nameOverride": "chest",
-        "gateway": GATEWAY,
-        "autoscaling": {"kind": "keda"},
-        "tls": {
-            "certManager": {
-                "enabled": True,
-                "issuer": {"name": "hospital", "kind": "ClusterIssuer"},
-                "clientIssuer": {"name": "clients"},
-                "dnsNames": ["cxr.hospital.example"],
-            }
-        },
-        "monitoring": {
-            "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
-            "dashboards": {"enabled": True},
-        },
-        "server": {
-            "antiAffinity": "hard",
-            "secretName": "seal",
-            "nodeSelector": {"pool": "gpu"},
-            "priorityClassName": "high",
-            "runtimeClassName": "nvidia",
-            "probes": {"reading": False},
-        },
-    },
-    "no network policies, no budget": {
-        "networkPolicy": {"enabled": False},
-        "server": {"antiAffinity": "none", "disruption": {"enabled": False}, "gpu": {"byLabels": False}},
-    },
-}
-TEXT = "<think> Lungs are clear. </think>\n<answer> No Finding </answer>"
-READING = Reading.of(
-    parse(TEXT, grammar="think_answer", answer="labels", labels=("No Finding",)),
-    task="findings",
-    prompt="Find abnormalities and support devices.",
-    model={"profile": "test"},
-    notice="A test double answered.",
-).to_json()
 CUSTOM = {
     "cert-manager.io/v1": ["Certificate"],
     "keda.sh/v1alpha1": ["ScaledObject"],
@@ -159,32 +38,6 @@ def chart():
 def rendered(chart):
     """Objects by the name of the values."""
     return {name: objects(render(chart, values)) for name, values in VALUES.items()}
-
-
-def render(chart, values):
-    return chart.render(values, name="lung", namespace="radiology", is_install=True)
-
-
-def objects(files):
-    texts = [text for name, text in files.items() if not name.endswith("NOTES.txt")]
-    return [found for text in texts for found in yaml.safe_load_all(text) if found]
-
-
-def one(found, kind, name):
-    (only,) = (each for each in found if each["kind"] == kind and each["metadata"]["name"] == name)
-    return only
-
-
-def pods(found):
-    """Pod specs: of Deployments, and of an InferenceService with its ServingRuntime."""
-    for each in found:
-        if each["kind"] == "Deployment":
-            yield each["spec"]["template"]["spec"]
-        elif each["kind"] == "InferenceService":
-            (runtime,) = (other for other in found if other["kind"] == "ServingRuntime")
-            own = {"annotations", "labels", "model", "minReplicas", "maxReplicas", "deploymentStrategy"}
-            spec = {key: value for key, value in each["spec"]["predictor"].items() if key not in own}
-            yield {**spec, "containers": runtime["spec"]["containers"]}
 
 
 def test_helm_finds_nothing_to_say(chart):
@@ -474,150 +327,3 @@ def test_services_and_monitors_find_what_they_select(rendered):
 def test_the_dashboard_is_that_of_the_project(rendered):
     board = one(rendered["everything that a cluster may have"], "ConfigMap", "chest-dashboards")
     assert board["data"]["cxr-triton.json"] == (ROOT / "deploy" / "grafana" / "cxr-triton.json").read_text()
-
-
-@pytest.fixture
-def metrics():
-    """A metrics page whose streams the test counts down."""
-
-    class Page(BaseHTTPRequestHandler):
-        left = 0
-
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            lines = (
-                "# TYPE cxr_decoder_streams gauge",
-                f"cxr_decoder_streams {Page.left}",
-                'nv_inference_count{a="x"} 9',
-            )
-            self.wfile.write("\n".join((*lines, "")).encode())
-            Page.left = max(0, Page.left - 1)
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield Page, f"http://127.0.0.1:{server.server_port}/metrics"
-    server.shutdown()
-    server.server_close()
-
-
-def script(name, *arguments):
-    command = [sys.executable, str(CHART / "files" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_a_server_ends_when_its_last_reading_has(metrics):
-    page, url = metrics
-    page.left = 2
-    assert script("drain.py", url, 0, 30).returncode == 0 and page.left == 0
-    page.left = 100
-    assert script("drain.py", url, 0, 1).returncode == 1, "the limit passed"
-    assert script("drain.py", "http://127.0.0.1:1/metrics", 0, 10).returncode == 0, "no server, no reading"
-
-
-def streamed(request, context):
-    yield response("<think>")
-    yield response("", READING, final=True)
-
-
-def test_a_server_is_started_when_it_has_read():
-    with FakeServer(streamed) as server:
-        assert script("first_reading.py", server.url, 20).returncode == 0
-        assert server.asked["max_new_tokens"] == 8 and len(server.requests) == 1
-    with FakeServer(lambda *_: iter([failure("[INTERNAL] the engine broke"), empty_final()])) as server:
-        done = script("first_reading.py", server.url, 20)
-        assert done.returncode == 1 and "the engine broke" in done.stderr
-    done = script("first_reading.py", server.url, 5)
-    assert done.returncode == 1 and "not ready" in done.stderr
-
-
-def certificate(folder, name):
-    """An own signed tls.crt with its tls.key; the certificate as DER."""
-    folder.mkdir(parents=True, exist_ok=True)
-    new = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", f"/CN={name}"]
-    subprocess.run([*new, "-keyout", folder / "tls.key", "-out", folder / "new"], check=True, capture_output=True)
-    (folder / "new").replace(folder / "tls.crt")
-    return ssl.PEM_cert_to_DER_cert((folder / "tls.crt").read_text())
-
-
-@pytest.fixture
-def door(rendered, tmp_path):
-    """Folder of the front door's files by the name of values, as its pod has them, on a free port."""
-    if not (shutil.which("nginx", path="/usr/sbin:" + os.environ["PATH"]) and shutil.which("openssl")):
-        pytest.skip("nginx or openssl is not here")
-
-    def lay(name):
-        folder = tmp_path / "front"
-        own = certificate(folder / "tls", "first")
-        certificate(tmp_path / "clients", "clients")
-        shutil.copy(tmp_path / "clients" / "tls.crt", folder / "tls" / "ca.crt")
-        for file, text in one(rendered[name], "ConfigMap", "lung-front")["data"].items():
-            (folder / file).write_text(text)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        listen = (folder / "listen.conf").read_text()
-        (folder / "listen.conf").write_text(listen.replace("8443", f"127.0.0.1:{port}"))
-        (folder / "upstream.conf").write_text("server 127.0.0.1:1;")
-        (tmp_path / "state").mkdir()
-        return folder, tmp_path / "state", port, own
-
-    return lay
-
-
-def nginx_environment():
-    return {**os.environ, "PATH": "/usr/sbin:" + os.environ["PATH"]}
-
-
-@pytest.mark.parametrize("name", ["defaults", "door by token", "door by certificate and token, for the world"])
-def test_nginx_takes_the_front_doors_files(door, name):
-    folder, state, _, _ = door(name)
-    command = ["nginx", "-t", "-p", f"{state}/", "-c", str(folder / "nginx.conf"), "-e", "stderr"]
-    done = subprocess.run(command, capture_output=True, text=True, env=nginx_environment(), check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def served(port):
-    """Certificate that the door shows; None where it shows none."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    try:
-        with socket.create_connection(("127.0.0.1", port), 5) as plain, context.wrap_socket(plain) as wrapped:
-            return wrapped.getpeercert(binary_form=True)
-    except OSError:
-        return None
-
-
-def within(seconds, condition):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.1)
-    assert condition()
-
-
-def test_the_front_door_takes_a_new_certificate_and_ends_in_peace(door):
-    folder, state, port, own = door("defaults")
-    command = ["sh", str(folder / "run.sh"), str(state), str(folder), "0", "1"]
-    running = subprocess.Popen(command, env=nginx_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        within(20, lambda: served(port) == own)
-        (folder / "tls" / "tls.key").write_text("no key")
-        time.sleep(2)
-        assert served(port) == own, "files that nginx does not take change nothing"
-        new = certificate(folder / "tls", "second")
-        within(20, lambda: served(port) == new)
-        running.send_signal(signal.SIGTERM)
-        assert running.wait(20) == 0 and served(port) is None
-    finally:
-        running.kill()
-        running.communicate()
-
-
-def test_a_door_whose_nginx_ends_ends_too(door):
-    folder, state, _, _ = door("defaults")
-    (folder / "limits.conf").write_text("unheard of;")
-    command = ["sh", str(folder / "run.sh"), str(state), str(folder), "0", "1"]
-    done = subprocess.run(command, env=nginx_environment(), capture_output=True, text=True, timeout=30, check=False)
-    assert done.returncode != 0 and "unknown directive" in done.stderr

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 
+QUIET_LOOKS = 5  # a second apart: what is between two models is neither pending nor a stream
 BUSY = re.compile(
     r"^(?:cxr_decoder_streams|nv_inference_pending_request_count)(?:\{[^}]*\})?\s+(\S+)\s*$", re.MULTILINE
 )
@@ -23,12 +24,12 @@ def under_way(url: str) -> float:
 
 
 def drain(url: str, settle_s: float, limit_s: float) -> bool:
-    """Whether nothing was under way within the limit, at two looks a second apart."""
+    """Whether nothing was under way any more within the limit."""
     time.sleep(settle_s)
     end, quiet = time.monotonic() + limit_s, 0
     while time.monotonic() < end:
         quiet = quiet + 1 if under_way(url) == 0 else 0
-        if quiet == 2:
+        if quiet == QUIET_LOOKS:
             return True
         time.sleep(1)
     return False

@@ -59,6 +59,10 @@ imagePullSecrets:
 {{ .Values.autoscaling.streams | default (max 1 (div (mul 3 $slots) 4)) }}
 {{- end }}
 
+{{- define "rollout" -}}
+{{ if .Values.server.spareGpu }}{maxSurge: 1, maxUnavailable: 0}{{ else }}{maxSurge: 0, maxUnavailable: 1}{{ end }}
+{{- end }}
+
 {{- define "serverGrace" -}}
 {{ add .Values.server.drain.settleSeconds .Values.server.drain.seconds 60 }}
 {{- end }}
