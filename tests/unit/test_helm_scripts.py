@@ -244,11 +244,18 @@ def called(port, folder, client=None, *, metadata=(), call="ServerReady"):
     return grpc.StatusCode.OK
 
 
+class OpenServer(FakeServer):
+    """One that also answers a call which no client makes."""
+
+    def RepositoryIndex(self, request, context):
+        return pb.RepositoryIndexResponse()
+
+
 def test_only_who_has_a_certificate_and_asks_for_readings_gets_through(door, tmp_path):
     folder, state, port, own = door("defaults")
     clients, strangers = tmp_path / "clients", tmp_path / "strangers"
     certificate(strangers, "clients")
-    with FakeServer(streamed) as server:
+    with OpenServer(streamed) as server:
         (folder / "upstream.conf").write_text(f"server {server.url} max_fails=0;")
         with running("sh", folder / "run.sh", state, folder, "0"):
             within(20, lambda: served(port) == own)
