@@ -28,12 +28,21 @@ def lint(tool, *arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", "front/Dockerfile"])
-def test_the_dockerfile_passes_hadolint(name):
+@pytest.mark.parametrize("name", ["Dockerfile", "gateway.Dockerfile", "front/Dockerfile"])
+def test_the_dockerfiles_pass_hadolint(name):
     lint("hadolint", str(DEPLOY / name))
 
 
-@pytest.mark.parametrize("name", ["smoke.sh", "vllm-cpu.sh"])
+@pytest.mark.parametrize("name", ["Dockerfile", "gateway.Dockerfile"])
+def test_images_see_every_package(name):
+    seen = (DEPLOY / f"{name}.dockerignore").read_text().splitlines()
+    folders = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"].values()
+    assert {f"!{folder}" for folder in folders} <= set(seen)
+    for path in ("deploy/helm", "docs", "shared"):
+        assert f"!{path}" not in seen
+
+
+@pytest.mark.parametrize("name", ["smoke.sh", "vllm-cpu.sh", "helm/cxr-triton/front/run.sh"])
 def test_the_scripts_pass_shellcheck(name):
     lint("shellcheck", str(DEPLOY / name))
 
