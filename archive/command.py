@@ -15,6 +15,7 @@ from cxr_triton.cli import (
     EXIT_NOT_AS_ASKED,
     MODES,
     OUT_FILE,
+    OUT_FOLDER,
     TASKS,
     access_options,
     json_option,
@@ -30,7 +31,7 @@ BUNDLE = click.Path(exists=True, file_okay=False, path_type=Path)
 
 @click.command(short_help="Read an archive through, into Parquet files.")
 @click.argument("source")
-@click.option("-o", "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder of Parquet.")
+@click.option("-o", "--out", required=True, type=OUT_FOLDER, help="Folder of Parquet.")
 @click.option("--url", "urls", multiple=True, help="gRPC endpoint of a server; several share the work.")
 @click.option("--in-process", "bundle", type=BUNDLE, metavar="BUNDLE", help="Read with its engine, without a server.")
 @click.option("--column", default="path", show_default=True, help="Of a Parquet manifest: the column of paths.")

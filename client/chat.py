@@ -170,7 +170,10 @@ class Chat:
 @click.option("--seed", type=click.IntRange(0), metavar="N", help="Makes an answer with a temperature repeatable.")
 @connection
 @click.option(
-    "--json", "as_json", is_flag=True, help="One READING a line on standard output; what people read goes elsewhere."
+    "--json-lines",
+    "as_json",
+    is_flag=True,
+    help="One READING a line on standard output; what people read goes elsewhere.",
 )
 def chat(*, files, mode, max_new_tokens, temperature, seed, as_json, **server):
     """Ask about one patient's radiographs, one question after the other; earlier turns go along.

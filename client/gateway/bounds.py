@@ -14,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from cxr_triton.client.gateway.config import Web
+from cxr_triton.client.gateway.doors import Web
 
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 

@@ -20,8 +20,8 @@ from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 from cxr_triton.client.address import LOOPBACK
 from cxr_triton.client.gateway.association import forget_messages, limit, whole_request
 from cxr_triton.client.gateway.commitment import OnCommitment, take_commitment
-from cxr_triton.client.gateway.config import Dicom
 from cxr_triton.client.gateway.dimse import PUSH_MODEL, SUCCESS, VERIFICATION
+from cxr_triton.client.gateway.doors import Dicom
 from cxr_triton.client.gateway.intake import MIB, REFUSALS, Intake, Mismatch, status_of
 from cxr_triton.errors import CxrError, Unavailable
 from cxr_triton.pixels.dicom import Identity

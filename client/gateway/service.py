@@ -18,9 +18,10 @@ from pydicom import config as pydicom_config
 
 from cxr_triton.client.gateway.association import prepare_pynetdicom
 from cxr_triton.client.gateway.bounds import Doorkeeper
-from cxr_triton.client.gateway.config import Config, Folder
+from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.deliver import Deliverer
 from cxr_triton.client.gateway.disk import is_open, keep_private
+from cxr_triton.client.gateway.doors import Folder
 from cxr_triton.client.gateway.intake import Intake
 from cxr_triton.client.gateway.listen import Listener
 from cxr_triton.client.gateway.log import Log, Metrics

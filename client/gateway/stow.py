@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from aiohttp import BodyPartReader, MultipartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from cxr_triton.client.gateway.config import Web
 from cxr_triton.client.gateway.dimse import OUT_OF_RESOURCES
+from cxr_triton.client.gateway.doors import Web
 from cxr_triton.client.gateway.intake import REFUSALS, Intake, Mismatch, status_of
 from cxr_triton.errors import InvalidImage, LimitExceeded
 from cxr_triton.pixels.dicom import Identity

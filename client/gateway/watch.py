@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import sqlalchemy.exc
 
-from cxr_triton.client.gateway.config import Folder
+from cxr_triton.client.gateway.doors import Folder
 from cxr_triton.client.gateway.intake import MIB, Intake
 from cxr_triton.errors import InvalidImage, LimitExceeded, QueueFull
 

@@ -23,7 +23,8 @@ from aiohttp import web
 
 from cxr_triton.client.address import is_loopback
 from cxr_triton.client.gateway.bounds import Doorkeeper
-from cxr_triton.client.gateway.config import Config, Worklist
+from cxr_triton.client.gateway.config import Config
+from cxr_triton.client.gateway.doors import Worklist
 from cxr_triton.client.gateway.log import Log
 from cxr_triton.client.gateway.store import Store
 from cxr_triton.errors import InvalidConfig, Unavailable

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cxr_triton.client.address import is_loopback
-from cxr_triton.client.gateway.config import TlsFiles, Web
+from cxr_triton.client.gateway.doors import TlsFiles, Web
 from cxr_triton.config import Checked, in_range
 from cxr_triton.errors import InvalidConfig
 

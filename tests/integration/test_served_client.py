@@ -9,6 +9,7 @@ from served import radiograph
 
 from cxr_triton.cli import main
 from cxr_triton.client import AsyncReader, Reader, Timeouts
+from cxr_triton.client.limits import NO_ACCESS
 from cxr_triton.errors import DeadlineExceeded, InvalidImage, InvalidRequest, ServerMismatch, Unavailable
 from cxr_triton.reading import Reading
 
@@ -54,7 +55,7 @@ def test_an_archive_reads_in_the_process_what_it_reads_by_a_server(reader, serve
     from cxr_triton.archive.served import Served
 
     asked = {"task": None, "prompt": None, "mode": None, "max_new_tokens": 12, "identifiers": "hashed"}
-    here, there = InProcess(served_bundle, slots=2, threads=1), Served([server.grpc], 60.0, None)
+    here, there = InProcess(served_bundle, slots=2, threads=1), Served([server.grpc], 60.0, NO_ACCESS)
     try:
         for image in (radiograph(1), radiograph(2, rows=160, columns=300)):
             (mine, _), (theirs, _) = here.read(image, asked), there.read(image, asked)

@@ -29,6 +29,7 @@ from cxr_triton.archive.served import Served
 from cxr_triton.archive.source import source_of
 from cxr_triton.archive.worker import Task, Worker
 from cxr_triton.cli import main
+from cxr_triton.client.limits import NO_ACCESS
 from cxr_triton.errors import InvalidRequest, ServerMismatch, Unavailable
 from cxr_triton.identity import sha256
 from cxr_triton.reading import Reading, parse
@@ -371,7 +372,7 @@ def test_what_may_pass_is_asked_again_and_two_servers_share(monkeypatch):
         return full.pop() if full else "Edema"
 
     with Double(say) as one, Double() as other:
-        served = Served([one.url, other.url], 20.0, None)
+        served = Served([one.url, other.url], 20.0, NO_ACCESS)
         barrier = threading.Barrier(4)
 
         def read(n):
@@ -394,7 +395,7 @@ def test_a_server_that_is_away_is_left_to_the_other(monkeypatch):
     with Double() as gone:
         pass
     with Double() as there:
-        served = Served([gone.url, there.url], 60.0, None)
+        served = Served([gone.url, there.url], 60.0, NO_ACCESS)
         for n in range(4):
             served.read(PNG + str(n).encode(), {})
         served.close()

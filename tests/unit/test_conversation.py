@@ -264,7 +264,7 @@ def test_mistakes_are_said_and_change_nothing(picture):
 
 def test_each_turn_is_a_line_of_json(picture):
     with FakeServer(answering(None, refusing)) as server:
-        result = chat(server, picture, "--json", lines=["One?", "Two?"])
+        result = chat(server, picture, "--json-lines", lines=["One?", "Two?"])
     first, second = (json.loads(line) for line in result.stdout.splitlines())
     assert Reading.from_json(json.dumps(first)).answer == "A1" and second["error"]["code"] == "QUEUE_FULL"
 
@@ -276,7 +276,7 @@ def test_text_of_a_model_does_not_steer_the_terminal(picture):
         yield response("", reading("q", text, PICTURE).to_json(), final=True)
 
     with FakeServer(answering(steering)) as server:
-        result = chat(server, picture, "--json", lines=["One?"])
+        result = chat(server, picture, "--json-lines", lines=["One?"])
     assert "\x1b" not in result.output and "\u202e" not in result.output
 
 

@@ -29,8 +29,9 @@ from pynetdicom.association import Association
 from cxr_triton import files, phantom, phantom_file
 from cxr_triton.client.gateway import disk
 from cxr_triton.client.gateway.association import forget_messages, limit
-from cxr_triton.client.gateway.config import EXAMPLE, Destination, Folder, Priors, Unreachable, load_config
+from cxr_triton.client.gateway.config import EXAMPLE, Destination, Priors, Unreachable, load_config
 from cxr_triton.client.gateway.dimse import STUDY_ROOT_FIND
+from cxr_triton.client.gateway.doors import Folder
 from cxr_triton.client.gateway.intake import Intake
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.priors import PacsFinder, WebFinder
