@@ -18,6 +18,8 @@ from cxr_triton.reading import Parsed, answer_span, parse
 SCORE_LIMIT = 15.0
 """Log-odds at which a score ends, three million to one."""
 
+MOST_ITEMS = 32
+"""Of a list that is scored: what is compared grows with its square, and what is kept of it with its cube."""
 _SEPARATORS = (", ", ",", ",\n", "\n", "; ", " and ", " ")
 _FORMS = ("({letter})", "({letter}) {text}", "{letter}. {text}", "{letter}) {text}", "{letter}: {text}", "{letter}")
 _YES_NO = ("Yes", "No")
@@ -92,7 +94,7 @@ def alternatives(text: str, scoring: Scoring) -> Alternatives | None:
         return None
     found = _options(parsed, scoring.choices) if scoring.answer == "option" else _labels(parsed, labels)
     first = text.find(parsed.answer, *span[:2])
-    if found is None or first < 0:
+    if found is None or first < 0 or len(found.items) > MOST_ITEMS:
         return None
     written = found.separator.join(found.items)
     after = text[first + len(parsed.answer) : span[2]]
@@ -125,7 +127,7 @@ def _labels(parsed: Parsed, labels: Sequence[str]) -> _List | None:
     names = {finding.written.removesuffix("."): finding.label for finding in parsed.findings}
     separator = next((s for s in _SEPARATORS if s.join(items) == answer), _SEPARATORS[0])
     spelled = {label: label for label in labels} | {label: written for written, label in names.items()}
-    return _List(tuple(items), tuple(names.get(item) for item in items), spelled, separator)
+    return _List(tuple(items), tuple(names.get(item.removesuffix(".")) for item in items), spelled, separator)
 
 
 def _options(parsed: Parsed, texts: Sequence[str]) -> _List | None:

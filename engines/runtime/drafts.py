@@ -29,11 +29,9 @@ LONGEST = 12  # tokens; a longer context tells no more
 _MIX = 1000003
 _PLACES = 8  # newest ones of a context that are looked at
 _RUNS = 5  # of a width, of which the least counts
-_PLAIN_EVERY, _STALE, _HALF_LIFE = (
-    16,
-    200,
-    200,
-)  # steps: between plain ones; after which these are too old; of belief in a run
+_PLAIN_EVERY = 16  # steps
+_STALE = 200  # steps after which a plain one is too old to compare with
+_HALF_LIFE = 200  # steps, of the belief in a run
 _ROW = 0.1  # of a plain step, for a token more of one stream, before that was measured
 _MARGIN = 1.1  # by which a wider step has to be worth more
 _IN_VAIN, _SHARE, _LONGEST_REST = 16, 0.005, 64  # guesses in a row; of a step's time, for more of them; steps

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime, Runtime
 from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.engines.session import DecoderSession
+
+if TYPE_CHECKING:
+    from cxr_triton.engines.runtime.guide import Guides
 
 
 class JudgedDecoder:
@@ -61,7 +66,13 @@ class JudgedSession(JudgedDecoder):
 
     def runtime(self, queue_size: int) -> contextlib.AbstractContextManager[Runtime]:
         """See `JudgedDecoder.runtime`."""
-        return DecoderRuntime(self._bundle, session=self._session, queue_size=queue_size)
+        return DecoderRuntime(self._bundle, session=self._session, guides=self._guides, queue_size=queue_size)
+
+    @functools.cached_property
+    def _guides(self) -> Guides:
+        from cxr_triton.engines.runtime.guide import Guides
+
+        return Guides(self._bundle)
 
     def forced(self, prompts: Sequence[Generation], answers: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `JudgedDecoder.forced`."""

@@ -442,7 +442,7 @@ class DecoderRuntime(Runtime):
         started_s = time.monotonic()
         can_check = len(streams) <= self._checks and not any(stream.scorer for stream in streams)
         drafts = self.drafts if can_check else None
-        held = self._session.lengths[: len(streams)].tolist() if drafts else []
+        held = self._session.lengths[: len(streams)].tolist()
         guesses = drafts.propose(streams, self._max_sequence - max(held)) if drafts else None
         try:
             logits = self._logits(streams, guesses)
@@ -450,6 +450,9 @@ class DecoderRuntime(Runtime):
             self._fail(streams, "a step")
             return
         self.steps += 1
+        for row, stream in enumerate(streams):
+            if stream.scorer:
+                self._session.lengths[row] = held[row]  # nobody needs what the step wrote there
         if drafts:
             width = 1 if guesses is None else 1 + guesses.shape[1]
             drafts.took(len(streams), width, time.monotonic() - started_s)
@@ -480,10 +483,10 @@ class DecoderRuntime(Runtime):
             taken += 1
             stream.next_position += 1
             self._accept(stream, row)
+            if stream not in self._decoding:
+                return
             if stream.last_token != guess or stream.finish_reason:
                 break
-        if stream not in self._decoding:
-            return
         self._session.shorten(self._decoding.index(stream), held + taken)
         if self.drafts:
             self.drafts.count(len(guessed) - guessed.count(NONE), taken - 1)
@@ -554,7 +557,9 @@ class DecoderRuntime(Runtime):
             self._session.free(len(self._decoding))
             return
         row = self._decoding.index(stream)
-        if stream.finish_reason in ("stop", "length"):
+        # While an answer is scored, its slot holds other lists.
+        is_whole = stream.scorer is None or bool(stream.scores)
+        if is_whole and stream.finish_reason in ("stop", "length"):
             if self.prefix:
                 self.prefix.keep(self._session, row, stream)
             if self.drafts:

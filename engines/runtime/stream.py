@@ -248,7 +248,9 @@ class Stream:
             return
         kept = bisect.bisect_right(ends, found.start)  # tokens of the answer before the list
         bridge = text[ends[kept - 1] if kept else 0 : found.start]
-        end = self.answer[-1:] if found.has_end and self.last_token in generation.sampling.eos_token_ids else []
+        if found.has_end and self.last_token not in generation.sampling.eos_token_ids:
+            return  # a stop string cut it
+        end = self.answer[-1:] if found.has_end else []
         made = Scorer(
             found,
             [(*tokenizer.text_ids(bridge + each), *end) for each in found.texts],

@@ -102,6 +102,7 @@ NOT_RUN = {
         r"^cxr-triton openai |^aiperf |^vllm ": "the tools are of other environments; openai_bench.py runs all of them",
         r"openai_bench.py": "takes minutes, and AIPerf and vLLM; test_openai_served.py asks as they do",
         r"bench_harness.py": "takes minutes; tests/integration/test_bench_served.py runs small versions",
+        r"perf.tower|cpu-int4-vnni": "needs bundles of 3B; tests/contract/test_tower_int8.py has a small one",
         r"bench run build/3b/": "takes 46 minutes, and onnxruntime-genai",
         r"^make bench$": "takes minutes on a machine that does nothing else",
     },
@@ -109,6 +110,7 @@ NOT_RUN = {
         r"integration/evaluation.py": "takes minutes; tests/integration/test_evaluate.py runs a small version",
         r"integration/evaluation_engines.py": "takes minutes; test_evaluate_compare.py has a small version",
     },
+    "docs/kubernetes.md": {r"": "needs a cluster; tests/unit/test_helm_chart.py renders and checks the chart"},
     "docs/archive.md": {
         r"--url|^RAY_ADDRESS=|--archive rows/": "tests/unit/test_archive.py reads by servers, and evaluates",
         r"archive_kills.py": "takes ten minutes; tests/unit/test_archive.py kills an actor",

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from fake_session import FakeSession, Receiver, generation, until
 
-from cxr_triton.alternatives import SCORE_LIMIT, Scoring, alternatives
+from cxr_triton.alternatives import MOST_ITEMS, SCORE_LIMIT, Scoring, alternatives
+from cxr_triton.engines.runtime.drafts import Drafts
 from cxr_triton.engines.runtime.prefix import PrefixCache
 from cxr_triton.engines.runtime.remote import RemoteRuntime
 from cxr_triton.engines.runtime.sampler import log_softmax
@@ -359,3 +360,52 @@ def test_an_engine_that_samples_by_itself_refuses_what_it_does_not_give():
         for made, key in ((scored(0), "scores"), (generation((1,), 4, logprobs=True), "logprobs")):
             with pytest.raises(InvalidRequest, match=f"REQUEST.{key}: .* another engine"):
                 runtime.submit(made, Receiver())
+
+
+def test_a_long_list_is_not_scored():
+    """Lists to compare grow with its square: one of 500 items would hold the scheduler for minutes."""
+    longest = [LABELS[number % len(LABELS)] for number in range(MOST_ITEMS)]
+    assert alternatives(answer(*longest), LISTS) is not None
+    assert alternatives(answer(*longest, "Edema"), LISTS) is None
+
+
+def test_a_label_with_a_full_stop_is_that_label():
+    pairs = compared(answer("Edema.", "Fracture"), LISTS)
+    assert pairs["Edema"] == ({answer("Edema.", "Fracture")}, {answer("Fracture")})
+
+
+@pytest.mark.parametrize("nth", [1, 2, 5, 9])
+def test_scoring_that_breaks_off_leaves_no_other_list_to_be_restored(serve, nth):
+    drafts = Drafts(1 << 16)
+    runtime, session = serve(prefix=PrefixCache(1 << 20), drafts=drafts)
+    session.fail_on = lambda call: call[0] == "score" and sum(each[0] == "score" for each in session.calls) == nth
+    receiver = Receiver()
+    runtime.submit(scored(3), receiver)
+    until(lambda: receiver.error)
+    session.fail_on = None
+    until(lambda: not session.lengths.any())
+    assert not drafts.texts.holds([*map(ord, TEXTS[3]), EOS])
+    restored, write = [], session.write_cache
+
+    def noted(slot, start, rows):
+        restored.append((start, rows[0, 0, :, 0].tolist()))
+        write(slot, start, rows)
+
+    session.write_cache = noted
+    history = (3, 2, 3, *map(ord, TEXTS[3]), EOS, 5)
+    read(runtime, generation(history, 2, eos_token_ids=(EOS,)))
+    for start, rows in restored:
+        assert rows == list(history[start : start + len(rows)])
+
+
+def test_streams_that_wait_to_be_scored_do_not_outgrow_the_cache():
+    class Strict(Writer):
+        def step(self, input_ids, positions):
+            assert self.lengths[: len(input_ids)].max() < self.max_sequence
+            return super().step(input_ids, positions)
+
+    for context in range(82, 92):
+        runtime = DecoderRuntime(None, session=Strict(slots=4, max_sequence=context), tokenizer=Characters())
+        with runtime:
+            beside = generation((0, 2, 3), 200, eos_token_ids=(EOS,))
+            assert len(read(runtime, scored(3), scored(3), scored(3), beside)) == 4
