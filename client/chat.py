@@ -139,7 +139,10 @@ class Chat:
         for file in files:
             if not file.is_file():
                 raise InvalidRequest(f"/new: {file} is no file; name radiographs")
-        self._begin(files)
+        try:
+            self._begin(files)
+        except OSError as error:
+            raise InvalidRequest(f"/new: {error.filename} cannot be read ({error.strerror})") from None
         click.echo(printable(f"a new conversation about {_named(files)}"), self._out)
 
     def _save(self, words: list[str]) -> None:

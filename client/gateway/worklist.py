@@ -49,7 +49,7 @@ _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'self'; "
     "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
     "Cache-Control": "no-store",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with less, a browser sends its forms without their origin
     "X-Content-Type-Options": "nosniff",
 }
 _SCRIPT = Path(__file__).with_name("worklist.js")
@@ -140,13 +140,13 @@ class Page:
         return _html("worklist_login.html", wrong=False)
 
     async def _login(self, request: web.Request) -> web.StreamResponse:
-        now = time.monotonic()
+        given = str((await request.post()).get("password", ""))
+        now = time.monotonic()  # from here on nothing waits: requests side by side are counted one after the other
         self._wrong = [at for at in self._wrong if now - at < TRIES_S]
         if len(self._wrong) >= TRIES:
             return web.Response(
                 status=429, text="too many wrong passwords; wait a minute\n", headers={"Retry-After": "60"}
             )
-        given = str((await request.post()).get("password", ""))
         if not hmac.compare_digest(_digest(given), _digest(self._password)):
             self._wrong.append(now)
             self._log("warning", "worklist_login_refused", peer=request.remote or "")

@@ -260,6 +260,56 @@ def test_the_page_follows_the_queue_in_a_browser(site, tmp_path, monkeypatch):
     assert not re.findall("CONSOLE.*", errors)
 
 
+@browser
+@pytest.mark.slow
+def test_a_browser_logs_in_and_retries(site, tmp_path):
+    """Forms of a real browser, whose Origin the page's own policy decides."""
+    profile = tmp_path / "profile"
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
+               "--remote-debugging-port=0", "--remote-allow-origins=*", "about:blank"]  # fmt: skip
+
+    async def visit(client, address):
+        quiet = asyncio.subprocess.DEVNULL
+        chromium = await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=quiet)
+        try:
+            async with asyncio.timeout(60):
+                port = profile / "DevToolsActivePort"
+                while not (port.exists() and port.read_text().count("\n")):
+                    await asyncio.sleep(0.05)
+                async with client.get(f"http://127.0.0.1:{port.read_text().split()[0]}/json/list") as answer:
+                    (tab,) = [each for each in await answer.json(content_type=None) if each["type"] == "page"]
+                async with client.ws_connect(tab["webSocketDebuggerUrl"]) as devtools:
+                    await go(devtools, f"location = '{address}'", "!!document.querySelector('[name=password]')")
+                    fill = f"document.querySelector('[name=password]').value = '{PASSWORD}'; "
+                    await go(
+                        devtools, fill + "document.querySelector('button').click()", "!!document.querySelector('#live')"
+                    )
+                    await go(devtools, f"location = '{address}jobs/2/retry'", "document.title.startsWith('retry')")
+                    await go(
+                        devtools, "document.querySelector('main button').click()", "!!document.querySelector('#live')"
+                    )
+        finally:
+            chromium.kill()
+            await chromium.wait()
+
+    site.run(visit)
+    assert site.store.job(2)["state"] == "grouped"
+
+
+async def go(devtools, script, until):
+    """Run a script in the page, and wait until an expression holds in what it leads to."""
+    await evaluate(devtools, script)
+    while not await evaluate(devtools, until):
+        await asyncio.sleep(0.05)
+
+
+async def evaluate(devtools, expression):
+    await devtools.send_json({"id": 1, "method": "Runtime.evaluate", "params": {"expression": expression}})
+    while (answer := await devtools.receive_json()).get("id") != 1:
+        pass
+    return answer["result"]["result"].get("value")
+
+
 async def _set(event):
     event.set()
 
