@@ -77,9 +77,7 @@ def _pages(root: Remote, path: str, asked: str) -> Iterator[dict[str, Any]]:
             return
         first = matches[0]
         yield from matches
-        if len(matches) != PAGE:
-            return
-        offset += PAGE
+        offset += len(matches)  # a server may give fewer than it was asked for
 
 
 def _matches(answer: Answer) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from cxr_triton import __version__
 from cxr_triton.archive.item import Item
+from cxr_triton.errors import InvalidImage
 from cxr_triton.identity import UIDS, hashed, sha256
 from cxr_triton.reading import Reading
 
@@ -87,12 +88,21 @@ def read_row(
         From the request to the reading.
     server : str
         Name and version of what read.
+
+    Raises
+    ------
+    InvalidImage
+        It is of another object than the one that was asked for.
     """
     text = reading.to_json()
     facts = [flag for image in reading.images for flag in image.get("flags", ())]
     identity: dict[str, str] = next((image.get("identity", {}) for image in reading.images), {})
+    row = _row(item, identifiers, sha256(data), server)
+    for key, name in UIDS.items():
+        if key in item.uids and identity.get(key, row[key]) != row[key]:
+            raise InvalidImage(f"the server gave another object than it was asked for: its {name} differs")
     return {
-        **_row(item, identifiers, sha256(data), server),
+        **row,
         **{key: uid for key in UIDS if (uid := identity.get(key))},
         "status": reading.status,
         "labels": [finding.label for finding in reading.findings],

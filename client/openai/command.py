@@ -8,7 +8,7 @@ from cxr_triton.cli import json_option, printable, write_json
 from cxr_triton.client.command import FILE, connection
 from cxr_triton.extras import require
 
-_SECONDS, _COUNT = click.FloatRange(0.1, 3600), click.IntRange(1, 10_000)
+_SECONDS, _COUNT = click.FloatRange(0.1, 600), click.IntRange(1, 10_000)
 
 
 @click.command(short_help="Answer OpenAI's chat completions through a running server.")

@@ -62,8 +62,8 @@ class Service:
             self._log("keys_readable_by_others", remedy="chmod o= FILE")
         self._guard = Guard(settings, keys, self._metrics, self._log)
         self._completions = Completions(settings, reader, self._profile, self._metrics, self._log)
-        self._asking = asyncio.Lock()
-        self._known: tuple[float, ModelProfile] | None = None
+        self._asking, self._looking = asyncio.Lock(), asyncio.Lock()
+        self._known: tuple[float, ModelProfile | CxrError] | None = None
         self._health: tuple[float, CxrError | None] | None = None
         self.port: int | None = None
 
@@ -130,14 +130,19 @@ class Service:
     async def _profile(self) -> ModelProfile:
         async with self._asking:
             if self._known is None or time.monotonic() > self._known[0]:
-                self._known = None
-                profile = await self._reader.profile()
-                self._known = (time.monotonic() + PROFILE_S, profile)
-            return self._known[1]
+                found: ModelProfile | CxrError
+                try:
+                    found, holds_s = await self._reader.profile(), PROFILE_S
+                except CxrError as error:  # whoever waits meanwhile need not ask again, one after the other
+                    found, holds_s = error, HEALTH_S
+                self._known = (time.monotonic() + holds_s, found)
+            if isinstance(found := self._known[1], CxrError):
+                raise type(found)(found.message)
+            return found
 
     async def _healthy(self, request: web.Request) -> web.Response:
         """200 when a completion that came now would be read; what fails is said."""
-        async with self._asking:
+        async with self._looking:
             if self._health is None or time.monotonic() > self._health[0]:
                 failure = None
                 try:

@@ -59,8 +59,8 @@ class Settings(Checked):
     max_bodies_mib: int = in_range(1, 65536, default=256)
     max_connections: int = in_range(1, 10_000, default=256)
     max_per_address: int = in_range(1, 10_000, default=256)
-    body_s: float = in_range(0.1, 3600.0, default=60.0)
-    write_s: float = in_range(0.1, 3600.0, default=30.0)
+    body_s: float = in_range(0.1, 600.0, default=60.0)
+    write_s: float = in_range(0.1, 600.0, default=30.0)
     grace_s: float = in_range(0.0, 3600.0, default=30.0)
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """An archive read through: sources, rows, what a crash leaves, servers that fail, and Ray's actors around a double."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -30,8 +31,8 @@ from cxr_triton.archive.source import source_of
 from cxr_triton.archive.worker import Task, Worker
 from cxr_triton.cli import main
 from cxr_triton.client.limits import NO_ACCESS
-from cxr_triton.errors import InvalidRequest, ServerMismatch, Unavailable
-from cxr_triton.identity import sha256
+from cxr_triton.errors import InvalidImage, InvalidRequest, ServerMismatch, Unavailable
+from cxr_triton.identity import hashed, sha256
 from cxr_triton.reading import Reading, parse
 
 PNG = b"\x89PNG\r\n\x1a\n picture "
@@ -141,6 +142,7 @@ class Pacs(BaseHTTPRequestHandler):
     sizes: tuple[int, ...] = (3,)
     statuses: ClassVar[list[int]] = []
     knows_pages = True
+    most = 500  # in a page, whatever is asked for
 
     def do_GET(self):
         parts = urlsplit(self.path)
@@ -159,7 +161,7 @@ class Pacs(BaseHTTPRequestHandler):
                     found.append({**one, **series})
         if self.knows_pages:
             offset = int(query["offset"][0])
-            found = found[offset : offset + int(query["limit"][0])]
+            found = found[offset : offset + min(int(query["limit"][0]), self.most)]
         self.answer(200, "application/dicom+json", json.dumps(found).encode())
 
     def instance(self, uid):
@@ -180,7 +182,7 @@ class Pacs(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def pacs(monkeypatch):
-    for name in ("sizes", "statuses", "knows_pages"):
+    for name in ("sizes", "statuses", "knows_pages", "most"):
         monkeypatch.setattr(Pacs, name, getattr(Pacs, name))
     with ThreadingHTTPServer(("127.0.0.1", 0), Pacs) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -190,10 +192,10 @@ def pacs(monkeypatch):
         thread.join()
 
 
-@pytest.mark.parametrize("knows_pages", [True, False])
-def test_a_dicomweb_query_is_followed_over_its_pages_to_every_instance(tmp_path, pacs, monkeypatch, knows_pages):
+@pytest.mark.parametrize(("knows_pages", "most"), [(True, 500), (True, 1), (False, 500)])
+def test_a_dicomweb_query_is_followed_over_its_pages_to_every_instance(tmp_path, pacs, monkeypatch, knows_pages, most):
     monkeypatch.setattr("cxr_triton.archive.dicomweb.PAGE", 2)
-    Pacs.sizes, Pacs.knows_pages = (3, 0, 1), knows_pages
+    Pacs.sizes, Pacs.knows_pages, Pacs.most = (3, 0, 1), knows_pages, most
     by_study = list(source_of(f"{pacs}/studies?StudyDate=2026", tmp_path))
     assert [item.name for item in by_study] == ["1.0.7.0", "1.0.7.1", "1.0.7.2", "1.2.7.0"]
     assert by_study[3].place == "studies/1.2/series/1.2.7/instances/1.2.7.0"
@@ -230,6 +232,20 @@ def test_a_row_has_the_reading_and_who_made_it():
     assert (row["profile"], row["bundle"], row["server"], row["asked_ms"]) == ("test", "b1", "triton 2.51", 2.5)
     assert Reading.from_json(row["reading"]).to_json() == reading(b"bytes").to_json()
     assert row["error_code"] is row["error"] is None
+
+
+@pytest.mark.parametrize("identifiers", ["plain", "hashed"])
+def test_another_object_than_was_asked_for_is_no_row(identifiers):
+    def given(uid):
+        identity = {"sop_instance_uid": uid, "identifiers": "plain"}
+        facts = hashed(identity) if identifiers == "hashed" else identity
+        return dataclasses.replace(reading(b"x"), images=({"identity": facts},))
+
+    asked = {"data": b"x", "identifiers": identifiers, "asked_ms": 1.0, "server": ""}
+    item = Item("1.2", "place", {"sop_instance_uid": "1.2"})
+    assert read_row(item, given("1.2"), **asked)["labels"] == ["Edema"]
+    with pytest.raises(InvalidImage, match="SOP Instance UID differs"):
+        read_row(item, given("1.3"), **asked)
 
 
 def test_hashed_rows_name_neither_path_nor_uid():

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_type_hints
 
@@ -420,6 +421,18 @@ def test_a_server_that_is_away_is_unavailable():
             status, headers, answer = server.ask(method, path, data)
             assert (status, answer["error"]["code"], headers["retry-after"]) == (503, "UNAVAILABLE", "1")
         assert url not in json.dumps(answer), "health is told to anybody"
+
+
+def test_those_who_wait_for_a_server_that_is_away_wait_together():
+    """Not each for the one before it, nor the probe of a supervisor behind them all."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"127.0.0.1:{free.getsockname()[1]}"
+    with OpenAIServer(url, timeouts=Timeouts(connect_s=0.8)) as server, ThreadPoolExecutor(9) as pool:
+        began_s = time.monotonic()
+        waiting = [pool.submit(server.ask, "POST", "/v1/chat/completions", body()) for _ in range(8)]
+        assert server.ask("GET", "/health", None)[0] == 503
+        assert {each.result()[0] for each in waiting} == {503}
+        assert time.monotonic() - began_s < 8 * 0.8
 
 
 def test_a_repository_without_a_profile_is_a_mismatch():
