@@ -158,7 +158,7 @@ def serve(repository: Path, json_path: str | None, renew_mib: int, drain_s: floa
     stopping: list[bool] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: _stop(stopping, number))
-    server, is_up = Server(repository, **options), False
+    server = Server(repository, **options)
     try:
         with Waiting("starting the server") as waiting:
             server.start(lambda what: setattr(waiting, "what", what))
@@ -181,7 +181,6 @@ def serve(repository: Path, json_path: str | None, renew_mib: int, drain_s: floa
             f"started in {server.start_s:.1f} s, first reading {server.warm_up_ms / 1e3:.1f} s",
             err=json_path == "-",
         )
-        is_up = True
         renewal = Renewal(server, renew_mib, drain_s)
         while True:
             server.check()
@@ -192,7 +191,7 @@ def serve(repository: Path, json_path: str | None, renew_mib: int, drain_s: floa
             time.sleep(0.5)
     except _Stopped as stopped:
         click.echo(f"stopping on {stopped}", err=True)
-        if is_up and drain_s:
+        if server.is_up and drain_s:
             _drain(server, drain_s, stopping)
     finally:
         stopping.append(True)  # a further signal does not keep the server from being cleared away

@@ -120,6 +120,7 @@ class Server:
         self._models: dict[int, str] = {}
         self._janitor: subprocess.Popen | None = None
         self._backends = ""
+        self.is_up = False  # it may have readings under way
 
     def __enter__(self) -> Server:
         try:
@@ -231,6 +232,7 @@ class Server:
         self.start_s = time.monotonic() - started
         say("first reading")
         self.warm_up_ms = self._warm_up(max(1.0, deadline - time.monotonic()))
+        self.is_up = True
 
     @property
     def _draining(self) -> Path:
@@ -246,6 +248,7 @@ class Server:
 
     def stop(self) -> None:
         """End the server and everything it started; may be called at any time, more than once."""
+        self.is_up = False
         if self._backends:
             _clear(self._backends, self.shm_prefix)
         if self._process:

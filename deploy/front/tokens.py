@@ -137,6 +137,10 @@ def _add(path: Path, name: str, days: int | None) -> str:
     new = path.with_name(f".{path.name}.{os.getpid()}")
     with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(before + "\n" * (before[-1:] not in ("", "\n")) + line + "\n")
+        if before:  # who may read it stays as it was
+            was = path.stat()
+            os.fchown(file.fileno(), was.st_uid, was.st_gid)
+            os.fchmod(file.fileno(), was.st_mode & 0o777)
     new.replace(path)
     return token
 

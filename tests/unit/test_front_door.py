@@ -423,8 +423,11 @@ def test_a_file_of_tokens_holds_none_and_only_its_owner_reads_it(tmp_path):
     last = datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(3)
     assert file.read_text() == f"a@b-1 {hashlib.sha256(token.encode()).hexdigest()} {last}\n"
     assert len(token) >= 43 and os.stat(file).st_mode & 0o777 == 0o600
+    file.chmod(0o640)  # as its reader needs it
+    subprocess.run([*command, "c-2"], check=True, capture_output=True)
+    assert os.stat(file).st_mode & 0o777 == 0o640 and len(file.read_text().splitlines()) == 2
     done = subprocess.run([*command, "two words"], capture_output=True, text=True)
-    assert done.returncode == 1 and "error: line 1 is not NAME" in done.stderr
+    assert done.returncode == 1 and "is not NAME" in done.stderr
     file.write_text("broken\n")
     assert subprocess.run([*command, "c"], capture_output=True).returncode == 1 and file.read_text() == "broken\n"
 

@@ -432,7 +432,7 @@ def test_those_who_wait_for_a_server_that_is_away_wait_together():
         waiting = [pool.submit(server.ask, "POST", "/v1/chat/completions", body()) for _ in range(8)]
         assert server.ask("GET", "/health", None)[0] == 503
         assert {each.result()[0] for each in waiting} == {503}
-        assert time.monotonic() - began_s < 8 * 0.8
+        assert time.monotonic() - began_s < 4 * 0.8
 
 
 def test_a_repository_without_a_profile_is_a_mismatch():
@@ -608,7 +608,7 @@ def test_what_does_not_end_in_time_is_cut_off():
         peer = sent(server, body(stream=True))
         until(lambda: triton.active == 1)
         server.stop()
-        assert triton.cancelled.wait(10)
+        assert triton.cancelled.wait(60)
         peer.close()
 
 
