@@ -72,8 +72,8 @@ class Bundle:
     @property
     def vision_precision(self) -> str:
         """What the vision graph computes in."""
-        recipe = self.manifest.get("recipe")
-        return recipe["vision"]["precision"] if recipe else self.geometry.compute
+        vision = (self.manifest.get("recipe") or {}).get("vision")
+        return vision["precision"] if vision else self.geometry.compute
 
     @property
     def is_on_cpu(self) -> bool:

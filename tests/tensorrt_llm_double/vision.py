@@ -17,7 +17,7 @@ class TritonPythonModel:
         import json
 
         export = json.loads(args["model_config"])["parameters"]["double_export"]["string_value"]
-        self.session = OrtVision(SimpleNamespace(path=Path(export).parent), threads=1)
+        self.session = OrtVision(SimpleNamespace(path=Path(export).parent, vision_precision="fp32"), threads=1)
 
     def execute(self, requests):
         return [self.encode(request) for request in requests]
