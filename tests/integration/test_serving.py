@@ -123,9 +123,7 @@ def test_the_decoder_alone_streams_stops_and_refuses(raw):
         asked = {**prompt, **changed}
         return {**asked, **beside, "CONTEXT": seal.close(context, *asked.values()).encode()}
 
-    # At random, as drafts would be through with what repeats itself.
-    endless = sealed('{"sampling": {"max_new_tokens": 3500, "temperature": 2.0}}')
-    tensors, call = endless, partial(raw.infer, "decoder")
+    tensors, call = sealed('{"sampling": {"max_new_tokens": 3500}, "scoring": null}'), partial(raw.infer, "decoder")
     cancelled = raw.metric("cxr_decoder_cancelled_total")
     stream = call(**tensors)
     assert not next(stream).error_message
@@ -142,7 +140,7 @@ def test_the_decoder_alone_streams_stops_and_refuses(raw):
             b"must stay within -1 and 63",
         ),
         (sealed("{}"), b"CONTEXT"),
-        (sealed('{"sampling": {"max_new_tokens": 5, "stop": [1]}}'), b"stop is [1]"),
+        (sealed('{"sampling": {"max_new_tokens": 5, "stop": [1]}, "scoring": null}'), b"stop is [1]"),
         ({**tensors, "CONTEXT": b"\xff"}, b"CONTEXT: not UTF-8"),
         ({"STOP": b"\xff"}, b"STOP: not UTF-8"),
         ({"INPUT_IDS": tensors["INPUT_IDS"]}, b"POSITION_IDS"),
