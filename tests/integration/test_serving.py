@@ -136,7 +136,7 @@ def test_the_decoder_alone_streams_stops_and_refuses(raw):
         ({**tensors, "CONTEXT": b'{"sampling": {"max_new_tokens": 5}}'}, b"CONTEXT and what belongs to it"),
         (sealed("{}", IMAGE_INDEX=np.full(10, 64)), b"CONTEXT"),
         (
-            sealed('{"sampling": {"max_new_tokens": 5}}', IMAGE_INDEX=np.full(10, 64)),
+            sealed('{"sampling": {"max_new_tokens": 5}, "scoring": null}', IMAGE_INDEX=np.full(10, 64)),
             b"must stay within -1 and 63",
         ),
         (sealed("{}"), b"CONTEXT"),
