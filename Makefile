@@ -8,7 +8,7 @@ DEBIAN_PACKAGES := dcmtk dicom3tools ghostscript chromium orthanc orthanc-dicomw
 demo: server-python $(VENV)/.local
 	$(BIN)/cxr-triton demo -o build/demo
 
-# Before a commit, in a minute and a half: style, import contracts, types, and the tests that are quick.
+# Before a commit, in two minutes: style, import contracts, types, and the tests that are quick.
 check: $(VENV)/.test
 	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target lint imports types quick
 
