@@ -949,8 +949,9 @@ def test_a_peer_that_accepts_and_says_nothing_is_given_up(site, monkeypatch):
 def test_nothing_is_connected_to_where_that_is_asked(site, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("it connects"))
     case = site.case()
-    case = Case(root=case.root, config_path=case.config_path, is_asked=True, offline=True)
-    findings = examine(case, [c for c in CHECKS if c.id.startswith(("gateway.", "server."))])
+    api = f"http://127.0.0.1:{free_port()}"
+    case = Case(root=case.root, config_path=case.config_path, is_asked=True, openai_url=api, offline=True)
+    findings = examine(case, [c for c in CHECKS if c.id.startswith(("gateway.", "server.", "openai."))])
     asking = {check.id for check in CHECKS if check.is_connecting}
     assert {f.id for f in findings if f.status == "skipped" and "offline" in f.found} == asking
     assert not any(f.status == "fail" for f in findings)
