@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -134,3 +135,8 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         except BlockingIOError:
             raise InvalidRequest(busy) from None
         yield
+
+
+def leave_no_core(pid: int = 0) -> None:
+    """A process, this one unless told another, and those that it starts write no core file: it would hold pictures."""
+    resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))

@@ -4,7 +4,7 @@
 
 A repository that is not as `package` wrote it is refused, unless ``--modified`` stands before ``tritonserver``.
 Shared memory, model repository, trace and logging stay closed for everybody, statistics open with a value derived from
-the server's secret. Its files are for its user alone.
+the server's secret. Its files are for its user alone, and it writes no core.
 
 With `CXR_TRITON_DRAIN_SECONDS` in the environment it stays the server's parent: SIGTERM and SIGINT let readings under
 way end for so long and refuse new ones, and another signal ends the server at once. `CXR_TRITON_DRAIN` may name the
@@ -27,6 +27,7 @@ from pathlib import Path
 
 from cxr_triton.engines.secret import SECRET, derived, secret_of
 from cxr_triton.errors import CxrError, InvalidConfig
+from cxr_triton.files import leave_no_core
 from cxr_triton.triton_repo.drain import DRAIN, drained, is_draining
 from cxr_triton.triton_repo.integrity import require_as_packaged
 
@@ -162,6 +163,7 @@ def _main(arguments: list[str]) -> None:
                 require_as_packaged(value)
     environment, flags = guarded(os.environ)
     os.umask(UMASK)
+    leave_no_core()
     if limit_s := drain_seconds(environment):
         sys.exit(_supervise([*arguments, *flags], environment, limit_s))
     os.execvpe(arguments[0], [*arguments, *flags], environment)  # noqa: S606  # the command line's own program

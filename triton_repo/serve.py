@@ -28,6 +28,7 @@ from cxr_triton.engines import ROOMS, engine
 from cxr_triton.engines.secret import SECRET
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, ServerMismatch, Unavailable
 from cxr_triton.extras import remedy
+from cxr_triton.files import leave_no_core
 from cxr_triton.triton_repo.drain import DRAIN, drained
 from cxr_triton.triton_repo.guard import SHM_PREFIX, UMASK, guarded, is_ready
 from cxr_triton.triton_repo.integrity import require_as_packaged
@@ -217,6 +218,7 @@ class Server:
                 start_new_session=True,
                 umask=UMASK,
             )
+            leave_no_core(self._process.pid)
         say("loading the models")
         deadline = started + self.ready_timeout_s
         while not self._is_ready():
