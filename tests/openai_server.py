@@ -1,6 +1,7 @@
 """The HTTP server of `cxr-triton openai` in a thread, in front of whatever answers gRPC."""
 
 import asyncio
+import contextlib
 import http.client
 import io
 import json
@@ -48,7 +49,8 @@ class OpenAIServer:
 
     def stop(self) -> None:
         """Tell it to end; what is under way may."""
-        self._loop.call_soon_threadsafe(self._stopping.set)
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self._loop.call_soon_threadsafe(self._stopping.set)
 
     def ask(self, method: str, path: str, body: object = None, headers: dict | None = None) -> tuple[int, dict, object]:
         """Status, headers in lower case and JSON (else text) of an answer."""

@@ -38,8 +38,8 @@ from hypothesis import strategies as st
 from mutation_corpus import associations
 
 from cxr_triton.cli import main
+from cxr_triton.client.endpoint import TlsFiles
 from cxr_triton.client.gateway.config import Destination, Unreachable
-from cxr_triton.client.gateway.doors import TlsFiles
 from cxr_triton.client.gateway.send import DicomSender
 from cxr_triton.pixels.dicom import read_identity
 

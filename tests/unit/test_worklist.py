@@ -18,7 +18,7 @@ from cxr_triton.client.gateway.config import load_config
 from cxr_triton.client.gateway.log import Log
 from cxr_triton.client.gateway.schema import Received, Result
 from cxr_triton.client.gateway.store import Store
-from cxr_triton.client.gateway.worklist import Door, Page
+from cxr_triton.client.gateway.worklist import Page
 from cxr_triton.errors import InvalidConfig
 
 PASSWORD = "correct horse battery"
@@ -62,17 +62,16 @@ class Site:
             else:
                 self.store.bury(claim, f"INVALID_IMAGE: object {STUDY}.1 <b>is</b> empty")
         self.page = Page(config, self.store, Log(config, self.log))
-        self.settings, self._door = config.worklist, None
 
     def run(self, visit):
         """What a visitor's coroutine gives, who has a client without cookies and the page's address."""
 
         async def go():
             async with (
-                Door(self.page, self.settings, self.page._log) as door,
+                self.page.listener() as listener,
                 aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True)) as client,
             ):
-                return await visit(client, door.address)
+                return await visit(client, listener.address)
 
         return asyncio.run(go())
 
@@ -328,7 +327,7 @@ def test_a_wrong_question_is_refused(site, query):
     [
         ({"password": "short"}, "12 or more"),
         ({"host": "0.0.0.0"}, "the password could be read on its way"),
-        ({"stow": "true"}, "stow: and token_file are of `web`"),
+        ({"stow": "true"}, "unknown key 'stow' in gateway.yaml.worklist"),
     ],
 )
 def test_what_is_not_safe_is_refused(tmp_path, section, message):
