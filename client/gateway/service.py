@@ -32,6 +32,7 @@ from cxr_triton.client.gateway.watch import FolderWatcher
 from cxr_triton.client.limits import read_token
 from cxr_triton.client.listener import HttpListener
 from cxr_triton.errors import QueueFull, Unavailable
+from cxr_triton.files import leave_no_core
 
 BEAT_S = 1.0
 HOUSEKEEPING_S = 600.0
@@ -277,6 +278,7 @@ def serve(config: Config) -> None:
             loop.add_signal_handler(number, stopping.set)
         await Gateway(config).run(stopping)
 
+    leave_no_core()
     # they would put headers' values, UIDs among them, and what peers said beside the log
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL + 1)
     pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE

@@ -23,6 +23,7 @@ from cxr_triton.client.openai.metrics import Log, Metrics
 from cxr_triton.client.openai.refusal import Refusal
 from cxr_triton.client.openai.settings import Settings
 from cxr_triton.errors import CxrError, InvalidRequest
+from cxr_triton.files import leave_no_core
 from cxr_triton.profile import ModelProfile
 
 PROFILE_S = 10.0
@@ -167,5 +168,6 @@ def serve(settings: Settings, reader: Callable[[], AsyncReader], started: Callab
             loop.add_signal_handler(number, stopping.set)
         await Service(settings, reader()).run(stopping, started)
 
+    leave_no_core()
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL + 1)  # it would quote requests
     asyncio.run(run())

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import ssl
@@ -843,6 +844,7 @@ def test_the_command_runs_until_it_is_told_to_stop(tmp_path):
                 address = json.loads((tmp_path / "ready.json").read_text())["address"]
                 with openai.OpenAI(base_url=address, api_key="none") as client:
                     assert client.chat.completions.create(**body()).choices[0].message.content == "Cardiomegaly"
+                assert resource.prlimit(process.pid, resource.RLIMIT_CORE) == (0, 0)  # pictures would be in a core
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(10) == 0
                 assert [json.loads(line)["event"] for line in process.stderr] == ["completion", "stopped"]
