@@ -65,6 +65,12 @@ VALUES = {
         },
         "networkPolicy": {"dicom": [{"ipBlock": {"cidr": "10.1.0.0/16"}}], "clients": [{"podSelector": {}}]},
     },
+    "gateway by token": {"frontDoor": {"auth": "token"}, "gateway": GATEWAY},
+    "gateway by certificate and token of its own": {
+        "frontDoor": {"auth": "both"},
+        "gateway": {**GATEWAY, "tokenSecret": "lung-token", "clientCertSecret": "lung-client"},
+        "tls": {"certManager": {"enabled": True, "issuer": {"name": "own"}, "clientIssuer": {"name": "clients"}}},
+    },
     "gateway without a door": {
         "frontDoor": {"enabled": False},
         "gateway": {

@@ -14,8 +14,9 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from cxr_triton.errors import InvalidConfig, QueueFull
-from cxr_triton.triton_repo import drain, guard
+from cxr_triton.cli import main
+from cxr_triton.errors import InternalError, InvalidConfig, QueueFull
+from cxr_triton.triton_repo import drain, guard, serve
 
 
 @pytest.fixture
@@ -179,7 +180,63 @@ def test_no_number_of_seconds_is_refused(text):
         guard.drain_seconds({guard.DRAIN_SECONDS: text})
 
 
-def test_serve_says_how_long_it_lets_readings_end():
-    from cxr_triton.cli import main
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A `Server` whose Triton is a process that sleeps; `warm_up` is its first reading."""
+    (tmp_path / "repository" / "cxr_reader").mkdir(parents=True)
+    (tmp_path / "repository" / "cxr_reader" / "config.pbtxt").touch()
+    binary = tmp_path / "triton" / "bin" / "tritonserver"
+    binary.parent.mkdir(parents=True)
+    binary.write_text("#!/bin/sh\nexec sleep 60\n")
+    binary.chmod(0o700)
+    monkeypatch.setattr(serve, "installation", lambda: (binary, binary.with_name("stub"), []))
+    monkeypatch.setattr(serve.Server, "_is_ready", lambda self: True)
+    monkeypatch.setattr(serve.Server, "_warm_up", lambda self, timeout_s: self.warm_up())
+    made = serve.Server(tmp_path / "repository", grpc_port=0, metrics_port=0, modified=True)
+    yield made
+    made.stop()
 
+
+def test_a_server_may_have_readings_under_way_from_its_warm_up_to_its_stop(server):
+    seen = []
+    server.warm_up = lambda: seen.append(server.is_up) or 1.0
+    for _ in range(2):
+        assert not server.is_up
+        server.start()
+        assert server.is_up
+        server.stop()
+    assert seen == [False, False] and not server.is_up
+
+    def fail():
+        raise InternalError("no reading")
+
+    server.warm_up = fail
+    with pytest.raises(InternalError), server:
+        pass
+    assert not server.is_up
+
+
+@pytest.mark.parametrize("is_up", [False, True])
+def test_only_a_server_that_is_up_is_drained_when_a_signal_ends_it(server, monkeypatch, is_up):
+    """One that is starting has no readings, and nothing that would say so: a drain would take its whole limit."""
+    drained = []
+
+    def end(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(serve.Server, "drain", lambda self, limit_s: bool(drained.append(limit_s)) or True)
+    monkeypatch.setattr(serve.Server, "check", end)
+    server.warm_up = (lambda: 1.0) if is_up else end
+    monkeypatch.setattr(serve, "Server", lambda *_, **__: server)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        result = CliRunner().invoke(main, ["serve", str(server.repository), "--drain-seconds", "7", "--modified"])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert result.exit_code == 0 and "stopping on SIGTERM" in result.output
+    assert drained == ([7.0] if is_up else []) and server._process.poll() is not None
+
+
+def test_serve_says_how_long_it_lets_readings_end():
     assert "--drain-seconds" in CliRunner().invoke(main, ["serve", "--help"]).output

@@ -214,7 +214,7 @@ WRONG = [
     ({"gateway": {**GATEWAY, "count": 2, "postgresql": DATABASE}}, "gateway.storage.accessModes"),
     ({"gateway": {**GATEWAY, "postgresql": {"host": "db"}}}, "gateway.postgresql.secretName: is empty"),
     ({"gateway": GATEWAY, "frontDoor": {"enabled": False}}, "gateway.through: is door"),
-    ({"gateway": GATEWAY, "frontDoor": {"auth": "token"}}, "gateway.through: the gateway shows a certificate"),
+    ({"gateway": {**GATEWAY, "tokenSecret": ""}}, "'/gateway/tokenSecret'"),
     ({"gateway": {**GATEWAY, "config": {"destinations": [PACS], "queue": "x"}}}, "gateway.config.queue: is set by"),
 ]
 
@@ -297,6 +297,37 @@ def test_a_gateway_takes_its_file(rendered, tmp_path, name):
             environment = {variable["name"] for variable in container["env"]}
             assert environment == {"PGPASSWORD", "PGSSLMODE", "PGSSLROOTCERT"} and "@db.example:5432/" in config.queue
     assert len(names) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "has_cert"),
+    [
+        ("gateway on SQLite", None, True),
+        ("gateway by token", "cxr-triton-gateway-token", False),
+        ("gateway by certificate and token of its own", "lung-token", True),
+        ("gateway without a door", None, False),
+    ],
+)
+def test_a_gateway_shows_the_door_what_it_asks_for(chart, rendered, tmp_path, name, token, has_cert):
+    (text,) = (each["data"]["gateway.yaml"] for each in rendered[name] if "gateway.yaml" in each.get("data", {}))
+    (tmp_path / "gateway.yaml").write_text(text)
+    read = load_config(tmp_path / "gateway.yaml").read
+    assert bool(read.tls and read.tls.cert) == has_cert and bool(read.token_file) == bool(token)
+    (volume,) = (
+        volume
+        for volume in one(rendered[name], "Deployment", "lung-gateway-0")["spec"]["template"]["spec"]["volumes"]
+        if volume["name"] == "config"
+    )
+    secrets = {
+        item["path"]: each["secret"]["name"]
+        for each in volume["projected"]["sources"]
+        for item in each.get("secret", {}).get("items", ())
+    }
+    assert secrets.get("client/token") == token and ("client/tls.key" in secrets) == has_cert
+    notes = render(chart, VALUES[name])["cxr-triton/templates/NOTES.txt"]
+    assert (f"{token}: token" in notes) == bool(token) and ("--token-file token" in notes) == bool(token)
+    made = [each["metadata"]["name"] for each in rendered[name] if each["kind"] == "Certificate"]
+    assert ("lung-gateway" in made) == (name == "gateway by certificate and token of its own")
 
 
 def test_servers_are_reached_through_the_door_alone(rendered):
