@@ -20,8 +20,9 @@ from cxr_triton.triton_repo import drain, guard, serve
 
 
 @pytest.fixture
-def metrics():
+def metrics(monkeypatch):
     """A page of metrics; `busy` is what is under way."""
+    monkeypatch.setattr(drain, "_LOOK_S", 0.02)
     state = SimpleNamespace(busy=0, looks=0)
 
     class Page(BaseHTTPRequestHandler):
@@ -35,7 +36,7 @@ def metrics():
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     state.url = f"127.0.0.1:{server.server_port}"
     yield state
     server.shutdown()
@@ -57,16 +58,16 @@ def test_a_server_is_drained_once_it_was_found_quiet_again_and_again(tmp_path, m
     file = tmp_path / "draining"
     assert drain.drained(file, metrics.url, 10) and file.exists() and metrics.looks == 4
     metrics.busy = 1
-    threading.Timer(0.5, lambda: setattr(metrics, "busy", 0)).start()
+    threading.Timer(0.2, lambda: setattr(metrics, "busy", 0)).start()
     began_s = time.monotonic()
-    assert drain.drained(file, metrics.url, 10) and time.monotonic() - began_s > 0.5
+    assert drain.drained(file, metrics.url, 10) and time.monotonic() - began_s > 0.2
 
 
 def test_a_step_that_runs_is_waited_for_though_no_metric_says_so(tmp_path, monkeypatch, metrics):
     file = tmp_path / "draining"
     monkeypatch.setenv(drain.DRAIN, str(file))
     with drain.in_work(), drain.in_work():
-        assert not drain.drained(file, metrics.url, 0.3)
+        assert not drain.drained(file, metrics.url, 0.1)
     assert drain.drained(file, metrics.url, 10)
     died = "import os; from cxr_triton.triton_repo.drain import in_work; in_work().__enter__(); os._exit(0)"
     subprocess.run([sys.executable, "-c", died], check=True)
@@ -78,9 +79,9 @@ def test_a_step_that_runs_is_waited_for_though_no_metric_says_so(tmp_path, monke
 
 def test_the_limit_holds_and_a_dead_server_is_not_waited_for(tmp_path, metrics):
     metrics.busy = 1
-    assert not drain.drained(tmp_path / "draining", metrics.url, 0.3)
+    assert not drain.drained(tmp_path / "draining", metrics.url, 0.1)
     assert not drain.drained(tmp_path / "draining", metrics.url, 60, lambda: False)
-    assert not drain.drained(tmp_path / "draining", "127.0.0.1:9", 0.3), "silent metrics may hide a reading"
+    assert not drain.drained(tmp_path / "draining", "127.0.0.1:9", 0.1), "silent metrics may hide a reading"
 
 
 SERVER = """
