@@ -308,7 +308,7 @@ def test_a_gateway_takes_its_file(rendered, tmp_path, name):
         ("gateway without a door", None, False),
     ],
 )
-def test_a_gateway_shows_the_door_what_it_asks_for(chart, rendered, tmp_path, name, token, has_cert):
+def test_a_gateway_shows_the_door_what_it_asks_for(rendered, tmp_path, name, token, has_cert):
     (text,) = (each["data"]["gateway.yaml"] for each in rendered[name] if "gateway.yaml" in each.get("data", {}))
     (tmp_path / "gateway.yaml").write_text(text)
     read = load_config(tmp_path / "gateway.yaml").read
@@ -324,7 +324,7 @@ def test_a_gateway_shows_the_door_what_it_asks_for(chart, rendered, tmp_path, na
         for item in each.get("secret", {}).get("items", ())
     }
     assert secrets.get("client/token") == token and ("client/tls.key" in secrets) == has_cert
-    notes = render(chart, VALUES[name])["cxr-triton/templates/NOTES.txt"]
+    notes = render(VALUES[name])["cxr-triton/templates/NOTES.txt"]
     assert (f"{token}: token" in notes) == bool(token) and ("--token-file token" in notes) == bool(token)
     made = [each["metadata"]["name"] for each in rendered[name] if each["kind"] == "Certificate"]
     assert ("lung-gateway" in made) == (name == "gateway by certificate and token of its own")
