@@ -99,9 +99,10 @@ def tune(folder: Path, *, seconds: float, streams: int, beside: tuple[Path, ...]
             error = raised
         bar.close()
         is_written = bool(subject.repository) and not dry_run and error is None
-        result = tuning.record() | {"folder": str(folder), "written": is_written}
+        record = tuning.record()
         if is_written:
-            save(subject, tuning)
+            save(subject, record)
+    result = record | {"folder": str(folder), "written": is_written}
     click.echo(printable("\n".join(lines(result))), err=json_path == "-")
     write_json(result, json_path)
     if error:

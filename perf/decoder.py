@@ -108,7 +108,7 @@ def together(receivers: Sequence[Receiver]) -> float:
     began_s = max(receiver.arrivals[0][0] for receiver in receivers)
     ended_s = min(receiver.arrivals[-1][0] for receiver in receivers)
     tokens = sum(count for r in receivers for at_s, count in r.arrivals if began_s < at_s <= ended_s)
-    return tokens / (ended_s - began_s)
+    return tokens / max(ended_s - began_s, 1e-9)
 
 
 def medians(rounds: list[dict]) -> dict:

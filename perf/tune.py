@@ -111,15 +111,22 @@ class DecoderRun:
         with DecoderRuntime(
             self._bundle, session=self._session, prefill_chunk=chunk or None, coalesce_tokens=1
         ) as runtime:
+            asked_s = time.perf_counter()
             (alone,) = _answers(runtime, self._prompt, 1, tokens)
-            first_word_s = alone.timings_ms["prefill"] / 1e3
-            if streams > 1:
-                rate = together(_answers(runtime, self._text, streams, tokens))
-            else:
-                rate = (tokens - 1) / alone.timings_ms["decode"] * 1e3
+            first_word_s = alone.first[0] - asked_s
+            rate = self._crowd(runtime, streams, tokens) if streams > 1 else together([alone])
         seconds = first_word_s + (ANSWER_TOKENS - 1) / rate
         facts = {"first_word_s": first_word_s, "tokens_per_s": rate, "reading_s": seconds}
         return Lap(seconds=seconds, output=alone.tokens, facts=facts)
+
+    def _crowd(self, runtime: DecoderRuntime, streams: int, tokens: int) -> float:
+        """Tokens per second of all streams together."""
+        tokens += streams  # one after the other they begin, each a step later, and only then all of them decode
+        while tokens < self._session.max_sequence:
+            if rate := together(_answers(runtime, self._text, streams, tokens)):
+                return rate
+            tokens *= 2  # the first had ended when the last one began
+        raise InvalidRequest(f"{streams} streams do not run together within this bundle's context; ask for fewer")
 
 
 def _greedy(tokens: int) -> Sampling:
@@ -265,7 +272,6 @@ class Tuning:
 
     def run(self) -> None:
         """Measure everything that there is time for."""
-        os.environ.update(HUGE_PAGES | os.environ)  # for every engine, as `serve` sets it
         self._say("prepare a picture")
         step = prepared(self.bundle)
         self._feeds, tokens = inputs(step)
@@ -274,6 +280,16 @@ class Tuning:
         self._prompt = {**prompt_of(step), "image_embeddings": embeddings}
         if self.has_decoder:
             self._decoder()
+
+    def _open(self, kind: type, *made: object) -> Process:
+        """An engine in a process of its own, with the memory that `serve` gives it."""
+        added = {name: value for name, value in HUGE_PAGES.items() if name not in os.environ}
+        os.environ.update(added)
+        try:
+            return Process(kind, self._cpus, *made)
+        finally:
+            for name in added:
+                del os.environ[name]
 
     def hold_beside(self, folders: Sequence[Path]) -> None:
         """Measure other bundles with the settings that were chosen: what would be faster is told, not done.
@@ -329,7 +345,7 @@ class Tuning:
         try:
             for each in (self.bundle, other):
                 self._say(f"load {each.path.name}")
-                runs.append(Process(kind, self._cpus, str(each.path), *made))
+                runs.append(self._open(kind, str(each.path), *made))
             for _ in range(ROUNDS):
                 for run, laps in zip(runs, rounds, strict=True):
                     self._say("beside another")
@@ -438,7 +454,7 @@ class Tuning:
         graph = {"vision_threads": "vision", "threads": "decoder"}[name]
         self._say(f"load the {graph}")
         used = self.chosen[name]
-        runs = {used: Process(kind, self._cpus, *made, used)}
+        runs = {used: self._open(kind, *made, used)}
         try:
             for count in threads_of(len(self._cpus)):
                 if count == used:
@@ -447,7 +463,7 @@ class Tuning:
                     self._note(name, count, why)
                     break
                 self._say(f"load the {graph} for {name} {count}")
-                runs[count] = Process(kind, self._cpus, *made, count)
+                runs[count] = self._open(kind, *made, count)
                 ended = self._race(name, [count], lambda value: runs[value].call("lap", *lap))
                 used = ended.winner
                 for loser in [value for value in runs if value != used]:
@@ -489,11 +505,11 @@ def _doubles(used: int, streams: int) -> list[int]:
     return sorted({min(used << shift, streams) for shift in range(1, 9)} - {used}) if used < streams else []
 
 
-def save(subject: Subject, tuning: Tuning) -> None:
-    """Give a repository what was chosen, and the record."""
+def save(subject: Subject, record: dict) -> None:
+    """Give a repository what a record says was chosen, and the record; nothing to a bundle."""
     if subject.repository:
-        changed = {name: value for name, value in tuning.chosen.items() if value != subject.settings[name]}
-        write_settings(subject.repository, changed, tuning.record())
+        changed = {name: value for name, value in record["chosen"].items() if value != subject.settings[name]}
+        write_settings(subject.repository, changed, record)
 
 
 def options(subject: Subject, chosen: Mapping[str, int]) -> list[str]:

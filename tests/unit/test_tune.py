@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from fake_session import FakeSession, Receiver, generation
 from served import write_paper_bundle
 from test_package import write_engine_bundle
 
 from cxr_triton import cli, files
+from cxr_triton.engines import engine
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.cpu import Cpu
 from cxr_triton.errors import InternalError, InvalidBundle, InvalidRequest, Unavailable
@@ -290,6 +292,26 @@ def test_settings_are_written_with_their_record_and_the_rest_stays(repository):
     Bundle.open(repository / BUNDLE)
     (repository / "tune.json").write_text("{}")
     assert differences(repository) == ["tune.json was changed"]
+
+
+def test_the_runtime_takes_the_pieces_that_the_repository_says(repository, monkeypatch):
+    """As the served model opens it, from what `tune` wrote."""
+    tuned.write_settings(repository, {"prefill_chunk": 4, "slots": 3}, RECORD | {"cpu": ELSEWHERE})
+    bundle = Bundle.open(repository / BUNDLE)
+    sessions = []
+
+    def opened(self, bundle, *, slots, threads, batch_invariant):
+        sessions.append(FakeSession(slots=slots))
+        return sessions[0]
+
+    each = engine(bundle.engine)
+    monkeypatch.setattr(type(each), "open_decoder", opened)
+    with each.open_runtime(bundle, tuned.parameters_of(repository, "decoder"), "") as runtime:
+        receiver = Receiver()
+        runtime.submit(generation(range(10), 2), receiver)
+        assert receiver.completion
+    assert sessions[0].slots == 3
+    assert [call[2] for call in sessions[0].calls if call[0] == "prefill"] == [4, 4, 2]
 
 
 def test_package_takes_what_tune_says_of_a_bundle(bundle, tmp_path):
