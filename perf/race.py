@@ -103,6 +103,7 @@ def race(
     *,
     until_s: float,
     clock: Callable[[], float] = time.monotonic,
+    hopeless: float = HOPELESS,
 ) -> Race:
     """Measure the value in use and its rivals in alternating rounds.
 
@@ -114,6 +115,8 @@ def race(
         One lap of a value.
     until_s : float
         On `clock`: no round begins that would not end by then.
+    hopeless : float
+        In place of `HOPELESS`.
     """
     entries = [Entry(value, verdict=NO_TIME) for value in (holder, *rivals)]
     entries[0].verdict, running, longest_s, started_s = IN_USE, list(entries), 0.0, clock()
@@ -129,7 +132,7 @@ def race(
         for entry in running[1:]:
             if entry.laps[-1].output != entries[0].laps[0].output:
                 entry.verdict = OTHER
-            elif min(entry.ratios(entries[0])) >= HOPELESS:
+            elif min(entry.ratios(entries[0])) >= hopeless:
                 entry.verdict = SLOWER
         running = [entry for entry in running if entry.verdict not in (OTHER, SLOWER)]
     whole = [entry for entry in running[1:] if len(entry.laps) >= ROUNDS]

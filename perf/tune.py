@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,10 +31,10 @@ from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.engines.serving import BUNDLE
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.files import why_not_writable
-from cxr_triton.perf.decoder import medians, together
+from cxr_triton.perf.decoder import together
 from cxr_triton.perf.environment import Stolen, memory_available
 from cxr_triton.perf.process import Process
-from cxr_triton.perf.race import LEAST_GAIN, NO_TIME, ROUNDS, SLOWER, Lap, Race, race
+from cxr_triton.perf.race import NO_TIME, SLOWER, Lap, Race, noise, race
 from cxr_triton.perf.reuse import TokenReceiver, prompt_of
 from cxr_triton.perf.tower import inputs, prepared
 from cxr_triton.pixels.image import MERGE
@@ -319,43 +320,44 @@ class Tuning:
                     )
 
     def _beside(self, folder: Path, other: Bundle) -> dict:
-        """Our tower and decoder and another bundle's, in turn; ratios are its time over ours."""
+        """Our tower and decoder and another bundle's; a reading is both, and `of_ours` its time over ours."""
         streams = min(self.plan.streams, self.chosen["slots"])
         decoder = (self._prompt, streams, self._batch_invariant, self.chosen["threads"])
         vision = (self._feeds, self.chosen["vision_threads"])
         tower = self._pair(other, TowerRun, vision, (1,))
         reading = self._pair(other, DecoderRun, decoder, (self.chosen["prefill_chunk"], streams, TOKENS))
-        seconds = [a + b for a, b in zip(tower["seconds"], reading["reading_s"], strict=True)]
+        seconds = [[entry.seconds for entry in ended.entries] for ended in (tower, reading)]
+        whole = [sum(parts) for parts in zip(*seconds, strict=True)]
+        noises = [noise(ended.entries[0]) * parts[0] for ended, parts in zip((tower, reading), seconds, strict=True)]
         return {
             "bundle": folder.resolve().name,
             "recipe": (other.manifest.get("recipe") or {}).get("name"),
             "digest": other.digest,
             "engines": {"vision": other.vision_engine, "decoder": other.engine},
             "precisions": {"vision": other.vision_precision, "decoder": other.precision},
-            "tower_s": tower["seconds"],
-            **{key: reading[key] for key in ("first_word_s", "tokens_per_s")},
-            "reading_s": seconds,
-            "of_ours": seconds[1] / seconds[0],
+            "tower": tower.to_json(),
+            "decoder": reading.to_json(),
+            "reading_s": whole,
+            "of_ours": whole[1] / whole[0],
+            "noise": sum(noises) / whole[0],
         }
 
-    def _pair(self, other: Bundle, kind: type, made: Sequence[object], lap: Sequence[object]) -> dict[str, list[float]]:
-        """Medians of alternating rounds: ours, then the other's."""
+    def _pair(self, other: Bundle, kind: type, made: Sequence[object], lap: Sequence[object]) -> Race:
+        """Ours, 0, and the other's, 1, in turn, whatever they give."""
         runs: list[Process] = []
-        rounds: list[list[dict[str, float]]] = [[], []]
         try:
             for each in (self.bundle, other):
                 self._say(f"load {each.path.name}")
                 runs.append(self._open(kind, str(each.path), *made))
-            for _ in range(ROUNDS):
-                for run, laps in zip(runs, rounds, strict=True):
-                    self._say("beside another")
-                    measured: Lap = run.call("lap", *lap)
-                    laps.append({"seconds": measured.seconds, **measured.facts})
+
+            def run(which: int) -> Lap:
+                self._say("beside another")
+                return dataclasses.replace(runs[which].call("lap", *lap), output=None)
+
+            return race(0, [1], run, until_s=math.inf, clock=self._clock, hopeless=math.inf)
         finally:
-            for run in runs:
-                run.kill()
-        both = [medians(laps) for laps in rounds]
-        return {key: [each[key] for each in both] for key in both[0]}
+            for process in runs:
+                process.kill()
 
     def record(self) -> dict:
         """What was measured until now, as ``tune.json`` has it."""
@@ -527,9 +529,8 @@ def lines(record: dict) -> list[str]:
             found.append(f"{row['setting']} {value['value']} in place of {row['used']}: {value['verdict']}{ratio}")
     found.append("settings: " + ", ".join(f"{name} {value}" for name, value in record["chosen"].items()))
     for row in record["beside"]:
-        means = (
-            "faster" if row["of_ours"] < 1 - LEAST_GAIN else "slower" if row["of_ours"] > 1 + LEAST_GAIN else "alike"
-        )
+        gain = 1 - row["of_ours"]
+        means = "as fast, within the noise" if abs(gain) <= row["noise"] else "faster" if gain > 0 else "slower"
         found.append(
             f"{row['bundle']} ({row['recipe'] or row['engines']['decoder']}) is {means}: a reading takes "
             f"{row['of_ours']:.2f} of the time; nothing was changed, package it if you want it"
