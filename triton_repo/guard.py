@@ -30,6 +30,7 @@ from cxr_triton.errors import CxrError, InvalidConfig
 from cxr_triton.files import leave_no_core
 from cxr_triton.triton_repo.drain import DRAIN, drained, is_draining
 from cxr_triton.triton_repo.integrity import require_as_packaged
+from cxr_triton.triton_repo.occupied import occupy
 
 UMASK = 0o077
 SHM_PREFIX = "triton_python_backend_shm_region_"
@@ -151,16 +152,23 @@ def _supervise(command: list[str], environment: dict[str, str], limit_s: float) 
         return status if status >= 0 else 128 - status
 
 
+def _repositories(arguments: list[str]) -> list[str]:
+    """Folders that a server with these flags serves."""
+    rows = (argument.partition("=") for argument in arguments)
+    return [value for name, _, value in rows if name == "--model-repository"]
+
+
 def _main(arguments: list[str]) -> None:
     if arguments[0] == "--is-ready":
         sys.exit(is_draining() or not is_ready(arguments[1]))
     if arguments[0] == "--modified":
         arguments = arguments[1:]
     else:
-        for argument in arguments:
-            name, _, value = argument.partition("=")
-            if name == "--model-repository":
-                require_as_packaged(value)
+        for repository in _repositories(arguments):
+            require_as_packaged(repository)
+    for repository in _repositories(arguments):
+        if (lock := occupy(Path(repository))) is not None:
+            os.set_inheritable(lock, True)  # the server holds it
     environment, flags = guarded(os.environ)
     os.umask(UMASK)
     leave_no_core()

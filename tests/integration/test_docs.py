@@ -106,6 +106,7 @@ NOT_RUN = {
         r"bench run build/3b/": "takes 46 minutes, and onnxruntime-genai",
         r"^make bench$": "takes minutes on a machine that does nothing else",
     },
+    "docs/tune.md": {r"--beside": "needs bundles of several engines; tests/integration/test_tune_served.py has two"},
     "docs/evaluation.md": {
         r"integration/evaluation.py": "takes minutes; tests/integration/test_evaluate.py runs a small version",
         r"integration/evaluation_engines.py": "takes minutes; test_evaluate_compare.py has a small version",
