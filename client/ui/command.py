@@ -81,7 +81,7 @@ def ui(*, urls, timeout_s, tls_ca, tls_cert, tls_key, token_file, opens, json_pa
         raise click.BadParameter("the same server is given twice", param_hint="--url")
     settings = Settings(timeout_s=timeout_s, **options)
     access = Access.of(tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, token_file=token_file)
-    timeouts = Timeouts(connect_s=2.0, first_delta_s=None, total_s=settings.timeout_s)
+    timeouts = Timeouts(first_delta_s=None, total_s=settings.timeout_s)
     for url in urls:
         if not access.tls and leaves_machine(url):
             click.echo(f"warning: the pictures travel unencrypted to {printable(url)}; use --tls-ca", err=True)

@@ -24,7 +24,7 @@ from cxr_triton.profile import ModelProfile
 
 MODEL = "model"
 """The preset with which the model sees a picture."""
-TITLES = {"mimic_jpg": "Equalized greys", "voi_display": "The file's own window", "as_is": "As the file has it"}
+TITLES = {"mimic_jpg": "Equalized greys", "voi_display": "As the file asks for", "as_is": "As the file has it"}
 MOST_PIXELS = 24_000_000
 """Of a picture that is shown; the file of one with more is shown smaller."""
 Result = TypeVar("Result")

@@ -17,6 +17,7 @@ from cxr_triton.client.ui.refusal import Refusal
 from cxr_triton.client.ui.sessions import Asked, Sessions
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.identity import sha256
+from cxr_triton.reading import Reading
 
 
 def as_json(asked: Asked) -> bytes:
@@ -79,7 +80,7 @@ class Exports:
         return web.Response(body=body, content_type=content_type, headers=headers)
 
 
-def _reading(asked: Asked):
+def _reading(asked: Asked) -> Reading:
     if asked.reading is None:
         raise Refusal(InvalidRequest("the reading is not written yet; wait for its end"), status=409)
     return asked.reading

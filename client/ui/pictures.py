@@ -12,8 +12,9 @@ from cxr_triton.client.log import Log
 from cxr_triton.client.ui.bodies import read, require_size
 from cxr_triton.client.ui.decoders import MODEL, Decoders, presets
 from cxr_triton.client.ui.readings import shown_flags
+from cxr_triton.client.ui.refusal import Refusal
 from cxr_triton.client.ui.servers import Server
-from cxr_triton.client.ui.sessions import Picture, Sessions
+from cxr_triton.client.ui.sessions import Picture, Session, Sessions
 from cxr_triton.client.ui.settings import Settings
 from cxr_triton.errors import CxrError, InvalidRequest
 
@@ -38,7 +39,7 @@ class Pictures:
         try:
             picture = await self._taken(request)
             outcome, size = "ok", len(picture.data)
-        except CxrError as error:
+        except (CxrError, Refusal) as error:
             outcome = error.code
             raise
         finally:
@@ -79,7 +80,7 @@ class Pictures:
                 self._remember(session, picture, preset, png)
         return web.Response(body=png, content_type="image/png")
 
-    def _remember(self, session, picture: Picture, preset: str, png: bytes) -> None:
+    def _remember(self, session: Session, picture: Picture, preset: str, png: bytes) -> None:
         """Keep what was drawn where there is room for it."""
         try:
             self._sessions.require_room(session, len(png))

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,7 +156,7 @@ class _Writing:
     profile: ModelProfile
     stream: AsyncReadingStream
 
-    async def lines(self) -> AsyncIterator[Line]:
+    async def lines(self) -> AsyncGenerator[Line, None]:
         """What the browser is told, in its order; a failure is the last line."""
         yield {"type": "started", "reading": self.asked.name}
         splitter, written = Splitter(self.checked.grammar), ""
@@ -215,7 +215,7 @@ class _Writing:
         )
 
 
-async def texts(stream: AsyncReadingStream, stopping: asyncio.Event) -> AsyncIterator[str | None]:
+async def texts(stream: AsyncReadingStream, stopping: asyncio.Event) -> AsyncGenerator[str | None, None]:
     """Each text as it comes, None after `BEAT_S` without one; ends with the stream, or when told to stop."""
 
     async def heard() -> str:

@@ -10,6 +10,9 @@ from cxr_triton.client.served import ServedProfile
 from cxr_triton.errors import CxrError
 from cxr_triton.profile import ModelProfile
 
+KNOWN_S = 2.0
+"""How long the page waits for what a server says of itself."""
+
 
 class Server:
     """One of them.
@@ -26,10 +29,11 @@ class Server:
         self.profile = ServedProfile(reader)
 
     async def known(self) -> ModelProfile | None:
-        """The profile; None where the server does not say it now."""
+        """The profile; None where the server does not say it within `KNOWN_S`."""
         try:
-            return await self.profile()
-        except CxrError:
+            async with asyncio.timeout(KNOWN_S):
+                return await self.profile()
+        except (CxrError, TimeoutError):
             return None
 
     async def told(self) -> dict[str, Any]:
