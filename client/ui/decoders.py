@@ -1,4 +1,4 @@
-"""Uploaded files are looked at and drawn in decoding processes, never in this one; several at the same time."""
+"""Uploaded files are decoded and drawn in processes of their own, several at the same time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import hmac
 import io
-import os
 import queue
 import secrets
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from cxr_triton.client.objects.source import source_header
 from cxr_triton.client.ui.sessions import Picture
 from cxr_triton.errors import InvalidImage
 from cxr_triton.pixels.display import PRESETS
@@ -80,7 +80,7 @@ class Decoders:
                 width=width,
                 height=height,
                 presets={MODEL: shown, **{other: other for other in others}},
-                patient=self._patient(sandbox, data) if prepared.facts["format"] == "dicom" else "",
+                patient=self._patient(data) if prepared.facts["format"] == "dicom" else "",
                 pngs={MODEL: _png(prepared.pixels)},
             )
 
@@ -106,17 +106,12 @@ class Decoders:
 
         return await self.beside(used)
 
-    def _patient(self, sandbox: Sandbox, data: bytes) -> str:
+    def _patient(self, data: bytes) -> str:
         """Digest of a file's Patient ID, by a key that ends with the process."""
-        file = os.memfd_create("picture")
         try:
-            with os.fdopen(os.dup(file), "wb") as writer:
-                writer.write(data)
-            patient = sandbox.identify(file).patient_id.strip()
-        except InvalidImage:  # it lacks a UID, and is read all the same
+            patient = str(source_header(data).get("PatientID") or "").strip()
+        except InvalidImage:  # its pixels are read all the same
             return ""
-        finally:
-            os.close(file)
         return hmac.new(self._key, patient.encode("utf-8", "replace"), hashlib.sha256).hexdigest() if patient else ""
 
 

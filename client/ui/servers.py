@@ -10,7 +10,7 @@ from cxr_triton.client.served import ServedProfile
 from cxr_triton.errors import CxrError
 from cxr_triton.profile import ModelProfile
 
-KNOWN_S = 2.0
+KNOWN_S = 1.0
 """How long the page waits for what a server says of itself."""
 
 

@@ -134,10 +134,8 @@ class Session:
 
         Raises
         ------
-        LimitExceeded
+        Refusal
             The session has as many as it may.
-        QueueFull
-            As many are being written.
         """
         self._require_open()
         if len(self.readings) >= self._settings.max_readings:
@@ -145,8 +143,6 @@ class Session:
                 LimitExceeded(f"the session has {len(self.readings)} readings, as many as it may"),
                 hint="Save what you need, then load the page again.",
             )
-        if self.under_way >= self._settings.max_under_way:
-            raise QueueFull(f"{self.under_way} readings are being written, allowed {self._settings.max_under_way}")
         asked = Asked(name=f"r{len(self.readings) + 1}", pictures=pictures, server=server, turns=turns)
         self.readings[asked.name] = asked
         return asked
@@ -158,7 +154,9 @@ class Session:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """While a reading is being written the session is in use."""
+        """While a reading is being written the session is in use; raises `QueueFull` where enough are."""
+        if self.under_way >= self._settings.max_under_way:
+            raise QueueFull(f"{self.under_way} readings are being written, allowed {self._settings.max_under_way}")
         self.under_way += 1
         try:
             yield
