@@ -104,6 +104,11 @@ class Session:
         self.is_over = False
         self._settings, self._count = settings, 0
 
+    @property
+    def is_in_use(self) -> bool:
+        """A file is coming in, or a reading is being written."""
+        return self.under_way > 0 or self.coming > 0
+
     def picture(self, name: str) -> Picture:
         """Raises `Refusal` where there is none of this name."""
         if name not in self.pictures:
@@ -188,10 +193,13 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._open)
 
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._open.values())
+
     @property
     def under_way(self) -> int:
         """Readings that are being written."""
-        return sum(session.under_way for session in self._open.values())
+        return sum(session.under_way for session in self)
 
     def open(self) -> Session:
         """A new one; raises `QueueFull` where there are as many as there may be."""
@@ -220,13 +228,13 @@ class Sessions:
 
     def end_all(self) -> None:
         """Close every one."""
-        for session in list(self._open.values()):
+        for session in list(self):
             self.end(session)
 
     def sweep(self) -> int:
         """Close those that nobody has used for a while; how many that were."""
         before = time.monotonic() - self._settings.idle_s
-        idle = [session for session in self._open.values() if session.seen_s < before and not session.under_way]
+        idle = [session for session in self if session.seen_s < before and not session.is_in_use]
         for session in idle:
             self.end(session)
         return len(idle)
@@ -241,7 +249,7 @@ class Sessions:
         QueueFull
             All together would.
         """
-        most, held = self._settings.session_mib << 20, sum(each.held for each in self._open.values())
+        most, held = self._settings.session_mib << 20, sum(each.held for each in self)
         if session.held + size > most:
             raise LimitExceeded(
                 f"the session holds {session.held >> 20} MiB, and {size >> 20} MiB more are over the "
@@ -262,6 +270,7 @@ class Sessions:
             yield
         finally:
             session.coming -= 1
+            session.seen_s = time.monotonic()
             if not session.is_over:
                 session.held -= size
 

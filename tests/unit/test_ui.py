@@ -28,7 +28,7 @@ pytest.importorskip("highdicom")
 from ui_server import UiServer, Visitor, said
 
 from cxr_triton.client import login
-from cxr_triton.client.ui import readings
+from cxr_triton.client.ui import readings, service
 from cxr_triton.client.ui.pictures import file_name
 from cxr_triton.client.ui.refusal import HINTS, Refusal
 from cxr_triton.client.ui.settings import Settings
@@ -394,7 +394,8 @@ def test_a_reading_that_is_stopped_before_its_first_word(visitor, triton):
         assert next(lines)["type"] == "started"
         until(lambda: triton.active)
         assert visitor.ask("POST", f"{visitor.path}/readings/r1/stop")[0] == 202
-        assert [line for line in lines if line["type"] != "waiting"] == [{"type": "stopped", "reading": None, "flags": [], "boxes": []}]
+        told = [line for line in lines if line["type"] != "waiting"]
+        assert told == [{"type": "stopped", "reading": None, "flags": [], "boxes": []}]
     until(triton.cancelled.is_set)
     assert visitor.export("r1", "json")[0] == 409
 
@@ -649,19 +650,21 @@ def test_a_file_that_does_not_come_is_not_waited_for(triton):
         connection.close()
 
 
-def test_a_session_that_nobody_uses_ends_but_not_one_that_is_read_in(triton):
+def test_a_session_that_nobody_uses_ends_but_not_one_that_is_read_in(triton, monkeypatch):
+    monkeypatch.setattr(service, "SWEEP_S", 0.01)
     triton.answer = forever()
-    with UiServer(triton.url, idle_s=0.3) as server:
+    with UiServer(triton.url) as server:
         reading, idle = Visitor(server), Visitor(server)
         reading.picture(CHEST)
         with reading.asking(pictures=["p1"]) as lines:
             next(lines)
+            for session in list(server.service.sessions):
+                session.seen_s -= 2 * server.settings.idle_s
             until(lambda: len(server.service.sessions) == 1)
             status, _, told = idle.ask("DELETE", idle.path)
             assert status == 404 and "over" in told["error"]["message"]
             assert reading.ask("POST", f"{reading.path}/readings/r1/stop")[0] == 202
             assert list(lines)[-1]["type"] == "stopped"
-        until(lambda: len(server.service.sessions) == 0)
         assert {"sessions_expired"} <= {event["event"] for event in server.events}
 
 
