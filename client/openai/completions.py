@@ -12,9 +12,10 @@ from typing import Any
 from aiohttp import web
 
 from cxr_triton.client.aio import AsyncReader, AsyncReadingStream
+from cxr_triton.client.log import Log
 from cxr_triton.client.openai.answer import Answer
 from cxr_triton.client.openai.chat import ChatRequest
-from cxr_triton.client.openai.metrics import Log, Metrics
+from cxr_triton.client.openai.metrics import Metrics
 from cxr_triton.client.openai.refusal import FAILED, Refusal
 from cxr_triton.client.openai.settings import Settings
 from cxr_triton.errors import CxrError, DeadlineExceeded, InternalError, InvalidRequest, LimitExceeded, QueueFull
