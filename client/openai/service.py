@@ -12,6 +12,7 @@ from typing import TextIO
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from cxr_triton.client import otlp
 from cxr_triton.client.aio import AsyncReader
 from cxr_triton.client.gateway.bounds import Doorkeeper
 from cxr_triton.client.openai.answer import model
@@ -137,7 +138,7 @@ class Service:
                     found, holds_s = error, HEALTH_S
                 self._known = (time.monotonic() + holds_s, found)
             if isinstance(found := self._known[1], CxrError):
-                raise type(found)(found.message)
+                raise found.reworded(found.message)
             return found
 
     async def _healthy(self, request: web.Request) -> web.Response:
@@ -177,7 +178,9 @@ async def _harden(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.update({"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "cxr-triton"})
 
 
-def serve(settings: Settings, reader: Callable[[], AsyncReader], started: Callable[[int], None]) -> None:
+def serve(
+    settings: Settings, reader: Callable[[], AsyncReader], started: Callable[[int], None], trace_otlp: str | None
+) -> None:
     """Run until SIGTERM or SIGINT; both end it in order."""
 
     async def run() -> None:
@@ -188,4 +191,6 @@ def serve(settings: Settings, reader: Callable[[], AsyncReader], started: Callab
         await Service(settings, reader()).run(stopping, started)
 
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL + 1)  # it would quote requests
+    log = Log()
+    otlp.start(trace_otlp, "openai", lambda said: log("spans_not_sent", error=said))
     asyncio.run(run())

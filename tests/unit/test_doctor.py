@@ -47,7 +47,7 @@ from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.secret import SECRET
 from cxr_triton.engines.verify.record import write_record
 from cxr_triton.pixels.sandbox import OWN_INTERPRETER
-from cxr_triton.triton_repo.guard import SHM_PREFIX
+from cxr_triton.triton_repo.guard import SHM_PREFIX, trace_flags
 from cxr_triton.triton_repo.package import BUNDLE, Settings, write_repository
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -418,9 +418,13 @@ def process(system):
     return of
 
 
+SPANS = trace_flags("http://127.0.0.1:4318")
+
+
 def test_nothing_is_wrong_with_a_guarded_server(process):
     with Triton() as triton:
         assert wrong(process(triton), "server") == {}
+        assert wrong(process(triton, *SPANS), "server") == {}
 
 
 SERVER = {
@@ -436,6 +440,7 @@ SERVER = {
     "open logging": ({"open_": ("LogSettings",)}, {}, [], ["server.logging"]),
     "open statistics": ({"open_": ("ModelStatistics",)}, {}, [], ["server.statistics"]),
     "model control": ({}, {}, ["--model-control-mode=explicit"], ["server.flags"]),
+    "tensors in a trace": ({}, {}, [*SPANS, "--trace-config=level=TENSORS"], ["server.flags"]),
     "requests in the log": ({}, {}, ["--log-verbose", "1"], ["server.flags"]),
     "a server of root": ({}, {"uid": 0}, [], ["server.user"]),
     "files for all": ({}, {"umask": "0022"}, [], ["server.user"]),
