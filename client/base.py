@@ -206,6 +206,7 @@ class BaseStream:
         self._sent = sent
         self._span = span
         self._call: grpc.Call | None = None
+        self._was_sent = False
         self._clock = Clock(timeouts)
         self._late = ""  # the limit that ran out
         self._failure: CxrError | None = None  # what the last response said
@@ -234,7 +235,7 @@ class BaseStream:
 
     def _follow(self, call: grpc.Call) -> None:
         """The request is on its way."""
-        self._call = call
+        self._call, self._was_sent = call, True
         self._clock.start()
         kserve.at_exit(self, BaseStream._cancel)
         if self._ended:  # closed while it connected
@@ -283,7 +284,7 @@ class BaseStream:
     def _failed(self, error: BaseException) -> None:
         """It will give no reading."""
         self._span.end(code_of(error))
-        if isinstance(error, CxrError):
+        if isinstance(error, CxrError) and self._was_sent:
             error.of_trace(self.trace_id)
 
     def _left(self) -> None:
