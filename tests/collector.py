@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import gzip
+import logging
+import re
 import threading
 import time
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from google.protobuf import json_format
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+
+@contextlib.contextmanager
+def collecting(monkeypatch):
+    """A collector that `otlp.start` sends this process's spans to; `flush` waits for them, `said` is what was said."""
+    from opentelemetry import trace
+
+    from cxr_triton.client import otlp
+
+    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_SERVICE_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    logger = logging.getLogger("opentelemetry")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(otlp, "_is_started", threading.Event())
+    providers = []
+
+    def take(provider):  # what OpenTelemetry keeps for the whole process
+        providers.append(provider)
+        monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+
+    monkeypatch.setattr(trace, "set_tracer_provider", take)
+    with Collector() as collector:
+        collector.said, collector.providers = [], providers
+        collector.flush = lambda: [provider.force_flush() for provider in providers]
+        yield collector
+        for provider in providers:
+            provider.shutdown()
 
 
 @dataclass(frozen=True)
@@ -70,7 +103,7 @@ class Collector:
         """All that came, or those of a trace."""
         found = []
         for body in list(self.bodies):
-            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            for resource in _request(body).resource_spans:
                 facts = _values(resource.resource.attributes)
                 for scope in resource.scope_spans:
                     found += [_told(span, facts.get("service.name", "")) for span in scope.spans]
@@ -83,6 +116,18 @@ class Collector:
             assert time.monotonic() < ends, f"{names - found.keys()} did not come; there are {sorted(found)}"
             time.sleep(0.02)
         return found
+
+
+def _request(body: bytes) -> ExportTraceServiceRequest:
+    """Protobuf, or JSON, as Triton sends it: of its own kind, with ids in hexadecimal digits."""
+    if not body.startswith(b"{"):
+        return ExportTraceServiceRequest.FromString(body)
+    text = re.sub(r'"((?:trace|span|parentSpan)Id)":"([0-9a-f]*)"', _base64, body.decode())
+    return json_format.Parse(text, ExportTraceServiceRequest(), ignore_unknown_fields=True)
+
+
+def _base64(found: re.Match) -> str:
+    return f'"{found[1]}":"{base64.b64encode(bytes.fromhex(found[2])).decode()}"'
 
 
 def _told(span, service: str) -> Told:

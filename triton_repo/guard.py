@@ -82,7 +82,7 @@ def trace_flags(url: str | None) -> list[str]:
     if not url:
         return []
     settings = ("mode=opentelemetry", "level=TIMESTAMPS", "rate=1")
-    own = (f"url={traces_url(url)}", f"resource=service.name={SERVICE}")
+    own = (f"url={traces_url(url)}", f"resource=service.name={SERVICE}", "bsp_schedule_delay=1000")
     return [f"--trace-config={each}" for each in (*settings, *(f"opentelemetry,{each}" for each in own))]
 
 

@@ -5,7 +5,6 @@ import hashlib
 import io
 import itertools
 import json
-import logging
 import re
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from collector import Collector
+from collector import collecting
 from fake_server import FakeServer, failure, response
 from hypothesis import given
 from hypothesis import strategies as st
@@ -187,26 +186,8 @@ def test_nothing_of_opentelemetry_is_imported_where_nobody_asks_for_it():
 
 @pytest.fixture
 def started(monkeypatch):
-    """A collector that this process sends its spans to, as `--trace-otlp` has it; `flush` waits for them."""
-    for name in ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_SERVICE_NAME"):
-        monkeypatch.delenv(name, raising=False)
-    logger = logging.getLogger("opentelemetry")
-    monkeypatch.setattr(logger, "handlers", [])
-    monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(otlp, "_is_started", threading.Event())
-    providers = []
-
-    def take(provider):
-        providers.append(provider)
-        monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
-
-    monkeypatch.setattr(trace, "set_tracer_provider", take)
-    with Collector() as collector:
-        collector.flush = lambda: [provider.force_flush() for provider in providers]
-        collector.said, collector.providers = [], providers
+    with collecting(monkeypatch) as collector:
         yield collector
-        for provider in providers:
-            provider.shutdown()
 
 
 @both
