@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -352,6 +353,21 @@ def test_the_flags_that_triton_gets():
     flags = trace_flags("http://127.0.0.1:4318/")
     assert "--trace-config=opentelemetry,url=http://127.0.0.1:4318/v1/traces" in flags
     assert "--trace-config=mode=opentelemetry" in flags and traces_url("http://a/v1/traces") == "http://a/v1/traces"
+
+
+@pytest.mark.parametrize(
+    ("given", "endpoint", "wanted"),
+    [
+        ([], "http://127.0.0.1:4318", trace_flags("http://127.0.0.1:4318")),
+        ([], "", []),
+        (["--trace-config=level=OFF"], "http://127.0.0.1:4318", ["--trace-config=level=OFF"]),
+    ],
+)
+def test_a_containers_server_sends_spans_where_its_environment_says(given, endpoint, wanted):
+    command = [sys.executable, "-m", "cxr_triton.triton_repo.guard", "echo", *given]
+    environment = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"--trace-config\S+", said) == wanted
 
 
 def test_the_page_lists_what_a_span_may_say():
