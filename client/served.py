@@ -34,5 +34,5 @@ class ServedProfile:
                     found, holds_s = error, FAILURE_S
                 self._known = (time.monotonic() + holds_s, found)
             if isinstance(found := self._known[1], CxrError):
-                raise type(found)(found.message)
+                raise found.reworded(found.message)
             return found

@@ -222,6 +222,15 @@ def access_options(command):
     return command
 
 
+def trace_option(command):
+    """Where a verb's spans go, as `cxr_triton.client.otlp.start` and `cxr_triton.triton_repo.serve.Server` take it."""
+    return click.option(
+        "--trace-otlp",
+        metavar="URL",
+        help="Send spans to this collector, http://HOST:4318 (docs/traces.md).  [default: OTEL_EXPORTER_OTLP_ENDPOINT]",
+    )(command)
+
+
 _SHORT = r'(?:[-+.\w]+|"[-. \w]{0,20}")'
 _SHORT_LIST = re.compile(rf"\[\n\s*({_SHORT}(?:,\n\s*{_SHORT})*)\n\s*\]")
 
@@ -318,7 +327,8 @@ class Failure(_Plain):
     """A verb's failure as one line with its code; never a traceback."""
 
     def __init__(self, error: CxrError):
-        super().__init__(f"[{error.code}] {' '.join(printable(error.message).split())}")
+        trace = f" (trace {error.trace_id})" if error.trace_id else ""
+        super().__init__(f"[{error.code}] {' '.join(printable(error.message).split())}{trace}")
 
 
 class Busy(Failure):

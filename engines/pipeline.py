@@ -101,7 +101,7 @@ class Preprocessor:
             "labels": list(self.profile.labels),
         }
 
-    def prepare(self, images: Sequence[bytes], request: bytes | str) -> StepTensors:
+    def prepare(self, images: Sequence[bytes], request: bytes | str, trace_id: str = "") -> StepTensors:
         """Tensors of one request.
 
         Parameters
@@ -110,6 +110,8 @@ class Preprocessor:
             DICOM Part 10, PNG or JPEG; prior first, current last; may be empty.
         request : bytes or str
             REQUEST, see `cxr_triton.request`.
+        trace_id : str
+            Of the request, for the reading.
 
         Raises
         ------
@@ -165,6 +167,7 @@ class Preprocessor:
             },
             "received_s": received_s,
             "prepared_s": prepared_s,
+            "trace_id": trace_id,
         }
         return StepTensors(
             **tensors,
@@ -286,16 +289,17 @@ def build_reading(completion: dict) -> Reading:
         scores=scores,
         notice=context["notice"],
         guide=context["guide"],
+        trace_id=context["trace_id"],
     )
 
 
-def wire_error(error: Exception) -> str:
+def wire_error(error: Exception, trace_id: str = "") -> str:
     """Error text for the wire; of an unexpected error only an incident number leaves the process.
 
-    The number stands in the log with the traceback.
+    The number stands in the log with the traceback, and with the trace that the request is of.
     """
     if isinstance(error, CxrError):
         return error.wire()
     incident = secrets.token_hex(4)
-    log.error("incident %s", incident, exc_info=error)
+    log.error("incident %s, trace %s", incident, trace_id or "unknown", exc_info=error)
     return InternalError(f"the server failed; its log has the details under incident {incident}").wire()

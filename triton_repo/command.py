@@ -24,6 +24,7 @@ from cxr_triton.cli import (
     json_option,
     printable,
     say_next,
+    trace_option,
     write_json,
 )
 from cxr_triton.errors import InternalError
@@ -146,6 +147,7 @@ def package(bundle: Path, out: Path, force: bool, unverified: bool, json_path: s
 )
 @click.option("--log", type=OUT_FILE, help="Log file.  [default: REPOSITORY.log]")
 @click.option("--modified", is_flag=True, help="Serve your own edits of REPOSITORY; says what they are.")
+@trace_option
 @json_option
 def serve(repository: Path, json_path: str | None, renew_mib: int, drain_s: float, **options):
     """Run the pip-installed Triton on REPOSITORY, on 127.0.0.1, until SIGTERM or SIGINT.

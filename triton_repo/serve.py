@@ -29,8 +29,9 @@ from cxr_triton.engines.secret import SECRET
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, ServerMismatch, Unavailable
 from cxr_triton.extras import remedy
 from cxr_triton.files import leave_no_core
+from cxr_triton.trace import ENDPOINT
 from cxr_triton.triton_repo.drain import DRAIN, drained
-from cxr_triton.triton_repo.guard import SHM_PREFIX, UMASK, guarded, is_ready
+from cxr_triton.triton_repo.guard import SHM_PREFIX, UMASK, guarded, is_ready, trace_flags
 from cxr_triton.triton_repo.integrity import require_as_packaged, require_repository
 from cxr_triton.triton_repo.occupied import occupy
 
@@ -65,6 +66,9 @@ class Server:
         while requests run is suspected of taking Triton 2.51 down (docs/architecture.md).
     log : path, optional
         File that takes the log of the server and of its models, for its owner alone; ``REPOSITORY.log`` by default.
+    trace_otlp : str, optional
+        Collector that Triton sends spans of its models to, as ``http://127.0.0.1:4318``; without it the one that the
+        environment names, if any.
     modified : bool
         Serve a repository that is not as ``cxr-triton package`` wrote it, see `integrity`.
 
@@ -87,7 +91,7 @@ class Server:
     InternalError
         On start, when the server ended or the warm-up failed; the message quotes the log.
     InvalidRequest
-        The folder is no repository.
+        The folder is no repository, or `trace_otlp` no address of HTTP.
     InvalidBundle
         On start, when the repository was changed and `modified` is false.
     ServerMismatch
@@ -105,6 +109,7 @@ class Server:
         shm_mib: int = SHM_MIB,
         log=None,
         modified: bool = False,
+        trace_otlp: str | None = None,
     ):
         self.repository = Path(repository).resolve()
         self.ready_timeout_s = ready_timeout_s
@@ -117,6 +122,7 @@ class Server:
         self.grpc, self.metrics, self.http = addresses["grpc"], addresses["metrics"], addresses.get("http")
         self.shm_prefix = f"{SHM_PREFIX}{secrets.token_hex(8)}_"
         self._environment, self._flags = guarded(os.environ)
+        self._flags += trace_flags(trace_otlp or os.environ.get(ENDPOINT))
         self.secret = self._environment[SECRET]
         self._process: subprocess.Popen | None = None
         self._models: dict[int, str] = {}

@@ -12,6 +12,7 @@ from typing import TextIO
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from cxr_triton.client import otlp
 from cxr_triton.client.aio import AsyncReader
 from cxr_triton.client.listener import HttpListener
 from cxr_triton.client.log import Log
@@ -144,7 +145,9 @@ async def _harden(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.update({"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "cxr-triton"})
 
 
-def serve(settings: Settings, reader: Callable[[], AsyncReader], started: Callable[[int], None]) -> None:
+def serve(
+    settings: Settings, reader: Callable[[], AsyncReader], started: Callable[[int], None], trace_otlp: str | None
+) -> None:
     """Run until SIGTERM or SIGINT; both end it in order."""
 
     async def run() -> None:
@@ -156,4 +159,6 @@ def serve(settings: Settings, reader: Callable[[], AsyncReader], started: Callab
 
     leave_no_core()
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL + 1)  # it would quote requests
+    log = Log()
+    otlp.start(trace_otlp, "openai", lambda said: log("spans_not_sent", error=said))
     asyncio.run(run())

@@ -51,7 +51,7 @@ from cxr_triton.engines.cpu import Cpu
 from cxr_triton.engines.secret import SECRET
 from cxr_triton.engines.verify.record import write_record
 from cxr_triton.pixels.sandbox import OWN_INTERPRETER
-from cxr_triton.triton_repo.guard import SHM_PREFIX
+from cxr_triton.triton_repo.guard import SHM_PREFIX, trace_flags
 from cxr_triton.triton_repo.package import BUNDLE, Settings, write_repository
 from cxr_triton.triton_repo.tuned import write_settings
 
@@ -442,9 +442,13 @@ def process(system):
     return of
 
 
+SPANS = trace_flags("http://127.0.0.1:4318")
+
+
 def test_nothing_is_wrong_with_a_guarded_server(process):
     with Triton() as triton:
         assert wrong(process(triton), "server") == {}
+        assert wrong(process(triton, *SPANS), "server") == {}
 
 
 SERVER = {
@@ -460,6 +464,7 @@ SERVER = {
     "open logging": ({"open_": ("LogSettings",)}, {}, [], ["server.logging"]),
     "open statistics": ({"open_": ("ModelStatistics",)}, {}, [], ["server.statistics"]),
     "model control": ({}, {}, ["--model-control-mode=explicit"], ["server.flags"]),
+    "tensors in a trace": ({}, {}, [*SPANS, "--trace-config=level=TENSORS"], ["server.flags"]),
     "requests in the log": ({}, {}, ["--log-verbose", "1"], ["server.flags"]),
     "a server of root": ({}, {"uid": 0}, [], ["server.user"]),
     "files for all": ({}, {"umask": "0022"}, [], ["server.user"]),

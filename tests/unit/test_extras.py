@@ -26,6 +26,7 @@ MODULES = {  # of distributions that an extra asks for, where the name is not th
     "nvidia-modelopt": "modelopt",
     "nvidia-pytriton": "pytriton",
     "onnxruntime-gpu": "onnxruntime",
+    **{f"opentelemetry-{part}": "opentelemetry" for part in ("api", "exporter-otlp-proto-http", "sdk")},
     "psycopg": "psycopg",
     "pydicom-data": "",
     "rouge-score": "rouge_score",
