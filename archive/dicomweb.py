@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
 from cxr_triton.archive.item import Item
 from cxr_triton.client.gateway.config import Remote, Unreachable
-from cxr_triton.client.gateway.http import Answer, first_part, web_client
-from cxr_triton.errors import InvalidImage, InvalidRequest, Unavailable
+from cxr_triton.client.gateway.http import Answer, TooLarge, first_part, web_client
+from cxr_triton.errors import InternalError, InvalidImage, InvalidRequest, LimitExceeded, QueueFull, Unavailable
 
 PAGE = 500
 """Matches that are asked for at once."""
@@ -20,6 +21,8 @@ MOST_ANSWERED = 1 << 24
 """Bytes of an answer to a query."""
 TOTAL_S = 300.0
 """What one answer may take to its end."""
+TRIES = 5
+"""Times that an instance is asked for."""
 LEVELS = ("studies", "instances")
 _UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 _TAGS = {
@@ -28,6 +31,7 @@ _TAGS = {
     "sop_instance_uid": "00080018",
 }
 _INSTANCE = 'multipart/related; type="application/dicom"; transfer-syntax=*'
+_JSON = "application/dicom+json"
 _NAME = "DICOMweb"
 
 
@@ -56,6 +60,8 @@ def instances(root: Remote, query: str) -> Iterator[Item]:
     ------
     Unavailable
         The server is out of reach, or answers what is none.
+    LimitExceeded
+        A page has over `MOST_ANSWERED` bytes.
     """
     level, _, asked = query.partition("?")
     for match in _pages(root, level, asked):
@@ -71,7 +77,7 @@ def _pages(root: Remote, path: str, asked: str) -> Iterator[dict[str, Any]]:
     offset, first = 0, None
     while True:
         paged = f"limit={PAGE}&offset={offset}"
-        answer = _ask(root, f"{path}?{asked}&{paged}" if asked else f"{path}?{paged}", "application/dicom+json")
+        answer = _ask(root, f"{path}?{asked}&{paged}" if asked else f"{path}?{paged}", _JSON)
         matches = _matches(answer)
         if not matches or matches[0] == first:
             return
@@ -111,17 +117,46 @@ def _uid(match: dict[str, Any], key: str) -> str:
 
 
 def fetch(root: Remote, place: str, limit: int) -> bytes:
-    """An instance's file; blocks, in a thread without an event loop.
+    """An instance's file; asks `TRIES` times, and blocks, in a thread without an event loop.
 
     Raises
     ------
     InvalidImage
-        The server says that it has none.
-    Unavailable
-        No answer in time, or one that may be another the next time.
+        The server says that it has none, or it has over `limit` bytes.
+    InternalError
+        The server fails at this instance, while it answers a query.
+    Unavailable, QueueFull
+        The server is away, or busy.
     """
+    pauses_s = [2.0**n for n in range(TRIES - 1)]
+    while True:
+        try:
+            return _instance(root, place, limit)
+        except (Unavailable, QueueFull) as error:
+            if pauses_s:
+                time.sleep(pauses_s.pop(0))
+            elif isinstance(error, QueueFull) or not _answers(root):
+                raise
+            else:
+                raise InternalError(
+                    f"{error.message}, {TRIES} times, though it answers queries; look into its log for what it has"
+                ) from None
+
+
+def _answers(root: Remote) -> bool:
+    """Whether the server is there for others than one instance."""
+    try:
+        _matches(_ask(root, "studies?limit=1&offset=0", _JSON))
+    except (Unavailable, LimitExceeded):
+        return False
+    return True
+
+
+def _instance(root: Remote, place: str, limit: int) -> bytes:
     answer = _ask(root, place, _INSTANCE, limit)
-    if 400 <= answer.status < 500 and answer.status not in (401, 403, 408, 429):
+    if answer.status in (429, 503):
+        raise QueueFull(f"{_NAME} answers HTTP {answer.status}; the same command goes on when it has time")
+    if 400 <= answer.status < 500 and answer.status not in (401, 403, 408):
         raise InvalidImage(f"{_NAME} answers HTTP {answer.status} for the instance; see whether the archive has it")
     if answer.status != 200:
         raise Unavailable(f"{_NAME} answers HTTP {answer.status} for an instance")
@@ -135,5 +170,7 @@ def _ask(root: Remote, path: str, accept: str, limit: int = MOST_ANSWERED) -> An
 
     try:
         return asyncio.run(ask())
+    except TooLarge as error:
+        raise LimitExceeded(f"{error}, which are all that is taken") from None
     except Unreachable as error:
         raise Unavailable(f"{error}; the same command goes on when it answers again") from None

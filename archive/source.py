@@ -78,8 +78,8 @@ def source_of(
     """
     if text.startswith(("http://", "https://")):
         from cxr_triton.archive.dicomweb import root_and_query
+        from cxr_triton.client.endpoint import TlsFiles
         from cxr_triton.client.gateway.config import Remote
-        from cxr_triton.client.gateway.doors import TlsFiles
 
         root, query = root_and_query(text)
         web = Remote(url=root, token_file=token_file, tls=TlsFiles(ca=ca) if ca else None)

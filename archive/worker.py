@@ -25,7 +25,6 @@ from cxr_triton.errors import (
     InternalError,
     InvalidImage,
     LimitExceeded,
-    Unavailable,
 )
 from cxr_triton.pixels.filetype import kind_of, may_be_image
 from cxr_triton.reading import Reading
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 OF_THE_IMAGE = (InvalidImage, DeadlineExceeded, InternalError, Cancelled)
 """Errors that become a row, as another image may fare better; any other ends the run."""
 MAX_IMAGE_MIB = 256
-_FETCHES = 5
-"""Times that a DICOMweb server is asked for an instance."""
 log = logging.getLogger(__name__)
 Read = Callable[[bytes, dict[str, Any]], tuple[Reading, str]]
 
@@ -157,11 +154,6 @@ class Worker:
             return path.read_bytes()
         from cxr_triton.archive.dicomweb import fetch
 
-        for pause_s in [2.0**n for n in range(_FETCHES - 1)]:
-            try:
-                return fetch(self._task.web, item.place, limit)
-            except Unavailable:
-                time.sleep(pause_s)
         return fetch(self._task.web, item.place, limit)
 
     def _reader(self) -> Read:

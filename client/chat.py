@@ -68,7 +68,8 @@ class Chat:
         self._begin(files)
 
     def _begin(self, files: Sequence[Path]) -> None:
-        self._conversation: Conversation[ReadingStream] = self._reader.open(list(files), **self._options)
+        images = [_content(file) for file in files]
+        self._conversation: Conversation[ReadingStream] = self._reader.open(images, **self._options)
         self._files = list(files)
 
     def take(self, line: str) -> None:
@@ -141,10 +142,7 @@ class Chat:
         for file in files:
             if not file.is_file():
                 raise InvalidRequest(f"/new: {file} is no file; name radiographs")
-        try:
-            self._begin(files)
-        except OSError as error:
-            raise InvalidRequest(f"/new: {error.filename} cannot be read ({error.strerror})") from None
+        self._begin(files)
         click.echo(printable(f"a new conversation about {_named(files)}"), self._out)
 
     def _save(self, words: list[str]) -> None:
@@ -216,6 +214,13 @@ def _lines(out) -> Iterator[str]:
         except EOFError:
             click.echo("", out)
             return
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"{file}: cannot be read ({error.strerror}); name radiographs") from None
 
 
 def _named(files: Sequence[Path]) -> str:

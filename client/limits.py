@@ -151,6 +151,28 @@ NO_ACCESS = Access()
 """Of a server that asks for nothing, on this machine."""
 
 
+LEAST_PASSWORD = 12
+
+
+def read_password(path: str | os.PathLike, name: str) -> str:
+    """The password that a file holds, without blanks around it.
+
+    Parameters
+    ----------
+    name : str
+        Of the setting that says which file, for the errors.
+
+    Raises
+    ------
+    InvalidConfig
+        The file cannot be read, or holds under `LEAST_PASSWORD` characters.
+    """
+    password = _read_secret(path, name)
+    if len(password) < LEAST_PASSWORD:
+        raise InvalidConfig(f"{name}: {path} holds {len(password)} characters; write {LEAST_PASSWORD} or more into it")
+    return password
+
+
 def read_token(path: str | os.PathLike) -> str:
     """The token that a file holds.
 
@@ -159,10 +181,14 @@ def read_token(path: str | os.PathLike) -> str:
     InvalidConfig
         The file cannot be read, or is not one line of printable ASCII characters without blanks.
     """
-    try:
-        token = Path(path).read_text("ascii", "replace").strip()
-    except OSError as error:
-        raise InvalidConfig(f"token_file: {path} cannot be read ({error.strerror})") from None
+    token = _read_secret(path, "token_file")
     if not re.fullmatch(r"[!-~]{1,4096}", token):
         raise InvalidConfig(f"token_file: {path} holds no token; write one line of printable characters into it")
     return token
+
+
+def _read_secret(path: str | os.PathLike, name: str) -> str:
+    try:
+        return Path(path).read_text("utf-8", "replace").strip()
+    except OSError as error:
+        raise InvalidConfig(f"{name}: {path} cannot be read ({error.strerror})") from None

@@ -182,6 +182,10 @@ def _tensors(types: dict[str, str]) -> str:
     return ", ".join(f"{name} {types[name]}" for name in sorted(types)) or "none"
 
 
+class Uncoded(InternalError):
+    """What a server said in no words of ours: it may tell of the machine, its files and the request."""
+
+
 def server_error(text: str) -> CxrError:
     """The exception for an error text of the server, whether the pipeline wrote it or Triton itself."""
     error = from_wire(text)
@@ -192,6 +196,7 @@ def server_error(text: str) -> CxrError:
             return Unavailable(f"{text}: the server is starting or ending; send the request again later")
         if "unknown model" in text or "unexpected inference input" in text or "unexpected datatype" in text:
             return ServerMismatch(f"{text}; use the client of the server's release")
+        return Uncoded(text)
     return error
 
 
@@ -245,7 +250,7 @@ def stream_error(error: grpc.RpcError, url: str, timeouts: Timeouts) -> CxrError
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return ServerMismatch(f"{url} does not stream readings ({details}); use the client of the server's release")
     failure = server_error(details)
-    return InternalError(f"gRPC status {code.name}: {details}") if type(failure) is InternalError else failure
+    return Uncoded(f"gRPC status {code.name}: {details}") if isinstance(failure, Uncoded) else failure
 
 
 def late(limit: str, timeouts: Timeouts, url: str) -> DeadlineExceeded:

@@ -203,6 +203,11 @@ class TokenStream:
         """Text that `ids` complete."""
         return self._decoder.decode(b"".join(self._token_bytes(int(i)) for i in ids))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether no character has begun and not ended."""
+        return not self._decoder.getstate()[0]
+
     def finish(self) -> str:
         """What is left: a replacement character where the last character is incomplete."""
         return self._decoder.decode(b"", final=True)

@@ -63,6 +63,8 @@ VERBS = {
         "openai",
         "Answer OpenAI's chat completions through a running server.",
     ),
+    "ui": ("cxr_triton.client.ui.command:ui", "ui", "Read radiographs in the browser, through a running server."),
+    "tune": ("cxr_triton.perf.command:tune", "local", "Measure the settings that serve a repository fastest here."),
     "bench": ("cxr_triton.perf.command:bench", "perf", "Measure a served reader, and compare measurements."),
     "evaluate": (
         "cxr_triton.evaluate.command:evaluate",
@@ -117,6 +119,12 @@ EXAMPLES = {
         "openai --url 127.0.0.1:8001",
         "openai --host 0.0.0.0 --cert cert.pem --key key.pem --api-keys-file keys",
     ),
+    "ui": (
+        "ui --url 127.0.0.1:8001 --open",
+        "ui --url 127.0.0.1:8001 --url 127.0.0.1:9001",
+        "ui --host 0.0.0.0 --cert cert.pem --key key.pem --password-file password",
+    ),
+    "tune": ("tune repository/", "tune bundle/ --streams 4 --dry-run --json tune.json"),
     "bench": ("bench run repository/ --json result.json",),
     "bench run": (
         "bench run repository/ --json result.json --html result.html",

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cxr_triton.client.gateway.doors import TlsFiles
+from cxr_triton.client.endpoint import TlsFiles
 from cxr_triton.doctor.check import Finding, fail, ok, warn
 
 SOON_DAYS = 30

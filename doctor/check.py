@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from cxr_triton.client.limits import NO_ACCESS, Access
 from cxr_triton.engines.bundle import MANIFEST, Bundle
+from cxr_triton.engines.cpu import Cpu
 from cxr_triton.engines.serving import BUNDLE
 from cxr_triton.errors import CxrError, InvalidRequest
 
 if TYPE_CHECKING:
-    from cxr_triton.client.gateway.config import Config
+    from cxr_triton.client.gateway.config import Config, Remote
 
 OK, WARN, FAIL, SKIPPED = STATUSES = ("ok", "warn", "fail", "skipped")
 REPOSITORY = "repository"
@@ -49,7 +50,7 @@ class Finding:
 
     @property
     def group(self) -> str:
-        """What the check looks at: ``machine``, ``packages``, ``repository``, ``server`` or ``gateway``."""
+        """What the check looks at: ``machine``, ``packages``, ``repository``, ``server``, ``openai`` or ``gateway``."""
         return self.id.partition(".")[0]
 
 
@@ -114,6 +115,8 @@ class Case:
         How it lets a client in.
     config_path : Path, optional
         Of the gateway's ``gateway.yaml``.
+    openai_url : str
+        Of a running `cxr-triton openai`, as a browser takes it.
     offline : bool
         Open no connection.
     root : Path
@@ -125,6 +128,7 @@ class Case:
     is_asked: bool = False
     access: Access = NO_ACCESS
     config_path: Path | None = None
+    openai_url: str = ""
     offline: bool = False
     root: Path = Path("/")
 
@@ -198,6 +202,17 @@ class Case:
 
         return load_config(self.config_path)
 
+    @cached_property
+    def api(self) -> Remote:
+        """The server of OpenAI's API."""
+        if not self.openai_url:
+            raise Absent
+        from cxr_triton.client.endpoint import TlsFiles
+        from cxr_triton.client.gateway.config import Remote
+
+        ca = self.access.tls.ca if self.access.tls else None
+        return Remote(url=self.openai_url, tls=TlsFiles(ca=str(ca)) if ca else None, timeout_s=5.0)
+
     @property
     def host(self) -> str:
         """Of `url`, without brackets."""
@@ -207,6 +222,11 @@ class Case:
     def port(self) -> int:
         """Of `url`."""
         return int(self.url.rpartition(":")[2])
+
+    @property
+    def cpu(self) -> Cpu:
+        """The system's processor."""
+        return Cpu.of(self.read("proc/cpuinfo"))
 
     def read(self, path: str) -> str:
         """A file of the system under `root`; empty where there is none."""
@@ -227,7 +247,8 @@ class Check:
     run : callable
         Gives findings; the first line of its docstring says in the documents what it looks at.
     needs : str
-        Attribute of `Case` without which there is nothing to look at: `folder`, `repository`, `bundle`, `config`.
+        Attribute of `Case` without which there is nothing to look at: `folder`, `repository`, `bundle`,
+        `config`, `api`.
     modules : tuple of str
         Of an extra; without them the finding is ``skipped`` with the command that brings them.
     extra : str

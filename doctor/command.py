@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 
@@ -27,6 +28,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--url", metavar="HOST:PORT", help=f"Triton's gRPC endpoint, which has to answer.  [default: {DEFAULT_URL}]"
 )
+@click.option("--openai", "openai_url", metavar="URL", help="A running `cxr-triton openai`, http://127.0.0.1:8080.")
 @click.option("--gateway", "config_path", metavar="YAML", type=FILE, help="The gateway's configuration.")
 @access_options
 @click.option("--offline", is_flag=True, help="Open no connection: look at files and the machine only.")
@@ -36,6 +38,7 @@ def doctor(
     folder: Path | None,
     *,
     url: str | None,
+    openai_url: str | None,
     config_path: Path | None,
     offline: bool,
     strict: bool,
@@ -45,7 +48,8 @@ def doctor(
     """Look at everything that a deployment needs, and say what is wrong and what to do.
 
     The machine, Python and its packages; with REPOSITORY or BUNDLE its files; with --url a server (else one that runs
-    here); with --gateway a gateway's settings, queue and peers. Changes nothing, and sends nothing of a patient.
+    here); with --openai a server of OpenAI's API; with --gateway a gateway's settings, queue and peers. Changes
+    nothing, and sends nothing of a patient.
 
     Exit status 3 when something failed.
     """
@@ -58,6 +62,7 @@ def doctor(
         is_asked=url is not None,
         access=Access.of(**access),
         config_path=config_path,
+        openai_url=_web_address(openai_url) if openai_url else "",
         offline=offline,
     )
     left = {check.id for check in CHECKS}
@@ -74,6 +79,17 @@ def doctor(
     bad = (FAIL, WARN) if strict else (FAIL,)
     if any(finding.status in bad for finding in findings):
         sys.exit(EXIT_NOT_AS_ASKED)
+
+
+def _web_address(url: str) -> str:
+    """Scheme, host and port, without the path that clients are given; raises `InvalidRequest` where there are none."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    except ValueError:  # of a port
+        pass
+    raise InvalidRequest(f"{url!r} is no web address; give it as http://127.0.0.1:8080")
 
 
 def _address(url: str) -> str:

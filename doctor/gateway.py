@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cxr_triton.client.address import is_loopback
+from cxr_triton.client.endpoint import TlsFiles
 from cxr_triton.client.gateway.config import LEAST_KEY_BYTES, Config
-from cxr_triton.client.gateway.doors import TlsFiles
 from cxr_triton.client.limits import read_token
 from cxr_triton.doctor.certificates import own
 from cxr_triton.doctor.check import (

@@ -10,7 +10,7 @@ import http.client
 import logging
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -74,7 +74,7 @@ def endpoints(case: Case) -> Iterator[Finding]:
         is_fhir = getattr(to, "kind", "") == "fhir"
         method, path = ("GET", "metadata") if is_fhir else ("OPTIONS", "studies")
         subject = f"{name}, {method} {_shown_url(to)}/{path}"
-        answer = _ask(to, method, path)
+        answer = ask(to, method, path)
         yield from _judged(subject, answer)
 
 
@@ -83,8 +83,9 @@ def peer_clocks(case: Case) -> Iterator[Finding]:
     for name, to in _peers(case.config):
         if not to.url:
             continue
-        answer = _ask(to, "OPTIONS", "")
-        said = email.utils.parsedate_to_datetime(answer.date).timestamp() if _is_date(answer.date) else None
+        answer = ask(to, "OPTIONS", "")
+        date = answer.headers.get("Date", "")
+        said = email.utils.parsedate_to_datetime(date).timestamp() if _is_date(date) else None
         if said is not None:
             yield skew(f"clock of {name}", said - time.time(), SKEW_S)
 
@@ -111,22 +112,29 @@ class _Address(NamedTuple):
     port: int
 
 
-class _Answer(NamedTuple):
-    """Status of an HTTP answer, 0 for none; its Date, and what kept it from coming."""
+class Answer(NamedTuple):
+    """Status of an HTTP answer, 0 for none; its headers, the begin of its body, and what kept it from coming."""
 
     status: int
-    date: str = ""
+    headers: Mapping[str, str] = {}
+    body: bytes = b""
     why: str = ""
 
 
-def _ask(to: Remote, method: str, path: str) -> _Answer:
-    """A request without a body, over the connection that the gateway would make; redirects are not followed."""
+def ask(to: Remote, method: str, path: str, *, headers: Mapping[str, str] | None = None, most: int = 0) -> Answer:
+    """A request without a body, over the connection that the gateway would make; redirects are not followed.
+
+    Parameters
+    ----------
+    most : int
+        Bytes of the answer's body that are read.
+    """
     parts = urlsplit(to.root)
     is_tls = parts.scheme == "https"
     port = parts.port or (443 if is_tls else 80)
     target = f"{parts.path}/{path}" if path else (parts.path or "/")
     try:
-        headers = {"Accept-Encoding": "identity", **to.authorization()}
+        given = {"Accept-Encoding": "identity", **to.authorization(), **(headers or {})}
         context = (to.tls.client() if to.tls else ssl.create_default_context()) if is_tls else None
         proxy = urlsplit(to.proxy) if to.proxy else None
         host, at = (proxy.hostname or "", proxy.port or 80) if proxy else (parts.hostname or "", port)
@@ -141,20 +149,20 @@ def _ask(to: Remote, method: str, path: str) -> _Answer:
         elif proxy:
             target = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{target}"
         try:
-            connection.request(method, target, headers=headers)
+            connection.request(method, target, headers=given)
             answer = connection.getresponse()
-            return _Answer(answer.status, answer.headers.get("Date", ""))
+            return Answer(answer.status, dict(answer.headers), answer.read(most) if most else b"")
         finally:
             connection.close()
     except InvalidConfig as error:
-        return _Answer(0, why=error.message)
+        return Answer(0, why=error.message)
     except ssl.SSLError as error:
-        return _Answer(0, why=f"no handshake of TLS ({getattr(error, 'verify_message', '') or error.reason})")
+        return Answer(0, why=f"no handshake of TLS ({getattr(error, 'verify_message', '') or error.reason})")
     except (OSError, http.client.HTTPException, ValueError) as error:
-        return _Answer(0, why=getattr(error, "strerror", None) or type(error).__name__)
+        return Answer(0, why=getattr(error, "strerror", None) or type(error).__name__)
 
 
-def _judged(subject: str, answer: _Answer) -> Iterator[Finding]:
+def _judged(subject: str, answer: Answer) -> Iterator[Finding]:
     status, wanted = answer.status, "an answer that lets this gateway in"
     said = f"HTTP {status}"
     if not status:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cxr_triton.doctor import gateway, machine, packages, peers, repository, server
+from cxr_triton.doctor import gateway, machine, openai, packages, peers, repository, server
 from cxr_triton.doctor.check import Absent, Case, Check, Finding, Unseen, fail, sentence, skipped
 from cxr_triton.errors import CxrError
 from cxr_triton.extras import extra_of, remedy, require
@@ -20,6 +20,7 @@ CHECKS: tuple[Check, ...] = (
     *packages.CHECKS,
     *repository.CHECKS,
     *server.CHECKS,
+    *openai.CHECKS,
     *gateway.CHECKS,
     *peers.CHECKS,
 )
@@ -28,6 +29,7 @@ GROUPS = {
     "packages": "Python and packages",
     "repository": "Repository and bundle",
     "server": "Server",
+    "openai": "Server of OpenAI's API",
     "gateway": "Gateway",
 }
 """Groups of checks, in the order in which they are shown."""

@@ -326,9 +326,14 @@ class Engine:
         prefix = PrefixCache(kept, exact_only=is_invariant) if kept else None
         guessed = int(parameters["draft_index_mib"]) << 20
         drafts = Drafts(guessed) if guessed else None
-        queue_size, guides = int(parameters["queue_size"]), Guides(bundle)
         return DecoderRuntime(
-            bundle, session=session, prefix=prefix, guides=guides, drafts=drafts, queue_size=queue_size
+            bundle,
+            session=session,
+            prefill_chunk=int(parameters["prefill_chunk"]) or None,
+            prefix=prefix,
+            guides=Guides(bundle),
+            drafts=drafts,
+            queue_size=int(parameters["queue_size"]),
         )
 
     def serving(self, bundle, settings) -> Serving:
@@ -339,6 +344,7 @@ class Engine:
             parameters={
                 "slots": settings.slots or SLOTS,
                 "threads": settings.threads,
+                "prefill_chunk": settings.prefill_chunk,
                 "batch_invariant": int(settings.batch_invariant),
                 "prefix_cache_mib": settings.prefix_cache_mib if reuses and "prefix_reuse" in self.abilities else 0,
                 "draft_index_mib": settings.draft_index_mib if guesses else 0,

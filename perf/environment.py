@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cxr_triton import __version__
 from cxr_triton.engines import ROOMS, engine
+from cxr_triton.engines.cpu import Cpu
 from cxr_triton.perf.peers import PEERS, peer
 
 LIBRARIES = ("numpy", "tritonclient", "grpcio", "nvidia-pytriton", "torch", "transformers")
@@ -42,9 +43,14 @@ def environment() -> dict:
     }
 
 
+def memory_available() -> int:
+    """Bytes that new work may take without swapping."""
+    return int(_field("/proc/meminfo", "MemAvailable").split()[0]) * 1024
+
+
 def cpu_name() -> str:
     """Of the first core."""
-    return _field("/proc/cpuinfo", "model name") or platform.processor()
+    return Cpu.here().model or platform.processor()
 
 
 class Stolen:

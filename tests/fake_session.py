@@ -152,6 +152,10 @@ class LetterStream:
                 self.open = False
         return text
 
+    @property
+    def is_whole(self):
+        return not self.open
+
     def finish(self):
         return "\ufffd" if self.open else ""
 

@@ -54,6 +54,15 @@ def _options(given: tuple[str, ...]) -> dict[str, str]:
 )
 @click.option("--preprocess-instances", default=2, show_default=True, help="Processes that decode images.")
 @click.option("--threads", default=0, help="CPU threads of each graph.  [default: all cores]")
+@click.option("--vision-threads", type=int, help="Of the tower alone.  [default: as --threads]")
+@click.option(
+    "--prefill-chunk", default=0, help="Prompt tokens of one run of the decoder.  [default: the engine's, 128]"
+)
+@click.option(
+    "--vision-batch",
+    type=int,
+    help="Most images in one run of the tower.  [default: 8, or as many as a request may have]",
+)
 @click.option("--queue-size", default=64, show_default=True, help="Requests that may wait before each step.")
 @click.option("--batch-invariant", is_flag=True, help="Readings never depend on what else runs; int4 alone is slower.")
 @click.option(
@@ -153,10 +162,14 @@ def serve(repository: Path, json_path: str | None, renew_mib: int, drain_s: floa
     from cxr_triton.triton_repo.integrity import differences
     from cxr_triton.triton_repo.renew import Renewal
     from cxr_triton.triton_repo.serve import Server
+    from cxr_triton.triton_repo.tuned import complaint, record_of
 
     require("grpc", "tritonclient")
     for difference in differences(repository) if options["modified"] else ():
         click.secho(printable(f"modified: {difference}"), fg="yellow", err=True)
+    record, elsewhere = record_of(repository), complaint(repository)
+    if elsewhere:
+        click.secho(printable(elsewhere), fg="yellow", err=True)
     stopping: list[bool] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: _stop(stopping, number))
@@ -175,6 +188,7 @@ def serve(repository: Path, json_path: str | None, renew_mib: int, drain_s: floa
             "log": str(server.log),
             "start_s": round(server.start_s, 3),
             "warm_up_ms": round(server.warm_up_ms, 1),
+            "tuned": {"date": record["date"], "for_this_cpu": elsewhere is None} if record else None,
         }
         write_json(result, json_path)  # before the line, which is what a supervisor waits for
         click.echo(

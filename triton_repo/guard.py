@@ -4,7 +4,7 @@
 
 A repository that is not as `package` wrote it is refused, unless ``--modified`` stands before ``tritonserver``.
 Shared memory, model repository, trace and logging stay closed for everybody, statistics open with a value derived from
-the server's secret. Its files are for its user alone.
+the server's secret. Its files are for its user alone, and it writes no core.
 
 With `OTEL_EXPORTER_OTLP_ENDPOINT` in the environment the server sends spans there, unless its flags say how.
 
@@ -29,9 +29,11 @@ from pathlib import Path
 
 from cxr_triton.engines.secret import SECRET, derived, secret_of
 from cxr_triton.errors import CxrError, InvalidConfig
+from cxr_triton.files import leave_no_core
 from cxr_triton.trace import ENDPOINT, traces_url
 from cxr_triton.triton_repo.drain import DRAIN, drained, is_draining
 from cxr_triton.triton_repo.integrity import require_as_packaged
+from cxr_triton.triton_repo.occupied import occupy
 
 UMASK = 0o077
 SHM_PREFIX = "triton_python_backend_shm_region_"
@@ -169,20 +171,28 @@ def _supervise(command: list[str], environment: dict[str, str], limit_s: float) 
         return status if status >= 0 else 128 - status
 
 
+def _repositories(arguments: list[str]) -> list[str]:
+    """Folders that a server with these flags serves."""
+    rows = (argument.partition("=") for argument in arguments)
+    return [value for name, _, value in rows if name == "--model-repository"]
+
+
 def _main(arguments: list[str]) -> None:
     if arguments[0] == "--is-ready":
         sys.exit(is_draining() or not is_ready(arguments[1]))
     if arguments[0] == "--modified":
         arguments = arguments[1:]
     else:
-        for argument in arguments:
-            name, _, value = argument.partition("=")
-            if name == "--model-repository":
-                require_as_packaged(value)
+        for repository in _repositories(arguments):
+            require_as_packaged(repository)
+    for repository in _repositories(arguments):
+        if (lock := occupy(Path(repository))) is not None:
+            os.set_inheritable(lock, True)  # the server holds it
     environment, flags = guarded(os.environ)
     if not any(argument.startswith("--trace-config") for argument in arguments):
         flags += trace_flags(environment.get(ENDPOINT))
     os.umask(UMASK)
+    leave_no_core()
     if limit_s := drain_seconds(environment):
         sys.exit(_supervise([*arguments, *flags], environment, limit_s))
     os.execvpe(arguments[0], [*arguments, *flags], environment)  # noqa: S606  # the command line's own program

@@ -10,7 +10,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cxr_triton.client.address import is_loopback, leaves_machine
-from cxr_triton.client.gateway.doors import Dicom, Folder, TlsFiles, Web, Worklist, require_aet
+from cxr_triton.client.endpoint import Http, TlsFiles
+from cxr_triton.client.gateway.doors import Dicom, Folder, Web, Worklist, require_aet
 from cxr_triton.client.limits import Access, Timeouts, read_token
 from cxr_triton.client.objects import KINDS
 from cxr_triton.config import Checked, build, in_range, one_of, read_yaml
@@ -362,7 +363,7 @@ class Config(Checked):
         """Keys and paths of the files that nobody else should be able to read."""
         if self.log.key_file:
             yield "log.key_file", self.log.key_file
-        here: list[tuple[str, Dicom | Web | Remote]] = [*self.remotes()]
+        here: list[tuple[str, Dicom | Http | Remote]] = [*self.remotes()]
         doors = (("dicom", self.dicom), ("web", self.web), ("worklist", self.worklist))
         here += [(name, one) for name, one in doors if one]
         if self.worklist:

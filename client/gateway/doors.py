@@ -4,64 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import re
-import ssl
 from dataclasses import dataclass
 
 from cxr_triton.client.address import is_loopback
-from cxr_triton.client.limits import Tls
+from cxr_triton.client.endpoint import Http, TlsFiles
 from cxr_triton.config import Checked, in_range
 from cxr_triton.errors import InvalidConfig
 
 _AET = re.compile(r"(?! )[\x20-\x5b\x5d-\x7e]{1,16}(?<! )")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TlsFiles(Checked):
-    """PEM files of an encrypted connection: own certificate and key, and the authorities that the peer's has to be of.
-
-    A listener with `ca` asks each peer for a certificate; a sender without it trusts the system's authorities.
-    """
-
-    cert: str | None = None
-    key: str | None = None
-    ca: str | None = None
-
-    @property
-    def listener_cert(self) -> str:
-        """`cert`, without which no listener can be; `InvalidConfig` says so."""
-        if not self.cert:
-            raise InvalidConfig("tls.cert: is missing; a listener needs a certificate and its key")
-        return self.cert
-
-    def server(self) -> ssl.SSLContext:
-        """For a listener: TLS 1.2 or later (BCP 195 profile of PS3.15 B.9)."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._load(context)
-        if self.ca:
-            context.verify_mode = ssl.CERT_REQUIRED
-        return context
-
-    def client(self) -> ssl.SSLContext:
-        """For a sender."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        if not self.ca:
-            context.load_default_certs()
-        self._load(context)
-        return context
-
-    def _load(self, context: ssl.SSLContext) -> None:
-        try:
-            if self.cert:
-                context.load_cert_chain(self.cert, self.key)
-            if self.ca:
-                context.load_verify_locations(self.ca)
-        except OSError as error:
-            files = ", ".join(file for file in (self.cert, self.key, self.ca) if file)
-            raise InvalidConfig(f"tls: {error.strerror or error}; look at {files}") from None
-
-    def grpc(self) -> Tls:
-        """For the reader."""
-        return Tls(ca=self.ca, cert=self.cert, key=self.key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,49 +83,29 @@ class Dicom(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Web(Checked):
+class Web(Http):
     """The HTTP listener: ``/metrics``, ``/health/live``, ``/health/ready``, and STOW-RS where `stow` is true.
 
     Attributes
     ----------
     token_file : str, optional
         File whose content a STOW-RS client has to send as its bearer token. Required off the loopback interface.
-    clear_text : bool
-        Allows that token off the loopback interface without `tls`, as behind a proxy that ends it.
-    max_connections, max_per_address : int
-        Connections at once, and at once from one address; more are answered with 503.
-    idle_s : float
-        How long a connection may have no whole request head under way, and how long a body may pause.
-    total_s : float
-        From the head of a request to its answer.
     """
 
-    host: str = "127.0.0.1"
     port: int = in_range(0, 65535, default=8042)
-    tls: TlsFiles | None = None
     stow: bool = False
     token_file: str | None = None
-    clear_text: bool = False
-    max_connections: int = in_range(1, 10_000, default=64)
-    max_per_address: int = in_range(1, 10_000, default=16)
-    idle_s: float = in_range(0.1, 600.0, default=30.0)
-    total_s: float = in_range(0.1, 86400.0, default=300.0)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.tls:
-            self.tls.listener_cert  # noqa: B018
         if self.stow and not is_loopback(self.host) and not self.token_file:
             raise InvalidConfig(f"token_file: is missing and host is {self.host}; STOW-RS there needs a token")
-        if self.token_file and not self.tls and not is_loopback(self.host) and not self.clear_text:
-            raise InvalidConfig(
-                f"clear_text: is false and host is {self.host} without tls, where the token could be read on its way; "
-                "give tls, or set clear_text: true where something else encrypts"
-            )
+        if self.token_file:
+            self.require_private("the token")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Worklist(Web):
+class Worklist(Http):
     """The worklist page, which `cxr-triton gateway worklist` serves.
 
     Attributes
@@ -194,18 +124,7 @@ class Worklist(Web):
         super().__post_init__()
         if not self.password_file:
             raise InvalidConfig("password_file: is missing; the worklist page has a login of its own")
-        if self.stow or self.token_file:
-            raise InvalidConfig("stow: and token_file are of `web`; the worklist page takes neither")
-        if self.is_clear and not self.clear_text:
-            raise InvalidConfig(
-                f"clear_text: is false and host is {self.host} without tls, where the password could be read on its "
-                "way; give tls, or set clear_text: true where something else encrypts"
-            )
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether what people type leaves this machine unencrypted."""
-        return not self.tls and not is_loopback(self.host)
+        self.require_private("the password")
 
 
 @dataclass(frozen=True, kw_only=True)

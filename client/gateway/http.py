@@ -20,6 +20,10 @@ class Answer(NamedTuple):
     body: bytes
 
 
+class TooLarge(Unreachable):
+    """An answer of more bytes than are taken."""
+
+
 class WebClient:
     """Requests to one system, with its token.
 
@@ -49,7 +53,7 @@ class WebClient:
             async for chunk in answer.content.iter_chunked(1 << 16):
                 body += chunk
                 if len(body) > limit:
-                    raise Unreachable(f"{self._name}: its answer is over {limit} bytes")
+                    raise TooLarge(f"{self._name}: its answer is over {limit} bytes")
             return Answer(answer.status, answer.headers.get("Content-Type", ""), bytes(body))
 
 

@@ -18,7 +18,6 @@ from pydicom import config as pydicom_config
 
 from cxr_triton.client import otlp
 from cxr_triton.client.gateway.association import prepare_pynetdicom
-from cxr_triton.client.gateway.bounds import Doorkeeper
 from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.deliver import Deliverer
 from cxr_triton.client.gateway.disk import is_open, keep_private
@@ -32,7 +31,9 @@ from cxr_triton.client.gateway.store import Store
 from cxr_triton.client.gateway.stow import stow
 from cxr_triton.client.gateway.watch import FolderWatcher
 from cxr_triton.client.limits import read_token
+from cxr_triton.client.listener import HttpListener
 from cxr_triton.errors import QueueFull, Unavailable
+from cxr_triton.files import leave_no_core
 
 BEAT_S = 1.0
 HOUSEKEEPING_S = 600.0
@@ -88,7 +89,6 @@ class Gateway:
         )
         self.deliverers = [Deliverer(to, config, self.store, self.log, self.metrics) for to in config.destinations]
         self._listener: Listener | None = None
-        self._web_server: asyncio.Server | None = None
         self._watcher: FolderWatcher | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.dicom_port: int | None = None
@@ -134,38 +134,40 @@ class Gateway:
         self._loop.set_default_executor(ThreadPoolExecutor(16 + 2 * len(self.deliverers)))
         await asyncio.to_thread(self.store.start)
         self.intake.draining = await asyncio.to_thread(self.store.is_draining)
-        runner = await self._start_web()
+        listener = self._web_listener()
         try:
-            if self.config.dicom:
-                self._listener = Listener(self.config.dicom, self.intake, self.deliverers[0].take_commitment)
-                self.dicom_port = self._listener.port
-            parts = [self.worker.run(stopping), self._keep_house(stopping)]
-            parts += [deliverer.run(stopping) for deliverer in self.deliverers]
-            if self.config.folder:
-                parts.append(self._watch(self.config.folder, stopping))
-            tasks = [asyncio.create_task(part) for part in parts]
-            self.log("info", "started", dicom_port=self.dicom_port, web_port=self.web_port)
-            try:
-                wait = asyncio.create_task(stopping.wait())
-                done, _ = await asyncio.wait([wait, *tasks], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                stopping.set()
-                self.intake.draining = True
-                if self._listener:
-                    await asyncio.to_thread(self._listener.stop)
-                await asyncio.wait(tasks, timeout=STOP_S + self.config.read.drain_s)
-                for task in tasks:
-                    task.cancel()
-            for ended in done & {*tasks}:
-                ended.result()
+            async with listener or contextlib.nullcontext():
+                self.web_port = listener.port if listener else None
+                await self._serve(stopping)
         finally:
-            if runner and self._web_server:
-                self._web_server.close()
-                await runner.cleanup()
             await asyncio.to_thread(self.intake.close)
             await asyncio.to_thread(self.store.close)
             self._lock.close()
             self.log("info", "stopped")
+
+    async def _serve(self, stopping: asyncio.Event) -> None:
+        if self.config.dicom:
+            self._listener = Listener(self.config.dicom, self.intake, self.deliverers[0].take_commitment)
+            self.dicom_port = self._listener.port
+        parts = [self.worker.run(stopping), self._keep_house(stopping)]
+        parts += [deliverer.run(stopping) for deliverer in self.deliverers]
+        if self.config.folder:
+            parts.append(self._watch(self.config.folder, stopping))
+        tasks = [asyncio.create_task(part) for part in parts]
+        self.log("info", "started", dicom_port=self.dicom_port, web_port=self.web_port)
+        try:
+            wait = asyncio.create_task(stopping.wait())
+            done, _ = await asyncio.wait([wait, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.set()
+            self.intake.draining = True
+            if self._listener:
+                await asyncio.to_thread(self._listener.stop)
+            await asyncio.wait(tasks, timeout=STOP_S + self.config.read.drain_s)
+            for task in tasks:
+                task.cancel()
+        for ended in done & {*tasks}:
+            ended.result()
 
     async def _keep_house(self, stopping: asyncio.Event) -> None:
         """Signs of life, the drain switch, retention and leftovers."""
@@ -209,13 +211,11 @@ class Gateway:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stopping.wait(), config.every_s)
 
-    async def _start_web(self) -> web.AppRunner | None:
+    def _web_listener(self) -> HttpListener | None:
         settings = self.config.web
         if not settings:
             return None
-        keeper = Doorkeeper(settings, self._tell)
-        # STOW-RS bodies are read part by part and bounded there
-        app = web.Application(client_max_size=1 << 20, middlewares=[keeper.middleware()])
+        app = web.Application(client_max_size=1 << 20)  # STOW-RS bodies are read part by part and bounded there
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/health/live", self._live)
         app.router.add_get("/health/ready", self._ready)
@@ -227,19 +227,7 @@ class Gateway:
 
             app.router.add_post("/dicom-web/studies", take)
             app.router.add_post("/dicom-web/studies/{study:[0-9.]{1,64}}", take)
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, auto_decompress=False)
-        await runner.setup()
-        if runner.server:
-            keeper.inner = runner.server
-        try:
-            server = await asyncio.get_running_loop().create_server(keeper, settings.host, settings.port)
-        except OSError as error:
-            await runner.cleanup()
-            where = f"{settings.host} port {settings.port}"
-            raise Unavailable(f"web: cannot listen on {where} ({error.strerror}); stop what listens there") from None
-        self._web_server = server
-        self.web_port = server.sockets[0].getsockname()[1]
-        return runner
+        return HttpListener(app, settings, self._tell, name="web")
 
     def _tell(self, event: str, facts: dict[str, str]) -> None:
         if event == "connection_refused":
@@ -293,6 +281,7 @@ def serve(config: Config, trace_otlp: str | None = None) -> None:
         otlp.start(trace_otlp, "gateway", lambda said: gateway.log("warning", "spans_not_sent", error=said))
         await gateway.run(stopping)
 
+    leave_no_core()
     # they would put headers' values, UIDs among them, and what peers said beside the log
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL + 1)
     pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE

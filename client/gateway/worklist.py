@@ -22,12 +22,13 @@ import sqlalchemy.exc
 from aiohttp import web
 
 from cxr_triton.client.address import is_loopback
-from cxr_triton.client.gateway.bounds import Doorkeeper
 from cxr_triton.client.gateway.config import Config
-from cxr_triton.client.gateway.doors import Worklist
 from cxr_triton.client.gateway.log import Log
 from cxr_triton.client.gateway.store import Store
-from cxr_triton.errors import InvalidConfig, Unavailable
+from cxr_triton.client.limits import read_password
+from cxr_triton.client.listener import HttpListener
+from cxr_triton.client.login import Login, TooManyTries
+from cxr_triton.errors import InvalidConfig
 from cxr_triton.page import render
 
 STATES = {
@@ -39,10 +40,6 @@ STATES = {
 }
 """What the page can be asked for, and the states of the jobs that it then lists."""
 ROWS = 100
-SESSION_S = 8 * 3600.0
-LEAST_PASSWORD = 12
-TRIES, TRIES_S = 5, 60.0
-"""Wrong passwords that all visitors together have in so many seconds, before the login answers 429."""
 _COOKIE = "cxr_worklist"
 _UID = re.compile(r"\b\d+(?:\.\d+){3,}\b")
 _HEADERS = {
@@ -76,23 +73,25 @@ class Page:
         if config.worklist is None:
             raise InvalidConfig("worklist: is missing; `cxr-triton gateway example` shows the section")
         self._settings, self._store, self._log = config.worklist, store, log
-        self._password = _read_password(config.worklist.password_file)
-        self._sessions: dict[str, float] = {}  # digest of a cookie → when it ends
-        self._wrong: list[float] = []
+        password = read_password(config.worklist.password_file, "worklist.password_file")
+        self._login = Login(password, _COOKIE, secure=config.worklist.tls is not None)
         self._key = secrets.token_bytes(32)
 
-    def app(self, keeper: Doorkeeper) -> web.Application:
-        """Routes, behind the limits of a door and the checks of each request."""
-        app = web.Application(client_max_size=1 << 16, middlewares=[keeper.middleware(), self._guard()])
+    def listener(self) -> HttpListener:
+        """Routes, behind the limits of a listener and the checks of each request."""
+        app = web.Application(client_max_size=1 << 16, middlewares=[self._guard()])
         app.router.add_get("/login", self._login_page)
-        app.router.add_post("/login", self._login)
+        app.router.add_post("/login", self._enter)
         app.router.add_get("/worklist.js", self._script)
-        app.router.add_post("/logout", self._logout)
+        app.router.add_post("/logout", self._leave)
         app.router.add_get("/", self._show)
         app.router.add_get("/status.json", self._status)
         app.router.add_get("/jobs/{job:[0-9]{1,18}}/{action:retry|drop}", self._ask)
         app.router.add_post("/jobs/{job:[0-9]{1,18}}/{action:retry|drop}", self._act)
-        return app
+        return HttpListener(app, self._settings, self._tell, name="worklist")
+
+    def _tell(self, event: str, facts: dict[str, str]) -> None:
+        self._log("warning", event, door="worklist", **facts)
 
     def _guard(self) -> Any:
         @web.middleware
@@ -114,7 +113,7 @@ class Page:
     ) -> web.StreamResponse:
         if refusal := self._refusal(request):
             return refusal
-        if request.path not in ("/login", "/worklist.js") and not self._session(request):
+        if request.path not in ("/login", "/worklist.js") and not self._login.is_in(request):
             if request.path != "/" or request.method != "GET":
                 return web.Response(status=401, text="log in first\n")
             raise web.HTTPSeeOther("/login")
@@ -139,46 +138,30 @@ class Page:
     async def _login_page(self, request: web.Request) -> web.Response:
         return _html("worklist_login.html", wrong=False)
 
-    async def _login(self, request: web.Request) -> web.StreamResponse:
+    async def _enter(self, request: web.Request) -> web.StreamResponse:
         given = str((await request.post()).get("password", ""))
-        now = time.monotonic()  # from here on nothing waits: requests side by side are counted one after the other
-        self._wrong = [at for at in self._wrong if now - at < TRIES_S]
-        if len(self._wrong) >= TRIES:
+        response = web.Response(status=303, headers={"Location": "/"})
+        try:
+            is_right = self._login.enter(given, response)
+        except TooManyTries:
             return web.Response(
                 status=429, text="too many wrong passwords; wait a minute\n", headers={"Retry-After": "60"}
             )
-        if not hmac.compare_digest(_digest(given), _digest(self._password)):
-            self._wrong.append(now)
+        if not is_right:
             self._log("warning", "worklist_login_refused", peer=request.remote or "")
             return _html("worklist_login.html", status=403, wrong=True)
         self._log("info", "worklist_login", peer=request.remote or "")
-        cookie = secrets.token_urlsafe(32)
-        self._sessions = {name: ends for name, ends in self._sessions.items() if ends > now}
-        self._sessions[_digest(cookie)] = now + SESSION_S
-        response = web.Response(status=303, headers={"Location": "/"})
-        response.set_cookie(
-            _COOKIE,
-            cookie,
-            max_age=int(SESSION_S),
-            httponly=True,
-            samesite="Strict",
-            secure=self._settings.tls is not None,
-        )
         return response
 
-    async def _logout(self, request: web.Request) -> web.StreamResponse:
+    async def _leave(self, request: web.Request) -> web.StreamResponse:
         await self._require_form(request)
-        self._sessions.pop(_digest(request.cookies.get(_COOKIE, "")), None)
         response = web.Response(status=303, headers={"Location": "/login"})
-        response.del_cookie(_COOKIE)
+        self._login.leave(request, response)
         return response
-
-    def _session(self, request: web.Request) -> bool:
-        return self._sessions.get(_digest(request.cookies.get(_COOKIE, "")), 0.0) > time.monotonic()
 
     def _token(self, request: web.Request) -> str:
         """What a form of this session carries, so that no other page can send it."""
-        return hmac.new(self._key, request.cookies.get(_COOKIE, "").encode(), hashlib.sha256).hexdigest()
+        return hmac.new(self._key, self._login.cookie(request).encode(), hashlib.sha256).hexdigest()
 
     async def _require_form(self, request: web.Request) -> None:
         given = str((await request.post()).get("token", ""))
@@ -276,65 +259,17 @@ def serve(config: Config, ready: Callable[[str], None]) -> None:
         stopping, loop = asyncio.Event(), asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
-        async with Door(page, config.worklist, log) as door:
-            ready(door.address)
+        async with page.listener() as listener:
+            ready(listener.address)
             await stopping.wait()
 
     asyncio.run(run())
-
-
-class Door:
-    """The listener of a `Page`, open within its ``async with``."""
-
-    def __init__(self, page: Page, settings: Worklist | None, log: Log):
-        self._page, self._settings, self._log = page, settings or Worklist(), log
-        self.address = ""
-
-    async def __aenter__(self) -> Door:
-        settings = self._settings
-        keeper = Doorkeeper(settings, lambda event, facts: self._log("warning", event, door="worklist", **facts))
-        self._runner = web.AppRunner(self._page.app(keeper), access_log=None, handle_signals=False)
-        await self._runner.setup()
-        if self._runner.server:
-            keeper.inner = self._runner.server
-        try:
-            loop = asyncio.get_running_loop()
-            self._server = await loop.create_server(keeper, settings.host, settings.port)
-        except OSError as error:
-            await self._runner.cleanup()
-            where = f"{settings.host} port {settings.port}"
-            raise Unavailable(
-                f"worklist: cannot listen on {where} ({error.strerror}); stop what listens there"
-            ) from None
-        port = self._server.sockets[0].getsockname()[1]
-        self.address = f"{'https' if settings.tls else 'http'}://{settings.host}:{port}/"
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        self._server.close()
-        await self._runner.cleanup()
 
 
 def _html(template: str, *, status: int = 200, **data: object) -> web.Response:
     notice = "Readings of this gateway are a research model's."
     text = render(template, notice=notice, **data)
     return web.Response(text=text, content_type="text/html", status=status)
-
-
-def _read_password(path: str) -> str:
-    try:
-        password = Path(path).read_text("utf-8", "replace").strip()
-    except OSError as error:
-        raise InvalidConfig(f"worklist.password_file: {path} cannot be read ({error.strerror})") from None
-    if len(password) < LEAST_PASSWORD:
-        raise InvalidConfig(
-            f"worklist.password_file: {path} holds {len(password)} characters; write {LEAST_PASSWORD} or more into it"
-        )
-    return password
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _ago(seconds: float) -> str:

@@ -6,16 +6,17 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 from aiohttp import web
 
 from cxr_triton.client.aio import AsyncReader, AsyncReadingStream
+from cxr_triton.client.log import Log
 from cxr_triton.client.openai.answer import Answer
 from cxr_triton.client.openai.chat import ChatRequest
-from cxr_triton.client.openai.metrics import Log, Metrics
-from cxr_triton.client.openai.refusal import Refusal
+from cxr_triton.client.openai.metrics import Metrics
+from cxr_triton.client.openai.refusal import FAILED, Refusal
 from cxr_triton.client.openai.settings import Settings
 from cxr_triton.client.spans import Span
 from cxr_triton.errors import CxrError, DeadlineExceeded, InternalError, InvalidRequest, LimitExceeded, QueueFull
@@ -65,13 +66,25 @@ class Completions:
             trace.facts |= {"id": answer.id, "stream": is_streamed, "images": len(chat.images)}
             del chat  # and the pictures, which are sent with the stream's first step
             async with stream:
-                await completion.begin()  # so that what is refused has its own status
-                self._metrics.first_text_s.observe(trace.elapsed_s)
-                if is_streamed:
-                    return await self._stream(request, completion, trace)
-                body = await completion.whole()
-                trace.outcome = _complete(stream).status
-                return web.json_response(body, headers=trace.headers(answer))
+                with self._foreseen(answer.id):
+                    await completion.begin()  # so that what is refused has its own status
+                    self._metrics.first_text_s.observe(trace.elapsed_s)
+                    if is_streamed:
+                        return await self._stream(request, completion, trace)
+                    body = await completion.whole()
+                    trace.outcome = _complete(stream).status
+                    return web.json_response(body, headers=trace.headers(answer))
+
+    @contextlib.contextmanager
+    def _foreseen(self, id: str) -> Iterator[None]:
+        """Whatever else fails becomes an error of ours; the log tells its kind."""
+        try:
+            yield
+        except (CxrError, _Gone):
+            raise
+        except Exception as error:
+            self._log("request_failed", id=id, error=type(error).__name__)  # its text may quote the request
+            raise InternalError(f"{FAILED}, where this is {id}") from error
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -151,18 +164,20 @@ class Completions:
     async def _stream(self, request: web.Request, completion: _Completion, trace: _Trace) -> web.StreamResponse:
         response = web.StreamResponse(headers={**_STREAM_HEADERS, **trace.headers(completion.answer)})
         try:
-            async with asyncio.timeout(self._settings.write_s):
+            async with self._taken():
                 await response.prepare(request)
             try:
-                async for chunk in completion.chunks():
-                    await self._write(response, _event(chunk))
-                trace.outcome = _complete(completion.stream).status
+                with self._foreseen(completion.answer.id):
+                    async for chunk in completion.chunks():
+                        await self._write(response, _event(chunk))
+                    trace.outcome = _complete(completion.stream).status
                 await self._write(response, DONE)
             except CxrError as error:
                 trace.outcome = error.code
                 await self._write(response, _event(Refusal(error).as_json()))
-            await response.write_eof()
-        except (TimeoutError, ConnectionError):
+            async with self._taken():
+                await response.write_eof()
+        except _Gone:
             trace.outcome = "CANCELLED"
             self._log("client_gone")
             if request.transport:
@@ -170,9 +185,21 @@ class Completions:
         return response
 
     async def _write(self, response: web.StreamResponse, data: bytes) -> None:
-        """Send an event; `TimeoutError` where the client does not take it in time."""
-        async with asyncio.timeout(self._settings.write_s):
+        async with self._taken():
             await response.write(data)
+
+    @contextlib.asynccontextmanager
+    async def _taken(self) -> AsyncIterator[None]:
+        """Raises `_Gone` where the client does not take in time what is sent."""
+        try:
+            async with asyncio.timeout(self._settings.write_s):
+                yield
+        except (TimeoutError, ConnectionError):
+            raise _Gone from None
+
+
+class _Gone(Exception):
+    """The client."""
 
 
 class _Trace:

@@ -9,9 +9,10 @@ from typing import Any
 
 from aiohttp import web
 
+from cxr_triton.client.log import Log
 from cxr_triton.client.openai.keys import Keys
-from cxr_triton.client.openai.metrics import Log, Metrics
-from cxr_triton.client.openai.refusal import Refusal
+from cxr_triton.client.openai.metrics import Metrics
+from cxr_triton.client.openai.refusal import FAILED, Refusal
 from cxr_triton.client.openai.settings import Settings
 from cxr_triton.errors import CxrError, InternalError, InvalidConfig, InvalidRequest, Unavailable
 
@@ -50,7 +51,7 @@ class Guard:
                 raise
             except Exception as error:
                 self._log("request_failed", error=type(error).__name__)  # its text may quote the request
-                return self._refused(request, Refusal(InternalError("the server failed; see its log")))
+                return self._refused(request, Refusal(InternalError(FAILED)))
 
         return guarded
 

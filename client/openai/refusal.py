@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from cxr_triton.client.wire import Uncoded
 from cxr_triton.errors import (
     CODES,
     CxrError,
@@ -14,6 +15,8 @@ from cxr_triton.errors import (
     Unavailable,
 )
 
+FAILED = "the server failed; see its log"
+"""What is told of a failure that nobody foresaw."""
 RETRY_AFTER_S = 1
 STATUSES = {
     "READING_MISMATCH": 502,
@@ -56,7 +59,8 @@ class Refusal(Exception):
     """
 
     def __init__(self, error: CxrError, *, status: int | None = None, param: str | None = None):
-        self.code, self.message = error.code, in_parameters(error.message)
+        self.code = error.code
+        self.message = FAILED if isinstance(error, Uncoded) else in_parameters(error.message)
         super().__init__(self.message)
         self.status = status or status_of(error.code)
         self.param = param or _param(error, self.message)

@@ -14,22 +14,22 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from cxr_triton.client import otlp
 from cxr_triton.client.aio import AsyncReader
-from cxr_triton.client.gateway.bounds import Doorkeeper
+from cxr_triton.client.listener import HttpListener
+from cxr_triton.client.log import Log
 from cxr_triton.client.openai.answer import model
 from cxr_triton.client.openai.completions import Completions
 from cxr_triton.client.openai.description import description
 from cxr_triton.client.openai.guard import Guard
 from cxr_triton.client.openai.keys import Keys
-from cxr_triton.client.openai.metrics import Log, Metrics
+from cxr_triton.client.openai.metrics import Metrics
 from cxr_triton.client.openai.refusal import Refusal
 from cxr_triton.client.openai.settings import Settings
-from cxr_triton.errors import CxrError, InvalidRequest, Unavailable
-from cxr_triton.profile import ModelProfile
+from cxr_triton.client.served import ServedProfile
+from cxr_triton.errors import CxrError, InvalidRequest
+from cxr_triton.files import leave_no_core
 
-PROFILE_S = 10.0
-"""How long what the server said of its profile is taken for true."""
 HEALTH_S = 1.0
-"""How long an answer about its health is."""
+"""How long an answer about the server's health is taken for true."""
 
 
 class Service:
@@ -57,15 +57,17 @@ class Service:
     def __init__(self, settings: Settings, reader: AsyncReader, stream: TextIO | None = None):
         self.settings, self._reader = settings, reader
         self._log, self._metrics = Log(stream), Metrics()
-        self._tls = settings.tls()
         keys = Keys(settings.api_keys_file) if settings.api_keys_file else None
         if keys and keys.is_open:
             self._log("keys_readable_by_others", remedy="chmod o= FILE")
         self._guard = Guard(settings, keys, self._metrics, self._log)
+        self._profile = ServedProfile(reader)
         self._completions = Completions(settings, reader, self._profile, self._metrics, self._log)
-        self._asking, self._looking = asyncio.Lock(), asyncio.Lock()
-        self._known: tuple[float, ModelProfile | CxrError] | None = None
+        self._looking = asyncio.Lock()
         self._health: tuple[float, CxrError | None] | None = None
+        self._listener = HttpListener(
+            self._app(), settings.http, self._tell, handler_cancellation=True, shutdown_timeout=0.1
+        )
         self.port: int | None = None
 
     async def run(self, stopping: asyncio.Event, started: Callable[[int], None] = lambda port: None) -> None:
@@ -76,26 +78,22 @@ class Service:
         Unavailable
             The port is taken.
         """
-        runner = await self._runner()
         try:
-            server = await self._listen(runner)
-            self.port = server.sockets[0].getsockname()[1]
-            started(self.port)
-            await stopping.wait()
-            self._guard.is_draining = True
-            server.close()
-            ends = time.monotonic() + self.settings.grace_s
-            while self._completions.under_way and time.monotonic() < ends:
-                await asyncio.sleep(0.05)
+            async with self._listener as listener:
+                self.port = listener.port
+                started(listener.port)
+                await stopping.wait()
+                self._guard.is_draining = True
+                listener.close()
+                ends = time.monotonic() + self.settings.grace_s
+                while self._completions.under_way and time.monotonic() < ends:
+                    await asyncio.sleep(0.05)
         finally:
-            await runner.cleanup()
             await self._reader.close()
             self._log("stopped")
 
-    async def _runner(self) -> web.AppRunner:
-        keeper = self._keeper = Doorkeeper(self.settings.web, self._tell)
-        keeper.tls = self._tls
-        app = web.Application(middlewares=[keeper.middleware(), self._guard.middleware()])
+    def _app(self) -> web.Application:
+        app = web.Application(middlewares=[self._guard.middleware()])
         app.on_response_prepare.append(_harden)
         app.router.add_get("/health", self._healthy, allow_head=False)
         app.router.add_get("/metrics", self._metrics_page, allow_head=False)
@@ -103,43 +101,12 @@ class Service:
         app.router.add_get("/v1/models", self._models, allow_head=False)
         app.router.add_get("/v1/models/{name}", self._model, allow_head=False)
         app.router.add_post("/v1/chat/completions", self._completions.handle)
-        runner = web.AppRunner(
-            app,
-            access_log=None,
-            handle_signals=False,
-            auto_decompress=False,
-            handler_cancellation=True,
-            shutdown_timeout=0.1,
-        )
-        await runner.setup()
-        if runner.server:
-            keeper.inner = runner.server
-        return runner
-
-    async def _listen(self, runner: web.AppRunner) -> asyncio.Server:
-        where = f"{self.settings.host} port {self.settings.port}"
-        try:
-            return await asyncio.get_running_loop().create_server(self._keeper, self.settings.host, self.settings.port)
-        except OSError as error:
-            raise Unavailable(f"cannot listen on {where} ({error.strerror}); stop what listens there") from None
+        return app
 
     def _tell(self, event: str, facts: dict[str, str]) -> None:
         if event == "connection_refused":
             self._metrics.connections_refused.labels(facts["why"]).inc()
         self._log(event, **facts)
-
-    async def _profile(self) -> ModelProfile:
-        async with self._asking:
-            if self._known is None or time.monotonic() > self._known[0]:
-                found: ModelProfile | CxrError
-                try:
-                    found, holds_s = await self._reader.profile(), PROFILE_S
-                except CxrError as error:  # whoever waits meanwhile need not ask again, one after the other
-                    found, holds_s = error, HEALTH_S
-                self._known = (time.monotonic() + holds_s, found)
-            if isinstance(found := self._known[1], CxrError):
-                raise found.reworded(found.message)
-            return found
 
     async def _healthy(self, request: web.Request) -> web.Response:
         """200 when a completion that came now would be read; what fails is said."""
@@ -190,6 +157,7 @@ def serve(
             loop.add_signal_handler(number, stopping.set)
         await Service(settings, reader()).run(stopping, started)
 
+    leave_no_core()
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL + 1)  # it would quote requests
     log = Log()
     otlp.start(trace_otlp, "openai", lambda said: log("spans_not_sent", error=said))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
 from cxr_triton.client.address import is_loopback
-from cxr_triton.client.gateway.doors import TlsFiles, Web
+from cxr_triton.client.endpoint import Http, TlsFiles
 from cxr_triton.config import Checked, in_range
 from cxr_triton.errors import InvalidConfig
 
@@ -79,23 +78,17 @@ class Settings(Checked):
             )
 
     @property
-    def web(self) -> Web:
-        """Limits of connections."""
-        return Web(
+    def http(self) -> Http:
+        """Of the listener."""
+        return Http(
             host=self.host,
             port=self.port,
-            clear_text=True,
+            tls=TlsFiles(cert=str(self.cert), key=str(self.key) if self.key else None) if self.cert else None,
             max_connections=self.max_connections,
             max_per_address=self.max_per_address,
             idle_s=max(self.body_s, self.write_s),
             total_s=min(self.body_s + self.timeout_s + 60.0, 86400.0),
         )
-
-    def tls(self) -> ssl.SSLContext | None:
-        """Of the listener; raises `InvalidConfig` where the files are none."""
-        if not self.cert:
-            return None
-        return TlsFiles(cert=str(self.cert), key=str(self.key) if self.key else None).server()
 
     @property
     def hosts(self) -> frozenset[str] | None:

@@ -152,6 +152,7 @@ class Stream:
         self.first_token_s: float | None = None
         self.unsent_since_s = 0.0
         self.token_ends: list[int] = []  # where each token's text ends, in characters
+        self._are_whole: list[bool] = []  # whether a character ends where a token does
         self.scorer: Scorer | None = None  # of an answer that is written
         self.scoring_since_s: float | None = None
         self.scores: dict[str, float] = {}
@@ -193,6 +194,7 @@ class Stream:
             self.token_ends[-1] += len(text)
             if self.generated == self.max_new_tokens:
                 self.finish_reason = "length"
+        self._are_whole.append(self._detokenizer.is_whole)
         if self.finish_reason:
             self._text += self._detokenizer.finish()
         if (cut := first_stop(self._text, sampling.stop)) is not None:
@@ -247,7 +249,11 @@ class Stream:
         if generation.scoring is None or (found := alternatives(text, generation.scoring)) is None:
             return
         kept = bisect.bisect_right(ends, found.start)  # tokens of the answer before the list
+        while kept and not self._are_whole[kept - 1]:  # it has the first bytes of the list
+            kept -= 1
         bridge = text[ends[kept - 1] if kept else 0 : found.start]
+        if "\ufffd" in bridge + found.texts[0]:
+            return  # bytes that are no text cannot be written again
         if found.has_end and self.last_token not in generation.sampling.eos_token_ids:
             return  # a stop string cut it
         end = self.answer[-1:] if found.has_end else []

@@ -520,7 +520,7 @@ def test_a_fhir_server_gets_the_report_once_it_takes_it(triton, tmp_path):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     to = {"name": "records", "kind": "fhir", "url": f"http://127.0.0.1:{server.server_port}/r4"}
     with GatewayProcess(tmp_path / "gateway", gateway_config(tmp_path / "storage", triton.grpc, [to])) as gateway:
         assert send(gateway.port, [phantom_dicom(7)]) == [0]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from fake_server import FakeServer, failure, response
 from pyarrow import parquet
 
 from cxr_triton.archive import folder as archive_folder
+from cxr_triton.archive.dicomweb import TRIES
 from cxr_triton.archive.folder import WORK, opened
 from cxr_triton.archive.item import Item
 from cxr_triton.archive.rows import SCHEMA, error_row, key_of, keys_of, packed, read_row, unpacked
@@ -141,10 +143,14 @@ class Pacs(BaseHTTPRequestHandler):
 
     sizes: tuple[int, ...] = (3,)
     statuses: ClassVar[list[int]] = []
+    broken: ClassVar[dict[str, int]] = {}  # instances, and what is answered for them
+    is_down = False
     knows_pages = True
     most = 500  # in a page, whatever is asked for
 
     def do_GET(self):
+        if self.is_down:
+            return self.answer(502, "text/html", b"bad gateway")
         parts = urlsplit(self.path)
         query = parse_qs(parts.query)
         words = parts.path.strip("/").split("/")[1:]
@@ -165,11 +171,14 @@ class Pacs(BaseHTTPRequestHandler):
         self.answer(200, "application/dicom+json", json.dumps(found).encode())
 
     def instance(self, uid):
-        status = self.statuses.pop(0) if self.statuses else 200
+        status = self.statuses.pop(0) if self.statuses else self.broken.get(uid, 200)
+        self.asked[uid] += 1
         body = b"--cut\r\nContent-Type: application/dicom\r\n\r\n" + PNG + uid.encode() + b"\r\n--cut--"
         self.answer(status, 'multipart/related; type="application/dicom"; boundary=cut', body)
 
     def answer(self, status, kind, body):
+        if status == 0:
+            return self.connection.shutdown(socket.SHUT_RDWR)
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -182,8 +191,10 @@ class Pacs(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def pacs(monkeypatch):
-    for name in ("sizes", "statuses", "knows_pages", "most"):
+    for name in ("sizes", "statuses", "broken", "is_down", "knows_pages", "most"):
         monkeypatch.setattr(Pacs, name, getattr(Pacs, name))
+    monkeypatch.setattr(Pacs, "asked", Counter(), raising=False)
+    monkeypatch.setattr("cxr_triton.archive.dicomweb.time.sleep", lambda s: None)
     with ThreadingHTTPServer(("127.0.0.1", 0), Pacs) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -202,8 +213,7 @@ def test_a_dicomweb_query_is_followed_over_its_pages_to_every_instance(tmp_path,
     assert list(source_of(f"{pacs}/instances?Modality=DX", tmp_path)) == by_study
 
 
-def test_an_instance_is_fetched_and_read_and_one_that_is_gone_is_a_row(tmp_path, pacs, monkeypatch):
-    monkeypatch.setattr("cxr_triton.archive.worker.time.sleep", lambda s: None)
+def test_an_instance_is_fetched_and_read_and_one_that_is_gone_is_a_row(tmp_path, pacs):
     Pacs.statuses = [503, 200, 404]
     source = source_of(f"{pacs}/instances?", tmp_path)
     with Double() as server:
@@ -212,6 +222,48 @@ def test_an_instance_is_fetched_and_read_and_one_that_is_gone_is_a_row(tmp_path,
         made = [unpacked(worker({"items": [json.dumps([item])]})["rows"][0]).to_pylist()[0] for item in items]
     assert [row["error_code"] for row in made] == [None, "INVALID_IMAGE"] and server.seen == {"1.0.7.0": 1}
     assert made[1]["sop_instance_uid"] == sha256(b"1.0.7.1") and "404" in made[1]["error"]
+
+
+def read_from(pacs: str, out: Path, *broken: int) -> tuple[list[dict], str]:
+    """Rows of a unit of three instances, the first ones of which are `broken`, and what stopped it."""
+    Pacs.broken = {f"1.0.7.{n}": status for n, status in enumerate(broken)}
+    source = source_of(f"{pacs}/instances?", out)
+    with Double() as server:
+        worker = Worker(Task(urls=(server.url,), slots=1, web=source.web, timeout_s=5.0))
+        made = worker({"items": [json.dumps([vars(item) for item in source])]})
+    return unpacked(made["rows"][0]).to_pylist(), made["stopped"][0]
+
+
+@pytest.mark.parametrize("status", [500, 502, 403, 0])
+def test_an_instance_at_which_the_server_fails_for_good_is_a_row_and_the_others_are_read(tmp_path, pacs, status):
+    made, stopped = read_from(pacs, tmp_path, status)
+    assert [row["error_code"] for row in made] == ["INTERNAL", None, None] and not stopped
+    asks = TRIES if status else 2 * TRIES  # aiohttp asks again by itself where a connection breaks
+    assert Pacs.asked == {"1.0.7.0": asks, "1.0.7.1": 1, "1.0.7.2": 1}
+    assert f"HTTP {status}" * bool(status) in made[0]["error"] and f"{TRIES} times" in made[0]["error"]
+
+
+def test_an_instance_that_is_too_large_is_a_row_and_fetched_once(tmp_path, pacs, monkeypatch):
+    monkeypatch.setattr("cxr_triton.archive.worker.MAX_IMAGE_MIB", 0)
+    made, stopped = read_from(pacs, tmp_path)
+    assert [row["error_code"] for row in made] == ["LIMIT_EXCEEDED"] * 3 and not stopped
+    assert set(Pacs.asked.values()) == {1}
+
+
+@pytest.mark.parametrize("status, code", [(503, "QUEUE_FULL"), (429, "QUEUE_FULL")])
+def test_a_server_that_stays_busy_ends_the_run(tmp_path, pacs, status, code):
+    made, stopped = read_from(pacs, tmp_path, status, status, status)
+    assert made == [] and stopped.startswith(f"[{code}] ")
+
+
+def test_a_server_that_goes_ends_the_run(tmp_path, pacs, monkeypatch):
+    def go(self, uid):
+        Pacs.is_down = True
+        self.answer(500, "text/html", b"")
+
+    monkeypatch.setattr(Pacs, "instance", go)
+    made, stopped = read_from(pacs, tmp_path)
+    assert made == [] and stopped.startswith("[UNAVAILABLE] ")
 
 
 def test_a_dicomweb_server_that_answers_something_else_ends_the_run(tmp_path, pacs, monkeypatch):

@@ -523,7 +523,7 @@ def test_wrong_usage_is_said_before_anything_is_sent(tmp_path, monkeypatch, args
 @pytest.mark.slow
 def test_a_server_of_http_is_told_from_one_that_is_not_there():
     with socketserver.TCPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         result = run("read", "--prompt", "Which?", "--url", f"127.0.0.1:{server.server_address[1]}")
         server.shutdown()
     assert result.exit_code == 75 and "does not speak gRPC" in result.stderr and "8001" in result.stderr

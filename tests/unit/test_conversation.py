@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -261,6 +263,25 @@ def test_mistakes_are_said_and_change_nothing(picture):
     ):
         assert said in result.output
     assert "turn 1" in result.output and len(server.requests) == 2
+
+
+def test_new_with_a_file_that_cannot_be_read_goes_on_with_what_there_is(picture, monkeypatch):
+    """As of a disk that fails in the middle: such an error names no file."""
+    bad, read_bytes = picture.with_name("bad.png"), Path.read_bytes
+    bad.touch()
+
+    def fail(path):
+        if path == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with FakeServer(answering()) as server:
+        result = chat(server, picture, lines=["One?", f"/new {picture} {bad}", "Two?"])
+        requests = [asked(request) for request in server.requests]
+    assert result.exit_code == 3 and f"{bad}: cannot be read (Input/output error)" in result.output
+    assert [turn["content"] for turn in requests[1]["history"]][::2] == ["One?"], "the conversation was not left"
+    assert [tensor(request, "IMAGES") for request in server.requests] == [[PICTURE]] * 2
 
 
 def test_each_turn_is_a_line_of_json(picture):

@@ -31,24 +31,29 @@ pytest.importorskip("pynetdicom")
 import grpc
 from bundles import passing
 from fake_server import FakeServer
+from openai_server import OpenAIServer
 from served import write_paper_bundle
 from tritonclient.grpc import service_pb2 as pb
 
 from cxr_triton import cli
 from cxr_triton.client.gateway.database import look
 from cxr_triton.client.gateway.store import Store
-from cxr_triton.doctor import certificates, gateway, machine, packages, peers, run, server
+from cxr_triton.client.limits import Access, Timeouts, Tls
+from cxr_triton.client.openai.settings import Settings as OpenAISettings
+from cxr_triton.doctor import certificates, gateway, machine, openai, packages, peers, run, server
 from cxr_triton.doctor.check import Case, Check, ok
 from cxr_triton.doctor.listening import ServerProcess, beyond_loopback
 from cxr_triton.doctor.report import to_json
 from cxr_triton.doctor.run import CHECKS, GROUPS, examine
 from cxr_triton.engines import engine
 from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.cpu import Cpu
 from cxr_triton.engines.secret import SECRET
 from cxr_triton.engines.verify.record import write_record
 from cxr_triton.pixels.sandbox import OWN_INTERPRETER
 from cxr_triton.triton_repo.guard import SHM_PREFIX, trace_flags
 from cxr_triton.triton_repo.package import BUNDLE, Settings, write_repository
+from cxr_triton.triton_repo.tuned import write_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = json.loads((ROOT / "docs" / "doctor.schema.json").read_text())
@@ -284,7 +289,21 @@ def without_record(folder: Path) -> None:
     write_repository(folder / "bundle", folder / "repository", Settings(), force=True, unverified=True)
 
 
+def tuned_elsewhere(folder: Path, **change) -> None:
+    record = {"schema": 1, "date": "2026-11-28T00:00:00+00:00", "cpu": Cpu.here().to_json(), "versions": {}}
+    write_settings(folder / "repository", {"threads": 3}, record | change)
+
+
 REPOSITORY = {
+    "settings of another CPU": (
+        lambda f: tuned_elsewhere(f, cpu={"model": "Z80", "flags": [], "cores": 1}), ["repository.tuned"]
+    ),
+    "a record of settings that is none": (
+        lambda f: tuned_elsewhere(f, cpu=None), ["repository.tuned"]
+    ),
+    "settings of another version": (
+        lambda f: tuned_elsewhere(f, versions={"onnxruntime": "1.0"}), ["repository.tuned"]
+    ),
     "an edited model": (lambda f: (f / "repository/report/1/model.py").open("a").write("#"), ["repository.record"]),
     "a module beside a model": (lambda f: write(f / "repository/report/1/numpy.py", ""), ["repository.record"]),
     "a model that is gone": (lambda f: (f / "repository/report/1/model.py").unlink(), ["repository.record"]),
@@ -318,6 +337,11 @@ def test_a_fault_of_the_repository_is_found(made, fault):
     case = Case(path=made)
     missed = {each.id for each in examine(case, run.repository.CHECKS) if each.status == "skipped"}
     assert set(wrong(case, "repository")) == set(found) - missed and set(wrong(case, "repository"))
+
+
+def test_nothing_is_wrong_with_a_repository_that_was_tuned_here(made):
+    tuned_elsewhere(made)
+    assert wrong(Case(path=made), "repository") == {}
 
 
 def test_a_bundle_alone_that_others_may_change_is_found(made):
@@ -549,6 +573,104 @@ def test_flags_are_read_as_triton_reads_them():
         "true",
         "",
     )
+
+
+# ------------------------------------------------------------------------------------------------------------ openai
+
+
+@contextlib.contextmanager
+def api(system: Path, *, url: str | None = None, scheme: str = "http", ca: str | None = None, **settings):
+    """A running `cxr-triton openai` before a double of Triton, and the case that looks at it."""
+    with Triton() as triton, OpenAIServer(url or triton.url, timeouts=Timeouts(connect_s=0.3), **settings) as running:
+        address = f"{scheme}://127.0.0.1:{running.service.port}"
+        yield Case(root=system, openai_url=address, access=Access(Tls(ca=ca) if ca else None))
+
+
+def nowhere(system, folder, monkeypatch):
+    return contextlib.nullcontext(Case(root=system, openai_url=f"http://127.0.0.1:{free_port()}"))
+
+
+@contextlib.contextmanager
+def something_else(system, folder, monkeypatch):
+    with page() as web:
+        yield Case(root=system, openai_url=f"http://127.0.0.1:{web.server_port}")
+
+
+def another_release(system, folder, monkeypatch):
+    monkeypatch.setattr("cxr_triton.client.openai.description.__version__", "0.0.1")
+    return api(system)
+
+
+def any_name(system, folder, monkeypatch):
+    monkeypatch.setattr(OpenAISettings, "hosts", None)
+    return api(system)
+
+
+def open_to_pages(system, folder, monkeypatch):
+    async def allow(request, response):
+        response.headers["Access-Control-Allow-Origin"] = "*"
+
+    monkeypatch.setattr("cxr_triton.client.openai.service._harden", allow)
+    return api(system)
+
+
+def encrypted(days: int, *, is_trusted: bool = True):
+    def run(system, folder, monkeypatch):
+        pair = certificate(folder, days=days)
+        return api(system, scheme="https", ca=pair["cert"] if is_trusted else None, **pair)
+
+    return run
+
+
+OPENAI = {
+    "no API at all": (nowhere, ["ready"]),
+    "another program at the API's port": (something_else, ["ready", "version", "browsers"]),
+    "an API whose server is away": (lambda s, f, m: api(s, url=f"127.0.0.1:{free_port()}"), ["ready"]),
+    "an API of another release": (another_release, ["version"]),
+    "an API for everybody": (
+        lambda s, f, m: api(s, host="0.0.0.0", without_keys=True, clear_text=True), ["keys", "encryption"]
+    ),
+    "an API with keys in clear text": (
+        lambda s, f, m: api(s, host="0.0.0.0", api_keys_file=write(f / "keys", f"{'k' * 16}\n"), clear_text=True),
+        ["encryption"],
+    ),
+    "an API whose certificate ends soon": (encrypted(5), ["encryption"]),
+    "an API that nobody vouches for": (encrypted(365, is_trusted=False), ["ready", "version", "encryption"]),
+    "an API for any name": (any_name, ["browsers"]),
+    "an API behind a proxy with CORS": (open_to_pages, ["browsers"]),
+}  # fmt: skip
+
+
+def test_nothing_is_wrong_with_a_healthy_api(system, tmp_path):
+    with api(system) as case:
+        assert wrong(case, "openai") == {}
+        assert len(examine(case, openai.CHECKS)) == len(openai.CHECKS)
+    keys = write(tmp_path / "keys", f"{'k' * 16}\n")
+    pair = certificate(tmp_path)
+    with api(system, scheme="https", ca=pair["cert"], host="0.0.0.0", api_keys_file=keys, **pair) as case:
+        assert wrong(case, "openai") == {}
+    assert examine(Case(root=system), openai.CHECKS) == []
+
+
+@pytest.mark.parametrize("fault", OPENAI)
+def test_a_fault_of_the_api_is_found(system, tmp_path, monkeypatch, fault):
+    plant, found = OPENAI[fault]
+    with plant(system, tmp_path, monkeypatch) as case:
+        finds(case, *(f"openai.{name}" for name in found))
+
+
+def test_the_api_is_named_as_clients_name_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr(run, "CHECKS", (row("one", lambda case: iter([seen.append(case) or ok("one", "seen")])),))
+    for url, address in (
+        ("http://127.0.0.1:8080/v1", "http://127.0.0.1:8080"),
+        ("https://user:pass@cxr.example", "https://cxr.example"),
+    ):
+        assert CliRunner().invoke(cli.main, ["doctor", "--openai", url]).exit_code == 0
+        assert seen.pop().openai_url == address
+    for url in ("127.0.0.1:8080", "grpc://127.0.0.1:8080", "http://", "http://x:99999"):
+        result = CliRunner().invoke(cli.main, ["doctor", "--openai", url])
+        assert result.exit_code == 1 and "http://127.0.0.1:8080" in result.output
 
 
 # ----------------------------------------------------------------------------------------------------------- gateway
@@ -910,7 +1032,9 @@ def test_the_exit_status_says_how_it_went(only, tmp_path):
 
 def test_the_table_of_checks_is_that_of_the_code():
     text = (ROOT / "docs" / "doctor.md").read_text("utf-8")
-    told = re.findall(r"^\| `((?:machine|packages|repository|server|gateway)\.\w+)` \| (.+?) \|$", text, re.MULTILINE)
+    told = re.findall(
+        r"^\| `((?:machine|packages|repository|server|openai|gateway)\.\w+)` \| (.+?) \|$", text, re.MULTILINE
+    )
     assert told == [(check.id, check.text) for check in CHECKS]
     assert len({check.id for check in CHECKS}) == len(CHECKS) and {c.id.split(".")[0] for c in CHECKS} == set(GROUPS)
 
@@ -923,10 +1047,10 @@ def test_every_duty_of_an_installation_names_its_check_or_says_why_there_is_none
     for item in items:
         told = re.search(r"\*Doctor(?: cannot see (?:it|this)|:).*\*$", item, re.DOTALL | re.MULTILINE)
         assert told, item
-        named = set(re.findall(r"`((?:machine|packages|repository|server|gateway)\.[a-z_]+)`", told[0]))
+        named = set(re.findall(r"`((?:machine|packages|repository|server|openai|gateway)\.[a-z_]+)`", told[0]))
         assert named <= known and (named or "cannot see" in told[0]), item
 
 
 def test_at_least_twenty_five_faults_are_planted():
-    planted = [f"machine {name}" for name in MACHINE] + [*REPOSITORY, *SERVER, *GATEWAY]
+    planted = [f"machine {name}" for name in MACHINE] + [*REPOSITORY, *SERVER, *OPENAI, *GATEWAY]
     assert len(planted) == len(set(planted)) >= 60

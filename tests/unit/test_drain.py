@@ -1,6 +1,7 @@
 """How servers end: nothing new is taken, what is under way ends, and a limit holds."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -9,16 +10,19 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
-from cxr_triton.errors import InvalidConfig, QueueFull
-from cxr_triton.triton_repo import drain, guard
+from cxr_triton.cli import main
+from cxr_triton.errors import InternalError, InvalidConfig, QueueFull
+from cxr_triton.triton_repo import drain, guard, serve
 
 
 @pytest.fixture
-def metrics():
+def metrics(monkeypatch):
     """A page of metrics; `busy` is what is under way."""
+    monkeypatch.setattr(drain, "_LOOK_S", 0.02)
     state = SimpleNamespace(busy=0, looks=0)
 
     class Page(BaseHTTPRequestHandler):
@@ -32,7 +36,7 @@ def metrics():
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     state.url = f"127.0.0.1:{server.server_port}"
     yield state
     server.shutdown()
@@ -54,16 +58,16 @@ def test_a_server_is_drained_once_it_was_found_quiet_again_and_again(tmp_path, m
     file = tmp_path / "draining"
     assert drain.drained(file, metrics.url, 10) and file.exists() and metrics.looks == 4
     metrics.busy = 1
-    threading.Timer(0.5, lambda: setattr(metrics, "busy", 0)).start()
+    threading.Timer(0.2, lambda: setattr(metrics, "busy", 0)).start()
     began_s = time.monotonic()
-    assert drain.drained(file, metrics.url, 10) and time.monotonic() - began_s > 0.5
+    assert drain.drained(file, metrics.url, 10) and time.monotonic() - began_s > 0.2
 
 
 def test_a_step_that_runs_is_waited_for_though_no_metric_says_so(tmp_path, monkeypatch, metrics):
     file = tmp_path / "draining"
     monkeypatch.setenv(drain.DRAIN, str(file))
     with drain.in_work(), drain.in_work():
-        assert not drain.drained(file, metrics.url, 0.3)
+        assert not drain.drained(file, metrics.url, 0.1)
     assert drain.drained(file, metrics.url, 10)
     died = "import os; from cxr_triton.triton_repo.drain import in_work; in_work().__enter__(); os._exit(0)"
     subprocess.run([sys.executable, "-c", died], check=True)
@@ -75,9 +79,9 @@ def test_a_step_that_runs_is_waited_for_though_no_metric_says_so(tmp_path, monke
 
 def test_the_limit_holds_and_a_dead_server_is_not_waited_for(tmp_path, metrics):
     metrics.busy = 1
-    assert not drain.drained(tmp_path / "draining", metrics.url, 0.3)
+    assert not drain.drained(tmp_path / "draining", metrics.url, 0.1)
     assert not drain.drained(tmp_path / "draining", metrics.url, 60, lambda: False)
-    assert not drain.drained(tmp_path / "draining", "127.0.0.1:9", 0.3), "silent metrics may hide a reading"
+    assert not drain.drained(tmp_path / "draining", "127.0.0.1:9", 0.1), "silent metrics may hide a reading"
 
 
 SERVER = """
@@ -113,6 +117,8 @@ def until(state, seconds=20):
 def test_the_containers_entry_lets_readings_end_and_then_its_server(metrics, number):
     metrics.busy = 1
     process, file = guarded(metrics)
+    (server,) = psutil.Process(process.pid).children()
+    assert resource.prlimit(server.pid, resource.RLIMIT_CORE) == (0, 0)  # pictures are in its memory
     process.send_signal(number)
     until(lambda: os.path.exists(file))
     until(lambda: metrics.looks > 2)
@@ -175,7 +181,63 @@ def test_no_number_of_seconds_is_refused(text):
         guard.drain_seconds({guard.DRAIN_SECONDS: text})
 
 
-def test_serve_says_how_long_it_lets_readings_end():
-    from cxr_triton.cli import main
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A `Server` whose Triton is a process that sleeps; `warm_up` is its first reading."""
+    (tmp_path / "repository" / "cxr_reader").mkdir(parents=True)
+    (tmp_path / "repository" / "cxr_reader" / "config.pbtxt").touch()
+    binary = tmp_path / "triton" / "bin" / "tritonserver"
+    binary.parent.mkdir(parents=True)
+    binary.write_text("#!/bin/sh\nexec sleep 60\n")
+    binary.chmod(0o700)
+    monkeypatch.setattr(serve, "installation", lambda: (binary, binary.with_name("stub"), []))
+    monkeypatch.setattr(serve.Server, "_is_ready", lambda self: True)
+    monkeypatch.setattr(serve.Server, "_warm_up", lambda self, timeout_s: self.warm_up())
+    made = serve.Server(tmp_path / "repository", grpc_port=0, metrics_port=0, modified=True)
+    yield made
+    made.stop()
 
+
+def test_a_server_may_have_readings_under_way_from_its_warm_up_to_its_stop(server):
+    seen = []
+    server.warm_up = lambda: seen.append(server.is_up) or 1.0
+    for _ in range(2):
+        assert not server.is_up
+        server.start()
+        assert server.is_up
+        server.stop()
+    assert seen == [False, False] and not server.is_up
+
+    def fail():
+        raise InternalError("no reading")
+
+    server.warm_up = fail
+    with pytest.raises(InternalError), server:
+        pass
+    assert not server.is_up
+
+
+@pytest.mark.parametrize("is_up", [False, True])
+def test_only_a_server_that_is_up_is_drained_when_a_signal_ends_it(server, monkeypatch, is_up):
+    """One that is starting has no readings, and nothing that would say so: a drain would take its whole limit."""
+    drained = []
+
+    def end(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(serve.Server, "drain", lambda self, limit_s: bool(drained.append(limit_s)) or True)
+    monkeypatch.setattr(serve.Server, "check", end)
+    server.warm_up = (lambda: 1.0) if is_up else end
+    monkeypatch.setattr(serve, "Server", lambda *_, **__: server)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        result = CliRunner().invoke(main, ["serve", str(server.repository), "--drain-seconds", "7", "--modified"])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert result.exit_code == 0 and "stopping on SIGTERM" in result.output
+    assert drained == ([7.0] if is_up else []) and server._process.poll() is not None
+
+
+def test_serve_says_how_long_it_lets_readings_end():
     assert "--drain-seconds" in CliRunner().invoke(main, ["serve", "--help"]).output

@@ -88,6 +88,8 @@ CALLS = [
     ("gateway", ["status", "--json", "-"]),
     ("gateway", ["drain"]),
     ("openai", []),
+    ("ui", []),
+    ("tune", ["repository"]),
     ("bench", ["run", "empty"]),
     ("evaluate", ["file.json", "--format", "table", "--url", "127.0.0.1:1", "-o", "out"]),
     ("archive", ["empty", "--url", "127.0.0.1:1", "-o", "out"]),

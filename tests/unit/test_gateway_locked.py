@@ -295,7 +295,7 @@ class Peer(http.server.ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *exc):
@@ -389,7 +389,7 @@ def test_a_proxy_is_used_where_the_file_names_one_and_never_by_the_environment(t
 )
 def test_an_answer_without_end_is_given_up(tmp_path, answer, why):
     with Peer(answer) as peer:
-        outcomes = everyone(peer.url, tmp_path, timeout_s=2.0 if answer is drip else 60.0)
+        outcomes = everyone(peer.url, tmp_path, timeout_s=0.5 if answer is drip else 60.0)
         assert all(why in text for text in outcomes.values()), outcomes
 
 

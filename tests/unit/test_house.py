@@ -43,6 +43,17 @@ def test_no_two_test_files_have_one_name():
     assert sorted(names) == sorted(set(names))
 
 
+def test_http_is_listened_to_in_one_place():
+    """aiohttp bounds no connections; `client/listener.py` does."""
+    files = (path for folder in PRODUCT for path in (ROOT / folder).rglob("*.py"))
+    listening = {
+        str(path.relative_to(ROOT))
+        for path in files
+        if re.search(r"\b(AppRunner|TCPSite|run_app|create_server)\(", path.read_text("utf-8"))
+    }
+    assert listening == {"client/listener.py"}
+
+
 def test_an_engine_is_named_in_its_room_only():
     files = [path for folder in PRODUCT for path in sorted((ROOT / folder).rglob("*.py"))]
     assert len(files) > 100

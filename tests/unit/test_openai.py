@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import ssl
@@ -30,11 +31,12 @@ import openai
 from openai_server import OpenAIServer
 
 from cxr_triton.client import Timeouts
+from cxr_triton.client.openai.answer import Answer
 from cxr_triton.client.openai.chat import ChatRequest
 from cxr_triton.client.openai.description import description
 from cxr_triton.client.openai.keys import Keys
 from cxr_triton.client.openai.parameters import PARAMETERS
-from cxr_triton.client.openai.refusal import Refusal
+from cxr_triton.client.openai.refusal import FAILED, Refusal
 from cxr_triton.client.openai.settings import Settings
 from cxr_triton.errors import CODES, InvalidConfig, InvalidImage, InvalidRequest
 from cxr_triton.profile import load_profile
@@ -402,11 +404,61 @@ def test_an_error_in_the_middle_of_a_stream_ends_it_without_done():
 
     with served(answer) as (_, server):
         _, _, text = post(server, body(stream=True))
-        assert "[DONE]" not in text and json.loads(text.split("\n\n")[-2][6:])["error"]["code"] == "INTERNAL"
+        assert "[DONE]" not in text and last_event(text)["error"]["code"] == "INTERNAL"
         with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0) as client:
             with pytest.raises(openai.APIError, match="the decoder died"):
                 list(client.chat.completions.create(**body(), stream=True))
         until(lambda: [e["outcome"] for e in server.events] == ["INTERNAL"] * 2)
+
+
+def last_event(text: str) -> dict:
+    return json.loads(text.split("\n\n")[-2].removeprefix("data: "))
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_what_nobody_foresaw_is_an_error_of_ours_that_tells_nothing(monkeypatch, at):
+    chunk, made = Answer.chunk, []
+
+    def fail(answer, delta):
+        made.append(delta)
+        if len(made) == at:
+            raise RuntimeError("DOE^JANE at /srv/models")
+        return chunk(answer, delta)
+
+    monkeypatch.setattr(Answer, "chunk", fail)
+    monkeypatch.setattr(Answer, "whole", lambda *_: fail(None, {}))
+    with served() as (_, server):
+        status, headers, text = post(server, body(stream=True))
+        error = last_event(text)["error"]
+        assert status == 200 and text.count("HTTP/1.1") == 0 and "[DONE]" not in text
+        assert text.count("data: ") == at and set(error) == {"message", "type", "param", "code"}
+        made[:] = [{}] * (at - 1)
+        refused, _, answer = post(server, body())
+        assert (refused, error["code"], answer["error"]["code"]) == (500, "INTERNAL", "INTERNAL")
+        for said in (text, json.dumps(answer), server.log.getvalue()):
+            assert "JANE" not in said and "/srv" not in said and "Traceback" not in said
+        until(lambda: len(server.events) == 4)
+        failed = [event for event in server.events if event["event"] == "request_failed"]
+        assert [event["error"] for event in failed] == ["RuntimeError"] * 2
+        assert failed[0]["id"] == headers["x-request-id"] and failed[0]["id"] in error["message"]
+        assert failed[1]["id"] in answer["error"]["message"]
+        assert [e["outcome"] for e in server.events if e["event"] == "completion"] == ["INTERNAL"] * 2
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_triton_says_in_its_own_words_is_not_passed_on(begun):
+    def answer(request, context):
+        if begun:
+            yield response("<think> The heart")
+        yield failure(
+            "Failed to process the request(s) for model 'decoder_0', message: KeyError: 'DOE'\n\nAt:\n  /srv/x.py(9)"
+        )
+
+    with served(answer) as (_, server):
+        for stream in (False, True):
+            _, _, told = post(server, body(stream=stream))
+            error = last_event(told)["error"] if stream and begun else told["error"]
+            assert (error["code"], error["message"]) == ("INTERNAL", FAILED)
 
 
 def test_a_server_that_is_away_is_unavailable():
@@ -811,6 +863,7 @@ def test_the_command_runs_until_it_is_told_to_stop(tmp_path):
                 address = json.loads((tmp_path / "ready.json").read_text())["address"]
                 with openai.OpenAI(base_url=address, api_key="none") as client:
                     assert client.chat.completions.create(**body()).choices[0].message.content == "Cardiomegaly"
+                assert resource.prlimit(process.pid, resource.RLIMIT_CORE) == (0, 0)  # pictures would be in a core
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(10) == 0
                 assert [json.loads(line)["event"] for line in process.stderr] == ["completion", "stopped"]

@@ -54,7 +54,7 @@ def test_what_is_under_way_is_read_from_the_metrics():
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     assert drain.under_way(f"127.0.0.1:{server.server_port}") == 5
     server.shutdown()
     server.server_close()

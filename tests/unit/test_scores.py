@@ -1,5 +1,6 @@
 """Scores of an answer: which lists are compared, their sums against brute force, and the runtime around them."""
 
+import dataclasses
 import itertools
 import math
 
@@ -8,11 +9,13 @@ import pytest
 from fake_session import FakeSession, Receiver, generation, until
 
 from cxr_triton.alternatives import MOST_ITEMS, SCORE_LIMIT, Scoring, alternatives
+from cxr_triton.chat import TokenStream
 from cxr_triton.engines.runtime.prefix import PrefixCache
 from cxr_triton.engines.runtime.remote import RemoteRuntime
 from cxr_triton.engines.runtime.sampler import log_softmax
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 from cxr_triton.engines.runtime.scores import MARGIN_NATS
+from cxr_triton.engines.runtime.stream import Stream
 from cxr_triton.engines.session import DecoderSession
 from cxr_triton.errors import InternalError, InvalidRequest
 
@@ -122,6 +125,8 @@ def logits_of(row):
 
 class Characters:
     """A token for each character."""
+
+    is_whole = True
 
     def stream(self):
         return self
@@ -373,6 +378,64 @@ def test_a_long_list_is_not_scored():
 def test_a_label_with_a_full_stop_is_that_label():
     pairs = compared(answer("Edema.", "Fracture"), LISTS)
     assert pairs["Edema"] == ({answer("Edema.", "Fracture")}, {answer("Fracture")})
+
+
+class Bytes:
+    """A token for each byte, and one for the last of a tag with the first of a character behind it."""
+
+    BOTH, EMPTY = 300, 301
+
+    def of(self, token):
+        return {self.BOTH: b">\xe8", self.EMPTY: b""}.get(token) or bytes([token] if token < 256 else [])
+
+    def stream(self):
+        return TokenStream(self.of)
+
+    def text_ids(self, text):
+        return list(text.encode())
+
+
+def rescored(text, scoring, ids=None):
+    """Token ids that the written list is scored as, the answer's own before it and its end token included."""
+    tokenizer, ids = Bytes(), [*(ids or text.encode()), EOS]
+    stream = Stream(generation((5, 6), 200, eos_token_ids=(EOS,)), None, None, tokenizer.stream(), 200)
+    stream.generation = dataclasses.replace(stream.generation, scoring=scoring)
+    for token in ids:
+        stream.accept(token, 0.0)
+    assert stream.whole == text
+    stream.begin_scoring(tokenizer, 1000)
+    if stream.scorer is None:
+        return None
+    run = stream.scorer.next()
+    return [5, 6, *ids][: run.length] + run.input_ids.tolist() + [run.tokens[-1]]
+
+
+@pytest.mark.parametrize(
+    "form, grammar",
+    [
+        ("{}", "plain"),
+        ("<answer>{}</answer>", "think_answer"),
+        ("<answer> {}</answer>", "think_answer"),
+        ("é\\boxed{{{}}}", "boxed"),
+    ],
+)
+@pytest.mark.parametrize("items", ["肺炎", "肺炎, Edema", "Edema, 肺炎", "𝗘dema"])
+def test_a_list_that_begins_within_a_character_s_tokens_is_scored_as_it_was_written(form, grammar, items):
+    scoring = Scoring(grammar=grammar, answer="labels", choices=("肺炎", "Edema", "𝗘dema"))
+    text = form.format(items)
+    expected = [5, 6, *text.encode(), *([EOS] if grammar == "plain" else [])]
+    assert rescored(text, scoring) == expected
+
+
+def test_tokens_that_hold_more_or_less_than_a_list_s_begin_do_not_change_what_is_scored():
+    scoring = Scoring(grammar="think_answer", answer="labels", choices=("肺炎", "Edema"))
+    text, rest = "<answer>肺炎</answer>", "肺炎</answer>".encode()
+    merged = [*b"<answer", Bytes.BOTH, *rest[1:]]
+    assert rescored(text, scoring, merged) == [5, 6, *text.encode()], "what it had of the list is written by itself"
+    silent = [*b"<answer>", Bytes.EMPTY, *rest]
+    assert rescored(text, scoring, silent) == [5, 6, *silent], "the reasoning stays as it was"
+    torn = [*b"<answer>", 0xE8, *b" Edema</answer>"]
+    assert rescored("<answer>\ufffd Edema</answer>", scoring, torn) is None
 
 
 @pytest.mark.parametrize("nth", range(2, 9))

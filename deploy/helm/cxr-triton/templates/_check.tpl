@@ -49,9 +49,6 @@
 {{- if and (eq .Values.gateway.through "door") (not .Values.frontDoor.enabled) }}
 {{- fail "gateway.through: is door and frontDoor.enabled is false; give server" }}
 {{- end -}}
-{{- if and (eq .Values.gateway.through "door") (ne .Values.frontDoor.auth "mtls") }}
-{{- fail "gateway.through: the gateway shows a certificate and frontDoor.auth asks for a token; give server" }}
-{{- end -}}
 {{- range $key := list "name" "storage" "queue" "dicom" -}}
 {{- if hasKey $.Values.gateway.config $key }}
 {{- fail (printf "gateway.config.%s: is set by the chart; remove it" $key) }}

@@ -1,4 +1,4 @@
-"""Connections to the HTTP listener: how many there may be, and how long one may come to nothing.
+"""HTTP listeners: an aiohttp application, with bounds on how many connections there are and how long one idles.
 
 aiohttp counts none, and waits without limit for the head of a request and for a peer to take an answer.
 """
@@ -14,9 +14,80 @@ from typing import Any
 
 from aiohttp import web
 
-from cxr_triton.client.gateway.doors import Web
+from cxr_triton.client.endpoint import Http
+from cxr_triton.errors import Unavailable
 
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+Tell = Callable[[str, dict[str, str]], None]
+"""Takes what befell a connection: an event and its facts."""
+
+
+class HttpListener:
+    """Listens within its ``async with``.
+
+    Parameters
+    ----------
+    app : web.Application
+        Its middlewares come after those of the listener, which answer a request that takes over `total_s` with 408 and
+        one whose handler fails with 500.
+    settings : Http
+    tell : Tell
+    name : str
+        Of the section of its settings, with which the error of a taken port begins.
+    **runner
+        Further options of `aiohttp.web.AppRunner`.
+
+    Attributes
+    ----------
+    port : int
+        What it listens on.
+
+    Raises
+    ------
+    InvalidConfig
+        The files of `settings.tls` cannot be used.
+    Unavailable
+        When it is entered: the port is taken.
+    """
+
+    def __init__(self, app: web.Application, settings: Http, tell: Tell, *, name: str = "", **runner: Any):
+        self._settings, self._prefix = settings, f"{name}: " if name else ""
+        self._keeper = Doorkeeper(settings, tell)
+        app.middlewares.insert(0, self._keeper.middleware())
+        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, auto_decompress=False, **runner)
+        self._server: asyncio.Server | None = None
+        self.port = settings.port
+
+    @property
+    def address(self) -> str:
+        """As a browser takes it."""
+        return f"{'https' if self._settings.tls else 'http'}://{self._settings.host}:{self.port}/"
+
+    async def __aenter__(self) -> HttpListener:
+        host, port = self._settings.host, self._settings.port
+        await self._runner.setup()
+        if self._runner.server:
+            self._keeper.inner = self._runner.server
+        try:
+            self._server = await asyncio.get_running_loop().create_server(self._keeper, host, port)
+        except OSError as error:
+            await self._runner.cleanup()
+            raise Unavailable(
+                f"{self._prefix}cannot listen on {host} port {port} ({error.strerror}); stop what listens there"
+            ) from None
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.close()
+        await self._runner.cleanup()
+
+    def close(self) -> None:
+        """Take no more connections; those that are open stay so."""
+        if self._server:
+            self._server.close()
 
 
 class Doorkeeper:
@@ -24,9 +95,8 @@ class Doorkeeper:
 
     Parameters
     ----------
-    settings : Web
-    tell : callable
-        Takes an event and its facts.
+    settings : Http
+    tell : Tell
 
     Attributes
     ----------
@@ -34,7 +104,7 @@ class Doorkeeper:
         Makes aiohttp's protocol of a connection; set before the first one comes.
     """
 
-    def __init__(self, settings: Web, tell: Callable[[str, dict[str, str]], None]):
+    def __init__(self, settings: Http, tell: Tell):
         self.settings, self.tell = settings, tell
         self.tls: ssl.SSLContext | None = settings.tls.server() if settings.tls else None
         self.inner: Callable[[], Any] = asyncio.Protocol
