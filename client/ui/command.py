@@ -7,7 +7,7 @@ import webbrowser
 
 import click
 
-from cxr_triton.cli import access_options, json_option, printable, write_json
+from cxr_triton.cli import access_options, json_option, printable, trace_option, write_json
 from cxr_triton.client.address import leaves_machine
 from cxr_triton.client.command import FILE
 from cxr_triton.extras import require
@@ -62,9 +62,10 @@ _MIB = click.IntRange(1, 65536)
     show_default=True,
     help="A session that nobody uses for so long ends, and what it holds is gone.",
 )
+@trace_option
 @click.option("--open", "opens", is_flag=True, help="Open the page in this machine's browser.")
 @json_option
-def ui(*, urls, timeout_s, tls_ca, tls_cert, tls_key, token_file, opens, json_path, **options):
+def ui(*, urls, timeout_s, tls_ca, tls_cert, tls_key, token_file, trace_otlp, opens, json_path, **options):
     """Read radiographs in the browser: pictures in, reasoning and answer as they are written, boxes on the picture.
 
     Nothing is kept on a disk: what a tab holds ends with it. Readings are for research only and never for diagnosis;
@@ -94,4 +95,7 @@ def ui(*, urls, timeout_s, tls_ca, tls_cert, tls_key, token_file, opens, json_pa
         if opens:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
-    serve(settings, lambda: [AsyncReader(url, timeouts=timeouts, **vars(access)) for url in urls], started)
+    def readers() -> list[AsyncReader]:
+        return [AsyncReader(url, timeouts=timeouts, **vars(access)) for url in urls]
+
+    serve(settings, readers, started, trace_otlp)

@@ -66,6 +66,7 @@ class Readings:
             body = await read_json(request, self._settings.body_s)
             writing = await self._begun(session, body)
             trace.facts |= {"images": len(writing.asked.pictures), "turn": len(writing.asked.turns) + 1}
+            trace.facts["trace"] = writing.stream.trace_id
             async with writing.stream:
                 return await self._stream(request, writing, trace)
 
@@ -135,7 +136,7 @@ class _Trace:
 
     def __init__(self) -> None:
         self.outcome = "INTERNAL"
-        self.facts: dict[str, int] = {}
+        self.facts: dict[str, Any] = {}
         self._started_s = time.monotonic()
 
     @property

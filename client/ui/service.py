@@ -14,6 +14,7 @@ from typing import TextIO
 from aiohttp import web
 
 from cxr_triton import __version__
+from cxr_triton.client import otlp
 from cxr_triton.client.aio import AsyncReader
 from cxr_triton.client.limits import read_password
 from cxr_triton.client.listener import HttpListener
@@ -183,7 +184,12 @@ class Service:
         return web.Response(status=204)
 
 
-def serve(settings: Settings, readers: Callable[[], Sequence[AsyncReader]], started: Callable[[int], None]) -> None:
+def serve(
+    settings: Settings,
+    readers: Callable[[], Sequence[AsyncReader]],
+    started: Callable[[int], None],
+    trace_otlp: str | None = None,
+) -> None:
     """Run until SIGTERM or SIGINT; both end it in order."""
 
     async def run() -> None:
@@ -195,5 +201,7 @@ def serve(settings: Settings, readers: Callable[[], Sequence[AsyncReader]], star
 
     leave_no_core()
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL + 1)  # it would quote requests
+    log = Log()
+    otlp.start(trace_otlp, "ui", lambda said: log("spans_not_sent", error=said))
     with contextlib.suppress(asyncio.CancelledError):
         asyncio.run(run())

@@ -342,6 +342,19 @@ def test_the_environments_collector_is_taken(started, monkeypatch):
     assert [span.name for span in started.spans(TRACE)] == ["x"] and started.paths == ["/v1/traces"]
 
 
+def test_the_command_sends_its_spans_before_it_ends(started, tmp_path):
+    """It lives for less than the time between two batches."""
+    (tmp_path / "a.png").write_bytes(PICTURE)
+    with FakeServer(answer) as server:
+        words = ["read", str(tmp_path / "a.png"), "--url", server.url, "--trace-otlp", started.url]
+        command = [sys.executable, "-c", "from cxr_triton.cli import main; main()", *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 3 and "spans" not in done.stderr, done.stderr  # malformed
+    spans = {span.name: span for span in started.spans(trace_id_of(server.requests[0].id))}
+    assert spans.keys() == {"read", *STAGES} and spans["read"].service == "cxr-triton-read"
+    assert b"a.png" not in b"".join(started.bodies)
+
+
 @pytest.mark.parametrize("url", ["collector:4318", "ftp://x", "http://a b", "http://a,mode=triton", "http://", "\n"])
 def test_what_is_no_address_of_a_collector_is_refused(url):
     with pytest.raises(InvalidRequest, match="http://HOST:4318"):

@@ -811,7 +811,7 @@ def test_no_log_tells_of_a_patient_and_no_file_is_written(tmp_path, triton):
             visitor = Visitor(server)
             visitor.picture(CHEST, NAME)
             visitor.give(HOSTILE["half a DICOM file"][0], NAME)
-            visitor.read(pictures=["p1"], question="Is JANE well?")
+            done = visitor.read(pictures=["p1"], question="Is JANE well?")
             visitor.refused(pictures=["p1"], task="Is JANE well?")
             assert [visitor.export("r1", kind)[0] for kind in ("json", "page", "sr")] == [200, 200, 200]
             visitor.ask("GET", f"{visitor.path}/DOE")
@@ -820,7 +820,8 @@ def test_no_log_tells_of_a_patient_and_no_file_is_written(tmp_path, triton):
     assert written == []
     log = server.log.getvalue()
     assert [event["outcome"] for event in server.events if event["event"] == "picture"] == ["ok", "INVALID_IMAGE"]
-    assert [e["outcome"] for e in server.events if e["event"] == "reading"] == ["ok", "INVALID_REQUEST"]
+    readings = [(e["outcome"], e.get("trace")) for e in server.events if e["event"] == "reading"]
+    assert readings == [("ok", done[-1]["reading"]["trace_id"]), ("INVALID_REQUEST", None)]
     for secret in (
         "JANE",
         "DOE",
