@@ -49,6 +49,7 @@ SUBSTITUTES = (
         r"\1 --grpc-port $PORT --metrics-port 0 > serve.out & ready serve.out ready:",
     ),
     (r"^(cxr-triton openai .*) &$", r"\1 --port $WEB > openai.out & ready openai.out ready:"),
+    (r"^(cxr-triton ui) --open$", r"\1 --url $SERVER --port $WEB > ui.out & ready ui.out ready:"),
     (r"^cxr-triton read ", "cxr-triton read --url $SERVER "),
     (r"127\.0\.0\.1:8001", "$SERVER"),
     (
@@ -87,6 +88,9 @@ NOT_RUN = {
     },
     "docs/openai.md": {
         r"--host 0.0.0.0": "runs until it is stopped, and lets others in; tests/unit/test_openai.py has keys and TLS",
+    },
+    "docs/ui.md": {
+        r"--host 0.0.0.0": "runs until it is stopped, and lets others in; tests/unit/test_ui.py has the login",
     },
     "docs/connect.md": {r"^storescu ": "to a gateway that was stopped a line before; examples/orthanc sends one"},
     "deploy/README.md": {
@@ -134,7 +138,7 @@ NOT_RUN = {
 
 PRELUDE = r"""
 set -eo pipefail
-rm -f serve.out gateway.out openai.out
+rm -f serve.out gateway.out openai.out ui.out
 ready() {  # LOG TEXT: wait until the job in the background has written it
     until grep -q "$2" "$1"; do kill -0 $! 2> /dev/null || { cat "$1"; exit 1; }; sleep 0.1; done
 }

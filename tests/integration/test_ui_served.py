@@ -1,19 +1,29 @@
 """The reading room in front of the demonstration model on the real served ensemble: many visitors, stops, exports."""
 
+import io
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import evaluate
+import jsonschema
 import pytest
+from fake_session import until
+from served import Raw
 
 pytest.importorskip("aiohttp")
 pytest.importorskip("highdicom")
 
-from ui_server import UiServer
+from ui_server import UiServer, Visitor, said
 
-from cxr_triton import phantom, phantom_file
+from cxr_triton import phantom_file
+from cxr_triton.client import Reader
 from cxr_triton.profile import load_profile
+from cxr_triton.reading import NOT_FOR_DIAGNOSIS, Reading
 
 pytestmark = pytest.mark.triton
-PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
+ROOT = Path(__file__).resolve().parents[2]
+PHANTOM = ROOT / "tests" / "phantom"
 VISITORS = 16
 
 
@@ -41,5 +51,77 @@ def room(triton):
         yield server
 
 
-def radiograph(seed: int) -> bytes:
-    return phantom_file.write_dicom(phantom.draw(seed), syntax=list(phantom_file.SYNTAXES)[0])
+@pytest.fixture(scope="module")
+def files() -> list[bytes]:
+    return [
+        phantom_file.write_dicom(each, photometric="MONOCHROME2", syntax="jpeg_lossless")
+        for each in evaluate.held_out(VISITORS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def wanted(triton, files) -> list[Reading]:
+    """What the gRPC client gets."""
+    with Reader(triton.grpc) as reader, ThreadPoolExecutor(4) as threads:
+        return list(threads.map(lambda data: reader.read(data).result(), files))
+
+
+def test_sixteen_visitors_at_once_get_what_the_grpc_client_gets(room, files, wanted):
+    def visit(data: bytes) -> list[dict]:
+        visitor = Visitor(room)
+        lines = visitor.read(pictures=[visitor.picture(data)], scores=None)
+        visitor.ask("DELETE", visitor.path)
+        return lines
+
+    with ThreadPoolExecutor(VISITORS) as visitors:
+        told = list(visitors.map(visit, files))
+    assert len({reading.text for reading in wanted}) > VISITORS // 2
+    for lines, reading in zip(told, wanted, strict=True):
+        done = Reading.from_json(json.dumps(lines[-1]["reading"]))
+        assert (done.text, done.images, done.findings) == (reading.text, reading.images, reading.findings)
+        assert said(lines, "reasoning") == reading.reasoning and said(lines, "answer") == reading.answer
+        assert [line["type"] for line in lines].count("text") > 3, "as it is written, not at the end"
+
+
+def test_a_conversation_is_that_of_the_grpc_client_and_is_saved(room, triton, files, wanted):
+    import pydicom
+
+    with Reader(triton.grpc) as reader:
+        ours = reader.open(files[0], follow=wanted[:1]).ask(task="differentials").result()
+    visitor = Visitor(room)
+    visitor.picture(files[0])
+    visitor.read(pictures=["p1"])
+    done = visitor.read(pictures=["p1"], task="differentials", follow="r1")[-1]
+    assert (done["reading"]["text"], done["reading"]["prompt"]) == (ours.text, ours.prompt)
+    schema = json.loads((ROOT / "docs" / "reading.schema.json").read_text())
+    jsonschema.validate(visitor.export("r2", "json")[2], schema)
+    page = visitor.export("r2", "page")[2]
+    assert NOT_FOR_DIAGNOSIS in page and "data:image/png;base64," in page
+    report = pydicom.dcmread(io.BytesIO(visitor.export("r1", "sr")[2]))
+    assert report.StudyInstanceUID == pydicom.dcmread(io.BytesIO(files[0])).StudyInstanceUID
+
+
+def test_visitors_who_stop_and_leave_free_the_server(room, triton, files):
+    def visit(number: int) -> str:
+        visitor = Visitor(room)
+        visitor.picture(files[number])
+        with visitor.asking(pictures=["p1"]) as lines:
+            next(line for line in lines if line["type"] == "text")
+            if number % 2:
+                return ""  # leaves
+            visitor.ask("POST", f"{visitor.path}/readings/r1/stop")
+            return list(lines)[-1]["type"]
+
+    with ThreadPoolExecutor(8) as visitors:
+        ends = list(visitors.map(visit, range(8)))
+    assert "stopped" in ends and set(ends[::2]) <= {"stopped", "done"}  # a short answer may be faster
+    until(lambda: Raw(triton).metric("cxr_decoder_streams") == 0)
+    until(lambda: room.service.sessions.under_way == 0)
+    assert Visitor(room).read(pictures=[], question="Hello?")[-1]["type"] == "done"
+
+
+def test_what_the_server_refuses_is_said(room):
+    """Text that leaves no room for an answer is only found by who counts its tokens."""
+    visitor = Visitor(room)
+    error = visitor.read(pictures=[], question="heart " * 5000)[-1]
+    assert (error["type"], error["code"]) == ("error", "PROMPT_TOO_LONG") and error["hint"]

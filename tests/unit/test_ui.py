@@ -864,6 +864,23 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path, triton):
     assert "Traceback" not in process.stderr.read() and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "status", "said_so"),
+    [
+        (["--host", "0.0.0.0"], 1, "give --password-file"),
+        (["--url", "http://host:8000"], 1, "readings travel by gRPC"),
+        (["--url", "host:1", "--url", "host:1"], 2, "twice"),
+    ],
+)
+def test_the_command_says_what_is_wrong(options, status, said_so):
+    from click.testing import CliRunner
+
+    from cxr_triton.cli import main
+
+    done = CliRunner().invoke(main, ["ui", "--port", "0", *options])
+    assert done.exit_code == status and said_so in done.output
+
+
 def test_a_port_that_is_taken_is_said(triton):
     from cxr_triton.errors import Unavailable
 
