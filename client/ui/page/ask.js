@@ -40,6 +40,15 @@ class Choice {
     return { ...named, task: chosen.name, variables: chosen.variables.length ? variables : null };
   }
 
+  /** It can be asked of the pictures there are. */
+  get isReady() {
+    return Boolean(this.served?.up) && (!this.chosen || this.#takes(this.chosen, this.count));
+  }
+
+  #takes(task, count) {
+    return count >= (task.images?.[0] ?? 0) && count <= (task.images?.[1] ?? this.served.max_images);
+  }
+
   #value(name) {
     const text = this.values.get(name) ?? "";
     return name === "options" ? text.split("\n").map((line) => line.trim()).filter(Boolean) : text;
@@ -49,7 +58,7 @@ class Choice {
     const { served } = this;
     if (!served?.up) return this.element.replaceChildren(make("p", { className: "none" }, "No model's server is up."));
     const tasks = served.tasks.filter((task) => !task.follow_up);
-    const takes = (task) => this.count >= (task.images?.[0] ?? 0) && this.count <= (task.images?.[1] ?? served.max_images);
+    const takes = (task) => this.#takes(task, this.count) || (!this.count && this.#takes(task, 1));
     const fitting = tasks.filter(takes);
     if (this.task !== OWN && !fitting.some((task) => task.name === this.task)) {
       this.task = (fitting.find((task) => task.name === served.default_task) ?? fitting[0])?.name ?? OWN;
@@ -114,6 +123,7 @@ export class Ask {
     this.seed = make("input", { type: "number", min: 0, step: 1 });
     this.tokens = make("input", { type: "number", min: 1, step: 1 });
     this.submit = make("button", { className: "primary" }, "Read");
+    this.need = make("span", { className: "none" });
     at("question").addEventListener("submit", (event) => {
       event.preventDefault();
       this.#send();
@@ -154,7 +164,8 @@ export class Ask {
   #changed() {
     const chosen = this.compare.input.checked ? this.#choices : this.#choices.slice(0, 1);
     this.scores.input.disabled = !chosen.some((each) => each.canScore);
-    this.submit.disabled = !chosen.every((each) => each.served?.up);
+    this.submit.disabled = !chosen.every((each) => each.isReady);
+    this.need.textContent = this.submit.disabled && !this.#count ? "Give a picture first." : "";
   }
 
   #render() {
@@ -164,7 +175,7 @@ export class Ask {
     more.open = this.isOpen ?? false;
     more.addEventListener("toggle", () => (this.isOpen = more.open));
     const beside = make("fieldset", { className: "beside" }, make("legend", {}, "Beside it"), this.#choices[1].element);
-    const rows = make("div", { className: "row" }, this.submit, this.compare.label);
+    const rows = make("div", { className: "row" }, this.submit, this.need, this.compare.label);
     at("question").replaceChildren(this.#choices[0].element, ...(isTwo ? [beside] : []), more, rows);
     this.#changed();
   }
