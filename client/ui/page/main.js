@@ -11,6 +11,7 @@ const session = new Session(over);
 const threads = [];
 let about = { servers: [], exports: [], limits: {} };
 let shown = null;
+let known = "";
 const ask = new Ask(begin);
 const pictures = new Pictures(session, () => (ask.count = pictures.chosen.length));
 
@@ -25,11 +26,12 @@ class Thread {
   }
 
   get title() {
-    return this.columns.map(({ readings }) => readings[0].request.title).join(" | ");
+    const titles = new Set(this.columns.map(({ readings }) => readings[0].request.title));
+    return `${[...titles].join(" | ")}${titles.size < this.columns.length ? ", compared" : ""}`;
   }
 
   get isBusy() {
-    return this.columns.some(({ readings }) => readings.some((reading) => reading.element.hasAttribute("aria-busy")));
+    return this.columns.some(({ readings }) => readings.some((reading) => reading.isBusy));
   }
 
   /** Boxes of the newest reading of each column that has some, unless others were asked for. */
@@ -57,6 +59,7 @@ function begin(requests) {
   for (const request of requests) request.body.pictures = pictures.chosen;
   const thread = new Thread(requests.map((request, column) => [started(request, column)]));
   threads.push(thread);
+  at("asking").open = false;
   show(thread);
   for (const { readings } of thread.columns) readings[0].run();
   at("thread-title").focus({ preventScroll: matchMedia("(min-width: 821px)").matches });
@@ -75,8 +78,9 @@ function show(thread) {
 }
 
 function column({ readings }, index) {
-  const { server } = readings[0].request;
-  const name = make("p", { className: "of" }, `${server.model}${about.servers.length > 1 ? `, ${server.name}` : ""}`);
+  const { server, body } = readings[0].request;
+  const told = [server.model, about.servers.length > 1 ? server.name : "", body.mode ? titled(body.mode) : ""];
+  const name = make("p", { className: "of" }, told.filter(Boolean).join(" · "));
   const turns = readings.flatMap((reading, turn) => (turn ? [make("p", { className: "turn" }, reading.request.title), reading.element] : [reading.element]));
   return make("div", { className: "column", role: "group", "aria-label": `Reading ${index + 1}` }, name, ...turns);
 }
@@ -86,30 +90,34 @@ const lasts = (thread) => thread.columns.map(({ readings }) => readings.findLast
 
 function follow() {
   const form = at("follow");
-  const before = shown && !shown.isBusy ? lasts(shown) : [];
-  form.hidden = !before.some(Boolean);
-  if (form.hidden) return;
+  form.hidden = !lasts(shown).some(Boolean);
+  if (form.of !== shown) form.replaceChildren(...asking(form));
+  form.of = shown;
+  for (const each of form.querySelectorAll("button")) each.disabled = shown.isBusy;
+}
+
+function asking(form) {
   const { server } = shown.columns[0].readings[0].request;
   const tasks = server.tasks.filter((task) => task.follow_up);
-  const typed = form.elements.text?.value ?? "";
-  const input = make("textarea", { name: "text", rows: 2, value: typed, maxLength: about.limits.question_chars, required: true });
+  const chosen = tasks.map((task) => button(titled(task.name), () => goOn({ task }), { title: task.title }));
+  const input = make("textarea", { rows: 2, maxLength: about.limits.question_chars, required: true });
   input.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
     form.requestSubmit();
   });
-  const chosen = tasks.map((task) => button(titled(task.name), () => goOn({ task }), { title: task.title }));
-  form.replaceChildren(
-    make("div", { className: "row", role: "group", "aria-label": "Follow-up tasks" }, ...chosen),
-    make("label", { className: "field" }, "Ask on", input),
-    make("button", { className: "primary" }, "Ask"),
-  );
   form.onsubmit = (event) => {
     event.preventDefault();
     const question = input.value.trim();
+    if (!question || shown.isBusy) return;
     input.value = "";
-    if (question) goOn({ question });
+    goOn({ question });
   };
+  return [
+    make("div", { className: "row", role: "group", "aria-label": "Follow-up tasks" }, ...chosen),
+    make("label", { className: "field" }, "Follow-up question", input),
+    make("button", { className: "primary" }, "Ask"),
+  ];
 }
 
 function goOn({ task, question }) {
@@ -157,7 +165,7 @@ function over() {
     for (const { readings } of thread.columns) for (const reading of readings) reading.forget();
   }
   pictures.clear();
-  follow();
+  if (shown) follow();
   const hint = "Give the pictures again; what was read stays in sight, and can no longer be saved.";
   alarm({ code: "SESSION_OVER", message: "this session was ended by the server", hint });
 }
@@ -178,7 +186,9 @@ async function renew() {
   at("model").textContent = [up.map((server) => server.model).join(", "), down.length ? `not up: ${down.join(", ")}` : ""].filter(Boolean).join(" · ");
   pictures.most = Math.max(1, ...up.map((server) => server.max_images));
   pictures.mostBytes = about.limits.file_bytes;
-  ask.about = about;
+  const told = JSON.stringify(about.servers);
+  if (told !== known) ask.about = about;
+  known = told;
   if (down.length) setTimeout(renew, RENEW_MS);
 }
 

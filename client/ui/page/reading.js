@@ -1,6 +1,6 @@
 // One reading as a card: its text as it comes, then what was found, its flags, and its files.
 
-import { alarm, button, make, refusal, say, titled } from "./dom.js";
+import { alarm, button, harmless, make, refusal, say, titled } from "./dom.js";
 import { flagList } from "./pictures.js";
 import { Sentences, prose, shaded } from "./prose.js";
 
@@ -42,15 +42,15 @@ export class Reading {
     return this.done?.finish_reason === "stop" || this.done?.finish_reason === "length";
   }
 
-  get failed() {
-    return !this.done && !this.element.hasAttribute("aria-busy");
+  get isBusy() {
+    return this.element.hasAttribute("aria-busy");
   }
 
   async run() {
     this.sentences = new Sentences((text) => this.speaks && say(text));
     try {
       for await (const line of this.session.read(this.request.body)) this.#hear(line);
-      if (this.element.hasAttribute("aria-busy")) this.#fail({ code: "BROKEN", message: "the reading broke off", hint: "Ask again." });
+      if (this.isBusy) this.#fail({ code: "BROKEN", message: "the reading broke off", hint: "Ask again." });
     } catch (error) {
       this.#fail(error);
     }
@@ -59,7 +59,7 @@ export class Reading {
 
   #hear(line) {
     const hear = {
-      started: () => (this.name = line.reading),
+      started: () => this.#started(line.reading),
       waiting: () => this.#tell(`Waiting since ${Math.round((Date.now() - this.begun) / 1000)} s …`),
       text: () => this.#write(line),
       done: () => this.#complete(line),
@@ -67,6 +67,11 @@ export class Reading {
       error: () => this.#fail(line),
     };
     hear[line.type]?.();
+  }
+
+  #started(name) {
+    this.name = name;
+    if (this.stopButton.disabled) this.#stop();
   }
 
   #tell(state) {
@@ -78,7 +83,7 @@ export class Reading {
     const place = part === "reasoning" ? this.reasoning : this.answer;
     if (part === "reasoning") this.fold.hidden = false;
     if (!place.lastChild) place.append(make("p", { className: "coming" }));
-    place.lastChild.append(make("span", {}, text));
+    place.lastChild.append(harmless(text));
     this.sentences.push(text);
   }
 

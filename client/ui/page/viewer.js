@@ -159,9 +159,10 @@ export class Viewer {
       const wide = context.measureText(box.label).width + 10;
       const above = top >= 18 ? top - 18 : top + height;
       context.fillStyle = color;
-      context.fillRect(left - 1, above, wide, 18);
+      const from = Math.max(Math.min(left - 1, this.stage.clientWidth - wide), 0);
+      context.fillRect(from, above, wide, 18);
       context.fillStyle = "#1a1500";
-      context.fillText(box.label, left + 4, above + 13);
+      context.fillText(box.label, from + 5, above + 13);
     }
   }
 
