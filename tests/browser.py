@@ -87,8 +87,10 @@ class Tab:
 
     async def choose(self, selector: str, *files: Path) -> None:
         """Files in an input for files."""
-        node = (await self.call("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})"))
-        await self.call("DOM.setFileInputFiles", files=[str(file) for file in files], objectId=node["result"]["objectId"])
+        node = await self.call("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")
+        await self.call(
+            "DOM.setFileInputFiles", files=[str(file) for file in files], objectId=node["result"]["objectId"]
+        )
 
     async def press(self, key: str) -> None:
         """A key, as a keyboard sends it."""
@@ -109,29 +111,50 @@ class Tab:
         return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
 
 
-@contextlib.asynccontextmanager
-async def tab(folder: Path) -> AsyncIterator[Tab]:
-    """A fresh tab at 1280 × 900; what it saves goes into `folder`/saved."""
-    profile, saved, quiet = folder / "profile", folder / "saved", asyncio.subprocess.DEVNULL
-    saved.mkdir(exist_ok=True)
-    command = [CHROMIUM, *OPTIONS, f"--user-data-dir={profile}", "about:blank"]
-    process = await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=quiet)
-    try:
-        async with asyncio.timeout(60), aiohttp.ClientSession() as client:
-            port = profile / "DevToolsActivePort"
+class Browser:
+    """Chromium, open within its ``async with``; what its tabs save goes into `folder`/saved."""
+
+    def __init__(self, folder: Path):
+        self.saved, self._profile = folder / "saved", folder / "profile"
+
+    async def __aenter__(self) -> "Browser":
+        quiet = asyncio.subprocess.DEVNULL
+        command = [CHROMIUM, *OPTIONS, f"--user-data-dir={self._profile}", "about:blank"]
+        self._process = await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=quiet)
+        port = self._profile / "DevToolsActivePort"
+        async with asyncio.timeout(30):
             while not (port.exists() and port.read_text().count("\n")):
                 await asyncio.sleep(0.03)
-            async with client.get(f"http://127.0.0.1:{port.read_text().split()[0]}/json/list") as answer:
-                (found,) = [each for each in await answer.json(content_type=None) if each["type"] == "page"]
-            async with client.ws_connect(found["webSocketDebuggerUrl"], max_msg_size=0) as devtools:
-                page = Tab(devtools)
-                listening = asyncio.create_task(page.listen())
-                for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
-                    await page.call(f"{domain}.enable")
-                await page.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(saved))
-                await page.size(1280, 900)
-                yield page
-                listening.cancel()
-    finally:
-        process.kill()
-        await process.wait()
+        number, path = port.read_text().split()
+        self._devtools, self._client = f"ws://127.0.0.1:{number}", aiohttp.ClientSession()
+        self._socket = await self._client.ws_connect(self._devtools + path)
+        self._whole, self._listening = _listened(self._socket)
+        await self._whole.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.saved))
+        return self
+
+    async def __aexit__(self, *exception) -> None:
+        self._listening.cancel()
+        await self._client.close()
+        self._process.kill()
+        await self._process.wait()
+
+    @contextlib.asynccontextmanager
+    async def tab(self) -> AsyncIterator[Tab]:
+        """A tab at 1280 × 900."""
+        target = (await self._whole.call("Target.createTarget", url="about:blank"))["targetId"]
+        async with (
+            asyncio.timeout(60),
+            self._client.ws_connect(f"{self._devtools}/devtools/page/{target}", max_msg_size=0) as socket,
+        ):
+            page, listening = _listened(socket)
+            for domain in ("Page", "Runtime", "Network", "Log", "DOM"):
+                await page.call(f"{domain}.enable")
+            await page.size(1280, 900)
+            yield page
+            listening.cancel()
+        await self._whole.call("Target.closeTarget", targetId=target)
+
+
+def _listened(socket: aiohttp.ClientWebSocketResponse) -> tuple[Tab, asyncio.Task]:
+    page = Tab(socket)
+    return page, asyncio.create_task(page.listen())

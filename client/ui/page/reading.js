@@ -82,6 +82,7 @@ export class Reading {
     this.#tell("Writing …");
     const place = part === "reasoning" ? this.reasoning : this.answer;
     if (part === "reasoning") this.fold.hidden = false;
+    else if (!place.lastChild) this.sentences.finish();
     if (!place.lastChild) place.append(make("p", { className: "coming" }));
     place.lastChild.append(harmless(text));
     this.sentences.push(text);
