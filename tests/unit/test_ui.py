@@ -414,6 +414,18 @@ def test_a_browser_that_leaves_ends_its_reading_on_the_server(visitor, triton, d
     until(lambda: visitor.server.service.sessions.under_way == 0)
 
 
+def test_a_browser_that_takes_nothing_is_left(triton):
+    triton.answer = forever("word " * 20_000)
+    with UiServer(triton.url, write_s=0.2) as server:
+        visitor = Visitor(server)
+        visitor.picture(CHEST)
+        with visitor.asking(pictures=["p1"]) as lines:
+            next(lines)
+            until(triton.cancelled.is_set)
+        until(lambda: server.service.sessions.under_way == 0)
+        assert [e["outcome"] for e in server.events if e["event"] == "reading"] == ["CANCELLED"]
+
+
 @pytest.mark.parametrize("way", [("DELETE", ""), ("POST", "/end")])
 def test_a_session_that_is_ended_stops_its_readings_and_is_gone(visitor, triton, way):
     triton.answer = forever()
