@@ -242,6 +242,8 @@ async def texts(stream: AsyncReadingStream, stopping: asyncio.Event) -> AsyncGen
         halt.cancel()
         step.cancel()
         await asyncio.wait({halt, step})
+        if not step.cancelled():
+            step.exception()  # nobody waits for it any more, and asyncio would log it
 
 
 def shown_flags(flags: Iterable[str], where: str = "") -> list[dict[str, Any]]:
