@@ -1,4 +1,4 @@
-"""A tab of headless Chromium, driven by its DevTools protocol; what it asks for, writes to its console and saves is kept."""
+"""Headless Chromium, driven by its DevTools protocol; what its tabs ask for and write to the console is kept."""
 
 import asyncio
 import base64
@@ -143,7 +143,7 @@ class Browser:
         """A tab at 1280 × 900."""
         target = (await self._whole.call("Target.createTarget", url="about:blank"))["targetId"]
         async with (
-            asyncio.timeout(60),
+            asyncio.timeout(300),
             self._client.ws_connect(f"{self._devtools}/devtools/page/{target}", max_msg_size=0) as socket,
         ):
             page, listening = _listened(socket)

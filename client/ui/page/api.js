@@ -69,9 +69,15 @@ export class Session {
     }
   }
 
+  /** What the server tells of a file; where it has let the session go, the file is the first one of a new session. */
   async give(file) {
     const headers = { "Content-Type": "application/octet-stream", "X-File-Name": encodeURIComponent(file.name) };
-    return (await this.#ask("/pictures", { method: "POST", headers, body: file })).json();
+    const send = () => this.#ask("/pictures", { method: "POST", headers, body: file });
+    const answer = await send().catch((error) => {
+      if (error.isOver) return send();
+      throw error;
+    });
+    return answer.json();
   }
 
   remove(picture) {

@@ -53,7 +53,9 @@ export function say(text) {
   while (place.childElementCount > 6) place.firstChild.remove();
 }
 
+/** Tells of a failure in sight of whatever is done; that the session is over is told once, where it is noticed. */
 export function alarm(error) {
+  if (error.isOver) return;
   const close = button("Close", () => at("alarm").replaceChildren(), { className: "small" });
   at("alarm").replaceChildren(make("div", {}, refusal(error), close));
 }
