@@ -24,7 +24,8 @@ async def read(request: web.Request, most: int, within_s: float) -> bytearray:
     Refusal
         It does not come in time.
     """
-    require_size(request, most)
+    if (request.content_length or 0) > most:
+        raise _too_large(most)
     body = bytearray()
     try:
         async with asyncio.timeout(within_s):
@@ -36,12 +37,6 @@ async def read(request: web.Request, most: int, within_s: float) -> bytearray:
     except TimeoutError:
         error = DeadlineExceeded(f"the file did not come within {within_s:g} s; send it over a faster connection")
         raise Refusal(error, status=408) from None
-
-
-def require_size(request: web.Request, most: int) -> None:
-    """Refuse a body that says that it is larger than `most`."""
-    if (request.content_length or 0) > most:
-        raise _too_large(most)
 
 
 async def read_json(request: web.Request, within_s: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from aiohttp import web
 
 from cxr_triton.client.log import Log
-from cxr_triton.client.ui.bodies import read, require_size
+from cxr_triton.client.ui.bodies import read
 from cxr_triton.client.ui.decoders import MODEL, Decoders, presets
 from cxr_triton.client.ui.readings import shown_flags
 from cxr_triton.client.ui.refusal import Refusal
@@ -59,8 +59,7 @@ class Pictures:
 
     async def _taken(self, request: web.Request) -> Picture:
         session, most = self._sessions.of(request), self._decoders.most_bytes
-        require_size(request, most)
-        with self._sessions.room(session, request.content_length or most):
+        with self._sessions.room(session, min(request.content_length or most, most)):
             data = bytes(await read(request, most, self._settings.body_s))
             profile = await self._servers[0].known()
             picture = await self._decoders.look(data, file_name(request.headers.get("X-File-Name", "")), profile)

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from cxr_triton.client.aio import AsyncReadingStream
 from cxr_triton.client.log import Log
+from cxr_triton.client.objects.codes import presence
 from cxr_triton.client.ui.bodies import read_json
 from cxr_triton.client.ui.refusal import Refusal
 from cxr_triton.client.ui.servers import Server
@@ -36,6 +37,7 @@ _REQUEST = {
     "question": "prompt",
     "variables": "variables",
     "scores": "scores",
+    "logprobs": "logprobs",
     "seed": "seed",
     "max_tokens": "max_new_tokens",
 }
@@ -183,11 +185,13 @@ class _Writing:
 
     def _end(self, how: str, reading: Reading | None) -> Line:
         if reading is None:
-            return {"type": how, "reading": None, "flags": [], "boxes": []}
+            return {"type": how, "reading": None, "flags": [], "boxes": [], "presence": {}}
         self.session.complete(self.asked, reading)
+        told = json.loads(reading.to_json())
         return {
             "type": how,
-            "reading": json.loads(reading.to_json()),
+            "reading": told,
+            "presence": {label: said.meaning.lower() for label, said in presence(told).items()},
             "flags": _flags(reading),
             "boxes": _boxes(reading, self.asked.pictures),
         }
@@ -239,6 +243,8 @@ async def texts(stream: AsyncReadingStream, stopping: asyncio.Event) -> AsyncGen
         halt.cancel()
         step.cancel()
         await asyncio.wait({halt, step})
+        if not step.cancelled():
+            step.exception()  # nobody waits for it any more, and asyncio would log it
 
 
 def shown_flags(flags: Iterable[str], where: str = "") -> list[dict[str, Any]]:

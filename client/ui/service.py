@@ -172,6 +172,7 @@ class Service:
             "servers": await told(self._servers),
             "limits": self._limits,
             "exports": list(EXPORTS),
+            "login": self.settings.password_file is not None,
             "version": __version__,
         }
         return web.json_response(about)

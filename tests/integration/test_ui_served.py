@@ -1,5 +1,7 @@
 """The reading room in front of the demonstration model on the real served ensemble: many visitors, stops, exports."""
 
+import asyncio
+import dataclasses
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -7,13 +9,16 @@ from pathlib import Path
 
 import evaluate
 import jsonschema
+import numpy as np
 import pytest
+from chromium import browser
 from fake_session import until
 from served import Raw
 
 pytest.importorskip("aiohttp")
 pytest.importorskip("highdicom")
 
+from browser import Browser
 from ui_server import UiServer, Visitor, said
 
 from cxr_triton import phantom_file
@@ -125,3 +130,36 @@ def test_what_the_server_refuses_is_said(room):
     visitor = Visitor(room)
     error = visitor.read(pictures=[], question="heart " * 5000)[-1]
     assert (error["type"], error["code"]) == ("error", "PROMPT_TOO_LONG") and error["hint"]
+
+
+@browser
+def test_a_browser_shows_what_the_grpc_client_gets_of_five_megapixels(room, triton, tmp_path):
+    (drawn,) = evaluate.held_out(1)
+    rows, columns = (
+        np.arange(wide) * side // wide for wide, side in zip((2500, 2048), drawn.stored.shape, strict=True)
+    )
+    large = dataclasses.replace(drawn, stored=np.ascontiguousarray(drawn.stored[rows][:, columns]), masks={})
+    (tmp_path / "large.dcm").write_bytes(phantom_file.write_dicom(large, syntax="jpeg_lossless"))
+    with Reader(triton.grpc) as reader:
+        conversation = reader.open(tmp_path / "large.dcm")
+        ours = [conversation.ask(task=task).result() for task in ("findings", "differentials")]
+
+    async def visit():
+        async with Browser(tmp_path) as chromium, chromium.tab() as page:
+            await page.go(room.origin, "document.querySelector('#question button')")
+            await page.choose("#files", tmp_path / "large.dcm")
+            await page.until("document.querySelector('.pane figcaption')?.textContent.includes('2048 × 2500 px')")
+            await page.evaluate("document.querySelector('#question .primary').click()")
+            await page.until("document.querySelector('.files')")
+            await page.evaluate("document.querySelector('#follow .row button').click()")
+            await page.until("document.querySelectorAll('.files').length === 2")
+            each = "[...document.querySelectorAll('{}')].map((each) => each.{})".format
+            told = [await page.evaluate(each("article .reasoning .prose", "textContent"))]
+            told += [await page.evaluate(each(".chips .present", "firstChild.textContent"))]
+            return *told, await page.evaluate(each("article .answer", "innerText")), page.complaints
+
+    reasoning, findings, answers, complaints = asyncio.run(visit())
+    assert findings == [finding.label for finding in ours[0].findings] and findings
+    assert " ".join(reasoning[0].split()) == " ".join(ours[0].reasoning.replace("**", "").split())
+    assert " ".join(answers[1].split()) == " ".join(ours[1].answer.replace("**", "").split())
+    assert complaints == []

@@ -78,7 +78,8 @@ def reading_of(request, text=TEXT, grammar="think_answer", answer="labels") -> s
         text, grammar=grammar, answer=answer, labels=("Cardiomegaly",),
         image_sizes=[(facts["rows"], facts["columns"]) for facts in images],
     )  # fmt: skip
-    facts = {"task": "findings", "prompt": "Asked.", "model": {"profile": "x"}, "notice": "A double."}
+    model = {"profile": "x", "labels": ["Cardiomegaly", "Edema"]}
+    facts = {"task": "findings", "prompt": "Asked.", "model": model, "notice": "A double."}
     return Reading.of(parsed, images=tuple(images), **facts).to_json()
 
 
@@ -150,7 +151,7 @@ def test_the_page_is_told_what_can_be_asked(site):
     assert (server["name"], server["up"], server["model"]) == (site[0].url, True, NV.title)
     assert [task["name"] for task in server["tasks"]] == list(NV.tasks)
     assert [mode["name"] for mode in server["modes"]] == list(NV.modes)
-    assert server["terms"] == NV.notice
+    assert server["terms"] == NV.notice and about["login"] is False
     assert about["limits"] == {"file_bytes": 64 << 20, "pictures": 16, "question_chars": 32_768}
 
 
@@ -317,6 +318,7 @@ def test_a_reading_is_told_line_by_line(visitor, triton):
     assert (said(lines, "reasoning"), said(lines, "answer")) == ("The heart is large.", "Cardiomegaly")
     done = lines[-1]
     assert done["type"] == "done" and done["boxes"] == []
+    assert done["presence"] == {"Cardiomegaly": "present", "Edema": "absent"}
     assert Reading.from_json(json.dumps(done["reading"])).findings[0].label == "Cardiomegaly"
     assert [(flag["code"], flag["doubtful"]) for flag in done["flags"]] == [("lossy", False)]
     assert triton.asked == {"task": "findings", "mode": NV.default_mode, "seed": 3, "max_new_tokens": 9}
@@ -324,8 +326,8 @@ def test_a_reading_is_told_line_by_line(visitor, triton):
 
 def test_free_questions_and_variables_become_the_request(visitor, triton):
     visitor.picture(CHEST)
-    visitor.read(pictures=["p1"], question="Is the heart large?", scores=None, task=None)
-    assert triton.asked == {"prompt": "Is the heart large?"}
+    visitor.read(pictures=["p1"], question="Is the heart large?", scores=None, task=None, logprobs=True)
+    assert triton.asked == {"prompt": "Is the heart large?", "logprobs": True}
     assert visitor.read(pictures=[], question="What is a lung?")[-1]["type"] == "done"
 
 
@@ -395,13 +397,14 @@ def test_a_reading_that_is_stopped_before_its_first_word(visitor, triton):
         until(lambda: triton.active)
         assert visitor.ask("POST", f"{visitor.path}/readings/r1/stop")[0] == 202
         told = [line for line in lines if line["type"] != "waiting"]
-        assert told == [{"type": "stopped", "reading": None, "flags": [], "boxes": []}]
+        assert told == [{"type": "stopped", "reading": None, "flags": [], "boxes": [], "presence": {}}]
     until(triton.cancelled.is_set)
     assert visitor.export("r1", "json")[0] == 409
 
 
 @pytest.mark.parametrize("delta", ["word ", ""], ids=["after a word", "before one"])
-def test_a_browser_that_leaves_ends_its_reading_on_the_server(visitor, triton, delta):
+def test_a_browser_that_leaves_ends_its_reading_on_the_server(visitor, triton, delta, monkeypatch):
+    monkeypatch.setattr(readings, "BEAT_S", 1000.0)  # that nobody takes what is said is not needed
     triton.answer = forever(delta)
     with visitor.asking(pictures=[visitor.picture(CHEST)]) as lines:
         assert next(lines)["type"] == "started"
@@ -409,6 +412,18 @@ def test_a_browser_that_leaves_ends_its_reading_on_the_server(visitor, triton, d
     until(triton.cancelled.is_set)
     until(lambda: not triton.active)
     until(lambda: visitor.server.service.sessions.under_way == 0)
+
+
+def test_a_browser_that_takes_nothing_is_left(triton):
+    triton.answer = forever("word " * 20_000)
+    with UiServer(triton.url, write_s=0.2) as server:
+        visitor = Visitor(server)
+        visitor.picture(CHEST)
+        with visitor.asking(pictures=["p1"]) as lines:
+            next(lines)
+            until(triton.cancelled.is_set)
+        until(lambda: server.service.sessions.under_way == 0)
+        assert [e["outcome"] for e in server.events if e["event"] == "reading"] == ["CANCELLED"]
 
 
 @pytest.mark.parametrize("way", [("DELETE", ""), ("POST", "/end")])
@@ -549,13 +564,12 @@ def test_a_report_is_of_dicom_images_only(visitor):
     assert status == 400 and "DICOM" in told["error"]["message"]
 
 
-def test_a_reading_of_other_images_becomes_no_page_and_no_report(visitor, triton):
-    """What the digests of a reading do not name is never put beside it."""
+def test_a_reading_that_does_not_say_of_which_images_it_is_becomes_no_page_and_no_report(visitor, triton):
     other = dicom(SOPInstanceUID="1.2.5")
 
     def answer(request, context):
         text = json.loads(reading_of(request))
-        text["images"] = []
+        del text["images"][0]["identity"]
         yield response(TEXT, json.dumps(text), final=True)
 
     triton.answer = answer
