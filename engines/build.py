@@ -12,7 +12,7 @@ from cxr_triton.engines.bundle import MANIFEST, SCHEMA, SIDE_FILES, Bundle, pres
 from cxr_triton.engines.digest import Progress, copy, sha256
 from cxr_triton.engines.geometry import Geometry
 from cxr_triton.engines.interface import Compiled, Engine
-from cxr_triton.engines.recipe import Recipe
+from cxr_triton.engines.recipe import CPU, Recipe, load_recipe
 from cxr_triton.errors import InvalidBundle, InvalidRequest
 from cxr_triton.files import new_folder, require_new
 from cxr_triton.profile import load_profile
@@ -127,6 +127,25 @@ def build_bundle(
         manifest = _manifest(export, recipe, engines, compiled) | {"files": files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     return Bundle.open(out, verify=False)
+
+
+def recipe_for(export_dir: str | Path) -> Recipe | None:
+    """The recipe of this processor, where an export is what it builds; None: `DEFAULT` without one.
+
+    Raises
+    ------
+    InvalidBundle
+        The folder is no export.
+    """
+    export, chosen = _parsed_export(Path(export_dir)), load_recipe(CPU)
+    length = export["geometry"].get("max_sequence")
+    if export.get("format", "onnx") != "onnx" or not isinstance(length, int) or length > chosen.max_sequence:
+        return None
+    try:
+        _check_recipe(export, chosen)
+    except InvalidRequest:
+        return None
+    return chosen
 
 
 def engines_of(recipe: Recipe | None) -> dict[str, Engine]:

@@ -153,6 +153,14 @@ class Engine:
     backends: ClassVar[tuple[str, ...]] = ()
     home: ClassVar[str] = ""
 
+    @property
+    def is_installed(self) -> bool:
+        """Its packages are here."""
+        try:
+            return all(metadata.version(name) for name in self.distributions)
+        except metadata.PackageNotFoundError:
+            return False
+
     def options(self) -> dict[str, str]:
         """What only it can be asked for when it is served, by name: what it means, with its values."""
         return {}

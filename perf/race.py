@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 ROUNDS, MOST_ROUNDS = 3, 9
 """Of a race: with fewer nobody wins; more are run where they are short."""
-SHORT_S = 5.0
+SHORT_S = 2.0
 """A race is short until then."""
 LEAST_GAIN = 0.03
 """Of the time: less is no reason to change anything."""
-HOPELESS = 1.1
+HOPELESS = 1.25
 """Times the holder's time: who is so much slower in every round so far is not measured again."""
 IN_USE, TAKEN, NO_FASTER, SLOWER, OTHER, NO_TIME = (
     "in use",
@@ -139,13 +139,12 @@ def race(
     for entry in whole:
         entry.verdict = NO_FASTER
     best = min(whole, key=lambda entry: statistics.median(entry.ratios(entries[0])), default=None)
-    if best and 1 - statistics.median(best.ratios(entries[0])) > noise(entries[0]):
+    if best and 1 - statistics.median(ratios := best.ratios(entries[0])) > noise(ratios):
         best.verdict = TAKEN
         return Race(entries, best.value)
     return Race(entries, holder)
 
 
-def noise(entry: Entry) -> float:
-    """What a win has to exceed: half the spread of the holder's own laps, as a share, and `LEAST_GAIN` at least."""
-    seconds = [lap.seconds for lap in entry.laps]
-    return max(LEAST_GAIN, (max(seconds) - min(seconds)) / 2 / statistics.median(seconds))
+def noise(ratios: Sequence[float]) -> float:
+    """What a gain has to exceed: half of what the rounds differ among themselves, and `LEAST_GAIN` at least."""
+    return max(LEAST_GAIN, (max(ratios) - min(ratios)) / 2)

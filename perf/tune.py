@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -50,6 +51,8 @@ TOKENS = 16
 """That are generated in a lap."""
 FIRST_TOKENS = 4
 """The same, where the first one is what counts."""
+LAP_S = 0.2
+"""Least time of a lap, in which what is short is done several times."""
 TEXT_TOKENS = 32
 """Of the prompts of streams that run together."""
 ENGINES_CHUNK = 128
@@ -75,11 +78,12 @@ class TowerRun:
     def lap(self, pictures: int) -> Lap:
         """Seconds a picture in a batch of so many."""
         batch = {name: np.repeat(array, pictures, axis=0) for name, array in self._feeds.items()}
-        started_s = time.perf_counter()
-        embeddings = self._session.encode(**batch)
-        seconds = (time.perf_counter() - started_s) / pictures
+        seconds = []
+        for started_s in _for_a_while():
+            embeddings = self._session.encode(**batch)
+            seconds.append((time.perf_counter() - started_s) / pictures)
         digest = hashlib.blake2b(self._used(embeddings[0]).tobytes(), digest_size=16).hexdigest()
-        return Lap(seconds=seconds, output=digest)
+        return Lap(seconds=statistics.median(seconds), output=digest)
 
     def embeddings(self) -> np.ndarray:
         """(T, hidden) float32 of the picture."""
@@ -112,10 +116,12 @@ class DecoderRun:
         with DecoderRuntime(
             self._bundle, session=self._session, prefill_chunk=chunk or None, coalesce_tokens=1
         ) as runtime:
-            asked_s = time.perf_counter()
-            (alone,) = _answers(runtime, self._prompt, 1, tokens)
-            first_word_s = alone.first[0] - asked_s
-            rate = self._crowd(runtime, streams, tokens) if streams > 1 else together([alone])
+            firsts_s, rates = [], []
+            for asked_s in _for_a_while():
+                (alone,) = _answers(runtime, self._prompt, 1, tokens)
+                firsts_s.append(alone.first[0] - asked_s)
+                rates.append(self._crowd(runtime, streams, tokens) if streams > 1 else together([alone]))
+        first_word_s, rate = statistics.median(firsts_s), statistics.median(rates)
         seconds = first_word_s + (ANSWER_TOKENS - 1) / rate
         facts = {"first_word_s": first_word_s, "tokens_per_s": rate, "reading_s": seconds}
         return Lap(seconds=seconds, output=alone.tokens, facts=facts)
@@ -128,6 +134,15 @@ class DecoderRun:
                 return rate
             tokens *= 2  # the first had ended when the last one began
         raise InvalidRequest(f"{streams} streams do not run together within this bundle's context; ask for fewer")
+
+
+def _for_a_while() -> Iterator[float]:
+    """Times at which something is begun: once, and again as long as a lap would be too short to tell anything."""
+    until_s = time.perf_counter() + LAP_S
+    while True:
+        yield time.perf_counter()
+        if time.perf_counter() >= until_s:
+            return
 
 
 def _greedy(tokens: int) -> Sampling:
@@ -326,9 +341,11 @@ class Tuning:
         vision = (self._feeds, self.chosen["vision_threads"])
         tower = self._pair(other, TowerRun, vision, (1,))
         reading = self._pair(other, DecoderRun, decoder, (self.chosen["prefill_chunk"], streams, TOKENS))
-        seconds = [[entry.seconds for entry in ended.entries] for ended in (tower, reading)]
-        whole = [sum(parts) for parts in zip(*seconds, strict=True)]
-        noises = [noise(ended.entries[0]) * parts[0] for ended, parts in zip((tower, reading), seconds, strict=True)]
+        ours, theirs = (
+            [picture.seconds + text.seconds for picture, text in zip(a.laps, b.laps, strict=False)]
+            for a, b in zip(tower.entries, reading.entries, strict=True)
+        )
+        ratios = [mine / yours for mine, yours in zip(theirs, ours, strict=True)]
         return {
             "bundle": folder.resolve().name,
             "recipe": (other.manifest.get("recipe") or {}).get("name"),
@@ -337,9 +354,9 @@ class Tuning:
             "precisions": {"vision": other.vision_precision, "decoder": other.precision},
             "tower": tower.to_json(),
             "decoder": reading.to_json(),
-            "reading_s": whole,
-            "of_ours": whole[1] / whole[0],
-            "noise": sum(noises) / whole[0],
+            "reading_s": [statistics.median(ours), statistics.median(theirs)],
+            "of_ours": statistics.median(ratios),
+            "noise": noise(ratios),
         }
 
     def _pair(self, other: Bundle, kind: type, made: Sequence[object], lap: Sequence[object]) -> Race:
