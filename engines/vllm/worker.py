@@ -146,7 +146,7 @@ def make_rewindable() -> None:
         def set_offset(self, offset: int) -> torch.Generator:
             return self.manual_seed(self.initial_seed())
 
-    torch.Generator = Generator  # type: ignore[misc]
+    torch.Generator = Generator
 
 
 def forcing(logits: dict[str, list]):
