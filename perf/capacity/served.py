@@ -27,8 +27,9 @@ from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.serving import Settings
 from cxr_triton.perf.bench import Observer
 from cxr_triton.perf.capacity.alone import Alone
+from cxr_triton.perf.capacity.machine import chunk_tokens
 from cxr_triton.perf.capacity.simulate import simulate
-from cxr_triton.perf.capacity.stages import SCHEMA_VERSION, Curve, Stages
+from cxr_triton.perf.capacity.stages import SCHEMA_VERSION, Curve, Machine, Stages
 from cxr_triton.perf.environment import Stolen, busy_s, environment
 from cxr_triton.perf.load import Load, offer
 from cxr_triton.perf.observer import MODEL
@@ -120,13 +121,15 @@ def stages_of(curves: Mapping[str, list[dict]], one: Offered, workload: Workload
     preprocess_cpu_ms = processes["dicom_preprocess"] + processes["decoding child"]
     step, tower = curves["step"][0], curves["tower"][0]
     steps = statistics.fmean((record.tokens or 1) - 1 for record in one.records)
-    prompts = [_prompt_cost(curves["prefill"], r.prompt_tokens or 1, facts["prefill_chunk"]) for r in one.records]
+    prompts = [
+        _prompt_cost(curves["prefill"], r.prompt_tokens or 1, facts["machine"]["prefill_chunk"]) for r in one.records
+    ]
     prefill_ms, prefill_cpu_ms = (statistics.fmean(column) for column in zip(*prompts, strict=True))
     graph_cpu_ms = prefill_cpu_ms + steps * step["cpu_ms"]
     token_ms = max(0.0, one.mean("decode") / steps - step["ms"])
     token_cpu_ms = min(token_ms, max(0.0, processes["decoder"] - graph_cpu_ms) / steps)
     known_cpu_ms = preprocess_cpu_ms + tower["cpu_ms"] + graph_cpu_ms + steps * token_cpu_ms
-    chunks = steps / min(CHUNK_TOKENS, max(1, CHUNK_MS // (step["ms"] + token_ms)))
+    chunks = steps / chunk_tokens(build(Machine, facts["machine"], "machine"), (step["ms"] + token_ms) / 1e3)
     rest_cpu_ms = max(0.0, sum(one.processor_ms.values()) - known_cpu_ms)
     between_ms = one.mean("transport", "vision", "queue", "prefill", "remainder") - tower["ms"] - prefill_ms
     return {
@@ -182,12 +185,21 @@ class Study:
     concurrencies : sequence of int
     seconds : float
         Of each load.
+    kept : mapping
+        Bytes that a reading leaves, for the file of stage times.
     """
 
     def __init__(
-        self, bundle: Path, workload: Workload, settings: Settings, concurrencies: Sequence[int], seconds: float
+        self,
+        bundle: Path,
+        workload: Workload,
+        settings: Settings,
+        *,
+        concurrencies: Sequence[int],
+        seconds: float,
+        kept: Mapping[str, int],
     ):
-        self.bundle, self.workload, self.settings = bundle, workload, settings
+        self.bundle, self.workload, self.settings, self.kept = bundle, workload, settings, kept
         self.concurrencies, self.seconds = concurrencies, seconds
         self.rates: list[float] = []
         self.opened = Bundle.open(bundle, verify=False)
@@ -229,8 +241,9 @@ class Study:
         others_s = busy_s() - busy - curves.pop("processor_s")
         others_share = max(0.0, others_s / ((time.monotonic() - began_s) * (os.cpu_count() or 1)))
         one = served.offer(Load("concurrency", 1), self.seconds)
+        facts["machine"] = self._machine(facts["prefill_chunk"])
         costs = stages_of(curves, one, self.workload, facts)
-        file = {"machine": self._machine(facts), "resident_mib": one.resident_mib, **costs}
+        file = {"machine": facts["machine"], "resident_mib": one.resident_mib, **costs}
         stages = build(Stages, self._file(file, {"date": "", "environment": {}, "command": []}), "round")
         if not self.rates:
             most = simulate(stages, concurrency=2 * stages.machine.slots, readings=400, warm_up=40)
@@ -267,14 +280,14 @@ class Study:
             "ratio": ratio,
         }
 
-    def _machine(self, facts: Mapping) -> dict:
+    def _machine(self, prefill_chunk: int) -> dict:
         return {
             "cores": len(os.sched_getaffinity(0)),
             "preprocess_instances": self.settings.preprocess_instances,
             "slots": self.settings.slots,
             "queue_size": self.settings.queue_size,
             "vision_batch": VISION_BATCH,
-            "prefill_chunk": facts["prefill_chunk"],
+            "prefill_chunk": prefill_chunk,
             "chunk_tokens": CHUNK_TOKENS,
             "chunk_ms": CHUNK_MS,
         }
@@ -291,7 +304,7 @@ class Study:
             "environment": {key: str(made.get(key)) for key in ("cpu", "cores", "os", "python", "revision")},
             "versions": made.get("versions") or {"cxr-triton": "unknown"},
             **costs,
-            "kept": {"answer_bytes": 0, "row_bytes": 0, "gateway_bytes": 0, "memory_mib": resident_mib},
+            "kept": {**self.kept, "memory_mib": resident_mib},
         }
 
 
@@ -333,6 +346,17 @@ def _spread(points: Sequence[Mapping]) -> dict:
     }
 
 
+def bytes_kept(record: Path | None) -> dict[str, int]:
+    """Bytes that a reading leaves, of a record such as docs/results/capacity-kept.json; 0 without one."""
+    if record is None:
+        return dict.fromkeys(("answer_bytes", "row_bytes", "gateway_bytes"), 0)
+    measured = json.loads(record.read_text("utf-8"))
+    gateway = sum(size for name, size in measured["gateway"]["each"].items() if name != "objects")
+    answer = measured["archive"]["text_bytes"] + measured["archive"]["reading_bytes"]
+    of_row = measured["archive"]["row_bytes"]
+    return {"answer_bytes": round(answer), "row_bytes": round(of_row), "gateway_bytes": round(gateway)}
+
+
 @click.command(cls=Command, extra="perf")
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
@@ -346,10 +370,15 @@ def _spread(points: Sequence[Mapping]) -> dict:
 @click.option("--seconds", default=8.0, show_default=True, help="Of each load.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option(
+    "--kept",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What readings leave, measured; none by default.",
+)
+@click.option(
     "--stages", "stages_path", type=OUT_FILE, help="Write the stage times for `python -m cxr_triton.perf.capacity`."
 )
 @json_option
-def main(*, bundle, workload, slots, preprocess_instances, concurrencies, seconds, rounds, stages_path, json_path):
+def main(*, bundle, workload, slots, preprocess_instances, rounds, kept, stages_path, json_path, **loads):
     """Stage times of BUNDLE, served on this machine, and a simulation from them beside the server under load."""
     settings = Settings(
         slots=slots,
@@ -360,7 +389,8 @@ def main(*, bundle, workload, slots, preprocess_instances, concurrencies, second
         draft_index_mib=0,
         picture_cache_mib=0,
     )
-    record, stages = Study(bundle, load_workload(workload), settings, concurrencies, seconds).run(rounds)
+    study = Study(bundle, load_workload(workload), settings, **loads, kept=bytes_kept(kept))
+    record, stages = study.run(rounds)
     for point in record["ratio"]:
         medians = {name: value["median"] for name, value in point.items() if name not in ("load", "rounds")}
         told = (
