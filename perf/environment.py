@@ -73,6 +73,12 @@ class Stolen:
         return int(Path("/proc/stat").read_text().split(maxsplit=9)[8]) / os.sysconf("SC_CLK_TCK")
 
 
+def busy_s() -> float:
+    """Time that all cores together have worked since the system started, proc(5)."""
+    user, nice, system, _, _, irq, softirq, *_ = Path("/proc/stat").read_text().split(maxsplit=10)[1:]
+    return sum(map(int, (user, nice, system, irq, softirq))) / os.sysconf("SC_CLK_TCK")
+
+
 def _field(file: str, name: str) -> str:
     lines = Path(file).read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")

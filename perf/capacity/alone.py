@@ -40,12 +40,16 @@ class Alone:
         self._embeddings = [self._encode([prompt])[0] for prompt in self._prompts]
 
     def measure(self, batches: Sequence[int]) -> dict:
-        """Points of the three curves, medians: pictures of a batch, tokens of a prompt's piece, streams of a step."""
-        streams = range(1, self._decoder.slots + 1)
+        """Points of the three curves, medians: pictures of a batch, tokens of a prompt's piece, streams of a step.
+
+        ``processor_s`` is the processor time that it all took.
+        """
+        began_s, streams = time.process_time(), range(1, self._decoder.slots + 1)
         return {
             "tower": [_point(size, [self._batch(size, turn) for turn in range(TIMES)]) for size in batches],
             "prefill": [_point(size, [self._piece(size, turn) for turn in range(4 * TIMES)]) for size in self._sizes()],
             "step": [_point(size, self._steps(size)) for size in streams],
+            "processor_s": time.process_time() - began_s,
         }
 
     def facts(self) -> dict:

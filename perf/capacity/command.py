@@ -56,7 +56,8 @@ def table(result: Mapping) -> list[str]:
     """A result as lines for a terminal."""
     rows = [("stage times", f"{result['stages']['title']}, {result['stages']['date']}")]
     rows += [("servers", _of(result["servers"])), ("cards, cores", f"{_of(result['cards'])}, {_of(result['cores'])}")]
-    rows.append(("memory", f"{number(result['memory_mib'] / 1024)} GiB"))
+    memory = result["memory_mib"]
+    rows.append(("memory", "not measured" if memory is None else f"{number(memory / 1024)} GiB"))
     rows.append(("one server at most", f"{number(result['one_server_at_most_per_s'])} readings/s"))
     rows += _of_studies(result) if "busiest_hour" in result else _of_archive(result)
     network = result["network"]

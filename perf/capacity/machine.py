@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cxr_triton.perf.capacity.stages import Curve, Kind, Stages
+from cxr_triton.perf.capacity.stages import Curve, Kind, Machine, Stages
 
 RESOURCES = ("cores", "card", "report")
 _ENDED_S = 1e-9
@@ -259,6 +259,13 @@ def task_of(curve: Curve, size: int) -> tuple[float, tuple[float, float, float]]
     return seconds, (cpu_s / seconds if seconds else 0.0, float(curve.on == "card"), 0.0)
 
 
+def chunk_tokens(machine: Machine, step_s: float) -> int:
+    """Tokens of a chunk: all that a step more would make too old, see `cxr_triton.engines.runtime.scheduler`."""
+    if step_s * machine.chunk_tokens * 1e3 <= machine.chunk_ms:
+        return machine.chunk_tokens
+    return min(machine.chunk_tokens, math.floor(machine.chunk_ms / 1e3 / step_s) + 1)
+
+
 @dataclass
 class Decoder:
     """The decoder of a server: slots, turns of a piece of a prompt and a step, chunks of text."""
@@ -336,8 +343,7 @@ class Decoder:
         alone_s, cpu_s = stages.step.cost(streams)
         seconds = alone_s + streams * stages.token.ms / 1e3
         cpu_s += streams * stages.token.cpu_ms / 1e3
-        between = min(machine.chunk_tokens, max(1, math.floor(machine.chunk_ms / 1e3 / seconds))) if seconds else 1
-        chunks = streams / between  # a step
+        chunks = streams / chunk_tokens(machine, seconds)  # a step
         uses = (
             (cpu_s + chunks * stages.chunk.cpu_ms / 1e3) / seconds if seconds else 0.0,
             alone_s / seconds if seconds and stages.step.on == "card" else 0.0,

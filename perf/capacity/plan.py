@@ -179,7 +179,7 @@ def saturated(stages: Stages, pictures: int) -> dict:
     machine = stages.machine
     under_way = 2 * machine.slots + machine.preprocess_instances + machine.vision_batch
     concurrency = max(1, min(under_way, machine.queue_size))
-    readings = max(2000, 20 * concurrency)
+    readings = max(1000, 20 * concurrency)
     outcome = simulate(stages, concurrency=concurrency, readings=readings, warm_up=4 * concurrency, pictures=pictures)
     return outcome.summary() | {"concurrency": concurrency, "readings_per_s": readings / outcome.seconds}
 
@@ -239,8 +239,8 @@ def hardware(stages: Stages, replicas: int) -> dict:
         "servers": replicas,
         "cards": replicas * machine.cards,
         "cores": replicas * machine.cores,
-        "memory_mib": replicas * kept.memory_mib,
-        "card_memory_mib_each": kept.card_memory_mib,
+        "memory_mib": None if kept.memory_mib is None else replicas * kept.memory_mib,
+        "card_memory_mib": None if kept.card_memory_mib is None else replicas * kept.card_memory_mib,
     }
 
 

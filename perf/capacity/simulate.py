@@ -27,12 +27,17 @@ class Outcome:
         From the first of them to the last arrival.
     use : dict of str to float
         Share of ``cores``, ``card``, ``report`` and ``slots`` in use meanwhile, over all servers.
+    began_s : float
+        When the first of them came.
+    core_s : float
+        Seconds of cores from the first of them until all were done.
     """
 
     readings: list[Reading]
     seconds: float
     use: dict[str, float]
-    began_s: float = 0.0
+    began_s: float
+    core_s: float
 
     @property
     def refused(self) -> dict[str, int]:
@@ -168,7 +173,8 @@ def simulate(
         made.append(run.arrive(at_s))
     seconds, after = at_s - began_s, run.used(at_s)
     run.advance(math.inf)
-    return Outcome(made[warm_up:], seconds, _shares(stages, replicas, seconds, before, after), began_s)
+    core_s = sum(replica.shared.used_s[0] for replica in run.replicas) - before[0]
+    return Outcome(made[warm_up:], seconds, _shares(stages, replicas, seconds, before, after), began_s, core_s)
 
 
 def _open(run: _Run, arrivals: Iterator[float]) -> Iterator[float]:

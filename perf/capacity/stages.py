@@ -155,17 +155,21 @@ class Kept(Checked):
         Of its row in an archive's Parquet files.
     gateway_bytes : int
         Of what the gateway keeps of a study beside its pictures.
-    memory_mib : int
-        Of a server's processes.
-    card_memory_mib : int or None
-        None where it was not measured.
+    memory_mib, card_memory_mib : int or None
+        Of a server's processes, and of the card; None where it was not measured.
     """
 
     answer_bytes: int = in_range(0, 1 << 34)
     row_bytes: int = in_range(0, 1 << 34)
     gateway_bytes: int = in_range(0, 1 << 34)
-    memory_mib: int = in_range(0, 1 << 30)
+    memory_mib: int | None = None
     card_memory_mib: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("memory_mib", "card_memory_mib"):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= 1 << 30:
+                raise InvalidConfig(f"{name}: {value} is outside 0 to {1 << 30}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,8 @@ SUBSTITUTES = (
     (r"^make demo$", "[ -d build/demo/repository ] || make demo"),
     (r"^cxr-triton bench run .* (\S*)after.json$", r"cp \1before.json \1after.json"),
     (r"^(cxr-triton bench run .*)", r"\1 --scenario single_stream --seconds 0.2 --requests 2 --repeats 2 --sweep ''"),
+    (r"^(python -m cxr_triton.perf.capacity \S+ --studies-per-day .*)", r"\1 --readings 300"),
+    (r"^(python -m cxr_triton.perf.capacity.host \S+)", r"\1 --tokens 20 --rounds 1"),
     (r"^(.venv/bin/python tests/phantom/train.py .*)", r"\1 --pictures 32 --vision-steps 1 --answer-steps 1"),
     (r"^(.venv/bin/python tests/phantom/evaluate.py .*)", r"\1 --count 2"),
 )
@@ -123,6 +125,11 @@ NOT_RUN = {
     "docs/measures.md": {r"^cxr-triton evaluate measure ": "of anybody's result; docs/evaluation.md runs it on one"},
     "examples/evaluation/README.md": {
         r"": "of a data set that has to be asked for; its layout is in test_evaluate_data.py"
+    },
+    "docs/scale.md": {
+        r"capacity.served": "takes four minutes; tests/integration/test_bench_served.py runs a small one",
+        r"kept.py": "takes three minutes, and Orthanc",
+        r"stages-3b-cpu|--archive 1e8": "as the first one, which is run; tests/unit/test_capacity.py has archives",
     },
     "docs/reliability.md": {
         r"gateway_faults.py": "takes an hour; tests/integration/test_gateway.py runs a small one",

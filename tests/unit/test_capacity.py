@@ -5,6 +5,8 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +15,13 @@ from click.testing import CliRunner
 from cxr_triton.config import build
 from cxr_triton.errors import InvalidConfig, InvalidRequest
 from cxr_triton.perf.capacity.command import main
+from cxr_triton.perf.capacity.machine import chunk_tokens
 from cxr_triton.perf.capacity.plan import Demand, for_studies, saturated
+from cxr_triton.perf.capacity.served import Offered, ratios, stages_of
 from cxr_triton.perf.capacity.simulate import simulate
-from cxr_triton.perf.capacity.stages import Curve, Stages, load_stages
-from cxr_triton.perf.workload import arrivals
+from cxr_triton.perf.capacity.stages import Curve, Machine, Stages, load_stages
+from cxr_triton.perf.summary import Record
+from cxr_triton.perf.workload import Image, Item, arrivals
 
 FREE = {"ms": 0, "cpu_ms": 0}
 
@@ -186,6 +191,86 @@ def test_more_servers_never_wait_longer_and_a_seed_says_it_all(seed):
     assert open_loop(made, rate, readings=800, seed=seed + 10) != told[0]
 
 
+RECORDS = Path(__file__).resolve().parents[2] / "docs" / "results"
+MORE_AT_8 = 1.40
+"""A step of 8 streams over one of 1: on the line through 1 and 4 of docs/results/decoder-3b-int4-openvino.json."""
+
+
+def of_record(record: dict) -> Stages:
+    """Stage times of one stream of a 3B on two cores, both busy in all that its graphs do."""
+    took = record["scenarios"][0]["points"][0]["waterfall"]["stages_ms"]
+    preprocess_ms, step_ms, tokens = took["image_decode"] + took["preprocess"], took["decode"] / 127, 297
+    return stages(
+        machine=machine(cores=2, slots=8, preprocess_instances=2, vision_batch=8, queue_size=64),
+        readings=[
+            kind(preprocess_ms=preprocess_ms, preprocess_cpu_ms=preprocess_ms, prompt_tokens=tokens, answer_tokens=128)
+        ],
+        transport={"ms": took["transport"], "cpu_ms": 0},
+        tower=curve(took["vision"], 8 * took["vision"], (1, 8), width=2),
+        prefill=curve(took["prefill"] / tokens, took["prefill"] / tokens * 128, (1, 128), width=2),
+        step=curve(step_ms, MORE_AT_8 * step_ms, (1, 8), width=2),
+        report={"ms": took["report"], "cpu_ms": took["report"]},
+    )
+
+
+@pytest.mark.parametrize("name", ["bench-3b", "bench-3b-streams"])
+def test_of_what_one_stream_took_it_tells_what_eight_did(name):
+    """Recorded on a machine that did nothing else; docs/scale.md says why it is a tenth too careful."""
+    record = json.loads((RECORDS / f"{name}.json").read_text())
+    made, measured = of_record(record), [scenario["points"][0]["summary"] for scenario in record["scenarios"][:2]]
+    for summary, concurrency, low, high in zip(measured, (1, 8), (0.98, 0.85), (1.02, 1.0), strict=True):
+        seconds = 20 if name == "bench-3b" else 100
+        told = simulate(made, concurrency=concurrency, readings=2, min_seconds=seconds).summary()
+        assert low < told["readings_per_s"] / summary["readings_per_s"]["mean"] < high
+        assert 1 / high - 0.02 < told["latency_ms"]["p50"] / summary["latency_ms.p50"]["mean"] < 1 / low + 0.02
+
+
+def test_what_one_stream_took_adds_up_again_in_time_and_in_processors():
+    """Graphs by themselves, and the rest from the readings: the simulation of one stream is that stream."""
+    curves = {
+        "tower": curve(10, 70, (1, 8), width=1.5)["points"],
+        "prefill": curve(6, 12, (60, 128), width=1.2)["points"],
+        "step": curve(0.5, 0.9, (1, 4))["points"],
+    }
+    took = {"image_decode": 4, "preprocess": 6, "vision": 13, "queue": 0.2, "prefill": 9, "decode": 55, "report": 2}
+    took |= {"transport": 4, "remainder": 0.8}
+    records = [Record(i % 2, 0.0, 0.0, sum(took.values()) / 1e3, [0.036], "ok", 100, 51, took) for i in range(6)]
+    processes = {"client": 5, "tritonserver": 5, "vision_encoder": 16, "report": 3, "decoder": 60}
+    processes |= {"dicom_preprocess": 2, "decoding child": 7}
+    offered = Offered(records, processes, others_share=0.0, resident_mib=600)
+    images = (Image("picture", b"1234567"),)
+    workload = SimpleNamespace(items=(Item(images, {}), Item(images, {})))
+    facts = {"machine": machine(cores=2, slots=4, vision_batch=8, prefill_chunk=128), "image_tokens": [50, 50]}
+    made = stages(machine=facts["machine"], **stages_of(curves, offered, workload, facts))
+    alone = simulate(made, concurrency=1, readings=6)
+    assert alone.summary()["latency_ms"]["mean"] == pytest.approx(sum(took.values()), rel=0.001)
+    assert 1e3 * alone.core_s / 6 == pytest.approx(sum(processes.values()), rel=0.001)
+    assert made.readings[0].bytes == 7 and made.chunk.ms == pytest.approx(3 / (50 / 8), rel=0.001)
+
+
+def test_only_rounds_in_which_nothing_else_ran_count():
+    def a_round(ratio, others, alone=0.0):
+        measured = {"others_share": others}
+        point = {"load": {"kind": "concurrency", "value": 2}, "measured": measured, "ratio": {"readings_per_s": ratio}}
+        return {"one_stream": measured, "alone_others_share": alone, "points": [point]}
+
+    (told,) = ratios([a_round(0.9, 0.0), a_round(1.0, 0.04), a_round(5, 0.06), a_round(6, 0.0, alone=0.5)])
+    assert told["rounds"] == 2 and told["readings_per_s"] == {"median": 0.95, "range": [0.9, 1.0]}
+    (none,) = ratios([a_round(1.0, 0.9)])
+    assert none["rounds"] == 0 and "readings_per_s" not in none
+
+
+def test_a_chunk_holds_what_the_next_step_would_make_too_old():
+    """As `Runtime._emit` decides it, token by token."""
+    for step_ms in (0.5, 3.0, 3.75, 9.6, 10.0, 29.0, 40.0):
+        waiting, chunk = 0, 0
+        while not chunk:
+            waiting += 1
+            if waiting == 8 or (waiting - 1) * step_ms + step_ms > 30:
+                chunk = waiting
+        assert chunk_tokens(build(Machine, {"cores": 1}, "machine"), step_ms / 1e3) == chunk, step_ms
+
+
 def test_a_full_queue_refuses_and_what_was_refused_took_nothing_more():
     made = stages(machine=machine(queue_size=2))
     told = open_loop(made, 3.0, readings=300)
@@ -246,6 +331,7 @@ def hostile():
     yield json.dumps(whole | {"machine": machine(slots=4097)}), "slots: 4097 is outside"
     yield json.dumps(whole | {"step": curve(1, 1, (1, 2)), "machine": machine(slots=4)}), "measured up to 2"
     yield json.dumps(whole | {"step": curve(1, 1, (1, 4), on="card")}), "a stage runs on a card"
+    yield json.dumps(whole | {"kept": {**whole["kept"], "memory_mib": -1}}), "memory_mib: -1 is outside"
     yield json.dumps(whole | {"title": "x" * (9 << 20)}), "bytes, allowed"
 
 
