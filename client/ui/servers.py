@@ -7,7 +7,8 @@ from typing import Any
 
 from cxr_triton.client.aio import AsyncReader
 from cxr_triton.client.served import ServedProfile
-from cxr_triton.errors import CxrError
+from cxr_triton.client.ui.refusal import Refusal
+from cxr_triton.errors import CxrError, Unavailable
 from cxr_triton.profile import ModelProfile
 
 KNOWN_S = 1.0
@@ -30,17 +31,24 @@ class Server:
 
     async def known(self) -> ModelProfile | None:
         """The profile; None where the server does not say it within `KNOWN_S`."""
+        found = await self._asked()
+        return None if isinstance(found, CxrError) else found
+
+    async def _asked(self) -> ModelProfile | CxrError:
         try:
             async with asyncio.timeout(KNOWN_S):
                 return await self.profile()
-        except (CxrError, TimeoutError):
-            return None
+        except TimeoutError:
+            return Unavailable(f"no ready server at {self.name} within {KNOWN_S:g} s")
+        except CxrError as error:
+            return error
 
     async def told(self) -> dict[str, Any]:
         """What the page is told of it."""
-        profile = await self.known()
-        if profile is None:
-            return {"name": self.name, "model": "", "profile": "", "up": False, "tasks": [], "modes": []}
+        profile = await self._asked()
+        if isinstance(profile, CxrError):
+            away = {"model": "", "profile": "", "up": False, "tasks": [], "modes": []}
+            return {"name": self.name, **away, "error": Refusal(profile).told}
         tasks = [
             {
                 "name": name,

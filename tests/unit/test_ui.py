@@ -160,6 +160,7 @@ def test_a_server_that_is_down_is_said_to_be(triton):
     with UiServer(gone.url, triton.url) as server:
         about = server.ask("GET", "/api/about")[2]
         assert [each["up"] for each in about["servers"]] == [False, True]
+        assert about["servers"][0]["error"]["code"] == "UNAVAILABLE" and "error" not in about["servers"][1]
         visitor = Visitor(server)
         status, error = visitor.refused(pictures=[visitor.picture(CHEST)])
         assert (status, error["code"]) == (503, "UNAVAILABLE") and error["hint"]

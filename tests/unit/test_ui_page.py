@@ -417,6 +417,46 @@ def test_a_keyboard_and_a_screen_reader_are_enough(tmp_path, triton, seen):
     seen(do)
 
 
+def test_a_mouse_and_two_fingers_move_zoom_and_change_greys(tmp_path, triton, seen):
+    shown = "Number(/(\\d+) %/.exec(document.querySelector('.pane figcaption').innerText)[1])"
+    filtered = "document.querySelector('.stage canvas').style.filter"
+
+    async def do(page):
+        await page.choose("#files", given(tmp_path, dicom(rows=480, columns=400)))
+        await page.until(DRAWN)
+        left, top, width, height = await page.evaluate(STAGE)
+        x, y = left + width / 2, top + height / 2
+        fitted = await page.evaluate(shown)
+        await page.mouse("mouseWheel", x, y, deltaX=0, deltaY=-200)
+        await page.until(f"{shown} > {1.4 * fitted}")
+        assert await page.evaluate("scrollY") == 0, "the page stays where it is"
+        before = await page.pixels()
+        await drag(page, (x, y), (x + 40, y + 20), "left")
+        ours = before[int(y) - 60 : int(y) + 60, int(x) - 60 : int(x) + 60]
+        while True:
+            moved = (await page.pixels())[int(y) - 40 : int(y) + 80, int(x) - 20 : int(x) + 100]
+            if np.abs(moved - ours).mean() < 2:
+                break
+        await drag(page, (x, y), (x + 40, y), "right")
+        await page.until(f"{filtered}.startsWith('contrast(1.2)')")
+        await page.evaluate("document.querySelector('.stage canvas:last-of-type').focus()")
+        await page.press("0")
+        await page.until(f"{shown} === {fitted}")
+        for kind, apart in (("touchStart", 40), ("touchMove", 60), ("touchMove", 80), ("touchEnd", None)):
+            points = [] if apart is None else [{"x": x - apart, "y": y, "id": 0}, {"x": x + apart, "y": y, "id": 1}]
+            await page.call("Input.dispatchTouchEvent", type=kind, touchPoints=points)
+        await page.until(f"{shown} > {1.8 * fitted} && {shown} < {2.2 * fitted}")
+
+    seen(do)
+
+
+async def drag(page, begin, end, button: str) -> None:
+    held = {"button": button, "buttons": {"left": 1, "right": 2}[button]}
+    await page.mouse("mousePressed", *begin, **held, clickCount=1)
+    await page.mouse("mouseMoved", *end, **held)
+    await page.mouse("mouseReleased", *end, button=button, clickCount=1)
+
+
 def test_a_session_ends_with_its_tab_and_a_new_one_begins_when_the_server_ended_it(tmp_path, triton, seen, servers):
     room = servers[2]
 

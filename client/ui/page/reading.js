@@ -207,8 +207,11 @@ const signed = (score) => `${score < 0 ? "−" : "+"}${Math.abs(score).toFixed(1
 function bars(scores) {
   if (!scores) return null;
   const rows = Object.entries(scores).sort(([, a], [, b]) => b - a).map(([name, score]) => {
-    const meter = make("meter", { min: 0, max: 2 * SCORE_LIMIT, value: score + SCORE_LIMIT, "aria-label": name });
-    return make("div", {}, make("dt", {}, name), make("dd", {}, meter), make("dd", {}, signed(score)));
+    const bar = make("i");
+    const length = (50 * Math.min(Math.abs(score), SCORE_LIMIT)) / SCORE_LIMIT;
+    bar.style.width = `${Math.max(length, 0.3)}%`;
+    bar.style.marginLeft = `${score < 0 ? 50 - length : 50}%`;
+    return make("div", {}, make("dt", {}, name), make("dd", {}, bar), make("dd", {}, signed(score)));
   });
   const told = "Log-odds of the answer with each and without it, given the reasoning that was written, from −15 to 15. Uncertain is what is under 3 to 1. Not calibrated, and no probability of a disease.";
   return make("details", { className: "scores" }, make("summary", {}, "How sure the model is"), make("dl", { className: "bars" }, ...rows), make("p", { className: "told" }, told));
