@@ -27,6 +27,8 @@ ABILITIES = {
     "drafts": "drafts were",
 }
 """What only some engines do, as a message begins that says so; settings of a repository have the same names."""
+ADAPTER = "adapter"
+"""Folder of a bundle, with the two files of a LoRA adapter as peft writes them."""
 COMPUTES = ("fp32", "fp16", "bf16")
 SLOTS = 4
 PREFILL_PROMPTS, PREFILL_TOKENS = 2, 512
@@ -118,6 +120,8 @@ class Engine:
         Of the files of a graph in a bundle.
     folder : str or None
         Of a bundle, for the decoder's files alone.
+    takes_adapter : bool
+        It runs the decoder with the LoRA adapter that a bundle holds.
     computes : tuple of str
         Types that it computes in.
     needs_recipe : bool
@@ -143,6 +147,7 @@ class Engine:
     form: ClassVar[str] = "onnx"
     suffixes: ClassVar[tuple[str, ...]] = ("onnx", "onnx.data")
     folder: ClassVar[str | None] = None
+    takes_adapter: ClassVar[bool] = False
     computes: ClassVar[tuple[str, ...]] = ()
     needs_recipe: ClassVar[bool] = True
     in_container: ClassVar[bool] = False
@@ -168,6 +173,11 @@ class Engine:
     def files(self, graph: str) -> tuple[str, ...]:
         """Names of the files in a bundle that hold a graph; more may lie in `folder`."""
         return tuple(f"{graph}.{suffix}" for suffix in self.suffixes)
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Folders that a bundle may have: for the decoder's files, and for an adapter's."""
+        return tuple(filter(None, (self.folder, ADAPTER if self.takes_adapter else None)))
 
     # Recipes.
 

@@ -97,6 +97,7 @@ class Preprocessor:
             "engine": opened.engine,
             "precision": opened.precision,
             "bundle": opened.digest,
+            **_adapter(opened),
             "verification": "passed" if is_verified(opened) else "none",
             "labels": list(self.profile.labels),
         }
@@ -194,6 +195,12 @@ class Preprocessor:
             )
         except CxrError as error:
             raise type(error)(f"IMAGES[{index}]: {error.message}" if count > 1 else error.message) from None
+
+
+def _adapter(bundle: Bundle) -> dict[str, str]:
+    """What a reading says of the LoRA adapter that it is made with."""
+    found = bundle.adapter
+    return {"adapter": found["name"], "adapter_sha256": found["sha256"]} if found else {}
 
 
 def sampling_of(context: str) -> Sampling:

@@ -281,6 +281,9 @@ def demo(folder: Path, json_path: str | None):
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Most images to take of each.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Folder of compiled plans.")
+@click.option(
+    "--adapter", type=FOLDER, help="LoRA adapter that the profile names, where the recipe's engine takes one."
+)
 @click.option("--unverified", is_flag=True, help="Package without the gate; the repository says so.")
 @click.option(
     "--evaluate", type=FILE, metavar="YAML", help="Labelled data to measure the engine on, before it is packaged."
