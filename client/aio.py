@@ -16,6 +16,7 @@ from cxr_triton import kserve
 from cxr_triton.client import wire
 from cxr_triton.client.base import Attempts, BaseReader, BaseStream, Calls
 from cxr_triton.client.conversation import Conversation
+from cxr_triton.client.spans import Span
 from cxr_triton.errors import Cancelled
 from cxr_triton.profile import ModelProfile
 from cxr_triton.reading import Reading
@@ -80,8 +81,8 @@ class AsyncReader(BaseReader["AsyncReadingStream"]):
     async def __aexit__(self, *exc) -> None:
         await self.close()
 
-    def _stream(self, request: pb.ModelInferRequest, sent: Sequence[str]) -> AsyncReadingStream:
-        stream = AsyncReadingStream(self, request, sent)
+    def _stream(self, request: pb.ModelInferRequest, sent: Sequence[str], span: Span) -> AsyncReadingStream:
+        stream = AsyncReadingStream(self, request, sent, span)
         self._streams.add(stream)
         return stream
 
@@ -135,8 +136,8 @@ class AsyncReadingStream(BaseStream):
         Complete once the iteration has ended.
     """
 
-    def __init__(self, reader: AsyncReader, request: pb.ModelInferRequest, sent: Sequence[str]):
-        super().__init__(reader.url, reader.timeouts, request, sent)
+    def __init__(self, reader: AsyncReader, request: pb.ModelInferRequest, sent: Sequence[str], span: Span):
+        super().__init__(reader.url, reader.timeouts, request, sent, span)
         self._reader = reader
 
     def __aiter__(self) -> AsyncIterator[str]:
@@ -151,6 +152,7 @@ class AsyncReadingStream(BaseStream):
                 if delta := await self._receive():
                     return delta
         except BaseException as error:
+            self._failed(error)
             self._leave()
             traceback.clear_frames(error.__traceback__)  # they would keep the call
             raise
@@ -164,13 +166,14 @@ class AsyncReadingStream(BaseStream):
 
     async def close(self) -> None:
         """Cancel the request if it is still under way, as `ReadingStream.close` does."""
+        self._left()
         self._leave()
 
     async def __aenter__(self) -> AsyncReadingStream:
         return self
 
     async def __aexit__(self, *exc) -> None:
-        self._leave()
+        await self.close()
 
     def __del__(self):
         self._leave()

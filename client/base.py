@@ -16,6 +16,7 @@ from cxr_triton import kserve
 from cxr_triton.client import wire
 from cxr_triton.client.address import require_endpoint
 from cxr_triton.client.limits import DEFAULT_TIMEOUTS, Access, Clock, Timeouts, Tls
+from cxr_triton.client.spans import Span, code_of
 from cxr_triton.errors import Cancelled, CxrError, Unavailable
 from cxr_triton.identity import sha256
 from cxr_triton.reading import Reading
@@ -71,6 +72,7 @@ class BaseReader(Generic[Stream]):
         guide: str | dict | None = None,
         logprobs: bool | None = None,
         scores: bool | None = None,
+        traceparent: str | None = None,
     ) -> Stream:
         """One reading of one patient's pictures; what is None is left to the server's profile.
 
@@ -81,6 +83,10 @@ class BaseReader(Generic[Stream]):
         task, prompt, mode, history, variables, max_new_tokens, temperature, top_p, repetition_penalty, seed, stop,
         identifiers, logprobs, scores, guide
             Keys of the request, see `cxr_triton.request.ReadRequest`.
+        traceparent : str, optional
+            What the reading is a part of, as W3C's Trace Context has it. Left out, or not of that form, it is a part of
+            the caller's active span of OpenTelemetry, or else a trace of its own. What OpenTelemetry records of it
+            begins here.
 
         Returns
         -------
@@ -113,9 +119,11 @@ class BaseReader(Generic[Stream]):
         }
         contents = wire.image_bytes(images)
         message = wire.infer_request(self.model, contents, request, self.max_message_mib)
-        return self._stream(message, [sha256(content) for content in contents])
+        span = Span("read", traceparent, "CLIENT", {"server.address": self.url, "cxr.images": len(contents)})
+        message.id = str(span.place)  # which every model on its way gets
+        return self._stream(message, [sha256(content) for content in contents], span)
 
-    def _stream(self, request: pb.ModelInferRequest, sent: Sequence[str]) -> Stream:
+    def _stream(self, request: pb.ModelInferRequest, sent: Sequence[str], span: Span) -> Stream:
         raise NotImplementedError
 
     def _open(self, library: Any) -> Calls:
@@ -131,7 +139,9 @@ class BaseReader(Generic[Stream]):
         metadata = self._access.metadata
 
         def call(request: object, timeout: float | None = None) -> Any:
-            return rpc(request, timeout=timeout, metadata=metadata())
+            # For those on the way that see headers: the front door, and Triton's own spans.
+            trace = [("traceparent", request.id)] if isinstance(request, pb.ModelInferRequest) else []
+            return rpc(request, timeout=timeout, metadata=[*metadata(), *trace])
 
         return call
 
@@ -189,18 +199,25 @@ class BaseStream:
         Complete once the iteration has ended.
     """
 
-    def __init__(self, url: str, timeouts: Timeouts, request: pb.ModelInferRequest, sent: Sequence[str]):
+    def __init__(self, url: str, timeouts: Timeouts, request: pb.ModelInferRequest, sent: Sequence[str], span: Span):
         self.reading: Reading | None = None
         self._url, self._timeouts = url, timeouts
         self._request: pb.ModelInferRequest | None = request
         self._sent = sent
+        self._span = span
         self._call: grpc.Call | None = None
+        self._was_sent = False
         self._clock = Clock(timeouts)
         self._late = ""  # the limit that ran out
         self._failure: CxrError | None = None  # what the last response said
         self._has_begun = False  # the server has said something
         self._waiting = False  # for a response
         self._ended = False
+
+    @property
+    def trace_id(self) -> str:
+        """Of this reading, before it is there too."""
+        return self._span.place.trace_id
 
     @property
     def is_sent(self) -> bool:
@@ -218,7 +235,7 @@ class BaseStream:
 
     def _follow(self, call: grpc.Call) -> None:
         """The request is on its way."""
-        self._call = call
+        self._call, self._was_sent = call, True
         self._clock.start()
         kserve.at_exit(self, BaseStream._cancel)
         if self._ended:  # closed while it connected
@@ -236,7 +253,8 @@ class BaseStream:
         try:
             delta, reading = wire.parse_response(message)
             if reading:
-                self.reading = wire.own_reading(reading, self._sent, self._url)
+                self.reading = wire.own_reading(reading, self._sent, self._url, self.trace_id)
+                self._span.read(self.reading)
         except CxrError as failure:
             self._failure = self._failure or failure
             return ""
@@ -261,6 +279,17 @@ class BaseStream:
             if self._late:
                 raise wire.late(self._late, self._timeouts, self._url)
             raise failure or wire.no_reading(self._url)
+        self._span.end()
+
+    def _failed(self, error: BaseException) -> None:
+        """It will give no reading."""
+        self._span.end(code_of(error))
+        if isinstance(error, CxrError) and self._was_sent:
+            error.of_trace(self.trace_id)
+
+    def _left(self) -> None:
+        """The caller has closed it."""
+        self._span.end(None if self.reading else Cancelled.code)
 
     def _complete(self) -> Reading:
         if self.reading is None:

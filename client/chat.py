@@ -84,10 +84,12 @@ class Chat:
                 self._ask(prompt=line)
         except CxrError as error:
             self.failed = True
-            said = f"[{error.code}] {in_options(error.message, self._files)}"
+            trace = f" (trace {error.trace_id})" if error.trace_id else ""
+            said = f"[{error.code}] {in_options(error.message, self._files)}{trace}"
             click.echo(printable(f"error: {said}"), err=True)
             if self._as_json:
-                click.echo(json.dumps({"error": {"code": error.code, "message": error.message}}))
+                told = {"code": error.code, "message": error.message}
+                click.echo(json.dumps({"error": told | ({"trace_id": error.trace_id} if error.trace_id else {})}))
 
     def _command(self, line: str) -> None:
         try:

@@ -25,8 +25,10 @@ from cxr_triton.cli import (
     access_options,
     json_option,
     printable,
+    trace_option,
     write_json,
 )
+from cxr_triton.client import otlp
 from cxr_triton.client.address import leaves_machine
 from cxr_triton.client.conversation import turns_of
 from cxr_triton.client.folder import DICOMDIR, Row, files_in, read_folder
@@ -61,6 +63,7 @@ def connection(command):
             help="Longest wait for the whole reading.",
         ),
         access_options,
+        trace_option,
     )
     for option in reversed(options):
         command = option(command)
@@ -72,9 +75,11 @@ def connect(
     *,
     url: str,
     timeout_s: float,
+    trace_otlp: str | None,
     **access: Path | None,
 ) -> Reader:
-    """A reader at `url`; warns where `images` would travel in clear text."""
+    """A reader at `url`; warns where `images` would travel in clear text, and sends spans where it is told to."""
+    otlp.start(trace_otlp, "read", lambda said: click.echo(f"warning: {printable(said)}", err=True))
     let_in = Access.of(**access)
     reader = Reader(url, timeouts=Timeouts(first_delta_s=None, total_s=timeout_s), **vars(let_in))
     if images and not let_in.tls and leaves_machine(url):
@@ -334,7 +339,7 @@ def answered(stream: ReadingStream, url: str, files: Sequence[Path], show: Calla
                 if text is None:
                     return stream.result()
                 if isinstance(text, CxrError):
-                    raise type(text)(in_options(text.message, files)) from None
+                    raise text.reworded(in_options(text.message, files)) from None
                 if isinstance(text, BaseException):
                     raise text
                 waiting.end()

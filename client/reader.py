@@ -19,6 +19,7 @@ from cxr_triton import kserve
 from cxr_triton.client import wire
 from cxr_triton.client.base import Attempts, BaseReader, BaseStream
 from cxr_triton.client.conversation import Conversation
+from cxr_triton.client.spans import Span
 from cxr_triton.profile import ModelProfile
 from cxr_triton.reading import Reading
 
@@ -133,8 +134,8 @@ class Reader(BaseReader["ReadingStream"]):
         if not getattr(self, "_closed", True) and not sys.is_finalizing():
             self._drop()
 
-    def _stream(self, request: pb.ModelInferRequest, sent: Sequence[str]) -> ReadingStream:
-        stream = ReadingStream(self, request, sent)
+    def _stream(self, request: pb.ModelInferRequest, sent: Sequence[str], span: Span) -> ReadingStream:
+        stream = ReadingStream(self, request, sent, span)
         self._streams.add(stream)
         return stream
 
@@ -171,8 +172,8 @@ class ReadingStream(BaseStream):
         Complete once the iteration has ended.
     """
 
-    def __init__(self, reader: Reader, request: pb.ModelInferRequest, sent: Sequence[str]):
-        super().__init__(reader.url, reader.timeouts, request, sent)
+    def __init__(self, reader: Reader, request: pb.ModelInferRequest, sent: Sequence[str], span: Span):
+        super().__init__(reader.url, reader.timeouts, request, sent, span)
         self._reader = reader
 
     def __iter__(self) -> Iterator[str]:
@@ -194,7 +195,8 @@ class ReadingStream(BaseStream):
                 if delta := self._receive():
                     return delta
         except BaseException as error:
-            self.close()
+            self._failed(error)
+            self._leave()
             traceback.clear_frames(error.__traceback__)  # they would keep the call
             raise
         raise StopIteration
@@ -213,6 +215,10 @@ class ReadingStream(BaseStream):
 
     def close(self) -> None:
         """Cancel the request if it is still under way: at once, or within a second where nothing has come yet."""
+        self._left()
+        self._leave()
+
+    def _leave(self) -> None:
         call = self._call
         if call is None or self._has_begun or self._waiting:
             self._cancel()
@@ -228,7 +234,7 @@ class ReadingStream(BaseStream):
 
     def __del__(self):
         if not sys.is_finalizing():
-            self.close()
+            self._leave()  # garbage collection may come in the middle of OpenTelemetry's work: the span stays untold
 
     def _receive(self) -> str:
         call, message, failure = self._call, None, None

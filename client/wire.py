@@ -7,6 +7,7 @@ of the reading.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -123,8 +124,8 @@ def parse_response(message: pb.ModelStreamInferResponse) -> tuple[str, str]:
     return texts["DELTA"], texts["READING"]
 
 
-def own_reading(text: str, sent: Sequence[str], url: str) -> Reading:
-    """The reading of a final response, of the images that this request sent.
+def own_reading(text: str, sent: Sequence[str], url: str, trace_id: str) -> Reading:
+    """The reading of a final response, of the images that this request sent, in the trace that it was sent with.
 
     Parameters
     ----------
@@ -143,7 +144,7 @@ def own_reading(text: str, sent: Sequence[str], url: str) -> Reading:
         names = [f"image {number} of the request" for number in range(1, len(sent) + 1)]
         given = [{"file_sha256": digest} for digest in sent]
         require_same_images(reading.images, given, names=names, reading=f"the reading from {url}")
-    return reading
+    return dataclasses.replace(reading, trace_id=trace_id)
 
 
 def check_contract(metadata: pb.ModelMetadataResponse, url: str) -> None:

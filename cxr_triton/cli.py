@@ -63,6 +63,8 @@ VERBS = {
         "openai",
         "Answer OpenAI's chat completions through a running server.",
     ),
+    "ui": ("cxr_triton.client.ui.command:ui", "ui", "Read radiographs in the browser, through a running server."),
+    "tune": ("cxr_triton.perf.command:tune", "local", "Measure the settings that serve a repository fastest here."),
     "bench": ("cxr_triton.perf.command:bench", "perf", "Measure a served reader, and compare measurements."),
     "evaluate": (
         "cxr_triton.evaluate.command:evaluate",
@@ -117,6 +119,12 @@ EXAMPLES = {
         "openai --url 127.0.0.1:8001",
         "openai --host 0.0.0.0 --cert cert.pem --key key.pem --api-keys-file keys",
     ),
+    "ui": (
+        "ui --url 127.0.0.1:8001 --open",
+        "ui --url 127.0.0.1:8001 --url 127.0.0.1:9001",
+        "ui --host 0.0.0.0 --cert cert.pem --key key.pem --password-file password",
+    ),
+    "tune": ("tune repository/", "tune bundle/ --streams 4 --dry-run --json tune.json"),
     "bench": ("bench run repository/ --json result.json",),
     "bench run": (
         "bench run repository/ --json result.json --html result.html",
@@ -212,6 +220,15 @@ def access_options(command):
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def trace_option(command):
+    """Where a verb's spans go, as `cxr_triton.client.otlp.start` and `cxr_triton.triton_repo.serve.Server` take it."""
+    return click.option(
+        "--trace-otlp",
+        metavar="URL",
+        help="Send spans to this collector, http://HOST:4318 (docs/traces.md).  [default: OTEL_EXPORTER_OTLP_ENDPOINT]",
+    )(command)
 
 
 _SHORT = r'(?:[-+.\w]+|"[-. \w]{0,20}")'
@@ -310,7 +327,8 @@ class Failure(_Plain):
     """A verb's failure as one line with its code; never a traceback."""
 
     def __init__(self, error: CxrError):
-        super().__init__(f"[{error.code}] {' '.join(printable(error.message).split())}")
+        trace = f" (trace {error.trace_id})" if error.trace_id else ""
+        super().__init__(f"[{error.code}] {' '.join(printable(error.message).split())}{trace}")
 
 
 class Busy(Failure):

@@ -38,6 +38,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Self
 
 _WIRE = re.compile(r"\[([A-Z_]+)\] (.*)", re.DOTALL)
 
@@ -51,6 +52,8 @@ class CxrError(Exception):
         One of `CODES`, stable across releases.
     message : str
         What is wrong, where, measured against allowed, and what to do; without the code.
+    trace_id : str
+        Of the reading that failed, as the logs on its way have it; "" where there is none.
     """
 
     code = "INTERNAL"
@@ -58,6 +61,18 @@ class CxrError(Exception):
     def __init__(self, message: str):
         super().__init__(message)
         self.message = message
+        self.trace_id = ""
+
+    def of_trace(self, trace_id: str) -> Self:
+        """Name the trace that it is of; a traceback says so too."""
+        if trace_id and not self.trace_id:
+            self.trace_id = trace_id
+            self.add_note(f"trace {trace_id}")
+        return self
+
+    def reworded(self, message: str) -> Self:
+        """The same in other words."""
+        return type(self)(message).of_trace(self.trace_id)
 
     def wire(self) -> str:
         """The text that crosses the server boundary: ``[CODE] message``."""

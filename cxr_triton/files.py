@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import BinaryIO
 
 from cxr_triton.errors import InvalidRequest
 
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h, linux/fs.h
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -89,10 +92,31 @@ def new_folder(out: Path, *, replaces: bool = False) -> Iterator[Path]:
             new.mkdir()
             yield new
             if replaces:
-                os.replace(out, around / "old")
-            os.replace(new, out)
+                _exchange(new, out)
+            else:
+                os.replace(new, out)
         finally:
             shutil.rmtree(around, ignore_errors=True)
+
+
+def _exchange(new: Path, out: Path) -> None:
+    """Have two folders change places, at once where the system can: whoever is killed leaves one of them at `out`."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        code = errno.ENOSYS
+    elif rename(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(out), _RENAME_EXCHANGE) == 0:
+        return
+    else:
+        code = ctypes.get_errno()
+    if code not in (errno.ENOSYS, errno.EINVAL):
+        raise OSError(code, os.strerror(code), str(out))
+    old = new.with_name("old")
+    os.replace(out, old)
+    try:
+        os.replace(new, out)
+    except BaseException:
+        os.replace(old, out)
+        raise
 
 
 def require_new(out: Path, remedy: str = "remove it or choose another one") -> None:
@@ -134,3 +158,8 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         except BlockingIOError:
             raise InvalidRequest(busy) from None
         yield
+
+
+def leave_no_core(pid: int = 0) -> None:
+    """A process, this one unless told another, and those that it starts write no core file: it would hold pictures."""
+    resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))

@@ -98,6 +98,27 @@ class CheckpointShape(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NamedAdapter(_Checked):
+    """The LoRA adapter that readings are made with, over the weights of the checkpoint.
+
+    Attributes
+    ----------
+    sha256 : str or None
+        Of its ``adapter_model.safetensors``; None takes any.
+    """
+
+    name: str
+    sha256: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not _NAME.fullmatch(self.name):
+            raise InvalidProfile(f"name: {self.name!r} is not lower-case letters, digits, dot, dash and underscore")
+        if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise InvalidProfile(f"sha256: {self.sha256!r:.80} is not 64 digits of lower-case hexadecimal")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task(_Checked):
     """One thing a model can be asked.
 
@@ -219,6 +240,8 @@ class ModelProfile(_Checked):
         Hub repository of the weights and the revision that the facts were taken from.
     checkpoint : CheckpointShape or None
         What a checkpoint has to look like to be exported with this profile; None takes any.
+    adapter : NamedAdapter or None
+        Which `export --adapter` has to give; some engines take one only.
     system_prompt : str or None
         None leaves the system line to the checkpoint's chat template.
     min_pixels, max_pixels : int
@@ -240,6 +263,7 @@ class ModelProfile(_Checked):
     checkpoint_id: str
     revision: str
     checkpoint: CheckpointShape | None = None
+    adapter: NamedAdapter | None = None
     licence: Licence
     notice: str
     system_prompt: str | None = None

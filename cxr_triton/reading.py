@@ -164,6 +164,9 @@ class Reading(Parsed):
         Log-odds, in nats, of the answer with each label or option and without it, given the reasoning that was written;
         from -15 to 15 (`cxr_triton.alternatives.SCORE_LIMIT`). Not calibrated, and no probability of a disease. Empty
         where they were not asked for, or where the answer has no list that could be taken apart.
+    trace_id : str
+        Of the request, as the logs and spans on its way have it (`cxr_triton.trace`); readings that differ in it alone
+        are equal. Empty where the request had none.
     """
 
     task: str | None
@@ -177,6 +180,7 @@ class Reading(Parsed):
     token_logprobs: tuple[float, ...] = ()
     token_ends: tuple[int, ...] = ()
     scores: dict[str, float] = field(default_factory=dict)
+    trace_id: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, parsed: Parsed, **facts) -> Reading:
@@ -187,7 +191,7 @@ class Reading(Parsed):
         """READING, one JSON object as ``docs/reading.schema.json`` describes it."""
         data = dataclasses.asdict(self)
         data["findings"] = [{k: v for k, v in each.items() if v is not None} for each in data["findings"]]
-        data = {key: value for key, value in data.items() if value or key not in ASKED}
+        data = {key: value for key, value in data.items() if value or key not in (*ASKED, "trace_id")}
         return json.dumps({"version": VERSION, **data}, ensure_ascii=False, allow_nan=False)
 
     @classmethod
@@ -204,7 +208,7 @@ class Reading(Parsed):
             version = data["version"]
             if version != VERSION:
                 raise ServerMismatch(f"READING: version {version}, this client reads {VERSION}; install the server's")
-            optional = (*ASKED, "guide")  # servers before it had none
+            optional = (*ASKED, "guide", "trace_id")  # servers before it had none
             names = [f.name for f in dataclasses.fields(cls) if f.name in data or f.name not in optional]
             return cls(**{name: _typed(name, data[name]) for name in names})
         except (ValueError, KeyError, TypeError, RecursionError) as error:

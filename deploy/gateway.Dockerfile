@@ -13,7 +13,7 @@ RUN python3 -m pip wheel --no-deps --wheel-dir /wheels /source
 
 FROM base AS gateway
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
-    python3 -m pip install "$(echo /wheels/cxr_triton-*.whl)[gateway]" \
+    python3 -m pip install "$(echo /wheels/cxr_triton-*.whl)[gateway,trace]" \
     && useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin cxr
 ENV HOME=/tmp
 USER 10001:10001

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cxr_triton.client.limits import NO_ACCESS, Access
 from cxr_triton.engines.bundle import MANIFEST, Bundle
+from cxr_triton.engines.cpu import Cpu
 from cxr_triton.engines.serving import BUNDLE
 from cxr_triton.errors import CxrError, InvalidRequest
 
@@ -221,6 +222,11 @@ class Case:
     def port(self) -> int:
         """Of `url`."""
         return int(self.url.rpartition(":")[2])
+
+    @property
+    def cpu(self) -> Cpu:
+        """The system's processor."""
+        return Cpu.of(self.read("proc/cpuinfo"))
 
     def read(self, path: str) -> str:
         """A file of the system under `root`; empty where there is none."""

@@ -25,11 +25,15 @@ class ServerProcess:
 
     def flag(self, name: str, default: str = "") -> str:
         """Value of a flag, the last one given; ``true`` for one without a value."""
-        found = default
+        return (self.values(name) or [default])[-1]
+
+    def values(self, name: str) -> list[str]:
+        """All values of a flag, in the order given."""
+        found = []
         for here, after in zip(self.arguments, (*self.arguments[1:], ""), strict=True):
             key, equals, value = here.partition("=")
             if key in (f"--{name}", f"-{name}"):
-                found = value if equals else ("true" if after.startswith("-") or not after else after)
+                found.append(value if equals else ("true" if after.startswith("-") or not after else after))
         return found
 
     @property

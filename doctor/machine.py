@@ -45,8 +45,7 @@ def system(case: Case) -> Iterator[Finding]:
 
 def cpu(case: Case) -> Iterator[Finding]:
     """The processor has AVX2, and which engine gains by what it has besides."""
-    lines = case.read("proc/cpuinfo").splitlines()
-    flags = next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+    flags = case.cpu.flags
     if not flags:
         yield skipped("processor", "/proc/cpuinfo lists no features")
         return

@@ -28,6 +28,9 @@ from cxr_triton.engines.verify.record import IN_ENGINE, require_verified
 from cxr_triton.engines.verify.record import subject as subject_of
 from cxr_triton.errors import CxrError, NotVerified
 from cxr_triton.triton_repo.integrity import RECORD, differences
+from cxr_triton.triton_repo.tuned import RECORD as TUNED
+from cxr_triton.triton_repo.tuned import differences as differs
+from cxr_triton.triton_repo.tuned import other_versions, record_of
 
 _NAMED = 5
 HASHING_S = 300.0
@@ -175,6 +178,24 @@ def packaged(case: Case) -> Iterator[Finding]:
         yield warn("packaged", said or state, "passed", "Verify the bundle and package it again.")
 
 
+def tuned(case: Case) -> Iterator[Finding]:
+    """The settings were measured on this machine's CPU, with these versions, where they were measured."""
+    path = case.repository / TUNED
+    try:
+        made = record_of(case.repository)
+    except CxrError as error:
+        yield refused(path, error.message, "a record of `cxr-triton tune`")
+        return
+    if made is None:
+        yield ok("settings", "those of `package`, not measured")
+        return
+    found = [*differs(made, case.cpu), *other_versions(made)]
+    if found:
+        yield warn(path, "; ".join(found), "as on this machine", f"Run `cxr-triton tune {case.repository}` again.")
+    else:
+        yield ok(path, f"measured on {made['date'][:10]}", "as on this machine")
+
+
 def _all(folder: Path) -> Iterator[Path]:
     yield folder
     yield from sorted(folder.rglob("*"))
@@ -186,6 +207,7 @@ CHECKS = (
     Check(id="repository.needs", run=needs, needs="bundle", limit_s=60),
     Check(id="repository.verified", run=verified, needs="bundle"),
     Check(id="repository.packaged", run=packaged, needs="repository"),
+    Check(id="repository.tuned", run=tuned, needs="repository"),
     Check(id="repository.golden", run=golden, needs="bundle"),
     Check(id="repository.permissions", run=permissions, needs="served"),
     Check(id="repository.ownership", run=ownership, needs="served"),

@@ -44,6 +44,17 @@ def engine_names(graph: str = "decoder") -> tuple[str, ...]:
     return tuple(name for name in ROOMS if graph in engine(name).graphs)
 
 
+def without_adapter(name: str, adapter: str) -> str | None:
+    """Why an engine does not run a decoder with a LoRA adapter, and what to do; None of one that does."""
+    if engine(name).takes_adapter:
+        return None
+    able = " or ".join(other for other in ROOMS if engine(other).takes_adapter)
+    return (
+        f"LoRA adapter {adapter:.80} was asked for, {name} takes none; use {able}, or merge it into the checkpoint and "
+        "export that by a profile that names no adapter"
+    )
+
+
 def require_ability(name: str, ability: str) -> None:
     """Refuse to ask of an engine what it cannot do.
 

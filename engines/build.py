@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cxr_triton import __version__
-from cxr_triton.engines import DEFAULT, ROOMS, engine
+from cxr_triton.engines import DEFAULT, ROOMS, engine, without_adapter
 from cxr_triton.engines.bundle import MANIFEST, SCHEMA, SIDE_FILES, Bundle, present_files
 from cxr_triton.engines.digest import Progress, copy, sha256
 from cxr_triton.engines.geometry import Geometry
 from cxr_triton.engines.interface import Compiled, Engine
-from cxr_triton.engines.recipe import Recipe
+from cxr_triton.engines.recipe import CPU, Recipe, load_recipe
 from cxr_triton.errors import InvalidBundle, InvalidRequest
 from cxr_triton.files import new_folder, require_new
 from cxr_triton.profile import load_profile
@@ -119,7 +119,8 @@ def build_bundle(
     with new_folder(out) as partial:
         compiled = {graph: run(partial) for graph, run in compilers.items()}
         digests = {
-            name: sha256(partial / name, progress) for name in sorted(present_files(partial, engines["decoder"].folder))
+            name: sha256(partial / name, progress)
+            for name in sorted(present_files(partial, engines["decoder"].folders))
         }
         names = SIDE_FILES + tuple(name for graph, each in engines.items() for name in each.files(graph))
         digests |= {name: copy(source / name, partial / name, progress) for name in names if name not in digests}
@@ -127,6 +128,25 @@ def build_bundle(
         manifest = _manifest(export, recipe, engines, compiled) | {"files": files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     return Bundle.open(out, verify=False)
+
+
+def recipe_for(export_dir: str | Path) -> Recipe | None:
+    """The recipe of this processor, where an export is what it builds; None: `DEFAULT` without one.
+
+    Raises
+    ------
+    InvalidBundle
+        The folder is no export.
+    """
+    export, chosen = _parsed_export(Path(export_dir)), load_recipe(CPU)
+    length = export["geometry"].get("max_sequence")
+    if export.get("format", "onnx") != "onnx" or not isinstance(length, int) or length > chosen.max_sequence:
+        return None
+    try:
+        _check_recipe(export, chosen)
+    except InvalidRequest:
+        return None
+    return chosen
 
 
 def engines_of(recipe: Recipe | None) -> dict[str, Engine]:
@@ -152,6 +172,8 @@ def _manifest(export: dict, recipe: Recipe | None, engines: dict[str, Engine], c
         "source": export["source"],
         "geometry": export["geometry"],
     }
+    if export.get("adapter"):
+        manifest["adapter"] = export["adapter"]
     if plans := {graph: each.plan for graph, each in compiled.items() if each.plan}:
         manifest["plans"] = plans
         manifest["compute_capabilities"] = sorted({plan["compute_capability"] for plan in plans.values()})
@@ -188,6 +210,7 @@ def _listed(values: dict) -> str:
 
 def _read_export(source: Path, engines: dict[str, Engine]) -> dict:
     export = _parsed_export(source)
+    _check_adapter(export, source, engines["decoder"].name)
     geometry, decoder = Geometry.from_json(export["geometry"], EXPORT), engines["decoder"]
     if (has := export.get("format", "onnx")) != decoder.form:
         raise InvalidRequest(
@@ -206,10 +229,19 @@ def _read_export(source: Path, engines: dict[str, Engine]) -> dict:
             raise InvalidBundle(f"{name} is missing in {source}; export again")
     for name in SIDE_FILES:
         _check_side_file(source / name)
-    load_profile(source / "profile.yaml")
     for graph in graphs:
         _check_graph(source / f"{graph}.onnx")
     return export
+
+
+def _check_adapter(export: dict, source: Path, decoder: str) -> None:
+    """Refuse an adapter, named or held, for a decoder's engine that takes none; and one of another name or none."""
+    held, profile = export.get("adapter"), load_profile(source / "profile.yaml")
+    named = profile.adapter.name if profile.adapter else None
+    if (held and held.get("name")) != named:
+        raise InvalidBundle(f"profile.yaml in {source} names LoRA adapter {named}, {EXPORT} another; export again")
+    if named and (fault := without_adapter(decoder, named)):
+        raise InvalidRequest(fault)
 
 
 def _parsed_export(source: Path) -> dict:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cxr_triton.engines import engine, engine_names, require_ability
+from cxr_triton.engines import engine, engine_names, require_ability, without_adapter
 from cxr_triton.engines.digest import Progress, sha256
 from cxr_triton.engines.geometry import Geometry
+from cxr_triton.engines.interface import ADAPTER
 from cxr_triton.errors import InvalidBundle
 from cxr_triton.profile import ModelProfile, load_profile
 
@@ -32,6 +34,7 @@ SIDE_FILES = (
     "tokenizer.json",
     "chat_template.jinja",
 )
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
@@ -83,7 +86,19 @@ class Bundle:
     @cached_property
     def profile(self) -> ModelProfile:
         """The bundle's `ModelProfile`."""
-        return load_profile(self.path / "profile.yaml", alone=True)
+        profile = load_profile(self.path / "profile.yaml", alone=True)
+        named, held = profile.adapter and profile.adapter.name, self.adapter and self.adapter["name"]
+        if named != held:
+            raise InvalidBundle(
+                f"the profile of {self.path} names LoRA adapter {named}, {MANIFEST} {held}; build the bundle again"
+            )
+        return profile
+
+    @property
+    def adapter(self) -> dict | None:
+        """``name`` and ``sha256``, of its weights, of the LoRA adapter that the decoder runs with."""
+        found = self.manifest.get("adapter")
+        return found and {"name": found["name"], "sha256": found["files"][ADAPTER_FILES[1]]}
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True, progress: Progress | None = None) -> Bundle:
@@ -181,10 +196,11 @@ def _check_manifest(manifest: object) -> None:
                 f"{MANIFEST}: {key} {manifest[key]!r:.40}, this cxr-triton runs {', '.join(known)}; build the bundle "
                 "again"
             )
-    folder = engine(manifest["engine"]).folder
+    folders = engine(manifest["engine"]).folders
     for name, entry in manifest["files"].items():
         # A name that leaves the folder would let a bundle vouch for, or load, another file of the machine.
-        plain = name.removeprefix(f"{folder}/") if folder else name
+        folder, _, plain = name.rpartition("/")
+        plain = plain if folder in ("", *folders) else name
         if not _FILE_NAME.fullmatch(plain) or name == MANIFEST:
             raise InvalidBundle(f"{MANIFEST}: {name[:80]!r} is no plain file name; build the bundle again")
         if not (
@@ -194,11 +210,28 @@ def _check_manifest(manifest: object) -> None:
             and re.fullmatch("[0-9a-f]{64}", entry["sha256"])
         ):
             raise InvalidBundle(f"{MANIFEST}: the entry of {name} lacks bytes or sha256; build the bundle again")
+    _check_adapter(manifest)
+
+
+def _check_adapter(manifest: dict) -> None:
+    """The adapter is one that the engine takes, and its files are those that were exported."""
+    adapter, held = manifest.get("adapter"), {}
+    if adapter is not None:
+        if not isinstance(adapter, dict) or not all(
+            isinstance(adapter.get(key), kind) for key, kind in (("name", str), ("rank", int), ("files", dict))
+        ):
+            raise InvalidBundle(f"{MANIFEST}: adapter lacks name, rank or files; build the bundle again")
+        if fault := without_adapter(manifest["engine"], adapter["name"]):
+            raise InvalidBundle(fault)
+        held = {f"{ADAPTER}/{name}": adapter["files"].get(name) for name in ADAPTER_FILES}
+    files = {name: entry["sha256"] for name, entry in manifest["files"].items() if name.startswith(f"{ADAPTER}/")}
+    if files != held:
+        raise InvalidBundle(f"{MANIFEST}: the files in {ADAPTER}/ are not those of its adapter; export and build again")
 
 
 def _check_files(path: Path, manifest: dict, verify: bool, progress: Progress | None) -> None:
     decoder, vision = engine(manifest["engine"]), engine(manifest["vision_engine"])
-    files, present = manifest["files"], present_files(path, decoder.folder)
+    files, present = manifest["files"], present_files(path, decoder.folders)
     graphs = vision.files("vision") + decoder.files("decoder")
     if missing := sorted({*files, *SIDE_FILES, *graphs} - (present & set(files))):
         raise InvalidBundle(f"{missing[0]} is missing from {path} or its manifest; build the bundle again")
@@ -216,9 +249,10 @@ def _check_files(path: Path, manifest: dict, verify: bool, progress: Progress | 
             )
 
 
-def present_files(path: Path, folder: str | None) -> set[str]:
-    """Names of what lies in a bundle besides its manifest; what lies in `folder` has it before its name."""
+def present_files(path: Path, folders: Sequence[str]) -> set[str]:
+    """Names of what lies in a bundle besides its manifest; what lies in one of `folders` has it before its name."""
     names = {item.name for item in path.iterdir()} - {MANIFEST}
-    if folder and (path / folder).is_dir():
-        names = names - {folder} | {f"{folder}/{item.name}" for item in (path / folder).iterdir()}
+    for folder in folders:
+        if (path / folder).is_dir():
+            names = names - {folder} | {f"{folder}/{item.name}" for item in (path / folder).iterdir()}
     return names

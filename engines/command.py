@@ -20,7 +20,7 @@ GIB = 1 << 30
     "--recipe",
     shell_complete=RECIPES,
     metavar="NAME|YAML",
-    help=f"Target; see `recipes`.  [default: {DEFAULT} on a CPU]",
+    help=f"Target; see `recipes`.  [default: cpu for int4, which is that of this processor; else {DEFAULT}]",
 )
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Folder of compiled plans.")
 @click.option("--no-cache", is_flag=True, help="Compile, whatever was compiled before.")
@@ -36,9 +36,9 @@ def build(export_dir: Path, out: Path, *, recipe, cache, no_cache, only_print, j
     """
     from tqdm import tqdm
 
-    from cxr_triton.engines.build import build_bundle
+    from cxr_triton.engines.build import build_bundle, recipe_for
     from cxr_triton.engines.plan_cache import default_folder
-    from cxr_triton.engines.recipe import load_recipe
+    from cxr_triton.engines.recipe import CPU, load_recipe
 
     if cache and no_cache:
         raise click.UsageError("--cache and --no-cache exclude each other")
@@ -46,7 +46,9 @@ def build(export_dir: Path, out: Path, *, recipe, cache, no_cache, only_print, j
     if only_print:
         _print_commands(export_dir, out, recipe, json_path)
         return
-    chosen = load_recipe(recipe) if recipe else None
+    chosen = load_recipe(recipe) if recipe else recipe_for(export_dir)
+    if chosen and recipe in (None, CPU):
+        click.echo(f"recipe {chosen.name}, which is this processor's; --recipe takes another one", err=True)
     total = sum(file.stat().st_size for file in export_dir.rglob("*") if file.is_file())
     with tqdm(total=total, desc=out.name, unit="B", unit_scale=True, disable=None) as bar:
         bundle = build_bundle(
@@ -127,7 +129,8 @@ def recipes(name: str | None, json_path: str | None):
 
     Memory is computed for the published 3B: weights and KV cache exactly, activations and CUDA as an allowance.
     """
-    from cxr_triton.engines.recipe import load_recipe, recipe_names
+    from cxr_triton.engines.cpu import Cpu
+    from cxr_triton.engines.recipe import CPU, load_recipe, recipe_names, recipe_of
 
     chosen = [load_recipe(one) for one in ([name] if name else recipe_names())]
     result = [recipe.to_json() | {"memory": recipe.memory()} for recipe in chosen]
@@ -145,6 +148,8 @@ def recipes(name: str | None, json_path: str | None):
                 + f"{recipe.decoder.compiler:14}{recipe.slots:6}{sizes[0] / GIB:9.2f}"
                 + "".join(f"{size / GIB:7.2f}" for size in sizes[1:])
             )
+        if not name:
+            click.echo(f"{CPU} is {recipe_of(Cpu.here()).name} on this processor")
     if name and json_path != "-":
         import yaml
 

@@ -27,6 +27,8 @@ ABILITIES = {
     "drafts": "drafts were",
 }
 """What only some engines do, as a message begins that says so; settings of a repository have the same names."""
+ADAPTER = "adapter"
+"""Folder of a bundle, with the two files of a LoRA adapter as peft writes them."""
 COMPUTES = ("fp32", "fp16", "bf16")
 SLOTS = 4
 PREFILL_PROMPTS, PREFILL_TOKENS = 2, 512
@@ -118,6 +120,8 @@ class Engine:
         Of the files of a graph in a bundle.
     folder : str or None
         Of a bundle, for the decoder's files alone.
+    takes_adapter : bool
+        It runs the decoder with the LoRA adapter that a bundle holds.
     computes : tuple of str
         Types that it computes in.
     needs_recipe : bool
@@ -143,6 +147,7 @@ class Engine:
     form: ClassVar[str] = "onnx"
     suffixes: ClassVar[tuple[str, ...]] = ("onnx", "onnx.data")
     folder: ClassVar[str | None] = None
+    takes_adapter: ClassVar[bool] = False
     computes: ClassVar[tuple[str, ...]] = ()
     needs_recipe: ClassVar[bool] = True
     in_container: ClassVar[bool] = False
@@ -153,6 +158,14 @@ class Engine:
     backends: ClassVar[tuple[str, ...]] = ()
     home: ClassVar[str] = ""
 
+    @property
+    def is_installed(self) -> bool:
+        """Its packages are here."""
+        try:
+            return all(metadata.version(name) for name in self.distributions)
+        except metadata.PackageNotFoundError:
+            return False
+
     def options(self) -> dict[str, str]:
         """What only it can be asked for when it is served, by name: what it means, with its values."""
         return {}
@@ -160,6 +173,11 @@ class Engine:
     def files(self, graph: str) -> tuple[str, ...]:
         """Names of the files in a bundle that hold a graph; more may lie in `folder`."""
         return tuple(f"{graph}.{suffix}" for suffix in self.suffixes)
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Folders that a bundle may have: for the decoder's files, and for an adapter's."""
+        return tuple(filter(None, (self.folder, ADAPTER if self.takes_adapter else None)))
 
     # Recipes.
 
@@ -326,9 +344,14 @@ class Engine:
         prefix = PrefixCache(kept, exact_only=is_invariant) if kept else None
         guessed = int(parameters["draft_index_mib"]) << 20
         drafts = Drafts(guessed) if guessed else None
-        queue_size, guides = int(parameters["queue_size"]), Guides(bundle)
         return DecoderRuntime(
-            bundle, session=session, prefix=prefix, guides=guides, drafts=drafts, queue_size=queue_size
+            bundle,
+            session=session,
+            prefill_chunk=int(parameters["prefill_chunk"]) or None,
+            prefix=prefix,
+            guides=Guides(bundle),
+            drafts=drafts,
+            queue_size=int(parameters["queue_size"]),
         )
 
     def serving(self, bundle, settings) -> Serving:
@@ -339,6 +362,7 @@ class Engine:
             parameters={
                 "slots": settings.slots or SLOTS,
                 "threads": settings.threads,
+                "prefill_chunk": settings.prefill_chunk,
                 "batch_invariant": int(settings.batch_invariant),
                 "prefix_cache_mib": settings.prefix_cache_mib if reuses and "prefix_reuse" in self.abilities else 0,
                 "draft_index_mib": settings.draft_index_mib if guesses else 0,

@@ -97,11 +97,12 @@ class Preprocessor:
             "engine": opened.engine,
             "precision": opened.precision,
             "bundle": opened.digest,
+            **_adapter(opened),
             "verification": "passed" if is_verified(opened) else "none",
             "labels": list(self.profile.labels),
         }
 
-    def prepare(self, images: Sequence[bytes], request: bytes | str) -> StepTensors:
+    def prepare(self, images: Sequence[bytes], request: bytes | str, trace_id: str = "") -> StepTensors:
         """Tensors of one request.
 
         Parameters
@@ -110,6 +111,8 @@ class Preprocessor:
             DICOM Part 10, PNG or JPEG; prior first, current last; may be empty.
         request : bytes or str
             REQUEST, see `cxr_triton.request`.
+        trace_id : str
+            Of the request, for the reading.
 
         Raises
         ------
@@ -165,6 +168,7 @@ class Preprocessor:
             },
             "received_s": received_s,
             "prepared_s": prepared_s,
+            "trace_id": trace_id,
         }
         return StepTensors(
             **tensors,
@@ -191,6 +195,12 @@ class Preprocessor:
             )
         except CxrError as error:
             raise type(error)(f"IMAGES[{index}]: {error.message}" if count > 1 else error.message) from None
+
+
+def _adapter(bundle: Bundle) -> dict[str, str]:
+    """What a reading says of the LoRA adapter that it is made with."""
+    found = bundle.adapter
+    return {"adapter": found["name"], "adapter_sha256": found["sha256"]} if found else {}
 
 
 def sampling_of(context: str) -> Sampling:
@@ -286,16 +296,17 @@ def build_reading(completion: dict) -> Reading:
         scores=scores,
         notice=context["notice"],
         guide=context["guide"],
+        trace_id=context["trace_id"],
     )
 
 
-def wire_error(error: Exception) -> str:
+def wire_error(error: Exception, trace_id: str = "") -> str:
     """Error text for the wire; of an unexpected error only an incident number leaves the process.
 
-    The number stands in the log with the traceback.
+    The number stands in the log with the traceback, and with the trace that the request is of.
     """
     if isinstance(error, CxrError):
         return error.wire()
     incident = secrets.token_hex(4)
-    log.error("incident %s", incident, exc_info=error)
+    log.error("incident %s, trace %s", incident, trace_id or "unknown", exc_info=error)
     return InternalError(f"the server failed; its log has the details under incident {incident}").wire()

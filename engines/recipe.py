@@ -9,17 +9,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cxr_triton.config import Checked, build, in_range, one_of, read_yaml
 from cxr_triton.engines import engine, engine_names
+from cxr_triton.engines.cpu import Cpu
 from cxr_triton.engines.interface import COMPUTES
 from cxr_triton.engines.verify.thresholds import thresholds_of
 from cxr_triton.errors import CxrError, InvalidRecipe, unknown_key
 from cxr_triton.profile import load_profile, profile_names
 
 RECIPES = Path(__file__).with_name("recipes")
+CPU = "cpu"
+"""In the place of a recipe's name: what this processor is fastest with, as far as that was measured."""
 PRECISIONS = ("fp32", "fp16", "bf16", "int4", "fp8", "int4-awq")
 GIB = 1 << 30
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
@@ -251,13 +255,53 @@ def _linear_bytes(shape: tuple[int, ...], precision: str, item: int) -> int:
     return n * k * BYTES.get(precision, item)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice(_Checked):
+    """One row of what `CPU` means.
+
+    Attributes
+    ----------
+    recipe : str
+    has : tuple of str
+        Features of a processor, as Linux names them, of which one has to be there; none: any processor.
+    lacks : tuple of str
+        Those that must not be.
+    """
+
+    recipe: str
+    has: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+
+    def fits(self, flags: Iterable[str]) -> bool:
+        """Whether a processor with these features is meant."""
+        there = set(flags)
+        return there.isdisjoint(self.lacks) and (not self.has or not there.isdisjoint(self.has))
+
+
+def choices() -> list[Choice]:
+    """Which recipe a processor gets, the first that fits."""
+    path = RECIPES / f"{CPU}.yaml"
+    rows = read_yaml(path, InvalidRecipe)
+    return [build(Choice, row, f"{path.name}[{i}]") for i, row in enumerate(rows if isinstance(rows, list) else [])]
+
+
+def recipe_of(cpu: Cpu) -> Recipe:
+    """The recipe that was measured to be the fastest on a processor, of those whose engines are installed."""
+    for choice in choices():
+        recipe = _load(RECIPES / f"{choice.recipe}.yaml")
+        names = {recipe.vision.compiler, recipe.decoder.compiler}
+        if choice.fits(cpu.flags) and all(engine(name).is_installed for name in names):
+            break
+    return recipe
+
+
 def recipe_names() -> list[str]:
     """Names of the bundled recipes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != CPU)
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
-    """A bundled recipe by name, or a user's own by the path of its YAML file.
+    """A bundled recipe by name, or a user's own by the path of its YAML file; `CPU` is that of this processor.
 
     Raises
     ------
@@ -266,11 +310,17 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         compiler takes, or more memory than the card has.
     """
     text = str(name_or_path)
+    if text == CPU:
+        return recipe_of(Cpu.here())
     path = RECIPES / f"{text}.yaml" if text in recipe_names() else Path(text)
     if not path.is_file():
         if "/" in text or text.endswith((".yaml", ".yml")):
             raise InvalidRecipe(f"no recipe file {text}; give the path of a YAML file or one of {recipe_names()}")
-        raise InvalidRecipe(unknown_key(text, recipe_names(), "recipe names"))
+        raise InvalidRecipe(unknown_key(text, [*recipe_names(), CPU], "recipe names"))
+    return _load(path)
+
+
+def _load(path: Path) -> Recipe:
     recipe = build(Recipe, read_yaml(path, InvalidRecipe), path.name)
     recipe.check_memory()
     return recipe

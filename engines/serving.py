@@ -8,6 +8,8 @@ from cxr_triton.errors import InvalidRequest
 
 BUNDLE = "decoder/1/bundle"
 """Where the bundle lies in a repository."""
+ENSEMBLE = "cxr_reader"
+"""The model that a client asks: all steps, one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,12 @@ class Settings:
         Processes that decode images, each with a sandboxed child.
     threads : int
         CPU threads of each of the two graphs; 0 takes all cores.
+    vision_threads : int, optional
+        CPU threads of the tower, where they are others.
+    prefill_chunk : int
+        Prompt tokens of one run of the decoder, for which the running streams wait; 0 leaves it to the engine.
+    vision_batch : int, optional
+        Most images in one run of the tower; by default 8, or as many as a request may have.
     queue_size : int
         Requests that may wait before each of preprocessing, vision encoder and decoder; one more is QUEUE_FULL.
     batch_invariant : bool
@@ -46,6 +54,9 @@ class Settings:
     slots: int | None = None
     preprocess_instances: int = 2
     threads: int = 0
+    vision_threads: int | None = None
+    prefill_chunk: int = 0
+    vision_batch: int | None = None
     queue_size: int = 64
     batch_invariant: bool = False
     prefix_reuse: bool | None = None
@@ -57,6 +68,7 @@ class Settings:
 
     def __post_init__(self):
         at_least = {"slots": 1, "preprocess_instances": 1, "threads": 0, "queue_size": 1}
+        at_least |= {"vision_threads": 0, "prefill_chunk": 0, "vision_batch": 1}
         memory = ("prefix_cache_mib", "draft_index_mib", "picture_cache_mib")
         for name, least in (at_least | dict.fromkeys(memory, 0)).items():
             if (value := getattr(self, name)) is not None and value < least:

@@ -191,7 +191,8 @@ class Checkpoint:
         """Refuse what makes transformers take weights that are not those of this folder."""
         if (self.folder / "adapter_config.json").exists():
             raise UnsupportedCheckpoint(
-                f"{self.folder} has an adapter_config.json; export merged weights (adapters are not read), without it"
+                f"{self.folder} has an adapter_config.json (adapters are not read here); move the adapter into a "
+                "folder of its own and give that with --adapter, or export merged weights without it"
             )
         if config.get("transformers_weights") is not None:
             raise UnsupportedCheckpoint("config.json names its weights itself (transformers_weights); remove the key")

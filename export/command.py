@@ -85,6 +85,11 @@ def _tell(result: dict, out: Path, started_s: float, what: str, json_path: str |
     type=click.Choice(["int4", "fp8", "compute"]),
     help="Language head, with quantized weights.  [default: int4 with int4, else compute]",
 )
+@click.option(
+    "--adapter",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of the LoRA adapter that the profile names, as peft writes it; with --format checkpoint.",
+)
 @click.option("--max-sequence", type=click.IntRange(min=1), metavar="TOKENS", help="Prompt and answer together.")
 @_run_options
 def export(checkpoint: str, out: Path, profile: str, json_path: str | None, **options):

@@ -92,4 +92,5 @@ FORM = Form(
     _precision,
     lambda checkpoint, folder, _, __, progress: write_folder(checkpoint, folder / FOLDER, progress=progress),
     default="bf16",
+    takes_adapter=True,
 )

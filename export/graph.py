@@ -112,12 +112,15 @@ class Form:
         whether to show a bar.
     default : str
         Weights of a plain checkpoint.
+    takes_adapter : bool
+        A LoRA adapter may lie beside it.
     """
 
     name: str
     precision: Callable[[str, str | None, str | None], Precision]
     write: Callable[[Checkpoint, Path, Precision, int, bool | None], object]
     default: str = "int4"
+    takes_adapter: bool = False
 
 
 class GraphWriter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from cxr_triton.cli import (
     access_options,
     json_option,
     printable,
+    say_next,
     write_json,
 )
 from cxr_triton.files import write
@@ -48,6 +50,68 @@ def _door(through: str | None, **access: Path | None) -> tuple[str, Access] | No
         return None
     let_in.require_private(require_endpoint(through))
     return through, let_in
+
+
+@click.command()
+@click.argument("folder", metavar="REPOSITORY|BUNDLE", type=_FOLDER)
+@click.option("--seconds", default=180.0, show_default=True, help="Time for it; loading and a measurement are not cut.")
+@click.option("--streams", default=1, show_default=True, help="Readings at once that it shall be fastest for.")
+@click.option(
+    "--beside",
+    multiple=True,
+    type=_FOLDER,
+    metavar="BUNDLE",
+    help="Another engine's or precision's bundle of the same profile: say how fast it would be. May be repeated.",
+)
+@click.option("--dry-run", is_flag=True, help="Measure, and change nothing.")
+@json_option
+def tune(folder: Path, *, seconds: float, streams: int, beside: tuple[Path, ...], dry_run: bool, json_path: str | None):
+    """Find the settings with which this machine serves a repository fastest, and write them into it.
+
+    Threads, pieces of a prompt, slots and the tower's batch are measured on the bundle's own graphs, in alternating
+    rounds. A setting changes only where it wins by more than the noise and gives the same tokens. Of a BUNDLE, which
+    has no settings, it says what to package it with. The repository must not be served meanwhile; it stays as it was
+    until the end.
+    """
+    from tqdm import tqdm
+
+    from cxr_triton.engines.bundle import MANIFEST
+    from cxr_triton.perf.tune import Plan, Subject, Tuning, lines, options, save
+    from cxr_triton.triton_repo.occupied import alone
+
+    began_s = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        if not (folder / MANIFEST).is_file():
+            stack.enter_context(alone(folder))
+        subject = Subject.of(folder)
+        bar = stack.enter_context(tqdm(total=round(seconds), unit="s", disable=None, leave=False))
+
+        def say(what: str) -> None:
+            bar.n = min(round(seconds), round(time.monotonic() - began_s))
+            bar.set_description(what)
+
+        tuning = Tuning(subject, Plan(seconds=seconds, streams=streams), say=say)
+        error: BaseException | None = None
+        try:
+            tuning.run()
+            tuning.hold_beside(beside)
+        except (Exception, KeyboardInterrupt) as raised:
+            error = raised
+        bar.close()
+        is_written = bool(subject.repository) and not dry_run and error is None
+        record = tuning.record()
+        if is_written:
+            save(subject, record)
+    result = record | {"folder": str(folder), "written": is_written}
+    click.echo(printable("\n".join(lines(result))), err=json_path == "-")
+    write_json(result, json_path)
+    if error:
+        click.echo(f"ended before its time: {printable(str(folder))} is as it was", err=True)
+        raise error
+    if subject.repository:
+        say_next("serve", folder)
+    else:
+        say_next("package", folder, "-o", "REPOSITORY", *options(subject, tuning.chosen))
 
 
 def _numbers(kind):

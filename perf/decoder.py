@@ -10,6 +10,7 @@ import os
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -79,11 +80,7 @@ class BundleEngine:
 
     def crowd(self) -> dict:
         """`STREAMS` streams at once: their tokens per second together while all of them decode."""
-        receivers = self._generate(STREAMS)
-        began_s = max(receiver.arrivals[0][0] for receiver in receivers)
-        ended_s = min(receiver.arrivals[-1][0] for receiver in receivers)
-        tokens = sum(count for r in receivers for at_s, count in r.arrivals if began_s < at_s <= ended_s)
-        return {"streams": STREAMS, "decode_tokens_per_s": tokens / (ended_s - began_s)}
+        return {"streams": STREAMS, "decode_tokens_per_s": together(self._generate(STREAMS))}
 
 
 class Receiver:
@@ -104,6 +101,14 @@ class Receiver:
             if chunk.completion:
                 self.timings_ms = chunk.completion.timings_ms
             self.done.set()
+
+
+def together(receivers: Sequence[Receiver]) -> float:
+    """Tokens per second of all streams while all of them decode."""
+    began_s = max(receiver.arrivals[0][0] for receiver in receivers)
+    ended_s = min(receiver.arrivals[-1][0] for receiver in receivers)
+    tokens = sum(count for r in receivers for at_s, count in r.arrivals if began_s < at_s <= ended_s)
+    return tokens / max(ended_s - began_s, 1e-9)
 
 
 def medians(rounds: list[dict]) -> dict:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cxr_triton import __version__
 from cxr_triton.engines import ROOMS, engine
+from cxr_triton.engines.cpu import Cpu
 from cxr_triton.perf.peers import PEERS, peer
 
 LIBRARIES = ("numpy", "tritonclient", "grpcio", "nvidia-pytriton", "torch", "transformers")
@@ -42,9 +43,14 @@ def environment() -> dict:
     }
 
 
+def memory_available() -> int:
+    """Bytes that new work may take without swapping."""
+    return int(_field("/proc/meminfo", "MemAvailable").split()[0]) * 1024
+
+
 def cpu_name() -> str:
     """Of the first core."""
-    return _field("/proc/cpuinfo", "model name") or platform.processor()
+    return Cpu.here().model or platform.processor()
 
 
 class Stolen:
@@ -65,6 +71,12 @@ class Stolen:
     def _so_far_s() -> float:
         """`steal` of all cores since the system started, proc(5)."""
         return int(Path("/proc/stat").read_text().split(maxsplit=9)[8]) / os.sysconf("SC_CLK_TCK")
+
+
+def busy_s() -> float:
+    """Time that all cores together have worked since the system started, proc(5)."""
+    user, nice, system, _, _, irq, softirq, *_ = Path("/proc/stat").read_text().split(maxsplit=10)[1:]
+    return sum(map(int, (user, nice, system, irq, softirq))) / os.sysconf("SC_CLK_TCK")
 
 
 def _field(file: str, name: str) -> str:

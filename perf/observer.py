@@ -101,9 +101,16 @@ class Observer:
 
     def resident_bytes(self) -> dict[str, int]:
         """Process to resident memory: this client, and the server's where they are known."""
-        totals = defaultdict(int, client=_resident("self"))
+        return self._by_process(_resident)
+
+    def processor_s(self) -> dict[str, float]:
+        """Process to the processor time that it has had so far, of all its threads."""
+        return self._by_process(_processor_s)
+
+    def _by_process(self, of: Callable[[int | str], float]) -> dict:
+        totals = defaultdict(int, client=of("self"))
         for pid in self._pids():
-            totals[_process_name(pid)] += _resident(pid)
+            totals[_process_name(pid)] += of(pid)
         return dict(totals)
 
 
@@ -112,6 +119,15 @@ def _resident(pid: int | str) -> int:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # it has ended
         return 0
+
+
+def _processor_s(pid: int | str) -> float:
+    """User and system time of a process, proc(5)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _process_name(pid: int) -> str:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from cxr_triton.errors import InternalError
 
@@ -64,7 +65,7 @@ class Process:
         child.close()
         self.facts = self._receive()
 
-    def call(self, method: str, *arguments) -> dict:
+    def call(self, method: str, *arguments) -> Any:
         """What a method returned; raises what it raised, and `InternalError` where the process has ended."""
         self.pipe.send((method, *arguments))
         return self._receive()
@@ -81,7 +82,7 @@ class Process:
         self.process.kill()
         self.process.join()
 
-    def _receive(self) -> dict:
+    def _receive(self) -> Any:
         try:
             answer = self.pipe.recv()
         except EOFError:

@@ -8,6 +8,7 @@ import statistics
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
@@ -19,15 +20,22 @@ from cxr_triton.engines.session import VisionSession
 from cxr_triton.perf.environment import Stolen, environment
 from cxr_triton.phantom_file import write_dicom
 
+if TYPE_CHECKING:
+    from cxr_triton.engines.pipeline import StepTensors
+
 SCHEMA = 1
 
 
-def inputs(bundle: Bundle) -> tuple[dict[str, np.ndarray], int]:
-    """A phantom as the server prepares it for the bundle's profile: inputs of the tower, and its image's tokens."""
+def prepared(bundle: Bundle) -> StepTensors:
+    """A phantom and the prompt of the profile's default task, as the server prepares them."""
     from cxr_triton.engines.pipeline import Preprocessor
 
     with contextlib.closing(Preprocessor(bundle.path)) as preprocessor:
-        step = preprocessor.prepare([write_dicom(phantom.draw(np.random.default_rng(0)))], "")
+        return preprocessor.prepare([write_dicom(phantom.draw(np.random.default_rng(0)))], "")
+
+
+def inputs(step: StepTensors) -> tuple[dict[str, np.ndarray], int]:
+    """Inputs of the tower, and the image's tokens."""
     names = ("pixel_windows", "patch_rows_cols", "valid", "merge_order")
     return {name: getattr(step, name) for name in names}, int((step.image_index >= 0).sum())
 
@@ -68,7 +76,7 @@ def _cosine(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
 def main(bundles: tuple[Path, ...], rounds: int, threads: int, json_path: str | None):
     """Seconds that the towers of BUNDLES take for an image, in alternating rounds, and how far they agree."""
     opened = [Bundle.open(path, verify=False) for path in bundles]
-    feeds, tokens = inputs(opened[0])
+    feeds, tokens = inputs(prepared(opened[0]))
     stolen = Stolen()
     sessions = {
         f"{path.name}: {bundle.vision_engine} {bundle.vision_precision}": bundle.open_vision(threads=threads)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import cxr_triton  # noqa: F401  # first, as it keeps libraries from reporting to their makers
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 

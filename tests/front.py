@@ -67,6 +67,8 @@ class FrontDoor:
     servers : sequence of str
         ``HOST:PORT`` of each.
     auth : {"token", "mtls", "both"}
+    conf : path
+        Where its nginx.conf is from.
     limits : dict
         Directives of limits.conf with another value.
 
@@ -78,13 +80,15 @@ class FrontDoor:
         Of the door and of its clients.
     """
 
-    def __init__(self, folder: Path, servers, *, auth: str = "token", limits: dict[str, str] | None = None):
+    def __init__(
+        self, folder: Path, servers, *, auth: str = "token", limits: dict[str, str] | None = None, conf: Path = FRONT
+    ):
         self.folder, self._nginx = folder, nginx()
         self.conf, self.state = folder / "conf", folder / "state"
         for made in (self.conf / "tls", self.state):
             made.mkdir(parents=True)
         for name in ("nginx.conf", "limits.conf"):
-            shutil.copy(FRONT / name, self.conf)
+            shutil.copy(conf / name, self.conf)
         text = (self.conf / "limits.conf").read_text()
         for directive, value in (limits or {}).items():
             lines = text.splitlines()

@@ -30,7 +30,8 @@ cache_salt return_token_ids"""
 CALLED = {
     "vllm/v1/engine/async_llm.py": {"AsyncLLM": "from_engine_args generate abort shutdown errored"},
     "vllm/v1/engine/llm_engine.py": {
-        "LLMEngine": "from_engine_args add_request step abort_request has_unfinished_requests reset_prefix_cache"
+        "LLMEngine": "from_engine_args add_request add_lora step abort_request has_unfinished_requests "
+        "reset_prefix_cache"
     },
     "vllm/v1/engine/exceptions.py": {"": "EngineDeadError EngineGenerateError"},
     "vllm/engine/arg_utils.py": {"EngineArgs": ENGINE, "AsyncEngineArgs": "enable_log_requests"},
@@ -55,6 +56,7 @@ CALLED = {
         "SpeculativeConfig": "method num_speculative_tokens prompt_lookup_max prompt_lookup_min "
         "suffix_decoding_max_tree_depth suffix_decoding_max_cached_requests",
     },
+    "vllm/config/lora.py": {"": "MaxLoRARanks"},
     "vllm/config/cache.py": {"": "CacheDType"},
     "vllm/envs.py": {"": "VLLM_CPU_KVCACHE_SPACE VLLM_ENABLE_V1_MULTIPROCESSING VLLM_NO_USAGE_STATS"},
     "vllm/entrypoints/openai/chat_completion/protocol.py": {"ChatCompletionRequest": CHAT},

@@ -24,15 +24,15 @@ def vllm_python():
         yield
 
 
-def build(folder: Path, precision: str, checkpoint: Path = CHECKPOINT):
-    """A vLLM bundle of the demonstration model, beside a tower in fp32."""
+def build(folder: Path, precision: str, checkpoint: Path = CHECKPOINT, *, profile=None, adapter: Path | None = None):
+    """A vLLM bundle of the demonstration model, beside a tower in fp32, and of an adapter that its profile names."""
     from cxr_triton.engines.build import build_bundle
     from cxr_triton.engines.recipe import load_recipe
     from cxr_triton.export.export import export_checkpoint
     from cxr_triton.profile import load_profile
 
-    profile, export = load_profile(PHANTOM / "profile.yaml"), folder / "export"
-    options = {"precision": precision, "compute": "fp32", "form": "checkpoint"}
+    profile, export = profile or load_profile(PHANTOM / "profile.yaml"), folder / "export"
+    options = {"precision": precision, "compute": "fp32", "form": "checkpoint", "adapter": adapter}
     export_checkpoint(str(checkpoint), export, profile, accept_licence=True, progress=False, **options)
     recipe = load_recipe("cpu-bf16-vllm")
     kv = precision if precision in ("fp32", "bf16") else "bf16"

@@ -16,6 +16,7 @@ import triton_python_backend_utils as pb_utils
 from cxr_triton.engines import engine
 from cxr_triton.engines.pipeline import wire_error
 from cxr_triton.errors import InvalidRequest
+from cxr_triton.trace import trace_id_of
 from cxr_triton.triton_repo.serve import GRPC_ADDRESS
 
 
@@ -99,6 +100,11 @@ def text(request, name: str) -> str:
         raise InvalidRequest(f"{name}: not UTF-8 at byte {error.start}; call the ensemble cxr_reader") from None
 
 
-def error_response(error: Exception):
-    """The error as Triton passes it on: ``[CODE] message``."""
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(wire_error(error)))
+def trace_of(request) -> str:
+    """The trace id in a request's id, which its client chose; "" where that is no ``traceparent``."""
+    return trace_id_of(request.request_id())
+
+
+def error_response(error: Exception, request):
+    """The error of a request as Triton passes it on: ``[CODE] message``."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(wire_error(error, trace_of(request))))

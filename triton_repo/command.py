@@ -24,6 +24,7 @@ from cxr_triton.cli import (
     json_option,
     printable,
     say_next,
+    trace_option,
     write_json,
 )
 from cxr_triton.errors import InternalError
@@ -53,6 +54,15 @@ def _options(given: tuple[str, ...]) -> dict[str, str]:
 )
 @click.option("--preprocess-instances", default=2, show_default=True, help="Processes that decode images.")
 @click.option("--threads", default=0, help="CPU threads of each graph.  [default: all cores]")
+@click.option("--vision-threads", type=int, help="Of the tower alone.  [default: as --threads]")
+@click.option(
+    "--prefill-chunk", default=0, help="Prompt tokens of one run of the decoder.  [default: the engine's, 128]"
+)
+@click.option(
+    "--vision-batch",
+    type=int,
+    help="Most images in one run of the tower.  [default: 8, or as many as a request may have]",
+)
 @click.option("--queue-size", default=64, show_default=True, help="Requests that may wait before each step.")
 @click.option("--batch-invariant", is_flag=True, help="Readings never depend on what else runs; int4 alone is slower.")
 @click.option(
@@ -137,6 +147,7 @@ def package(bundle: Path, out: Path, force: bool, unverified: bool, json_path: s
 )
 @click.option("--log", type=OUT_FILE, help="Log file.  [default: REPOSITORY.log]")
 @click.option("--modified", is_flag=True, help="Serve your own edits of REPOSITORY; says what they are.")
+@trace_option
 @json_option
 def serve(repository: Path, json_path: str | None, renew_mib: int, drain_s: float, **options):
     """Run the pip-installed Triton on REPOSITORY, on 127.0.0.1, until SIGTERM or SIGINT.
@@ -151,10 +162,14 @@ def serve(repository: Path, json_path: str | None, renew_mib: int, drain_s: floa
     from cxr_triton.triton_repo.integrity import differences
     from cxr_triton.triton_repo.renew import Renewal
     from cxr_triton.triton_repo.serve import Server
+    from cxr_triton.triton_repo.tuned import complaint, record_of
 
     require("grpc", "tritonclient")
     for difference in differences(repository) if options["modified"] else ():
         click.secho(printable(f"modified: {difference}"), fg="yellow", err=True)
+    record, elsewhere = record_of(repository), complaint(repository)
+    if elsewhere:
+        click.secho(printable(elsewhere), fg="yellow", err=True)
     stopping: list[bool] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: _stop(stopping, number))
@@ -173,6 +188,7 @@ def serve(repository: Path, json_path: str | None, renew_mib: int, drain_s: floa
             "log": str(server.log),
             "start_s": round(server.start_s, 3),
             "warm_up_ms": round(server.warm_up_ms, 1),
+            "tuned": {"date": record["date"], "for_this_cpu": elsewhere is None} if record else None,
         }
         write_json(result, json_path)  # before the line, which is what a supervisor waits for
         click.echo(
@@ -265,6 +281,9 @@ def demo(folder: Path, json_path: str | None):
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Most images to take of each.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Folder of compiled plans.")
+@click.option(
+    "--adapter", type=FOLDER, help="LoRA adapter that the profile names, where the recipe's engine takes one."
+)
 @click.option("--unverified", is_flag=True, help="Package without the gate; the repository says so.")
 @click.option(
     "--evaluate", type=FILE, metavar="YAML", help="Labelled data to measure the engine on, before it is packaged."

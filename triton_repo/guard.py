@@ -4,7 +4,9 @@
 
 A repository that is not as `package` wrote it is refused, unless ``--modified`` stands before ``tritonserver``.
 Shared memory, model repository, trace and logging stay closed for everybody, statistics open with a value derived from
-the server's secret. Its files are for its user alone.
+the server's secret. Its files are for its user alone, and it writes no core.
+
+With `OTEL_EXPORTER_OTLP_ENDPOINT` in the environment the server sends spans there, unless its flags say how.
 
 With `CXR_TRITON_DRAIN_SECONDS` in the environment it stays the server's parent: SIGTERM and SIGINT let readings under
 way end for so long and refuse new ones, and another signal ends the server at once. `CXR_TRITON_DRAIN` may name the
@@ -27,8 +29,11 @@ from pathlib import Path
 
 from cxr_triton.engines.secret import SECRET, derived, secret_of
 from cxr_triton.errors import CxrError, InvalidConfig
+from cxr_triton.files import leave_no_core
+from cxr_triton.trace import ENDPOINT, traces_url
 from cxr_triton.triton_repo.drain import DRAIN, drained, is_draining
 from cxr_triton.triton_repo.integrity import require_as_packaged
+from cxr_triton.triton_repo.occupied import occupy
 
 UMASK = 0o077
 SHM_PREFIX = "triton_python_backend_shm_region_"
@@ -37,6 +42,7 @@ _CLOSED = "shared-memory,model-repository,trace,logging"
 DRAIN_SECONDS = "CXR_TRITON_DRAIN_SECONDS"
 _WEB = "inference,model-config"  # a page in a browser reaches HTTP, and no reading comes that way
 _STATISTICS = "cxr-triton"
+SERVICE = "cxr-triton-server"
 
 
 def statistics_header(secret: str) -> tuple[str, str]:
@@ -65,6 +71,21 @@ def guarded(environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     ]
     kept = {name: value for name, value in environment.items() if not name.startswith("AIP_")}  # opens Vertex's door
     return {**kept, SECRET: secret}, flags
+
+
+def trace_flags(url: str | None) -> list[str]:
+    """Flags with which a server sends spans of each request to a collector; none without one.
+
+    Raises
+    ------
+    InvalidRequest
+        `url` is no address of HTTP.
+    """
+    if not url:
+        return []
+    settings = ("mode=opentelemetry", "level=TIMESTAMPS", "rate=1")
+    own = (f"url={traces_url(url)}", f"resource=service.name={SERVICE}", "bsp_schedule_delay=1000")
+    return [f"--trace-config={each}" for each in (*settings, *(f"opentelemetry,{each}" for each in own))]
 
 
 def is_ready(address: str) -> bool:
@@ -150,18 +171,28 @@ def _supervise(command: list[str], environment: dict[str, str], limit_s: float) 
         return status if status >= 0 else 128 - status
 
 
+def _repositories(arguments: list[str]) -> list[str]:
+    """Folders that a server with these flags serves."""
+    rows = (argument.partition("=") for argument in arguments)
+    return [value for name, _, value in rows if name == "--model-repository"]
+
+
 def _main(arguments: list[str]) -> None:
     if arguments[0] == "--is-ready":
         sys.exit(is_draining() or not is_ready(arguments[1]))
     if arguments[0] == "--modified":
         arguments = arguments[1:]
     else:
-        for argument in arguments:
-            name, _, value = argument.partition("=")
-            if name == "--model-repository":
-                require_as_packaged(value)
+        for repository in _repositories(arguments):
+            require_as_packaged(repository)
+    for repository in _repositories(arguments):
+        if (lock := occupy(Path(repository))) is not None:
+            os.set_inheritable(lock, True)  # the server holds it
     environment, flags = guarded(os.environ)
+    if not any(argument.startswith("--trace-config") for argument in arguments):
+        flags += trace_flags(environment.get(ENDPOINT))
     os.umask(UMASK)
+    leave_no_core()
     if limit_s := drain_seconds(environment):
         sys.exit(_supervise([*arguments, *flags], environment, limit_s))
     os.execvpe(arguments[0], [*arguments, *flags], environment)  # noqa: S606  # the command line's own program

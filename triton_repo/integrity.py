@@ -13,13 +13,21 @@ import shutil
 from pathlib import Path
 
 from cxr_triton.engines.bundle import MANIFEST, sha256
-from cxr_triton.engines.serving import BUNDLE
-from cxr_triton.errors import InvalidBundle
+from cxr_triton.engines.serving import BUNDLE, ENSEMBLE
+from cxr_triton.errors import InvalidBundle, InvalidRequest
 
 RECORD = "repository.json"
 SCHEMA = 1
 _NAMED = 5
 """Differences that an error names."""
+
+
+def require_repository(folder: Path) -> None:
+    """Refuse a folder that is no model repository of this package; raises `InvalidRequest`."""
+    if not (folder / ENSEMBLE / "config.pbtxt").is_file():
+        raise InvalidRequest(
+            f"{folder} holds no model '{ENSEMBLE}'; write one with `cxr-triton package BUNDLE -o REPOSITORY`"
+        )
 
 
 def seal(repository: Path) -> None:

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from cxr_triton import __version__
-from cxr_triton.engines import ROOMS, engine
+from cxr_triton.engines import ROOMS, engine, without_adapter
 from cxr_triton.engines.build import build_bundle
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.container import in_container as docker_run
@@ -19,6 +19,7 @@ from cxr_triton.engines.plan_cache import default_folder
 from cxr_triton.engines.recipe import Recipe, load_recipe
 from cxr_triton.engines.verify.record import is_verified, require_accurate, require_verified, subject, write_record
 from cxr_triton.errors import InvalidRequest, NotVerified
+from cxr_triton.export.adapter import Adapter, named_adapter
 from cxr_triton.export.checkpoint import Checkpoint
 from cxr_triton.export.export import export_checkpoint
 from cxr_triton.export.graph import QUANTIZED
@@ -75,6 +76,7 @@ def make_engine(
     cache: Path | None = None,
     unverified: bool = False,
     accept_licence: bool = False,
+    adapter: Path | None = None,
     evaluation: Evaluation | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict:
@@ -101,6 +103,8 @@ def make_engine(
         Folder of compiled plans; that of `cxr-triton build` by default.
     unverified, accept_licence : bool
         Package without the gate, which the repository says; the weights' non-commercial licence is accepted.
+    adapter : Path, optional
+        Folder of the LoRA adapter that the profile names.
     evaluation : Evaluation, optional
         On labelled data, before it is packaged.
     say : callable
@@ -122,23 +126,26 @@ def make_engine(
     """
     chosen, model = load_recipe(recipe), load_profile(profile)
     _check(chosen, out, unverified, evaluation)
+    if model.adapter and (fault := without_adapter(chosen.decoder.compiler, model.adapter.name)):
+        raise InvalidRequest(fault)
     folder, commit = located(source, model, revision or _pinned(out, source))
     checkpoint = Checkpoint(folder)
     require_fit(source, checkpoint, model)
-    with opened(out, _made_from(folder, commit, model), say) as stages:
+    lora = named_adapter(adapter, checkpoint, model)
+    with opened(out, _made_from(folder, commit, model, lora), say) as stages:
         if commit:
             _pin(out, source, commit, say)
         return _Run(
             stages=stages, source=source, revision=commit, checkpoint=checkpoint, recipe=chosen, profile=model,
             images=images, verify_images=verify_images, limit=limit, device=device, cache=cache or default_folder(),
-            accept_licence=accept_licence, evaluation=evaluation,
+            accept_licence=accept_licence, adapter=adapter, evaluation=evaluation,
         ).make(unverified)  # fmt: skip
 
 
-def _made_from(checkpoint: Path, commit: str | None, profile: ModelProfile) -> dict:
+def _made_from(checkpoint: Path, commit: str | None, profile: ModelProfile, adapter: Adapter | None) -> dict:
     """What every stage rests on."""
     facts = {"versions": _versions(), "revision": commit, "checkpoint": fingerprint(checkpoint)}
-    return facts | {"profile": profile.to_yaml()}
+    return facts | {"profile": profile.to_yaml()} | ({"adapter": adapter.files} if adapter else {})
 
 
 def _pin(out: Path, source: str, commit: str, say: Callable[[str], None]) -> None:
@@ -196,6 +203,7 @@ class _Run:
     device: str
     cache: Path
     accept_licence: bool
+    adapter: Path | None
     evaluation: Evaluation | None
 
     def make(self, unverified: bool) -> dict:
@@ -264,6 +272,7 @@ class _Run:
                 head=head,
                 form=form,
                 max_sequence=sequence,
+                adapter=self.adapter,
                 accept_licence=self.accept_licence,
             ),
         )
@@ -318,6 +327,11 @@ class _Run:
 
         if why_not_here(_bundle(bundle)) is None:
             return None
+        if self.profile.adapter:
+            raise InvalidRequest(
+                f"{self.recipe.decoder.compiler} cannot be run here, and nothing stands in for it with a LoRA adapter; "
+                "make it on a machine that runs it, or pass --unverified"
+            )
         head = self.recipe.decoder.head
         graphs = self.export("standin-export", weights, "fp32", head if head != "compute" else None)
         return self.stages.run("standin", {}, lambda path: build_bundle(graphs, path))

@@ -16,13 +16,12 @@ from pathlib import Path
 from cxr_triton.engines import ABILITIES, engine, require_ability
 from cxr_triton.engines.bundle import MANIFEST, Bundle
 from cxr_triton.engines.interface import Serving
-from cxr_triton.engines.serving import BUNDLE, STEPS, Settings, declare, tensors
+from cxr_triton.engines.serving import BUNDLE, ENSEMBLE, STEPS, Settings, declare, tensors
 from cxr_triton.engines.verify.record import require_accurate, require_verified
 from cxr_triton.errors import InvalidRequest, NotVerified, unknown_key
 from cxr_triton.files import new_folder, require_new
 from cxr_triton.triton_repo.integrity import seal
 
-ENSEMBLE = "cxr_reader"
 VERIFICATION = "VERIFICATION"
 VISION_BATCH = 8  # images
 _ADAPTERS = Path(__file__).parent
@@ -82,11 +81,11 @@ def write_repository(
                 # Triton wants a version folder all the same, and an empty one gets lost in copies
                 (new / model.name / "1" / "README").write_text("No file of its own; see config.pbtxt.\n")
         for path, file in serving.files.items():
-            _take(source.path / file, new / path)
+            take(source.path / file, new / path)
         (new / ENSEMBLE / "1" / VERIFICATION).write_text("\n".join(verification) + "\n")
         (new / BUNDLE).mkdir()
         for file in (MANIFEST, *source.manifest["files"]):
-            _take(source.path / file, new / BUNDLE / file)
+            take(source.path / file, new / BUNDLE / file)
         Bundle.open(new / BUNDLE)
         seal(new)
     return Bundle.open(out / BUNDLE, verify=False)
@@ -107,8 +106,8 @@ def _verification(bundle: Bundle, unverified: bool) -> tuple[str, str]:
     return "passed", said
 
 
-def _take(source: Path, target: Path) -> None:
-    """A file of the bundle into the repository; one that people edit is never the same file in both."""
+def take(source: Path, target: Path) -> None:
+    """A copy of a file that takes no room where it is large; one that people edit is never the same file in both."""
     target.parent.mkdir(exist_ok=True)
     source = source.resolve()
     if source.stat().st_size >= _LINKED_BYTES:
@@ -146,10 +145,10 @@ def models(bundle: Bundle, settings: Settings, serving: Serving, verification: s
     preprocess = _python("dicom_preprocess", known, {"bundle": BUNDLE}, instances=settings.preprocess_instances)
     vision = serving.vision
     if vision is None:
-        kept = {"threads": settings.threads, "picture_cache_mib": settings.picture_cache_mib}
+        threads = settings.threads if settings.vision_threads is None else settings.vision_threads
+        kept = {"threads": threads, "picture_cache_mib": settings.picture_cache_mib}
         vision = _python("vision_encoder", known, {"bundle": BUNDLE, **kept})
-        # A request's images arrive together and have to fit into one batch.
-        vision.max_batch_size = max(bundle.profile.max_images, VISION_BATCH)
+        vision.max_batch_size = _vision_batch(bundle, settings.vision_batch)
     decoder = _python("decoder", known, {"bundle": BUNDLE, "queue_size": queue_size, **serving.parameters})
     report = _python("report", known, {})  # one instance: chunks have to stay in order
     for model in (preprocess, vision):
@@ -164,6 +163,17 @@ def models(bundle: Bundle, settings: Settings, serving: Serving, verification: s
     for model in result:
         model.parameters["verification"].string_value = verification
     return result
+
+
+def _vision_batch(bundle: Bundle, asked: int | None) -> int:
+    """Images in one run of the tower: those of a request arrive together and have to fit."""
+    least = max(1, bundle.profile.max_images)
+    if asked is not None and asked < least:
+        raise InvalidRequest(
+            f"vision_batch is {asked}, a request of profile {bundle.profile.name} may have {least} images, which are "
+            f"one batch; ask for {least} or more"
+        )
+    return asked or max(least, VISION_BATCH)
 
 
 def _python(name: str, known: dict, parameters: dict[str, object], *, instances: int = 1):

@@ -28,9 +28,12 @@ from cxr_triton.engines import ROOMS, engine
 from cxr_triton.engines.secret import SECRET
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, ServerMismatch, Unavailable
 from cxr_triton.extras import remedy
+from cxr_triton.files import leave_no_core
+from cxr_triton.trace import ENDPOINT
 from cxr_triton.triton_repo.drain import DRAIN, drained
-from cxr_triton.triton_repo.guard import SHM_PREFIX, UMASK, guarded, is_ready
-from cxr_triton.triton_repo.integrity import require_as_packaged
+from cxr_triton.triton_repo.guard import SHM_PREFIX, UMASK, guarded, is_ready, trace_flags
+from cxr_triton.triton_repo.integrity import require_as_packaged, require_repository
+from cxr_triton.triton_repo.occupied import occupy
 
 # A decode step reads all weights; from pages of 2 MiB it does so faster. Set it for your own server too.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -63,6 +66,9 @@ class Server:
         while requests run is suspected of taking Triton 2.51 down (docs/architecture.md).
     log : path, optional
         File that takes the log of the server and of its models, for its owner alone; ``REPOSITORY.log`` by default.
+    trace_otlp : str, optional
+        Collector that Triton sends spans of its models to, as ``http://127.0.0.1:4318``; without it the one that the
+        environment names, if any.
     modified : bool
         Serve a repository that is not as ``cxr-triton package`` wrote it, see `integrity`.
 
@@ -81,11 +87,11 @@ class Server:
     Raises
     ------
     Unavailable
-        On start, when a port is taken or the server was not ready in time.
+        On start, when a port is taken, the repository is being tuned, or the server was not ready in time.
     InternalError
         On start, when the server ended or the warm-up failed; the message quotes the log.
     InvalidRequest
-        The folder is no repository.
+        The folder is no repository, or `trace_otlp` no address of HTTP.
     InvalidBundle
         On start, when the repository was changed and `modified` is false.
     ServerMismatch
@@ -103,6 +109,7 @@ class Server:
         shm_mib: int = SHM_MIB,
         log=None,
         modified: bool = False,
+        trace_otlp: str | None = None,
     ):
         self.repository = Path(repository).resolve()
         self.ready_timeout_s = ready_timeout_s
@@ -115,11 +122,13 @@ class Server:
         self.grpc, self.metrics, self.http = addresses["grpc"], addresses["metrics"], addresses.get("http")
         self.shm_prefix = f"{SHM_PREFIX}{secrets.token_hex(8)}_"
         self._environment, self._flags = guarded(os.environ)
+        self._flags += trace_flags(trace_otlp or os.environ.get(ENDPOINT))
         self.secret = self._environment[SECRET]
         self._process: subprocess.Popen | None = None
         self._models: dict[int, str] = {}
         self._janitor: subprocess.Popen | None = None
         self._backends = ""
+        self._lock: int | None = None
         self.is_up = False  # it may have readings under way
 
     def __enter__(self) -> Server:
@@ -156,11 +165,8 @@ class Server:
     def start(self, say: Callable[[str], None] = lambda what: None) -> None:
         """Start the server and wait until it reads; `say` is told what is waited for."""
         started = time.monotonic()
-        if not (self.repository / "cxr_reader" / "config.pbtxt").is_file():
-            raise InvalidRequest(
-                f"{self.repository} holds no model 'cxr_reader'; "
-                "write one with `cxr-triton package BUNDLE -o REPOSITORY`"
-            )
+        require_repository(self.repository)
+        self._lock = occupy(self.repository)
         if not self.modified:
             say("checking the repository")
             require_as_packaged(self.repository)
@@ -217,6 +223,7 @@ class Server:
                 start_new_session=True,
                 umask=UMASK,
             )
+            leave_no_core(self._process.pid)
         say("loading the models")
         deadline = started + self.ready_timeout_s
         while not self._is_ready():
@@ -256,6 +263,9 @@ class Server:
         if self._janitor and self._janitor.stdin:
             self._janitor.stdin.close()
             self._janitor.wait()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def check(self) -> None:
         """Raise `Unavailable` when the server or the process of a model has died.

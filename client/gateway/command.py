@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cxr_triton.cli import EXIT_NOT_AS_ASKED, json_option, printable, write_json
+from cxr_triton.cli import EXIT_NOT_AS_ASKED, json_option, printable, trace_option, write_json
 from cxr_triton.client.gateway.config import EXAMPLE, Config, load_config
 from cxr_triton.errors import InvalidRequest
 
@@ -41,7 +41,7 @@ def gateway(context: click.Context, config_path: str | None):
     """
     context.obj = config_path
     if context.invoked_subcommand is None:
-        context.invoke(run, config_path=None)
+        context.invoke(run, config_path=None, trace_otlp=None)
 
 
 def _load(context: click.Context, config_path: str | None) -> Config:
@@ -50,12 +50,13 @@ def _load(context: click.Context, config_path: str | None) -> Config:
 
 @gateway.command()
 @_config_option
+@trace_option
 @click.pass_context
-def run(context: click.Context, config_path: str | None):
+def run(context: click.Context, config_path: str | None, trace_otlp: str | None):
     """Run until SIGTERM or Ctrl-C; the log goes to standard error, one JSON object a line."""
     from cxr_triton.client.gateway.service import serve
 
-    serve(_load(context, config_path))
+    serve(_load(context, config_path), trace_otlp)
 
 
 @gateway.command()
@@ -192,6 +193,8 @@ def _status_lines(result: dict):
 
 def _job_lines(result: dict):
     yield f"job {result['id']}: {result['state']}, {len(result['inputs'])} images, {result['attempts']} attempts"
+    if result["trace"]:
+        yield f"trace {result['trace']}"
     for step in result["history"]:
         at = datetime.fromtimestamp(step["at"]).astimezone().isoformat(timespec="seconds")
         yield f"{at}  {step['gateway']:<12} {step['state']:<9} {step['note']}"

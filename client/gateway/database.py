@@ -17,6 +17,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from cxr_triton.client.gateway.schema import deliveries, history, jobs, schema
 from cxr_triton.errors import InvalidConfig
 
+_LATER_COLUMNS = {"generation": "INTEGER DEFAULT 0", "traceparent": "VARCHAR(64) DEFAULT ''"}
+"""Of `jobs`, which queues of earlier releases lack."""
 FREE = {"owner": None, "lease_until": None}
 _PATIENCE = {"connect_timeout": "10", "keepalives_idle": "10", "tcp_user_timeout": "30000"}
 """libpq's settings in s, s and ms; without them it waits without limit for a host that went away."""
@@ -53,8 +55,10 @@ class Database:
                 if not self._is_sqlite:
                     c.exec_driver_sql("SELECT pg_advisory_xact_lock(726573)")  # several gateways may start at once
                 schema.create_all(c)
-                if "generation" not in {column["name"] for column in sa.inspect(c).get_columns("jobs")}:
-                    c.exec_driver_sql("ALTER TABLE jobs ADD COLUMN generation INTEGER DEFAULT 0 NOT NULL")
+                there = {column["name"] for column in sa.inspect(c).get_columns("jobs")}
+                for name, kind in _LATER_COLUMNS.items():
+                    if name not in there:
+                        c.exec_driver_sql(f"ALTER TABLE jobs ADD COLUMN {name} {kind} NOT NULL")
 
     def close(self) -> None:
         """Let go of the connections."""

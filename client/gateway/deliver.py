@@ -18,6 +18,8 @@ from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.send import DicomSender, WebSender
 from cxr_triton.client.gateway.store import Store
 from cxr_triton.client.gateway.waits import POLL_S, either, spread
+from cxr_triton.client.spans import Span
+from cxr_triton.trace import trace_id_of
 
 LEASE_S = 300.0
 RENEW_S = LEASE_S / 3
@@ -83,12 +85,18 @@ class Deliverer:
         if not batch:
             return await self._ask_commitment() if self._to.commitment else False
         open_ = {row.id: row for row in batch}
+        sent_s = [time.time()]
 
         def report(row: sa.Row, outcome: str, text: str) -> None:
             self._metrics.deliveries.labels(self._to.name, outcome).inc()
             level = "info" if outcome == "stored" else "warning"
-            sop = self._log.uid(row.sop_instance)
-            self._log(level, outcome, destination=self._to.name, job=row.job, sop=sop, kind=row.kind, answer=text)
+            sop, trace = self._log.uid(row.sop_instance), trace_id_of(row.traceparent)
+            self._log(
+                level, outcome, destination=self._to.name, job=row.job, sop=sop, kind=row.kind, answer=text, trace=trace
+            )
+            facts = {"cxr.job": row.job, "cxr.destination": self._to.name, "cxr.kind": row.kind, "cxr.outcome": outcome}
+            Span("deliver", row.traceparent, "PRODUCER", facts, start_s=sent_s.pop()).end()
+            sent_s.append(time.time())  # of the next one: they go one after the other
             open_.pop(row.id)
             if outcome == "stored":
                 self._metrics.turnaround_s.labels(self._to.name).observe(time.time() - row.first_at)

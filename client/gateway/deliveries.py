@@ -8,14 +8,14 @@ from collections.abc import Collection, Sequence
 import sqlalchemy as sa
 
 from cxr_triton.client.gateway.database import FREE, Database
-from cxr_triton.client.gateway.schema import deliveries
+from cxr_triton.client.gateway.schema import deliveries, jobs
 
 
 class Deliveries(Database):
     """The part of the queue that the deliverers see."""
 
     def claim_deliveries(self, destination: str, lease_s: float, limit: int = 64) -> list[sa.Row]:
-        """Take results that are due at a destination."""
+        """Take results that are due at a destination; each with the `traceparent` of its job."""
         now = time.time()
         d = deliveries.c
         is_free = sa.or_(d.lease_until.is_(None), d.lease_until < now)
@@ -27,7 +27,8 @@ class Deliveries(Database):
                 return []
             lease = {"owner": self.gateway, "lease_until": now + lease_s}
             c.execute(sa.update(deliveries).where(d.id.in_(ids)).values(lease))
-            return list(c.execute(sa.select(deliveries).where(d.id.in_(ids)).order_by(d.id)))
+            rows = sa.select(deliveries, jobs.c.traceparent).join(jobs, jobs.c.id == d.job).where(d.id.in_(ids))
+            return list(c.execute(rows.order_by(d.id)))
 
     def renew_deliveries(self, ids: Collection[int], lease_s: float) -> None:
         """Prolong the leases of results that are being sent, as far as they are still this gateway's."""

@@ -23,6 +23,7 @@ from cxr_triton.client.gateway.disk import sync
 from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.schema import Received
 from cxr_triton.client.gateway.store import Store
+from cxr_triton.client.spans import Span
 from cxr_triton.errors import CxrError, InternalError, InvalidImage, LimitExceeded, QueueFull
 from cxr_triton.pixels.dicom import Identity
 from cxr_triton.pixels.limits import Limits
@@ -175,6 +176,7 @@ class Intake:
         expect: Callable[[Identity], None] | None = None,
         *,
         is_prior: bool = False,
+        traceparent: str | None = None,
     ) -> Identity:
         """Move a file of the incoming folder into the queue; when this returns it survives a loss of power.
 
@@ -188,6 +190,8 @@ class Intake:
             Raises when the object is not what was announced.
         is_prior : bool
             Fetched to be read beside another study; makes no job, and comes in while the gateway drains.
+        traceparent : str, optional
+            What the sender says that it belongs to; so does the job that it opens.
 
         Raises
         ------
@@ -198,7 +202,9 @@ class Intake:
         OSError, sqlalchemy.exc.SQLAlchemyError
             The disk or the queue failed.
         """
-        verdict, path = "failed", file.path
+        verdict, code, path = "failed", None, file.path
+        span = Span("receive", traceparent, "PRODUCER", {"cxr.door": door})
+        trace = span.place.trace_id
         try:
             file.close()
             if file.error:
@@ -209,22 +215,25 @@ class Intake:
             identity, digest = self._identify(path)
             if expect:
                 expect(identity)
-            verdict = self._queue(path, identity, digest, f"{door} {source}", is_prior)
+            place = str(span.place)
+            verdict = self._queue(path, identity, digest, f"{door} {source}", is_prior=is_prior, traceparent=place)
             self.log(
                 "info", "received", door=door, source=source, verdict=verdict, sop=self.log.uid(identity.sop_instance),
-                study=self.log.uid(identity.study), syntax=identity.transfer_syntax,
+                study=self.log.uid(identity.study), syntax=identity.transfer_syntax, trace=trace,
             )  # fmt: skip
             return identity
         except REFUSALS as error:
             is_out_of_room = isinstance(error, QueueFull) or is_full(error)
             verdict = "refused" if isinstance(error, InvalidImage) else "no_room" if is_out_of_room else "failed"
             code = error.code if isinstance(error, CxrError) else type(error).__name__
-            self.log("warning", "not_received", door=door, source=source, verdict=verdict, error=code)
+            self.log("warning", "not_received", door=door, source=source, verdict=verdict, error=code, trace=trace)
             if is_full(error):
                 raise QueueFull("the disk for objects is full; send it again later") from None
             raise
         finally:
             self.metrics.received.labels(door, verdict).inc()
+            span.set({"cxr.outcome": verdict})
+            span.end(code)
             path.unlink(missing_ok=True)
 
     def _identify(self, path: Path) -> tuple[Identity, str]:
@@ -246,7 +255,9 @@ class Intake:
             os.fsync(file.fileno())
         return identity, digest.hexdigest()
 
-    def _queue(self, path: Path, identity: Identity, digest: str, source: str, is_prior: bool) -> str:
+    def _queue(
+        self, path: Path, identity: Identity, digest: str, source: str, *, is_prior: bool, traceparent: str
+    ) -> str:
         # A name of its own for each arrival: what retention deletes is never what has just come in again.
         folder = self._objects / digest[:2]
         place = folder / f"{digest}-{secrets.token_hex(4)}.dcm"
@@ -270,7 +281,8 @@ class Intake:
             source=source[:200],
         )
         try:
-            verdict = self._store.add(received, self.config.group.quiet_s, self.config.group.max_wait_s)
+            group = self.config.group
+            verdict = self._store.add(received, group.quiet_s, group.max_wait_s, traceparent)
         except CommitInDoubt:
             raise  # a row may point to the file: it stays, and `sweep` asks the rows
         except sqlalchemy.exc.SQLAlchemyError:

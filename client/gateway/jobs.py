@@ -15,8 +15,8 @@ from cxr_triton.client.gateway.schema import AS_TAKEN, Received, Result, deliver
 class Jobs(Database):
     """The part of the queue that the ways in and the reader see."""
 
-    def add(self, received: Received, quiet_s: float, max_wait_s: float) -> str:
-        """Queue an object whose file is on the disk.
+    def add(self, received: Received, quiet_s: float, max_wait_s: float, traceparent: str = "") -> str:
+        """Queue an object whose file is on the disk; where it opens a job, `traceparent` is what that belongs to.
 
         Returns
         -------
@@ -49,10 +49,13 @@ class Jobs(Database):
                 kind = "conflict" if same else received.kind
                 c.execute(sa.insert(objects).values({**vars(received), "kind": kind, "received_at": now}))
             if kind == "image":
-                self._gather(c, received.study, now, quiet_s, max_wait_s)
+                waits = {"quiet_s": quiet_s, "max_wait_s": max_wait_s}
+                self._gather(c, received.study, now, traceparent=traceparent, **waits)
             return kind
 
-    def _gather(self, c: sa.Connection, study: str, now: float, quiet_s: float, max_wait_s: float) -> None:
+    def _gather(
+        self, c: sa.Connection, study: str, now: float, *, quiet_s: float, max_wait_s: float, traceparent: str
+    ) -> None:
         """Put a new image into the study's open job, or open one."""
         latest = jobs.c.first_at + max_wait_s
         due = sa.case((latest < now + quiet_s, latest), else_=now + quiet_s)
@@ -61,7 +64,7 @@ class Jobs(Database):
             if c.execute(sa.update(jobs).where(is_open).values(due_at=due, changed_at=now)).rowcount:
                 return
             values = {"study": study, "state": "received", "first_at": now, "changed_at": now, "attempts": 0}
-            values["due_at"] = now + min(quiet_s, max_wait_s)
+            values |= {"due_at": now + min(quiet_s, max_wait_s), "traceparent": traceparent}
             insert = self._insert(jobs).values(values).on_conflict_do_nothing().returning(jobs.c.id)
             if (job := c.execute(insert).scalar()) is not None:
                 self._note(c, job, "received", "")

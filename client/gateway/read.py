@@ -28,6 +28,7 @@ from cxr_triton.client.objects.results import diagnostic_report, encoded, result
 from cxr_triton.client.objects.source import header_faults, source_header
 from cxr_triton.client.objects.study import ObjectOptions
 from cxr_triton.client.page import DOCUMENT_PIXELS, Shown, draw
+from cxr_triton.client.spans import Span
 from cxr_triton.errors import (
     AccessDenied,
     Cancelled,
@@ -45,6 +46,7 @@ from cxr_triton.errors import (
 from cxr_triton.files import write
 from cxr_triton.pixels.dicom import read_identity
 from cxr_triton.reading import Reading
+from cxr_triton.trace import trace_id_of
 
 PASSING = (AccessDenied, Unavailable, QueueFull, DeadlineExceeded, Cancelled, InternalError, ServerMismatch)
 """Failures of the server rather than of the images: worth another attempt."""
@@ -182,15 +184,19 @@ class ReadWorker:
 
     async def _read(self, reader: AsyncReader, job: sa.Row) -> None:
         """One attempt at one job; every way it can end is written into the queue."""
-        name = self._log.uid(job.study)
+        name, trace = self._log.uid(job.study), trace_id_of(job.traceparent)
         lease = asyncio.create_task(self._keep_lease(job, asyncio.current_task()))
         try:
-            outcome = await self._attempt(reader, job)
+            facts = {"cxr.job": job.id, "cxr.attempt": job.attempts}
+            Span("wait", job.traceparent, attributes=facts, start_s=job.first_at).end()
+            with Span("job", job.traceparent, "CONSUMER", facts) as span:
+                outcome = await self._attempt(reader, job, span)
+                span.set({"cxr.outcome": outcome})
             self._metrics.readings.labels(outcome).inc()
-            self._log("info", "read", job=job.id, study=name, outcome=outcome, attempt=job.attempts)
+            self._log("info", "read", job=job.id, study=name, outcome=outcome, attempt=job.attempts, trace=trace)
         except LeaseLost:
             self._metrics.readings.labels("lost_lease").inc()
-            self._log("warning", "lost_lease", job=job.id, study=name, attempt=job.attempts)
+            self._log("warning", "lost_lease", job=job.id, study=name, attempt=job.attempts, trace=trace)
         except asyncio.CancelledError:
             with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
                 await asyncio.shield(
@@ -214,7 +220,10 @@ class ReadWorker:
         self._metrics.readings.labels(code).inc()
         is_ours = is_full(error) or isinstance(error, sqlalchemy.exc.SQLAlchemyError)
         again = is_ours or (passing and job.attempts < settings.max_attempts)
-        self._log("warning", "not_read", job=job.id, study=name, error=code, attempt=job.attempts, again=again)
+        trace = trace_id_of(job.traceparent)
+        self._log(
+            "warning", "not_read", job=job.id, study=name, error=code, attempt=job.attempts, again=again, trace=trace
+        )
         if again:
             wait_s = spread(settings.retry_s[min(job.attempts, len(settings.retry_s)) - 1])
             await self._tell(self._store.put_back, job, time.time() + wait_s, text, counts=not is_ours)
@@ -235,12 +244,13 @@ class ReadWorker:
             with contextlib.suppress(sqlalchemy.exc.SQLAlchemyError):
                 if not await asyncio.to_thread(self._store.renew, job, self._config.read.lease_s):
                     # Dropped by an operator, or taken by another gateway.
-                    self._log("warning", "lost_lease", job=job.id, study=self._log.uid(job.study), attempt=job.attempts)
+                    name, trace = self._log.uid(job.study), trace_id_of(job.traceparent)
+                    self._log("warning", "lost_lease", job=job.id, study=name, attempt=job.attempts, trace=trace)
                     if attempt:
                         attempt.cancel()
                     return
 
-    async def _attempt(self, reader: AsyncReader, job: sa.Row) -> str:
+    async def _attempt(self, reader: AsyncReader, job: sa.Row, span: Span) -> str:
         settings = self._config.read
         images = await asyncio.to_thread(self._store.inputs, job.id)
         if len({image.patient for image in images}) > 1:
@@ -256,7 +266,8 @@ class ReadWorker:
         if priors and self._config.priors:
             task = self._config.priors.task or task
         started = time.monotonic()
-        stream = reader.read(files, task=task, mode=settings.mode, identifiers=settings.identifiers)
+        place, mode, identifiers = str(span.place), settings.mode, settings.identifiers
+        stream = reader.read(files, task=task, mode=mode, identifiers=identifiers, traceparent=place)
         reading = await stream.result()
         del files
         reading_s = time.monotonic() - started

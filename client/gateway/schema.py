@@ -52,6 +52,7 @@ jobs = Table(
     Column("generation", Integer, nullable=False, server_default="0"),
     Column("error", Text),
     Column("reading_s", Float),
+    Column("traceparent", String(64), nullable=False, server_default=""),
     Index("one_open_job_of_a_study", "study", unique=True,
           sqlite_where=sa.text("state = 'received'"), postgresql_where=sa.text("state = 'received'")),
     Index("jobs_by_state", "state", "due_at"),

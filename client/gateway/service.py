@@ -16,6 +16,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydicom import config as pydicom_config
 
+from cxr_triton.client import otlp
 from cxr_triton.client.gateway.association import prepare_pynetdicom
 from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.deliver import Deliverer
@@ -32,6 +33,7 @@ from cxr_triton.client.gateway.watch import FolderWatcher
 from cxr_triton.client.limits import read_token
 from cxr_triton.client.listener import HttpListener
 from cxr_triton.errors import QueueFull, Unavailable
+from cxr_triton.files import leave_no_core
 
 BEAT_S = 1.0
 HOUSEKEEPING_S = 600.0
@@ -267,16 +269,19 @@ class Gateway:
         return web.json_response(body, status=503 if trouble else 200)
 
 
-def serve(config: Config) -> None:
-    """Run a gateway until SIGTERM or SIGINT; both end it in order."""
+def serve(config: Config, trace_otlp: str | None = None) -> None:
+    """Run a gateway until SIGTERM or SIGINT; both end it in order. Its spans go to `trace_otlp`, see `otlp.start`."""
 
     async def run() -> None:
         stopping = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
-        await Gateway(config).run(stopping)
+        gateway = Gateway(config)
+        otlp.start(trace_otlp, "gateway", lambda said: gateway.log("warning", "spans_not_sent", error=said))
+        await gateway.run(stopping)
 
+    leave_no_core()
     # they would put headers' values, UIDs among them, and what peers said beside the log
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL + 1)
     pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE

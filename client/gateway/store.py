@@ -27,6 +27,7 @@ from cxr_triton.client.gateway.schema import (
     objects,
     switches,
 )
+from cxr_triton.trace import trace_id_of
 
 
 class Store(Jobs, Deliveries):
@@ -104,7 +105,13 @@ class Store(Jobs, Deliveries):
             ]
             dead = sa.select(jobs).where(jobs.c.state == "dead").order_by(jobs.c.id).limit(1000)
             result["dead"] = [
-                {"job": row.id, "attempts": row.attempts, "error": row.error, "since": row.changed_at}
+                {
+                    "job": row.id,
+                    "attempts": row.attempts,
+                    "error": row.error,
+                    "since": row.changed_at,
+                    "trace": trace_id_of(row.traceparent),
+                }
                 for row in c.execute(dead)
             ]
         return result
@@ -119,6 +126,7 @@ class Store(Jobs, Deliveries):
             sent = c.execute(sa.select(deliveries).where(deliveries.c.job == job).order_by(deliveries.c.id)).all()
         return {
             **{key: getattr(row, key) for key in ("id", "study", "state", "attempts", "error", "first_at", "due_at")},
+            "trace": trace_id_of(row.traceparent),
             "inputs": row.inputs or [],
             "read_objects": row.read_objects or [],
             "history": [{"at": s.at, "gateway": s.gateway, "state": s.state, "note": s.note} for s in steps],

@@ -40,7 +40,7 @@ async def stow(request: web.Request, intake: Intake, token: str | None, settings
     """
     if refusal := _refusal(request, token):
         return refusal
-    study = request.match_info.get("study")
+    study, traceparent = request.match_info.get("study"), request.headers.get("traceparent")
     clock = _Clock(settings)
 
     def expect(identity: Identity) -> None:
@@ -55,7 +55,7 @@ async def stow(request: web.Request, intake: Intake, token: str | None, settings
             if isinstance(part, MultipartReader):
                 raise ValueError("a multipart in a multipart")
             try:
-                identity = await _take(part, intake, request.remote or "", expect, clock)
+                identity = await _take(part, intake, request.remote or "", expect, clock, traceparent=traceparent)
                 stored.append({"00081150": _element("UI", identity.sop_class),
                                "00081155": _element("UI", identity.sop_instance)})  # fmt: skip
             except TimeoutError:
@@ -82,7 +82,13 @@ def _refusal(request: web.Request, token: str | None) -> web.Response | None:
 
 
 async def _take(
-    part: BodyPartReader, intake: Intake, source: str, expect: Callable[[Identity], None], clock: _Clock
+    part: BodyPartReader,
+    intake: Intake,
+    source: str,
+    expect: Callable[[Identity], None],
+    clock: _Clock,
+    *,
+    traceparent: str | None,
 ) -> Identity:
     """Write a part to a file of its own as it comes, and take it in."""
     kind = part.headers.get("Content-Type", "application/dicom").split(";")[0].strip()
@@ -96,7 +102,7 @@ async def _take(
             if size > intake.max_bytes:
                 raise LimitExceeded(f"object is over {intake.max_bytes} bytes; send a smaller one")
             file.write(chunk)
-        return await asyncio.to_thread(intake.take, file, "stow", source, expect)
+        return await asyncio.to_thread(intake.take, file, "stow", source, expect, traceparent=traceparent)
 
 
 def _answer(stored: list[dict], reasons: list[int]) -> web.Response:

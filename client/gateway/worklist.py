@@ -27,6 +27,7 @@ from cxr_triton.client.gateway.log import Log
 from cxr_triton.client.gateway.store import Store
 from cxr_triton.client.limits import read_password
 from cxr_triton.client.listener import HttpListener
+from cxr_triton.client.login import Login, TooManyTries
 from cxr_triton.errors import InvalidConfig
 from cxr_triton.page import render
 
@@ -39,9 +40,6 @@ STATES = {
 }
 """What the page can be asked for, and the states of the jobs that it then lists."""
 ROWS = 100
-SESSION_S = 8 * 3600.0
-TRIES, TRIES_S = 5, 60.0
-"""Wrong passwords that all visitors together have in so many seconds, before the login answers 429."""
 _COOKIE = "cxr_worklist"
 _UID = re.compile(r"\b\d+(?:\.\d+){3,}\b")
 _HEADERS = {
@@ -75,18 +73,17 @@ class Page:
         if config.worklist is None:
             raise InvalidConfig("worklist: is missing; `cxr-triton gateway example` shows the section")
         self._settings, self._store, self._log = config.worklist, store, log
-        self._password = read_password(config.worklist.password_file, "worklist.password_file")
-        self._sessions: dict[str, float] = {}  # digest of a cookie → when it ends
-        self._wrong: list[float] = []
+        password = read_password(config.worklist.password_file, "worklist.password_file")
+        self._login = Login(password, _COOKIE, secure=config.worklist.tls is not None)
         self._key = secrets.token_bytes(32)
 
     def listener(self) -> HttpListener:
         """Routes, behind the limits of a listener and the checks of each request."""
         app = web.Application(client_max_size=1 << 16, middlewares=[self._guard()])
         app.router.add_get("/login", self._login_page)
-        app.router.add_post("/login", self._login)
+        app.router.add_post("/login", self._enter)
         app.router.add_get("/worklist.js", self._script)
-        app.router.add_post("/logout", self._logout)
+        app.router.add_post("/logout", self._leave)
         app.router.add_get("/", self._show)
         app.router.add_get("/status.json", self._status)
         app.router.add_get("/jobs/{job:[0-9]{1,18}}/{action:retry|drop}", self._ask)
@@ -116,7 +113,7 @@ class Page:
     ) -> web.StreamResponse:
         if refusal := self._refusal(request):
             return refusal
-        if request.path not in ("/login", "/worklist.js") and not self._session(request):
+        if request.path not in ("/login", "/worklist.js") and not self._login.is_in(request):
             if request.path != "/" or request.method != "GET":
                 return web.Response(status=401, text="log in first\n")
             raise web.HTTPSeeOther("/login")
@@ -141,46 +138,30 @@ class Page:
     async def _login_page(self, request: web.Request) -> web.Response:
         return _html("worklist_login.html", wrong=False)
 
-    async def _login(self, request: web.Request) -> web.StreamResponse:
+    async def _enter(self, request: web.Request) -> web.StreamResponse:
         given = str((await request.post()).get("password", ""))
-        now = time.monotonic()  # from here on nothing waits: requests side by side are counted one after the other
-        self._wrong = [at for at in self._wrong if now - at < TRIES_S]
-        if len(self._wrong) >= TRIES:
+        response = web.Response(status=303, headers={"Location": "/"})
+        try:
+            is_right = self._login.enter(given, response)
+        except TooManyTries:
             return web.Response(
                 status=429, text="too many wrong passwords; wait a minute\n", headers={"Retry-After": "60"}
             )
-        if not hmac.compare_digest(_digest(given), _digest(self._password)):
-            self._wrong.append(now)
+        if not is_right:
             self._log("warning", "worklist_login_refused", peer=request.remote or "")
             return _html("worklist_login.html", status=403, wrong=True)
         self._log("info", "worklist_login", peer=request.remote or "")
-        cookie = secrets.token_urlsafe(32)
-        self._sessions = {name: ends for name, ends in self._sessions.items() if ends > now}
-        self._sessions[_digest(cookie)] = now + SESSION_S
-        response = web.Response(status=303, headers={"Location": "/"})
-        response.set_cookie(
-            _COOKIE,
-            cookie,
-            max_age=int(SESSION_S),
-            httponly=True,
-            samesite="Strict",
-            secure=self._settings.tls is not None,
-        )
         return response
 
-    async def _logout(self, request: web.Request) -> web.StreamResponse:
+    async def _leave(self, request: web.Request) -> web.StreamResponse:
         await self._require_form(request)
-        self._sessions.pop(_digest(request.cookies.get(_COOKIE, "")), None)
         response = web.Response(status=303, headers={"Location": "/login"})
-        response.del_cookie(_COOKIE)
+        self._login.leave(request, response)
         return response
-
-    def _session(self, request: web.Request) -> bool:
-        return self._sessions.get(_digest(request.cookies.get(_COOKIE, "")), 0.0) > time.monotonic()
 
     def _token(self, request: web.Request) -> str:
         """What a form of this session carries, so that no other page can send it."""
-        return hmac.new(self._key, request.cookies.get(_COOKIE, "").encode(), hashlib.sha256).hexdigest()
+        return hmac.new(self._key, self._login.cookie(request).encode(), hashlib.sha256).hexdigest()
 
     async def _require_form(self, request: web.Request) -> None:
         given = str((await request.post()).get("token", ""))
@@ -289,10 +270,6 @@ def _html(template: str, *, status: int = 200, **data: object) -> web.Response:
     notice = "Readings of this gateway are a research model's."
     text = render(template, notice=notice, **data)
     return web.Response(text=text, content_type="text/html", status=status)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _ago(seconds: float) -> str:

@@ -127,7 +127,7 @@ class Study:
     def algorithm_version(self) -> str:
         """Revision of the weights, engine and precision."""
         model = self.reading["model"]
-        parts = [model.get("revision"), model.get("engine"), model.get("precision")]
+        parts = [model.get("revision"), model.get("engine"), model.get("precision"), model.get("adapter")]
         return " ".join(str(part) for part in parts if part) or "unknown"
 
     @property

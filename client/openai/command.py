@@ -55,7 +55,7 @@ _SECONDS, _COUNT = click.FloatRange(0.1, 600), click.IntRange(1, 10_000)
     help="For what is under way to end after SIGTERM or Ctrl-C.",
 )
 @json_option
-def openai(*, url, tls_ca, tls_cert, tls_key, token_file, json_path, **options):
+def openai(*, url, tls_ca, tls_cert, tls_key, token_file, trace_otlp, json_path, **options):
     """Answer OpenAI's chat completions, so that its clients, benchmarks and chat pages can ask the reader at --url.
 
     Pictures come as data URIs in the first message: PNG, JPEG or DICOM. Readings are for research only and never for
@@ -77,4 +77,4 @@ def openai(*, url, tls_ca, tls_cert, tls_key, token_file, json_path, **options):
         write_json({"status": "ready", "address": address, "reader": url}, json_path)
         click.echo(printable(f"ready: {address}, in front of {url}"), err=json_path == "-")
 
-    serve(settings, lambda: AsyncReader(url, timeouts=timeouts, **vars(access)), started)
+    serve(settings, lambda: AsyncReader(url, timeouts=timeouts, **vars(access)), started, trace_otlp)

@@ -12,16 +12,19 @@ from typing import Any
 from aiohttp import web
 
 from cxr_triton.client.aio import AsyncReader, AsyncReadingStream
+from cxr_triton.client.log import Log
 from cxr_triton.client.openai.answer import Answer
 from cxr_triton.client.openai.chat import ChatRequest
-from cxr_triton.client.openai.metrics import Log, Metrics
+from cxr_triton.client.openai.metrics import Metrics
 from cxr_triton.client.openai.refusal import FAILED, Refusal
 from cxr_triton.client.openai.settings import Settings
+from cxr_triton.client.spans import Span
 from cxr_triton.errors import CxrError, DeadlineExceeded, InternalError, InvalidRequest, LimitExceeded, QueueFull
 from cxr_triton.profile import ModelProfile
 from cxr_triton.reading import Reading
 from cxr_triton.split import CONTENT, REASONING, Part, Splitter
 
+TRACE_HEADER = "x-trace-id"
 DONE = b"data: [DONE]\n\n"
 _STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "X-Accel-Buffering": "no"}
 
@@ -51,13 +54,13 @@ class Completions:
         self._taking_in = 0  # bytes
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        """One completion; raises `Refusal` or `CxrError` before the first byte of an answer, and none later."""
-        trace = _Trace()
+        """One completion; raises `Refusal` before the first byte of an answer, and none later."""
+        trace = _Trace(request.headers.get("traceparent"))
         with self._told(trace), self._counted():
             profile = await self._profile()
             with self._room(request):
                 chat = await asyncio.to_thread(ChatRequest.from_body, await self._body(request), profile)
-                stream = self._reader.read(chat.images, **chat.asked)
+                stream = self._reader.read(chat.images, **chat.asked, traceparent=str(trace.span.place))
             answer = Answer(profile.name, include_usage=chat.include_usage)
             completion, is_streamed = _Completion(stream, chat.grammar, answer), chat.stream
             trace.facts |= {"id": answer.id, "stream": is_streamed, "images": len(chat.images)}
@@ -70,7 +73,7 @@ class Completions:
                         return await self._stream(request, completion, trace)
                     body = await completion.whole()
                     trace.outcome = _complete(stream).status
-                    return web.json_response(body, headers={"x-request-id": answer.id})
+                    return web.json_response(body, headers=trace.headers(answer))
 
     @contextlib.contextmanager
     def _foreseen(self, id: str) -> Iterator[None]:
@@ -120,12 +123,18 @@ class Completions:
         except BaseException as error:
             code = getattr(error, "code", "INTERNAL")
             trace.outcome = "CANCELLED" if isinstance(error, asyncio.CancelledError) else code
-            raise
+            if isinstance(error, CxrError):
+                error = Refusal(error)
+            if isinstance(error, Refusal):
+                error.headers[TRACE_HEADER] = trace.facts["trace"]
+            raise error from None
         finally:
             self._metrics.completions.labels(trace.outcome).inc()
             if not trace.outcome.isupper():
                 self._metrics.completion_s.observe(trace.elapsed_s)
             self._log("completion", outcome=trace.outcome, ms=round(1e3 * trace.elapsed_s), **trace.facts)
+            trace.span.set({"cxr.outcome": trace.outcome, "cxr.stream": trace.facts.get("stream")})
+            trace.span.end(trace.outcome if trace.outcome.isupper() else None)
 
     async def _body(self, request: web.Request) -> bytearray:
         if (
@@ -153,7 +162,7 @@ class Completions:
             raise Refusal(error, status=408) from None
 
     async def _stream(self, request: web.Request, completion: _Completion, trace: _Trace) -> web.StreamResponse:
-        response = web.StreamResponse(headers={**_STREAM_HEADERS, "x-request-id": completion.answer.id})
+        response = web.StreamResponse(headers={**_STREAM_HEADERS, **trace.headers(completion.answer)})
         try:
             async with self._taken():
                 await response.prepare(request)
@@ -194,12 +203,17 @@ class _Gone(Exception):
 
 
 class _Trace:
-    """What is told of a completion."""
+    """What is told of a completion, which a caller may have sent as a part of something."""
 
-    def __init__(self) -> None:
+    def __init__(self, traceparent: str | None) -> None:
         self.outcome = "INTERNAL"
-        self.facts: dict[str, Any] = {}
+        self.span = Span("chat completion", traceparent, "SERVER")
+        self.facts: dict[str, Any] = {"trace": self.span.place.trace_id}
         self._started_s = time.monotonic()
+
+    def headers(self, answer: Answer) -> dict[str, str]:
+        """By which an answer is found again."""
+        return {"x-request-id": answer.id, TRACE_HEADER: self.facts["trace"]}
 
     @property
     def elapsed_s(self) -> float:

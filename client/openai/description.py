@@ -109,6 +109,7 @@ def description() -> dict[str, Any]:
     """OpenAPI 3.1 of all that the server answers."""
     ask = {
         "summary": "A reading of one patient's chest radiographs, whole or as server-sent events.",
+        "parameters": [{"name": "traceparent", "in": "header", "description": "W3C Trace Context.", "schema": _TEXT}],
         "requestBody": {"required": True, "content": {"application/json": {"schema": _ref("Request")}}},
         "responses": _answers(_ref("Completion"), text__event_stream=_ref("Chunk")),
     }

@@ -1,28 +1,10 @@
-"""What the server tells: JSON lines without anything of a request's contents, and Prometheus metrics."""
+"""What the server counts, as Prometheus metrics."""
 
 from __future__ import annotations
-
-import datetime
-import json
-import sys
-from typing import Any, TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-
-
-class Log:
-    """One JSON object a line. It is never given texts, pictures, file names or keys."""
-
-    def __init__(self, stream: TextIO | None = None):
-        self._stream = stream or sys.stderr
-
-    def __call__(self, event: str, **facts: Any) -> None:
-        """Write a line."""
-        at = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        self._stream.write(json.dumps({"at": at, "event": event, **facts}) + "\n")
-        self._stream.flush()
 
 
 class Metrics:

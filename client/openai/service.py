@@ -12,23 +12,24 @@ from typing import TextIO
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from cxr_triton.client import otlp
 from cxr_triton.client.aio import AsyncReader
 from cxr_triton.client.listener import HttpListener
+from cxr_triton.client.log import Log
 from cxr_triton.client.openai.answer import model
 from cxr_triton.client.openai.completions import Completions
 from cxr_triton.client.openai.description import description
 from cxr_triton.client.openai.guard import Guard
 from cxr_triton.client.openai.keys import Keys
-from cxr_triton.client.openai.metrics import Log, Metrics
+from cxr_triton.client.openai.metrics import Metrics
 from cxr_triton.client.openai.refusal import Refusal
 from cxr_triton.client.openai.settings import Settings
+from cxr_triton.client.served import ServedProfile
 from cxr_triton.errors import CxrError, InvalidRequest
-from cxr_triton.profile import ModelProfile
+from cxr_triton.files import leave_no_core
 
-PROFILE_S = 10.0
-"""How long what the server said of its profile is taken for true."""
 HEALTH_S = 1.0
-"""How long an answer about its health is."""
+"""How long an answer about the server's health is taken for true."""
 
 
 class Service:
@@ -60,9 +61,9 @@ class Service:
         if keys and keys.is_open:
             self._log("keys_readable_by_others", remedy="chmod o= FILE")
         self._guard = Guard(settings, keys, self._metrics, self._log)
+        self._profile = ServedProfile(reader)
         self._completions = Completions(settings, reader, self._profile, self._metrics, self._log)
-        self._asking, self._looking = asyncio.Lock(), asyncio.Lock()
-        self._known: tuple[float, ModelProfile | CxrError] | None = None
+        self._looking = asyncio.Lock()
         self._health: tuple[float, CxrError | None] | None = None
         self._listener = HttpListener(
             self._app(), settings.http, self._tell, handler_cancellation=True, shutdown_timeout=0.1
@@ -107,19 +108,6 @@ class Service:
             self._metrics.connections_refused.labels(facts["why"]).inc()
         self._log(event, **facts)
 
-    async def _profile(self) -> ModelProfile:
-        async with self._asking:
-            if self._known is None or time.monotonic() > self._known[0]:
-                found: ModelProfile | CxrError
-                try:
-                    found, holds_s = await self._reader.profile(), PROFILE_S
-                except CxrError as error:  # whoever waits meanwhile need not ask again, one after the other
-                    found, holds_s = error, HEALTH_S
-                self._known = (time.monotonic() + holds_s, found)
-            if isinstance(found := self._known[1], CxrError):
-                raise type(found)(found.message)
-            return found
-
     async def _healthy(self, request: web.Request) -> web.Response:
         """200 when a completion that came now would be read; what fails is said."""
         async with self._looking:
@@ -157,7 +145,9 @@ async def _harden(request: web.Request, response: web.StreamResponse) -> None:
     response.headers.update({"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "cxr-triton"})
 
 
-def serve(settings: Settings, reader: Callable[[], AsyncReader], started: Callable[[int], None]) -> None:
+def serve(
+    settings: Settings, reader: Callable[[], AsyncReader], started: Callable[[int], None], trace_otlp: str | None
+) -> None:
     """Run until SIGTERM or SIGINT; both end it in order."""
 
     async def run() -> None:
@@ -167,5 +157,8 @@ def serve(settings: Settings, reader: Callable[[], AsyncReader], started: Callab
             loop.add_signal_handler(number, stopping.set)
         await Service(settings, reader()).run(stopping, started)
 
+    leave_no_core()
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL + 1)  # it would quote requests
+    log = Log()
+    otlp.start(trace_otlp, "openai", lambda said: log("spans_not_sent", error=said))
     asyncio.run(run())

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cxr_triton.engines.cpu import Cpu
 from cxr_triton.engines.rewrite import Weights, replace_nodes, rewrite
 from cxr_triton.errors import DeviceUnavailable
 
@@ -43,11 +44,7 @@ def compile_tower(source: Path, target: Path) -> None:
 
 def cpu_features() -> set[str]:
     """Of this machine's CPU, as Linux names them; none where it lists none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+    return set(Cpu.here().flags)
 
 
 def require_exact() -> None:

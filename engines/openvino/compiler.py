@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -139,7 +140,7 @@ def compile_graph(source: Path, folder: Path, precision: str) -> str:
             rewrite(source, rewritten, split_attention, fuse_int4, merge_projections)
             source = rewritten
         try:
-            model = openvino.Core().read_model(source)
+            model = open_core().read_model(source)
             openvino.save_model(model, folder / f"{source.stem}.xml", compress_to_fp16=precision == "bf16")
         except RuntimeError as error:
             raise BuildFailed(
@@ -162,3 +163,22 @@ def load_library():
     except ImportError as error:
         raise DeviceUnavailable(f"openvino does not load here ({error}); {remedy('openvino')}") from None
     return openvino
+
+
+def open_core():
+    """The process's one `openvino.Core`, which is never freed.
+
+    The CPU plugin gives the thread that makes it an alternate signal stack. Freed by another thread, as a garbage
+    collection may, it unmaps that stack and leaves it the first thread's: the next signal ends the process, Ctrl-C too.
+
+    Raises
+    ------
+    DeviceUnavailable
+        OpenVINO is not installed.
+    """
+    return _core_of(load_library())
+
+
+@functools.cache
+def _core_of(openvino):
+    return openvino.Core()

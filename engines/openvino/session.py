@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cxr_triton.engines.openvino.compiler import load_library
+from cxr_triton.engines.openvino.compiler import load_library, open_core
 from cxr_triton.engines.session import HostDecoder, VisionSession
 from cxr_triton.errors import InvalidBundle
 
@@ -23,7 +23,7 @@ def open_request(model: Path | bytes, threads: int | None, precision: str):
     RuntimeError
         It cannot load the graph.
     """
-    core = load_library().Core()
+    core = open_core()
     # Where a processor has no bf16, OpenVINO would imitate it.
     has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     properties = {

@@ -61,6 +61,7 @@ def _made_of(bundle: Bundle) -> dict[str, object]:
     """What a bundle and its stand-in have in common."""
     return {
         "source": bundle.manifest["source"],
+        "adapter": bundle.manifest.get("adapter"),
         "precision": bundle.precision,
         "head": bundle.manifest.get("head"),
         "geometry": dataclasses.asdict(bundle.geometry) | {"compute": None},

@@ -25,6 +25,7 @@ def judge(trial: Trial) -> Judged:
         "profile.yaml": _other_profile(bundle.profile, reference.profile),
         "geometry": _other_geometry(bundle, reference),
         "weights": _other_weights(bundle, reference),
+        "adapter": _other_adapter(bundle, reference),
     }
     return [{"name": name, "passed": fault is None, "said": fault} for name, fault in faults.items()], {}
 
@@ -70,6 +71,12 @@ def _other_geometry(bundle: Bundle, reference: Reference) -> str | None:
     }
     differing = [key for key, value in wanted.items() if getattr(bundle.geometry, key) != value]
     return f"{', '.join(differing)} differ from the checkpoint's" if differing else None
+
+
+def _other_adapter(bundle: Bundle, reference: Reference) -> str | None:
+    own = (bundle.manifest.get("adapter") or {}).get("files")
+    expected = reference.adapter.files if reference.adapter else None
+    return None if own == expected else "the engine has another LoRA adapter than the reference"
 
 
 def _other_weights(bundle: Bundle, reference: Reference) -> str | None:

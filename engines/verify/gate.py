@@ -20,6 +20,7 @@ import numpy as np
 
 from cxr_triton import __version__
 from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.interface import ADAPTER
 from cxr_triton.engines.verify import controls, decoder, files, readings, vision
 from cxr_triton.engines.verify.engine_under_test import runnable
 from cxr_triton.engines.verify.record import PARTS, SCHEMA, holds, subject
@@ -131,7 +132,8 @@ def _opened(
                 f"the bundle's profile {name!r} is none that cxr-triton ships; name its file with --profile"
             )
         profile = load_profile(name)
-    return Reference(checkpoint, profile, device=device)
+    adapter = bundle.path / ADAPTER if bundle.adapter else None
+    return Reference(checkpoint, profile, device=device, adapter=adapter)
 
 
 def _cases(

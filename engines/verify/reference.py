@@ -74,28 +74,42 @@ class Reference:
         As the user names it: not the copy in a bundle, which may be wrong.
     device : str
         ``auto``, ``cpu`` or ``cuda``.
+    adapter : path, optional
+        Folder of the LoRA adapter that the profile names; the decoder's weights are those that it makes of them.
 
     Raises
     ------
     UnsupportedCheckpoint, InvalidRequest
-        The folder holds no such checkpoint, or a quantized one.
+        The folder holds no such checkpoint, or a quantized one; or no adapter that the profile names.
     """
 
-    def __init__(self, checkpoint: str | Path, profile: ModelProfile, *, device: str = "auto"):
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        profile: ModelProfile,
+        *,
+        device: str = "auto",
+        adapter: str | Path | None = None,
+    ):
         import torch
         from transformers import Qwen2VLImageProcessorPil
 
+        from cxr_triton.export.adapter import named_adapter
         from cxr_triton.export.checkpoint import Checkpoint, torch_model
 
         if (Path(checkpoint) / "hf_quant_config.json").exists():
             raise InvalidRequest(f"{checkpoint} is quantized; give the checkpoint that it was made from")
         self.source = Checkpoint(checkpoint)
         self.profile = profile.merge_generation_config(self.source.generation)
+        self.adapter = named_adapter(adapter, self.source, profile)
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.dtype = "bf16" if self.device == "cuda" else "fp32"
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self._torch = torch
         self._model = torch_model(checkpoint, dtype).to(self.device)
+        for name, delta in self.adapter.deltas() if self.adapter else ():
+            weight = self._model.model.get_parameter(name).data
+            weight.copy_(weight.float() + torch.from_numpy(delta).to(self.device))
         self._tokenizer = ChatTokenizer(checkpoint)
         self._processor = Qwen2VLImageProcessorPil.from_dict(dict(self.source.preprocessor))
         self._sandbox = Sandbox()
@@ -124,6 +138,7 @@ class Reference:
             "device": self.device if self.device == "cpu" else self._torch.cuda.get_device_name(),
             "dtype": self.dtype,
             "profile": self.profile.name,
+            **({"adapter": self.adapter.record()} if self.adapter else {}),
             "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
         }
 

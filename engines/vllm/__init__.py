@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from cxr_triton.engines.interface import SLOTS, Compiled, Engine, GpuEngine, Need, Serving
+from cxr_triton.engines.interface import ADAPTER, SLOTS, Compiled, Engine, GpuEngine, Need, Serving
 from cxr_triton.engines.vllm.layout import FILES, FOLDER, NAME, engine_type
 from cxr_triton.engines.vllm.version import check_container
 from cxr_triton.errors import DeviceUnavailable, InvalidBundle, InvalidRecipe
@@ -20,6 +20,7 @@ class VLLM(Engine):
     graphs = ("decoder",)
     form = "checkpoint"
     folder = FOLDER
+    takes_adapter = True
     computes = ("fp32", "fp16", "bf16")
     abilities = frozenset({"prefix_reuse"})
 
@@ -79,6 +80,8 @@ class VLLM(Engine):
         from cxr_triton.export.folder import take
 
         take(job.source / SOURCE, folder / FOLDER)
+        if (job.source / ADAPTER).is_dir():
+            take(job.source / ADAPTER, folder / ADAPTER)
         return Compiled({})
 
     def open_decoder(self, bundle, *, slots: int, threads: int | None = None, batch_invariant: bool = False):
@@ -110,7 +113,7 @@ class VLLM(Engine):
 
     def open_runtime(self, bundle, parameters: Mapping[str, str], address: str):
         from cxr_triton.chat import ChatTokenizer
-        from cxr_triton.engines.vllm.options import OPTIONS, arguments
+        from cxr_triton.engines.vllm.options import OPTIONS, adapter, arguments
         from cxr_triton.engines.vllm.process import EngineProcess
         from cxr_triton.engines.vllm.runtime import VLLMRuntime, end_soon
 
@@ -118,7 +121,10 @@ class VLLM(Engine):
         options = {name: parameters[name] for name in OPTIONS if name in parameters}
         tokenizer = ChatTokenizer(bundle.path)
         process = EngineProcess(
-            arguments(bundle, slots, options), threads=int(parameters["threads"]) or None, on_death=end_soon
+            arguments(bundle, slots, options),
+            threads=int(parameters["threads"]) or None,
+            adapter=adapter(bundle),
+            on_death=end_soon,
         )
         queue_size = int(parameters["queue_size"])
         return VLLMRuntime(bundle.geometry, process, tokenizer, slots=slots, queue_size=queue_size)
@@ -137,7 +143,10 @@ class VLLM(Engine):
         return Serving(parameters={"slots": slots, "threads": settings.threads, **options})
 
     def run_bytes(self, bundle, graph: str) -> int:
-        """All weights of the decoder but the table that tokens are looked up in, where it is not the head too."""
+        """All weights of the decoder but the table that tokens are looked up in, where it is not the head too.
+
+        Those of an adapter, some hundredths of them, are left out.
+        """
         from cxr_triton.export.folder import decoder_bytes
         from cxr_triton.export.geometry import is_tied
 

@@ -10,7 +10,7 @@ import numpy as np
 from cxr_triton.chat import ChatTokenizer
 from cxr_triton.engines.runtime.judged import JudgedDecoder
 from cxr_triton.engines.runtime.stream import Generation
-from cxr_triton.engines.vllm.options import arguments
+from cxr_triton.engines.vllm.options import adapter, arguments
 from cxr_triton.engines.vllm.process import EngineProcess, LogitsListener
 from cxr_triton.engines.vllm.request import message
 from cxr_triton.engines.vllm.runtime import VLLMRuntime
@@ -29,7 +29,9 @@ class JudgedVLLM(JudgedDecoder):
 
     def __init__(self, bundle, slots: int, threads: int | None):
         self.slots, self._bundle = slots, bundle
-        self._process = EngineProcess(arguments(bundle, slots, {}), threads=threads, judges=True)
+        self._process = EngineProcess(
+            arguments(bundle, slots, {}), threads=threads, adapter=adapter(bundle), judges=True
+        )
 
     def runtime(self, queue_size: int) -> VLLMRuntime:
         """See `JudgedDecoder.runtime`."""

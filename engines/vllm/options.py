@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.interface import ADAPTER
 from cxr_triton.engines.vllm.layout import FOLDER, TYPES, engine_type
 from cxr_triton.errors import InvalidRequest
 
 _BLOCK_TOKENS = 128  # of the KV cache on a CPU; smaller on a GPU
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 _NGRAM = {"prompt_lookup_min": 2, "prompt_lookup_max": 5}
 
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -91,7 +93,15 @@ def arguments(bundle: Bundle, slots: int, options: Mapping[str, str]) -> dict[st
         more = _NGRAM if chosen["drafts"] == "ngram" else {}
         tokens = int(chosen.get("draft-tokens", 4))
         result["speculative_config"] = {"method": chosen["drafts"], "num_speculative_tokens": tokens, **more}
+    if held := bundle.manifest.get("adapter"):
+        rank = next(rank for rank in _LORA_RANKS if rank >= held["rank"])
+        result |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
     return result
+
+
+def adapter(bundle: Bundle) -> dict[str, str] | None:
+    """``name`` and ``path`` of the LoRA adapter that every request of a bundle is answered with."""
+    return bundle.adapter and {"name": bundle.adapter["name"], "path": str(bundle.path / ADAPTER)}
 
 
 def kv_bytes(bundle: Bundle, slots: int, kv: str = "auto") -> int:

@@ -55,6 +55,8 @@ class EngineProcess:
         Of vLLM's `EngineArgs`.
     threads : int, optional
         CPU threads; all cores if None.
+    adapter : mapping, optional
+        ``name`` and ``path`` of the LoRA adapter that all requests are answered with.
     judges : bool
         It takes forced answers too, and gives their logits.
     on_death : callable, optional
@@ -82,6 +84,7 @@ class EngineProcess:
         arguments: Mapping[str, object],
         *,
         threads: int | None = None,
+        adapter: Mapping[str, str] | None = None,
         judges: bool = False,
         on_death: Callable[[], None] | None = None,
         start_s: float = START_S,
@@ -94,7 +97,7 @@ class EngineProcess:
         self._process, self._socket = _start(threads)
         self._connection = Connection(os.dup(self._socket.fileno()))
         try:
-            self._send({"engine": dict(arguments), "judges": judges})
+            self._send({"engine": dict(arguments), "adapter": dict(adapter or {}), "judges": judges})
             self.versions = self._ready(start_s)
         except BaseException:
             self._kill()

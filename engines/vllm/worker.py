@@ -31,7 +31,8 @@ class Engine:
     ----------
     connection : Connection
     settings : dict
-        ``engine``: arguments of vLLM's `EngineArgs`. ``judges``: it has to give logits.
+        ``engine``: arguments of vLLM's `EngineArgs`. ``adapter``: ``name`` and ``path`` of a LoRA adapter, or empty.
+        ``judges``: it has to give logits.
     """
 
     def __init__(self, connection: Connection, settings: dict):
@@ -51,7 +52,16 @@ class Engine:
         engine_args = EngineArgs(**arguments)
         engine_args.structured_outputs_config.backend = "guidance"  # llguidance, whose grammars requests have
         self._engine = LLMEngine.from_engine_args(engine_args)
+        self._adapter = self._loaded(**settings["adapter"]) if settings["adapter"] else None
         self._running: set[str] = set()
+
+    def _loaded(self, name: str, path: str):
+        """A LoRA adapter in the engine: one that it refuses is known at the start, and no request waits for it."""
+        from vllm.lora.request import LoRARequest
+
+        adapter = LoRARequest(lora_name=name, lora_int_id=1, lora_path=path)
+        self._engine.add_lora(adapter)
+        return adapter
 
     @property
     def is_busy(self) -> bool:
@@ -72,7 +82,8 @@ class Engine:
                 self.say(op="tokens", streams=[[name, [], True]])
             return
         try:
-            self._engine.add_request(name, self._prompt(message, rows), self._params(name, message))
+            prompt, params = self._prompt(message, rows), self._params(name, message)
+            self._engine.add_request(name, prompt, params, lora_request=self._adapter)
         except (
             Exception
         ) as error:  # vLLM's own are no ValueError from 0.32 on; an engine that broke fails its next step

@@ -4,6 +4,7 @@ That its greedy tokens are those of transformers is in test_generate.py.
 """
 
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from importlib import metadata
@@ -138,6 +139,31 @@ def test_without_openvino_the_error_says_what_to_install(pair, monkeypatch):
         pair[1].open_vision()
     with pytest.raises(DeviceUnavailable, match=r"\[openvino\]"):
         pair[1].open_decoder(slots=1)
+
+
+ANOTHER_THREAD_FREES_IT = """
+import os, signal, threading
+import numpy as np, openvino as ov
+from openvino import opset8
+from cxr_triton.engines.openvino.session import open_request
+x = opset8.parameter([1, 4], np.float32, name="x")
+ov.save_model(ov.Model([opset8.relu(x)], [x]), "relu.xml")
+kept = [open_request(os.path.abspath("relu.xml"), 1, "fp32")]
+assert list(kept[0].infer([np.ones((1, 4), np.float32)]).values())[0].sum() == 4
+thread = threading.Thread(target=kept.clear)
+thread.start()
+thread.join()
+signal.signal(signal.SIGINT, lambda *_: print("interrupted"))
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_signals_come_where_another_thread_frees_a_session(tmp_path):
+    """OpenVINO's alternate signal stack goes with its Core, and the thread that made it would keep its address."""
+    run = subprocess.run(
+        [sys.executable, "-c", ANOTHER_THREAD_FREES_IT], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (run.returncode, run.stdout) == (0, "interrupted\n"), run.stderr
 
 
 def test_an_older_openvino_than_the_builders_is_refused(pair, monkeypatch):

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from lora_adapter import merge, write_random
 from test_generate import Receiver
 from vllm_room import CHECKPOINT, PHANTOM, build, vllm_python  # noqa: F401
 
@@ -12,14 +13,14 @@ from cxr_triton.chat import ChatTokenizer
 from cxr_triton.engines.pipeline import Preprocessor, sampling_of
 from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.engines.verify.reference import Case, Reference, request_json
-from cxr_triton.engines.vllm.options import arguments
+from cxr_triton.engines.vllm.options import adapter, arguments
 from cxr_triton.engines.vllm.process import EngineProcess
 from cxr_triton.engines.vllm.runtime import VLLMRuntime
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.export.checkpoint import torch_model
 from cxr_triton.guide import answer_grammar
 from cxr_triton.pixels import image
-from cxr_triton.profile import load_profile
+from cxr_triton.profile import NamedAdapter, load_profile
 from cxr_triton.reading import parse
 from cxr_triton.sampling import Sampling
 
@@ -103,12 +104,15 @@ def prompts():
 @pytest.fixture(scope="module")
 def cases(bundle, vision):
     """By name and penalty, requests of any tokens and pictures, and the tokens that transformers gives."""
+    return answered(bundle.geometry, vision, torch_model(CHECKPOINT, "float32"))
+
+
+def answered(geometry, vision, model, penalties=(1.0, PENALTY)):
     import torch
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    model = torch_model(CHECKPOINT, "float32")
     model.generation_config.eos_token_id = None  # run to the end
-    processor, geometry = Qwen2VLImageProcessorPil.from_pretrained(CHECKPOINT), bundle.geometry
+    processor = Qwen2VLImageProcessorPil.from_pretrained(CHECKPOINT)
     asked, tokens = {}, {}
     for name, (prompt, pictures) in prompts().items():
         ids = torch.tensor([prompt])
@@ -123,7 +127,7 @@ def cases(bundle, vision):
             index[np.array(prompt) == PAD] = np.concatenate(own)
         grids = inputs.get("image_grid_thw")
         positions, _ = model.model.get_rope_index(ids, inputs["mm_token_type_ids"], image_grid_thw=grids)
-        for penalty in (1.0, PENALTY):
+        for penalty in penalties:
             options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "repetition_penalty": penalty}
             with torch.no_grad():
                 tokens[name, penalty] = model.generate(**inputs, **options)[0, len(prompt) :].tolist()
@@ -138,7 +142,7 @@ def cases(bundle, vision):
 
 
 def opened(bundle, **options):
-    process = EngineProcess(arguments(bundle, IN_FLIGHT, options), threads=1)
+    process = EngineProcess(arguments(bundle, IN_FLIGHT, options), threads=1, adapter=adapter(bundle))
     tokenizer = ChatTokenizer(bundle.path)
     return process, VLLMRuntime(bundle.geometry, process, tokenizer, slots=IN_FLIGHT, queue_size=2 * PHANTOMS)
 
@@ -280,3 +284,30 @@ def test_a_grammar_that_is_none_is_refused_alone(engine, phantoms, held):
     engine[1].submit(asked[1], other)
     assert refused.done.wait(60) and isinstance(refused.last.error, InvalidRequest)
     assert other.wait().tokens == expected[1]
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """A bundle with a LoRA adapter."""
+    folder = tmp_path_factory.mktemp("adapted")
+    profile = load_profile(PHANTOM / "profile.yaml")
+    profile = dataclasses.replace(profile, adapter=NamedAdapter(name="devices"))
+    return build(folder, "fp32", profile=profile, adapter=write_random(folder / "lora", CHECKPOINT))
+
+
+def test_a_lora_adapter_gives_the_tokens_of_weights_that_it_was_merged_into(adapted, bundle, vision, cases, phantoms):
+    """Together, with prompts cut, and again from kept prefixes; and those of a reference that reads the adapter."""
+    model = torch_model(CHECKPOINT, "float32")
+    merge(model, adapted.path / "adapter")
+    asked, expected = answered(bundle.geometry, vision, model, penalties=(PENALTY,))
+    assert sum(expected[key] != cases[1][key] for key in expected) > len(expected) / 2  # an adapter that is not applied
+    assert any(len(set(tokens)) > 10 for tokens in expected.values())
+    files = [Case(file, request_json({})) for file in phantom.png_files(8, 7, adapted.profile.pixel_preset)]
+    process, runtime = opened(adapted, **{"step-tokens": "96"})
+    with runtime, Reference(CHECKPOINT, adapted.profile, device="cpu", adapter=adapted.path / "adapter") as reference:
+        for _ in range(2):
+            assert dict(zip(asked, read(runtime, *asked.values()), strict=True)) == expected
+        assert process.cached_tokens > 0
+        texts = [reference.ids(case).tolist() for case in files]
+        assert texts != phantoms[1][: len(texts)]
+        assert read(runtime, *phantoms[0][: len(texts)]) == texts

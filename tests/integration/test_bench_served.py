@@ -15,6 +15,8 @@ from cxr_triton.cli import main
 from cxr_triton.engines.secret import SECRET
 from cxr_triton.errors import Unavailable
 from cxr_triton.perf import perf_analyzer
+from cxr_triton.perf.capacity.served import main as capacity_served
+from cxr_triton.perf.capacity.stages import load_stages
 from cxr_triton.triton_repo.guard import statistics_header
 
 pytestmark = pytest.mark.triton
@@ -142,3 +144,22 @@ def test_timestamps_are_those_of_the_server(double):
             assert len(late) == 16 * 20
             assert min(late) > 0  # nothing arrives before it was sent
             assert sorted(late)[len(late) // 2] < 100  # docs/benchmarks.md has them from a quiet machine
+
+
+def test_a_server_under_load_stands_beside_its_simulation(served_bundle, tmp_path):
+    """How near they are is recorded on a quiet machine; here, that both had the same readings at the same times."""
+    pytest.importorskip("pytriton")
+    (tmp_path / "tiny.yaml").write_text(WORKLOAD.replace("TASK", "findings"))
+    record, stages = tmp_path / "record.json", tmp_path / "stages.json"
+    options = ["--workload", tmp_path / "tiny.yaml", "--slots", 2, "--concurrency", 2, "--rounds", 1, "--seconds", 0.5]
+    options += ["--json", record, "--stages", stages]
+    done = CliRunner().invoke(capacity_served, [str(served_bundle), *map(str, options)])
+    assert done.exit_code == 0, done.output
+    (each,) = json.loads(record.read_text())["rounds"]
+    assert [point["load"]["kind"] for point in each["points"]] == ["concurrency", *["rate_per_s"] * 3]
+    for point in each["points"][1:]:
+        assert point["simulated"]["requests"] == point["measured"]["requests"] >= 4
+    made = load_stages(stages)
+    assert {kind.answer_tokens for kind in made.readings} == {TOKENS} and len(made.readings) == 4
+    assert [point.at for point in made.step.points] == [1, 2] and made.machine.slots == 2
+    assert made.kept.memory_mib > 100 and each["one_stream"]["processor_ms"] > 0

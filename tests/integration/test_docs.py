@@ -49,6 +49,7 @@ SUBSTITUTES = (
         r"\1 --grpc-port $PORT --metrics-port 0 > serve.out & ready serve.out ready:",
     ),
     (r"^(cxr-triton openai .*) &$", r"\1 --port $WEB > openai.out & ready openai.out ready:"),
+    (r"^(cxr-triton ui) --open$", r"\1 --url $SERVER --port $WEB > ui.out & ready ui.out ready:"),
     (r"^cxr-triton read ", "cxr-triton read --url $SERVER "),
     (r"127\.0\.0\.1:8001", "$SERVER"),
     (
@@ -67,6 +68,8 @@ SUBSTITUTES = (
     (r"^make demo$", "[ -d build/demo/repository ] || make demo"),
     (r"^cxr-triton bench run .* (\S*)after.json$", r"cp \1before.json \1after.json"),
     (r"^(cxr-triton bench run .*)", r"\1 --scenario single_stream --seconds 0.2 --requests 2 --repeats 2 --sweep ''"),
+    (r"^(python -m cxr_triton.perf.capacity \S+ --studies-per-day .*)", r"\1 --readings 300"),
+    (r"^(python -m cxr_triton.perf.capacity.host \S+)", r"\1 --tokens 20 --rounds 1"),
     (r"^(.venv/bin/python tests/phantom/train.py .*)", r"\1 --pictures 32 --vision-steps 1 --answer-steps 1"),
     (r"^(.venv/bin/python tests/phantom/evaluate.py .*)", r"\1 --count 2"),
 )
@@ -88,6 +91,9 @@ NOT_RUN = {
     "docs/openai.md": {
         r"--host 0.0.0.0": "runs until it is stopped, and lets others in; tests/unit/test_openai.py has keys and TLS",
     },
+    "docs/ui.md": {
+        r"--host 0.0.0.0": "runs until it is stopped, and lets others in; tests/unit/test_ui.py has the login",
+    },
     "docs/connect.md": {r"^storescu ": "to a gateway that was stopped a line before; examples/orthanc sends one"},
     "deploy/README.md": {
         r"^git clone ": "what it leads to needs a GPU",
@@ -106,6 +112,7 @@ NOT_RUN = {
         r"bench run build/3b/": "takes 46 minutes, and onnxruntime-genai",
         r"^make bench$": "takes minutes on a machine that does nothing else",
     },
+    "docs/tune.md": {r"--beside": "needs bundles of several engines; tests/integration/test_tune_served.py has two"},
     "docs/evaluation.md": {
         r"integration/evaluation.py": "takes minutes; tests/integration/test_evaluate.py runs a small version",
         r"integration/evaluation_engines.py": "takes minutes; test_evaluate_compare.py has a small version",
@@ -118,6 +125,11 @@ NOT_RUN = {
     "docs/measures.md": {r"^cxr-triton evaluate measure ": "of anybody's result; docs/evaluation.md runs it on one"},
     "examples/evaluation/README.md": {
         r"": "of a data set that has to be asked for; its layout is in test_evaluate_data.py"
+    },
+    "docs/scale.md": {
+        r"capacity.served": "takes four minutes; tests/integration/test_bench_served.py runs a small one",
+        r"kept.py": "takes three minutes, and Orthanc",
+        r"stages-3b-cpu|--archive 1e8": "as the first one, which is run; tests/unit/test_capacity.py has archives",
     },
     "docs/reliability.md": {
         r"gateway_faults.py": "takes an hour; tests/integration/test_gateway.py runs a small one",
@@ -134,7 +146,7 @@ NOT_RUN = {
 
 PRELUDE = r"""
 set -eo pipefail
-rm -f serve.out gateway.out openai.out
+rm -f serve.out gateway.out openai.out ui.out
 ready() {  # LOG TEXT: wait until the job in the background has written it
     until grep -q "$2" "$1"; do kill -0 $! 2> /dev/null || { cat "$1"; exit 1; }; sleep 0.1; done
 }

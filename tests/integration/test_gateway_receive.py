@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import random
+import resource
 import socket
 import ssl
 import struct
@@ -215,6 +216,11 @@ def test_metrics_and_log_tell_of_it_without_a_patient(gateway):
 
 
 # ---------------------------------------------------------------------------------------------------------- wrong
+
+
+def test_a_gateway_that_crashes_leaves_no_core(gateway):
+    """Studies would be in it."""
+    assert resource.prlimit(gateway.process.pid, resource.RLIMIT_CORE) == (0, 0)
 
 
 def test_a_wrong_peer_is_refused(gateway):

@@ -21,7 +21,7 @@ from cxr_triton.reading import Reading
 pytestmark = pytest.mark.triton
 SHORT = {"max_completion_tokens": 12, "temperature": 2.0, "seed": 7}
 LONG = {"max_completion_tokens": 3500}
-NO_IDENTITY = ("timings_ms", "usage")
+NO_IDENTITY = ("timings_ms", "trace_id", "usage")
 
 
 @pytest.fixture(scope="module")

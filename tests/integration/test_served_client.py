@@ -1,21 +1,25 @@
 """Both clients and the `read` command against the real served ensemble."""
 
 import asyncio
+import json
 import time
 
 import pytest
 from click.testing import CliRunner
-from served import radiograph
+from collector import collecting
+from served import outputs, radiograph
 
 from cxr_triton.cli import main
-from cxr_triton.client import AsyncReader, Reader, Timeouts
+from cxr_triton.client import AsyncReader, Reader, Timeouts, otlp, wire
 from cxr_triton.client.limits import NO_ACCESS
+from cxr_triton.client.spans import Span
 from cxr_triton.errors import DeadlineExceeded, InvalidImage, InvalidRequest, ServerMismatch, Unavailable
-from cxr_triton.reading import Reading
+from cxr_triton.reading import STAGES, Reading
 
 pytestmark = pytest.mark.triton
 SHORT = {"max_new_tokens": 12, "temperature": 2.0, "seed": 7}  # random weights say one word for ever when greedy
 LONG = {"max_new_tokens": 3500}
+GIVEN = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
 def is_idle(raw, timeout_s: float = 10.0) -> bool:
@@ -96,6 +100,35 @@ def test_another_model_and_another_port_are_told_apart(server):
         reader.read(b"").result()
     with Reader(server.http, timeouts=Timeouts(connect_s=0.5)) as reader, pytest.raises(Unavailable):
         reader.read(b"").result()
+
+
+def test_one_trace_shows_every_stage(reader, monkeypatch):
+    with collecting(monkeypatch) as collector:
+        otlp.start(collector.url, "test", collector.said.append)
+        with Span("study") as study:
+            reading = reader.read(radiograph(1), traceparent=str(study.place), **SHORT).result()
+        collector.flush()
+        spans = {span.name: span for span in collector.spans(study.place.trace_id)}
+    assert reading.trace_id == study.place.trace_id and collector.said == []
+    ran = {*STAGES} - {"scores"}
+    assert spans.keys() == {"study", "read", *ran} and spans["read"].parent == spans["study"].span_id
+    assert {spans[stage].parent for stage in ran} == {spans["read"].span_id}
+    assert all((spans[stage].end - spans[stage].start) / 1e6 == pytest.approx(reading.timings_ms[stage], abs=0.01)
+               for stage in ran)  # fmt: skip
+    assert spans["read"].start <= spans["image_decode"].start and spans["report"].end <= spans["read"].end
+
+
+def test_the_id_of_a_request_is_that_of_its_reading(raw):
+    assert json.loads(_last(raw, GIVEN))["trace_id"] == GIVEN.split("-")[1]
+    for wrong in ("", "4711", GIVEN.upper(), GIVEN + '"}'):
+        assert "trace_id" not in json.loads(_last(raw, wrong))
+
+
+def _last(raw, name: str) -> str:
+    """READING of a request with an id, as any client of KServe v2 may send it."""
+    request = wire.infer_request("cxr_reader", [], {"task": "quiz", **SHORT}, 1)
+    request.id = name
+    return [outputs(message)[1] for message in raw.stub.ModelStreamInfer(iter([request]), timeout=60)][-1]
 
 
 def test_server_info(reader):

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import io
+import itertools
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+from collector import Collector
 from served import Raw, outputs, radiograph
 
 from cxr_triton.engines.secret import Seal
@@ -428,9 +430,26 @@ def test_own_edits_are_served_when_asked(served_bundle, tmp_path):
             process.kill()
 
 
+def require_spans_of_triton(url: str, collector: Collector) -> None:
+    """Of every model, by the request's id; and in its trace, which Triton 2.51 now and then fails to see."""
+    from cxr_triton.client import Reader
+    from cxr_triton.trace import trace_id_of
+
+    def told() -> list:
+        named = [(span, trace_id_of(span.attributes.get("triton.request_id"))) for span in collector.spans()]
+        return [(span, trace_id) for span, trace_id in named if trace_id in ids]
+
+    with Reader(url) as reader:
+        ids = {reader.read(GOOD, **SHORT).result().trace_id for _ in range(4)}
+    models = {"cxr_reader", "dicom_preprocess", "vision_encoder", "decoder", "report"}
+    assert until(lambda: {(span.name, trace_id) for span, trace_id in told()} >= set(itertools.product(models, ids)))
+    assert any(span.trace_id == trace_id for span, trace_id in told())
+    assert {span.service for span, _ in told()} == {"cxr-triton-server"}
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["asked", "killed"])
 def test_serve_leaves_nothing_when_it_ends(served_bundle, tmp_path, number):
-    """Even when the command itself is killed in the middle of a reading."""
+    """Even when the command itself is killed in the middle of a reading; until then Triton's spans come too."""
     from cxr_triton.triton_repo.package import Settings, write_repository
 
     settings = Settings(preprocess_instances=1, slots=1, threads=1)
@@ -438,11 +457,17 @@ def test_serve_leaves_nothing_when_it_ends(served_bundle, tmp_path, number):
     ports = ("--grpc-port", "0", "--metrics-port", "0", "--drain-seconds", "1")
     command = [Path(sys.executable).with_name("cxr-triton"), "serve", "repository", *ports, "--json", "ready.json"]
     segments = set(Path("/dev/shm").iterdir())
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+    with (
+        Collector() as collector,
+        subprocess.Popen(
+            [*command, "--trace-otlp", collector.url], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+        ) as process,
+    ):
         try:
             assert process.stdout.readline().startswith("ready: gRPC 127.0.0.1:")
             ready = SimpleNamespace(**json.loads((tmp_path / "ready.json").read_text()))
             assert all(psutil.pid_exists(pid) for pid in ready.pids)
+            require_spans_of_triton(ready.grpc, collector)
             next(Raw(ready).call([GOOD], **LONG))
             process.send_signal(number)
             assert process.wait(30) == (0 if number == signal.SIGTERM else -number)

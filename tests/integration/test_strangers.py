@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import struct
@@ -60,6 +61,11 @@ def closed_calls(server) -> dict:
         "TraceSetting": trace,
         "LogSettings": log,
     }
+
+
+def test_a_process_that_crashes_leaves_no_core_with_pictures_in_it(raw):
+    """Nor one in the repository, its working directory, which would then be refused as not as it was packaged."""
+    assert {resource.prlimit(pid, resource.RLIMIT_CORE) for pid in raw.server.pids} == {(0, 0)}
 
 
 def test_what_no_reading_needs_is_closed_to_every_caller_of_grpc(raw):

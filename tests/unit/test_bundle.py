@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from bundles import write_export
 from checkpoints import random_checkpoint
 
 from cxr_triton.engines import bundle as bundles
-from cxr_triton.engines.build import build_bundle
+from cxr_triton.engines.build import build_bundle, recipe_for
 from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.cpu import Cpu
 from cxr_triton.engines.onnxruntime import compiler
 from cxr_triton.errors import InvalidBundle, InvalidProfile, InvalidRequest
 
@@ -35,8 +37,6 @@ def int4_export(tmp_path_factory):
 @pytest.fixture
 def own_export(export, tmp_path):
     """A copy that a test may spoil."""
-    import shutil
-
     return Path(shutil.copytree(export, tmp_path / "spoiled"))
 
 
@@ -297,6 +297,36 @@ def test_the_build_verb_writes_a_bundle_and_its_json(export, tmp_path):
     assert f"next: cxr-triton verify {tmp_path / 'bundle'} " in result.stderr
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 1 and "[INVALID_REQUEST]" in again.stderr and not again.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "words", "recipe"),
+    [
+        (("avx2",), [], "cpu-int4"),
+        (("avx512_vnni",), [], "cpu-int4-vnni"),
+        (("avx512_vnni",), ["--recipe", "cpu"], "cpu-int4-vnni"),
+        (("avx512_vnni",), ["--recipe", "cpu-int4"], "cpu-int4"),
+    ],
+)
+def test_int4_is_built_by_the_recipe_of_the_processor(int4_export, tmp_path, monkeypatch, flags, words, recipe):
+    from click.testing import CliRunner
+
+    from cxr_triton.cli import main
+
+    monkeypatch.setattr(Cpu, "here", classmethod(lambda cls: Cpu(model="Some CPU", flags=flags, cores=2)))
+    done = CliRunner().invoke(main, ["build", str(int4_export), "-o", str(tmp_path / "bundle"), *words])
+    assert done.exit_code == 0, done.output
+    assert Bundle.open(tmp_path / "bundle").manifest["recipe"]["name"] == recipe
+    assert (f"recipe {recipe}, which is this processor's" in done.stderr) is (words[1:] != ["cpu-int4"])
+
+
+def test_what_no_recipe_of_a_processor_builds_is_built_as_it_was_exported(export, int4_export, tmp_path):
+    assert recipe_for(export) is None, "fp32"
+    edited = shutil.copytree(int4_export, tmp_path / "long")
+    facts = json.loads((edited / "export.json").read_text())
+    facts["geometry"]["max_sequence"] = 8192
+    (edited / "export.json").write_text(json.dumps(facts))
+    assert recipe_for(edited) is None, "a recipe would cut its context"
 
 
 @pytest.mark.parametrize(

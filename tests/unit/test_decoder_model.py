@@ -18,6 +18,7 @@ from cxr_triton.engines.secret import SECRET, Seal
 ROOT = Path(__file__).resolve().parents[2]
 FINAL = 1
 KEY = "k" * 64
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 
 class Tensor:
@@ -52,6 +53,9 @@ class Request:
     def __init__(self, fails="", **inputs):
         self.inputs = {name: Tensor(name, value) for name, value in inputs.items()}
         self.completions, self.finals, self.sends, self.fails = [], 0, 0, fails
+
+    def request_id(self):
+        return f"00-{TRACE}-00f067aa0ba902b7-01"
 
     def get_response_sender(self):
         return self
@@ -164,6 +168,17 @@ def test_a_response_that_cannot_be_sent_ends_its_stream_with_the_final_flag(deco
     assert completion is None if fails == "last" else completion["error"].startswith("[INTERNAL]")
     until(lambda: not decoder.runtime._streams)
     assert serves(decoder) and not decoder.streams
+
+
+def test_the_log_names_the_trace_of_a_request_that_broke_it(decoder, caplog):
+    bad = request(IMAGE_EMBEDDINGS=np.zeros((1, 1, 0), np.float32))
+    assert ended(decoder, bad)["error"].startswith("[INTERNAL]")
+    [line] = [record.getMessage() for record in caplog.records if "incident" in record.getMessage()]
+    assert line.endswith(f"trace {TRACE}")
+    bad = request(IMAGE_EMBEDDINGS=np.zeros((1, 1, 0), np.float32))
+    bad.request_id = lambda: "4711\nERROR forged"
+    ended(decoder, bad)
+    assert [record.getMessage()[-14:] for record in caplog.records][-1] == " trace unknown"
 
 
 def test_what_prompts_shared_is_counted_and_stands_in_the_usage(decoder):

@@ -47,11 +47,13 @@ from cxr_triton.doctor.report import to_json
 from cxr_triton.doctor.run import CHECKS, GROUPS, examine
 from cxr_triton.engines import engine
 from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.cpu import Cpu
 from cxr_triton.engines.secret import SECRET
 from cxr_triton.engines.verify.record import write_record
 from cxr_triton.pixels.sandbox import OWN_INTERPRETER
-from cxr_triton.triton_repo.guard import SHM_PREFIX
+from cxr_triton.triton_repo.guard import SHM_PREFIX, trace_flags
 from cxr_triton.triton_repo.package import BUNDLE, Settings, write_repository
+from cxr_triton.triton_repo.tuned import write_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = json.loads((ROOT / "docs" / "doctor.schema.json").read_text())
@@ -287,7 +289,21 @@ def without_record(folder: Path) -> None:
     write_repository(folder / "bundle", folder / "repository", Settings(), force=True, unverified=True)
 
 
+def tuned_elsewhere(folder: Path, **change) -> None:
+    record = {"schema": 1, "date": "2026-11-28T00:00:00+00:00", "cpu": Cpu.here().to_json(), "versions": {}}
+    write_settings(folder / "repository", {"threads": 3}, record | change)
+
+
 REPOSITORY = {
+    "settings of another CPU": (
+        lambda f: tuned_elsewhere(f, cpu={"model": "Z80", "flags": [], "cores": 1}), ["repository.tuned"]
+    ),
+    "a record of settings that is none": (
+        lambda f: tuned_elsewhere(f, cpu=None), ["repository.tuned"]
+    ),
+    "settings of another version": (
+        lambda f: tuned_elsewhere(f, versions={"onnxruntime": "1.0"}), ["repository.tuned"]
+    ),
     "an edited model": (lambda f: (f / "repository/report/1/model.py").open("a").write("#"), ["repository.record"]),
     "a module beside a model": (lambda f: write(f / "repository/report/1/numpy.py", ""), ["repository.record"]),
     "a model that is gone": (lambda f: (f / "repository/report/1/model.py").unlink(), ["repository.record"]),
@@ -321,6 +337,11 @@ def test_a_fault_of_the_repository_is_found(made, fault):
     case = Case(path=made)
     missed = {each.id for each in examine(case, run.repository.CHECKS) if each.status == "skipped"}
     assert set(wrong(case, "repository")) == set(found) - missed and set(wrong(case, "repository"))
+
+
+def test_nothing_is_wrong_with_a_repository_that_was_tuned_here(made):
+    tuned_elsewhere(made)
+    assert wrong(Case(path=made), "repository") == {}
 
 
 def test_a_bundle_alone_that_others_may_change_is_found(made):
@@ -421,9 +442,13 @@ def process(system):
     return of
 
 
+SPANS = trace_flags("http://127.0.0.1:4318")
+
+
 def test_nothing_is_wrong_with_a_guarded_server(process):
     with Triton() as triton:
         assert wrong(process(triton), "server") == {}
+        assert wrong(process(triton, *SPANS), "server") == {}
 
 
 SERVER = {
@@ -439,6 +464,7 @@ SERVER = {
     "open logging": ({"open_": ("LogSettings",)}, {}, [], ["server.logging"]),
     "open statistics": ({"open_": ("ModelStatistics",)}, {}, [], ["server.statistics"]),
     "model control": ({}, {}, ["--model-control-mode=explicit"], ["server.flags"]),
+    "tensors in a trace": ({}, {}, [*SPANS, "--trace-config=level=TENSORS"], ["server.flags"]),
     "requests in the log": ({}, {}, ["--log-verbose", "1"], ["server.flags"]),
     "a server of root": ({}, {"uid": 0}, [], ["server.user"]),
     "files for all": ({}, {"umask": "0022"}, [], ["server.user"]),

@@ -1,6 +1,7 @@
 """How servers end: nothing new is taken, what is under way ends, and a limit holds."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -115,6 +117,8 @@ def until(state, seconds=20):
 def test_the_containers_entry_lets_readings_end_and_then_its_server(metrics, number):
     metrics.busy = 1
     process, file = guarded(metrics)
+    (server,) = psutil.Process(process.pid).children()
+    assert resource.prlimit(server.pid, resource.RLIMIT_CORE) == (0, 0)  # pictures are in its memory
     process.send_signal(number)
     until(lambda: os.path.exists(file))
     until(lambda: metrics.looks > 2)

@@ -342,6 +342,33 @@ def test_no_log_says_who_a_patient_is_or_what_a_token_is(door):
     assert kept == []
 
 
+@pytest.mark.parametrize("shape", ["plain", "chart"])
+def test_a_trace_goes_through_and_what_is_none_is_replaced(tmp_path, shape):
+    heard, trace = [], "4bf92f3577b34da6a3ce929d0e0e4736"
+
+    def hear(request, context):
+        heard.append(dict(context.invocation_metadata())["traceparent"])
+        return answer(request, context)
+
+    conf = FRONT if shape == "plain" else FRONT.parent / "helm" / "cxr-triton" / "front"
+    with FakeServer(hear) as server, FrontDoor(tmp_path, [server.url], conf=conf) as door:
+        given = f"00-{trace}-00f067aa0ba902b7-01"
+        with Reader(door.url, tls=Tls(ca=door.ca.cert), token_file=door.token_file) as reader:
+            assert reader.read(b"picture", traceparent=given).result().trace_id == trace
+        wrong = [given.upper(), f"00-{'0' * 32}-00f067aa0ba902b7-01", "Doe-1957", given + "-Doe", "x" * 2000]
+        trusted = grpc.ssl_channel_credentials(door.ca.cert.read_bytes())
+        with grpc.secure_channel(door.url, trusted) as channel:
+            call = GRPCInferenceServiceStub(channel).ModelStreamInfer
+            for text in (*wrong, None):
+                more = [("traceparent", text)] if text else []
+                list(call(iter([pb.ModelInferRequest()]), metadata=[*bearer(door.token), *more]))
+        log = door.log()
+    form = re.compile("00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-0[01]")
+    assert heard[0] == given and all(form.fullmatch(each) for each in heard) and len(set(heard)) == len(heard) == 7
+    told = [line["trace"] for line in log if line["call"] == "ModelStreamInfer"]
+    assert told == [form.fullmatch(each)[1] for each in heard]
+
+
 def test_the_load_of_bench_goes_through(tmp_path):
     def answered(request, context):
         yield response("text ")

@@ -17,15 +17,14 @@ from types import SimpleNamespace
 import grpc
 import pytest
 from fake_server import FakeServer, empty_final, failure, response
-from helm_chart import CHART, VALUES, objects, one, render
+from helm_chart import CHART, VALUES, is_there, objects, one, render
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from cxr_triton.client import Reader, Tls
 from cxr_triton.reading import Reading, parse
 
-helm = pytest.importorskip("helm_python", reason="pip install '.[test]' brings Helm")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_there(), reason="pip install '.[test]' brings Helm")]
 
 TEXT = "<think> Lungs are clear. </think>\n<answer> No Finding </answer>"
 READING = Reading.of(
@@ -41,8 +40,7 @@ DOORS = ("defaults", "door by token", "door by certificate and token, for the wo
 @pytest.fixture(scope="module")
 def rendered():
     """Objects by the name of the values."""
-    with helm.Chart.load(CHART) as chart:
-        return {name: objects(render(chart, VALUES[name])) for name in DOORS}
+    return {name: objects(render(VALUES[name])) for name in DOORS}
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import ssl
@@ -755,6 +756,25 @@ def test_it_encrypts(tmp_path):
             assert peer.recv(99).startswith(b"HTTP/1.1 200 ")
 
 
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_callers_trace_goes_on_and_comes_back(stream):
+    with served() as (triton, server):
+        _, headers, answer = post(server, body(stream=stream), traceparent=f"00-{TRACE}-00f067aa0ba902b7-01")
+        assert headers["x-trace-id"] == TRACE and TRACE in (answer if stream else json.dumps(answer))
+        assert triton.requests[-1].id.startswith(f"00-{TRACE}-")
+        status, headers, _ = post(server, body(stream=stream, n=2), traceparent=f"00-{TRACE}-00f067aa0ba902b7-01")
+        assert status == 400 and headers["x-trace-id"] == TRACE
+        forged = 'x" level="error' * 99
+        _, headers, _ = post(server, body(stream=stream), traceparent=forged)
+        assert re.fullmatch("[0-9a-f]{32}", headers["x-trace-id"]) and headers["x-trace-id"] != TRACE
+        until(lambda: len(server.events) == 3)
+        told = [event["trace"] for event in server.events]
+        assert told == [TRACE, TRACE, headers["x-trace-id"]] and "level" not in server.log.getvalue()
+
+
 def test_nothing_of_a_request_is_logged():
     with served() as (_, server):
         post(server, body(user("MUELLER has a cough", image()), user="MUELLER", metadata={"id": "MUELLER"}))
@@ -843,6 +863,7 @@ def test_the_command_runs_until_it_is_told_to_stop(tmp_path):
                 address = json.loads((tmp_path / "ready.json").read_text())["address"]
                 with openai.OpenAI(base_url=address, api_key="none") as client:
                     assert client.chat.completions.create(**body()).choices[0].message.content == "Cardiomegaly"
+                assert resource.prlimit(process.pid, resource.RLIMIT_CORE) == (0, 0)  # pictures would be in a core
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(10) == 0
                 assert [json.loads(line)["event"] for line in process.stderr] == ["completion", "stopped"]

@@ -1,13 +1,15 @@
 """Recipes: every bundled one holds together and fits its card; what does not is refused by the key."""
 
 import json
+from importlib import metadata
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from cxr_triton.cli import main
-from cxr_triton.engines.recipe import GIB, RECIPES, TEXT_3B, VISION_3B, Recipe, load_recipe, recipe_names
+from cxr_triton.engines.cpu import Cpu
+from cxr_triton.engines.recipe import GIB, RECIPES, TEXT_3B, VISION_3B, Recipe, choices, load_recipe, recipe_names
 from cxr_triton.engines.verify.thresholds import THRESHOLDS
 from cxr_triton.errors import InvalidRecipe
 
@@ -205,3 +207,43 @@ def test_the_verb_lists_recipes_with_their_memory():
     assert result["compute_capability"] == "9.0" and result["memory"] == load_recipe("h100-fp8").memory()
     wrong = CliRunner().invoke(main, ["recipes", "h100-fp9"])
     assert wrong.exit_code == 1 and "[INVALID_RECIPE]" in wrong.stderr
+
+
+def processor(*flags):
+    return Cpu(model="Some CPU", flags=flags, cores=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "installed", "name"),
+    [
+        ((), True, "cpu-int4"),
+        (("avx2",), True, "cpu-int4"),
+        (("avx2", "avx512_vnni"), True, "cpu-int4-vnni"),
+        (("avx512_vnni", "amx_int8", "amx_bf16"), True, "cpu-int4-openvino"),
+        (("avx512_vnni", "amx_int8"), False, "cpu-int4"),  # the tower in int8 was not run on AMX
+        (("avx512_vnni",), False, "cpu-int4-vnni"),
+    ],
+)
+def test_a_processor_gets_the_recipe_that_was_the_fastest_on_its_kind(monkeypatch, flags, installed, name):
+    if not installed:
+        there = metadata.version
+
+        def version(of):
+            if of == "openvino":
+                raise metadata.PackageNotFoundError(of)
+            return there(of)
+
+        monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(Cpu, "here", classmethod(lambda cls: processor(*flags)))
+    assert load_recipe("cpu") == load_recipe(name)
+    assert f"cpu is {name} on this processor" in CliRunner().invoke(main, ["recipes"]).stdout
+
+
+def test_every_processor_gets_a_recipe_for_a_cpu():
+    assert {choice.recipe for choice in choices()} <= set(recipe_names()) and not (
+        choices()[-1].has or choices()[-1].lacks
+    )
+    assert all(load_recipe(choice.recipe).gpu is None for choice in choices())
+    assert len({load_recipe(choice.recipe).decoder.precision for choice in choices()}) == 1, (
+        "one export for all of them"
+    )

@@ -343,6 +343,16 @@ def test_an_engine_that_does_not_start_says_why(double):
         EngineProcess({"model": "broken", "step_s": 0}, start_s=60)
 
 
+def test_an_adapter_is_loaded_at_the_start_and_answers_every_request(double):
+    """The stand-in refuses a request with another adapter than the loaded one, or with none."""
+    with runtime(double(adapter={"name": "devices", "path": "p"})) as served:
+        receiver = Receiver()
+        served.submit(generation((1, 2)), receiver)
+        assert receiver.completion.finish_reason == "length" and receiver.tokens == expected((1, 2), 12)
+    with pytest.raises(DeviceUnavailable, match="no such adapter"):
+        double(adapter={"name": "devices", "path": "broken"})
+
+
 def test_the_engine_dies_with_its_parent(double):
     code = (
         "import sys, time; from cxr_triton.engines.vllm.process import EngineProcess; "
@@ -373,5 +383,5 @@ def test_a_guide_goes_to_the_engine_with_its_request(double):
         receiver, plain = Receiver(), Receiver()
         served.submit(held, receiver)
         served.submit(generation((1, 2)), plain)
-        assert receiver.completion.finish_reason == "length"
+        assert receiver.completion.finish_reason == plain.completion.finish_reason == "length"
         assert set(receiver.tokens) == {ord("a") - 33} and plain.tokens == expected((1, 2), 12)

@@ -13,6 +13,7 @@ from chromium import Page as Html
 pytest.importorskip("sqlalchemy")
 pytest.importorskip("pynetdicom")
 
+from cxr_triton.client import login
 from cxr_triton.client.gateway import worklist
 from cxr_triton.client.gateway.config import load_config
 from cxr_triton.client.gateway.log import Log
@@ -187,7 +188,7 @@ def test_the_cookie_is_kept_from_scripts_and_ends_with_the_session(site, monkeyp
         assert (await post(client, f"{address}logout", {"token": token_of(html)}))[0] == 200
         client.cookie_jar.update_cookies({cookie.key: cookie.value})
         assert (await get(client, f"{address}status.json"))[0] == 401
-        monkeypatch.setattr(worklist, "SESSION_S", -1.0)
+        monkeypatch.setattr(login, "SESSION_S", -1.0)
         await log_in(client, address)
         assert (await get(client, f"{address}status.json"))[0] == 401
 
@@ -196,10 +197,10 @@ def test_the_cookie_is_kept_from_scripts_and_ends_with_the_session(site, monkeyp
 
 def test_guessing_is_slow(site, monkeypatch):
     async def visit(client, address):
-        tried = [(await log_in(client, address, f"guess {number} of many"))[0] for number in range(worklist.TRIES + 2)]
-        assert tried == [403] * worklist.TRIES + [429] * 2
+        tried = [(await log_in(client, address, f"guess {number} of many"))[0] for number in range(login.TRIES + 2)]
+        assert tried == [403] * login.TRIES + [429] * 2
         assert (await log_in(client, address))[0] == 429, "the right one tells nothing either"
-        monkeypatch.setattr(worklist, "TRIES_S", 0.0)
+        monkeypatch.setattr(login, "TRIES_S", 0.0)
         assert (await log_in(client, address))[0] == 200
 
     site.run(visit)
@@ -233,7 +234,7 @@ def test_long_lists_come_in_pieces(site, monkeypatch):
 @browser
 @pytest.mark.slow
 def test_the_page_follows_the_queue_in_a_browser(site, tmp_path, monkeypatch):
-    monkeypatch.setattr(site.page, "_session", lambda request: True)
+    monkeypatch.setattr(site.page._login, "is_in", lambda request: True)
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
                "--enable-logging=stderr", "--virtual-time-budget=9000", "--dump-dom"]  # fmt: skip
 

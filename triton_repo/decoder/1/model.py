@@ -20,7 +20,7 @@ from cxr_triton.engines.pipeline import completion_json, sampling_of, scoring_of
 from cxr_triton.engines.runtime.stream import Chunk, Generation
 from cxr_triton.engines.secret import Seal
 from cxr_triton.errors import InvalidRequest
-from cxr_triton.triton_repo.adapter import array, input_types, open_runtime, parameters, text
+from cxr_triton.triton_repo.adapter import array, input_types, open_runtime, parameters, text, trace_of
 
 log = logging.getLogger(__name__)
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -34,7 +34,7 @@ class Stream:
         self.sender = sender
         self.context = "{}"
         self.arrived_s = time.monotonic()
-        self.id = ""
+        self.id = self.trace_id = ""
         self.is_gone = False
         self.has_ended = False
         self.stopped_at_step = None
@@ -110,6 +110,7 @@ class TritonPythonModel:
                 self.stop(text(request, "STOP"))
                 stream.sender.send(flags=FINAL)
                 return
+            stream.trace_id = trace_of(request)
             self.start(stream, request)
         except Exception as error:
             self.send(stream, Chunk(error=error), self.runtime.steps)
@@ -169,7 +170,7 @@ class TritonPythonModel:
     def outputs(self, stream, chunk):
         completion = ""
         if chunk.error:
-            completion = json.dumps({"error": wire_error(chunk.error)})
+            completion = json.dumps({"error": wire_error(chunk.error, stream.trace_id)})
         elif chunk.completion:
             completion = completion_json(chunk.completion, stream.context, stream.arrived_s)
         if completion:

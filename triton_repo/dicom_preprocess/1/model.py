@@ -5,7 +5,7 @@ import triton_python_backend_utils as pb_utils
 
 from cxr_triton.engines.pipeline import Preprocessor
 from cxr_triton.engines.secret import Seal
-from cxr_triton.triton_repo.adapter import error_response, parameters
+from cxr_triton.triton_repo.adapter import error_response, parameters, trace_of
 from cxr_triton.triton_repo.drain import in_work, require_admission
 
 
@@ -23,10 +23,10 @@ class TritonPythonModel:
             require_admission()
             images = list(pb_utils.get_input_tensor_by_name(request, "IMAGES").as_numpy())
             asked = pb_utils.get_input_tensor_by_name(request, "REQUEST").as_numpy()[0]
-            step = self.preprocessor.prepare(images, asked)
+            step = self.preprocessor.prepare(images, asked, trace_of(request))
             context = self.context.close(step.context, step.input_ids, step.image_index, step.position_ids)
         except Exception as error:
-            return error_response(error)
+            return error_response(error, request)
         return pb_utils.InferenceResponse(
             [
                 pb_utils.Tensor("PIXEL_WINDOWS", step.pixel_windows),

@@ -43,7 +43,7 @@ class TritonPythonModel:
                 ]
             )
         except Exception as error:
-            return error_response(error)
+            return error_response(error, request)
 
     def stop(self, stream):
         """Ask once; the chunks that are on their way all carry the mark."""

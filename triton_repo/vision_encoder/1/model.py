@@ -48,7 +48,7 @@ class TritonPythonModel:
             self.metrics["picture_hits_total"].increment(self.session.hits - before[1])
         except Exception as error:
             if len(requests) == 1:
-                return [error_response(error)]
+                return [error_response(error, requests[0])]
             # One that somebody sent past dicom_preprocess fails alone.
             return [response for request in requests for response in self.encode([request])]
         ends = np.cumsum([len(tensors[0]) for tensors in inputs])[:-1]

@@ -10,7 +10,7 @@ class LLMEngine:
     def __init__(self, arguments):
         if arguments.model == "broken":
             raise RuntimeError("no such model")
-        self.requests, self.step_s = {}, arguments.step_s
+        self.requests, self.step_s, self.loaded = {}, arguments.step_s, None
         self.backend = arguments.structured_outputs_config.backend
 
     @classmethod
@@ -20,7 +20,13 @@ class LLMEngine:
     def has_unfinished_requests(self):
         return bool(self.requests)
 
-    def add_request(self, request_id, prompt, params):
+    def add_lora(self, lora_request):
+        if lora_request.lora_path == "broken":
+            raise ValueError("no such adapter")
+        self.loaded = lora_request
+
+    def add_request(self, request_id, prompt, params, lora_request=None):
+        assert lora_request is self.loaded
         ids = prompt["prompt_token_ids"]
         if ids[0] == 91:
             raise VLLMValidationError("91 is refused")

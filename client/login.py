@@ -1,0 +1,71 @@
+"""The login of a page for people: one password, cookies that end, and a limit of wrong tries."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+
+from aiohttp import web
+
+SESSION_S = 8 * 3600.0
+TRIES, TRIES_S = 5, 60.0
+"""Wrong passwords that all visitors together have in so many seconds, before the login answers 429."""
+
+
+class TooManyTries(Exception):
+    """Nobody is let in for a while, whatever the password."""
+
+
+class Login:
+    """Who is logged in, by a cookie that only its digest is kept of.
+
+    Parameters
+    ----------
+    password : str
+    cookie : str
+        Its name.
+    secure : bool
+        Whether the cookie travels encrypted only.
+    """
+
+    def __init__(self, password: str, cookie: str, *, secure: bool):
+        self._password, self._cookie, self._secure = digest(password), cookie, secure
+        self._sessions: dict[str, float] = {}  # digest of a cookie → when it ends
+        self._wrong: list[float] = []
+
+    def enter(self, given: str, response: web.StreamResponse) -> bool:
+        """Whether `given` is the password; then `response` sets the cookie. Raises `TooManyTries`."""
+        now = time.monotonic()  # from here on nothing waits: requests side by side are counted one after the other
+        self._wrong = [at for at in self._wrong if now - at < TRIES_S]
+        if len(self._wrong) >= TRIES:
+            raise TooManyTries
+        if not hmac.compare_digest(digest(given), self._password):
+            self._wrong.append(now)
+            return False
+        cookie = secrets.token_urlsafe(32)
+        self._sessions = {name: ends for name, ends in self._sessions.items() if ends > now}
+        self._sessions[digest(cookie)] = now + SESSION_S
+        response.set_cookie(
+            self._cookie, cookie, max_age=int(SESSION_S), httponly=True, samesite="Strict", secure=self._secure
+        )
+        return True
+
+    def is_in(self, request: web.Request) -> bool:
+        """Whether the request comes with a cookie that still counts."""
+        return self._sessions.get(digest(self.cookie(request)), 0.0) > time.monotonic()
+
+    def leave(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Forget the request's cookie, here and in the browser."""
+        self._sessions.pop(digest(self.cookie(request)), None)
+        response.del_cookie(self._cookie)
+
+    def cookie(self, request: web.Request) -> str:
+        """The request's cookie, empty without one."""
+        return request.cookies.get(self._cookie, "")
+
+
+def digest(text: str) -> str:
+    """SHA-256 of a text, as hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,117 @@
+"""The graphs of a bundle by themselves, in a process of their own: what a batch, a piece of a prompt, a step takes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.pipeline import Preprocessor
+
+STEPS = 24
+TIMES = 5
+
+
+class Alone:
+    """Both graphs with all threads, and prompts with pictures for them.
+
+    Parameters
+    ----------
+    bundle : str
+        Its folder.
+    slots : int
+    items : list of tuple
+        Files of the pictures, and the REQUEST, of each prompt.
+    """
+
+    def __init__(self, bundle: str, slots: int, items: Sequence[tuple[list[bytes], dict]]):
+        opened = Bundle.open(bundle, verify=False)
+        preprocessor = Preprocessor(bundle)
+        self._prompts = [preprocessor.prepare(images, json.dumps(request)) for images, request in items]
+        preprocessor.close()
+        self._vision, self._decoder = opened.open_vision(), opened.open_decoder(slots=slots)
+        self._chunk: int = getattr(self._decoder, "prefill_chunk", 128)
+        self._do_step = getattr(self._decoder, "step_top", self._decoder.step)
+        self._embeddings = [self._encode([prompt])[0] for prompt in self._prompts]
+
+    def measure(self, batches: Sequence[int]) -> dict:
+        """Points of the three curves, medians: pictures of a batch, tokens of a prompt's piece, streams of a step.
+
+        ``processor_s`` is the processor time that it all took.
+        """
+        began_s, streams = time.process_time(), range(1, self._decoder.slots + 1)
+        return {
+            "tower": [_point(size, [self._batch(size, turn) for turn in range(TIMES)]) for size in batches],
+            "prefill": [_point(size, [self._piece(size, turn) for turn in range(4 * TIMES)]) for size in self._sizes()],
+            "step": [_point(size, self._steps(size)) for size in streams],
+            "processor_s": time.process_time() - began_s,
+        }
+
+    def facts(self) -> dict:
+        """Tokens of a prompt that the decoder takes at a time, and tokens of each prompt that are a picture's."""
+        return {
+            "prefill_chunk": self._chunk,
+            "image_tokens": [int((prompt.image_index >= 0).sum()) for prompt in self._prompts],
+        }
+
+    def _sizes(self) -> list[int]:
+        """Least, middle and largest piece of the prompts."""
+        lengths = [len(prompt.input_ids) for prompt in self._prompts]
+        sizes = sorted({min(self._chunk, length - at) for length in lengths for at in range(0, length, self._chunk)})
+        return sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]})
+
+    def _encode(self, prompts) -> np.ndarray:
+        names = ("pixel_windows", "patch_rows_cols", "valid", "merge_order")
+        return self._vision.encode(*(np.concatenate([getattr(each, name) for each in prompts]) for name in names))
+
+    def _batch(self, size: int, turn: int) -> tuple[float, float]:
+        prompts = [self._prompts[(turn * size + i) % len(self._prompts)] for i in range(size)]
+        return _timed(lambda: self._encode(prompts))
+
+    def _prefill(self, slot: int, index: int, tokens: int | None = None) -> None:
+        prompt = self._prompts[index % len(self._prompts)]
+        piece = slice(0, tokens)
+        self._decoder.prefill(
+            slot,
+            prompt.input_ids[piece],
+            prompt.image_index[piece],
+            self._embeddings[index % len(self._prompts)],
+            prompt.position_ids[:, piece],
+            is_last=True,
+        )
+
+    def _piece(self, size: int, turn: int) -> tuple[float, float]:
+        fit = [index for index, prompt in enumerate(self._prompts) if len(prompt.input_ids) >= size]
+        taken = _timed(lambda: self._prefill(0, fit[turn % len(fit)], size))
+        self._decoder.free(0)
+        return taken
+
+    def _steps(self, streams: int) -> list[tuple[float, float]]:
+        for slot in range(streams):
+            self._prefill(slot, slot)
+        ids = np.ones(streams, np.int64)
+        taken = []
+        for step in range(STEPS):
+            taken.append(_timed(partial(self._do_step, ids, self._decoder.lengths[:streams].copy())))
+            if step == 0:
+                taken.clear()  # it may have to grow the cache
+        for slot in range(streams):
+            self._decoder.free(slot)
+        return taken
+
+
+def _timed(call: Callable[[], object]) -> tuple[float, float]:
+    """Milliseconds of wall and of processor."""
+    wall_s, processor_s = time.perf_counter(), time.process_time()
+    call()
+    return 1e3 * (time.perf_counter() - wall_s), 1e3 * (time.process_time() - processor_s)
+
+
+def _point(size: int, taken: Sequence[tuple[float, float]]) -> dict:
+    wall, processor = (statistics.median(column) for column in zip(*taken, strict=True))
+    return {"at": size, "ms": round(wall, 4), "cpu_ms": round(processor, 4)}

@@ -1,0 +1,406 @@
+"""Stage times of a served bundle, and whether a simulation from them tells how it does under load.
+
+`python -m cxr_triton.perf.capacity.served BUNDLE`. Each round measures the graphs by themselves, one reading after the
+other through the server, and then loads: several readings at once, and Poisson arrivals. A round's stage times come
+from its first two parts alone; the simulation gets the same arrivals and readings as the server did, and its numbers
+stand beside the server's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from cxr_triton.cli import OUT_FILE, Command, json_option, write_json
+from cxr_triton.config import build
+from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.serving import Settings
+from cxr_triton.perf.bench import Observer
+from cxr_triton.perf.capacity.alone import Alone
+from cxr_triton.perf.capacity.machine import chunk_tokens
+from cxr_triton.perf.capacity.simulate import simulate
+from cxr_triton.perf.capacity.stages import SCHEMA_VERSION, Curve, Machine, Stages
+from cxr_triton.perf.environment import Stolen, busy_s, environment
+from cxr_triton.perf.load import Load, offer
+from cxr_triton.perf.observer import MODEL
+from cxr_triton.perf.process import Process
+from cxr_triton.perf.served import serving
+from cxr_triton.perf.summary import Record, summarize
+from cxr_triton.perf.workload import Workload, arrivals, load_workload
+from cxr_triton.triton_repo.package import VISION_BATCH, write_repository
+
+SHARES = (0.5, 0.7, 0.85)
+"""Poisson rates, in parts of what the simulation of the first round gives at most."""
+COMPARED = (("readings_per_s", None), ("latency_ms", "p50"), ("latency_ms", "p95"), ("ttft_ms", "p50"))
+CHUNK_TOKENS, CHUNK_MS = 8, 30.0
+QUIET = 0.05
+"""Share of the cores' time that other programs may take for a comparison to count."""
+
+
+@dataclass(frozen=True)
+class Offered:
+    """A load that a server was under.
+
+    Attributes
+    ----------
+    records : list of Record
+    processor_ms : mapping
+        Process to processor time of a reading, the client's too.
+    others_share : float
+        Of the cores' time, what programs that have no part in this took meanwhile.
+    resident_mib : int
+        Of the server's processes.
+    """
+
+    records: list[Record]
+    processor_ms: Mapping[str, float]
+    others_share: float
+    resident_mib: int
+
+    def mean(self, *stages: str) -> float:
+        """Milliseconds of stages together, of the mean reading."""
+        return statistics.fmean(sum(record.stages_ms[stage] for stage in stages) for record in self.records)
+
+    def as_json(self) -> dict:
+        """What a record keeps of it."""
+        took = {"processor_ms": sum(self.processor_ms.values()), "others_share": self.others_share}
+        return {**_kept(summarize(self.records, {})), **took}
+
+
+class Served:
+    """A server of the bundle on this machine, and the load on it.
+
+    Parameters
+    ----------
+    observer : Observer
+    workload : Workload
+    """
+
+    def __init__(self, observer: Observer, workload: Workload):
+        self._observer = observer
+        self._messages = [item.message(MODEL) for item in workload.items]
+
+    def offer(self, load: Load, seconds: float, seed: int = 0) -> Offered:
+        """Offer a load; raises what a request failed with."""
+        before, busy, began_s = self._observer.processor_s(), busy_s(), time.monotonic()
+        records, failure = offer(
+            self._observer.url, self._messages, load, min_seconds=seconds, min_requests=4, seed=seed
+        )
+        if failure:
+            raise failure
+        after, cores_s = self._observer.processor_s(), (time.monotonic() - began_s) * (os.cpu_count() or 1)
+        taken = {name: total - before.get(name, 0.0) for name, total in after.items()}
+        others_s = busy_s() - busy - sum(taken.values())
+        resident = self._observer.resident_bytes()
+        return Offered(
+            records,
+            {name: 1e3 * seconds / len(records) for name, seconds in taken.items()},
+            max(0.0, others_s / cores_s),
+            round(sum(size for name, size in resident.items() if name != "client") / 2**20),
+        )
+
+
+def stages_of(curves: Mapping[str, list[dict]], one: Offered, workload: Workload, facts: Mapping) -> dict:
+    """Costs of a reading: the graphs' by themselves, and whatever else one at a time took through the server.
+
+    What the decoder's process took beside its graph is of the tokens, as far as it had the time; all other processor
+    time that is of no stage is of the responses.
+    """
+    processes = {name: one.processor_ms.get(name, 0.0) for name in ("dicom_preprocess", "decoding child", "decoder")}
+    preprocess_ms = one.mean("image_decode", "preprocess")
+    preprocess_cpu_ms = processes["dicom_preprocess"] + processes["decoding child"]
+    step, tower = curves["step"][0], curves["tower"][0]
+    steps = statistics.fmean((record.tokens or 1) - 1 for record in one.records)
+    prompts = [
+        _prompt_cost(curves["prefill"], r.prompt_tokens or 1, facts["machine"]["prefill_chunk"]) for r in one.records
+    ]
+    prefill_ms, prefill_cpu_ms = (statistics.fmean(column) for column in zip(*prompts, strict=True))
+    graph_cpu_ms = prefill_cpu_ms + steps * step["cpu_ms"]
+    token_ms = max(0.0, one.mean("decode") / steps - step["ms"])
+    token_cpu_ms = min(token_ms, max(0.0, processes["decoder"] - graph_cpu_ms) / steps)
+    known_cpu_ms = preprocess_cpu_ms + tower["cpu_ms"] + graph_cpu_ms + steps * token_cpu_ms
+    chunks = steps / chunk_tokens(build(Machine, facts["machine"], "machine"), (step["ms"] + token_ms) / 1e3)
+    rest_cpu_ms = max(0.0, sum(one.processor_ms.values()) - known_cpu_ms)
+    between_ms = one.mean("transport", "vision", "queue", "prefill", "remainder") - tower["ms"] - prefill_ms
+    return {
+        "readings": _kinds(one, workload, facts["image_tokens"], preprocess_cpu_ms / preprocess_ms),
+        "transport": _cost(max(0.0, between_ms), 0.0),
+        **{name: {"on": "cores", "points": points} for name, points in curves.items()},
+        "token": _cost(token_ms, token_cpu_ms),
+        "chunk": _cost(max(one.processor_ms.get("report", 0.0) / chunks, 1e-3), rest_cpu_ms / chunks),
+        "report": _cost(one.mean("report"), 0.0),
+    }
+
+
+def _cost(ms: float, cpu_ms: float) -> dict:
+    return {"ms": round(ms, 4), "cpu_ms": round(cpu_ms, 4)}
+
+
+def _prompt_cost(points: Sequence[Mapping], tokens: int, chunk: int) -> tuple[float, float]:
+    """Milliseconds of wall and of processor of a whole prompt, piece by piece."""
+    curve = build(Curve, {"on": "cores", "points": list(points)}, "prefill")
+    pieces = [min(chunk, tokens - at) for at in range(0, tokens, chunk)]
+    costs = [curve.cost(piece) for piece in pieces]
+    return 1e3 * sum(ms for ms, _ in costs), 1e3 * sum(cpu for _, cpu in costs)
+
+
+def _kinds(one: Offered, workload: Workload, image_tokens: Sequence[int], cpu_share: float) -> list[dict]:
+    """The workload's items, each with the mean of its readings."""
+    kinds = []
+    for index, item in enumerate(workload.items):
+        of_item = [record for record in one.records if record.item == index] or one.records
+        ms = statistics.fmean(r.stages_ms["image_decode"] + r.stages_ms["preprocess"] for r in of_item)
+        kinds.append(
+            {
+                "bytes": sum(len(image.data) for image in item.images),
+                "preprocess_ms": round(ms, 4),
+                "preprocess_cpu_ms": round(ms * cpu_share, 4),
+                "image_tokens": image_tokens[index],
+                "prompt_tokens": round(statistics.fmean(r.prompt_tokens or 1 for r in of_item)),
+                "answer_tokens": round(statistics.fmean(r.tokens or 1 for r in of_item)),
+            }
+        )
+    return kinds
+
+
+class Study:
+    """Rounds of stage times and loads on one server.
+
+    Parameters
+    ----------
+    bundle : Path
+    workload : Workload
+    settings : Settings
+        Of the server; nothing is kept between readings, so that each one is computed.
+    concurrencies : sequence of int
+    seconds : float
+        Of each load.
+    kept : mapping
+        Bytes that a reading leaves, for the file of stage times.
+    """
+
+    def __init__(
+        self,
+        bundle: Path,
+        workload: Workload,
+        settings: Settings,
+        *,
+        concurrencies: Sequence[int],
+        seconds: float,
+        kept: Mapping[str, int],
+    ):
+        self.bundle, self.workload, self.settings, self.kept = bundle, workload, settings, kept
+        self.concurrencies, self.seconds = concurrencies, seconds
+        self.rates: list[float] = []
+        self.opened = Bundle.open(bundle, verify=False)
+
+    def run(self, rounds: int) -> tuple[dict, dict]:
+        """The record of all rounds, and the stage times of the middle one by its readings per second of one stream."""
+        began, stolen, made = datetime.now(UTC).isoformat(timespec="seconds"), Stolen(), environment()
+        items = [([image.data for image in item.images], item.request) for item in self.workload.items]
+        cpus = sorted(os.sched_getaffinity(0))
+        with tempfile.TemporaryDirectory() as folder:
+            repository = Path(folder) / "repository"
+            write_repository(self.bundle, repository, self.settings, unverified=True)
+            alone = Process(Alone, cpus, str(self.bundle), self.settings.slots, items)
+            with serving(repository, 300.0) as observer:
+                served = Served(observer, self.workload)
+                served.offer(Load("concurrency", 1), 2.0)  # warms up
+                each = [self._round(alone, served, number) for number in range(1, rounds + 1)]
+            alone.end()
+        files = [one.pop("stages") for one in each]
+        speeds = [one["one_stream"]["readings_per_s"] for one in each]
+        middle = sorted(range(rounds), key=speeds.__getitem__)[rounds // 2]
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "date": began,
+            "environment": {**made, "load_average_after": os.getloadavg()[0], "stolen_share": stolen.share()},
+            "engine": self.opened.engine,
+            "workload": {"name": self.workload.spec.name, "digest": self.workload.digest},
+            "settings": vars(self.settings),
+            "seconds_each": self.seconds,
+            "ratio": ratios(each),
+            "rounds": each,
+        }
+        return record, self._file(files[middle], record)
+
+    def _round(self, alone: Process, served: Served, number: int) -> dict:
+        facts, busy, began_s = alone.call("facts"), busy_s(), time.monotonic()
+        curves = alone.call("measure", (1, 2, 4, VISION_BATCH))
+        others_s = busy_s() - busy - curves.pop("processor_s")
+        others_share = max(0.0, others_s / ((time.monotonic() - began_s) * (os.cpu_count() or 1)))
+        one = served.offer(Load("concurrency", 1), self.seconds)
+        facts["machine"] = self._machine(facts["prefill_chunk"])
+        costs = stages_of(curves, one, self.workload, facts)
+        file = {"machine": facts["machine"], "resident_mib": one.resident_mib, **costs}
+        stages = build(Stages, self._file(file, {"date": "", "environment": {}, "command": []}), "round")
+        if not self.rates:
+            most = simulate(stages, concurrency=2 * stages.machine.slots, readings=400, warm_up=40)
+            self.rates = [float(f"{share * most.summary()['readings_per_s']:.3g}") for share in SHARES]
+        loads = [Load("concurrency", n) for n in self.concurrencies] + [Load("rate_per_s", r) for r in self.rates]
+        if number % 2 == 0:
+            loads.reverse()  # a machine that gets slower would favour what always comes first
+        points = [self._compare(stages, served, load, number) for load in loads]
+        told = one.as_json()
+        click.echo(f"round {number}: one stream {told['readings_per_s']:.2f}/s", err=True)
+        for point in points:
+            click.echo(f"  {Load(**point['load'])}: simulated / measured {_said(point['ratio'])}", err=True)
+        return {
+            "alone_others_share": others_share,
+            "one_stream": {**told, "processes_ms": one.processor_ms},
+            "points": points,
+            "stages": file,
+        }
+
+    def _compare(self, stages: Stages, served: Served, load: Load, seed: int) -> dict:
+        measured = served.offer(load, self.seconds, seed).as_json()
+        options: dict = {"readings": 4, "min_seconds": self.seconds}
+        if load.kind == "concurrency":
+            options["concurrency"] = int(load.value)
+        else:
+            options["arrivals"] = arrivals(load.arrival, load.value, [seed])
+        outcome = simulate(stages, **options)
+        simulated = _kept(outcome.summary()) | {"processor_ms": 1e3 * outcome.core_s / len(outcome.readings)}
+        ratio = {name: simulated[name] / measured[name] for name in simulated if name != "requests"}
+        return {
+            "load": load.as_json(),
+            "measured": measured,
+            "simulated": {**simulated, "use": outcome.use},
+            "ratio": ratio,
+        }
+
+    def _machine(self, prefill_chunk: int) -> dict:
+        return {
+            "cores": len(os.sched_getaffinity(0)),
+            "preprocess_instances": self.settings.preprocess_instances,
+            "slots": self.settings.slots,
+            "queue_size": self.settings.queue_size,
+            "vision_batch": VISION_BATCH,
+            "prefill_chunk": prefill_chunk,
+            "chunk_tokens": CHUNK_TOKENS,
+            "chunk_ms": CHUNK_MS,
+        }
+
+    def _file(self, costs: dict, record: Mapping) -> dict:
+        """A file of stage times."""
+        costs = dict(costs)
+        resident_mib, made = costs.pop("resident_mib"), record["environment"]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "title": f"{self.workload.spec.name} on {self.opened.engine}, {self.opened.precision}",
+            "date": record["date"],
+            "command": " ".join(record["command"]),
+            "environment": {key: str(made.get(key)) for key in ("cpu", "cores", "os", "python", "revision")},
+            "versions": made.get("versions") or {"cxr-triton": "unknown"},
+            **costs,
+            "kept": {**self.kept, "memory_mib": resident_mib},
+        }
+
+
+def _name(metric: str, statistic: str | None) -> str:
+    return f"{metric}.{statistic}" if statistic else metric
+
+
+def _value(summary: Mapping, metric: str, statistic: str | None) -> float:
+    return summary[metric][statistic] if statistic else summary[metric]
+
+
+def _kept(summary: Mapping) -> dict:
+    return {"requests": summary["requests"], **{_name(*key): _value(summary, *key) for key in COMPARED}}
+
+
+def _said(ratio: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in ratio.items())
+
+
+def ratios(rounds: Sequence[Mapping]) -> list[dict]:
+    """Simulated over measured of each load: median, least and most of the rounds in which nothing else ran."""
+    loads: dict[str, list[dict]] = {}
+    for each in rounds:
+        stages_disturbed = max(each["one_stream"]["others_share"], each["alone_others_share"])
+        for point in each["points"]:
+            disturbed = max(stages_disturbed, point["measured"]["others_share"])
+            quiet = loads.setdefault(json.dumps(point["load"]), [])
+            quiet += [point] if disturbed <= QUIET else []
+    return [{"load": json.loads(load), "rounds": len(points), **_spread(points)} for load, points in loads.items()]
+
+
+def _spread(points: Sequence[Mapping]) -> dict:
+    return {
+        name: {
+            "median": statistics.median(point["ratio"][name] for point in points),
+            "range": [bound(point["ratio"][name] for point in points) for bound in (min, max)],
+        }
+        for name in (points[0]["ratio"] if points else ())
+    }
+
+
+def bytes_kept(record: Path | None) -> dict[str, int]:
+    """Bytes that a reading leaves, of a record such as docs/results/capacity-kept.json; 0 without one."""
+    if record is None:
+        return dict.fromkeys(("answer_bytes", "row_bytes", "gateway_bytes"), 0)
+    measured = json.loads(record.read_text("utf-8"))
+    gateway = sum(size for name, size in measured["gateway"]["each"].items() if name != "objects")
+    answer = measured["archive"]["text_bytes"] + measured["archive"]["reading_bytes"]
+    of_row = measured["archive"]["row_bytes"]
+    return {"answer_bytes": round(answer), "row_bytes": round(of_row), "gateway_bytes": round(gateway)}
+
+
+@click.command(cls=Command, extra="perf")
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--workload", default="phantom", show_default=True, help="A bundled workload, or the path of a YAML file."
+)
+@click.option("--slots", default=4, show_default=True)
+@click.option("--preprocess-instances", default=2, show_default=True)
+@click.option(
+    "--concurrency", "concurrencies", multiple=True, type=click.IntRange(1), default=(1, 2, 4, 8), show_default=True
+)
+@click.option("--seconds", default=8.0, show_default=True, help="Of each load.")
+@click.option("--rounds", default=3, show_default=True)
+@click.option(
+    "--kept",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What readings leave, measured; none by default.",
+)
+@click.option(
+    "--stages", "stages_path", type=OUT_FILE, help="Write the stage times for `python -m cxr_triton.perf.capacity`."
+)
+@json_option
+def main(*, bundle, workload, slots, preprocess_instances, rounds, kept, stages_path, json_path, **loads):
+    """Stage times of BUNDLE, served on this machine, and a simulation from them beside the server under load."""
+    settings = Settings(
+        slots=slots,
+        preprocess_instances=preprocess_instances,
+        prefix_reuse=False,
+        prefix_cache_mib=0,
+        drafts=False,
+        draft_index_mib=0,
+        picture_cache_mib=0,
+    )
+    study = Study(bundle, load_workload(workload), settings, **loads, kept=bytes_kept(kept))
+    record, stages = study.run(rounds)
+    for point in record["ratio"]:
+        medians = {name: value["median"] for name, value in point.items() if name not in ("load", "rounds")}
+        told = (
+            f"simulated / measured {_said(medians)}" if medians else f"other programs took over {QUIET:.0%} each time"
+        )
+        click.echo(f"{Load(**point['load'])}, {point['rounds']} rounds: {told}")
+    write_json(record, json_path)
+    if stages_path:
+        write_json(stages, str(stages_path))
+
+
+if __name__ == "__main__":
+    main()
