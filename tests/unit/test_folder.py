@@ -1,5 +1,6 @@
 """`read FOLDER`: each image a reading, written as it comes; one refusal stops nothing, and a second run goes on."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -15,6 +16,13 @@ from cxr_triton.pixels.sandbox import identify
 from cxr_triton.reading import Reading, parse
 
 TEXT = "<think> {} </think><answer> Cardiomegaly </answer>"
+
+
+@functools.cache
+def identity_of(image: bytes) -> dict:
+    """Each takes a process."""
+    (identity,) = identify([image])
+    return identity
 
 
 def answer(request, context):
@@ -37,7 +45,7 @@ def answer(request, context):
     parsed = parse(
         TEXT.format(width), grammar="think_answer", answer="labels", labels=("Cardiomegaly",), finish_reason="stop"
     )
-    images = tuple({"identity": identity} for identity in identify([image]))
+    images = ({"identity": identity_of(image)},)
     reading = Reading.of(parsed, model={}, images=images, usage={}, notice="Research.", **facts)
     yield response("", reading.to_json(), final=True)
 

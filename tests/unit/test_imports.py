@@ -106,7 +106,8 @@ def private_names(folder: Path) -> list[str]:
 
 def test_no_file_takes_a_name_with_an_underscore_from_another(tmp_path):
     assert not private_names(ROOT)
-    house(tmp_path, {"cxr_triton/chat.py": "from cxr_triton import reading\nreading._parse"})
+    (tmp_path / "cxr_triton").mkdir()
+    (tmp_path / "cxr_triton" / "chat.py").write_text("from cxr_triton import reading\nreading._parse\n")
     assert private_names(tmp_path) == ["cxr_triton/chat.py: _parse"]
 
 
