@@ -13,7 +13,15 @@ from typing import Any
 from cxr_triton.archive.item import Item
 from cxr_triton.client.gateway.config import Remote, Unreachable
 from cxr_triton.client.gateway.http import Answer, TooLarge, first_part, web_client
-from cxr_triton.errors import InternalError, InvalidImage, InvalidRequest, LimitExceeded, QueueFull, Unavailable
+from cxr_triton.errors import (
+    AccessDenied,
+    InternalError,
+    InvalidImage,
+    InvalidRequest,
+    LimitExceeded,
+    QueueFull,
+    Unavailable,
+)
 
 PAGE = 500
 """Matches that are asked for at once."""
@@ -127,6 +135,8 @@ def fetch(root: Remote, place: str, limit: int) -> bytes:
         The server fails at this instance, while it answers a query.
     Unavailable, QueueFull
         The server is away, or busy.
+    AccessDenied
+        It gives no instance to who asks.
     """
     pauses_s = [2.0**n for n in range(TRIES - 1)]
     while True:
@@ -158,6 +168,8 @@ def _instance(root: Remote, place: str, limit: int) -> bytes:
         raise QueueFull(f"{_NAME} answers HTTP {answer.status}; the same command goes on when it has time")
     if 400 <= answer.status < 500 and answer.status not in (401, 403, 408):
         raise InvalidImage(f"{_NAME} answers HTTP {answer.status} for the instance; see whether the archive has it")
+    if answer.status in (401, 403):
+        raise AccessDenied(f"{_NAME} answers HTTP {answer.status} for an instance; give a token that may retrieve")
     if answer.status != 200:
         raise Unavailable(f"{_NAME} answers HTTP {answer.status} for an instance")
     return first_part(answer.kind, answer.body)

@@ -25,6 +25,7 @@ from cxr_triton.errors import (
     InternalError,
     InvalidImage,
     LimitExceeded,
+    Unavailable,
 )
 from cxr_triton.pixels.filetype import kind_of, may_be_image
 from cxr_triton.reading import Reading
@@ -32,6 +33,8 @@ from cxr_triton.reading import Reading
 if TYPE_CHECKING:
     from cxr_triton.client.gateway.config import Remote
 
+MOST_LOST = 10
+"""Instances in a row, from one actor, at which a DICOMweb server fails before the run ends: it may fail at all."""
 OF_THE_IMAGE = (InvalidImage, DeadlineExceeded, InternalError, Cancelled)
 """Errors that become a row, as another image may fare better; any other ends the run."""
 MAX_IMAGE_MIB = 256
@@ -89,6 +92,7 @@ class Worker:
         # One more each, which fetches a file while the others wait for their readings.
         self._threads = ThreadPoolExecutor(2 * task.slots, thread_name_prefix="cxr-archive")
         self._slots = threading.Semaphore(task.slots)
+        self._lost = 0  # instances in a row at which the server of a DICOMweb source failed
 
     def __call__(self, batch: dict[str, Sequence[str]]) -> dict[str, list]:
         """Rows of a unit.
@@ -154,7 +158,15 @@ class Worker:
             return path.read_bytes()
         from cxr_triton.archive.dicomweb import fetch
 
-        return fetch(self._task.web, item.place, limit)
+        try:
+            data = fetch(self._task.web, item.place, limit)
+        except InternalError as error:
+            self._lost += 1  # a wrong count by threads side by side ends the run a few instances sooner or later
+            if self._lost >= MOST_LOST:
+                raise Unavailable(f"{error.message}; so it went with {self._lost} instances in a row") from None
+            raise
+        self._lost = 0
+        return data
 
     def _reader(self) -> Read:
         """Opened by the first image, so that what fails is told with its code."""

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -162,4 +161,9 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 
 def leave_no_core(pid: int = 0) -> None:
     """A process, this one unless told another, and those that it starts write no core file: it would hold pictures."""
-    resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
+    try:
+        import resource
+
+        resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, AttributeError):  # not Linux: nothing is served there, and a page's process may be
+        pass

@@ -35,7 +35,7 @@ from cxr_triton.files import why_not_writable
 from cxr_triton.perf.decoder import together
 from cxr_triton.perf.environment import Stolen, memory_available
 from cxr_triton.perf.process import Process
-from cxr_triton.perf.race import NO_TIME, SLOWER, Lap, Race, noise, race
+from cxr_triton.perf.race import IN_USE, NO_TIME, SLOWER, Lap, Race, noise, race
 from cxr_triton.perf.reuse import TokenReceiver, prompt_of
 from cxr_triton.perf.tower import inputs, prepared
 from cxr_triton.pixels.image import MERGE
@@ -434,6 +434,7 @@ class Tuning:
         used = self.chosen["prefill_chunk"]
         effective = used or ENGINES_CHUNK
         if self._is_late("prefill_chunk"):
+            self._note("prefill_chunk", effective * 2, NO_TIME)
             return
         longest_s = LONGEST_PAUSE_S if self.plan.streams == 1 else 0.0
         token_s = run.call("lap", used, 1, FIRST_TOKENS).facts["first_word_s"] / prompt
@@ -504,7 +505,7 @@ class Tuning:
 
     def _note(self, name: str, value: int, verdict: str) -> None:
         used = self.chosen[name]
-        values = [{"value": value, "verdict": verdict, "rounds": 0}]
+        values = [{"value": each, "verdict": said, "rounds": 0} for each, said in ((used, IN_USE), (value, verdict))]
         self.measured.append({"setting": name, "used": used, "taken": used, "values": values})
 
     def _until_s(self, name: str) -> float:
@@ -541,7 +542,7 @@ def lines(record: dict) -> list[str]:
     """What was found, for people."""
     found = [f"{Cpu.from_json(record['cpu']).said}, for {record['streams']} at once, {record['seconds']:.0f} s"]
     for row in record["measured"]:
-        for value in row["values"][1:] if len(row["values"]) > 1 else row["values"]:
+        for value in row["values"][1:]:
             ratio = f", {value['of_used']:.2f} of the time" if "of_used" in value else ""
             found.append(f"{row['setting']} {value['value']} in place of {row['used']}: {value['verdict']}{ratio}")
     found.append("settings: " + ", ".join(f"{name} {value}" for name, value in record["chosen"].items()))

@@ -105,6 +105,10 @@ def trace_of(request) -> str:
     return trace_id_of(request.request_id())
 
 
-def error_response(error: Exception, request):
-    """The error of a request as Triton passes it on: ``[CODE] message``."""
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(wire_error(error, trace_of(request))))
+def error_response(error: Exception, request=None):
+    """The error of a request as Triton passes it on: ``[CODE] message``.
+
+    The models of a repository that an earlier release packaged say no request; theirs names no trace.
+    """
+    trace_id = trace_of(request) if request else ""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(wire_error(error, trace_id)))

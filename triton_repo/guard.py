@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cxr_triton.engines.secret import SECRET, derived, secret_of
-from cxr_triton.errors import CxrError, InvalidConfig
+from cxr_triton.errors import CxrError, InvalidConfig, InvalidRequest
 from cxr_triton.files import leave_no_core
 from cxr_triton.trace import ENDPOINT, traces_url
 from cxr_triton.triton_repo.drain import DRAIN, drained, is_draining
@@ -86,6 +86,15 @@ def trace_flags(url: str | None) -> list[str]:
     settings = ("mode=opentelemetry", "level=TIMESTAMPS", "rate=1")
     own = (f"url={traces_url(url)}", f"resource=service.name={SERVICE}", "bsp_schedule_delay=1000")
     return [f"--trace-config={each}" for each in (*settings, *(f"opentelemetry,{each}" for each in own))]
+
+
+def trace_flags_of(environment: Mapping[str, str]) -> list[str]:
+    """`trace_flags` of what the environment names; what is none is said, and costs no server."""
+    try:
+        return trace_flags(environment.get(ENDPOINT))
+    except InvalidRequest as error:
+        print(f"warning: {ENDPOINT}: {ascii(error.message)[1:-1]}; no span is sent", file=sys.stderr)
+        return []
 
 
 def is_ready(address: str) -> bool:
@@ -190,7 +199,7 @@ def _main(arguments: list[str]) -> None:
             os.set_inheritable(lock, True)  # the server holds it
     environment, flags = guarded(os.environ)
     if not any(argument.startswith("--trace-config") for argument in arguments):
-        flags += trace_flags(environment.get(ENDPOINT))
+        flags += trace_flags_of(environment)
     os.umask(UMASK)
     leave_no_core()
     if limit_s := drain_seconds(environment):

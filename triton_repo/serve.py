@@ -29,9 +29,8 @@ from cxr_triton.engines.secret import SECRET
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, ServerMismatch, Unavailable
 from cxr_triton.extras import remedy
 from cxr_triton.files import leave_no_core
-from cxr_triton.trace import ENDPOINT
 from cxr_triton.triton_repo.drain import DRAIN, drained
-from cxr_triton.triton_repo.guard import SHM_PREFIX, UMASK, guarded, is_ready, trace_flags
+from cxr_triton.triton_repo.guard import SHM_PREFIX, UMASK, guarded, is_ready, trace_flags, trace_flags_of
 from cxr_triton.triton_repo.integrity import require_as_packaged, require_repository
 from cxr_triton.triton_repo.occupied import occupy
 
@@ -122,7 +121,7 @@ class Server:
         self.grpc, self.metrics, self.http = addresses["grpc"], addresses["metrics"], addresses.get("http")
         self.shm_prefix = f"{SHM_PREFIX}{secrets.token_hex(8)}_"
         self._environment, self._flags = guarded(os.environ)
-        self._flags += trace_flags(trace_otlp or os.environ.get(ENDPOINT))
+        self._flags += trace_flags(trace_otlp) if trace_otlp else trace_flags_of(os.environ)
         self.secret = self._environment[SECRET]
         self._process: subprocess.Popen | None = None
         self._models: dict[int, str] = {}

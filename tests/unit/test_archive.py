@@ -234,13 +234,27 @@ def read_from(pacs: str, out: Path, *broken: int) -> tuple[list[dict], str]:
     return unpacked(made["rows"][0]).to_pylist(), made["stopped"][0]
 
 
-@pytest.mark.parametrize("status", [500, 502, 403, 0])
+@pytest.mark.parametrize("status", [500, 502, 0])
 def test_an_instance_at_which_the_server_fails_for_good_is_a_row_and_the_others_are_read(tmp_path, pacs, status):
     made, stopped = read_from(pacs, tmp_path, status)
     assert [row["error_code"] for row in made] == ["INTERNAL", None, None] and not stopped
     asks = TRIES if status else 2 * TRIES  # aiohttp asks again by itself where a connection breaks
     assert Pacs.asked == {"1.0.7.0": asks, "1.0.7.1": 1, "1.0.7.2": 1}
     assert f"HTTP {status}" * bool(status) in made[0]["error"] and f"{TRIES} times" in made[0]["error"]
+
+
+def test_a_server_that_lets_nobody_retrieve_ends_the_run(tmp_path, pacs):
+    made, stopped = read_from(pacs, tmp_path, 403, 403, 403)
+    assert made == [] and stopped.startswith("[ACCESS_DENIED] ") and Pacs.asked["1.0.7.0"] == 1
+
+
+def test_a_server_that_fails_at_one_instance_after_the_other_ends_the_run(tmp_path, pacs, monkeypatch):
+    monkeypatch.setattr("cxr_triton.archive.worker.MOST_LOST", 3)
+    made, stopped = read_from(pacs, tmp_path, 500, 500, 500)
+    assert {row["error_code"] for row in made} <= {"INTERNAL"} and stopped.startswith("[UNAVAILABLE] ")
+    assert "3 instances in a row" in stopped
+    made, stopped = read_from(pacs, tmp_path, 500, 200, 500)
+    assert [row["error_code"] for row in made] == ["INTERNAL", None, "INTERNAL"] and not stopped
 
 
 def test_an_instance_that_is_too_large_is_a_row_and_fetched_once(tmp_path, pacs, monkeypatch):

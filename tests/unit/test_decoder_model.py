@@ -14,6 +14,7 @@ from cxr_triton.engines.runtime.drafts import Drafts
 from cxr_triton.engines.runtime.prefix import PrefixCache
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 from cxr_triton.engines.secret import SECRET, Seal
+from cxr_triton.errors import QueueFull
 
 ROOT = Path(__file__).resolve().parents[2]
 FINAL = 1
@@ -209,3 +210,11 @@ def test_what_was_guessed_is_counted(decoder, monkeypatch):
     assert counted == {f"draft_{name}_tokens_total": count for name, count in counts.items()}
     assert counts["drafted"] >= counts["accepted"] > 5
     assert decoder.metrics["steps_total"].value == decoder.runtime.steps < 2 * 19 - 5
+
+
+def test_models_of_an_earlier_release_still_get_their_errors_typed(decoder, monkeypatch):
+    """A repository keeps the models that it was packaged with; they call the adapter with the error alone."""
+    adapter = sys.modules["cxr_triton.triton_repo.adapter"]
+    monkeypatch.setattr(adapter.pb_utils, "TritonError", lambda text: text, raising=False)
+    monkeypatch.setattr(adapter.pb_utils, "InferenceResponse", lambda error: error)
+    assert adapter.error_response(QueueFull("full")) == "[QUEUE_FULL] full"

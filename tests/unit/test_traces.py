@@ -383,6 +383,14 @@ def test_a_containers_server_sends_spans_where_its_environment_says(given, endpo
     assert re.findall(r"--trace-config\S+", said) == wanted
 
 
+@pytest.mark.parametrize("endpoint", ["collector:4317", "grpc://collector:4317", "http://one,two"])
+def test_an_environment_that_names_no_collector_costs_no_server(endpoint):
+    command = [sys.executable, "-m", "cxr_triton.triton_repo.guard", "echo"]
+    environment = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "--trace-config" not in ended.stdout and "warning: OTEL_EXPORTER_OTLP_ENDPOINT: " in ended.stderr
+
+
 def test_the_page_lists_what_a_span_may_say():
     page = (ROOT / "docs" / "traces.md").read_text().partition("## What a span says")[2]
     assert dict(re.findall(r"^\| `([a-z_.]+)` \| (.*) \|$", page, re.MULTILINE)) == ATTRIBUTES
