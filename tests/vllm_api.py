@@ -66,7 +66,12 @@ CALLED = {
 
 def is_installed() -> bool:
     """Whether `PYTHON` has vLLM; one where its installation failed has none."""
-    find = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
+    return has("vllm")
+
+
+def has(module: str) -> bool:
+    """Whether `PYTHON` has a module."""
+    find = f"import importlib.util as u, sys; sys.exit(u.find_spec({module!r}) is None)"
     return Path(PYTHON).is_file() and subprocess.run([PYTHON, "-c", find], check=False).returncode == 0
 
 

@@ -1,11 +1,13 @@
 """vLLM given our tower's rows against `transformers.generate`: greedy tokens, alone and with 16 in flight."""
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
 from lora_adapter import merge, write_random
 from test_generate import Receiver
+from vllm_api import has
 from vllm_room import CHECKPOINT, PHANTOM, build, vllm_python  # noqa: F401
 
 from cxr_triton import phantom
@@ -15,6 +17,7 @@ from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.engines.verify.reference import Case, Reference, request_json
 from cxr_triton.engines.vllm.options import adapter, arguments
 from cxr_triton.engines.vllm.process import EngineProcess
+from cxr_triton.engines.vllm.request import message
 from cxr_triton.engines.vllm.runtime import VLLMRuntime
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.export.checkpoint import torch_model
@@ -234,13 +237,32 @@ def test_a_cancelled_stream_ends_and_the_engine_goes_on(engine, cases):
     assert read(engine[1], cases[0]["text_only", 1.0])[0] == cases[1]["text_only", 1.0]
 
 
-def test_whole_prompts_without_a_prefix_cache_and_drafts_by_ngram_change_no_token(bundle, phantoms, cases):
-    process, runtime = opened(bundle, **{"prefix-caching": "off", "chunked-prefill": "off", "drafts": "ngram"})
+class Steps:
+    """How many tokens each step of the engine gave."""
+
+    def __init__(self):
+        self.tokens, self.done = [], threading.Event()
+
+    def __call__(self, request_id, token_ids, is_last, error):
+        self.tokens.append(len(token_ids))
+        if is_last:
+            self.done.set()
+
+
+@pytest.mark.parametrize("drafts", ["ngram", "suffix"])
+def test_whole_prompts_without_a_prefix_cache_and_drafts_change_no_token(bundle, phantoms, cases, drafts):
+    if drafts == "suffix" and not has("arctic_inference"):
+        pytest.skip("vLLM's Python has no arctic-inference; `SUFFIX=1 deploy/vllm-cpu.sh .venv-vllm` builds it")
+    process, runtime = opened(bundle, **{"prefix-caching": "off", "chunked-prefill": "off", "drafts": drafts})
     with runtime:
         asked, expected = phantoms
         assert read(runtime, *asked[:IN_FLIGHT]) == expected[:IN_FLIGHT]
         assert dict(zip(cases[0], read(runtime, *cases[0].values()), strict=True)) == cases[1]
         assert process.cached_tokens == 0
+        steps, monotonous = Steps(), min(cases[1], key=lambda key: len(set(cases[1][key])))
+        process.start("again", message(cases[0][monotonous], bundle.geometry), steps)
+        assert steps.done.wait(60) and sum(steps.tokens) == NEW_TOKENS
+        assert max(steps.tokens) > 1  # a guess that was right
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from cxr_triton.engines.build import build_bundle
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.pipeline import Preprocessor
 from cxr_triton.engines.recipe import load_recipe
+from cxr_triton.engines.serving import BUNDLE
 from cxr_triton.engines.verify.files import judge
 from cxr_triton.engines.verify.reference import Reference
 from cxr_triton.engines.vllm.options import adapter, arguments
@@ -26,6 +28,8 @@ from cxr_triton.export.adapter import read_adapter
 from cxr_triton.export.checkpoint import Checkpoint, torch_model
 from cxr_triton.export.export import export_checkpoint
 from cxr_triton.profile import NamedAdapter, load_profile
+from cxr_triton.triton_repo.integrity import require_as_packaged
+from cxr_triton.triton_repo.make_engine import make_engine
 
 Q_A, Q_B = (f"{PREFIX}0.self_attn.q_proj.lora_{part}.weight" for part in "AB")
 PLAIN = load_profile(PHANTOM / "profile.yaml")
@@ -269,3 +273,30 @@ def test_the_gate_sees_another_adapter_than_the_reference_s(bundle, tmp_path):
         assert [name for name, passed in told(other).items() if not passed] == ["adapter"]
     with Reference(CHECKPOINT, PLAIN, device="cpu") as plain:
         assert not told(plain)["adapter"] and not told(plain)["profile.yaml"]
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A profile as a user writes it."""
+    path = tmp_path / "own.yaml"
+    path.write_text(f"extends: {PHANTOM / 'profile.yaml'}\nname: tuned\nadapter: {{name: devices}}\n")
+    return str(path)
+
+
+def test_make_engine_makes_a_repository_with_it_and_another_one_anew(own, folder, tmp_path):
+    def made(adapter):
+        options = {"recipe": "cpu-bf16-vllm", "profile": own, "adapter": adapter, "unverified": True}
+        result = make_engine(str(CHECKPOINT), tmp_path / "engine", **options)
+        require_as_packaged(result["repository"])
+        return Bundle.open(Path(result["repository"]) / BUNDLE).adapter["sha256"], result
+
+    first, _ = made(folder)
+    again, result = made(folder)
+    assert first == again and all(stage["cached"] for stage in result["stages"])
+    assert made(write_random(tmp_path / "other", CHECKPOINT, seed=1))[0] != first
+
+
+def test_make_engine_for_another_engine_says_to_merge_it_before_anything_is_made(own, folder, tmp_path):
+    with pytest.raises(InvalidRequest, match="devices was asked for, onnxruntime takes none; use vllm, or merge"):
+        make_engine(str(CHECKPOINT), tmp_path / "engine", "cpu-int4", profile=own, adapter=folder, unverified=True)
+    assert not (tmp_path / "engine").exists()

@@ -20,7 +20,7 @@ esac
 
 @pytest.fixture
 def environment(tmp_path):
-    def run(*arguments, imports="", vllm=0, operators=False):
+    def run(*arguments, imports="", vllm=0, operators=False, **variables):
         python = tmp_path / "venv" / "bin" / "python"
         python.parent.mkdir(parents=True)
         python.write_text(PYTHON.format(folder=tmp_path, imports=imports, vllm=vllm))
@@ -28,7 +28,9 @@ def environment(tmp_path):
         (tmp_path / "torchvision").mkdir()
         (tmp_path / "torchvision" / "_meta_registrations.py").write_text("" if operators else "fails")
         command = ["bash", str(SCRIPT), str(tmp_path / "venv"), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]})
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]} | variables
+        )
         return done, (tmp_path / "calls").read_text().splitlines()
 
     return run
@@ -48,6 +50,13 @@ def test_packages_of_torchs_build_stay_as_they_are(environment, tmp_path):
     done, calls = environment(imports="torchaudio torchcodec", operators=True)
     assert done.returncode == 0, done.stderr
     assert not [call for call in calls if "uninstall" in call] and "emptied" not in done.stdout
+
+
+def test_drafts_by_suffixes_are_built_where_they_are_asked_for(environment):
+    done, calls = environment(imports="torchaudio torchcodec", operators=True, SUFFIX="1")
+    assert done.returncode == 0, done.stderr
+    built = "-m pip install --quiet --no-deps --no-build-isolation arctic-inference==0.1.1"
+    assert calls.index("-m pip install --quiet nanobind==2.9.2 cmake ninja wheel") < calls.index(built)
 
 
 def test_what_does_not_import_in_the_end_is_an_error(environment):
