@@ -313,10 +313,19 @@ class Decoder:
             self._prefilling, self._prefilled = self.replica.take(self._waiting), 0
         if self._prefilling is not None:
             size = min(self.replica.machine.prefill_chunk, self._prefilling.prompt_tokens - self._prefilled)
-            cost = task_of(self.replica.stages.prefill, size)
-            self._running = self.replica.shared.add(*cost, lambda: self._after_piece(size))
+            self._running = self.replica.shared.add(*self._piece(size), lambda: self._after_piece(size))
         elif self._decoding:
             self._step(self._decoding[0][0] - self._steps)
+
+    def _piece(self, size: int) -> tuple[float, tuple[float, float, float]]:
+        """Seconds alone and uses of a piece of the prompt, with the first token after the last one."""
+        prompt, stages = self._prefilling, self.replica.stages
+        alone_s, (cores, card, report) = task_of(stages.prefill, size)
+        if prompt is None or self._prefilled + size < prompt.prompt_tokens:
+            return alone_s, (cores, card, report)
+        token_s = stages.token.ms / 1e3
+        seconds, cpu_s = alone_s + token_s, cores * alone_s + stages.token.cpu_ms / 1e3
+        return seconds, (cpu_s / seconds, card * alone_s / seconds, report) if seconds else (0.0, card, report)
 
     def _after_piece(self, size: int) -> None:
         reading = self._prefilling

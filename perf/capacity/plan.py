@@ -175,12 +175,20 @@ def for_archive(stages: Stages, pictures: float, days: float) -> dict:
 
 
 def saturated(stages: Stages, pictures: int) -> dict:
-    """A server with as many readings under way as keep all of its stages busy and overflow no queue."""
+    """A server with as many readings under way as keep all of its stages busy and overflow no queue.
+
+    Raises
+    ------
+    InvalidRequest
+        A reading takes no time.
+    """
     machine = stages.machine
     under_way = 2 * machine.slots + machine.preprocess_instances + machine.vision_batch
     concurrency = max(1, min(under_way, machine.queue_size))
     readings = max(1000, 20 * concurrency)
     outcome = simulate(stages, concurrency=concurrency, readings=readings, warm_up=4 * concurrency, pictures=pictures)
+    if not outcome.seconds:
+        raise InvalidRequest("a reading takes no time by these stage times; give the ms of at least one stage")
     return outcome.summary() | {"concurrency": concurrency, "readings_per_s": readings / outcome.seconds}
 
 

@@ -32,9 +32,10 @@ from cxr_triton.perf.capacity.simulate import simulate
 from cxr_triton.perf.capacity.stages import SCHEMA_VERSION, Curve, Machine, Stages
 from cxr_triton.perf.environment import Stolen, busy_s, environment
 from cxr_triton.perf.load import Load, offer
-from cxr_triton.perf.observer import MODEL
+from cxr_triton.perf.observer import MODEL, Observed
 from cxr_triton.perf.process import Process
 from cxr_triton.perf.served import serving
+from cxr_triton.perf.stages import STAGES, triton_times
 from cxr_triton.perf.summary import Record, summarize
 from cxr_triton.perf.workload import Workload, arrivals, load_workload
 from cxr_triton.triton_repo.package import VISION_BATCH, write_repository
@@ -56,6 +57,8 @@ class Offered:
     records : list of Record
     processor_ms : mapping
         Process to processor time of a reading, the client's too.
+    triton_ms : mapping
+        What Triton counted of a reading, as `cxr_triton.perf.stages.triton_times` names it.
     others_share : float
         Of the cores' time, what programs that have no part in this took meanwhile.
     resident_mib : int
@@ -64,6 +67,7 @@ class Offered:
 
     records: list[Record]
     processor_ms: Mapping[str, float]
+    triton_ms: Mapping[str, float]
     others_share: float
     resident_mib: int
 
@@ -92,6 +96,7 @@ class Served:
 
     def offer(self, load: Load, seconds: float, seed: int = 0) -> Offered:
         """Offer a load; raises what a request failed with."""
+        observed = Observed(self._observer)
         before, busy, began_s = self._observer.processor_s(), busy_s(), time.monotonic()
         records, failure = offer(
             self._observer.url, self._messages, load, min_seconds=seconds, min_requests=4, seed=seed
@@ -105,6 +110,7 @@ class Served:
         return Offered(
             records,
             {name: 1e3 * seconds / len(records) for name, seconds in taken.items()},
+            triton_times(observed.counted(len(records)), 0.0),
             max(0.0, others_s / cores_s),
             round(sum(size for name, size in resident.items() if name != "client") / 2**20),
         )
@@ -113,33 +119,42 @@ class Served:
 def stages_of(curves: Mapping[str, list[dict]], one: Offered, workload: Workload, facts: Mapping) -> dict:
     """Costs of a reading: the graphs' by themselves, and whatever else one at a time took through the server.
 
-    What the decoder's process took beside its graph is of the tokens, as far as it had the time; all other processor
-    time that is of no stage is of the responses.
+    The processes of preprocessing and tower are busy for as long as Triton says, the decoder's thread with a prompt for
+    as long as the reading says. What the decoder's process took beside its graph is of the tokens, as far as it had the
+    time; all other processor time that is of no stage is of the responses.
     """
     processes = {name: one.processor_ms.get(name, 0.0) for name in ("dicom_preprocess", "decoding child", "decoder")}
-    preprocess_ms = one.mean("image_decode", "preprocess")
     preprocess_cpu_ms = processes["dicom_preprocess"] + processes["decoding child"]
+    preprocess_ms = max(one.mean("image_decode", "preprocess"), one.triton_ms["preprocess_compute"])
     step, tower = curves["step"][0], curves["tower"][0]
+    tower_ms = max(tower["ms"], one.triton_ms["vision_compute"])
     steps = statistics.fmean((record.tokens or 1) - 1 for record in one.records)
-    prompts = [
-        _prompt_cost(curves["prefill"], r.prompt_tokens or 1, facts["machine"]["prefill_chunk"]) for r in one.records
-    ]
-    prefill_ms, prefill_cpu_ms = (statistics.fmean(column) for column in zip(*prompts, strict=True))
-    graph_cpu_ms = prefill_cpu_ms + steps * step["cpu_ms"]
     token_ms = max(0.0, one.mean("decode") / steps - step["ms"])
-    token_cpu_ms = min(token_ms, max(0.0, processes["decoder"] - graph_cpu_ms) / steps)
-    known_cpu_ms = preprocess_cpu_ms + tower["cpu_ms"] + graph_cpu_ms + steps * token_cpu_ms
+    chunk = facts["machine"]["prefill_chunk"]
+    prompts = [_prompt_cost(curves["prefill"], record.prompt_tokens or 1, chunk) for record in one.records]
+    alone_ms, prefill_cpu_ms = (statistics.fmean(column) for column in zip(*prompts, strict=True))
+    prefill_ms = max(alone_ms, one.mean("prefill") - token_ms)
+    graph_cpu_ms = prefill_cpu_ms + steps * step["cpu_ms"]
+    token_cpu_ms = min(token_ms, max(0.0, processes["decoder"] - graph_cpu_ms) / (steps + 1))
+    known_cpu_ms = preprocess_cpu_ms + tower["cpu_ms"] + graph_cpu_ms + (steps + 1) * token_cpu_ms
     chunks = steps / chunk_tokens(build(Machine, facts["machine"], "machine"), (step["ms"] + token_ms) / 1e3)
     rest_cpu_ms = max(0.0, sum(one.processor_ms.values()) - known_cpu_ms)
-    between_ms = one.mean("transport", "vision", "queue", "prefill", "remainder") - tower["ms"] - prefill_ms
+    staged_ms = preprocess_ms + tower_ms + prefill_ms + token_ms + one.mean("decode", "report")
+    scale = preprocess_ms / one.mean("image_decode", "preprocess")
     return {
-        "readings": _kinds(one, workload, facts["image_tokens"], preprocess_cpu_ms / preprocess_ms),
-        "transport": _cost(max(0.0, between_ms), 0.0),
-        **{name: {"on": "cores", "points": points} for name, points in curves.items()},
+        "readings": _kinds(one, workload, facts["image_tokens"], scale, preprocess_cpu_ms / preprocess_ms),
+        "transport": _cost(max(0.0, one.mean(*STAGES, "remainder") - staged_ms), 0.0),
+        "tower": {"on": "cores", "points": _slowed(curves["tower"], tower_ms / tower["ms"])},
+        "prefill": {"on": "cores", "points": _slowed(curves["prefill"], prefill_ms / alone_ms)},
+        "step": {"on": "cores", "points": curves["step"]},
         "token": _cost(token_ms, token_cpu_ms),
         "chunk": _cost(max(one.processor_ms.get("report", 0.0) / chunks, 1e-3), rest_cpu_ms / chunks),
         "report": _cost(one.mean("report"), 0.0),
     }
+
+
+def _slowed(points: Sequence[Mapping], by: float) -> list[dict]:
+    return [{**point, "ms": round(point["ms"] * by, 4)} for point in points]
 
 
 def _cost(ms: float, cpu_ms: float) -> dict:
@@ -154,12 +169,12 @@ def _prompt_cost(points: Sequence[Mapping], tokens: int, chunk: int) -> tuple[fl
     return 1e3 * sum(ms for ms, _ in costs), 1e3 * sum(cpu for _, cpu in costs)
 
 
-def _kinds(one: Offered, workload: Workload, image_tokens: Sequence[int], cpu_share: float) -> list[dict]:
-    """The workload's items, each with the mean of its readings."""
+def _kinds(one: Offered, workload: Workload, image_tokens: Sequence[int], scale: float, cpu_share: float) -> list[dict]:
+    """The workload's items, each with the mean of its readings; `scale` is of their preprocessing."""
     kinds = []
     for index, item in enumerate(workload.items):
         of_item = [record for record in one.records if record.item == index] or one.records
-        ms = statistics.fmean(r.stages_ms["image_decode"] + r.stages_ms["preprocess"] for r in of_item)
+        ms = scale * statistics.fmean(r.stages_ms["image_decode"] + r.stages_ms["preprocess"] for r in of_item)
         kinds.append(
             {
                 "bytes": sum(len(image.data) for image in item.images),

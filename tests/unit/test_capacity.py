@@ -149,12 +149,12 @@ def test_one_reading_takes_the_sum_of_its_stages():
     reading = kind(preprocess_ms=40, preprocess_cpu_ms=40, prompt_tokens=300, image_tokens=200, answer_tokens=60)
     told = simulate(busy(readings=[reading]), concurrency=1, readings=5).summary()
     chunked = 2 * (1 + 8 * 127 / 349) + (1 + 8 * 43 / 349)  # 300 tokens in pieces of 128, 128 and 44
-    first_ms = 3 + 40 + 12 + chunked
+    first_ms = 3 + 40 + 12 + chunked + 0.05
     assert told["ttft_ms"]["p50"] == pytest.approx(first_ms)
     assert told["latency_ms"]["p50"] == pytest.approx(first_ms + 59 * (4 + 0.05) + 1)
     two = simulate(busy(readings=[reading]), concurrency=1, readings=5, pictures=2).summary()
     pieces = 3 * (1 + 8 * 127 / 349) + (1 + 8 * 115 / 349)  # 500
-    assert two["ttft_ms"]["p50"] == pytest.approx(3 + 80 + 12 + 28 / 3 + pieces)
+    assert two["ttft_ms"]["p50"] == pytest.approx(3 + 80 + 12 + 28 / 3 + pieces + 0.05)
 
 
 def test_a_closed_loop_keeps_the_bounds_of_operational_analysis():
@@ -237,7 +237,8 @@ def test_what_one_stream_took_adds_up_again_in_time_and_in_processors():
     records = [Record(i % 2, 0.0, 0.0, sum(took.values()) / 1e3, [0.036], "ok", 100, 51, took) for i in range(6)]
     processes = {"client": 5, "tritonserver": 5, "vision_encoder": 16, "report": 3, "decoder": 60}
     processes |= {"dicom_preprocess": 2, "decoding child": 7}
-    offered = Offered(records, processes, others_share=0.0, resident_mib=600)
+    triton = {"preprocess_compute": 11.5, "vision_compute": 11}
+    offered = Offered(records, processes, triton, others_share=0.0, resident_mib=600)
     images = (Image("picture", b"1234567"),)
     workload = SimpleNamespace(items=(Item(images, {}), Item(images, {})))
     facts = {"machine": machine(cores=2, slots=4, vision_batch=8, prefill_chunk=128), "image_tokens": [50, 50]}
@@ -245,6 +246,7 @@ def test_what_one_stream_took_adds_up_again_in_time_and_in_processors():
     alone = simulate(made, concurrency=1, readings=6)
     assert alone.summary()["latency_ms"]["mean"] == pytest.approx(sum(took.values()), rel=0.001)
     assert 1e3 * alone.core_s / 6 == pytest.approx(sum(processes.values()), rel=0.001)
+    assert made.readings[0].preprocess_ms == 11.5 and made.tower.points[0].ms == 11  # as long as the process was busy
     assert made.readings[0].bytes == 7 and made.chunk.ms == pytest.approx(3 / (50 / 8), rel=0.001)
 
 
@@ -385,6 +387,15 @@ def test_the_command_says_what_it_takes_and_what_was_not_measured(tmp_path):
 def test_wrong_usage_is_said(options, said, tmp_path):
     done = asked(tmp_path, *options)
     assert done.exit_code and said in done.output, done.output
+
+
+def test_stage_times_of_nothing_are_refused_and_a_study_a_day_is_not(tmp_path):
+    nothing = {"step": curve(0, 0, (1, 64)), "tower": curve(0, 0, (1, 4)), "prefill": curve(0, 0, (1, 350))}
+    nothing |= dict.fromkeys(("transport", "token", "chunk", "report"), FREE)
+    for options in (["--archive", "5"], ["--studies-per-day", "5"]):
+        done = asked(tmp_path, *options, readings=[kind()], **nothing)
+        assert done.exit_code == 1 and "takes no time" in done.output
+    assert asked(tmp_path, "--studies-per-day", "1", "--readings", "100").exit_code == 0
 
 
 def test_it_runs_as_a_module(tmp_path):
