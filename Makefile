@@ -27,9 +27,10 @@ imports: tree
 types: tree
 	cd $(TREE) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
 
-# A test that takes 20 seconds here fails: it lacks the mark `slow`.
+# A test that takes 20 seconds here fails: it lacks the mark `slow`. Each core has a process; threads of numerical libraries
+# beside it would wait for each other.
 quick: $(VENV)/.test
-	$(BIN)/python -m pytest tests/unit -m quick --timeout 20 -q -n logical --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m quick --timeout 20 -q -n logical --dist loadfile
 
 test: server-python $(VENV)/.test debian vllm
 	$(BIN)/ruff check .

@@ -423,9 +423,9 @@ def test_guessing_that_fails_costs_the_drafts_and_no_reading(serve, monkeypatch,
 
 
 def test_memory_keeps_its_limit_over_many_answers(serve):
-    limit = 3000 * BYTES_PER_TOKEN
+    limit = 1200 * BYTES_PER_TOKEN
     runtime, _, drafts = serve(drafts=Drafts(limit, costs=Free()), queue_size=500)
-    asked = [(generation((i % 90, i // 90 % 90, i % 7), 40), Receiver()) for i in range(150)]
+    asked = [(generation((i % 90, i // 90 % 90, i % 7), 40), Receiver()) for i in range(60)]
     for given, receiver in asked:
         runtime.submit(given, receiver)
     for given, receiver in asked:
