@@ -67,6 +67,7 @@ SUBSTITUTES = (
     (r"^make demo$", "[ -d build/demo/repository ] || make demo"),
     (r"^cxr-triton bench run .* (\S*)after.json$", r"cp \1before.json \1after.json"),
     (r"^(cxr-triton bench run .*)", r"\1 --scenario single_stream --seconds 0.2 --requests 2 --repeats 2 --sweep ''"),
+    (r"^(cxr-triton tune .*)", r"\1 --seconds 2"),
     (r"^(.venv/bin/python tests/phantom/train.py .*)", r"\1 --pictures 32 --vision-steps 1 --answer-steps 1"),
     (r"^(.venv/bin/python tests/phantom/evaluate.py .*)", r"\1 --count 2"),
 )
