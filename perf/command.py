@@ -90,11 +90,10 @@ def tune(folder: Path, *, seconds: float, streams: int, beside: tuple[Path, ...]
             bar.n = min(round(seconds), round(time.monotonic() - began_s))
             bar.set_description(what)
 
-        tuning = Tuning(subject, Plan(seconds=seconds, streams=streams), say=say)
+        tuning = Tuning(subject, Plan(seconds=seconds, streams=streams), beside=beside, say=say)
         error: BaseException | None = None
         try:
             tuning.run()
-            tuning.hold_beside(beside)
         except (Exception, KeyboardInterrupt) as raised:
             error = raised
         bar.close()

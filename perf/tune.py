@@ -240,6 +240,8 @@ class Tuning:
     ----------
     subject : Subject
     plan : Plan
+    beside : sequence of Path
+        Other bundles, measured with the settings that were chosen: what would be faster is told, not done.
     say : callable
         Told what is measured next.
     clock : callable
@@ -256,7 +258,8 @@ class Tuning:
     Raises
     ------
     InvalidRequest
-        No engine of the bundle runs on a CPU.
+        No engine of the bundle runs on a CPU, or a bundle beside it is of another profile or shape, or of an engine
+        that is not measured on a CPU.
     """
 
     def __init__(
@@ -264,6 +267,7 @@ class Tuning:
         subject: Subject,
         plan: Plan,
         *,
+        beside: Sequence[Path] = (),
         say: Callable[[str], None] = lambda what: None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -277,6 +281,9 @@ class Tuning:
         self.has_tower, self.has_decoder = on_cpu
         self.bundle, self.plan, self.chosen = bundle, plan, dict(subject.settings)
         self._batch_invariant = subject.batch_invariant
+        self._others = {folder: Bundle.open(folder, verify=False) for folder in beside}
+        for folder, other in self._others.items():
+            self._require_alike(folder, other)
         self.measured: list[dict] = []
         self.told: list[dict] = []
         self._feeds: dict[str, np.ndarray] = {}
@@ -296,6 +303,8 @@ class Tuning:
         self._prompt = {**prompt_of(step), "image_embeddings": embeddings}
         if self.has_decoder:
             self._decoder()
+        for folder, other in self._others.items():
+            self.told.append(self._beside(folder, other))
 
     def _open(self, kind: type, *made: object) -> Process:
         """An engine in a process of its own, with the memory that `serve` gives it."""
@@ -307,32 +316,19 @@ class Tuning:
             for name in added:
                 del os.environ[name]
 
-    def hold_beside(self, folders: Sequence[Path]) -> None:
-        """Measure other bundles with the settings that were chosen: what would be faster is told, not done.
-
-        Raises
-        ------
-        InvalidRequest
-            One is of another profile or shape, or of an engine that is not measured on a CPU.
-        """
-        others = {folder: Bundle.open(folder, verify=False) for folder in folders}
-        for folder, other in others.items():
-            self._require_alike(folder, other)
-        self.told += [self._beside(folder, other) for folder, other in others.items()]
-
     def _require_alike(self, folder: Path, other: Bundle) -> None:
-        shapes = [dataclasses.replace(each.geometry, max_sequence=0) for each in (self.bundle, other)]
-        wanted = self.bundle.profile.name
-        if other.profile.name != wanted or shapes[0] != shapes[1]:
-            raise InvalidRequest(
-                f"{folder} is of profile {other.profile.name}, or of another shape; give one of {wanted}"
-            )
         for each in (self.bundle, other):
             for name in (each.vision_engine, each.engine):
                 if not isinstance(engine(name), CpuEngine):
                     raise InvalidRequest(
                         f"{name} is not measured on a CPU, so nothing is beside it; leave --beside out"
                     )
+        shapes = [dataclasses.replace(each.geometry, max_sequence=0) for each in (self.bundle, other)]
+        wanted = self.bundle.profile.name
+        if other.profile.name != wanted or shapes[0] != shapes[1]:
+            raise InvalidRequest(
+                f"{folder} is of profile {other.profile.name}, or of another shape; give one of {wanted}"
+            )
 
     def _beside(self, folder: Path, other: Bundle) -> dict:
         """Our tower and decoder and another bundle's; a reading is both, and `of_ours` its time over ours."""

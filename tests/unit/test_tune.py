@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -406,6 +408,43 @@ def test_a_repository_is_tuned_by_one_and_served_by_many(repository):
     with alone(repository), pytest.raises(Unavailable, match="is being tuned"):
         occupy(repository)
     os.close(occupy(repository))
+
+
+def test_a_server_that_the_guard_started_has_the_repository(repository, tmp_path):
+    """As in a container: the guard becomes the server."""
+    program = tmp_path / "tritonserver"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    guard = [sys.executable, "-m", "cxr_triton.triton_repo.guard", str(program), f"--model-repository={repository}"]
+    server = subprocess.Popen(guard)
+    try:
+        until_s = time.monotonic() + 60
+        while "sleep" not in Path(f"/proc/{server.pid}/cmdline").read_text() and time.monotonic() < until_s:
+            time.sleep(0.05)
+        with pytest.raises(InvalidRequest, match="a server runs on it"), alone(repository):
+            pass
+    finally:
+        server.kill()
+        server.wait()
+    with alone(repository):
+        pass
+
+
+@pytest.mark.parametrize("other", ["profile", "engine"])
+def test_what_cannot_stand_beside_is_said_before_it_is_measured(bundle, tmp_path, monkeypatch, other):
+    if other == "engine":
+        beside, said = write_engine_bundle(tmp_path / "beside"), "is not measured on a CPU, so nothing is beside it"
+    else:
+        beside, said = (
+            write_paper_bundle(tmp_path / "beside", max_sequence=2048),
+            "of another shape; give one of random",
+        )
+        manifest = json.loads((beside / "manifest.json").read_text())
+        manifest["geometry"]["layers"] = 2
+        (beside / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(tune.Tuning, "run", lambda self: None)
+    done = run("tune", bundle, "--beside", beside)
+    assert done.exit_code == 1 and said in done.stderr, done.stderr
 
 
 def test_what_cannot_be_tuned_is_said(repository, tmp_path):
