@@ -99,7 +99,7 @@ def main(bundle, tokens, rounds, json_path):
     medians = {name: statistics.median(each[name] for each in taken) for name in taken[0]}
     result = {
         "schema": SCHEMA,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["python", "-m", "cxr_triton.perf.capacity.host", *sys.argv[1:]],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
         "load_average": os.getloadavg()[0],

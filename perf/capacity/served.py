@@ -238,7 +238,7 @@ class Study:
         middle = sorted(range(rounds), key=speeds.__getitem__)[rounds // 2]
         record = {
             "schema_version": SCHEMA_VERSION,
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": ["python", "-m", "cxr_triton.perf.capacity.served", *sys.argv[1:]],
             "date": began,
             "environment": {**made, "load_average_after": os.getloadavg()[0], "stolen_share": stolen.share()},
             "engine": self.opened.engine,
