@@ -191,7 +191,6 @@ def _listed(values: dict) -> str:
 
 def _read_export(source: Path, engines: dict[str, Engine]) -> dict:
     export = _parsed_export(source)
-    _check_adapter(export, source, engines["decoder"].name)
     geometry, decoder = Geometry.from_json(export["geometry"], EXPORT), engines["decoder"]
     if (has := export.get("format", "onnx")) != decoder.form:
         raise InvalidRequest(
@@ -210,6 +209,7 @@ def _read_export(source: Path, engines: dict[str, Engine]) -> dict:
             raise InvalidBundle(f"{name} is missing in {source}; export again")
     for name in SIDE_FILES:
         _check_side_file(source / name)
+    _check_adapter(export, source, decoder.name)
     for graph in graphs:
         _check_graph(source / f"{graph}.onnx")
     return export
