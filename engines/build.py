@@ -222,22 +222,16 @@ def _read_export(source: Path, engines: dict[str, Engine]) -> dict:
                 f"the graphs compute in {geometry.compute}, {each.name} on a CPU runs fp32; "
                 "export with precision fp32, or int4 with fp32 compute, or name a recipe for this type"
             )
+    graphs = [graph for graph in engines if graph == "vision" or decoder.form == "onnx"]
+    for name in (*SIDE_FILES, *(f"{graph}.{suffix}" for graph in graphs for suffix in ("onnx", "onnx.data"))):
+        if not (source / name).is_file():
+            raise InvalidBundle(f"{name} is missing in {source}; export again")
     for name in SIDE_FILES:
-        _require_file(source, name)
         _check_side_file(source / name)
     _check_adapter(export, source, decoder.name)
-    graphs = [graph for graph in engines if graph == "vision" or decoder.form == "onnx"]
-    for graph in graphs:
-        _require_file(source, f"{graph}.onnx")
-        _require_file(source, f"{graph}.onnx.data")
     for graph in graphs:
         _check_graph(source / f"{graph}.onnx")
     return export
-
-
-def _require_file(source: Path, name: str) -> None:
-    if not (source / name).is_file():
-        raise InvalidBundle(f"{name} is missing in {source}; export again")
 
 
 def _check_adapter(export: dict, source: Path, decoder: str) -> None:

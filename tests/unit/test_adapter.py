@@ -198,6 +198,8 @@ def test_an_engine_that_takes_none_gets_none(bundle, tmp_path):
     copy = shutil.copytree(bundle.path.parent / "export", tmp_path / "export")
     told = json.loads((copy / "export.json").read_text())
     (copy / "export.json").write_text(json.dumps(told | {"format": "onnx"}))
+    for name in ("decoder.onnx", "decoder.onnx.data"):
+        (copy / name).touch()
     with pytest.raises(
         InvalidRequest, match="LoRA adapter devices was asked for, onnxruntime takes none; use vllm, or"
     ):
