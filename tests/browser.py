@@ -104,7 +104,8 @@ class Tab:
         await self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **facts)
 
     async def pixels(self, path: Path | None = None) -> np.ndarray:
-        """What is in sight, [height, width, 3] int."""
+        """What is in sight, once what was changed is drawn; [height, width, 3] int."""
+        await self.evaluate("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
         png = base64.b64decode((await self.call("Page.captureScreenshot", format="png"))["data"])
         if path:
             path.write_bytes(png)
@@ -143,7 +144,7 @@ class Browser:
         """A tab at 1280 × 900."""
         target = (await self._whole.call("Target.createTarget", url="about:blank"))["targetId"]
         async with (
-            asyncio.timeout(300),
+            asyncio.timeout(120),
             self._client.ws_connect(f"{self._devtools}/devtools/page/{target}", max_msg_size=0) as socket,
         ):
             page, listening = _listened(socket)

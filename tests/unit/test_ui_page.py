@@ -173,7 +173,7 @@ def test_a_radiograph_is_shown_read_and_asked_about(tmp_path, triton, seen, chro
                 assert abs(at[0] - int(expected[row, column])) < 12, (row, column)
 
         await page.evaluate(READ)
-        await page.until("document.querySelector('.reasoning').innerText.includes('The heart is large.')")
+        await page.until("document.querySelector('.reasoning')?.innerText.includes('The heart is large.')")
         assert await page.evaluate("document.querySelector('article').hasAttribute('aria-busy')"), "while it is written"
         gate.set()
         await page.until("document.querySelector('.files')")
@@ -247,9 +247,9 @@ def test_a_reading_is_stopped(tmp_path, triton, seen):
         await page.choose("#files", given(tmp_path, dicom()))
         await page.until("document.querySelector('.pane')")
         await page.evaluate(READ)
-        await page.until("document.querySelector('.reasoning').innerText.includes('word')")
+        await page.until("document.querySelector('.reasoning')?.innerText.includes('word')")
         await page.evaluate("document.querySelector('.stop').click()")
-        await page.until("document.querySelector('.state').innerText === 'Stopped'")
+        await page.until("document.querySelector('.state')?.innerText === 'Stopped'")
         assert "word" in (await page.evaluate(texts(".reasoning")))[0], "what was written stays"
         kinds = await page.evaluate(texts(".files button"))
         assert "JSON" in kinds and "DICOM SR" not in kinds, "what is not whole becomes no report"
@@ -294,7 +294,8 @@ def sure(reading: str, **asked) -> str:
 
 
 def test_uncertain_words_are_shaded_as_on_the_page_that_is_saved_and_findings_say_how_sure(tmp_path, triton, seen):
-    text = "<think> Größe \U0001fac1 **very large** heart. </think>\n<answer> Cardiomegaly, Edema </answer>"
+    lungs = 4 * "\U0001fac1"  # two code units each
+    text = f"<think> Größe {lungs} **very large** heart. </think>\n<answer> Cardiomegaly, Edema </answer>"
     words = text.split(" ")
     ends = list(np.cumsum([len(word) + 1 for word in words]))
     ends[-1] -= 1
@@ -343,9 +344,9 @@ def test_uncertain_words_are_shaded_as_on_the_page_that_is_saved_and_findings_sa
     wanted = [value for tag, name, value in ours.attributes if tag == "mark" and name == "title"]
     assert [title for _, _, title in marks if title] == wanted and len(wanted) == 4
     assert [(shade, word) for shade, word, title in marks if title] == [
-        ("shade3", "Größe"), ("shade2", "\U0001fac1"), ("shade1", "very"), ("shade3", "heart."),
+        ("shade3", "Größe"), ("shade2", lungs), ("shade1", "very"), ("shade3", "heart."),
     ]  # fmt: skip
-    assert prose[0].strip() == "Größe \U0001fac1 very large heart."
+    assert prose[0].strip() == f"Größe {lungs} very large heart."
     assert chips == [
         "Cardiomegalypresent · +6.5", "Edemapresent, uncertain · +0.5", "Pneumoniaabsent, uncertain · −0.4",
         "Fractureabsent · −9.0",
@@ -422,14 +423,17 @@ def test_a_mouse_and_two_fingers_move_zoom_and_change_greys(tmp_path, triton, se
     filtered = "document.querySelector('.stage canvas').style.filter"
 
     async def do(page):
+        await page.size(1280, 600)
         await page.choose("#files", given(tmp_path, dicom(rows=480, columns=400)))
-        await page.until(DRAWN)
+        await page.until(f"{DRAWN} && document.documentElement.scrollHeight > innerHeight")
         left, top, width, height = await page.evaluate(STAGE)
         x, y = left + width / 2, top + height / 2
         fitted = await page.evaluate(shown)
+        await page.mouse("mouseWheel", x, y, deltaX=0, deltaY=100)
+        await page.until(f"{shown} < {0.9 * fitted}")
         await page.mouse("mouseWheel", x, y, deltaX=0, deltaY=-200)
-        await page.until(f"{shown} > {1.4 * fitted}")
-        assert await page.evaluate("scrollY") == 0, "the page stays where it is"
+        await page.until(f"{shown} > {1.2 * fitted}")
+        assert await page.evaluate("scrollY + document.querySelector('#pictures').scrollTop") == 0, "nothing scrolls"
         before = await page.pixels()
         await drag(page, (x, y), (x + 40, y + 20), "left")
         ours = before[int(y) - 60 : int(y) + 60, int(x) - 60 : int(x) + 60]

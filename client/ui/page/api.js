@@ -12,7 +12,11 @@ export class Failure extends Error {
   }
 }
 
-const UNREACHED = { code: "UNREACHED", message: "this page's server cannot be reached", hint: "See whether it runs, then try again." };
+const UNREACHED = {
+  code: "UNREACHED",
+  message: "this page's server cannot be reached",
+  hint: "See whether it runs, then try again.",
+};
 const JSON_TYPE = { "Content-Type": "application/json" };
 
 async function ask(path, options = {}) {
@@ -98,7 +102,11 @@ export class Session {
       try {
         piece = await reader.read();
       } catch {
-        throw new Failure({ code: "BROKEN", message: "the connection broke off before the reading was complete", hint: "Ask again." });
+        throw new Failure({
+          code: "BROKEN",
+          message: "the connection broke off before the reading was complete",
+          hint: "Ask again.",
+        });
       }
       if (piece.done) return;
       const lines = (rest + piece.value).split("\n");

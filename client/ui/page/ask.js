@@ -51,7 +51,12 @@ class Choice {
 
   #value(name) {
     const text = this.values.get(name) ?? "";
-    return name === "options" ? text.split("\n").map((line) => line.trim()).filter(Boolean) : text;
+    return name === "options"
+      ? text
+          .split("\n")
+          .map((line) => line.trim())
+          .filter(Boolean)
+      : text;
   }
 
   render() {
@@ -82,15 +87,28 @@ class Choice {
       choice(`${this.id}-${key}`, value, text, { checked: this[key] === value, change: pick(key), ...options });
     const up = this.about.servers.filter((server) => server.up);
     const unfit = tasks.filter((task) => !takes(task)).length;
-    const chosen = [...tasks.filter(takes).map((task) => one("task", task.name, titled(task.name), { title: task.title })), one("task", OWN, "Own question")];
+    const chosen = [
+      ...tasks.filter(takes).map((task) => one("task", task.name, titled(task.name), { title: task.title })),
+      one("task", OWN, "Own question"),
+    ];
     const told = this.chosen?.title ?? "";
     return [
-      up.length > 1 && group("server", "Server", up.map((server) => one("server", server.name, `${server.model} (${server.name})`))),
+      up.length > 1 &&
+        group(
+          "server",
+          "Server",
+          up.map((server) => one("server", server.name, `${server.model} (${server.name})`)),
+        ),
       group("task", "Task", chosen),
       told && make("p", { className: "told" }, told),
       unfit > 0 && make("p", { className: "told" }, `${unfit} more for another number of pictures: ${this.count} now.`),
       ...this.#inputs(),
-      modes.length > 1 && group("mode", "Mode", modes.map((mode) => one("mode", mode.name, titled(mode.name), { title: mode.title }))),
+      modes.length > 1 &&
+        group(
+          "mode",
+          "Mode",
+          modes.map((mode) => one("mode", mode.name, titled(mode.name), { title: mode.title })),
+        ),
     ];
   }
 
@@ -101,7 +119,10 @@ class Choice {
       const label = name === "options" ? "Options, one a line" : titled(name);
       const isLong = name === OWN || name === "options";
       const properties = { value: this.values.get(name) ?? "", required: true, maxLength: this.about.limits.question_chars };
-      const input = make(isLong ? "textarea" : "input", { ...properties, on: { input: () => this.values.set(name, input.value) } });
+      const input = make(isLong ? "textarea" : "input", {
+        ...properties,
+        on: { input: () => this.values.set(name, input.value) },
+      });
       return make("label", { className: "field" }, label, input);
     });
   }
@@ -170,8 +191,19 @@ export class Ask {
 
   #render() {
     const isTwo = this.compare.input.checked;
-    const more = make("details", {}, make("summary", {}, "More"), this.scores.label, this.logprobs.label,
-      make("div", { className: "numbers" }, make("label", {}, "Seed ", this.seed), make("label", {}, "Most tokens ", this.tokens)));
+    const more = make(
+      "details",
+      {},
+      make("summary", {}, "More"),
+      this.scores.label,
+      this.logprobs.label,
+      make(
+        "div",
+        { className: "numbers" },
+        make("label", {}, "Seed ", this.seed),
+        make("label", {}, "Most tokens ", this.tokens),
+      ),
+    );
     more.open = this.isOpen ?? false;
     more.addEventListener("toggle", () => (this.isOpen = more.open));
     const beside = make("fieldset", { className: "beside" }, make("legend", {}, "Beside it"), this.#choices[1].element);

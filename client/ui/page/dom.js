@@ -42,7 +42,13 @@ export const titled = (name) => {
 /** Refusal or failure in plain words, the code small beside it. */
 export function refusal({ code, message, hint }) {
   const said = message ? message.charAt(0).toUpperCase() + message.slice(1) : "That did not work";
-  return make("p", { className: "refusal" }, `${said}${/[.!?]$/.test(said) ? "" : "."} `, hint ? `${hint} ` : null, make("small", {}, code ?? ""));
+  return make(
+    "p",
+    { className: "refusal" },
+    `${said}${/[.!?]$/.test(said) ? "" : "."} `,
+    hint ? `${hint} ` : null,
+    make("small", {}, code ?? ""),
+  );
 }
 
 /** Reads a text aloud where somebody listens. */

@@ -81,12 +81,15 @@ function column({ readings }, index) {
   const { server, body } = readings[0].request;
   const told = [server.model, about.servers.length > 1 ? server.name : "", body.mode ? titled(body.mode) : ""];
   const name = make("p", { className: "of" }, told.filter(Boolean).join(" · "));
-  const turns = readings.flatMap((reading, turn) => (turn ? [make("p", { className: "turn" }, reading.request.title), reading.element] : [reading.element]));
+  const turns = readings.flatMap((reading, turn) =>
+    turn ? [make("p", { className: "turn" }, reading.request.title), reading.element] : [reading.element],
+  );
   return make("div", { className: "column", role: "group", "aria-label": `Reading ${index + 1}` }, name, ...turns);
 }
 
 /** The readings that can be gone on from, one a column; null where there is none. */
-const lasts = (thread) => thread.columns.map(({ readings }) => readings.findLast((reading) => reading.isWritten && !reading.isForgotten));
+const lasts = (thread) =>
+  thread.columns.map(({ readings }) => readings.findLast((reading) => reading.isWritten && !reading.isForgotten));
 
 function follow() {
   const form = at("follow");
@@ -127,7 +130,11 @@ function goOn({ task, question }) {
     const { server, body } = before.request;
     const mode = server.modes.find((each) => each.name === body.mode && suits(each, task?.answer ?? "text"))?.name;
     const asked = { server: server.name, pictures: shown.pictures, follow: before.name, mode, task: task?.name, question };
-    const request = { title: task ? titled(task.name) : question, server, body: { ...asked, logprobs: body.logprobs, seed: body.seed } };
+    const request = {
+      title: task ? titled(task.name) : question,
+      server,
+      body: { ...asked, logprobs: body.logprobs, seed: body.seed },
+    };
     const reading = started(request, index);
     shown.columns[index].readings.push(reading);
     begun.push(reading);
@@ -143,7 +150,12 @@ function history() {
   at("earlier").replaceChildren(
     ...threads.toReversed().map((thread) => {
       const turns = Math.max(...thread.columns.map(({ readings }) => readings.length)) - 1;
-      const told = [time(thread.begun), thread.names.join(", "), turns ? `${turns} follow-up${turns > 1 ? "s" : ""}` : "", thread.isBusy ? "being written" : ""];
+      const told = [
+        time(thread.begun),
+        thread.names.join(", "),
+        turns ? `${turns} follow-up${turns > 1 ? "s" : ""}` : "",
+        thread.isBusy ? "being written" : "",
+      ];
       const open = button(thread.title, () => again(thread));
       if (thread === shown) open.setAttribute("aria-current", "true");
       open.append(make("small", {}, told.filter(Boolean).join(" · ")));
@@ -183,7 +195,9 @@ async function renew() {
   at("logout").hidden = !about.login;
   at("version").textContent = about.version;
   at("terms").textContent = [...new Set(up.map((server) => server.terms))].filter(Boolean).join(" ");
-  at("model").textContent = [up.map((server) => server.model).join(", "), down.length ? `not up: ${down.join(", ")}` : ""].filter(Boolean).join(" · ");
+  at("model").textContent = [up.map((server) => server.model).join(", "), down.length ? `not up: ${down.join(", ")}` : ""]
+    .filter(Boolean)
+    .join(" · ");
   pictures.most = Math.max(1, ...up.map((server) => server.max_images));
   pictures.mostBytes = about.limits.file_bytes;
   const told = JSON.stringify(about.servers);
@@ -194,7 +208,9 @@ async function renew() {
 
 addEventListener("pagehide", () => session.end());
 addEventListener("pageshow", (event) => event.persisted && location.reload());
-addEventListener("unhandledrejection", (event) => alarm({ code: "PAGE", message: `the page failed: ${event.reason?.message ?? event.reason}`, hint: "Load it again." }));
+addEventListener("unhandledrejection", (event) =>
+  alarm({ code: "PAGE", message: `the page failed: ${event.reason?.message ?? event.reason}`, hint: "Load it again." }),
+);
 history();
 await renew();
 say(at("model").textContent);

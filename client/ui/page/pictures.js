@@ -140,10 +140,22 @@ export class Pictures {
     const roles = Object.entries(ROLES).map(([role, text]) =>
       choice(`role-${picture.picture}`, role, text, { checked: picture.role === role, change: () => this.#mark(picture, role) }),
     );
-    const facts = [picture.kind.toUpperCase(), `${picture.width} × ${picture.height} px`, picture.view].filter(Boolean).join(" · ");
-    const group = make("fieldset", { className: "choices" }, make("legend", { className: "unseen" }, `${picture.name} is`), ...roles);
+    const facts = [picture.kind.toUpperCase(), `${picture.width} × ${picture.height} px`, picture.view]
+      .filter(Boolean)
+      .join(" · ");
+    const group = make(
+      "fieldset",
+      { className: "choices" },
+      make("legend", { className: "unseen" }, `${picture.name} is`),
+      ...roles,
+    );
     const remove = button("Remove", () => this.#remove(picture), { className: "small", "aria-label": `Remove ${picture.name}` });
-    const name = make("div", { className: "name" }, make("strong", {}, picture.name || picture.picture), make("small", {}, facts));
+    const name = make(
+      "div",
+      { className: "name" },
+      make("strong", {}, picture.name || picture.picture),
+      make("small", {}, facts),
+    );
     return make("li", {}, name, group, remove, flagList(picture.flags));
   }
 
@@ -156,7 +168,8 @@ export class Pictures {
 
 /** Flags in plain words, doubtful ones first and in sight, the others folded. */
 export function flagList(flags) {
-  const item = (flag) => make("li", {}, flag.text.charAt(0).toUpperCase() + flag.text.slice(1), " ", make("small", {}, flag.code));
+  const item = (flag) =>
+    make("li", {}, flag.text.charAt(0).toUpperCase() + flag.text.slice(1), " ", make("small", {}, flag.code));
   const list = (some, className) => make("ul", { className }, ...some.map(item));
   const doubtful = flags.filter((flag) => flag.doubtful);
   const others = flags.filter((flag) => !flag.doubtful);

@@ -8,7 +8,10 @@ const WORD = /\*\*|\s+|(?:(?!\*\*)\S)+/g;
 
 /** Paragraphs of a text, with its bold runs. */
 export function prose(text) {
-  const paragraphs = text.split(/\n\s*\n/).map((block) => block.trim()).filter(Boolean);
+  const paragraphs = text
+    .split(/\n\s*\n/)
+    .map((block) => block.trim())
+    .filter(Boolean);
   return make("div", { className: "prose" }, ...paragraphs.map((block) => make("p", {}, ...runs(block))));
 }
 
@@ -30,7 +33,17 @@ export function shaded(reading) {
   }
   place.normalize();
   const marks = SHADES.map((limit, i) => make("mark", { className: `shade${i + 1}` }, `${100 * limit} %`));
-  const key = make("p", { className: "shades" }, "Shaded are words that the model itself found less than ", marks[0], ", ", marks[1], " and ", marks[2], " likely where it wrote them. That is not how likely they are to be true.");
+  const key = make(
+    "p",
+    { className: "shades" },
+    "Shaded are words that the model itself found less than ",
+    marks[0],
+    ", ",
+    marks[1],
+    " and ",
+    marks[2],
+    " likely where it wrote them. That is not how likely they are to be true.",
+  );
   return make("div", {}, make("div", { className: "prose" }, place), key);
 }
 

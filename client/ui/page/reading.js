@@ -32,7 +32,12 @@ export class Reading {
     this.stopButton = button("Stop", () => this.#stop(), { className: "stop" });
     this.reasoning = make("div", { className: "prose" });
     this.answer = make("div", { className: "answer" });
-    this.fold = make("details", { className: "reasoning", open: true, hidden: true }, make("summary", {}, "Reasoning"), this.reasoning);
+    this.fold = make(
+      "details",
+      { className: "reasoning", open: true, hidden: true },
+      make("summary", {}, "Reasoning"),
+      this.reasoning,
+    );
     this.rest = make("div", { className: "rest" });
     const head = make("header", {}, make("h3", {}, request.title), this.state, this.stopButton);
     this.element = make("article", { "aria-busy": "true", "aria-label": request.title }, head, this.fold, this.answer, this.rest);
@@ -143,12 +148,22 @@ export class Reading {
       return [
         list([...chips, ...unsure], "Findings"),
         isLetter ? prose(reading.answer) : null,
-        sure.length ? make("details", {}, make("summary", {}, `${sure.length} absent, as the model does not list them`), list(sure, "Absent")) : null,
+        sure.length
+          ? make(
+              "details",
+              {},
+              make("summary", {}, `${sure.length} absent, as the model does not list them`),
+              list(sure, "Absent"),
+            )
+          : null,
       ].filter(Boolean);
     }
     if (reading.boxes.length) return [];
     if (reading.answer) return [prose(reading.answer)];
-    return [make("p", { className: "none" }, "The model gave no answer that could be read."), ...(reading.reasoning ? [] : [prose(reading.text)])];
+    return [
+      make("p", { className: "none" }, "The model gave no answer that could be read."),
+      ...(reading.reasoning ? [] : [prose(reading.text)]),
+    ];
   }
 
   #boxList() {
@@ -161,8 +176,14 @@ export class Reading {
 
   #files(isStopped) {
     const kinds = this.exports.filter((kind) => !(isStopped && kind === "sr"));
-    const save = (kind) => button(FILES[kind] ?? kind, () => this.#save(kind), { "aria-label": `Save as ${FILES[kind] ?? kind}` });
-    this.files = make("div", { className: "files", role: "group", "aria-label": "Save" }, make("span", {}, "Save "), ...kinds.map(save));
+    const save = (kind) =>
+      button(FILES[kind] ?? kind, () => this.#save(kind), { "aria-label": `Save as ${FILES[kind] ?? kind}` });
+    this.files = make(
+      "div",
+      { className: "files", role: "group", "aria-label": "Save" },
+      make("span", {}, "Save "),
+      ...kinds.map(save),
+    );
     return this.files;
   }
 
@@ -206,20 +227,33 @@ const signed = (score) => `${score < 0 ? "−" : "+"}${Math.abs(score).toFixed(1
 /** A bar for each label from the middle on, the likeliest first. */
 function bars(scores) {
   if (!scores) return null;
-  const rows = Object.entries(scores).sort(([, a], [, b]) => b - a).map(([name, score]) => {
-    const bar = make("i");
-    const length = (50 * Math.min(Math.abs(score), SCORE_LIMIT)) / SCORE_LIMIT;
-    bar.style.width = `${Math.max(length, 0.3)}%`;
-    bar.style.marginLeft = `${score < 0 ? 50 - length : 50}%`;
-    return make("div", {}, make("dt", {}, name), make("dd", {}, bar), make("dd", {}, signed(score)));
-  });
-  const told = "Log-odds of the answer with each and without it, given the reasoning that was written, from −15 to 15. Uncertain is what is under 3 to 1. Not calibrated, and no probability of a disease.";
-  return make("details", { className: "scores" }, make("summary", {}, "How sure the model is"), make("dl", { className: "bars" }, ...rows), make("p", { className: "told" }, told));
+  const rows = Object.entries(scores)
+    .sort(([, a], [, b]) => b - a)
+    .map(([name, score]) => {
+      const bar = make("i");
+      const length = (50 * Math.min(Math.abs(score), SCORE_LIMIT)) / SCORE_LIMIT;
+      bar.style.width = `${Math.max(length, 0.3)}%`;
+      bar.style.marginLeft = `${score < 0 ? 50 - length : 50}%`;
+      return make("div", {}, make("dt", {}, name), make("dd", {}, bar), make("dd", {}, signed(score)));
+    });
+  const told =
+    "Log-odds of the answer with each and without it, given the reasoning that was written, from −15 to 15. Uncertain is what is under 3 to 1. Not calibrated, and no probability of a disease.";
+  return make(
+    "details",
+    { className: "scores" },
+    make("summary", {}, "How sure the model is"),
+    make("dl", { className: "bars" }, ...rows),
+    make("p", { className: "told" }, told),
+  );
 }
 
 function facts({ model, usage, timings_ms: times, finish_reason: finish }) {
   const total = times?.total ? `${(times.total / 1000).toFixed(1)} s` : "";
   const tokens = usage?.completion_tokens ? `${usage.completion_tokens} tokens` : "";
   const cut = finish === "length" ? "cut at the token limit" : "";
-  return make("p", { className: "facts" }, [model.title ?? model.profile, model.precision, model.engine, tokens, total, cut].filter(Boolean).join(" · "));
+  return make(
+    "p",
+    { className: "facts" },
+    [model.title ?? model.profile, model.precision, model.engine, tokens, total, cut].filter(Boolean).join(" · "),
+  );
 }

@@ -190,10 +190,29 @@ export class Viewer {
     this.boxButton.hidden = true;
     this.greyButton = toggle("Drag for greys", false, () => this.#touch());
     const named = (text, name, click) => button(text, click, { "aria-label": name, title: name });
-    const windows = make("div", { role: "group", "aria-label": "Window" }, ...this.presetButtons.map(([, chosen]) => chosen), this.invertButton, this.boxButton);
-    const zooms = make("div", { role: "group", "aria-label": "Zoom" }, named("−", "Zoom out", () => this.zoom(1 / STEP)), named("+", "Zoom in", () => this.zoom(STEP)), button("Fit", () => this.fit()));
+    const windows = make(
+      "div",
+      { role: "group", "aria-label": "Window" },
+      ...this.presetButtons.map(([, chosen]) => chosen),
+      this.invertButton,
+      this.boxButton,
+    );
+    const zooms = make(
+      "div",
+      { role: "group", "aria-label": "Zoom" },
+      named("−", "Zoom out", () => this.zoom(1 / STEP)),
+      named("+", "Zoom in", () => this.zoom(STEP)),
+      button("Fit", () => this.fit()),
+    );
     const reset = button("Reset", () => this.#setGreys(NO_GREYS), { "aria-label": "Reset brightness and contrast" });
-    const greys = make("div", { role: "group", "aria-label": "Greys" }, slider("Brightness", "brightness"), slider("Contrast", "contrast"), this.greyButton, reset);
+    const greys = make(
+      "div",
+      { role: "group", "aria-label": "Greys" },
+      slider("Brightness", "brightness"),
+      slider("Contrast", "contrast"),
+      this.greyButton,
+      reset,
+    );
     return make("div", { className: "tools" }, windows, zooms, greys);
   }
 
@@ -211,18 +230,23 @@ export class Viewer {
       const box = marks.getBoundingClientRect();
       return { x: event.clientX - box.left, y: event.clientY - box.top };
     };
-    marks.addEventListener("wheel", (event) => {
-      event.preventDefault();
-      const { x, y } = where(event);
-      this.zoom(Math.exp(-Math.max(-300, Math.min(300, event.deltaY)) / 400), x, y);
-    }, { passive: false });
+    marks.addEventListener(
+      "wheel",
+      (event) => {
+        event.preventDefault();
+        const { x, y } = where(event);
+        this.zoom(Math.exp(-Math.max(-300, Math.min(300, event.deltaY)) / 400), x, y);
+      },
+      { passive: false },
+    );
     marks.addEventListener("contextmenu", (event) => event.preventDefault());
     marks.addEventListener("dblclick", () => this.fit());
     marks.addEventListener("pointerdown", (event) => {
       marks.setPointerCapture(event.pointerId);
       this.#pointers.set(event.pointerId, where(event));
     });
-    for (const end of ["pointerup", "pointercancel"]) marks.addEventListener(end, (event) => this.#pointers.delete(event.pointerId));
+    for (const end of ["pointerup", "pointercancel"])
+      marks.addEventListener(end, (event) => this.#pointers.delete(event.pointerId));
     marks.addEventListener("pointermove", (event) => this.#dragged(event, where(event)));
     marks.addEventListener("keydown", (event) => this.#key(event));
   }
