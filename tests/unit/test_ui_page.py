@@ -612,7 +612,7 @@ def test_readings_that_are_written_at_once_stay_with_their_pictures(tmp_path, tr
         assert await page.evaluate(MARKED) == 0 and await page.evaluate(SEEN) == ["b.dcm"], "a box of a on b"
         assert await page.evaluate("document.querySelector('article').hasAttribute('aria-busy')")
         heard = await page.evaluate(texts("#say p", "textContent"))
-        assert heard[-1] == "Earlier reading of a.dcm, Findings: Complete." and "The lungs are clear." not in heard
+        assert heard[-1] == "Another reading, of a.dcm, Findings: Complete." and "The lungs are clear." not in heard
         await page.evaluate(EARLIER.format(1))
         await page.until(DRAWN)
         assert await page.evaluate(SEEN) == ["a.dcm"] and await page.evaluate(MARKED) == 1

@@ -134,7 +134,7 @@ export class Reading {
   /** How it ended, for whoever listens; they must not take it for the end of another one that they are at. */
   #announce(said) {
     const { title, pictures } = this.request;
-    const which = this.isShown(this) ? title : `Earlier reading of ${pictures.map(({ name }) => name).join(", ") || "no picture"}, ${title}`;
+    const which = this.isShown(this) ? title : `Another reading, of ${pictures.map(({ name }) => name).join(", ") || "no picture"}, ${title}`;
     say(`${which}: ${said}`);
   }
 
