@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 import threading
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,7 +21,7 @@ pytest.importorskip("aiohttp")
 pytest.importorskip("highdicom")
 
 from browser import Browser
-from test_ui import CHEXONE, NV, answering, dicom, forever, reading_of
+from test_ui import CHEXONE, NV, PASSWORD, answering, dicom, forever, reading_of
 from ui_server import UiServer
 
 from cxr_triton.client.page import reading_page
@@ -92,7 +93,7 @@ def seen(runner, chromium, servers):
         for server in room.service._servers.values():
             server.profile._known = None
         async with chromium.tab() as page:
-            await page.go(room.origin, "document.querySelector('#question button')")
+            await page.go(room.origin, "document.querySelector('#question .choices')")
             result = await do(page)
             assert {urlsplit(url).netloc for url in page.asked if url.startswith("http")} == {
                 urlsplit(room.origin).netloc
@@ -113,13 +114,13 @@ def texts(selector: str, what: str = "innerText") -> str:
     return f"[...document.querySelectorAll({json.dumps(selector)})].map((each) => each.{what})"
 
 
-def held(text, gate, **facts):
-    """An answer whose last third comes once `gate` is set."""
+def held(text, gate, after=2 / 3, **facts):
+    """An answer whose rest, after so much of it, comes once `gate` is set."""
 
     def answer(request, context):
-        at = 2 * len(text) // 3
+        at = round(after * len(text))
         yield response(text[:at])
-        while not gate.is_set():
+        while context.is_active() and not gate.is_set():
             pause(context, 0.01)
         yield response(text[at:])
         yield response("", reading_of(request, text, **facts), final=True)
@@ -461,31 +462,196 @@ async def drag(page, begin, end, button: str) -> None:
     await page.mouse("mouseReleased", *end, button=button, clickCount=1)
 
 
-def test_a_session_ends_with_its_tab_and_a_new_one_begins_when_the_server_ended_it(tmp_path, triton, seen, servers):
+MARKED = """new Promise(requestAnimationFrame).then(() => {
+  const isMarked = (canvas) => {
+    const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", { willReadFrequently: true });
+    copy.drawImage(canvas, 0, 0);
+    return copy.getImageData(0, 0, canvas.width, canvas.height).data.some(Boolean);
+  };
+  return [...document.querySelectorAll(".stage canvas:last-of-type")].filter(isMarked).length;
+})"""
+"""How many pictures in sight have a box."""
+SEEN = texts(".pane figcaption > :first-child", "textContent.trim()")
+EARLIER = "[...document.querySelectorAll('#earlier button')].at({}).click()"
+ELSEWHERE = "document.querySelector('#elsewhere:not([hidden])')?.innerText"
+HOLD = """{
+  const ask = fetch;
+  Object.assign(window, { holding: null, isHeld: false });
+  const pass = async (name) => {
+    for (; holding === name; await new Promise((go) => setTimeout(go, 5))) window.isHeld = true;
+    window.isHeld = false;
+  };
+  window.fetch = async (path, options) => {
+    const answer = await ask(path, options);
+    if (path.endsWith("/pictures")) await pass(options.headers["X-File-Name"]);
+    if (!path.endsWith("/readings")) return answer;
+    const slow = new TransformStream({ transform: (piece, to) => pass("readings").then(() => to.enqueue(piece)) });
+    return new Response(answer.body.pipeThrough(slow), answer);
+  };
+}"""
+"""While `holding` is the name of a file, what answers its upload waits; while "readings", lines of readings do."""
+
+
+async def end_all(room) -> None:
+    room._loop.call_soon_threadsafe(room.service.sessions.end_all)
+    await wait(lambda: not len(room.service.sessions))
+
+
+def test_a_session_ends_with_its_tab_and_a_new_one_shows_nothing_of_one_that_the_server_ended(
+    tmp_path, triton, seen, servers
+):
     room = servers[2]
+    triton.answer = answering(TEXT, answer="boxes")
 
     async def do(page):
         sessions = room.service.sessions
-        await page.choose("#files", given(tmp_path, dicom()))
-        await page.until("document.querySelector('.pane')")
+        await page.choose("#files", given(tmp_path, dicom(PatientID="A")))
+        await page.until(DRAWN)
         await page.evaluate(READ)
         await page.until("document.querySelector('.files')")
-        room._loop.call_soon_threadsafe(sessions.end_all)
-        await wait(lambda: not len(sessions))
+        assert await page.evaluate(MARKED) == 1
+        await end_all(room)
         await page.evaluate(SAVE.format("JSON"))
         await page.until("document.querySelector('#alarm').innerText.includes('SESSION_OVER')")
         assert await page.evaluate("document.querySelectorAll('.pane, .files').length") == 0
-        assert "Cardiomegaly" in (await page.evaluate(texts(".answer")))[0], "what was read stays in sight"
         for _ in range(2):
-            await page.choose("#files", given(tmp_path, dicom()))
-            await page.until("document.querySelectorAll('.pane').length === 1 && !document.querySelector('#coming *')")
-            assert len(sessions) == 1
-            room._loop.call_soon_threadsafe(sessions.end_all)
-            await wait(lambda: not len(sessions))
-        await page.choose("#files", given(tmp_path, dicom()))
+            await page.choose("#files", given(tmp_path, dicom(PatientID="B")))
+            await wait(lambda: len(sessions) == 1)
+            await page.until(f"{DRAWN} && !document.querySelector('#coming *')")
+            for _ in range(2):
+                assert await page.evaluate(SEEN) == ["chest.dcm"]
+                assert await page.evaluate(MARKED) == 0, "a box of A on B"
+                assert "The heart is large." in (await page.evaluate(texts("article")))[0], "what was read stays"
+                assert await page.evaluate(ELSEWHERE) == "In sight, but not read here: chest.dcm."
+                assert await page.evaluate(texts("article button")) == [], "names are of the new session's readings now"
+                await page.evaluate(EARLIER.format(0))
+            await end_all(room)
+        await page.choose("#files", given(tmp_path, dicom(PatientID="B")))
         await wait(lambda: len(sessions) == 1)
+        await page.until(f"{DRAWN} && !document.querySelector('#coming *')")
+        await page.evaluate(READ)
+        await page.until("document.querySelector('.files')")
+        marked = []
+        for at in (0, 1, 0):
+            await page.evaluate(EARLIER.format(at))
+            marked.append((await page.evaluate(MARKED), await page.evaluate(ELSEWHERE) is None))
+        assert marked == [(1, True), (0, False), (1, True)]
         assert await page.evaluate("document.querySelectorAll('.refused').length") == 0
         await page.call("Page.navigate", url="about:blank")
         await wait(lambda: not len(sessions))
 
     seen(do)
+
+
+def test_answers_of_a_session_that_ended_do_not_get_into_the_next_one(tmp_path, triton, seen, servers):
+    room, gate = servers[2], threading.Event()
+    triton.answer = held(TEXT, gate, answer="boxes")
+
+    async def choose(page, name):
+        await page.choose("#files", given(tmp_path, dicom(), name))
+
+    def names():
+        return [sorted(each.file_name for each in session.pictures.values()) for session in room.service.sessions]
+
+    async def do(page):
+        await page.evaluate(HOLD)
+        await choose(page, "old.dcm")
+        await page.until(DRAWN)
+        await page.evaluate(READ)
+        await page.until("document.querySelector('.reasoning').innerText.includes('large')")
+        await page.evaluate("window.holding = 'readings'")
+        await end_all(room)
+        await page.until("isHeld")
+        await choose(page, "new.dcm")
+        await page.until(f"{SEEN}.join() === 'new.dcm'")
+        await page.evaluate("document.querySelector('.stop')?.click()")
+        await page.evaluate("window.holding = null")
+        await page.until("document.querySelector('.state').innerText === 'Stopped'")
+        assert await page.evaluate(texts("article button")) == [], "the end of the old one came late"
+        assert not any("/readings/" in url for url in page.asked), "r1 is another one now"
+
+        await end_all(room)
+        await page.evaluate("window.holding = 'late.dcm'")
+        await choose(page, "late.dcm")
+        await page.until("isHeld")
+        await choose(page, "a.dcm")
+        await page.until(f"{texts('#strip strong')}.join() === 'a.dcm'")
+        await page.evaluate("window.holding = null")
+        await page.until("!document.querySelector('#coming *')")
+        assert sorted(await page.evaluate(texts("#strip strong"))) == ["a.dcm", "late.dcm"]
+        assert names() == [["a.dcm", "late.dcm"]], "refused late, and given again in the session that is open by then"
+
+        await page.evaluate("window.holding = 'taken.dcm'")
+        await choose(page, "taken.dcm")
+        await page.until("isHeld")
+        await end_all(room)
+        await choose(page, "b.dcm")
+        await page.until(f"{texts('#strip strong')}.join() === 'b.dcm'")
+        await page.evaluate("window.holding = null")
+        await page.until("!document.querySelector('#coming *')")
+        assert sorted(await page.evaluate(texts("#strip strong"))) == ["b.dcm", "taken.dcm"]
+        assert names() == [["b.dcm", "taken.dcm"]], "taken by the session that ended before its answer came"
+
+    seen(do)
+
+
+def test_readings_that_are_written_at_once_stay_with_their_pictures(tmp_path, triton, seen):
+    first, second = threading.Event(), threading.Event()
+
+    async def begin(page, name, answer):
+        triton.answer = answer
+        await page.choose("#files", given(tmp_path, dicom(), name))
+        await page.until(f"{SEEN}.join() === '{name}' && {DRAWN}")
+        await page.evaluate(READ)
+        await page.until("document.querySelector('.reasoning').innerText.includes('large')")
+
+    def writing(count):
+        return f"{texts('#earlier small')}.filter((each) => each.includes('being written')).length === {count}"
+
+    async def do(page):
+        await begin(page, "a.dcm", held(TEXT, first, 1 / 4, answer="boxes"))
+        await begin(page, "b.dcm", held(TEXT.replace("The lungs", "Its lungs"), second, 1 / 4, answer="boxes"))
+        first.set()
+        await page.until(writing(1))
+        assert await page.evaluate(MARKED) == 0 and await page.evaluate(SEEN) == ["b.dcm"], "a box of a on b"
+        assert await page.evaluate("document.querySelector('article').hasAttribute('aria-busy')")
+        heard = await page.evaluate(texts("#say p", "textContent"))
+        assert heard[-1] == "Another reading, of a.dcm, Findings: Complete." and "The lungs are clear." not in heard
+        await page.evaluate(EARLIER.format(1))
+        await page.until(DRAWN)
+        assert await page.evaluate(SEEN) == ["a.dcm"] and await page.evaluate(MARKED) == 1
+        await page.evaluate("document.querySelector('[aria-label=\"Remove b.dcm\"]').click()")
+        await page.until(f"{texts('#strip strong')}.join() === 'a.dcm'")
+        second.set()
+        await page.until(writing(0))
+        assert await page.evaluate(MARKED) == 1 and "The lungs" in (await page.evaluate(texts("article")))[0]
+        await page.evaluate(EARLIER.format(0))
+        assert await page.evaluate(SEEN) == [] and "Its lungs" in (await page.evaluate(texts("article")))[0]
+        await page.evaluate("document.querySelector('.boxes button').click()")
+        assert await page.evaluate(MARKED) == 0
+
+    seen(do)
+
+
+def test_logging_out_ends_the_session_while_it_may(tmp_path, triton, runner, chromium):
+    (tmp_path / "password").write_text(PASSWORD)
+
+    async def do(room):
+        async with chromium.tab() as page:
+            await page.go(f"{room.origin}/login", "document.querySelector('#password')")
+            await page.evaluate("document.querySelector('#password').focus()")
+            await page.call("Input.insertText", text=PASSWORD)
+            await page.press("Enter")
+            await page.until("document.querySelector('#question button')")
+            await page.choose("#files", given(tmp_path, dicom()))
+            await page.until("document.querySelector('.pane')")
+            assert [len(session.pictures) for session in room.service.sessions] == [1]
+            await page.evaluate("document.querySelectorAll('#logout button')[0].click()")
+            await page.until("document.querySelector('#password')")
+            assert len(room.service.sessions) == 0
+            paths = [urlsplit(url).path for url in page.asked]
+            ended, left = [path for path in paths if re.fullmatch(r"/logout|/api/sessions/[^/]+(/end)?", path)]
+            assert ended.startswith("/api/sessions/") and left == "/logout"
+
+    with UiServer(triton.url, password_file=tmp_path / "password") as room:
+        runner.run(do(room))

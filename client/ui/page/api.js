@@ -17,6 +17,8 @@ const UNREACHED = {
   message: "this page's server cannot be reached",
   hint: "See whether it runs, then try again.",
 };
+const OVER = { code: "SESSION_OVER", message: "the session is over", hint: "Give the pictures again." };
+const LEAVE_MS = 5000;
 const JSON_TYPE = { "Content-Type": "application/json" };
 
 async function ask(path, options = {}) {
@@ -42,54 +44,63 @@ export const about = async () => (await ask("/api/about")).json();
 
 /** A session of the server, opened when first needed. */
 export class Session {
-  #opening = null;
-  #name = null;
+  #current = null;
+  #closing = null;
 
   /** `ended` is called when the server has let it go. */
   constructor(ended) {
     this.ended = ended;
   }
 
-  async #path(rest) {
-    this.#opening ??= ask("/api/sessions", { method: "POST", headers: JSON_TYPE, body: "{}" }).then((answer) => answer.json());
-    try {
-      this.#name = (await this.#opening).session;
-    } catch (error) {
-      this.#opening = null;
-      throw error;
-    }
-    return `/api/sessions/${encodeURIComponent(this.#name)}${rest}`;
+  #opened() {
+    const session = { name: null };
+    session.opening = ask("/api/sessions", { method: "POST", headers: JSON_TYPE, body: "{}" })
+      .then((answer) => answer.json())
+      .then((told) => (session.name = told.session));
+    session.opening.catch(() => {
+      if (this.#current === session) this.#current = null;
+    });
+    return session;
   }
 
-  async #ask(rest, options) {
+  /** What `take` makes of the answer; dropped where the session that was asked is no longer the current one by then. */
+  async #ask(rest, options, take = (answer) => answer) {
+    if (this.#closing) throw new Failure(OVER, 404);
+    const session = (this.#current ??= this.#opened());
+    let taken;
     try {
-      return await ask(await this.#path(rest), options);
+      await session.opening;
+      taken = await take(await ask(pathOf(session, rest), options));
     } catch (error) {
-      if (error.isOver && this.#name) {
-        this.#opening = this.#name = null;
-        this.ended();
-      }
+      if (error.isOver) this.#lost(session);
       throw error;
     }
+    if (session !== this.#current) throw new Failure(OVER, 404);
+    return taken;
+  }
+
+  #lost(session) {
+    if (session !== this.#current) return;
+    this.#current = null;
+    this.ended();
   }
 
   /** What the server tells of a file; where it has let the session go, the file is the first one of a new session. */
   async give(file) {
     const headers = { "Content-Type": "application/octet-stream", "X-File-Name": encodeURIComponent(file.name) };
-    const send = () => this.#ask("/pictures", { method: "POST", headers, body: file });
-    const answer = await send().catch((error) => {
+    const send = () => this.#ask("/pictures", { method: "POST", headers, body: file }, (answer) => answer.json());
+    return send().catch((error) => {
       if (error.isOver) return send();
       throw error;
     });
-    return answer.json();
   }
 
   remove(picture) {
     return this.#ask(`/pictures/${picture}`, { method: "DELETE" });
   }
 
-  async draw(picture, preset) {
-    return (await this.#ask(`/pictures/${picture}.png?preset=${encodeURIComponent(preset)}`)).blob();
+  draw(picture, preset) {
+    return this.#ask(`/pictures/${picture}.png?preset=${encodeURIComponent(preset)}`, {}, (answer) => answer.blob());
   }
 
   /** The lines of a reading as they come. */
@@ -120,15 +131,34 @@ export class Session {
   }
 
   /** The file of a reading, and what it is called. */
-  async save(reading, kind) {
-    const answer = await this.#ask(`/readings/${reading}/export?as=${kind}`);
-    const named = /filename="([^"]+)"/.exec(answer.headers.get("Content-Disposition") ?? "");
-    return { blob: await answer.blob(), name: named?.[1] ?? `${reading}.${kind}` };
+  save(reading, kind) {
+    return this.#ask(`/readings/${reading}/export?as=${kind}`, {}, async (answer) => {
+      const named = /filename="([^"]+)"/.exec(answer.headers.get("Content-Disposition") ?? "");
+      return { blob: await answer.blob(), name: named?.[1] ?? `${reading}.${kind}` };
+    });
   }
 
   /** Lets the server forget at once what a tab that closes has given it. */
   end() {
-    if (this.#name) navigator.sendBeacon(`/api/sessions/${encodeURIComponent(this.#name)}/end`);
-    this.#opening = this.#name = null;
+    if (this.#current?.name) navigator.sendBeacon(pathOf(this.#current, "/end"));
+    this.#current = null;
+  }
+
+  /** Lets the server forget it for good while the visitor may still ask so: before the log-out. */
+  close() {
+    return (this.#closing ??= this.#close());
+  }
+
+  async #close() {
+    const session = this.#current;
+    this.#current = null;
+    try {
+      await session?.opening;
+      if (session) await ask(pathOf(session, ""), { method: "DELETE", keepalive: true, signal: AbortSignal.timeout(LEAVE_MS) });
+    } catch {
+      // A server that does not answer lets it go when it is idle; the log-out must not wait for that.
+    }
   }
 }
+
+const pathOf = ({ name }, rest) => `/api/sessions/${encodeURIComponent(name)}${rest}`;

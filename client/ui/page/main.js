@@ -13,7 +13,10 @@ let about = { servers: [], exports: [], limits: {} };
 let shown = null;
 let known = "";
 const ask = new Ask(begin);
-const pictures = new Pictures(session, () => (ask.count = pictures.chosen.length));
+const pictures = new Pictures(session, () => {
+  ask.count = pictures.chosen.length;
+  tellOthers();
+});
 
 /** What was asked together: a column for each reading, under it those that go on from it. */
 class Thread {
@@ -22,7 +25,7 @@ class Thread {
     this.roles = pictures.roles;
     this.pictures = pictures.chosen;
     this.columns = columns.map((readings) => ({ readings }));
-    this.names = this.pictures.map((name) => pictures.fileName(name));
+    this.names = this.pictures.map(({ name, picture }) => name || picture);
   }
 
   get title() {
@@ -44,19 +47,21 @@ class Thread {
 }
 
 function started(request, column) {
+  const threadOf = (reading) => threads.find((each) => each.columns.some(({ readings }) => readings.includes(reading)));
+  const isShown = (reading) => threadOf(reading) === shown;
   const changed = (reading, isChosen = false) => {
-    const thread = threads.find((each) => each.columns.some(({ readings }) => readings.includes(reading)));
+    const thread = threadOf(reading);
     const home = thread.columns.find(({ readings }) => readings.includes(reading));
     home.chosen = isChosen ? reading : null;
     if (thread === shown) pictures.boxes = thread.boxes;
     follow();
     history();
   };
-  return new Reading(request, session, { speaks: column === 0, exports: about.exports, changed });
+  return new Reading(request, session, { speaks: column === 0, isShown, exports: about.exports, changed });
 }
 
 function begin(requests) {
-  for (const request of requests) request.body.pictures = pictures.chosen;
+  for (const request of requests) request.pictures = pictures.chosen;
   const thread = new Thread(requests.map((request, column) => [started(request, column)]));
   threads.push(thread);
   at("asking").open = false;
@@ -73,8 +78,16 @@ function show(thread) {
   at("columns").replaceChildren(...thread.columns.map(column));
   at("columns").className = thread.columns.length > 1 ? "two" : "";
   pictures.boxes = thread.boxes;
+  tellOthers();
   follow();
   history();
+}
+
+/** Tells of pictures in sight that the reading beside them is not of. */
+function tellOthers() {
+  const others = shown ? pictures.chosen.filter((picture) => !shown.pictures.includes(picture)) : [];
+  at("elsewhere").hidden = !others.length;
+  at("elsewhere").textContent = `In sight, but not read here: ${others.map(({ name, picture }) => name || picture).join(", ")}.`;
 }
 
 function column({ readings }, index) {
@@ -129,10 +142,11 @@ function goOn({ task, question }) {
     if (!before) continue;
     const { server, body } = before.request;
     const mode = server.modes.find((each) => each.name === body.mode && suits(each, task?.answer ?? "text"))?.name;
-    const asked = { server: server.name, pictures: shown.pictures, follow: before.name, mode, task: task?.name, question };
+    const asked = { server: server.name, follow: before.name, mode, task: task?.name, question };
     const request = {
       title: task ? titled(task.name) : question,
       server,
+      pictures: before.request.pictures,
       body: { ...asked, logprobs: body.logprobs, seed: body.seed },
     };
     const reading = started(request, index);
@@ -155,6 +169,7 @@ function history() {
         thread.names.join(", "),
         turns ? `${turns} follow-up${turns > 1 ? "s" : ""}` : "",
         thread.isBusy ? "being written" : "",
+        thread.isForgotten ? "of a session that ended" : "",
       ];
       const open = button(thread.title, () => again(thread));
       if (thread === shown) open.setAttribute("aria-current", "true");
@@ -178,6 +193,7 @@ function over() {
   }
   pictures.clear();
   if (shown) follow();
+  history();
   const hint = "Give the pictures again; what was read stays in sight, and can no longer be saved.";
   alarm({ code: "SESSION_OVER", message: "this session was ended by the server", hint });
 }
@@ -206,6 +222,11 @@ async function renew() {
   if (down.length) setTimeout(renew, RENEW_MS);
 }
 
+at("logout").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  await session.close();
+  event.target.submit();
+});
 addEventListener("pagehide", () => session.end());
 addEventListener("pageshow", (event) => event.persisted && location.reload());
 addEventListener("unhandledrejection", (event) =>

@@ -33,28 +33,26 @@ export class Pictures {
     });
   }
 
-  /** Names of those to be read, prior ones first. */
+  /** Those to be read, prior ones first: a name (`picture`) is only one within its session, so they are told apart as objects. */
   get chosen() {
-    return this.#used().map((picture) => picture.picture);
+    const of = (role) => this.#all.filter((picture) => picture.role === role);
+    return [...of("prior"), ...of("current")];
   }
 
-  /** What they are called, and as what they are read. */
+  /** As what each is read. */
   get roles() {
-    return new Map(this.#all.map((picture) => [picture.picture, picture.role]));
+    return new Map(this.#all.map((picture) => [picture, picture.role]));
   }
 
   set roles(roles) {
-    for (const picture of this.#all) picture.role = roles.get(picture.picture) ?? "out";
+    for (const picture of this.#all) picture.role = roles.get(picture) ?? "out";
     this.#show();
   }
 
-  fileName(picture) {
-    return this.#all.find((each) => each.picture === picture)?.name || picture;
-  }
-
+  /** Boxes to be drawn, each on its `picture`. */
   set boxes(boxes) {
     this.#boxes = boxes;
-    for (const [name, viewer] of this.#viewers) viewer.boxes = boxes.filter((box) => box.picture === name);
+    for (const [picture, viewer] of this.#viewers) viewer.boxes = boxes.filter((box) => box.picture === picture);
   }
 
   async take(files) {
@@ -75,6 +73,7 @@ export class Pictures {
   /** None any more: the server has forgotten them. */
   clear() {
     this.#all = [];
+    this.#boxes = [];
     this.#show();
   }
 
@@ -87,7 +86,7 @@ export class Pictures {
   }
 
   #add(picture) {
-    const used = this.#used();
+    const used = this.chosen;
     picture.role = used.some((each) => each.role === "current") ? "prior" : "current";
     if (used.length >= this.most) {
       picture.role = "current";
@@ -96,11 +95,6 @@ export class Pictures {
     this.#all.push(picture);
     this.#show();
     say(`${picture.name}: ${picture.width} by ${picture.height} pixels, ${ROLES[picture.role]}.`);
-  }
-
-  #used() {
-    const of = (role) => this.#all.filter((picture) => picture.role === role);
-    return [...of("prior"), ...of("current")];
   }
 
   async #remove(picture) {
@@ -115,18 +109,18 @@ export class Pictures {
   }
 
   #show() {
-    const used = this.#used();
-    for (const [name, viewer] of this.#viewers) {
-      if (used.some((picture) => picture.picture === name)) continue;
+    const used = this.chosen;
+    for (const [picture, viewer] of this.#viewers) {
+      if (used.includes(picture)) continue;
       viewer.close();
       viewer.element.remove();
-      this.#viewers.delete(name);
+      this.#viewers.delete(picture);
     }
     for (const picture of used) {
-      if (!this.#viewers.has(picture.picture)) {
-        this.#viewers.set(picture.picture, new Viewer(picture, (preset) => this.session.draw(picture.picture, preset)));
+      if (!this.#viewers.has(picture)) {
+        this.#viewers.set(picture, new Viewer(picture, (preset) => this.session.draw(picture.picture, preset)));
       }
-      const viewer = this.#viewers.get(picture.picture);
+      const viewer = this.#viewers.get(picture);
       viewer.role.textContent = used.length > 1 ? ROLES[picture.role] : "";
       at("panes").append(viewer.element);
     }

@@ -22,11 +22,12 @@ export class Reading {
   name = null;
 
   /**
-   * `request` has the title, server and body that were asked; `speaks` reads the text aloud where somebody listens.
+   * `request` has the title, server, pictures and body that were asked; `isShown` tells whether the reading is in sight,
+   * `speaks` whether its text is then read aloud where somebody listens.
    * `changed` is called when it ends, and when its boxes are to be shown.
    */
-  constructor(request, session, { speaks, exports, changed }) {
-    Object.assign(this, { request, session, speaks, exports, changed });
+  constructor(request, session, { speaks, isShown, exports, changed }) {
+    Object.assign(this, { request, session, speaks, isShown, exports, changed });
     this.begun = new Date();
     this.state = make("span", { className: "state" }, "Waiting …");
     this.stopButton = button("Stop", () => this.#stop(), { className: "stop" });
@@ -52,9 +53,10 @@ export class Reading {
   }
 
   async run() {
-    this.sentences = new Sentences((text) => this.speaks && say(text));
+    this.sentences = new Sentences((text) => this.speaks && this.isShown(this) && say(text));
+    const { body, pictures } = this.request;
     try {
-      for await (const line of this.session.read(this.request.body)) this.#hear(line);
+      for await (const line of this.session.read({ ...body, pictures: pictures.map(({ picture }) => picture) })) this.#hear(line);
       if (this.isBusy) this.#fail({ code: "BROKEN", message: "the reading broke off", hint: "Ask again." });
     } catch (error) {
       this.#fail(error);
@@ -76,7 +78,7 @@ export class Reading {
 
   #started(name) {
     this.name = name;
-    if (this.stopButton.disabled) this.#stop();
+    if (this.stopButton.disabled && !this.isForgotten) this.#stop();
   }
 
   #tell(state) {
@@ -104,7 +106,7 @@ export class Reading {
     this.#end("Failed");
     this.state.classList.add("bad");
     this.rest.replaceChildren(refusal(error));
-    say(`${this.request.title}: ${error.message}`);
+    this.#announce(error.message);
   }
 
   #complete({ reading, flags, boxes, presence }, isStopped = false) {
@@ -113,7 +115,8 @@ export class Reading {
     this.state.classList.add(isGood ? "ok" : "bad");
     if (!reading) return this.rest.replaceChildren(make("p", { className: "none" }, "Stopped before the first word."));
     this.done = reading;
-    this.boxes = boxes;
+    const { pictures } = this.request;
+    if (!this.isForgotten) this.boxes = boxes.map((box) => ({ ...box, picture: pictures.find(({ picture }) => picture === box.picture) }));
     if (reading.reasoning) {
       this.fold.hidden = false;
       this.reasoning.replaceChildren(...(shaded(reading) ?? prose(reading.reasoning)).childNodes);
@@ -123,14 +126,21 @@ export class Reading {
       ...[
         !isGood && !isStopped ? make("p", { className: "why" }, `${STATUSES[reading.status] ?? reading.status}.`) : null,
         flags.length ? flagList(flags) : null,
-        this.#boxList(),
+        this.#boxList(boxes),
         bars(reading.scores),
         facts(reading),
-        this.#files(isStopped),
+        this.isForgotten ? null : this.#files(isStopped),
         make("p", { className: "research" }, reading.notice),
       ].filter(Boolean),
     );
-    say(`${this.request.title}: ${this.state.textContent}.`);
+    this.#announce(`${this.state.textContent}.`);
+  }
+
+  /** How it ended, for whoever listens; they must not take it for the end of another one that they are at. */
+  #announce(said) {
+    const { title, pictures } = this.request;
+    const which = this.isShown(this) ? title : `Another reading, of ${pictures.map(({ name }) => name).join(", ") || "no picture"}, ${title}`;
+    say(`${which}: ${said}`);
   }
 
   #answered(reading, presence) {
@@ -166,12 +176,12 @@ export class Reading {
     ];
   }
 
-  #boxList() {
-    if (!this.boxes.length) return null;
+  #boxList(boxes) {
+    if (!boxes.length) return null;
     const corner = (box) => [box.x0, box.y0, box.x1, box.y1].map(Math.round).join(", ");
-    const items = this.boxes.map((box) => make("li", {}, make("strong", {}, box.label), ` ${corner(box)} px `));
-    const show = button("Show these boxes", () => this.changed(this, true), { className: "small" });
-    return make("div", { className: "boxes" }, make("ul", { "aria-label": "Boxes: left, top, right, bottom" }, ...items), show);
+    const items = boxes.map((box) => make("li", {}, make("strong", {}, box.label), ` ${corner(box)} px `));
+    this.boxButton = this.isForgotten ? null : button("Show these boxes", () => this.changed(this, true), { className: "small" });
+    return make("div", { className: "boxes" }, make("ul", { "aria-label": "Boxes: left, top, right, bottom" }, ...items), this.boxButton);
   }
 
   #files(isStopped) {
@@ -208,10 +218,11 @@ export class Reading {
     }
   }
 
-  /** The server has forgotten it: what is shown stays. */
+  /** The server has forgotten it: its text stays; its name, and those of its pictures, may soon be those of others. */
   forget() {
-    this.files?.remove();
     this.isForgotten = true;
+    this.boxes = [];
+    for (const each of [this.files, this.boxButton, this.stopButton]) each?.remove();
   }
 }
 

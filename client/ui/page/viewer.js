@@ -43,6 +43,7 @@ export class Viewer {
   }
 
   close() {
+    this.wanted = null;
     this.watch.disconnect();
     cancelAnimationFrame(this.#frame);
     this.#image?.close();
