@@ -115,11 +115,13 @@ def erlang_c(servers, load):
     return last / (sum(load**n / math.factorial(n) for n in range(servers)) + last)
 
 
+@pytest.mark.slow
 def test_waits_of_one_slot_are_those_of_m_m_1_and_m_d_1():
     assert wait_s(stages(readings=exponential()), 0.5) == pytest.approx(0.5 / 0.5, rel=0.08)
     assert wait_s(stages(), 0.5) == pytest.approx(0.5 / 0.5 / 2, rel=0.08)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [2, 8])
 def test_waits_of_several_slots_are_those_of_m_m_c(slots):
     load = 0.75 * slots
@@ -297,6 +299,7 @@ def test_the_fewest_servers_that_keep_a_target_are_found():
         for_studies(made, Demand(studies_per_day=10, target_p95_s=0.1))
 
 
+@pytest.mark.slow
 def test_many_servers_are_groups_of_few():
     made = stages(machine=machine(slots=4))
     demand = Demand(studies_per_day=86_400 * 400, target_p95_s=3.0, hours=(1.0,) * 24, readings=500)

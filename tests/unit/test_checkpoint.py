@@ -74,6 +74,7 @@ def test_class_defaults_are_those_of_transformers():
                 assert getattr(ours, name) == (tuple(expected) if isinstance(expected, list) else expected), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_tensor_has_the_bytes_that_transformers_loads(tmp_path, dtype):
     model = random_checkpoint(tmp_path, dtype=dtype, layers=1, tied=False)

@@ -213,6 +213,7 @@ def processor(*flags):
     return Cpu(model="Some CPU", flags=flags, cores=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "installed", "name"),
     [

@@ -109,14 +109,21 @@ def encoder(monkeypatch):
     sys.modules.pop("cxr_triton.triton_repo.adapter", None)
 
 
-def patches(number: int, order: int = 0, valid: bool = True) -> dict:
+class Request(dict):
+    """Tensors by their names."""
+
+    def request_id(self):
+        return ""
+
+
+def patches(number: int, order: int = 0, valid: bool = True) -> Request:
     """The tensors of one image of one window, of two that there may be, and one token."""
-    return {
-        "PIXEL_WINDOWS": np.full((1, 2, 64, 588), number, np.uint8),
-        "PATCH_ROWS_COLS": np.zeros((1, 2, 64, 2), np.int32),
-        "VALID": np.array([[[valid] * 64, [False] * 64]]),
-        "MERGE_ORDER": np.full((1, 1), order, np.int32),
-    }
+    return Request(
+        PIXEL_WINDOWS=np.full((1, 2, 64, 588), number, np.uint8),
+        PATCH_ROWS_COLS=np.zeros((1, 2, 64, 2), np.int32),
+        VALID=np.array([[[valid] * 64, [False] * 64]]),
+        MERGE_ORDER=np.full((1, 1), order, np.int32),
+    )
 
 
 @pytest.mark.parametrize("bad", [{"order": 16}, {"order": -1}, {"valid": False}], ids=str)
