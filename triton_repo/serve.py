@@ -257,8 +257,9 @@ class Server:
         self.is_up = False
         if self._backends:
             _clear(self._backends, self.shm_prefix)
-        if self._process:
-            self._process.wait()
+        while self._process and self._process.poll() is None:  # while a program is exchanged it has no environment
+            time.sleep(0.02)
+            _clear(self._backends, self.shm_prefix)
         if self._janitor and self._janitor.stdin:
             self._janitor.stdin.close()
             self._janitor.wait()
