@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from urllib.parse import urlsplit
 
 from cxr_triton.errors import InvalidRequest
 
@@ -51,3 +52,19 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
     plain = getattr(address, "ipv4_mapped", None) or address
     return any(plain in network for network in LOOPBACK)
+
+
+def netloc_of(origin: str) -> str:
+    """Host and port of an Origin header; "" where it is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
+
+
+def name_of(host: str) -> str:
+    """The name in a Host header, without its port and brackets; "" where it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""

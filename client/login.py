@@ -69,3 +69,11 @@ class Login:
 def digest(text: str) -> str:
     """SHA-256 of a text, as hexadecimal digits."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+async def form_field(request: web.Request, name: str) -> str:
+    """What a form says in a field; "" where it has none, or is none."""
+    try:
+        return str((await request.post()).get(name, ""))
+    except (LookupError, ValueError):  # a character set that nobody knows, bytes that are not of it
+        return ""

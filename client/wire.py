@@ -182,6 +182,10 @@ def _tensors(types: dict[str, str]) -> str:
     return ", ".join(f"{name} {types[name]}" for name in sorted(types)) or "none"
 
 
+FAILED = "the server failed; see its log"
+"""What people are told of a failure that nobody foresaw."""
+
+
 class Uncoded(InternalError):
     """What a server said in no words of ours: it may tell of the machine, its files and the request."""
 

@@ -16,18 +16,17 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import sqlalchemy.exc
 from aiohttp import web
 
-from cxr_triton.client.address import is_loopback
+from cxr_triton.client.address import is_loopback, name_of, netloc_of
 from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.log import Log
 from cxr_triton.client.gateway.store import Store
 from cxr_triton.client.limits import read_password
 from cxr_triton.client.listener import HttpListener
-from cxr_triton.client.login import Login, TooManyTries
+from cxr_triton.client.login import Login, TooManyTries, form_field
 from cxr_triton.errors import InvalidConfig
 from cxr_triton.page import render
 
@@ -125,11 +124,11 @@ class Page:
 
     def _refusal(self, request: web.Request) -> web.Response | None:
         """A page of another site that asks through a visitor's browser."""
-        host = urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
+        host = name_of(request.headers.get("Host", ""))
         if is_loopback(self._settings.host) and not is_loopback(host):
             return web.Response(status=421, text=f"this is no {host[:80]!r}; ask {self._settings.host}\n")
         origin = request.headers.get("Origin")
-        if request.method == "POST" and origin and urlsplit(origin).netloc != request.headers.get("Host"):
+        if request.method == "POST" and origin and netloc_of(origin) != request.headers.get("Host"):
             return web.Response(status=403, text="asked for by another site\n")
         return None
 
@@ -139,7 +138,7 @@ class Page:
         return _html("worklist_login.html", wrong=False)
 
     async def _enter(self, request: web.Request) -> web.StreamResponse:
-        given = str((await request.post()).get("password", ""))
+        given = await form_field(request, "password")
         response = web.Response(status=303, headers={"Location": "/"})
         try:
             is_right = self._login.enter(given, response)
@@ -164,7 +163,7 @@ class Page:
         return hmac.new(self._key, self._login.cookie(request).encode(), hashlib.sha256).hexdigest()
 
     async def _require_form(self, request: web.Request) -> None:
-        given = str((await request.post()).get("token", ""))
+        given = await form_field(request, "token")
         if not hmac.compare_digest(given.encode(), self._token(request).encode()):
             raise web.HTTPForbidden(text="the form is of another session; load the page again\n")
 

@@ -16,9 +16,10 @@ from cxr_triton.client.log import Log
 from cxr_triton.client.openai.answer import Answer
 from cxr_triton.client.openai.chat import ChatRequest
 from cxr_triton.client.openai.metrics import Metrics
-from cxr_triton.client.openai.refusal import FAILED, Refusal
+from cxr_triton.client.openai.refusal import Refusal
 from cxr_triton.client.openai.settings import Settings
 from cxr_triton.client.spans import Span
+from cxr_triton.client.wire import FAILED
 from cxr_triton.errors import CxrError, DeadlineExceeded, InternalError, InvalidRequest, LimitExceeded, QueueFull
 from cxr_triton.profile import ModelProfile
 from cxr_triton.reading import Reading

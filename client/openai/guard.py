@@ -12,8 +12,9 @@ from aiohttp import web
 from cxr_triton.client.log import Log
 from cxr_triton.client.openai.keys import Keys
 from cxr_triton.client.openai.metrics import Metrics
-from cxr_triton.client.openai.refusal import FAILED, Refusal
+from cxr_triton.client.openai.refusal import Refusal
 from cxr_triton.client.openai.settings import Settings
+from cxr_triton.client.wire import FAILED
 from cxr_triton.errors import CxrError, InternalError, InvalidConfig, InvalidRequest, Unavailable
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from cxr_triton.client.wire import Uncoded
+from cxr_triton.client.wire import FAILED, Uncoded
 from cxr_triton.errors import (
     CODES,
     CxrError,
@@ -15,8 +15,6 @@ from cxr_triton.errors import (
     Unavailable,
 )
 
-FAILED = "the server failed; see its log"
-"""What is told of a failure that nobody foresaw."""
 RETRY_AFTER_S = 1
 STATUSES = {
     "READING_MISMATCH": 502,

@@ -40,6 +40,7 @@ class Decoders:
 
     def __init__(self, count: int):
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="cxr-ui-decoder")
+        self._free = asyncio.Semaphore(count)
         self._sandboxes: queue.SimpleQueue[Sandbox] = queue.SimpleQueue()
         self._all = [Sandbox() for _ in range(count)]
         for sandbox in self._all:
@@ -93,8 +94,19 @@ class Decoders:
         )
 
     async def beside(self, function: Callable[[], Result]) -> Result:
-        """What a function gives that takes long, run on one of the threads."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+        """What a function gives that takes long, run on one of the threads once one is free.
+
+        None queues for a thread, as what is given up there would stay in memory until its turn.
+        """
+        await self._free.acquire()
+        work = asyncio.get_running_loop().run_in_executor(self._threads, function)
+        work.add_done_callback(self._freed)
+        return await asyncio.shield(work)
+
+    def _freed(self, work: asyncio.Future) -> None:
+        self._free.release()
+        if not work.cancelled():
+            work.exception()  # whoever asked for it may have left
 
     async def _run(self, use: Callable[[Sandbox], Result]) -> Result:
         def used() -> Result:
@@ -115,10 +127,11 @@ class Decoders:
         return hmac.new(self._key, patient.encode("utf-8", "replace"), hashlib.sha256).hexdigest() if patient else ""
 
 
-def presets(picture: Picture) -> list[dict[str, str]]:
-    """What the page is told of the ways to show a picture."""
+def presets(picture: Picture, is_models: bool) -> list[dict[str, str]]:
+    """What the page is told of the ways to show a picture, of which the first `is_models` for every server, or not."""
     model, *others = picture.presets
-    title = TITLES["as_is"] if picture.presets[model] == "as_is" else "As the model sees it"
+    shown = picture.presets[model]
+    title = "As the model sees it" if is_models and shown != "as_is" else TITLES[shown]
     return [{"name": model, "title": title}, *({"name": other, "title": TITLES[other]} for other in others)]
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from cxr_triton.client.address import name_of, netloc_of
 from cxr_triton.client.log import Log
-from cxr_triton.client.login import Login, TooManyTries
+from cxr_triton.client.login import Login, TooManyTries, form_field
 from cxr_triton.client.ui.refusal import Refusal
 from cxr_triton.client.ui.settings import Settings
 from cxr_triton.errors import AccessDenied, CxrError, InternalError, InvalidRequest, Unavailable
@@ -31,6 +32,7 @@ HEADERS = {
 }
 LOGIN, STYLE = "/login", "/login.css"
 _FORM, _STYLE = (Path(__file__).with_name(name).read_text("utf-8") for name in ("login.html", "login.css"))
+_END = re.compile(r"/api/sessions/[A-Za-z0-9_-]{1,64}/end")
 _BODIES = ("application/json", "application/octet-stream")
 """Types of bodies; a page of another site cannot send them without asking first."""
 
@@ -76,7 +78,7 @@ class Guard:
 
     def _check(self, request: web.Request) -> None:
         host = request.headers.get("Host", "")
-        if self._hosts is not None and _name(host) not in self._hosts:
+        if self._hosts is not None and name_of(host) not in self._hosts:
             raise Refusal(
                 InvalidRequest(
                     "the name in the Host header is not served; ask by localhost, or start with --allow-host NAME"
@@ -89,7 +91,7 @@ class Guard:
         is_ours = site in (None, "same-origin") or (site == "none" and request.method == "GET")
         changes = request.method != "GET"
         if (changes or request.path.startswith("/api/")) and (
-            not is_ours or (origin is not None and urlsplit(origin).netloc != host)
+            not is_ours or (origin is not None and netloc_of(origin) != host)
         ):
             raise Refusal(
                 InvalidRequest("the request comes from another site's page; load this page itself"), status=403
@@ -100,7 +102,10 @@ class Guard:
             )
 
     def _may_enter(self, request: web.Request) -> bool:
-        return self._login is None or request.path in (LOGIN, STYLE) or self._login.is_in(request)
+        if self._login is None or request.path in (LOGIN, STYLE):
+            return True
+        # A tab that closes after its login ended still ends its session, whose name nobody can guess.
+        return self._login.is_in(request) or (request.method == "POST" and bool(_END.fullmatch(request.path)))
 
     def _outside(self, request: web.Request) -> web.Response:
         if request.path == "/" and request.method == "GET":
@@ -114,10 +119,10 @@ class Guard:
         return web.Response(text=_STYLE, content_type="text/css")
 
     async def _enter(self, request: web.Request) -> web.StreamResponse:
-        form = await request.post()
+        given = await form_field(request, "password")
         response = web.Response(status=303, headers={"Location": "/"})
         try:
-            is_right = self._login is not None and self._login.enter(str(form.get("password", "")), response)
+            is_right = self._login is not None and self._login.enter(given, response)
         except TooManyTries:
             return web.Response(
                 status=429, text="too many wrong passwords; wait a minute\n", headers={"Retry-After": "60"}
@@ -155,11 +160,3 @@ def _login_page(*, wrong: bool) -> web.Response:
 
 def _is_of(request: web.Request, kinds: tuple[str, ...]) -> bool:
     return request.content_type in kinds and request.headers.get("Content-Encoding", "identity") == "identity"
-
-
-def _name(host: str) -> str:
-    """The name in a Host header, without its port and brackets."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import unicodedata
 from urllib.parse import unquote
@@ -16,7 +17,7 @@ from cxr_triton.client.ui.refusal import Refusal
 from cxr_triton.client.ui.servers import Server
 from cxr_triton.client.ui.sessions import Picture, Session, Sessions
 from cxr_triton.client.ui.settings import Settings
-from cxr_triton.errors import CxrError, InvalidRequest
+from cxr_triton.errors import Cancelled, CxrError, InvalidRequest
 
 MOST_NAME = 120
 
@@ -37,10 +38,13 @@ class Pictures:
     async def _add(self, request: web.Request) -> web.Response:
         outcome, size = "INTERNAL", 0
         try:
-            picture = await self._taken(request)
+            picture, is_of_all = await self._taken(request)
             outcome, size = "ok", len(picture.data)
         except (CxrError, Refusal) as error:
             outcome = error.code
+            raise
+        except (asyncio.CancelledError, ConnectionError):
+            outcome = Cancelled.code
             raise
         finally:
             self._log("picture", outcome=outcome, bytes=size)
@@ -51,21 +55,23 @@ class Pictures:
             "kind": facts["format"],
             "width": picture.width,
             "height": picture.height,
-            "presets": presets(picture),
+            "presets": presets(picture, is_of_all),
             "view": None if facts["view"] == "unknown" else facts["view"],
             "flags": shown_flags(facts["flags"]),
         }
         return web.json_response(told, status=201)
 
-    async def _taken(self, request: web.Request) -> Picture:
+    async def _taken(self, request: web.Request) -> tuple[Picture, bool]:
+        """A picture drawn as the first server's model sees it, and whether the others' do too."""
         session, most = self._sessions.of(request), self._decoders.most_bytes
         with self._sessions.room(session, min(request.content_length or most, most)):
             data = bytes(await read(request, most, self._settings.body_s))
-            profile = await self._servers[0].known()
+            profiles = await asyncio.gather(*(server.known() for server in self._servers))
+            profile, is_of_all = profiles[0], len({each.pixel_preset if each else None for each in profiles}) == 1
             picture = await self._decoders.look(data, file_name(request.headers.get("X-File-Name", "")), profile)
         self._sessions.require_room(session, picture.bytes)
         session.keep(picture)
-        return picture
+        return picture, is_of_all and profile is not None
 
     async def _show(self, request: web.Request) -> web.Response:
         session = self._sessions.of(request)
@@ -86,7 +92,6 @@ class Pictures:
         except CxrError:
             return
         picture.pngs[preset] = png
-        session.held += len(png)
 
     async def _remove(self, request: web.Request) -> web.Response:
         self._sessions.of(request).remove(request.match_info["picture"])

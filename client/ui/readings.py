@@ -20,6 +20,7 @@ from cxr_triton.client.ui.refusal import Refusal
 from cxr_triton.client.ui.servers import Server
 from cxr_triton.client.ui.sessions import Asked, Picture, Session, Sessions
 from cxr_triton.client.ui.settings import Settings
+from cxr_triton.client.wire import FAILED
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, unknown_key
 from cxr_triton.pixels.flags import DOUBTFUL
 from cxr_triton.pixels.flags import FLAGS as IMAGE_FLAGS
@@ -69,8 +70,11 @@ class Readings:
             writing = await self._begun(session, body)
             trace.facts |= {"images": len(writing.asked.pictures), "turn": len(writing.asked.turns) + 1}
             trace.facts["trace"] = writing.stream.trace_id
-            async with writing.stream:
-                return await self._stream(request, writing, trace)
+            try:
+                async with writing.stream:
+                    return await self._stream(request, writing, trace)
+            finally:
+                session.drop(writing.asked)
 
     async def _begun(self, session: Session, body: Line) -> _Writing:
         """What is asked for, checked before anything is sent on."""
@@ -83,7 +87,8 @@ class Readings:
         _require_one_patient(pictures)
         profile = await server.profile()
         options = {_REQUEST[key]: value for key, value in body.items() if key in _REQUEST}
-        conversation = server.reader.open([picture.data for picture in pictures], follow=turns)
+        images = [picture.data for picture in pictures]
+        conversation = await asyncio.to_thread(server.reader.open, images, follow=turns)  # it takes their digests
         known = {**options, "history": conversation.history}
         checked = ReadRequest.from_json(json.dumps(known), profile)
         checked.messages(len(pictures))
@@ -103,19 +108,30 @@ class Readings:
         try:
             async with asyncio.timeout(self._settings.write_s):
                 await response.prepare(request)
-            async with contextlib.aclosing(writing.lines()) as lines:
+            async with contextlib.aclosing(self._foreseen(writing)) as lines:
                 async for line in lines:
                     if line["type"] == "text":
                         trace.first_text()
                     trace.outcome = _outcome(line) or trace.outcome
                     async with asyncio.timeout(self._settings.write_s):
                         await response.write(_encoded(line))
-            await response.write_eof()
+            async with asyncio.timeout(self._settings.write_s):
+                await response.write_eof()
         except (TimeoutError, ConnectionError):
             trace.outcome = "CANCELLED"
             if request.transport:
                 request.transport.abort()
         return response
+
+    async def _foreseen(self, writing: _Writing) -> AsyncGenerator[Line, None]:
+        """Its lines; whatever else fails becomes the last one, and the log tells its kind."""
+        try:
+            async with contextlib.aclosing(writing.lines()) as lines:
+                async for line in lines:
+                    yield line
+        except Exception as error:
+            self._log("request_failed", error=type(error).__name__)  # its text may quote the request
+            yield {"type": "error", **Refusal(InternalError(FAILED)).told}
 
     async def _stop(self, request: web.Request) -> web.Response:
         self._sessions.of(request).reading(request.match_info["reading"]).stopping.set()

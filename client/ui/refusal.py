@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from cxr_triton.client.wire import FAILED, Uncoded
 from cxr_triton.errors import CODES, CxrError, InvalidImage, InvalidRequest, QueueFull, Unavailable
 
 STATUSES = {
@@ -60,7 +61,7 @@ class Refusal(Exception):
     """
 
     def __init__(self, error: CxrError, *, status: int | None = None, hint: str | None = None):
-        said, _, remedy = in_words(error.message).rpartition("; ")
+        said, _, remedy = (FAILED if isinstance(error, Uncoded) else in_words(error.message)).rpartition("; ")
         self.code = error.code
         self.message = said or remedy
         self.hint = hint or HINTS.get(error.code) or (f"{remedy[:1].upper()}{remedy[1:]}." if said else "")

@@ -72,6 +72,8 @@ class Asked:
         Once it is complete or was stopped.
     read_at : datetime.datetime or None
         When that was.
+    bytes : int
+        What the reading holds in memory, about.
     stopping : asyncio.Event
         Set to stop it.
     """
@@ -82,6 +84,7 @@ class Asked:
     turns: tuple[Reading, ...] = ()
     reading: Reading | None = None
     read_at: datetime.datetime | None = None
+    bytes: int = 0
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -99,10 +102,17 @@ class Session:
         self.readings: dict[str, Asked] = {}
         self.under_way = 0
         self.coming = 0  # pictures
-        self.held = 0  # bytes
+        self.incoming = 0  # bytes
         self.seen_s = time.monotonic()
         self.is_over = False
-        self._settings, self._count = settings, 0
+        self._settings, self._count, self._asked = settings, 0, 0
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory: files that come in, readings, and each picture once, though it was removed from the page."""
+        kept = [*self.pictures.values(), *(picture for asked in self.readings.values() for picture in asked.pictures)]
+        pictures = {id(picture): picture.bytes for picture in kept}
+        return self.incoming + sum(pictures.values()) + sum(asked.bytes for asked in self.readings.values())
 
     @property
     def is_in_use(self) -> bool:
@@ -122,16 +132,15 @@ class Session:
         return self.readings[name]
 
     def keep(self, picture: Picture) -> None:
-        """Take a picture in; what it holds is counted."""
+        """Take a picture in."""
         self._require_open()
         self._count += 1
         picture.name = f"p{self._count}"
         self.pictures[picture.name] = picture
-        self.held += picture.bytes
 
     def remove(self, name: str) -> None:
-        """Let a picture go; raises as `picture` does."""
-        self.held -= self.picture(name).bytes
+        """Let a picture go, when no reading is of it; raises as `picture` does."""
+        self.picture(name)
         del self.pictures[name]
 
     def ask(self, pictures: tuple[Picture, ...], server: Server, turns: tuple[Reading, ...]) -> Asked:
@@ -148,14 +157,20 @@ class Session:
                 LimitExceeded(f"the session has {len(self.readings)} readings, as many as it may"),
                 hint="Save what you need, then load the page again.",
             )
-        asked = Asked(name=f"r{len(self.readings) + 1}", pictures=pictures, server=server, turns=turns)
+        self._asked += 1
+        asked = Asked(name=f"r{self._asked}", pictures=pictures, server=server, turns=turns)
         self.readings[asked.name] = asked
         return asked
 
     def complete(self, asked: Asked, reading: Reading) -> None:
         """It came to its end, or was stopped."""
         asked.reading, asked.read_at = reading, datetime.datetime.now().astimezone().replace(microsecond=0)
-        self.held += len(reading.text)
+        asked.bytes = len(reading.to_json())
+
+    def drop(self, asked: Asked) -> None:
+        """Forget one of which nothing was written."""
+        if asked.reading is None:
+            self.readings.pop(asked.name, None)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -176,7 +191,6 @@ class Session:
             asked.stopping.set()
         self.pictures.clear()
         self.readings.clear()
-        self.held = 0
 
     def _require_open(self) -> None:
         if self.is_over:
@@ -265,14 +279,13 @@ class Sessions:
             raise LimitExceeded(f"the session has {len(session.pictures)} pictures, as many as it may")
         self.require_room(session, size)
         session.coming += 1
-        session.held += size
+        session.incoming += size
         try:
             yield
         finally:
             session.coming -= 1
+            session.incoming -= size
             session.seen_s = time.monotonic()
-            if not session.is_over:
-                session.held -= size
 
 
 def _over() -> Refusal:

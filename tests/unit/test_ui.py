@@ -1,7 +1,10 @@
 """The reading room in front of an endpoint that answers as the test says."""
 
+import asyncio
 import contextlib
 import dataclasses
+import functools
+import gc
 import http.client
 import io
 import json
@@ -12,6 +15,7 @@ import struct
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +33,7 @@ from ui_server import UiServer, Visitor, said
 
 from cxr_triton.client import login
 from cxr_triton.client.ui import readings, service
+from cxr_triton.client.ui.decoders import Decoders
 from cxr_triton.client.ui.pictures import file_name
 from cxr_triton.client.ui.refusal import HINTS, Refusal
 from cxr_triton.client.ui.settings import Settings
@@ -400,7 +405,7 @@ def test_a_reading_that_is_stopped_before_its_first_word(visitor, triton):
         told = [line for line in lines if line["type"] != "waiting"]
         assert told == [{"type": "stopped", "reading": None, "flags": [], "boxes": [], "presence": {}}]
     until(triton.cancelled.is_set)
-    assert visitor.export("r1", "json")[0] == 409
+    until(lambda: visitor.export("r1", "json")[0] == 404)
 
 
 @pytest.mark.parametrize("delta", ["word ", ""], ids=["after a word", "before one"])
@@ -490,6 +495,7 @@ def test_a_prior_of_another_patient_is_refused(pairs):
         ("[QUEUE_FULL] 64 requests wait; send it later", "QUEUE_FULL"),
         ("[PROMPT_TOO_LONG] REQUEST.prompt: too long; shorten it", "PROMPT_TOO_LONG"),
         ("inference failed", "INTERNAL"),
+        ("in ensemble 'cxr_reader', /home/secret/model.py exploded", "INTERNAL"),
     ],
 )
 def test_what_the_server_refuses_is_the_last_line(visitor, triton, said_there, code):
@@ -501,6 +507,28 @@ def test_what_the_server_refuses_is_the_last_line(visitor, triton, said_there, c
     assert started["type"] == "started"
     assert error["type"] == "error" and error["code"] == code and error["message"] and error["hint"]
     assert "REQUEST" not in error["message"] and "IMAGES" not in error["message"]
+    assert "secret" not in json.dumps(error)
+
+
+def test_what_nobody_foresaw_is_the_last_line(visitor, triton, monkeypatch):
+    def fail(reading, pictures):
+        raise RuntimeError("/home/secret")
+
+    monkeypatch.setattr(readings, "_boxes", fail)
+    error = visitor.read(pictures=[visitor.picture(CHEST)])[-1]
+    assert (error["type"], error["code"]) == ("error", "INTERNAL") and "secret" not in json.dumps(error)
+    assert "secret" not in visitor.server.log.getvalue() and "RuntimeError" in visitor.server.log.getvalue()
+
+
+def test_a_picture_is_said_to_be_as_the_model_sees_it_only_where_that_is_known(triton):
+    def title(*urls: str) -> str:
+        with UiServer(*urls) as server:
+            return Visitor(server).give(CHEST)[1]["presets"][0]["title"]
+
+    with FakeServer(answering()) as other:
+        other.profile = dataclasses.replace(NV, pixel_preset="voi_display").to_json()
+        assert title(triton.url) == title(other.url) == "As the model sees it"
+        assert title(triton.url, other.url) == title(FakeServer(answering()).url) == "Equalized greys"
 
 
 @pytest.mark.parametrize(
@@ -626,6 +654,60 @@ def test_a_session_and_all_together_hold_so_much(triton):
         assert visitors[3].give(large)[0] == 201
 
 
+def test_what_a_reading_is_of_is_held_though_it_was_removed(triton):
+    with UiServer(triton.url, session_mib=1) as server:
+        visitor, statuses = Visitor(server), []
+        for _ in range(5):
+            status, told = visitor.give(dicom(rows=400, columns=400))  # 0.4 MiB with its picture
+            statuses.append(status)
+            if status == 201:
+                visitor.read(pictures=[told["picture"]])
+                assert visitor.ask("DELETE", f"{visitor.path}/pictures/{told['picture']}")[0] == 204
+        (session,) = server.service.sessions
+        assert 413 in statuses and 0 < session.held <= 1 << 20
+
+
+def test_what_is_given_up_before_its_turn_is_not_kept():
+    class Held:
+        pass
+
+    async def tried() -> None:
+        decoders, going, held = Decoders(1), threading.Event(), Held()
+        gone = weakref.ref(held)
+        first = asyncio.create_task(decoders.beside(going.wait))
+        waiting = asyncio.create_task(decoders.beside(functools.partial(id, held)))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        del held, waiting
+        gc.collect()
+        assert gone() is None
+        first.cancel()  # whoever waited for it left; it holds its thread until it ends
+        await asyncio.wait({first})
+        last = asyncio.create_task(decoders.beside(lambda: 7))
+        await asyncio.sleep(0.01)
+        assert not last.done()
+        going.set()
+        assert await last == 7
+        await asyncio.to_thread(decoders.close)
+
+    asyncio.run(tried())
+
+
+def test_a_reading_that_was_refused_does_not_count(triton):
+    with UiServer(triton.url, max_readings=1) as server:
+        visitor = Visitor(server)
+
+        def full(request, context):
+            yield failure("[QUEUE_FULL] 64 requests wait; send it later")
+
+        triton.answer = full
+        assert [visitor.read(pictures=[], question="?")[-1]["code"] for _ in range(2)] == ["QUEUE_FULL"] * 2
+        triton.answer = answering()
+        assert visitor.read(pictures=[visitor.picture(CHEST)])[-1]["type"] == "done"
+        assert visitor.refused(pictures=["p1"])[0] == 413
+
+
 def test_so_many_sessions_pictures_and_readings(triton):
     with UiServer(triton.url, max_sessions=2, max_pictures=2, max_readings=2) as server:
         one, two = Visitor(server), Visitor(server)
@@ -663,6 +745,20 @@ def test_a_file_that_does_not_come_is_not_waited_for(triton):
         connection.endheaders(b"begin")
         assert connection.getresponse().status == 408
         connection.close()
+
+
+def test_a_browser_that_leaves_its_upload_is_said_to_have_left(triton):
+    with UiServer(triton.url) as server:
+        connection = http.client.HTTPConnection(*server.address, timeout=20)
+        connection.putrequest("POST", f"{Visitor(server).path}/pictures")
+        connection.putheader("Content-Type", "application/octet-stream")
+        connection.putheader("Content-Length", "1000")
+        connection.endheaders(b"begin")
+        (session,) = server.service.sessions
+        until(lambda: session.coming)
+        connection.close()
+        until(lambda: "picture" in server.log.getvalue())
+        assert [event["outcome"] for event in server.events if event["event"] == "picture"] == ["CANCELLED"]
 
 
 def test_a_session_that_nobody_uses_ends_but_not_one_that_is_read_in(triton, monkeypatch):
@@ -713,6 +809,7 @@ def test_what_one_session_holds_no_other_gets(site):
     [
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
         ({"Sec-Fetch-Site": "cross-site"}, 403),
         ({"Sec-Fetch-Site": "same-site"}, 403),
         ({"Sec-Fetch-Site": "none"}, 403),
@@ -777,7 +874,14 @@ def test_the_login_guards_everything(locked):
     assert visitor.read(pictures=[visitor.picture(CHEST)])[-1]["type"] == "done"
     assert locked.ask("POST", "/logout", headers={"Cookie": cookie})[0] == 303
     assert visitor.ask("GET", "/api/about")[0] == 401
+    assert locked.ask("POST", f"{visitor.path}/end", headers={"Origin": "http://evil.example"})[0] == 403
+    assert locked.ask("POST", f"{visitor.path}/end")[0] == 204  # as a tab does that closes after its login ended
+    assert not len(locked.service.sessions)
     assert PASSWORD not in locked.log.getvalue() and "login_refused" in locked.log.getvalue()
+
+
+def test_a_form_that_is_none_is_a_wrong_password(locked):
+    assert enter(locked, PASSWORD, **{"Content-Type": "application/x-www-form-urlencoded; charset=nope"})[0] == 403
 
 
 def test_guessing_is_slow(locked):
