@@ -347,7 +347,7 @@ class Engine:
         return DecoderRuntime(
             bundle,
             session=session,
-            prefill_chunk=int(parameters["prefill_chunk"]) or None,
+            prefill_chunk=int(parameters.get("prefill_chunk", "0")) or None,
             prefix=prefix,
             guides=Guides(bundle),
             drafts=drafts,

@@ -21,6 +21,7 @@ from cxr_triton.cli import (
     say_next,
     write_json,
 )
+from cxr_triton.errors import CxrError
 from cxr_triton.files import write
 from cxr_triton.perf.compare import ALPHA, MIN_CHANGE
 from cxr_triton.perf.peers import PEERS
@@ -79,7 +80,7 @@ def tune(folder: Path, *, seconds: float, streams: int, beside: tuple[Path, ...]
     from cxr_triton.perf.tune import Plan, Subject, Tuning, lines, options, save
     from cxr_triton.triton_repo.occupied import alone
 
-    began_s = time.monotonic()
+    began_s, folder = time.monotonic(), folder.resolve()
     with contextlib.ExitStack() as stack:
         if not (folder / MANIFEST).is_file():
             stack.enter_context(alone(folder))
@@ -99,8 +100,11 @@ def tune(folder: Path, *, seconds: float, streams: int, beside: tuple[Path, ...]
         bar.close()
         is_written = bool(subject.repository) and not dry_run and error is None
         record = tuning.record()
-        if is_written:
-            save(subject, record)
+        try:
+            if is_written:
+                save(subject, record)
+        except (CxrError, OSError) as raised:  # what was measured is told all the same
+            error, is_written = raised, False
     result = record | {"folder": str(folder), "written": is_written}
     click.echo(printable("\n".join(lines(result))), err=json_path == "-")
     write_json(result, json_path)

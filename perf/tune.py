@@ -14,7 +14,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +30,7 @@ from cxr_triton.engines.interface import SLOTS, CpuEngine
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.engines.serving import BUNDLE
-from cxr_triton.errors import InvalidRequest
+from cxr_triton.errors import InvalidBundle, InvalidRequest
 from cxr_triton.files import why_not_writable
 from cxr_triton.perf.decoder import together
 from cxr_triton.perf.environment import Stolen, memory_available
@@ -203,7 +203,7 @@ class Subject:
 
     @classmethod
     def of(cls, folder: Path) -> Subject:
-        """A folder that `package` or `build` wrote.
+        """A folder that `package` or `build` wrote, where its links lead.
 
         Raises
         ------
@@ -212,6 +212,7 @@ class Subject:
         InvalidBundle
             It is not as it was written.
         """
+        folder = folder.resolve()
         if (folder / MANIFEST).is_file():
             bundle = Bundle.open(folder, verify=False)
             batch = max(bundle.profile.max_images, VISION_BATCH)
@@ -225,6 +226,8 @@ class Subject:
             )
         require_as_packaged(folder)
         decoder = parameters_of(folder, "decoder")
+        if "threads" in decoder and "prefill_chunk" not in decoder:
+            raise InvalidBundle(f"{folder} was packaged by an earlier release; package its bundle again")
         return cls(
             bundle=Bundle.open(folder / BUNDLE, verify=False),
             repository=folder,
@@ -304,7 +307,10 @@ class Tuning:
         if self.has_decoder:
             self._decoder()
         for folder, other in self._others.items():
-            self.told.append(self._beside(folder, other))
+            try:
+                self.told.append(self._beside(folder, other))
+            except Exception as error:  # what was measured of ours stands
+                self.told.append({"bundle": folder.resolve().name, "error": str(error) or type(error).__name__})
 
     def _open(self, kind: type, *made: object) -> Process:
         """An engine in a process of its own, with the memory that `serve` gives it."""
@@ -381,7 +387,7 @@ class Tuning:
             "schema": SCHEMA,
             "date": self._date.isoformat(timespec="seconds"),
             "cpu": Cpu.here().to_json(),
-            "versions": {"cxr-triton": __version__} | {name: metadata.version(name) for name in names},
+            "versions": {"cxr-triton": __version__} | installed(names),
             "bundle": self.bundle.digest,
             "engines": {"vision": self.bundle.vision_engine, "decoder": self.bundle.engine},
             "streams": self.plan.streams,
@@ -440,7 +446,7 @@ class Tuning:
             if size < effective
             or (size > effective and size // 2 < prompt and min(size, prompt) * token_s <= longest_s)
         ]
-        self._race("prefill_chunk", rivals, lambda size: run.call("lap", size, 1, FIRST_TOKENS).until_first_word())
+        self._race("prefill_chunk", rivals, lambda size: run.call("lap", size, 1, TOKENS).until_first_word())
 
     def _fit(self, slots: int) -> bool:
         """A cache of so many slots takes half of the free memory at most."""
@@ -484,7 +490,7 @@ class Tuning:
                 used = ended.winner
                 for loser in [value for value in runs if value != used]:
                     runs.pop(loser).kill()
-                if ended.entries[1].verdict == SLOWER:  # fewer will not be faster
+                if ended.entries[1].verdict == SLOWER and count < used:  # fewer still will not be faster
                     break
             yield runs[used]
         finally:
@@ -509,6 +515,15 @@ class Tuning:
 
     def _is_late(self, name: str) -> bool:
         return self._clock() >= self._until_s(name)
+
+
+def installed(names: Iterable[str]) -> dict[str, str]:
+    """Versions of the packages that are here: of ONNX Runtime there are several."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def threads_of(cores: int) -> list[int]:
@@ -543,6 +558,9 @@ def lines(record: dict) -> list[str]:
             found.append(f"{row['setting']} {value['value']} in place of {row['used']}: {value['verdict']}{ratio}")
     found.append("settings: " + ", ".join(f"{name} {value}" for name, value in record["chosen"].items()))
     for row in record["beside"]:
+        if "error" in row:
+            found.append(f"{row['bundle']} was not measured: {row['error']}")
+            continue
         gain = 1 - row["of_ours"]
         means = "as fast, within the noise" if abs(gain) <= row["noise"] else "faster" if gain > 0 else "slower"
         found.append(

@@ -27,7 +27,7 @@ from cxr_triton.cli import (
     trace_option,
     write_json,
 )
-from cxr_triton.errors import InternalError
+from cxr_triton.errors import InternalError, InvalidBundle
 from cxr_triton.extras import require
 
 if TYPE_CHECKING:
@@ -167,7 +167,12 @@ def serve(repository: Path, json_path: str | None, renew_mib: int, drain_s: floa
     require("grpc", "tritonclient")
     for difference in differences(repository) if options["modified"] else ():
         click.secho(printable(f"modified: {difference}"), fg="yellow", err=True)
-    record, elsewhere = record_of(repository), complaint(repository)
+    try:
+        record, elsewhere = record_of(repository), complaint(repository)
+    except InvalidBundle as error:
+        if not options["modified"]:
+            raise
+        record, elsewhere = None, error.message
     if elsewhere:
         click.secho(printable(elsewhere), fg="yellow", err=True)
     stopping: list[bool] = []

@@ -90,6 +90,8 @@ def trace_flags(url: str | None) -> list[str]:
 
 def trace_flags_of(environment: Mapping[str, str]) -> list[str]:
     """`trace_flags` of what the environment names; what is none is said, and costs no server."""
+    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true" or environment.get("OTEL_TRACES_EXPORTER") == "none":
+        return []
     try:
         return trace_flags(environment.get(ENDPOINT))
     except InvalidRequest as error:

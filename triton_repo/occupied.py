@@ -46,6 +46,11 @@ def alone(repository: Path) -> Iterator[None]:
             f"{repository} is in use: a server runs on it, or another `cxr-triton tune`; stop that first, or measure "
             "a bundle in its place"
         ) from None
+    except OSError as error:
+        raise InvalidRequest(
+            f"{repository} cannot be locked ({error.strerror}): its file system has no locks; tune the bundle, and "
+            "package it with what `cxr-triton tune` says"
+        ) from None
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from cxr_triton.engines import ABILITIES, engine, require_ability
@@ -21,6 +22,7 @@ from cxr_triton.engines.verify.record import require_accurate, require_verified
 from cxr_triton.errors import InvalidRequest, NotVerified, unknown_key
 from cxr_triton.files import new_folder, require_new
 from cxr_triton.triton_repo.integrity import seal
+from cxr_triton.triton_repo.occupied import occupy
 
 VERIFICATION = "VERIFICATION"
 VISION_BATCH = 8  # images
@@ -71,7 +73,7 @@ def write_repository(
     if used and not (out / ENSEMBLE / "config.pbtxt").is_file():
         raise InvalidRequest(f"{out} holds no model repository, so --force does not replace it; remove it yourself")
     serving = serving_of(source, settings)
-    with new_folder(out, replaces=used) as new:
+    with _kept(out if used else None), new_folder(out, replaces=used) as new:
         for model in models(source, settings, serving, verification[0]):
             (new / model.name / "1").mkdir(parents=True)
             (new / model.name / "config.pbtxt").write_text(text_format.MessageToString(model))
@@ -89,6 +91,17 @@ def write_repository(
         Bundle.open(new / BUNDLE)
         seal(new)
     return Bundle.open(out / BUNDLE, verify=False)
+
+
+@contextlib.contextmanager
+def _kept(repository: Path | None) -> Iterator[None]:
+    """Nobody tunes a repository while it is replaced; raises `Unavailable` where somebody does."""
+    lock = occupy(repository) if repository else None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _verification(bundle: Bundle, unverified: bool) -> tuple[str, str]:

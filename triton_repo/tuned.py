@@ -7,6 +7,7 @@ on which processor; it is a file of the repository as any other, with its digest
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from importlib import metadata
@@ -72,6 +73,7 @@ def write_settings(repository: Path, chosen: Mapping[str, int], record: dict) ->
     """
     from google.protobuf import text_format
 
+    repository = repository.resolve()  # a link to it stays one
     configs: dict[str, ModelConfig] = {}
     for name, value in chosen.items():
         model, key = PLACES[name]
@@ -161,4 +163,5 @@ def _config(model: Path) -> ModelConfig:
 
 def _take(source: str, target: str) -> None:
     take(Path(source), Path(target))
-    shutil.copymode(source, target)
+    if os.stat(source).st_mode != os.stat(target).st_mode:  # a hard link may be of another owner's file
+        shutil.copymode(source, target)

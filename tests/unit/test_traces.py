@@ -30,7 +30,7 @@ from cxr_triton.client.spans import ATTRIBUTES, Span
 from cxr_triton.errors import InvalidRequest, NotAChest, Unavailable
 from cxr_triton.reading import STAGES, Reading, parse
 from cxr_triton.trace import TraceParent, trace_id_of, traces_url
-from cxr_triton.triton_repo.guard import trace_flags
+from cxr_triton.triton_repo.guard import trace_flags, trace_flags_of
 
 ROOT = Path(__file__).resolve().parents[2]
 GIVEN = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -389,6 +389,12 @@ def test_an_environment_that_names_no_collector_costs_no_server(endpoint):
     environment = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "--trace-config" not in ended.stdout and "warning: OTEL_EXPORTER_OTLP_ENDPOINT: " in ended.stderr
+
+
+@pytest.mark.parametrize("no", [{"OTEL_SDK_DISABLED": "true"}, {"OTEL_TRACES_EXPORTER": "none"}])
+def test_an_environment_that_wants_no_spans_gets_none(no):
+    assert trace_flags_of({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"})
+    assert trace_flags_of({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318", **no}) == []
 
 
 def test_the_page_lists_what_a_span_may_say():
