@@ -115,7 +115,7 @@ class Run:
         return ran
 
     def _read(self, spool: Path, ran: Ran) -> None:
-        begins_s = time.monotonic()
+        begins_s, ended_by = time.monotonic(), ""
         for units in _windows(spool):
             for stream, stopped, node in _units_read(units, self.task, self.actors):
                 rows = unpacked(stream)
@@ -125,8 +125,9 @@ class Run:
                     ran.nodes[node] += rows.num_rows
                     ran.seconds = time.monotonic() - begins_s
                     self.tell(rows)
-                if stopped:
-                    raise error_of(stopped)
+                ended_by = ended_by or stopped  # units that are under way still bring what they read
+            if ended_by:
+                raise error_of(ended_by)
 
 
 def _without_row(source: Iterable[Item], done: set[bytes], ran: Ran) -> Iterator[Item]:

@@ -92,6 +92,7 @@ class Worker:
         # One more each, which fetches a file while the others wait for their readings.
         self._threads = ThreadPoolExecutor(2 * task.slots, thread_name_prefix="cxr-archive")
         self._slots = threading.Semaphore(task.slots)
+        self._stopped = ""
         self._lost = 0  # instances in a row at which the server of a DICOMweb source failed
 
     def __call__(self, batch: dict[str, Sequence[str]]) -> dict[str, list]:
@@ -106,9 +107,12 @@ class Worker:
         -------
         dict
             ``rows``: one Arrow stream, see `cxr_triton.archive.rows.packed`. ``stopped``: empty, or ``[CODE] message``
-            of what no other image would fare better with; then some items have no row. ``node``: Ray's name of the
+            of what no other image would fare better with; then some items have no row, and units after that have none.
+            ``node``: Ray's name of the
             machine.
         """
+        if self._stopped:
+            return {"rows": [packed([])], "stopped": [self._stopped], "node": [_node()]}
         items = [Item(**item) for item in json.loads(batch["items"][0])]
         rows, stopped = [], ""
         asked = [self._threads.submit(self._row, item) for item in items]
@@ -118,7 +122,7 @@ class Worker:
             except CancelledError:
                 continue
             except CxrError as error:
-                stopped = stopped or error.wire()
+                stopped = self._stopped = stopped or error.wire()
                 _cancel(asked)
         return {"rows": [packed(rows)], "stopped": [stopped], "node": [_node()]}
 
