@@ -108,8 +108,7 @@ class Worker:
         dict
             ``rows``: one Arrow stream, see `cxr_triton.archive.rows.packed`. ``stopped``: empty, or ``[CODE] message``
             of what no other image would fare better with; then some items have no row, and units after that have none.
-            ``node``: Ray's name of the
-            machine.
+            ``node``: Ray's name of the machine.
         """
         if self._stopped:
             return {"rows": [packed([])], "stopped": [self._stopped], "node": [_node()]}
