@@ -72,7 +72,12 @@ def digest(text: str) -> str:
 
 
 async def form_field(request: web.Request, name: str) -> str:
-    """What a form says in a field; "" where it has none, or is none."""
+    """What a form says in a field; "" where it has none, or is none.
+
+    Only what a browser sends of fields alone is read: files in a form would come to lie on the disk.
+    """
+    if request.content_type != "application/x-www-form-urlencoded":
+        return ""
     try:
         return str((await request.post()).get(name, ""))
     except (LookupError, ValueError):  # a character set that nobody knows, bytes that are not of it

@@ -880,8 +880,9 @@ def test_the_login_guards_everything(locked):
     assert PASSWORD not in locked.log.getvalue() and "login_refused" in locked.log.getvalue()
 
 
-def test_a_form_that_is_none_is_a_wrong_password(locked):
-    assert enter(locked, PASSWORD, **{"Content-Type": "application/x-www-form-urlencoded; charset=nope"})[0] == 403
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded; charset=nope", "multipart/form-data; boundary=x"])
+def test_a_form_that_is_none_is_a_wrong_password(locked, kind):
+    assert enter(locked, PASSWORD, **{"Content-Type": kind})[0] == 403
 
 
 def test_guessing_is_slow(locked):
