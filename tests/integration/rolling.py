@@ -35,6 +35,8 @@ from cxr_triton.triton_repo.drain import under_way
 
 TOKENS = 1500
 LIMIT_S = 60
+IDLE_S = 10
+"""A server is ended while it reads, or after so long without: the door may give all readings to the other one."""
 
 
 def kept_port() -> int:
@@ -169,7 +171,10 @@ def roll(folder: Path, repository: Path, restarts: int, clients: int, seconds: f
                     break
                 done = at_work.ended["done"]
                 server = servers[number % 2]
-                while at_work.ended["done"] < done + clients or not under_way(server.metrics):
+                idle_s = time.monotonic() + IDLE_S
+                while at_work.ended["done"] < done + clients or not (
+                    under_way(server.metrics) or time.monotonic() > idle_s
+                ):
                     time.sleep(0.02)
                 was_busy, seconds, status = server.end()
                 busy.append(was_busy)
