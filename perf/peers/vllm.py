@@ -71,7 +71,7 @@ class Vllm(Peer):
         asked, pictures = self.prompts.asked[index], self.pictures[index]
         name = secrets.token_hex(16)
         return self.server.chat(
-            _messages(asked.messages(len(pictures)), pictures, name),
+            chat_messages(asked.messages(len(pictures)), pictures, name),
             name,
             tokens,
             asked.repetition_penalty,
@@ -212,7 +212,7 @@ def _data_url(picture) -> str:
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def _messages(messages: list[dict], pictures: Sequence[str], name: str) -> list[dict]:
+def chat_messages(messages: list[dict], pictures: Sequence[str], name: str) -> list[dict]:
     """Chat messages as OpenAI's API has them, `pictures` in the places of the images."""
     waiting = iter(enumerate(pictures))
 

@@ -250,22 +250,31 @@ def beside_bench(source: Path, work: Path, args) -> dict:
     for path in [p for p in sorted(source.rglob("*.dcm")) if (int(p.stem) + 1) % 50]:
         shutil.copy(path, chosen)
     count = sum(1 for _ in chosen.iterdir())
-    rounds = []
+    limit, asked, rounds = (), [], []
+    if args.tokens:
+        limit = ("--task", "findings", "--max-new-tokens", args.tokens)
+        output = dict.fromkeys(("median", "p95", "max"), args.tokens)
+        workload = {"name": "pace", "version": 1, "images": {"phantoms": 1}, "count": count,
+                    "requests": [{"task": "findings", "output": output}]}  # fmt: skip
+        (work / "pace.yaml").write_text(json.dumps(workload))  # JSON is YAML
+        asked = ["--workload", str(work / "pace.yaml")]
     with Server(args.repository, grpc_port=0, metrics_port=0, ready_timeout_s=600) as server:
         for n in range(args.rounds):
-            archive(chosen, work / f"pace-{n}", "--url", server.grpc, "--concurrency", args.concurrency).wait()
+            options = ["--url", server.grpc, "--concurrency", args.concurrency, *limit]
+            archive(chosen, work / f"pace-{n}", *options).wait()
             bench = work / "bench.json"
             command = [*PROGRAM, "bench", "run", "--url", server.grpc, "--metrics", server.metrics,
                        "--images", str(chosen), "--scenario", "offline", "--offline-concurrency", str(args.concurrency),
                        "--sweep", "", "--repeats", "1", "--seconds", "1", "--requests", str(count),
-                       "--perf-analyzer", "none", "--json", str(bench)]  # fmt: skip
+                       "--perf-analyzer", "none", "--json", str(bench), *asked]  # fmt: skip
             subprocess.run(command, check=True, env={**os.environ, SECRET: server.secret})
             (offline,) = json.loads(bench.read_text())["scenarios"]
             best = offline["points"][0]["repeats"][0]["summary"]["readings_per_s"]
             rate = pace(work / f"pace-{n}", (None,))
             rounds.append({"archive": round(rate, 3), "bench": best, "ratio": round(rate / best, 3)})
     return {
-        "files": count, "concurrency": args.concurrency, "load_average": os.getloadavg()[0], "rounds": rounds,
+        "files": count, "concurrency": args.concurrency, "tokens": args.tokens,
+        "load_average": os.getloadavg()[0], "rounds": rounds,
     }  # fmt: skip
 
 
@@ -279,6 +288,7 @@ PARTS = {"faults": faults, "steady": steady, "two_nodes": nodes, "beside_bench":
 @click.option("--node-files", default=400, show_default=True)
 @click.option("--pace-files", default=120, show_default=True, help="Of beside_bench.")
 @click.option("--rounds", default=2, show_default=True, help="Of beside_bench.")
+@click.option("--tokens", type=int, help="Limit of an answer of beside_bench.  [default: the model ends it]")
 @click.option("--concurrency", default=6, show_default=True)
 @click.option("--reading-ms", default=100.0, show_default=True, help="What the double takes.")
 @click.option("--parts", default="faults,steady,two_nodes", show_default=True, help=", ".join(PARTS))

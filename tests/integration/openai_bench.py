@@ -5,6 +5,7 @@
 Turn by turn, with the same pictures, prompt and lengths, in a closed loop: our client over gRPC, OpenAI's over HTTP,
 and the tools that are given: AIPerf (its program) and vLLM's ``bench serve`` (a Python that has vLLM). Of a tool is
 said its median turn over that of OpenAI's client; of HTTP, the median turn of OpenAI's client over that of gRPC.
+Each picture was asked about before, so that a server that keeps prompts answers all tools alike.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import numpy as np
@@ -38,7 +41,6 @@ from cxr_triton.triton_repo.serve import Server
 
 MODEL = Path(__file__).resolve().parents[1] / "phantom"
 PROMPT = "Find abnormalities and support devices."
-MOST_TOKENS = 200
 PORTS = {"grpc_port": 0, "metrics_port": 0}
 # vLLM's CPU wheel is of another name than its command line looks for.
 VLLM = """
@@ -48,6 +50,16 @@ bench.add_cli_args(parser)
 bench.main(parser.parse_args())
 """
 NUMBERS = ("first_text_ms", "latency_ms", "requests_per_s", "tokens_per_s")
+
+
+class Door(NamedTuple):
+    """What every tool is told of the HTTP server."""
+
+    address: str
+    model: str
+    tokenizer: Path
+    tokens: int
+    """Limit of an answer."""
 
 
 def repository(folder: Path) -> Path:
@@ -113,13 +125,13 @@ async def closed_loop(ask: Callable, requests: int, concurrency: int) -> dict:
     return summary(times, time.perf_counter() - begun)
 
 
-async def over_grpc(url: str, files: list[bytes], *load: int) -> dict:
+async def over_grpc(url: str, tokens: int, files: list[bytes], *load: int) -> dict:
     """Our own client."""
     async with AsyncReader(url) as reader:
 
         async def ask(number: int) -> tuple[float, int]:
             first = None
-            stream = reader.read(files[number % len(files)], prompt=PROMPT, max_new_tokens=MOST_TOKENS)
+            stream = reader.read(files[number % len(files)], prompt=PROMPT, max_new_tokens=tokens)
             async for _ in stream:
                 first = first or time.perf_counter()
             return first, stream.reading.usage["completion_tokens"]
@@ -127,19 +139,19 @@ async def over_grpc(url: str, files: list[bytes], *load: int) -> dict:
         return await closed_loop(ask, *load)
 
 
-async def over_http(address: str, files: list[bytes], *load: int) -> dict:
+async def over_http(door: Door, files: list[bytes], *load: int) -> dict:
     """OpenAI's client."""
     import openai
 
-    options = {"max_completion_tokens": MOST_TOKENS, "stream": True, "stream_options": {"include_usage": True}}
+    options = {"max_completion_tokens": door.tokens, "stream": True, "stream_options": {"include_usage": True}}
     images = [{"type": "image_url", "image_url": {"url": uri(file)}} for file in files]
-    async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+    async with openai.AsyncOpenAI(base_url=f"{door.address}/v1", api_key="none", max_retries=0, timeout=3600) as client:
 
         async def ask(number: int) -> tuple[float, int]:
             first = tokens = None
             content = [{"type": "text", "text": PROMPT}, images[number % len(images)]]
             messages = [{"role": "user", "content": content}]
-            async for chunk in await client.chat.completions.create(model="phantom", messages=messages, **options):
+            async for chunk in await client.chat.completions.create(model=door.model, messages=messages, **options):
                 first = first or time.perf_counter()
                 tokens = chunk.usage.completion_tokens if chunk.usage else tokens
             return first, tokens
@@ -147,16 +159,16 @@ async def over_http(address: str, files: list[bytes], *load: int) -> dict:
         return await closed_loop(ask, *load)
 
 
-def by_aiperf(program: str, address: str, files: list[bytes], requests: int, concurrency: int) -> dict:
+def by_aiperf(program: str, door: Door, files: list[bytes], requests: int, concurrency: int) -> dict:
     """NVIDIA AIPerf."""
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder) / "inputs.jsonl"
         inputs.write_text("".join(json.dumps({"text": PROMPT, "image": uri(file)}) + "\n" for file in files))
-        command = [program, "profile", "-m", "phantom", "-u", address, "--endpoint-type", "chat", "--streaming"]
+        command = [program, "profile", "-m", door.model, "-u", door.address, "--endpoint-type", "chat", "--streaming"]
         command += ["--input-file", str(inputs), "--custom-dataset-type", "single_turn"]
         command += ["--request-count", str(requests), "--concurrency", str(concurrency)]
-        command += ["--extra-inputs", f"max_completion_tokens:{MOST_TOKENS}", "--use-server-token-count"]
-        command += ["--tokenizer", str(MODEL / "checkpoint"), "--artifact-dir", folder]
+        command += ["--extra-inputs", f"max_completion_tokens:{door.tokens}", "--use-server-token-count"]
+        command += ["--tokenizer", str(door.tokenizer), "--artifact-dir", folder]
         run([*command, "--no-server-metrics", "--no-gpu-telemetry", "--ui", "simple"])
         result = json.loads((Path(folder) / "profile_export_aiperf.json").read_text())
     return {
@@ -168,16 +180,16 @@ def by_aiperf(program: str, address: str, files: list[bytes], requests: int, con
     }
 
 
-def by_vllm(python: str, address: str, files: list[bytes], requests: int, concurrency: int) -> dict:
+def by_vllm(python: str, door: Door, files: list[bytes], requests: int, concurrency: int) -> dict:
     """vLLM's ``bench serve``."""
     with tempfile.TemporaryDirectory() as folder:
         inputs, output = Path(folder) / "inputs.jsonl", Path(folder) / "result.json"
         rows = [{"prompt": PROMPT, "image_files": [uri(file)]} for file in files]
         inputs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        command = [python, "-c", VLLM, "--backend", "openai-chat", "--base-url", address, "--model", "phantom"]
-        command += ["--endpoint", "/v1/chat/completions", "--tokenizer", str(MODEL / "checkpoint")]
+        command = [python, "-c", VLLM, "--backend", "openai-chat", "--base-url", door.address, "--model", door.model]
+        command += ["--endpoint", "/v1/chat/completions", "--tokenizer", str(door.tokenizer)]
         command += ["--dataset-name", "custom_image", "--dataset-path", str(inputs), "--num-prompts", str(requests)]
-        command += ["--custom-output-len", str(MOST_TOKENS), "--max-concurrency", str(concurrency)]
+        command += ["--custom-output-len", str(door.tokens), "--max-concurrency", str(concurrency)]
         command += ["--percentile-metrics", "ttft,e2el", "--save-result", "--result-filename", str(output)]
         run(command)
         result = json.loads(output.read_text())
@@ -211,14 +223,41 @@ def over(measured: dict, other: dict) -> dict:
     return {name: round(measured[name] / other[name], 4) for name in NUMBERS}
 
 
+def compare(tools: dict[str, Callable], levels: tuple[int, ...], rounds: int, requests: int) -> list[dict]:
+    """Each load by all tools, turn by turn."""
+    found = []
+    for concurrency in levels:
+        turns = {name: [] for name in tools}
+        for number in range(rounds):
+            for name, ask in tools.items():
+                turns[name].append(ask(requests, concurrency))
+                said = ", ".join(f"{key} {value:.2f}" for key, value in turns[name][-1].items())
+                click.echo(f"{concurrency} at once, turn {number + 1}/{rounds}, {name}: {said}", err=True)
+        middle = {name: medians(each) for name, each in turns.items()}
+        found.append({
+            "concurrency": concurrency, "median": middle, "turns": turns,
+            "http_over_grpc": over(middle["openai"], middle["grpc"]),
+            "tool_over_openai": {
+                name: over(middle[name], middle["openai"]) for name in tools if name not in ("grpc", "openai")
+            },
+        })  # fmt: skip
+    return found
+
+
 @click.command()
 @click.option("--aiperf", metavar="PROGRAM", help="AIPerf; left out without it.")
 @click.option("--vllm", metavar="PYTHON", envvar="CXR_VLLM_PYTHON", help="A Python that has vLLM; left out without it.")
+@click.option("--repository", "served", type=click.Path(path_type=Path), help="[default: the demonstration model]")
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), default=MODEL / "checkpoint", help="Folder, for the tools."
+)
+@click.option("--tokens", default=200, show_default=True, help="Limit of an answer.")
+@click.option("--pictures", "count", default=16, show_default=True)
 @click.option("--requests", default=64, show_default=True, help="Of a turn.")
 @click.option("--concurrency", "levels", multiple=True, type=int, default=(1, 4), show_default=True)
 @click.option("--rounds", default=3, show_default=True)
 @json_option
-def main(aiperf, vllm, requests, levels, rounds, json_path):
+def main(aiperf, vllm, served, tokenizer, tokens, count, requests, levels, rounds, json_path):
     """Measure one server through its two doors."""
     result = {
         "schema": 1,
@@ -226,43 +265,29 @@ def main(aiperf, vllm, requests, levels, rounds, json_path):
         "command": ["python", *sys.argv],
         "environment": environment(),
         "tools": {"openai": metadata.version("openai"), "aiohttp": metadata.version("aiohttp")},
-        "levels": [],
     }
-    files, stolen = pictures(16), Stolen()
-    with tempfile.TemporaryDirectory() as folder:
-        with (
-            Server(repository(Path(folder)), **PORTS, ready_timeout_s=120) as server,
-            http_server(server.grpc) as address,
-        ):
-            tools = {
-                "grpc": lambda *load: asyncio.run(over_grpc(server.grpc, files, *load)),
-                "openai": lambda *load: asyncio.run(over_http(address, files, *load)),
-            }
-            if aiperf:
-                result["tools"]["aiperf"] = run([aiperf, "--version"])
-                tools["aiperf"] = lambda *load: by_aiperf(aiperf, address, files, *load)
-            if vllm:
-                result["tools"]["vllm"] = run([vllm, "-c", "import vllm; print(vllm.__version__)"])
-                tools["vllm"] = lambda *load: by_vllm(vllm, address, files, *load)
-            for ask in (tools["grpc"], tools["openai"]):  # warm up, also what remembers pictures
-                ask(2 * len(files), 2)
-            for concurrency in levels:
-                turns = {name: [] for name in tools}
-                for _ in range(rounds):
-                    for name, ask in tools.items():
-                        turns[name].append(ask(requests, concurrency))
-                found = {name: medians(each) for name, each in turns.items()}
-                level = {"concurrency": concurrency, "median": found, "turns": turns}
-                level["http_over_grpc"] = over(found["openai"], found["grpc"])
-                level["tool_over_openai"] = {
-                    name: over(found[name], found["openai"]) for name in tools if name not in ("grpc", "openai")
-                }
-                result["levels"].append(level)
-                for name, each in found.items():
-                    click.echo(
-                        f"{concurrency} at once, {name}: " + ", ".join(f"{k} {v:.2f}" for k, v in each.items()),
-                        err=True,
-                    )
+    files, stolen = pictures(count), Stolen()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Server(served or repository(Path(folder)), **PORTS, ready_timeout_s=600) as server,
+        http_server(server.grpc) as address,
+    ):
+        with urllib.request.urlopen(f"{address}/v1/models") as answer:
+            model = json.load(answer)["data"][0]["id"]
+        door = Door(address, model, tokenizer, tokens)
+        tools = {
+            "grpc": lambda *load: asyncio.run(over_grpc(server.grpc, tokens, files, *load)),
+            "openai": lambda *load: asyncio.run(over_http(door, files, *load)),
+        }
+        if aiperf:
+            result["tools"]["aiperf"] = run([aiperf, "--version"])
+            tools["aiperf"] = lambda *load: by_aiperf(aiperf, door, files, *load)
+        if vllm:
+            result["tools"]["vllm"] = run([vllm, "-c", "import vllm; print(vllm.__version__)"])
+            tools["vllm"] = lambda *load: by_vllm(vllm, door, files, *load)
+        for ask in (tools["grpc"], tools["openai"]):  # warm up, also what remembers pictures
+            ask(len(files), 2)
+        result |= {"model": model, "levels": compare(tools, levels, rounds, requests)}
     result["environment"]["stolen_share"] = stolen.share()
     write_json(result, json_path)
 
