@@ -116,6 +116,11 @@ VALUES = {
             "probes": {"reading": False},
         },
     },
+    "spans for a collector": {
+        "gateway": {**GATEWAY, "postgresql": DATABASE, "egress": [{"ports": [{"protocol": "TCP", "port": 104}]}]},
+        "tracing": {"collector": "http://collector.monitoring:4318"},
+        "networkPolicy": {"collector": [{"podSelector": {"matchLabels": {"app": "collector"}}}]},
+    },
     "no network policies, no budget, no spare GPU": {
         "networkPolicy": {"enabled": False},
         "server": {

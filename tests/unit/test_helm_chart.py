@@ -295,7 +295,7 @@ def test_a_gateway_takes_its_file(rendered, tmp_path, name):
         assert config.read.url == f"{service}:{port}"
         if config.queue:
             environment = {variable["name"] for variable in container["env"]}
-            assert environment == {"PGPASSWORD", "PGSSLMODE", "PGSSLROOTCERT"} and "@db.example:5432/" in config.queue
+            assert environment >= {"PGPASSWORD", "PGSSLMODE", "PGSSLROOTCERT"} and "@db.example:5432/" in config.queue
     assert len(names) == count
 
 
@@ -390,3 +390,30 @@ def test_services_and_monitors_find_what_they_select(rendered):
 def test_the_dashboard_is_that_of_the_project(rendered):
     board = one(rendered["everything that a cluster may have"], "ConfigMap", "chest-dashboards")
     assert board["data"]["cxr-triton.json"] == (ROOT / "deploy" / "grafana" / "cxr-triton.json").read_text()
+
+
+def test_spans_go_to_the_collector_and_nowhere_else(rendered):
+    found = rendered["spans for a collector"]
+    for component, deployment in (("server", "lung-server"), ("gateway", "lung-gateway-0")):
+        (container,) = one(found, "Deployment", deployment)["spec"]["template"]["spec"]["containers"]
+        variables = {each["name"]: each.get("value") for each in container["env"]}
+        assert variables["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://collector.monitoring:4318"
+        assert ("PGPASSWORD" in variables) == (component == "gateway")
+        egress = one(found, "NetworkPolicy", f"lung-{component}")["spec"]["egress"]
+        (rule,) = [each for each in egress if each.get("ports") == [{"protocol": "TCP", "port": 4318}]]
+        assert rule["to"] == [{"podSelector": {"matchLabels": {"app": "collector"}}}]
+    assert "OTEL_EXPORTER" not in str(rendered["defaults"])
+    assert one(rendered["defaults"], "NetworkPolicy", "lung-server")["spec"]["egress"] == []
+
+
+@pytest.mark.parametrize(("collector", "port"), [("http://here/v1/traces", 80), ("https://here", 443)])
+def test_a_collectors_port_is_that_of_its_scheme_where_none_is_named(collector, port):
+    found = objects(render({"tracing": {"collector": collector}}))
+    egress = one(found, "NetworkPolicy", "lung-server")["spec"]["egress"]
+    assert {"ports": [{"protocol": "TCP", "port": port}]} in egress
+
+
+@pytest.mark.parametrize("collector", ["collector:4318", "grpc://collector:4317", "http://who:secret@collector"])
+def test_what_is_no_collector_is_refused(collector):
+    with pytest.raises(HelmRefused, match="collector"):
+        render({"tracing": {"collector": collector}})

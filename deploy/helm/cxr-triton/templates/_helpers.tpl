@@ -100,6 +100,22 @@ scaleDown:  # one, and the next when it has had the time to end what it reads
     - {type: Pods, value: 1, periodSeconds: {{ min 1800 (include "serverGrace" . | int) }}}
 {{- end }}
 
+{{/* Where spans go, for who sends them. */}}
+{{- define "collector.env" -}}
+{{- with .Values.tracing.collector }}
+- {name: OTEL_EXPORTER_OTLP_ENDPOINT, value: {{ . | quote }}}
+{{- end }}
+{{- end }}
+
+{{/* An egress rule for the collector's port. */}}
+{{- define "collector.egress" -}}
+{{- $port := regexFind ":[0-9]+$" (urlParse .Values.tracing.collector).host | trimPrefix ":" | default (ternary "443" "80" (hasPrefix "https:" .Values.tracing.collector)) -}}
+- ports: [{protocol: TCP, port: {{ $port }}}]
+  {{- with .Values.networkPolicy.collector }}
+  to: {{ toYaml . | nindent 4 }}
+  {{- end }}
+{{- end }}
+
 {{- define "dns" -}}
 - ports:
     - {protocol: UDP, port: 53}

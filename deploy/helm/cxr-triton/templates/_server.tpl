@@ -7,10 +7,13 @@ workingDir: /repository
 ports:
   - {name: grpc, containerPort: 8001, protocol: TCP}
   - {name: metrics, containerPort: 8002, protocol: TCP}
-{{- with $server.secretName }}
+{{- if or $server.secretName .Values.tracing.collector }}
 env:
+  {{- with $server.secretName }}
   - name: CXR_TRITON_SECRET
     valueFrom: {secretKeyRef: {name: {{ . }}, key: CXR_TRITON_SECRET}}
+  {{- end }}
+  {{- include "collector.env" . | nindent 2 }}
 {{- end }}
 securityContext: {{ include "containerSecurity" . | nindent 2 }}
 resources:
