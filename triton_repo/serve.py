@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import os
 import re
 import secrets
@@ -42,6 +43,9 @@ SHM = Path("/dev/shm")  # noqa: S108 (of the system, in which Triton takes its o
 SHM_MIB = 128
 """Of each process of a model."""
 EXIT_TIMEOUT_S = 5
+STARTS = 3
+"""On busy cores Triton 2.51 now and then crashes while it loads (docs/reliability.md)."""
+CRASHES = (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
 _NOISE = re.compile("CudaDriverHelper|CUDA driver version|pinned")  # said on every machine without a GPU
 _UNAVAILABLE = re.compile(r"^\| \w+ +\| \d+ +\| UNAVAILABLE: (?:Internal: )?(.*?)\|$", re.MULTILINE)  # table of models
 _TROUBLE = re.compile(r"^E\d{4} |Error\b|error:|UNAVAILABLE|not healthy|[Ff]ailed")
@@ -210,7 +214,22 @@ class Server:
             "--disable-auto-complete-config",
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
         ]
-        with self.log.open("wb") as log:
+        self.log.write_bytes(b"")
+        deadline = started + self.ready_timeout_s
+        for starts in itertools.count(1):
+            say("loading the models" if starts == 1 else f"the server crashed while it loaded, start {starts}")
+            self._launch(command, environment)
+            if self._loaded(deadline, is_last=starts == STARTS):
+                break
+            _end(self._backends, self.shm_prefix)
+        self._models = {pid: model for pid in self.pids if (model := _model_of(pid))}
+        self.start_s = time.monotonic() - started
+        say("first reading")
+        self.warm_up_ms = self._warm_up(max(1.0, deadline - time.monotonic()))
+        self.is_up = True
+
+    def _launch(self, command: list[str], environment: dict[str, str]) -> None:
+        with self.log.open("ab") as log:
             os.fchmod(log.fileno(), 0o600)
             self._process = subprocess.Popen(
                 command,
@@ -222,23 +241,22 @@ class Server:
                 start_new_session=True,
                 umask=UMASK,
             )
-            leave_no_core(self._process.pid)
-        say("loading the models")
-        deadline = started + self.ready_timeout_s
+        leave_no_core(self._process.pid)
+
+    def _loaded(self, deadline: float, *, is_last: bool) -> bool:
+        """Wait for the models; False where the server crashed and another start may do."""
         while not self._is_ready():
-            if self._process.poll() is not None:
-                raise InternalError(f"the server ended with {_exit_text(self._process.returncode)}{self.trouble()}")
+            if (status := self._started.poll()) is not None:
+                if -status in CRASHES and not is_last:
+                    return False
+                raise InternalError(f"the server ended with {_exit_text(status)}{self.trouble()}")
             if time.monotonic() > deadline:
                 raise Unavailable(
                     f"the server was not ready after {self.ready_timeout_s:g} s; allow more time with "
                     f"--ready-timeout-s{self.trouble()}"
                 )
             time.sleep(0.05)
-        self._models = {pid: model for pid in self.pids if (model := _model_of(pid))}
-        self.start_s = time.monotonic() - started
-        say("first reading")
-        self.warm_up_ms = self._warm_up(max(1.0, deadline - time.monotonic()))
-        self.is_up = True
+        return True
 
     @property
     def _draining(self) -> Path:
@@ -349,6 +367,11 @@ def _is_marked(pid: int | str, backends: str) -> bool:
 
 def _clear(backends: str, shm_prefix: str) -> None:
     """End all processes of a server, and remove its shared memory and its backend folder."""
+    _end(backends, shm_prefix)
+    shutil.rmtree(backends, ignore_errors=True)
+
+
+def _end(backends: str, shm_prefix: str) -> None:
     for pid in _processes(backends):
         with contextlib.suppress(OSError):
             if _command(pid)[0].endswith("tritonserver"):
@@ -364,7 +387,6 @@ def _clear(backends: str, shm_prefix: str) -> None:
         time.sleep(0.02)
     for segment in _segments(shm_prefix):
         segment.unlink(missing_ok=True)
-    shutil.rmtree(backends, ignore_errors=True)
 
 
 def _segments(shm_prefix: str) -> list[Path]:

@@ -217,6 +217,40 @@ def test_a_server_may_have_readings_under_way_from_its_warm_up_to_its_stop(serve
     assert not server.is_up
 
 
+CRASH = "import os, sys; print('boost::interprocess::lock_exception', flush=True); os.abort()"
+
+
+@pytest.mark.parametrize(("crashes", "is_there"), [(0, True), (2, True), (3, False)])
+def test_a_server_that_crashes_while_it_loads_is_started_again(server, tmp_path, monkeypatch, crashes, is_there):
+    """So does Triton 2.51 on busy cores."""
+    binary, starts, said = serve.installation()[0], tmp_path / "starts", []
+    binary.write_text(f"""#!/bin/sh
+echo >> {starts}
+[ $(wc -l < {starts}) -gt {crashes} ] || exec {sys.executable} -c "{CRASH}"
+exec sleep 60
+""")
+    monkeypatch.setattr(serve.Server, "_is_ready", lambda self: len(starts.read_text()) > crashes)
+    starts.touch()
+    server.warm_up = lambda: 1.0
+    if is_there:
+        server.start(said.append)
+        assert server.is_up
+    else:
+        with pytest.raises(InternalError, match="SIGABRT"):
+            server.start(said.append)
+    assert len(starts.read_text()) == min(crashes + 1, 3) and len(said) == len(set(said))
+    assert server.log.read_text().count("lock_exception") == crashes
+
+
+def test_a_server_that_ends_by_itself_while_it_loads_is_not(server, tmp_path, monkeypatch):
+    binary, starts = serve.installation()[0], tmp_path / "starts"
+    binary.write_text(f"#!/bin/sh\necho >> {starts}\nexit 1\n")
+    monkeypatch.setattr(serve.Server, "_is_ready", lambda self: False)
+    with pytest.raises(InternalError, match="status 1"):
+        server.start()
+    assert len(starts.read_text()) == 1
+
+
 @pytest.mark.parametrize("is_up", [False, True])
 def test_only_a_server_that_is_up_is_drained_when_a_signal_ends_it(server, monkeypatch, is_up):
     """One that is starting has no readings, and nothing that would say so: a drain would take its whole limit."""
