@@ -130,6 +130,7 @@ NOT_RUN = {
     "docs/scale.md": {
         r"capacity.served": "takes four minutes; tests/integration/test_bench_served.py runs a small one",
         r"kept.py": "takes three minutes, and Orthanc",
+        r"ui_memory.py": "500 readings; test_ui_served.py makes some",
         r"stages-3b-cpu|--archive 1e8": "as the first one, which is run; tests/unit/test_capacity.py has archives",
     },
     "docs/reliability.md": {
