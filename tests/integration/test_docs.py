@@ -94,6 +94,7 @@ NOT_RUN = {
     },
     "docs/ui.md": {
         r"--host 0.0.0.0": "runs until it is stopped, and lets others in; tests/unit/test_ui.py has the login",
+        r"ui_memory.py": "500 readings; test_ui_served.py makes some",
     },
     "docs/connect.md": {r"^storescu ": "to a gateway that was stopped a line before; examples/orthanc sends one"},
     "deploy/README.md": {
@@ -130,7 +131,6 @@ NOT_RUN = {
     "docs/scale.md": {
         r"capacity.served": "takes four minutes; tests/integration/test_bench_served.py runs a small one",
         r"kept.py": "takes three minutes, and Orthanc",
-        r"ui_memory.py": "500 readings; test_ui_served.py makes some",
         r"stages-3b-cpu|--archive 1e8": "as the first one, which is run; tests/unit/test_capacity.py has archives",
     },
     "docs/reliability.md": {
