@@ -21,7 +21,7 @@ from cxr_triton.archive.rows import key_of, unpacked
 from cxr_triton.archive.worker import Task, Worker, error_of
 from cxr_triton.errors import CxrError, InternalError
 
-UNIT = 8
+UNIT = 16
 """Images that an actor is given at once: what a killed one reads again."""
 WINDOW = 2048
 """Units of one execution of Ray Data, which holds them all."""

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "phantom"))
 
 import evaluate
+from cores import apart, cores_options
 from fake_server import FakeServer, failure, response
 
 from cxr_triton import phantom_file
@@ -258,7 +259,11 @@ def beside_bench(source: Path, work: Path, args) -> dict:
                     "requests": [{"task": "findings", "output": output}]}  # fmt: skip
         (work / "pace.yaml").write_text(json.dumps(workload))  # JSON is YAML
         asked = ["--workload", str(work / "pace.yaml")]
-    with Server(args.repository, grpc_port=0, metrics_port=0, ready_timeout_s=600) as server:
+    with (
+        apart(args.server_cores, args.client_cores) as begin,
+        Server(args.repository, grpc_port=0, metrics_port=0, ready_timeout_s=600) as server,
+    ):
+        begin()
         for n in range(args.rounds):
             options = ["--url", server.grpc, "--concurrency", args.concurrency, *limit]
             archive(chosen, work / f"pace-{n}", *options).wait()
@@ -274,8 +279,13 @@ def beside_bench(source: Path, work: Path, args) -> dict:
             rounds.append({"archive": round(rate, 3), "bench": best, "ratio": round(rate / best, 3)})
     return {
         "files": count, "concurrency": args.concurrency, "tokens": args.tokens,
+        "server_cores": _listed(args.server_cores), "client_cores": _listed(args.client_cores),
         "load_average": os.getloadavg()[0], "rounds": rounds,
     }  # fmt: skip
+
+
+def _listed(cores: set[int] | None) -> list[int] | None:
+    return cores and sorted(cores)
 
 
 PARTS = {"faults": faults, "steady": steady, "two_nodes": nodes, "beside_bench": beside_bench}
@@ -289,6 +299,7 @@ PARTS = {"faults": faults, "steady": steady, "two_nodes": nodes, "beside_bench":
 @click.option("--pace-files", default=120, show_default=True, help="Of beside_bench.")
 @click.option("--rounds", default=2, show_default=True, help="Of beside_bench.")
 @click.option("--tokens", type=int, help="Limit of an answer of beside_bench.  [default: the model ends it]")
+@cores_options
 @click.option("--concurrency", default=6, show_default=True)
 @click.option("--reading-ms", default=100.0, show_default=True, help="What the double takes.")
 @click.option("--parts", default="faults,steady,two_nodes", show_default=True, help=", ".join(PARTS))

@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import click
 import numpy as np
+from cores import apart, cores_options
 from PIL import Image
 
 from cxr_triton import phantom
@@ -256,8 +257,11 @@ def compare(tools: dict[str, Callable], levels: tuple[int, ...], rounds: int, re
 @click.option("--requests", default=64, show_default=True, help="Of a turn.")
 @click.option("--concurrency", "levels", multiple=True, type=int, default=(1, 4), show_default=True)
 @click.option("--rounds", default=3, show_default=True)
+@cores_options
 @json_option
-def main(aiperf, vllm, served, tokenizer, tokens, count, requests, levels, rounds, json_path):
+def main(
+    aiperf, vllm, served, tokenizer, tokens, count, requests, levels, rounds, server_cores, client_cores, json_path
+):
     """Measure one server through its two doors."""
     result = {
         "schema": 1,
@@ -269,9 +273,11 @@ def main(aiperf, vllm, served, tokenizer, tokens, count, requests, levels, round
     files, stolen = pictures(count), Stolen()
     with (
         tempfile.TemporaryDirectory() as folder,
+        apart(server_cores, client_cores) as begin,
         Server(served or repository(Path(folder)), **PORTS, ready_timeout_s=600) as server,
         http_server(server.grpc) as address,
     ):
+        begin()
         with urllib.request.urlopen(f"{address}/v1/models") as answer:
             model = json.load(answer)["data"][0]["id"]
         door = Door(address, model, tokenizer, tokens)
@@ -287,7 +293,8 @@ def main(aiperf, vllm, served, tokenizer, tokens, count, requests, levels, round
             tools["vllm"] = lambda *load: by_vllm(vllm, door, files, *load)
         for ask in (tools["grpc"], tools["openai"]):  # warm up, also what remembers pictures
             ask(len(files), 2)
-        result |= {"model": model, "levels": compare(tools, levels, rounds, requests)}
+        cores = {name: sorted(each or ()) for name, each in (("server", server_cores), ("clients", client_cores))}
+        result |= {"model": model, "cores": cores, "levels": compare(tools, levels, rounds, requests)}
     result["environment"]["stolen_share"] = stolen.share()
     write_json(result, json_path)
 
