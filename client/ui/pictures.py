@@ -9,8 +9,8 @@ from urllib.parse import unquote
 
 from aiohttp import web
 
+from cxr_triton.client.door.bodies import read
 from cxr_triton.client.log import Log
-from cxr_triton.client.ui.bodies import read
 from cxr_triton.client.ui.decoders import MODEL, Decoders, presets
 from cxr_triton.client.ui.readings import shown_flags
 from cxr_triton.client.ui.refusal import Refusal
