@@ -31,7 +31,7 @@ pytest.importorskip("highdicom")
 
 from ui_server import UiServer, Visitor, said
 
-from cxr_triton.client import login
+from cxr_triton.client import base, conversation, login, wire
 from cxr_triton.client.ui import readings, service
 from cxr_triton.client.ui.decoders import Decoders
 from cxr_triton.client.ui.pictures import file_name
@@ -315,6 +315,26 @@ def test_a_file_name_steers_nothing(given, name):
 
 
 # ------------------------------------------------------------------------------------------------------- readings
+
+
+def test_no_picture_is_packed_or_hashed_in_the_loop_that_serves_all(visitor, monkeypatch):
+    """It would keep every session waiting."""
+    where = {}
+
+    def beside(function):
+        @functools.wraps(function)
+        def called(*args):
+            where.setdefault(function.__name__, set()).add(asyncio._get_running_loop() is None)
+            return function(*args)
+
+        return called
+
+    for module, name in ((base, "sha256"), (conversation, "sha256"), (wire, "pack")):
+        monkeypatch.setattr(module, name, beside(getattr(module, name)))
+    name = visitor.picture(CHEST)
+    first = visitor.read(pictures=[name])[0]["reading"]
+    assert visitor.read(pictures=[name], question="And the lungs?", follow=first)[-1]["type"] == "done"
+    assert where == {"sha256": {True}, "pack": {True}}
 
 
 def test_a_reading_is_told_line_by_line(visitor, triton):
