@@ -18,7 +18,7 @@ from cxr_triton.client.log import Log
 from cxr_triton.client.objects.codes import presence
 from cxr_triton.client.ui.refusal import Refusal
 from cxr_triton.client.ui.servers import Server
-from cxr_triton.client.ui.sessions import Asked, Picture, Session, Sessions
+from cxr_triton.client.ui.sessions import READING, Asked, Picture, Session, Sessions
 from cxr_triton.client.ui.settings import Settings
 from cxr_triton.client.wire import FAILED
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, unknown_key
@@ -61,7 +61,7 @@ class Readings:
     def add_routes(self, app: web.Application, under: str) -> None:
         """Routes below those of a session."""
         app.router.add_post(f"{under}/readings", self._ask)
-        app.router.add_post(f"{under}/readings/{{reading:r[0-9]{{1,9}}}}/stop", self._stop)
+        app.router.add_post(f"{under}/readings/{READING}/stop", self._stop)
 
     async def _ask(self, request: web.Request) -> web.StreamResponse:
         session = self._sessions.of(request)
