@@ -11,18 +11,9 @@ from cxr_triton.errors import Cancelled, InvalidRequest, LimitExceeded
 
 
 async def read(request: web.Request, most: int, within_s: float, too_large: str = "") -> bytearray:
-    """A body.
+    """A body; raises `LimitExceeded` with `too_large` beyond `most` bytes, which are not read, and `Late`.
 
-    Raises
-    ------
-    LimitExceeded
-        It has more than `most` bytes, and `too_large` is said; what comes beyond is not read.
-    Late
-        It does not come in time.
-    InvalidRequest
-        It ends too early, or is in no form that HTTP has.
-    Cancelled
-        Its sender is gone.
+    One that ends too early, or is in no form of HTTP, is an `InvalidRequest`; a sender who leaves is `Cancelled`.
     """
     body = bytearray()
     limit = LimitExceeded(too_large or f"it has more than the {most} bytes allowed; send a smaller one")

@@ -16,7 +16,6 @@ from cxr_triton.errors import (
     Unavailable,
 )
 
-RETRY_AFTER_S = 1
 STATUSES = {
     "READING_MISMATCH": 502,
     "ACCESS_DENIED": 502,
@@ -63,7 +62,7 @@ class DoorRefusal(Exception):
         self.message = FAILED if isinstance(error, Uncoded) else self._in_words(error.message)
         super().__init__(self.message)
         self.status = status or getattr(error, "status", None) or self._status_of(error.code)
-        self.headers = {"Retry-After": str(RETRY_AFTER_S)} if isinstance(error, QueueFull | Unavailable) else {}
+        self.headers = {"Retry-After": "1"} if isinstance(error, QueueFull | Unavailable) else {}
 
     def as_json(self) -> dict[str, Any]:
         """The body of the answer."""

@@ -1,4 +1,4 @@
-"""A service as a process: opened, told to stop, drained, closed."""
+"""A service as a process: told to stop, drained, ended."""
 
 from __future__ import annotations
 
@@ -13,37 +13,16 @@ from cxr_triton.client.listener import HttpListener
 from cxr_triton.files import leave_no_core
 
 
-class DoorService:
-    """What listens, until it is told to stop.
-
-    Attributes
-    ----------
-    port : int or None
-        What is listened on, once it has started.
-    """
-
-    port: int | None = None
-
-    async def serve(
-        self, listener: HttpListener, guard: DoorGuard, stopping: asyncio.Event, started: Callable[[str], None]
-    ) -> None:
-        """Serve until `stopping` is set, then let what is under way end within `grace_s`; `started` gets the address.
-
-        The listener is entered before.
-        """
-        self.port = listener.port
-        started(listener.address)
-        await stopping.wait()
-        guard.is_draining = True
-        listener.close()
-        ends = time.monotonic() + guard.settings.grace_s
-        while self.under_way and time.monotonic() < ends:
-            await asyncio.sleep(0.05)
-
-    @property
-    def under_way(self) -> int:
-        """Readings that are being written."""
-        raise NotImplementedError
+async def serve_until(
+    stopping: asyncio.Event, listener: HttpListener, guard: DoorGuard, under_way: Callable[[], int]
+) -> None:
+    """Serve until the event is set, then let what is under way end within the guard's `grace_s`."""
+    await stopping.wait()
+    guard.is_draining = True
+    listener.close()
+    ends = time.monotonic() + guard.settings.grace_s
+    while under_way() and time.monotonic() < ends:
+        await asyncio.sleep(0.05)
 
 
 def run_until_told(run: Callable[[asyncio.Event], Awaitable[None]]) -> None:

@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from cxr_triton.client import otlp
 from cxr_triton.client.aio import AsyncReader
-from cxr_triton.client.door.service import DoorService, run_until_told
+from cxr_triton.client.door.service import run_until_told, serve_until
 from cxr_triton.client.listener import HttpListener
 from cxr_triton.client.log import Log
 from cxr_triton.client.openai.answer import model
@@ -30,7 +30,7 @@ HEALTH_S = 1.0
 """How long an answer about the server's health is taken for true."""
 
 
-class Service(DoorService):
+class Service:
     """All parts of one process.
 
     Parameters
@@ -40,6 +40,11 @@ class Service(DoorService):
         Of the served `cxr_reader`; closed at the end.
     stream : file, optional
         Takes the log; standard error by default.
+
+    Attributes
+    ----------
+    port : int or None
+        What is listened on, once `run` has started.
 
     Raises
     ------
@@ -61,6 +66,7 @@ class Service(DoorService):
         self._listener = HttpListener(
             self._app(), settings.http, self._tell, handler_cancellation=True, shutdown_timeout=0.1
         )
+        self.port: int | None = None
 
     async def run(self, stopping: asyncio.Event, started: Callable[[str], None] = lambda address: None) -> None:
         """Serve until `stopping` is set, then let what is under way end within `grace_s`.
@@ -72,15 +78,12 @@ class Service(DoorService):
         """
         try:
             async with self._listener as listener:
-                await self.serve(listener, self._guard, stopping, started)
+                self.port = listener.port
+                started(listener.address)
+                await serve_until(stopping, listener, self._guard, lambda: self._completions.under_way)
         finally:
             await self._reader.close()
             self._log("stopped")
-
-    @property
-    def under_way(self) -> int:
-        """Completions that are not over."""
-        return self._completions.under_way
 
     def _app(self) -> web.Application:
         app = self._guard.around(web.Application())

@@ -12,7 +12,7 @@ from aiohttp import web
 from cxr_triton import __version__
 from cxr_triton.client import otlp
 from cxr_triton.client.aio import AsyncReader
-from cxr_triton.client.door.service import DoorService, run_until_told
+from cxr_triton.client.door.service import run_until_told, serve_until
 from cxr_triton.client.limits import read_password
 from cxr_triton.client.listener import HttpListener
 from cxr_triton.client.log import Log
@@ -45,7 +45,7 @@ _COOKIE = "cxr_ui"
 _SESSION = "/api/sessions/{session:[A-Za-z0-9_-]{1,64}}"
 
 
-class Service(DoorService):
+class Service:
     """All parts of one process.
 
     Parameters
@@ -60,6 +60,8 @@ class Service(DoorService):
 
     Attributes
     ----------
+    port : int or None
+        What is listened on, once `run` has started.
     sessions : Sessions
 
     Raises
@@ -82,6 +84,7 @@ class Service(DoorService):
             password = read_password(settings.password_file, "--password-file")
             login = Login(password, _COOKIE, secure=settings.cert is not None)
         self._guard = Guard(settings, login, self._log)
+        self.port: int | None = None
 
     async def run(self, stopping: asyncio.Event, started: Callable[[str], None] = lambda address: None) -> None:
         """Serve until `stopping` is set, then let what is under way end within `grace_s`.
@@ -95,7 +98,9 @@ class Service(DoorService):
         sweeper = asyncio.create_task(self._sweep())
         try:
             async with self._listener(decoders) as listener:
-                await self.serve(listener, self._guard, stopping, started)
+                self.port = listener.port
+                started(listener.address)
+                await serve_until(stopping, listener, self._guard, lambda: self.sessions.under_way)
                 self.sessions.end_all()
         finally:
             sweeper.cancel()
@@ -104,11 +109,6 @@ class Service(DoorService):
                 await each.reader.close()
             await asyncio.to_thread(decoders.close)
             self._log("stopped")
-
-    @property
-    def under_way(self) -> int:
-        """Readings that are being written."""
-        return self.sessions.under_way
 
     def _listener(self, decoders: Decoders) -> HttpListener:
         app = self._guard.around(web.Application(client_max_size=1 << 16))
