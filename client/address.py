@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterable, Sequence
 from urllib.parse import urlsplit
 
 from cxr_triton.errors import InvalidRequest
@@ -62,9 +63,18 @@ def netloc_of(origin: str) -> str:
         return ""
 
 
-def name_of(host: str) -> str:
-    """The name in a Host header, without its port and brackets; "" where it is none."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:@/?#\[\]]+))(?::[0-9]*)?")
+
+
+def is_served(listener: str, hosts: Sequence[str], allowed: Iterable[str] = ()) -> bool:
+    """Whether what listens on `listener` answers a request with these Host headers.
+
+    A page of anywhere can have its own name lead to 127.0.0.1, and the name stays in its requests. So on the loopback
+    interface they have to come for that, or for an allowed name; off it for any, unless some are allowed.
+    """
+    allowed = {name.lower().strip("[]") for name in allowed}
+    if not allowed and not is_loopback(listener):
+        return True
+    found = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
+    name = (found[1] or found[2]).lower() if found else ""
+    return is_loopback(name) or name in allowed

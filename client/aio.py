@@ -6,7 +6,7 @@ import asyncio
 import time
 import traceback
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from cxr_triton import kserve
 from cxr_triton.client import wire
-from cxr_triton.client.base import Attempts, BaseReader, BaseStream, Calls
+from cxr_triton.client.base import Attempts, BaseReader, BaseStream, Calls, Sent
 from cxr_triton.client.conversation import Conversation
 from cxr_triton.client.spans import Span
 from cxr_triton.errors import Cancelled
@@ -81,8 +81,8 @@ class AsyncReader(BaseReader["AsyncReadingStream"]):
     async def __aexit__(self, *exc) -> None:
         await self.close()
 
-    def _stream(self, request: pb.ModelInferRequest, sent: Sequence[str], span: Span) -> AsyncReadingStream:
-        stream = AsyncReadingStream(self, request, sent, span)
+    def _stream(self, request: Callable[[], Sent], span: Span) -> AsyncReadingStream:
+        stream = AsyncReadingStream(self, request, span)
         self._streams.add(stream)
         return stream
 
@@ -136,8 +136,8 @@ class AsyncReadingStream(BaseStream):
         Complete once the iteration has ended.
     """
 
-    def __init__(self, reader: AsyncReader, request: pb.ModelInferRequest, sent: Sequence[str], span: Span):
-        super().__init__(reader.url, reader.timeouts, request, sent, span)
+    def __init__(self, reader: AsyncReader, request: Callable[[], Sent], span: Span):
+        super().__init__(reader.url, reader.timeouts, request, span)
         self._reader = reader
 
     def __aiter__(self) -> AsyncIterator[str]:
@@ -147,7 +147,7 @@ class AsyncReadingStream(BaseStream):
         """The next text, never empty; raises as `ReadingStream.__next__` does."""
         try:
             if self._call is None and not self._ended:
-                self._follow(await self._reader._start(self._taken_request()))
+                self._follow(await self._reader._start(await asyncio.to_thread(self._taken_request)))
             while not self._ended:
                 if delta := await self._receive():
                     return delta

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from cxr_triton.identity import sha256
 from cxr_triton.reading import Reading
 
 Stream = TypeVar("Stream", bound="BaseStream")
+Sent = tuple[pb.ModelInferRequest, list[str]]
+"""A request, and SHA-256 of each of its images. It takes long to make of large ones."""
 
 
 class Calls(NamedTuple):
@@ -118,12 +121,18 @@ class BaseReader(Generic[Stream]):
             "scores": scores,
         }
         contents = wire.image_bytes(images)
-        message = wire.infer_request(self.model, contents, request, self.max_message_mib)
+        wire.require_size(contents, self.max_message_mib)
+        asked = json.loads(json.dumps(request))  # as it is now
         span = Span("read", traceparent, "CLIENT", {"server.address": self.url, "cxr.images": len(contents)})
-        message.id = str(span.place)  # which every model on its way gets
-        return self._stream(message, [sha256(content) for content in contents], span)
 
-    def _stream(self, request: pb.ModelInferRequest, sent: Sequence[str], span: Span) -> Stream:
+        def made() -> Sent:
+            message = wire.infer_request(self.model, contents, asked, self.max_message_mib)
+            message.id = str(span.place)  # which every model on its way gets
+            return message, [sha256(content) for content in contents]
+
+        return self._stream(made, span)
+
+    def _stream(self, request: Callable[[], Sent], span: Span) -> Stream:
         raise NotImplementedError
 
     def _open(self, library: Any) -> Calls:
@@ -199,11 +208,11 @@ class BaseStream:
         Complete once the iteration has ended.
     """
 
-    def __init__(self, url: str, timeouts: Timeouts, request: pb.ModelInferRequest, sent: Sequence[str], span: Span):
+    def __init__(self, url: str, timeouts: Timeouts, request: Callable[[], Sent], span: Span):
         self.reading: Reading | None = None
         self._url, self._timeouts = url, timeouts
-        self._request: pb.ModelInferRequest | None = request
-        self._sent = sent
+        self._request: Callable[[], Sent] | None = request
+        self._sent: list[str] = []
         self._span = span
         self._call: grpc.Call | None = None
         self._was_sent = False
@@ -230,8 +239,15 @@ class BaseStream:
         return self._ended
 
     def _taken_request(self) -> pb.ModelInferRequest:
-        request, self._request = self._request, None
+        """Made now; may be called in another thread than the rest."""
+        made, self._request = self._request, None
+        if made is None:
+            raise self._closed_early()
+        request, self._sent = made()
         return request
+
+    def _closed_early(self) -> Cancelled:
+        return Cancelled(f"reading at {self._url} was closed before its end; call read again")
 
     def _follow(self, call: grpc.Call) -> None:
         """The request is on its way."""
@@ -272,7 +288,7 @@ class BaseStream:
         was_closed = self._ended
         self._cancel()
         if was_closed:
-            raise Cancelled(f"reading at {self._url} was closed before its end; call read again")
+            raise self._closed_early()
         if self._failure:
             raise self._failure
         if self.reading is None:
@@ -293,5 +309,5 @@ class BaseStream:
 
     def _complete(self) -> Reading:
         if self.reading is None:
-            raise Cancelled(f"reading at {self._url} was closed before its end; call read again")
+            raise self._closed_early()
         return self.reading

@@ -60,7 +60,7 @@ class Conversation(Generic[Stream]):
         self._images = wire.image_bytes(images)
         self._turns = list(follow)
         self._asked: Stream | None = None
-        given = [{"file_sha256": sha256(image)} for image in self._images]
+        given = [{"file_sha256": sha256(image)} for image in self._images] if follow else []
         names = [f"image {number}" for number in range(1, len(given) + 1)]
         for number, reading in enumerate(self._turns, 1):
             require_same_images(

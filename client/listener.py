@@ -31,7 +31,7 @@ class HttpListener:
     ----------
     app : web.Application
         Its middlewares come after those of the listener, which answer a request that takes over `total_s` with 408 and
-        one whose handler fails with 500.
+        one whose handler fails with 500; with 400 where the peer is at fault, whose body breaks off.
     settings : Http
     tell : Tell
     name : str
@@ -63,7 +63,8 @@ class HttpListener:
     @property
     def address(self) -> str:
         """As a browser takes it."""
-        return f"{'https' if self._settings.tls else 'http'}://{self._settings.host}:{self.port}/"
+        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        return f"{'https' if self._settings.tls else 'http'}://{host}:{self.port}/"
 
     async def __aenter__(self) -> HttpListener:
         host, port = self._settings.host, self._settings.port
@@ -134,6 +135,8 @@ class Doorkeeper:
                 return web.json_response({"error": f"not over within {total_s:g} s"}, status=408)
             except web.HTTPException:
                 raise
+            except (web.RequestPayloadError, ConnectionResetError):
+                return web.json_response({"error": "the request broke off on its way; send it again"}, status=400)
             except Exception as error:
                 self.tell("request_failed", {"error": type(error).__name__})  # its text may quote the request
                 return web.json_response({"error": "failed"}, status=500)

@@ -14,10 +14,6 @@ TRIES, TRIES_S = 5, 60.0
 """Wrong passwords that all visitors together have in so many seconds, before the login answers 429."""
 
 
-class TooManyTries(Exception):
-    """Nobody is let in for a while, whatever the password."""
-
-
 class Login:
     """Who is logged in, by a cookie that only its digest is kept of.
 
@@ -35,31 +31,37 @@ class Login:
         self._sessions: dict[str, float] = {}  # digest of a cookie → when it ends
         self._wrong: list[float] = []
 
-    def enter(self, given: str, response: web.StreamResponse) -> bool:
-        """Whether `given` is the password; then `response` sets the cookie. Raises `TooManyTries`."""
+    async def enter(self, request: web.Request) -> web.Response | None:
+        """The way in for who sends a form with the password, 429 after too many wrong ones; None where it is wrong."""
+        given = await form_field(request, "password")
         now = time.monotonic()  # from here on nothing waits: requests side by side are counted one after the other
         self._wrong = [at for at in self._wrong if now - at < TRIES_S]
         if len(self._wrong) >= TRIES:
-            raise TooManyTries
+            return web.Response(
+                status=429, text="too many wrong passwords; wait a minute\n", headers={"Retry-After": "60"}
+            )
         if not hmac.compare_digest(digest(given), self._password):
             self._wrong.append(now)
-            return False
+            return None
         cookie = secrets.token_urlsafe(32)
         self._sessions = {name: ends for name, ends in self._sessions.items() if ends > now}
         self._sessions[digest(cookie)] = now + SESSION_S
+        response = web.Response(status=303, headers={"Location": "/"})
         response.set_cookie(
             self._cookie, cookie, max_age=int(SESSION_S), httponly=True, samesite="Strict", secure=self._secure
         )
-        return True
+        return response
 
     def is_in(self, request: web.Request) -> bool:
         """Whether the request comes with a cookie that still counts."""
         return self._sessions.get(digest(self.cookie(request)), 0.0) > time.monotonic()
 
-    def leave(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Forget the request's cookie, here and in the browser."""
+    async def leave(self, request: web.Request) -> web.Response:
+        """Forget the request's cookie, here and in the browser; leads to the login."""
         self._sessions.pop(digest(self.cookie(request)), None)
+        response = web.Response(status=303, headers={"Location": "/login"})
         response.del_cookie(self._cookie)
+        return response
 
     def cookie(self, request: web.Request) -> str:
         """The request's cookie, empty without one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import logging
 import os
@@ -13,6 +14,8 @@ from cxr_triton.trace import ENDPOINT, traces_url
 
 _MODULE = "opentelemetry.exporter"
 _is_started = threading.Event()
+EXIT_S = 2.0
+"""How long the end of a process waits for spans that are not sent yet."""
 
 
 def start(url: str | None, service: str, say: Callable[[str], None]) -> None:
@@ -26,7 +29,8 @@ def start(url: str | None, service: str, say: Callable[[str], None]) -> None:
     service : str
         Of ``service.name``, behind ``cxr-triton-``; the environment's ``OTEL_SERVICE_NAME`` comes first.
     say : callable
-        Is told in a line when spans cannot be sent. A reading never waits for them, nor fails of them.
+        Is told in a line when spans cannot be sent. A reading never waits for them, nor fails of them, and the end of
+        the process waits for `EXIT_S` at most.
 
     Raises
     ------
@@ -56,9 +60,10 @@ def start(url: str | None, service: str, say: Callable[[str], None]) -> None:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     resource = Resource.create({} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": f"cxr-triton-{service}"})
-    provider = TracerProvider(resource=resource)
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # which would wait for half a minute
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
     trace.set_tracer_provider(provider)
+    _end_with_process(provider.shutdown, say)
 
 
 def _is_here() -> bool:
@@ -66,6 +71,25 @@ def _is_here() -> bool:
         return importlib.util.find_spec(f"{_MODULE}.otlp.proto.http") is not None
     except ModuleNotFoundError:
         return False
+
+
+def _end_with_process(end: Callable[[], None], say: Callable[[str], None]) -> None:
+    """Send what is left at the end of the process, in a thread that is there before: none can be started by then."""
+    ending, ended = threading.Event(), threading.Event()
+
+    def send() -> None:
+        ending.wait()
+        end()
+        ended.set()
+
+    def wait() -> None:
+        ending.set()
+        if not ended.wait(EXIT_S):
+            logging.getLogger("opentelemetry").handlers[:] = [logging.NullHandler()]  # none may write from now on
+            say(f"spans: those that could not be sent within {EXIT_S:g} s are lost")
+
+    threading.Thread(target=send, name="cxr-spans", daemon=True).start()
+    atexit.register(wait)
 
 
 def _logs(say: Callable[[str], None]) -> None:

@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from cxr_triton import kserve
 from cxr_triton.client import wire
-from cxr_triton.client.base import Attempts, BaseReader, BaseStream
+from cxr_triton.client.base import Attempts, BaseReader, BaseStream, Sent
 from cxr_triton.client.conversation import Conversation
 from cxr_triton.client.spans import Span
 from cxr_triton.profile import ModelProfile
@@ -134,8 +134,8 @@ class Reader(BaseReader["ReadingStream"]):
         if not getattr(self, "_closed", True) and not sys.is_finalizing():
             self._drop()
 
-    def _stream(self, request: pb.ModelInferRequest, sent: Sequence[str], span: Span) -> ReadingStream:
-        stream = ReadingStream(self, request, sent, span)
+    def _stream(self, request: Callable[[], Sent], span: Span) -> ReadingStream:
+        stream = ReadingStream(self, request, span)
         self._streams.add(stream)
         return stream
 
@@ -172,8 +172,8 @@ class ReadingStream(BaseStream):
         Complete once the iteration has ended.
     """
 
-    def __init__(self, reader: Reader, request: pb.ModelInferRequest, sent: Sequence[str], span: Span):
-        super().__init__(reader.url, reader.timeouts, request, sent, span)
+    def __init__(self, reader: Reader, request: Callable[[], Sent], span: Span):
+        super().__init__(reader.url, reader.timeouts, request, span)
         self._reader = reader
 
     def __iter__(self) -> Iterator[str]:

@@ -68,20 +68,19 @@ def image_bytes(images: Image | Sequence[Image]) -> list[bytes]:
     return [Path(image).read_bytes() if isinstance(image, str | os.PathLike) else bytes(image) for image in images]
 
 
-def infer_request(model: str, images: Sequence[bytes], request: dict, max_message_mib: int) -> pb.ModelInferRequest:
-    """The ensemble's request; keys of `request` that are None are left to the server.
-
-    Raises
-    ------
-    LimitExceeded
-        The images are larger than one message may be.
-    """
+def require_size(images: Sequence[bytes], max_message_mib: int) -> None:
+    """Refuse images that are larger than one message may be; raises `LimitExceeded`."""
     size = sum(map(len, images))
     if size > (max_message_mib << 20) - (1 << 20):
         raise LimitExceeded(
             f"{len(images)} images of {size / 2**20:.1f} MiB together, allowed {max_message_mib - 1} MiB a request; "
             "send fewer or smaller images, or raise max_message_mib here and on the server"
         )
+
+
+def infer_request(model: str, images: Sequence[bytes], request: dict, max_message_mib: int) -> pb.ModelInferRequest:
+    """The ensemble's request; keys of `request` that are None are left to the server; raises as `require_size` does."""
+    require_size(images, max_message_mib)
     text = json.dumps({key: value for key, value in request.items() if value is not None}).encode()
     message = pb.ModelInferRequest(model_name=model)
     for name, elements in (("IMAGES", images), ("REQUEST", [text])):

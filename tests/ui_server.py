@@ -30,7 +30,7 @@ class UiServer(HttpServer):
 
 
 class Visitor:
-    """A tab: a session of its own; `headers` go along with every request."""
+    """A tab: a session of its own, and names of its pictures and readings; `headers` go along with every request."""
 
     def __init__(self, server: UiServer, **headers: str):
         self.server, self.headers = server, headers
@@ -38,6 +38,8 @@ class Visitor:
         assert status == 201, told
         self.session = told["session"]
         self.path = f"/api/sessions/{self.session}"
+        self.pictures: list[str] = []
+        self.readings: list[str] = []
 
     def ask(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, dict, object]:
         """As `HttpServer.ask`; underscores in the names of headers are dashes."""
@@ -48,6 +50,7 @@ class Visitor:
         """Status and what is told of an upload."""
         kind = {"Content_Type": "application/octet-stream", "X_File_Name": quote(name)}
         status, _, told = self.ask("POST", f"{self.path}/pictures", data, **kind)
+        self.pictures += [told["picture"]] if status == 201 else []
         return status, told
 
     def picture(self, data: bytes, name: str = "chest.dcm") -> str:
@@ -66,10 +69,14 @@ class Visitor:
         assert answer.status == 200, answer.read()
         assert answer.headers["Content-Type"] == "application/x-ndjson; charset=utf-8"
         try:
-            yield (json.loads(line) for line in iter(answer.readline, b""))
+            yield (self._heard(json.loads(line)) for line in iter(answer.readline, b""))
         finally:
             answer.close()
             connection.close()
+
+    def _heard(self, line: dict) -> dict:
+        self.readings += [line["reading"]] if line["type"] == "started" else []
+        return line
 
     def read(self, **body) -> list[dict]:
         """All lines of a reading."""

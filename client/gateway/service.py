@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import logging
-import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydicom import config as pydicom_config
 
 from cxr_triton.client import otlp
+from cxr_triton.client.door.service import run_until_told
 from cxr_triton.client.gateway.association import prepare_pynetdicom
 from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.deliver import Deliverer
@@ -33,7 +32,6 @@ from cxr_triton.client.gateway.watch import FolderWatcher
 from cxr_triton.client.limits import read_token
 from cxr_triton.client.listener import HttpListener
 from cxr_triton.errors import QueueFull, Unavailable
-from cxr_triton.files import leave_no_core
 
 BEAT_S = 1.0
 HOUSEKEEPING_S = 600.0
@@ -272,18 +270,11 @@ class Gateway:
 def serve(config: Config, trace_otlp: str | None = None) -> None:
     """Run a gateway until SIGTERM or SIGINT; both end it in order. Its spans go to `trace_otlp`, see `otlp.start`."""
 
-    async def run() -> None:
-        stopping = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopping.set)
+    async def run(stopping: asyncio.Event) -> None:
         gateway = Gateway(config)
         otlp.start(trace_otlp, "gateway", lambda said: gateway.log("warning", "spans_not_sent", error=said))
         await gateway.run(stopping)
 
-    leave_no_core()
-    # they would put headers' values, UIDs among them, and what peers said beside the log
-    logging.getLogger("aiohttp").setLevel(logging.CRITICAL + 1)
     pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
     pydicom_config.settings.writing_validation_mode = pydicom_config.IGNORE
-    asyncio.run(run())
+    run_until_told(run)

@@ -11,22 +11,22 @@ import hashlib
 import hmac
 import re
 import secrets
-import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import sqlalchemy.exc
 from aiohttp import web
 
-from cxr_triton.client.address import is_loopback, name_of, netloc_of
+from cxr_triton.client.address import is_served
+from cxr_triton.client.door.guard import HEADERS, Handler, is_from_elsewhere
+from cxr_triton.client.door.service import run_until_told
 from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.log import Log
 from cxr_triton.client.gateway.store import Store
 from cxr_triton.client.limits import read_password
 from cxr_triton.client.listener import HttpListener
-from cxr_triton.client.login import Login, TooManyTries, form_field
+from cxr_triton.client.login import Login, form_field
 from cxr_triton.errors import InvalidConfig
 from cxr_triton.page import render
 
@@ -42,11 +42,10 @@ ROWS = 100
 _COOKIE = "cxr_worklist"
 _UID = re.compile(r"\b\d+(?:\.\d+){3,}\b")
 _HEADERS = {
+    **HEADERS,
     "Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'self'; "
     "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
-    "Cache-Control": "no-store",
     "Referrer-Policy": "same-origin",  # with less, a browser sends its forms without their origin
-    "X-Content-Type-Options": "nosniff",
 }
 _SCRIPT = Path(__file__).with_name("worklist.js")
 
@@ -78,7 +77,8 @@ class Page:
 
     def listener(self) -> HttpListener:
         """Routes, behind the limits of a listener and the checks of each request."""
-        app = web.Application(client_max_size=1 << 16, middlewares=[self._guard()])
+        app = web.Application(client_max_size=1 << 16, middlewares=[self._answer])
+        app.on_response_prepare.append(_harden)
         app.router.add_get("/login", self._login_page)
         app.router.add_post("/login", self._enter)
         app.router.add_get("/worklist.js", self._script)
@@ -92,24 +92,8 @@ class Page:
     def _tell(self, event: str, facts: dict[str, str]) -> None:
         self._log("warning", event, door="worklist", **facts)
 
-    def _guard(self) -> Any:
-        @web.middleware
-        async def guarded(
-            request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-        ) -> web.StreamResponse:
-            try:
-                response = await self._answer(request, handler)
-            except web.HTTPException as error:
-                error.headers.update(_HEADERS)
-                raise
-            response.headers.update(_HEADERS)
-            return response
-
-        return guarded
-
-    async def _answer(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
+    @web.middleware
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if refusal := self._refusal(request):
             return refusal
         if request.path not in ("/login", "/worklist.js") and not self._login.is_in(request):
@@ -124,11 +108,9 @@ class Page:
 
     def _refusal(self, request: web.Request) -> web.Response | None:
         """A page of another site that asks through a visitor's browser."""
-        host = name_of(request.headers.get("Host", ""))
-        if is_loopback(self._settings.host) and not is_loopback(host):
-            return web.Response(status=421, text=f"this is no {host[:80]!r}; ask {self._settings.host}\n")
-        origin = request.headers.get("Origin")
-        if request.method == "POST" and origin and netloc_of(origin) != request.headers.get("Host"):
+        if not is_served(self._settings.host, hosts := request.headers.getall("Host", [])):
+            return web.Response(status=421, text=f"this is no {''.join(hosts)[:80]!r}; ask {self._settings.host}\n")
+        if request.method == "POST" and is_from_elsewhere(request):
             return web.Response(status=403, text="asked for by another site\n")
         return None
 
@@ -138,25 +120,17 @@ class Page:
         return _html("worklist_login.html", wrong=False)
 
     async def _enter(self, request: web.Request) -> web.StreamResponse:
-        given = await form_field(request, "password")
-        response = web.Response(status=303, headers={"Location": "/"})
-        try:
-            is_right = self._login.enter(given, response)
-        except TooManyTries:
-            return web.Response(
-                status=429, text="too many wrong passwords; wait a minute\n", headers={"Retry-After": "60"}
-            )
-        if not is_right:
+        response = await self._login.enter(request)
+        if response is None:
             self._log("warning", "worklist_login_refused", peer=request.remote or "")
             return _html("worklist_login.html", status=403, wrong=True)
-        self._log("info", "worklist_login", peer=request.remote or "")
+        if response.status == 303:
+            self._log("info", "worklist_login", peer=request.remote or "")
         return response
 
     async def _leave(self, request: web.Request) -> web.StreamResponse:
         await self._require_form(request)
-        response = web.Response(status=303, headers={"Location": "/login"})
-        self._login.leave(request, response)
-        return response
+        return await self._login.leave(request)
 
     def _token(self, request: web.Request) -> str:
         """What a form of this session carries, so that no other page can send it."""
@@ -254,15 +228,16 @@ def serve(config: Config, ready: Callable[[str], None]) -> None:
     log = Log(config)
     page = Page(config, Store(config.queue_url, "operator"), log)
 
-    async def run() -> None:
-        stopping, loop = asyncio.Event(), asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopping.set)
+    async def run(stopping: asyncio.Event) -> None:
         async with page.listener() as listener:
             ready(listener.address)
             await stopping.wait()
 
-    asyncio.run(run())
+    run_until_told(run)
+
+
+async def _harden(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(_HEADERS)
 
 
 def _html(template: str, *, status: int = 200, **data: object) -> web.Response:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from cxr_triton.cli import json_option, printable, write_json
+from cxr_triton.cli import json_option
 from cxr_triton.client.command import FILE, connection
+from cxr_triton.client.door.command import door_options, say_ready
 from cxr_triton.extras import require
 
 _SECONDS, _COUNT = click.FloatRange(0.1, 600), click.IntRange(1, 10_000)
@@ -13,8 +14,7 @@ _SECONDS, _COUNT = click.FloatRange(0.1, 600), click.IntRange(1, 10_000)
 
 @click.command(short_help="Answer OpenAI's chat completions through a running server.")
 @connection
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@door_options
 @click.option(
     "--api-keys-file",
     type=FILE,
@@ -23,17 +23,7 @@ _SECONDS, _COUNT = click.FloatRange(0.1, 600), click.IntRange(1, 10_000)
     show_envvar=True,
     help="One key a line, of which each request has to bring one; read again when it changes.",
 )
-@click.option("--cert", type=FILE, metavar="PEM", help="Encrypt, with this certificate.")
-@click.option("--key", type=FILE, metavar="PEM", help="The key of --cert.")
-@click.option("--clear-text", is_flag=True, help="Listen unencrypted off the loopback interface, as behind a proxy.")
 @click.option("--without-keys", is_flag=True, help="Let everybody ask who reaches --host.")
-@click.option(
-    "--allow-host",
-    "allowed_hosts",
-    metavar="NAME",
-    multiple=True,
-    help="A name that requests may come for, besides localhost; off the loopback interface any may, if left out.",
-)
 @click.option("--max-requests", type=_COUNT, default=64, show_default=True, help="Completions under way.")
 @click.option("--max-connections", type=_COUNT, default=256, show_default=True)
 @click.option("--max-per-address", type=_COUNT, default=256, show_default=True, help="Of these, from one address.")
@@ -72,9 +62,7 @@ def openai(*, url, tls_ca, tls_cert, tls_key, token_file, trace_otlp, json_path,
     access = Access.of(tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key, token_file=token_file)
     timeouts = Timeouts(first_delta_s=None, total_s=settings.timeout_s)
 
-    def started(port: int) -> None:
-        address = f"{'https' if settings.cert else 'http'}://{settings.host}:{port}/v1"
-        write_json({"status": "ready", "address": address, "reader": url}, json_path)
-        click.echo(printable(f"ready: {address}, in front of {url}"), err=json_path == "-")
+    def started(address: str) -> None:
+        say_ready(f"{address}v1", [url], json_path, reader=url)
 
     serve(settings, lambda: AsyncReader(url, timeouts=timeouts, **vars(access)), started, trace_otlp)

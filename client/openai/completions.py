@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from cxr_triton.client.aio import AsyncReader, AsyncReadingStream
+from cxr_triton.client.door.bodies import is_plain, read
 from cxr_triton.client.log import Log
 from cxr_triton.client.openai.answer import Answer
 from cxr_triton.client.openai.chat import ChatRequest
@@ -20,7 +21,7 @@ from cxr_triton.client.openai.refusal import Refusal
 from cxr_triton.client.openai.settings import Settings
 from cxr_triton.client.spans import Span
 from cxr_triton.client.wire import FAILED
-from cxr_triton.errors import CxrError, DeadlineExceeded, InternalError, InvalidRequest, LimitExceeded, QueueFull
+from cxr_triton.errors import CxrError, InternalError, InvalidRequest, QueueFull
 from cxr_triton.profile import ModelProfile
 from cxr_triton.reading import Reading
 from cxr_triton.split import CONTENT, REASONING, Part, Splitter
@@ -138,29 +139,13 @@ class Completions:
             trace.span.end(trace.outcome if trace.outcome.isupper() else None)
 
     async def _body(self, request: web.Request) -> bytearray:
-        if (
-            request.content_type != "application/json"
-            or request.headers.get("Content-Encoding", "identity") != "identity"
-        ):
-            # A page of another site can send any other type without asking first.
+        if not is_plain(request, "application/json"):
             raise Refusal(
                 InvalidRequest("the body has to be plain JSON; send Content-Type: application/json"), status=415
             )
-        most = self._settings.max_body_mib << 20
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self._settings.body_s):
-                async for part in request.content.iter_any():  # aiohttp would keep what it reads as a whole
-                    body += part
-                    if len(body) > most:
-                        raise LimitExceeded(
-                            f"the body is over {self._settings.max_body_mib} MiB; send fewer or smaller images, or "
-                            "raise --max-body-mib"
-                        )
-                return body
-        except TimeoutError:
-            error = DeadlineExceeded(f"the body did not come within {self._settings.body_s:g} s; send it faster")
-            raise Refusal(error, status=408) from None
+        most_mib = self._settings.max_body_mib
+        too_large = f"the body is over {most_mib} MiB; send fewer or smaller images, or raise --max-body-mib"
+        return await read(request, most_mib << 20, self._settings.body_s, too_large)
 
     async def _stream(self, request: web.Request, completion: _Completion, trace: _Trace) -> web.StreamResponse:
         response = web.StreamResponse(headers={**_STREAM_HEADERS, **trace.headers(completion.answer)})

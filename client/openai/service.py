@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import signal
 import time
 from collections.abc import Callable
 from typing import TextIO
@@ -14,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from cxr_triton.client import otlp
 from cxr_triton.client.aio import AsyncReader
+from cxr_triton.client.door.service import run_until_told, serve_until
 from cxr_triton.client.listener import HttpListener
 from cxr_triton.client.log import Log
 from cxr_triton.client.openai.answer import model
@@ -26,7 +25,6 @@ from cxr_triton.client.openai.refusal import Refusal
 from cxr_triton.client.openai.settings import Settings
 from cxr_triton.client.served import ServedProfile
 from cxr_triton.errors import CxrError, InvalidRequest
-from cxr_triton.files import leave_no_core
 
 HEALTH_S = 1.0
 """How long an answer about the server's health is taken for true."""
@@ -70,7 +68,7 @@ class Service:
         )
         self.port: int | None = None
 
-    async def run(self, stopping: asyncio.Event, started: Callable[[int], None] = lambda port: None) -> None:
+    async def run(self, stopping: asyncio.Event, started: Callable[[str], None] = lambda address: None) -> None:
         """Serve until `stopping` is set, then let what is under way end within `grace_s`.
 
         Raises
@@ -81,20 +79,14 @@ class Service:
         try:
             async with self._listener as listener:
                 self.port = listener.port
-                started(listener.port)
-                await stopping.wait()
-                self._guard.is_draining = True
-                listener.close()
-                ends = time.monotonic() + self.settings.grace_s
-                while self._completions.under_way and time.monotonic() < ends:
-                    await asyncio.sleep(0.05)
+                started(listener.address)
+                await serve_until(stopping, listener, self._guard, lambda: self._completions.under_way)
         finally:
             await self._reader.close()
             self._log("stopped")
 
     def _app(self) -> web.Application:
-        app = web.Application(middlewares=[self._guard.middleware()])
-        app.on_response_prepare.append(_harden)
+        app = self._guard.around(web.Application())
         app.router.add_get("/health", self._healthy, allow_head=False)
         app.router.add_get("/metrics", self._metrics_page, allow_head=False)
         app.router.add_get("/openapi.json", self._description, allow_head=False)
@@ -140,25 +132,10 @@ class Service:
         return web.json_response(model(profile))
 
 
-async def _harden(request: web.Request, response: web.StreamResponse) -> None:
-    """Nothing of an answer is kept or guessed at on the way, and no version is told."""
-    response.headers.update({"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "cxr-triton"})
-
-
 def serve(
-    settings: Settings, reader: Callable[[], AsyncReader], started: Callable[[int], None], trace_otlp: str | None
+    settings: Settings, reader: Callable[[], AsyncReader], started: Callable[[str], None], trace_otlp: str | None
 ) -> None:
-    """Run until SIGTERM or SIGINT; both end it in order."""
-
-    async def run() -> None:
-        stopping = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopping.set)
-        await Service(settings, reader()).run(stopping, started)
-
-    leave_no_core()
-    logging.getLogger("aiohttp").setLevel(logging.CRITICAL + 1)  # it would quote requests
+    """Run until SIGTERM or SIGINT; both end it in order. `started` gets the address."""
     log = Log()
     otlp.start(trace_otlp, "openai", lambda said: log("spans_not_sent", error=said))
-    asyncio.run(run())
+    run_until_told(lambda stopping: Service(settings, reader()).run(stopping, started))

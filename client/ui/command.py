@@ -7,9 +7,10 @@ import webbrowser
 
 import click
 
-from cxr_triton.cli import access_options, json_option, printable, trace_option, write_json
+from cxr_triton.cli import access_options, json_option, printable, trace_option
 from cxr_triton.client.address import leaves_machine
 from cxr_triton.client.command import FILE
+from cxr_triton.client.door.command import door_options, say_ready
 from cxr_triton.extras import require
 
 _MIB = click.IntRange(1, 65536)
@@ -34,23 +35,12 @@ _MIB = click.IntRange(1, 65536)
     help="Longest wait for a whole reading.",
 )
 @access_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@door_options
 @click.option(
     "--password-file",
     type=FILE,
     metavar="FILE",
     help="Let in who knows the password in it, 12 characters or more; needed off the loopback interface.",
-)
-@click.option("--cert", type=FILE, metavar="PEM", help="Encrypt, with this certificate.")
-@click.option("--key", type=FILE, metavar="PEM", help="The key of --cert.")
-@click.option("--clear-text", is_flag=True, help="Listen unencrypted off the loopback interface, as behind a proxy.")
-@click.option(
-    "--allow-host",
-    "allowed_hosts",
-    metavar="NAME",
-    multiple=True,
-    help="A name that requests may come for, besides localhost; off the loopback interface any may, if left out.",
 )
 @click.option("--max-sessions", type=click.IntRange(1, 1000), default=32, show_default=True, help="Browser tabs.")
 @click.option("--session-mib", type=_MIB, default=256, show_default=True, help="What a session may hold in memory.")
@@ -87,11 +77,8 @@ def ui(*, urls, timeout_s, tls_ca, tls_cert, tls_key, token_file, trace_otlp, op
         if not access.tls and leaves_machine(url):
             click.echo(f"warning: the pictures travel unencrypted to {printable(url)}; use --tls-ca", err=True)
 
-    def started(port: int) -> None:
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        address = f"{'https' if settings.cert else 'http'}://{host}:{port}/"
-        write_json({"status": "ready", "address": address, "readers": list(urls)}, json_path)
-        click.echo(printable(f"ready: {address}, in front of {', '.join(urls)}"), err=json_path == "-")
+    def started(address: str) -> None:
+        say_ready(address, urls, json_path, readers=list(urls))
         if opens:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 

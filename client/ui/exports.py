@@ -14,7 +14,7 @@ from cxr_triton.client.objects.study import ObjectOptions
 from cxr_triton.client.page import draw, reading_page
 from cxr_triton.client.ui.decoders import Decoders
 from cxr_triton.client.ui.refusal import Refusal
-from cxr_triton.client.ui.sessions import Asked, Sessions
+from cxr_triton.client.ui.sessions import READING, Asked, Sessions
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.identity import sha256
 from cxr_triton.reading import Reading
@@ -67,7 +67,7 @@ class Exports:
 
     def add_routes(self, app: web.Application, under: str) -> None:
         """Routes below those of a session."""
-        app.router.add_get(f"{under}/readings/{{reading:r[0-9]{{1,9}}}}/export", self._export, allow_head=False)
+        app.router.add_get(f"{under}/readings/{READING}/export", self._export, allow_head=False)
 
     async def _export(self, request: web.Request) -> web.Response:
         asked = self._sessions.of(request).reading(request.match_info["reading"])

@@ -9,13 +9,13 @@ from urllib.parse import unquote
 
 from aiohttp import web
 
+from cxr_triton.client.door.bodies import read
 from cxr_triton.client.log import Log
-from cxr_triton.client.ui.bodies import read
 from cxr_triton.client.ui.decoders import MODEL, Decoders, presets
 from cxr_triton.client.ui.readings import shown_flags
 from cxr_triton.client.ui.refusal import Refusal
 from cxr_triton.client.ui.servers import Server
-from cxr_triton.client.ui.sessions import Picture, Session, Sessions
+from cxr_triton.client.ui.sessions import PICTURE, Picture, Session, Sessions
 from cxr_triton.client.ui.settings import Settings
 from cxr_triton.errors import Cancelled, CxrError, InvalidRequest
 
@@ -32,8 +32,8 @@ class Pictures:
     def add_routes(self, app: web.Application, under: str) -> None:
         """Routes below those of a session."""
         app.router.add_post(f"{under}/pictures", self._add)
-        app.router.add_get(f"{under}/pictures/{{picture:p[0-9]{{1,9}}}}.png", self._show, allow_head=False)
-        app.router.add_delete(f"{under}/pictures/{{picture:p[0-9]{{1,9}}}}", self._remove)
+        app.router.add_get(f"{under}/pictures/{PICTURE}.png", self._show, allow_head=False)
+        app.router.add_delete(f"{under}/pictures/{PICTURE}", self._remove)
 
     async def _add(self, request: web.Request) -> web.Response:
         outcome, size = "INTERNAL", 0

@@ -13,12 +13,12 @@ from typing import Any
 from aiohttp import web
 
 from cxr_triton.client.aio import AsyncReadingStream
+from cxr_triton.client.door.bodies import read
 from cxr_triton.client.log import Log
 from cxr_triton.client.objects.codes import presence
-from cxr_triton.client.ui.bodies import read_json
 from cxr_triton.client.ui.refusal import Refusal
 from cxr_triton.client.ui.servers import Server
-from cxr_triton.client.ui.sessions import Asked, Picture, Session, Sessions
+from cxr_triton.client.ui.sessions import READING, Asked, Picture, Session, Sessions
 from cxr_triton.client.ui.settings import Settings
 from cxr_triton.client.wire import FAILED
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, unknown_key
@@ -30,6 +30,7 @@ from cxr_triton.reading import Reading, image_name, parse
 from cxr_triton.request import ReadRequest
 from cxr_triton.split import REASONING, Splitter
 
+MOST_JSON = 256 * 1024
 BEAT_S = 5.0
 """Longest silence towards the browser."""
 _REQUEST = {
@@ -60,13 +61,13 @@ class Readings:
     def add_routes(self, app: web.Application, under: str) -> None:
         """Routes below those of a session."""
         app.router.add_post(f"{under}/readings", self._ask)
-        app.router.add_post(f"{under}/readings/{{reading:r[0-9]{{1,9}}}}/stop", self._stop)
+        app.router.add_post(f"{under}/readings/{READING}/stop", self._stop)
 
     async def _ask(self, request: web.Request) -> web.StreamResponse:
         session = self._sessions.of(request)
         trace = _Trace()
         with session.writing(), self._told(trace):
-            body = await read_json(request, self._settings.body_s)
+            body = _object(await read(request, MOST_JSON, self._settings.body_s))
             writing = await self._begun(session, body)
             trace.facts |= {"images": len(writing.asked.pictures), "turn": len(writing.asked.turns) + 1}
             trace.facts["trace"] = writing.stream.trace_id
@@ -292,6 +293,17 @@ def _boxes(reading: Reading, pictures: tuple[Picture, ...]) -> list[dict[str, An
         label = box.label or "unnamed"
         told.append({"label": label, "picture": picture.name, "x0": x0, "y0": y0, "x1": x1, "y1": y1})
     return told
+
+
+def _object(body: bytearray) -> dict[str, Any]:
+    """What is asked for, without what is null in it."""
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise InvalidRequest("the body is no JSON object; load the page again")
+    return {key: value for key, value in data.items() if value is not None}
 
 
 def _pictures(session: Session, names: object) -> tuple[Picture, ...]:

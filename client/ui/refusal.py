@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import re
+from typing import Any, ClassVar
 
-from cxr_triton.client.wire import FAILED, Uncoded
-from cxr_triton.errors import CODES, CxrError, InvalidImage, InvalidRequest, QueueFull, Unavailable
+from cxr_triton.client.door.refusal import STATUSES, TEXT, DoorRefusal
+from cxr_triton.errors import CxrError
 
-STATUSES = {
-    "READING_MISMATCH": 409,
-    "ACCESS_DENIED": 502,
-    "LIMIT_EXCEEDED": 413,
-    "QUEUE_FULL": 429,
-    "DEADLINE_EXCEEDED": 504,
-    "CANCELLED": 503,
-    "UNAVAILABLE": 503,
-    "SERVER_MISMATCH": 502,
-}
 HINTS = {
     "PROMPT_TOO_LONG": "Ask in fewer words, with fewer pictures, or begin a new conversation.",
     "READING_MISMATCH": "Take the pictures that the earlier reading was made of, in their order, or begin anew.",
@@ -38,52 +28,38 @@ HINTS = {
     "INTERNAL": "Tell who runs the server; its log has the details.",
 }
 """What to do, of each code that a visitor can meet; of others the message says it."""
-_NAMES = (
-    (r"REQUEST\.(?:prompt|history)\b(?:\[\d+\])?(?:\.content)?", "question"),
-    (r"REQUEST\.max_new_tokens", "max_tokens"),
-    (r"REQUEST\.(\w+)", r"\1"),
-    (r"\bIMAGES: (\d+) given", r"pictures: \1 given"),
-    (r"\bREQUEST\b", "the request"),
-)
 
 
-class Refusal(Exception):
+class Refusal(DoorRefusal):
     """A request that ends in an error.
 
     Parameters
     ----------
-    error : CxrError
-        Gives code and message; names of the REQUEST in it become those of the page.
-    status : int, optional
-        That of the code if left out.
+    error, status
+        See `DoorRefusal`.
     hint : str, optional
         That of the code, or what the message says to do, if left out.
     """
 
+    names: ClassVar[dict[str, str]] = {
+        TEXT: "question",
+        r"REQUEST\.max_new_tokens": "max_tokens",
+        r"\bIMAGES: (\d+) given": r"pictures: \1 given",
+        r"\bIMAGE (\d+)": r"picture \1",
+    }
+    statuses: ClassVar[dict[str, int]] = {**STATUSES, "READING_MISMATCH": 409}
+
     def __init__(self, error: CxrError, *, status: int | None = None, hint: str | None = None):
-        said, _, remedy = (FAILED if isinstance(error, Uncoded) else in_words(error.message)).rpartition("; ")
-        self.code = error.code
+        super().__init__(error, status=status)
+        said, _, remedy = self.message.rpartition("; ")
         self.message = said or remedy
         self.hint = hint or HINTS.get(error.code) or (f"{remedy[:1].upper()}{remedy[1:]}." if said else "")
-        super().__init__(self.message)
-        self.status = status or status_of(error.code)
-        self.headers = {"Retry-After": "1"} if isinstance(error, QueueFull | Unavailable) else {}
 
     @property
     def told(self) -> dict[str, str]:
         """Code, message and hint."""
         return {"code": self.code, "message": self.message, "hint": self.hint}
 
-
-def status_of(code: str) -> int:
-    """HTTP status of one of `cxr_triton.errors.CODES`."""
-    if code in STATUSES:
-        return STATUSES[code]
-    return 400 if issubclass(CODES[code], InvalidRequest | InvalidImage) else 500
-
-
-def in_words(message: str) -> str:
-    """A message about the REQUEST in the words of the page."""
-    for name, word in _NAMES:
-        message = re.sub(name, word, message)
-    return re.sub(r"IMAGES\[(\d+)\]", lambda found: f"picture {int(found[1]) + 1}", message)
+    def as_json(self) -> dict[str, Any]:
+        """The body of the answer."""
+        return {"error": self.told}

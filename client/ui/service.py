@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
-import signal
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -16,19 +12,19 @@ from aiohttp import web
 from cxr_triton import __version__
 from cxr_triton.client import otlp
 from cxr_triton.client.aio import AsyncReader
+from cxr_triton.client.door.service import run_until_told, serve_until
 from cxr_triton.client.limits import read_password
 from cxr_triton.client.listener import HttpListener
 from cxr_triton.client.log import Log
 from cxr_triton.client.login import Login
 from cxr_triton.client.ui.decoders import Decoders
 from cxr_triton.client.ui.exports import EXPORTS, Exports
-from cxr_triton.client.ui.guard import Guard, harden
+from cxr_triton.client.ui.guard import Guard
 from cxr_triton.client.ui.pictures import Pictures
 from cxr_triton.client.ui.readings import Readings
 from cxr_triton.client.ui.servers import Server, told
 from cxr_triton.client.ui.sessions import Sessions
 from cxr_triton.client.ui.settings import Settings
-from cxr_triton.files import leave_no_core
 from cxr_triton.reading import NOT_FOR_DIAGNOSIS
 from cxr_triton.request import MAX_TEXT_CHARS
 
@@ -90,7 +86,7 @@ class Service:
         self._guard = Guard(settings, login, self._log)
         self.port: int | None = None
 
-    async def run(self, stopping: asyncio.Event, started: Callable[[int], None] = lambda port: None) -> None:
+    async def run(self, stopping: asyncio.Event, started: Callable[[str], None] = lambda address: None) -> None:
         """Serve until `stopping` is set, then let what is under way end within `grace_s`.
 
         Raises
@@ -103,13 +99,8 @@ class Service:
         try:
             async with self._listener(decoders) as listener:
                 self.port = listener.port
-                started(listener.port)
-                await stopping.wait()
-                self._guard.is_draining = True
-                listener.close()
-                ends = time.monotonic() + self.settings.grace_s
-                while self.sessions.under_way and time.monotonic() < ends:
-                    await asyncio.sleep(0.05)
+                started(listener.address)
+                await serve_until(stopping, listener, self._guard, lambda: self.sessions.under_way)
                 self.sessions.end_all()
         finally:
             sweeper.cancel()
@@ -120,8 +111,7 @@ class Service:
             self._log("stopped")
 
     def _listener(self, decoders: Decoders) -> HttpListener:
-        app = web.Application(middlewares=[self._guard.middleware()], client_max_size=1 << 16)
-        app.on_response_prepare.append(harden)
+        app = self._guard.around(web.Application(client_max_size=1 << 16))
         self._guard.add_routes(app)
         app.router.add_get("/", self._index, allow_head=False)
         app.router.add_get("/page/{name}", self._file, allow_head=False)
@@ -188,21 +178,10 @@ class Service:
 def serve(
     settings: Settings,
     readers: Callable[[], Sequence[AsyncReader]],
-    started: Callable[[int], None],
+    started: Callable[[str], None],
     trace_otlp: str | None = None,
 ) -> None:
-    """Run until SIGTERM or SIGINT; both end it in order."""
-
-    async def run() -> None:
-        stopping = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopping.set)
-        await Service(settings, readers()).run(stopping, started)
-
-    leave_no_core()
-    logging.getLogger("aiohttp").setLevel(logging.CRITICAL + 1)  # it would quote requests
+    """Run until SIGTERM or SIGINT; both end it in order. `started` gets the address."""
     log = Log()
     otlp.start(trace_otlp, "ui", lambda said: log("spans_not_sent", error=said))
-    with contextlib.suppress(asyncio.CancelledError):
-        asyncio.run(run())
+    run_until_told(lambda stopping: Service(settings, readers()).run(stopping, started))

@@ -19,6 +19,9 @@ from cxr_triton.client.ui.settings import Settings
 from cxr_triton.errors import InvalidRequest, LimitExceeded, QueueFull
 from cxr_triton.reading import Reading
 
+PICTURE, READING = "{picture:p[0-9a-f]{16}}", "{reading:r[0-9a-f]{16}}"
+"""Names of them in the path of a request."""
+
 
 @dataclass(eq=False, kw_only=True)
 class Picture:
@@ -105,7 +108,7 @@ class Session:
         self.incoming = 0  # bytes
         self.seen_s = time.monotonic()
         self.is_over = False
-        self._settings, self._count, self._asked = settings, 0, 0
+        self._settings = settings
 
     @property
     def held(self) -> int:
@@ -134,8 +137,7 @@ class Session:
     def keep(self, picture: Picture) -> None:
         """Take a picture in."""
         self._require_open()
-        self._count += 1
-        picture.name = f"p{self._count}"
+        picture.name = _name("p")
         self.pictures[picture.name] = picture
 
     def remove(self, name: str) -> None:
@@ -157,8 +159,7 @@ class Session:
                 LimitExceeded(f"the session has {len(self.readings)} readings, as many as it may"),
                 hint="Save what you need, then load the page again.",
             )
-        self._asked += 1
-        asked = Asked(name=f"r{self._asked}", pictures=pictures, server=server, turns=turns)
+        asked = Asked(name=_name("r"), pictures=pictures, server=server, turns=turns)
         self.readings[asked.name] = asked
         return asked
 
@@ -286,6 +287,11 @@ class Sessions:
             session.coming -= 1
             session.incoming -= size
             session.seen_s = time.monotonic()
+
+
+def _name(kind: str) -> str:
+    """One that no session has had: what an old page says of its own things is of nothing in the next session."""
+    return f"{kind}{secrets.token_hex(8)}"
 
 
 def _over() -> Refusal:

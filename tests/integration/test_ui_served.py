@@ -95,14 +95,14 @@ def test_a_conversation_is_that_of_the_grpc_client_and_is_saved(room, triton, fi
         ours = reader.open(files[0], follow=wanted[:1]).ask(task="differentials").result()
     visitor = Visitor(room)
     visitor.picture(files[0])
-    visitor.read(pictures=["p1"])
-    done = visitor.read(pictures=["p1"], task="differentials", follow="r1")[-1]
+    visitor.read(pictures=visitor.pictures[:1])
+    done = visitor.read(pictures=visitor.pictures[:1], task="differentials", follow=visitor.readings[0])[-1]
     assert (done["reading"]["text"], done["reading"]["prompt"]) == (ours.text, ours.prompt)
     schema = json.loads((ROOT / "docs" / "reading.schema.json").read_text())
-    jsonschema.validate(visitor.export("r2", "json")[2], schema)
-    page = visitor.export("r2", "page")[2]
+    jsonschema.validate(visitor.export(visitor.readings[1], "json")[2], schema)
+    page = visitor.export(visitor.readings[1], "page")[2]
     assert NOT_FOR_DIAGNOSIS in page and "data:image/png;base64," in page
-    report = pydicom.dcmread(io.BytesIO(visitor.export("r1", "sr")[2]))
+    report = pydicom.dcmread(io.BytesIO(visitor.export(visitor.readings[0], "sr")[2]))
     assert report.StudyInstanceUID == pydicom.dcmread(io.BytesIO(files[0])).StudyInstanceUID
 
 
@@ -110,11 +110,11 @@ def test_visitors_who_stop_and_leave_free_the_server(room, triton, files):
     def visit(number: int) -> str:
         visitor = Visitor(room)
         visitor.picture(files[number])
-        with visitor.asking(pictures=["p1"]) as lines:
+        with visitor.asking(pictures=visitor.pictures[:1]) as lines:
             next(line for line in lines if line["type"] == "text")
             if number % 2:
                 return ""  # leaves
-            visitor.ask("POST", f"{visitor.path}/readings/r1/stop")
+            visitor.ask("POST", f"{visitor.path}/readings/{visitor.readings[0]}/stop")
             return list(lines)[-1]["type"]
 
     with ThreadPoolExecutor(8) as visitors:

@@ -602,15 +602,15 @@ def another_release(system, folder, monkeypatch):
 
 
 def any_name(system, folder, monkeypatch):
-    monkeypatch.setattr(OpenAISettings, "hosts", None)
+    monkeypatch.setattr(OpenAISettings, "serves", lambda settings, hosts: True)
     return api(system)
 
 
 def open_to_pages(system, folder, monkeypatch):
-    async def allow(request, response):
+    async def allow(guard, request, response):
         response.headers["Access-Control-Allow-Origin"] = "*"
 
-    monkeypatch.setattr("cxr_triton.client.openai.service._harden", allow)
+    monkeypatch.setattr("cxr_triton.client.openai.guard.Guard._harden", allow)
     return api(system)
 
 

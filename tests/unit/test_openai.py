@@ -36,8 +36,9 @@ from cxr_triton.client.openai.chat import ChatRequest
 from cxr_triton.client.openai.description import description
 from cxr_triton.client.openai.keys import Keys
 from cxr_triton.client.openai.parameters import PARAMETERS
-from cxr_triton.client.openai.refusal import FAILED, Refusal
+from cxr_triton.client.openai.refusal import Refusal
 from cxr_triton.client.openai.settings import Settings
+from cxr_triton.client.wire import FAILED
 from cxr_triton.errors import CODES, InvalidConfig, InvalidImage, InvalidRequest
 from cxr_triton.profile import load_profile
 from cxr_triton.reading import NOT_FOR_DIAGNOSIS, Reading, parse

@@ -117,6 +117,28 @@ def test_images_travel_as_length_prefixed_contents_and_only_given_keys_are_sent(
 
 
 @both
+def test_what_is_asked_is_what_was_given_though_it_changes_before_it_is_sent(kind):
+    history = [{"role": "user", "content": "Large?"}, {"role": "assistant", "content": "Yes."}]
+    asked = list(history)
+    with FakeServer(streamed) as server:
+        if kind is Reader:
+            with Reader(server.url) as reader:
+                stream = reader.read(b"x", history=asked)
+                asked.clear()
+                stream.result()
+        else:
+
+            async def run():
+                async with AsyncReader(server.url) as reader:
+                    stream = reader.read(b"x", history=asked)
+                    asked.clear()
+                    await stream.result()
+
+            asyncio.run(run())
+        assert server.asked["history"] == history
+
+
+@both
 def test_one_image_needs_no_list_and_none_is_an_empty_tensor(kind, tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"png")

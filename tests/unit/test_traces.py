@@ -1,6 +1,7 @@
 """One id from the client to the report, and spans of it at a collector that the test runs."""
 
 import asyncio
+import atexit
 import hashlib
 import io
 import itertools
@@ -322,6 +323,21 @@ def test_a_collector_that_is_away_is_said_and_keeps_no_reading(started, monkeypa
         assert read(Reader, server).trace_id
     started.flush()
     assert started.said and all(said.startswith("spans: ") and "\n" not in said for said in started.said)
+
+
+def test_the_end_of_a_process_waits_for_no_collector_that_says_nothing(started, monkeypatch):
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace.export import SpanExportResult
+
+    hooks, answers = [], threading.Event()
+    monkeypatch.setattr(atexit, "register", hooks.append)
+    monkeypatch.setattr(otlp, "EXIT_S", 0.05)
+    monkeypatch.setattr(OTLPSpanExporter, "export", lambda *_: (answers.wait(10), SpanExportResult.SUCCESS)[1])
+    otlp.start(started.url, "test", started.said.append)
+    Span("x", GIVEN).end()
+    hooks[-1]()
+    assert started.said == ["spans: those that could not be sent within 0.05 s are lost"]
+    answers.set()
 
 
 def test_the_environment_names_a_collector_and_without_the_extra_that_is_said(started, monkeypatch):

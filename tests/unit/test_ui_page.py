@@ -568,7 +568,7 @@ def test_answers_of_a_session_that_ended_do_not_get_into_the_next_one(tmp_path, 
         await page.evaluate("window.holding = null")
         await page.until("document.querySelector('.state').innerText === 'Stopped'")
         assert await page.evaluate(texts("article button")) == [], "the end of the old one came late"
-        assert not any("/readings/" in url for url in page.asked), "r1 is another one now"
+        assert not any("/readings/" in url for url in page.asked), "the old one is over"
 
         await end_all(room)
         await page.evaluate("window.holding = 'late.dcm'")

@@ -33,7 +33,7 @@ export class Pictures {
     });
   }
 
-  /** Those to be read, prior ones first: a name (`picture`) is only one within its session, so they are told apart as objects. */
+  /** Those to be read, prior ones first. */
   get chosen() {
     const of = (role) => this.#all.filter((picture) => picture.role === role);
     return [...of("prior"), ...of("current")];
