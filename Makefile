@@ -27,14 +27,22 @@ imports: tree
 types: tree
 	cd $(TREE) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
 
-# A test that takes 20 seconds here fails: it lacks the mark `slow`. Each core has a process; threads of numerical libraries
-# beside it would wait for each other.
-quick: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -m quick --timeout 20 -q -n logical --dist loadfile
+# Each core has a process; threads of numerical libraries beside it would wait for each other.
+UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
 
+# A test that takes 20 seconds here fails: it lacks the mark `slow`.
+quick: $(VENV)/.test
+	$(UNIT) tests/unit -m quick --timeout 20 -q
+
+# The unit tests on all cores, and then the others alone: they serve models, and some compare speeds. Both run, whatever the
+# first says. Where PYTEST_OPTIONS leave one of them without a test, it says 5.
+SERVED := contract integration
 test: server-python $(VENV)/.test debian vllm
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	@trap 'exit 130' INT; set -x; \
+	$(UNIT) $(foreach folder,$(SERVED),--ignore=tests/$(folder) --deselect=tests/$(folder)) $(PYTEST_OPTIONS); unit=$$?; \
+	$(BIN)/python -m pytest --ignore=tests/unit --deselect=tests/unit $(PYTEST_OPTIONS); served=$$?; \
+	case $$unit$$served in 00 | 05 | 50) ;; *) exit 1 ;; esac
 
 # vLLM needs another numpy than the local server: an environment of its own, which the tests find here. 3 GB. Its Python
 # may be another one too, as it talks to its process alone.

@@ -1,5 +1,6 @@
 """Shared fixtures: where the real radiographs are; and which tests are quick."""
 
+import gc
 import signal
 from pathlib import Path
 
@@ -15,6 +16,23 @@ def pytest_configure():
     """What a shell without job control starts in the background ignores Ctrl-C, and so would the tests' programs."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported stays: no pass of the garbage collector through it frees anything."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """The passes in a file's tests go through that file's objects alone: one through all libraries takes 0.2 s."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,7 @@ def test_a_reading_without_room_is_not_lost(png, tmp_path):
 
 def test_a_full_standard_output_is_no_bug(png):
     with open("/dev/full", "wb") as full:
-        code = "from cxr_triton.cli import main; main(['recipes'])"
+        code = "from cxr_triton.cli import main; main(['profiles'])"
         ended = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 1
     assert "No space left on device; free some space" in ended.stderr and "Traceback" not in ended.stderr

@@ -23,6 +23,7 @@ from typing import get_type_hints
 import pytest
 from fake_server import FakeServer, failure, pause, response
 from fake_session import until
+from front import EC
 
 pytest.importorskip("aiohttp")
 pytest.importorskip("openai")
@@ -744,7 +745,7 @@ def test_a_page_elsewhere_can_send_no_body(site, headers):
 
 def test_it_encrypts(tmp_path):
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command = ["openssl", "req", "-x509", *EC, "-days", "2", "-subj", "/CN=localhost"]
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert]
     subprocess.run(command, check=True, capture_output=True)
     with served(cert=cert, key=key) as (_, server):

@@ -15,6 +15,7 @@ import grpc
 import pytest
 from fake_server import FakeServer, empty_final, failure, pause, response
 from fake_session import until
+from front import EC
 from tritonclient.utils import deserialize_bytes_tensor
 
 from cxr_triton.client import AsyncReader, Reader, Timeouts, Tls, limits, wire
@@ -696,7 +697,7 @@ def test_server_info():
 @both
 def test_tls(kind, tmp_path):
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command = ["openssl", "req", "-x509", *EC, "-days", "2", "-subj", "/CN=localhost"]
     subprocess.run(
         [*command, "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", cert],
         check=True,

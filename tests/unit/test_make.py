@@ -1,0 +1,62 @@
+"""`make test` over a stand-in of Python, which notes how it is called."""
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = r"""#!/bin/sh
+case "$*" in *pytest*) ;; *) exit 0 ;; esac
+printf '%s\t' "$@" >> calls; echo >> calls
+case "$*" in *-n*) exit {unit} ;; *) exit {served} ;; esac
+"""
+
+
+@pytest.fixture
+def made(tmp_path):
+    def run(unit: int, served: int, options: str = ""):
+        """How `make test` ended, and how pytest was called."""
+        binaries = tmp_path / "venv" / "bin"
+        binaries.mkdir(parents=True)
+        for name in ("python", "ruff"):
+            (binaries / name).write_text(PYTHON.format(unit=unit, served=served))
+            (binaries / name).chmod(0o755)
+        for name in ("Makefile", "pyproject.toml"):
+            shutil.copy(ROOT / name, tmp_path)
+        (tmp_path / "vllm").mkdir()
+        for there in ("venv/.test", "vllm/.installed"):
+            (tmp_path / there).touch()
+        given = ["VENV=venv", "VLLM=vllm", "DEBIAN_PACKAGES=", f"PYTEST_OPTIONS={options}"]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        ended = subprocess.run(
+            ["make", "test", *given], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        )
+        return ended, [line.split("\t")[:-1] for line in (tmp_path / "calls").read_text().splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "unit, served, right",
+    [(0, 0, True), (1, 0, False), (0, 1, False), (2, 5, False), (0, 5, True), (5, 0, True), (5, 5, False)],
+)
+def test_both_halves_run_and_a_failure_in_either_is_one(made, unit, served, right):
+    ended, calls = made(unit, served)
+    assert len(calls) == 2 and (ended.returncode == 0) == right, ended.stderr
+
+
+def test_every_test_is_in_one_half_and_options_go_to_both(made):
+    options = "-m 'not quick' -k \"serve or read\""
+    _, (unit, served) = made(0, 0, options)
+    asked = shlex.split(options)
+    assert unit[-len(asked) :] == served[-len(asked) :] == asked
+    left_out = [{word for word in call if word.startswith("--")} - {"--dist"} for call in (unit, served)]
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")} - {"unit"}
+    both = [
+        {f"--{how}=tests/{name}" for name in names for how in ("ignore", "deselect")} for names in (folders, {"unit"})
+    ]
+    assert left_out == both and "-n" in unit and "-n" not in served
