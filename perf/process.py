@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import json
 import multiprocessing
 import os
+import subprocess
 import time
 from collections.abc import Iterable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from cxr_triton.errors import InternalError
+
+_ELSEWHERE = """
+import json, sys, types
+from multiprocessing.connection import Connection
+for name, folder in json.loads(sys.argv[1]).items():
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder]
+from cxr_triton.perf.process import serve
+pipe = Connection(int(sys.argv[2]))
+serve(pipe, *pipe.recv())
+"""
+"""Of a Python without our packages: modules in `_BARE` are found, and what their `__init__` import is not needed."""
+_BARE = ("cxr_triton", "cxr_triton.engines", "cxr_triton.export", "cxr_triton.perf", "cxr_triton.perf.peers")
 
 
 def resident_bytes(field: str, processes: Iterable[int | str] = ("self",)) -> int:
@@ -45,25 +62,54 @@ def serve(pipe, kind, cpus, *arguments) -> None:
         getattr(running, "close", lambda: None)()
         pipe.send({"idle_cpu_share": idle, **memory})
     except Exception as error:
-        pipe.send(error)
+        # Whoever reads it need not have the library that raised it.
+        is_known = type(error).__module__.partition(".")[0] in ("builtins", "cxr_triton")
+        pipe.send(error if is_known else InternalError(f"{type(error).__name__}: {error}"))
+
+
+class _Elsewhere(subprocess.Popen):
+    """A process of another Python, called as `multiprocessing.Process` is."""
+
+    def __init__(self, python: str, pipe: Connection):
+        folders = {name: importlib.import_module(name).__path__[0] for name in _BARE}
+        command = [python, "-I", "-c", _ELSEWHERE, json.dumps(folders), str(pipe.fileno())]
+        nothing = subprocess.DEVNULL
+        super().__init__(command, stdin=nothing, stdout=nothing, pass_fds=[pipe.fileno()])
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.returncode
+
+    def join(self) -> None:
+        self.wait()
 
 
 class Process:
     """Something with methods, made in a process of its own from a picklable `kind` and arguments.
 
+    With `python` it runs in that interpreter, which need not have our packages: `kind` and what its module imports get
+    along without them.
+
     Attributes
     ----------
     facts : dict
-        ``load_s`` and ``loaded_resident_bytes``; after `end` memory at its peak and idle CPU time too.
+        ``load_s``, ``ready_s`` (with the start of the process) and ``loaded_resident_bytes``; after `end` memory at its
+        peak and idle CPU time too.
     """
 
-    def __init__(self, kind, cpus, *arguments):
+    def __init__(self, kind, cpus, *arguments, python: str | None = None):
         spawn = multiprocessing.get_context("spawn")
         self.pipe, child = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(child, kind, cpus, *arguments), daemon=True)
-        self.process.start()
+        began_s = time.perf_counter()
+        self.process: Any
+        if python is None:
+            self.process = spawn.Process(target=serve, args=(child, kind, cpus, *arguments), daemon=True)
+            self.process.start()
+        else:
+            self.process = _Elsewhere(python, child)
+            self.pipe.send((kind, cpus, *arguments))
         child.close()
-        self.facts = self._receive()
+        self.facts = self._receive() | {"ready_s": time.perf_counter() - began_s}
 
     def call(self, method: str, *arguments) -> Any:
         """What a method returned; raises what it raised, and `InternalError` where the process has ended."""

@@ -10,11 +10,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import statistics
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,6 +82,29 @@ def copy_bandwidth(threads: int) -> float:
     for worker in workers:
         worker.join()
     return 2 * COPY_BYTES * threads / (time.perf_counter() - started_s)
+
+
+def peaks() -> dict:
+    """What the cores that this process may use reach together, by `peaks.c`, which is compiled for them first.
+
+    Returns
+    -------
+    dict
+        ``read_bytes_per_s`` of memory and ``int8_ops_per_s`` of products; None with the reason in ``why``.
+    """
+    unknown = {"read_bytes_per_s": None, "int8_ops_per_s": None}
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    with tempfile.TemporaryDirectory() as folder:
+        program, source = f"{folder}/peaks", str(Path(__file__).with_name("peaks.c"))
+        for command in ([*compiler, "-O3", "-march=native", "-fopenmp", "-o", program, source], [program]):
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+            except OSError as error:
+                return unknown | {"why": f"{command[0]} does not run ({error.strerror}); install a C compiler"}
+            except subprocess.CalledProcessError as error:
+                return unknown | {"why": f"{command[0]} ends with {error.returncode}: {error.stderr[-500:]}"}
+    told: dict = json.loads(done.stdout)
+    return {key: told[key] for key in (*unknown, "why")}
 
 
 def gemm_speed(precision: str, threads: int, shape: tuple[int, int, int] = GEMM, name: str = DEFAULT) -> float:

@@ -13,20 +13,44 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cxr_triton.errors import InvalidRequest, unknown_key
-from cxr_triton.perf.peers.peer import Peer
+from cxr_triton.perf.peers.peer import Peer, plain
 from cxr_triton.perf.process import Process
 from cxr_triton.profile import ModelProfile
 
 PEERS = ("transformers", "genai", "vllm")
-"""Modules of this package."""
+"""Modules of this package, as `bench run --baseline` takes them."""
+
+KINDS = {
+    **{name: f"{name}.PEER" for name in PEERS},
+    "llama-cpp-q4-0": "llama_cpp.Q4_0",
+    "llama-cpp-q4-k-m": "llama_cpp.Q4KM",
+    "openvino-genai": "openvino_genai.PEER",
+}
+"""All peers, as `perf.beside` takes them."""
+
+
+def kind_of(name: str) -> type[Peer]:
+    """The class of one of `KINDS`."""
+    module, _, attribute = KINDS[name].partition(".")
+    kind: type[Peer] = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    return kind
 
 
 def peer(name: str) -> type[Peer]:
-    """The class of a peer."""
-    kind: type[Peer] = importlib.import_module(f"{__name__}.{name}").PEER
-    return kind
+    """The class of one of `PEERS`."""
+    return kind_of(name)
+
+
+def start(kind: type[Peer], folder: Path, profile: ModelProfile, items: Sequence) -> Process:
+    """A peer in a process of its own, on the cores that this one has."""
+    cpus = sorted(os.sched_getaffinity(0))
+    if not kind.elsewhere:
+        return Process(kind, cpus, str(folder), profile, list(items))
+    given = [plain(folder, profile, items)] if kind.scope == "reading" else []
+    return Process(kind, cpus, str(folder), *given, python=os.environ.get(kind.variable))
 
 
 def parse(values: Sequence[str]) -> dict[str, Path]:
@@ -85,7 +109,6 @@ def measure(
 
     entries: list[dict] = []
     running: dict[str, Process] = {}
-    cpus = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
         # First those that have to be built, while no other model takes the memory that this needs.
         prepared = {}
@@ -93,10 +116,10 @@ def measure(
             if why := peer(name).missing():
                 entries.append({"name": peer(name).title, "ratio_output_tokens_per_s": None, "why": why})
                 continue
-            prepared[name] = peer(name).prepare(folder, stack)
+            prepared[name] = peer(name).prepare(folder, Path(stack.enter_context(TemporaryDirectory(prefix=name))))
         for name, folder in prepared.items():
             on_round(f"start {name}")
-            running[name] = Process(peer(name), cpus, str(folder), profile, list(items))
+            running[name] = start(peer(name), folder, profile, items)
             stack.callback(running[name].kill)
         reader = stack.enter_context(Reader(url))
         told: dict[str, list[dict]] = {name: [] for name in running}

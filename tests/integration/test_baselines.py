@@ -68,9 +68,9 @@ def test_genai_decodes_prompts_of_the_same_lengths(server, served_bundle, items,
 class EchoDecoder(Peer):
     """Says that it took half a second for the prompt, and two seconds in all."""
 
-    title, packages, module, scope = "echo", ("numpy",), "json", "decoder"
+    title, packages, scope, elsewhere = "echo", ("numpy",), "decoder", True
 
-    def __init__(self, folder: str, profile, items):
+    def __init__(self, folder: str):
         pass
 
     def read(self, index: int, prompt_tokens: int, tokens: int) -> dict:

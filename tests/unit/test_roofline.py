@@ -9,8 +9,13 @@ from bundles import write_export
 from checkpoints import random_checkpoint
 from jsonschema import Draft202012Validator
 
+from cxr_triton import phantom
 from cxr_triton.engines.build import build_bundle
+from cxr_triton.perf.beside import Ours
+from cxr_triton.perf.peers.transformers import Transformers
 from cxr_triton.perf.roofline import Ceilings, ModelWork, Work, copy_bandwidth, gemm_speed, row, rows
+from cxr_triton.perf.workload import enlarge
+from cxr_triton.phantom_file import write_dicom
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,28 @@ def test_operations_of_prefill_and_decode_are_those_that_torch_counts(model):
     step = work.prefill(96).flops - work.prefill(95).flops + 2 * text.hidden_size * text.vocab_size
     assert work.decode(95).flops == pytest.approx(step)
     assert work.decode(95, streams=4).flops == pytest.approx(4 * step)
+
+
+def test_a_bundle_is_measured_without_a_server(model):
+    """What `perf.beside` asks of our side: answers of so many tokens, a first word, and the weights of a step."""
+    _, bundle = model
+    rng = np.random.default_rng(0)
+    picture = write_dicom(enlarge(phantom.draw(rng), 196, 224, 12, rng))
+    ours = Ours(str(bundle.path), bundle.profile, [([picture], {"temperature": 0})])
+    try:
+        told = ours.write([[70, 71, 72, 73], [80, 81, 82, 83]], 5)
+        assert 0 < told["first_s"] < 60 and told["tokens_per_s"] > 0
+        first = ours.read(0, 0, 1)
+        assert 0 < first["first_s"] <= first["seconds"] and first["prompt_tokens"] > 4
+    finally:
+        ours.close()
+    assert Ours.step_bytes(bundle.path) == ModelWork.of(bundle).step_bytes
+
+
+def test_what_a_step_of_a_checkpoint_reads_is_all_of_its_text_decoder(model):
+    reference, bundle = model
+    text = reference.model.language_model.parameters()
+    assert Transformers.step_bytes(bundle.path) == 2 * sum(each.numel() for each in text)
 
 
 def test_operations_of_the_vision_tower_are_those_that_torch_counts(model):

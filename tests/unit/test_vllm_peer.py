@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow  # they start processes
 
 SERVER = """#!{python}
 import json, os, sys, time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 if sys.argv[1] == "-c":
     print(json.dumps({versions}))
     sys.exit()
@@ -51,6 +51,11 @@ class Handler(BaseHTTPRequestHandler):
         def say(event):
             self.wfile.write(b"data: " + json.dumps(event).encode() + b"\\n\\n")
             self.wfile.flush()
+        if self.path == "/v1/completions":
+            for token in range(body["max_tokens"] if {whole} else 1):
+                time.sleep(0.02)
+                say({{"choices": [{{"text": "", "token_ids": [token]}}]}})
+            return
         say({{"choices": [{{"delta": {{"role": "assistant", "content": ""}}}}]}})
         time.sleep(0.05)
         say({{"choices": [{{"delta": {{"content": "No "}}}}]}})
@@ -62,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-HTTPServer(("127.0.0.1", int(options["--port"])), Handler).serve_forever()
+ThreadingHTTPServer(("127.0.0.1", int(options["--port"])), Handler).serve_forever()
 """
 
 
@@ -120,6 +125,26 @@ def test_each_reading_is_new_to_its_caches_and_has_as_many_tokens(stand_in, monk
     assert text["type"] == "text" and image["type"] == "image_url"
     again = second["body"]["messages"][-1]["content"][0]
     assert again["uuid"] != image["uuid"] and second["body"]["cache_salt"] != body["cache_salt"]
+
+
+def test_prompts_of_token_ids_are_answered_at_once_and_by_no_cache(stand_in):
+    log = stand_in()
+    peer = opened()
+    try:
+        told = peer.write([[5, 6, 7], [8, 9, 10]], 4)
+        assert told["first_s"] >= 0.02 and 2 < told["tokens_per_s"] <= 2 / 0.02
+    finally:
+        peer.close()
+    asked = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [each["path"] for each in asked] == ["/v1/completions"] * 2
+    assert sorted(each["body"]["prompt"] for each in asked) == [[5, 6, 7], [8, 9, 10]]
+    assert all(each["body"]["max_tokens"] == 4 and each["body"]["ignore_eos"] for each in asked)
+    assert len({each["body"]["cache_salt"] for each in asked}) == 2
+    stand_in(whole=False)
+    peer = opened()
+    with pytest.raises(InternalError, match="vLLM wrote 1 of 4 tokens"):
+        peer.write([[5, 6, 7]], 4)
+    peer.close()
 
 
 def test_the_server_goes_with_the_peer_even_if_that_is_killed(stand_in):
