@@ -6,6 +6,7 @@ neither memory nor cores, and each round has its time to load. What one cannot d
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
@@ -37,6 +38,7 @@ from cxr_triton.perf.reuse import prompt_of
 from cxr_triton.perf.roofline import ModelWork, peaks
 from cxr_triton.perf.workload import enlarge
 from cxr_triton.phantom_file import write_dicom
+from cxr_triton.profile import ModelProfile
 from cxr_triton.sampling import Sampling
 
 SCHEMA = 1
@@ -160,7 +162,7 @@ class Plan:
     streams: tuple[int, ...]
     flops: float
     vocab: int
-    profile: object
+    profile: ModelProfile
     items: Sequence
 
     def prompts(self, streams: int, seed: int) -> list[list[int]]:
@@ -259,6 +261,11 @@ def measure(chosen: Sequence[Entrant], plan: Plan, *, rounds: int, on_round: Cal
     return result
 
 
+def _rate(streams: str, each: dict) -> float:
+    """Of one turn, with so many streams."""
+    return each["streams"][streams]["tokens_per_s"]
+
+
 def _entry(
     entrant: Entrant, turns: list[dict], first: list[dict], plan: Plan, limits: Mapping[str, float | None]
 ) -> dict:
@@ -279,7 +286,7 @@ def _entry(
         ops = plan.flops * prompt["value"] / plan.prompt
         prompt |= {"top_per_s": ops / 1e12, "share_of_int8_peak": _share(ops, limits["int8_ops_per_s"])}
     for streams in plan.streams:
-        row = median(lambda each, key=str(streams): each["streams"][key]["tokens_per_s"], why or NO_CROWD)
+        row = median(functools.partial(_rate, str(streams)), why or NO_CROWD)
         if row["value"] and entrant.step_bytes:
             read = entrant.step_bytes * row["value"] / streams
             row |= {"gb_per_s": read / 1e9, "share_of_read_bandwidth": _share(read, limits["read_bytes_per_s"])}

@@ -1,20 +1,19 @@
-"""What each turn of a conversation takes: `python -m cxr_triton.perf.turns REPOSITORY... --vllm CHECKPOINT`.
+"""What each turn of a conversation takes: `python -m cxr_triton.perf.turns REPOSITORY... --peer NAME=CHECKPOINT`.
 
-Packaged repositories, and vLLM as one installs it, are asked the same in alternating rounds: about a new picture, then
-a second question after the answer, then another task on the picture; by one client, and by several at once. One server
-is up at a time and takes no memory or processor time from another; each is loaded anew in every round.
+Packaged repositories, and what one would serve with instead, are asked the same in alternating rounds: about a new
+picture, then a second question after the answer, then another task on the picture; by one client, and by several at
+once. One server is up at a time and takes no memory or processor time from another; each is loaded anew in every round.
 
-Our servers are asked over gRPC, vLLM over its chat API. Decoding of the file is free for vLLM, which gets the picture
-as PNG. Caches are on, as they come.
+Our servers are asked over gRPC, a peer over its chat API. Decoding of the file is free for a peer, which gets the
+picture as PNG. Caches are on, as they come.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
-import secrets
+import re
 import statistics
 import sys
 import time
@@ -31,10 +30,11 @@ from cxr_triton import phantom
 from cxr_triton.cli import Command, json_option, write_json
 from cxr_triton.perf.decoder import medians
 from cxr_triton.perf.environment import Stolen, environment
+from cxr_triton.perf.peers import parse, peer
+from cxr_triton.perf.peers.peer import Peer
 from cxr_triton.perf.reuse import ASKED, TURNS
 from cxr_triton.phantom_file import write_dicom
 from cxr_triton.profile import ModelProfile, load_profile
-from cxr_triton.request import ReadRequest
 
 SCHEMA = 1
 LIMIT_S = 3600.0
@@ -76,20 +76,11 @@ def ours(repository: Path, pictures: Sequence[bytes]) -> Iterator[Ask]:
 
 
 @contextlib.contextmanager
-def vllm(checkpoint: Path, profile: ModelProfile, pictures: Sequence[bytes]) -> Iterator[Ask]:
-    """Stock vLLM's API server; a picture's name is its salt, so that its own turns alone are known from before."""
-    from cxr_triton.perf.peers.vllm import Vllm, chat_messages
-
-    running = Vllm(str(checkpoint), profile, [([picture], {"prompt": ASKED[0]}) for picture in pictures])
-    names = [secrets.token_hex(16) for _ in pictures]
+def theirs(kind: type[Peer], checkpoint: Path, profile: ModelProfile, pictures: Sequence[bytes]) -> Iterator[Ask]:
+    """A peer; nothing that it remembers of a picture is of another one's turns."""
+    running = kind(str(checkpoint), profile, [([picture], {"prompt": ASKED[0]}) for picture in pictures])  # type: ignore[call-arg]
     try:
-
-        def ask(picture: int, request: dict[str, Any]) -> dict[str, Any]:
-            asked = ReadRequest.from_json(json.dumps(request), running.prompts.profile)
-            said = chat_messages(asked.messages(1), running.pictures[picture], names[picture])
-            return running.server.chat(said, names[picture], asked.max_new_tokens, asked.repetition_penalty)
-
-        yield ask
+        yield running.ask
     finally:
         running.close()
 
@@ -176,30 +167,24 @@ def measure(
 
 @click.command(cls=Command, extra="local")
 @click.argument("repositories", nargs=-1, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option(
-    "--vllm",
-    "checkpoint",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Checkpoint for stock vLLM, whose Python CXR_VLLM_PYTHON names.",
-)
-@click.option("--profile", default="chexone", show_default=True, help="Of the checkpoint.")
+@click.option("--peer", "peers", metavar="NAME=CHECKPOINT", multiple=True, help="Beside them; may be repeated.")
+@click.option("--profile", default="chexone", show_default=True, help="Of the checkpoints.")
 @click.option("--streams", multiple=True, type=click.IntRange(1), default=(1, 4), show_default=True)
 @click.option("--tokens", type=click.IntRange(2), default=32, show_default=True, help="Longest answer.")
 @click.option("--rounds", type=click.IntRange(1), default=2, show_default=True)
 @json_option
-def main(repositories, checkpoint, profile, json_path, **sizes):
+def main(repositories, peers, profile, json_path, **sizes):
     """First words and speed of a first turn, a follow-up and another task on a picture, of servers in turn."""
     servers: dict[str, Open] = {path.name: functools.partial(ours, path) for path in repositories}
-    versions: dict[str, str] = {}
-    if checkpoint:
-        from cxr_triton.perf.peers.vllm import OPTIONS, Vllm
-
-        if why := Vllm.missing():
-            raise click.UsageError(why)
-        servers["vllm"] = functools.partial(vllm, checkpoint, load_profile(profile))
-        versions = {**Vllm.versions(), "options": os.environ.get(OPTIONS, "")}
+    versions: dict[str, dict[str, str]] = {}
+    for name, checkpoint in parse(peers, "--peer").items():
+        kind = peer(name)
+        if why := kind.missing() or ("" if kind.talks else "it holds no conversations"):
+            raise click.UsageError(f"--peer {name}: {why}")
+        servers[name] = functools.partial(theirs, kind, checkpoint, load_profile(profile))
+        versions[name] = kind.versions()
     if not servers:
-        raise click.UsageError("name a repository, or --vllm CHECKPOINT")
+        raise click.UsageError("name a repository, or a --peer")
     began, stolen = datetime.now(UTC).isoformat(timespec="seconds"), Stolen()
     found = measure(servers, say=functools.partial(click.echo, err=True), **sizes)
     result = {
@@ -207,7 +192,8 @@ def main(repositories, checkpoint, profile, json_path, **sizes):
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "date": began,
         "environment": {**environment(), "stolen_share": stolen.share()},
-        "vllm": versions,
+        "peers": versions,
+        "options": {name: value for name, value in os.environ.items() if re.fullmatch(r"CXR_\w+_OPTIONS", name)},
         "tokens": sizes["tokens"],
         "servers": found,
     }

@@ -53,8 +53,8 @@ def start(kind: type[Peer], folder: Path, profile: ModelProfile, items: Sequence
     return Process(kind, cpus, str(folder), *given, python=os.environ.get(kind.variable))
 
 
-def parse(values: Sequence[str]) -> dict[str, Path]:
-    """``--baseline`` options ``NAME=CHECKPOINT``.
+def parse(values: Sequence[str], option: str = "--baseline") -> dict[str, Path]:
+    """Values ``NAME=CHECKPOINT`` of an option.
 
     Raises
     ------
@@ -65,11 +65,9 @@ def parse(values: Sequence[str]) -> dict[str, Path]:
     for value in values:
         name, _, folder = value.partition("=")
         if name not in PEERS:
-            raise InvalidRequest(unknown_key(name, PEERS, "--baseline").replace("key", "baseline", 1))
+            raise InvalidRequest(unknown_key(name, PEERS, option).replace("key", "baseline", 1))
         if not Path(folder, "config.json").is_file() and not Path(folder, "genai_config.json").is_file():
-            raise InvalidRequest(
-                f"--baseline {value}: {folder or 'nothing'} is no checkpoint folder; give {name}=FOLDER"
-            )
+            raise InvalidRequest(f"{option} {value}: {folder or 'nothing'} is no checkpoint folder; give {name}=FOLDER")
         found[name] = Path(folder).resolve()
     return found
 

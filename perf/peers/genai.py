@@ -33,7 +33,7 @@ class GenaiEngine:
     def round(self) -> dict:
         """Tokens per second of prefill and decode."""
         ids = np.random.default_rng(0).integers(0, self.vocab // 2, self.prompt)
-        took = self.write([ids], self.tokens)
+        took = self.write([ids.tolist()], self.tokens)
         return {
             "prefill_tokens_per_s": self.prompt / took["first_s"],
             "decode_tokens_per_s": took["tokens_per_s"],

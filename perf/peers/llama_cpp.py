@@ -69,7 +69,8 @@ class LlamaCpp(Peer):
 
     def write(self, prompts: Sequence[Sequence[int]], tokens: int) -> dict:
         self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
-        started_s, arrivals, last = time.perf_counter(), [[] for _ in prompts], []
+        arrivals: list[list[float]] = [[] for _ in prompts]
+        started_s, last = time.perf_counter(), []
         for stream, ids in enumerate(prompts):
             for begin in range(0, len(ids), BATCH):
                 part = ids[begin : begin + BATCH]

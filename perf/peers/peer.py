@@ -41,6 +41,8 @@ class Peer:
         Environment variable that names the Python which has `packages`; ours if it is not set.
     elsewhere : bool
         Its process is of that Python.
+    talks : bool
+        It has `ask`.
     """
 
     title: ClassVar[str]
@@ -48,6 +50,7 @@ class Peer:
     scope: ClassVar[str] = "reading"
     variable: ClassVar[str] = ""
     elsewhere: ClassVar[bool] = False
+    talks: ClassVar[bool] = False
 
     @classmethod
     def python(cls) -> str:
@@ -104,6 +107,23 @@ class Peer:
         dict
             ``prompt_tokens``, ``tokens``, ``first_s`` (None where it cannot be told) and ``seconds``; ``text`` of who
             writes one.
+        """
+        raise NotImplementedError
+
+    def ask(self, index: int, request: dict) -> dict:
+        """A turn of a conversation, with whatever earlier turns about the same item left known.
+
+        Parameters
+        ----------
+        index : int
+            Of the item, whose pictures it is about.
+        request : dict
+            REQUEST, with ``max_new_tokens``.
+
+        Returns
+        -------
+        dict
+            As of `read`, with a ``text``.
         """
         raise NotImplementedError
 

