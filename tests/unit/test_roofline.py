@@ -25,6 +25,8 @@ def model(tmp_path_factory):
     reference.set_attn_implementation("eager")  # torch does not count what its fused attention does on a CPU
     (folder / "export").mkdir()
     write_export(folder / "export", folder / "checkpoint")
+    template = "{% for message in messages %}<|vision_start|><|image_pad|><|vision_end|>{% endfor %}:"
+    (folder / "export" / "chat_template.jinja").write_text(template)
     return reference, build_bundle(folder / "export", folder / "bundle")
 
 
