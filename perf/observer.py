@@ -104,8 +104,10 @@ class Observer:
         return self._by_process(_resident)
 
     def processor_s(self) -> dict[str, float]:
-        """Process to the processor time that it has had so far, of all its threads."""
-        return self._by_process(_processor_s)
+        """Process to the processor time that it has had so far, of all its threads; children that ended count too."""
+        totals = self._by_process(_processor_s)
+        ended_s = sum(_processor_s(pid, of_children=True) for pid in self._pids())
+        return totals | {"decoding child": totals.get("decoding child", 0.0) + ended_s}
 
     def _by_process(self, of: Callable[[int | str], float]) -> dict:
         totals = defaultdict(int, client=of("self"))
@@ -121,13 +123,14 @@ def _resident(pid: int | str) -> int:
         return 0
 
 
-def _processor_s(pid: int | str) -> float:
-    """User and system time of a process, proc(5)."""
+def _processor_s(pid: int | str, *, of_children: bool = False) -> float:
+    """User and system time of a process, or of its children that it has waited for, proc(5)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:  # it has ended
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    first = 13 if of_children else 11
+    return (int(fields[first]) + int(fields[first + 1])) / os.sysconf("SC_CLK_TCK")
 
 
 def _process_name(pid: int) -> str:

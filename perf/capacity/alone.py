@@ -14,7 +14,8 @@ from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.pipeline import Preprocessor
 
 STEPS = 24
-TIMES = 5
+LEAST, LEAST_S = 5, 0.2
+"""A point is of so many pieces, and of so long a time, at least."""
 
 
 class Alone:
@@ -31,9 +32,8 @@ class Alone:
 
     def __init__(self, bundle: str, slots: int, items: Sequence[tuple[list[bytes], dict]]):
         opened = Bundle.open(bundle, verify=False)
-        preprocessor = Preprocessor(bundle)
-        self._prompts = [preprocessor.prepare(images, json.dumps(request)) for images, request in items]
-        preprocessor.close()
+        self._preprocessor, self._items = Preprocessor(bundle), items
+        self._prompts = [self._prepare(index) for index in range(len(items))]
         self._vision, self._decoder = opened.open_vision(), opened.open_decoder(slots=slots)
         self._chunk: int = getattr(self._decoder, "prefill_chunk", 128)
         self._do_step = getattr(self._decoder, "step_top", self._decoder.step)
@@ -46,11 +46,31 @@ class Alone:
         """
         began_s, streams = time.process_time(), range(1, self._decoder.slots + 1)
         return {
-            "tower": [_point(size, [self._batch(size, turn) for turn in range(TIMES)]) for size in batches],
-            "prefill": [_point(size, [self._piece(size, turn) for turn in range(4 * TIMES)]) for size in self._sizes()],
-            "step": [_point(size, self._steps(size)) for size in streams],
+            "tower": [_point(self._batch, size) for size in batches],
+            "prefill": [_point(self._piece, size) for size in self._sizes()],
+            "step": [_point(self._steps, size) for size in streams],
             "processor_s": time.process_time() - began_s,
         }
+
+    def read(self, seconds: float, tokens: int) -> int:
+        """Whole readings one after the other, each of so many tokens and without a server; how many there were."""
+        ends_s, count = time.monotonic() + seconds, 0
+        while time.monotonic() < ends_s:
+            self._encode([self._prepare(count)])
+            self._prefill(0, count)
+            for _ in range(tokens - 1):
+                self._do_step(np.ones(1, np.int64), self._decoder.lengths[:1].copy())
+            self._decoder.free(0)
+            count += 1
+        return count
+
+    def close(self) -> None:
+        """End the decoding process."""
+        self._preprocessor.close()
+
+    def _prepare(self, index: int):
+        images, request = self._items[index % len(self._items)]
+        return self._preprocessor.prepare(images, json.dumps(request))
 
     def facts(self) -> dict:
         """Tokens of a prompt that the decoder takes at a time, and tokens of each prompt that are a picture's."""
@@ -69,9 +89,9 @@ class Alone:
         names = ("pixel_windows", "patch_rows_cols", "valid", "merge_order")
         return self._vision.encode(*(np.concatenate([getattr(each, name) for each in prompts]) for name in names))
 
-    def _batch(self, size: int, turn: int) -> tuple[float, float]:
+    def _batch(self, size: int, turn: int) -> list[tuple[float, float]]:
         prompts = [self._prompts[(turn * size + i) % len(self._prompts)] for i in range(size)]
-        return _timed(lambda: self._encode(prompts))
+        return [_timed(lambda: self._encode(prompts))]
 
     def _prefill(self, slot: int, index: int, tokens: int | None = None) -> None:
         prompt = self._prompts[index % len(self._prompts)]
@@ -85,15 +105,15 @@ class Alone:
             is_last=True,
         )
 
-    def _piece(self, size: int, turn: int) -> tuple[float, float]:
+    def _piece(self, size: int, turn: int) -> list[tuple[float, float]]:
         fit = [index for index, prompt in enumerate(self._prompts) if len(prompt.input_ids) >= size]
         taken = _timed(lambda: self._prefill(0, fit[turn % len(fit)], size))
         self._decoder.free(0)
-        return taken
+        return [taken]
 
-    def _steps(self, streams: int) -> list[tuple[float, float]]:
+    def _steps(self, streams: int, turn: int) -> list[tuple[float, float]]:
         for slot in range(streams):
-            self._prefill(slot, slot)
+            self._prefill(slot, turn + slot)
         ids = np.ones(streams, np.int64)
         taken = []
         for step in range(STEPS):
@@ -112,6 +132,11 @@ def _timed(call: Callable[[], object]) -> tuple[float, float]:
     return 1e3 * (time.perf_counter() - wall_s), 1e3 * (time.process_time() - processor_s)
 
 
-def _point(size: int, taken: Sequence[tuple[float, float]]) -> dict:
+def _point(pieces: Callable[[int, int], list[tuple[float, float]]], size: int) -> dict:
+    """Medians of pieces of a size, which come turn by turn."""
+    taken, turn, ends_s = pieces(size, 0), 1, time.monotonic() + LEAST_S
+    while len(taken) < LEAST or time.monotonic() < ends_s:
+        taken += pieces(size, turn)
+        turn += 1
     wall, processor = (statistics.median(column) for column in zip(*taken, strict=True))
     return {"at": size, "ms": round(wall, 4), "cpu_ms": round(processor, 4)}

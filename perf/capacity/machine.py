@@ -1,9 +1,10 @@
 """One served reader as a machine: preprocessing, tower, decoder with its slots, and what they share.
 
 Each stage has the time that it takes alone. What runs at once shares the cores in proportion to what each would take
-alone, as threads do that the system treats alike, and so the card and the one process of `report`. The decoder works in
-turns, as `cxr_triton.engines.runtime.scheduler` does: a piece of one prompt, then a step for all streams. Steps that
-nothing comes between are one event.
+alone, as threads do that the system treats alike, and so the card and the one process of `report`. The more others
+want of the cores, the more processor time a piece takes itself (`Machine.crowded`). The decoder works in turns, as
+`cxr_triton.engines.runtime.scheduler` does: a piece of one prompt, then a step for all streams. Steps that nothing
+comes between are one event.
 """
 
 from __future__ import annotations
@@ -68,16 +69,26 @@ class Task:
         Called at its end.
     speed : float
         Of 1, with what it shares now.
+    crowded : float
+        Processor time that it takes now, over that alone.
     """
 
     left_s: float
     uses: tuple[float, float, float]
     then: Callable[[], None]
     speed: float = 1.0
+    crowded: float = 1.0
 
 
 class Shared:
     """Tasks that run at once, each slowed by the resource that is the scarcest for it.
+
+    Parameters
+    ----------
+    capacities : tuple of float
+        Of each resource.
+    crowded : float
+        Processor time of a task while others want all cores, over that alone; in between where they want some.
 
     Attributes
     ----------
@@ -86,8 +97,8 @@ class Shared:
         Of each resource so far: core seconds, card seconds, seconds of the process.
     """
 
-    def __init__(self, capacities: tuple[float, float, float]):
-        self._capacities = capacities
+    def __init__(self, capacities: tuple[float, float, float], crowded: float = 1.0):
+        self._capacities, self._crowded = capacities, crowded
         self._tasks: list[Task] = []
         self._has_changed = False
         self.now_s = 0.0
@@ -106,7 +117,10 @@ class Shared:
         cores, card, report = (sum(widths) for widths in zip(*(task.uses for task in self._tasks), strict=True))
         slowed = [most / max(most, total) for total, most in zip((cores, card, report), self._capacities, strict=True)]
         for task in self._tasks:
-            task.speed = min((slow for slow, width in zip(slowed, task.uses, strict=True) if width), default=1.0)
+            speed = min((slow for slow, width in zip(slowed, task.uses, strict=True) if width), default=1.0)
+            if (own := task.uses[0]) and self._crowded != 1:
+                task.crowded = 1 + (self._crowded - 1) * min(1.0, max(0.0, cores - own) / self._capacities[0])
+            task.speed = speed / task.crowded
 
     @property
     def next_s(self) -> float:
@@ -128,7 +142,7 @@ class Shared:
             done_s = passed_s * task.speed
             task.left_s -= done_s
             cores, card, report = task.uses
-            cores_s += cores * done_s
+            cores_s += cores * done_s * task.crowded
             card_s += card * done_s
             report_s += report * done_s
             if task.left_s <= least_s:
@@ -165,7 +179,7 @@ class Replica:
     def __init__(self, stages: Stages, on_end: Callable[[Reading], None]):
         machine = stages.machine
         self.stages, self.machine, self._on_end = stages, machine, on_end
-        self.shared = Shared((machine.cores, max(machine.cards, 1), 1.0))
+        self.shared = Shared((machine.cores, max(machine.cards, 1), 1.0), machine.crowded)
         self.under_way = 0
         self._preprocessing = 0
         self._to_preprocess: deque[Reading] = deque()
@@ -209,6 +223,15 @@ class Replica:
         reading = queue.popleft()
         reading.waited_s += self.shared.now_s - reading.since_s
         return reading
+
+    def tell(self, reading: Reading) -> None:
+        """Send the first text out, by the same way as the whole reading later."""
+        cost = self.stages.report
+
+        def arrived() -> None:
+            reading.first_s = self.shared.now_s
+
+        self.shared.add(*on_cores(cost.ms, cost.cpu_ms), arrived)
 
     def end(self, reading: Reading) -> None:
         """A reading is done, or refused."""
@@ -333,7 +356,7 @@ class Decoder:
             raise RuntimeError("a piece of no prompt ended")
         self._prefilled += size
         if self._prefilled >= reading.prompt_tokens:
-            reading.first_s = self.replica.shared.now_s
+            self.replica.tell(reading)
             self._prefilling = None
             tokens = reading.kind.answer_tokens
             if tokens == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.perf.capacity.simulate import Outcome, simulate
@@ -41,7 +41,7 @@ HOURS = (
 )
 """Shares of a hospital's day, from midnight on: assumed, not measured."""
 CELL = 16
-"""Servers that are simulated together; more of them are so many such groups, each with its share."""
+"""Servers that are simulated together at most; more of them are groups, of which one is simulated with its share."""
 WARM_UP = 0.2
 MOST_SHARE = 0.9
 """Of what a server reads at most; over it a queue grows so slowly that minutes do not show it."""
@@ -175,7 +175,7 @@ def for_archive(stages: Stages, pictures: float, days: float) -> dict:
 
 
 def saturated(stages: Stages, pictures: int) -> dict:
-    """A server with as many readings under way as keep all of its stages busy and overflow no queue.
+    """A server with as many readings under way as keep all of its stages busy; its queues take them all.
 
     Raises
     ------
@@ -183,8 +183,8 @@ def saturated(stages: Stages, pictures: int) -> dict:
         A reading takes no time.
     """
     machine = stages.machine
-    under_way = 2 * machine.slots + machine.preprocess_instances + machine.vision_batch
-    concurrency = max(1, min(under_way, machine.queue_size))
+    concurrency = 2 * machine.slots + machine.preprocess_instances + machine.vision_batch
+    stages = replace(stages, machine=replace(machine, queue_size=max(machine.queue_size, concurrency)))
     readings = max(1000, 20 * concurrency)
     outcome = simulate(stages, concurrency=concurrency, readings=readings, warm_up=4 * concurrency, pictures=pictures)
     if not outcome.seconds:
@@ -193,12 +193,12 @@ def saturated(stages: Stages, pictures: int) -> dict:
 
 
 def busiest_hour(stages: Stages, demand: Demand, replicas: int) -> Outcome:
-    """So many servers at the rate of the busiest hour."""
-    cells = math.ceil(replicas / CELL)
-    due = arrivals("poisson", demand.busiest_per_s / cells, [demand.seed])
+    """So many servers at the rate of the busiest hour, or one group of them with its share of it."""
+    group = replicas // math.ceil(replicas / CELL)
+    due = arrivals("poisson", demand.busiest_per_s * group / replicas, [demand.seed])
     return simulate(
         stages,
-        replicas=replicas // cells,
+        replicas=group,
         arrivals=due,
         readings=demand.readings,
         warm_up=round(WARM_UP * demand.readings),

@@ -1,9 +1,9 @@
 """Stage times of a served bundle, and whether a simulation from them tells how it does under load.
 
 `python -m cxr_triton.perf.capacity.served BUNDLE`. Each round measures the graphs by themselves, one reading after the
-other through the server, and then loads: several readings at once, and Poisson arrivals. A round's stage times come
-from its first two parts alone; the simulation gets the same arrivals and readings as the server did, and its numbers
-stand beside the server's.
+other through the server, the same beside a process that computes readings without the server, and then loads: several
+readings at once, and Poisson arrivals. A round's stage times come from its first three parts alone; the simulation gets
+the same arrivals and readings as the server did, and its numbers stand beside the server's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,7 +32,7 @@ from cxr_triton.perf.capacity.machine import chunk_tokens
 from cxr_triton.perf.capacity.simulate import simulate
 from cxr_triton.perf.capacity.stages import SCHEMA_VERSION, Curve, Machine, Stages
 from cxr_triton.perf.environment import Stolen, busy_s, environment
-from cxr_triton.perf.load import Load, offer
+from cxr_triton.perf.load import OVERLOAD, Load, offer
 from cxr_triton.perf.observer import MODEL, Observed
 from cxr_triton.perf.process import Process
 from cxr_triton.perf.served import serving
@@ -40,8 +41,8 @@ from cxr_triton.perf.summary import Record, summarize
 from cxr_triton.perf.workload import Workload, arrivals, load_workload
 from cxr_triton.triton_repo.package import VISION_BATCH, write_repository
 
-SHARES = (0.5, 0.7, 0.85)
-"""Poisson rates, in parts of what the simulation of the first round gives at most."""
+SHARES = (0.5, 0.7)
+"""Poisson rates, in parts of what the server gave with the most readings under way."""
 COMPARED = (("readings_per_s", None), ("latency_ms", "p50"), ("latency_ms", "p95"), ("ttft_ms", "p50"))
 CHUNK_TOKENS, CHUNK_MS = 8, 30.0
 QUIET = 0.05
@@ -78,7 +79,7 @@ class Offered:
     def as_json(self) -> dict:
         """What a record keeps of it."""
         took = {"processor_ms": sum(self.processor_ms.values()), "others_share": self.others_share}
-        return {**_kept(summarize(self.records, {})), **took}
+        return {**_kept(summarize(self.records, {})), "refused": sum(r.failed for r in self.records), **took}
 
 
 class Served:
@@ -95,13 +96,13 @@ class Served:
         self._messages = [item.message(MODEL) for item in workload.items]
 
     def offer(self, load: Load, seconds: float, seed: int = 0) -> Offered:
-        """Offer a load; raises what a request failed with."""
+        """Offer a load; raises what a request failed with, unless a queue was full: that ends the load."""
         observed = Observed(self._observer)
         before, busy, began_s = self._observer.processor_s(), busy_s(), time.monotonic()
         records, failure = offer(
             self._observer.url, self._messages, load, min_seconds=seconds, min_requests=4, seed=seed
         )
-        if failure:
+        if failure and failure.code not in OVERLOAD:
             raise failure
         after, cores_s = self._observer.processor_s(), (time.monotonic() - began_s) * (os.cpu_count() or 1)
         taken = {name: total - before.get(name, 0.0) for name, total in after.items()}
@@ -121,13 +122,16 @@ def stages_of(curves: Mapping[str, list[dict]], one: Offered, workload: Workload
 
     The processes of preprocessing and tower are busy for as long as Triton says, the decoder's thread with a prompt for
     as long as the reading says. What the decoder's process took beside its graph is of the tokens, as far as it had the
-    time; all other processor time that is of no stage is of the responses.
+    time. Of all other processor time, transport and report take a core for as long as they last, and the responses what
+    is left.
     """
-    processes = {name: one.processor_ms.get(name, 0.0) for name in ("dicom_preprocess", "decoding child", "decoder")}
+    of_stages = ("dicom_preprocess", "decoding child", "vision_encoder", "decoder")
+    processes = {name: one.processor_ms.get(name, 0.0) for name in of_stages}
     preprocess_cpu_ms = processes["dicom_preprocess"] + processes["decoding child"]
     preprocess_ms = max(one.mean("image_decode", "preprocess"), one.triton_ms["preprocess_compute"])
     step, tower = curves["step"][0], curves["tower"][0]
     tower_ms = max(tower["ms"], one.triton_ms["vision_compute"])
+    tower_cpu_ms = max(tower["cpu_ms"], processes["vision_encoder"])
     steps = statistics.fmean((record.tokens or 1) - 1 for record in one.records)
     token_ms = max(0.0, one.mean("decode") / steps - step["ms"])
     chunk = facts["machine"]["prefill_chunk"]
@@ -136,25 +140,36 @@ def stages_of(curves: Mapping[str, list[dict]], one: Offered, workload: Workload
     prefill_ms = max(alone_ms, one.mean("prefill") - token_ms)
     graph_cpu_ms = prefill_cpu_ms + steps * step["cpu_ms"]
     token_cpu_ms = min(token_ms, max(0.0, processes["decoder"] - graph_cpu_ms) / (steps + 1))
-    known_cpu_ms = preprocess_cpu_ms + tower["cpu_ms"] + graph_cpu_ms + (steps + 1) * token_cpu_ms
+    known_cpu_ms = preprocess_cpu_ms + tower_cpu_ms + graph_cpu_ms + (steps + 1) * token_cpu_ms
     chunks = steps / chunk_tokens(build(Machine, facts["machine"], "machine"), (step["ms"] + token_ms) / 1e3)
     rest_cpu_ms = max(0.0, sum(one.processor_ms.values()) - known_cpu_ms)
-    staged_ms = preprocess_ms + tower_ms + prefill_ms + token_ms + one.mean("decode", "report")
+    report_ms = one.mean("report")
+    staged_ms = preprocess_ms + tower_ms + prefill_ms + token_ms + one.mean("decode") + report_ms
+    transport_ms = max(0.0, one.mean(*STAGES, "remainder") - staged_ms)
+    between_ms = transport_ms + 2 * report_ms  # the first text goes out by itself
+    share = min(1.0, rest_cpu_ms / between_ms) if between_ms else 0.0
+    chunk_cpu_ms = (rest_cpu_ms - share * between_ms) / chunks
     scale = preprocess_ms / one.mean("image_decode", "preprocess")
     return {
         "readings": _kinds(one, workload, facts["image_tokens"], scale, preprocess_cpu_ms / preprocess_ms),
-        "transport": _cost(max(0.0, one.mean(*STAGES, "remainder") - staged_ms), 0.0),
-        "tower": {"on": "cores", "points": _slowed(curves["tower"], tower_ms / tower["ms"])},
-        "prefill": {"on": "cores", "points": _slowed(curves["prefill"], prefill_ms / alone_ms)},
+        "transport": _cost(transport_ms, share * transport_ms),
+        "tower": _slowed(curves["tower"], tower_ms / tower["ms"], tower_cpu_ms / tower["cpu_ms"]),
+        "prefill": _slowed(curves["prefill"], prefill_ms / alone_ms, 1.0),
         "step": {"on": "cores", "points": curves["step"]},
         "token": _cost(token_ms, token_cpu_ms),
-        "chunk": _cost(max(one.processor_ms.get("report", 0.0) / chunks, 1e-3), rest_cpu_ms / chunks),
-        "report": _cost(one.mean("report"), 0.0),
+        "chunk": _cost(max(one.processor_ms.get("report", 0.0) / chunks, 1e-3), chunk_cpu_ms),
+        "report": _cost(report_ms, share * report_ms),
     }
 
 
-def _slowed(points: Sequence[Mapping], by: float) -> list[dict]:
-    return [{**point, "ms": round(point["ms"] * by, 4)} for point in points]
+def crowded(alone_ms: float, beside_ms: float, wanted: float) -> float:
+    """`Machine.crowded` of processor time of a reading alone, and beside a process that wants a share of the cores."""
+    return round(1 + (beside_ms / alone_ms - 1) / min(1.0, wanted), 4)
+
+
+def _slowed(points: Sequence[Mapping], by: float, cpu_by: float) -> dict:
+    slowed = [{**p, "ms": round(p["ms"] * by, 4), "cpu_ms": round(p["cpu_ms"] * cpu_by, 4)} for p in points]
+    return {"on": "cores", "points": slowed}
 
 
 def _cost(ms: float, cpu_ms: float) -> dict:
@@ -231,6 +246,8 @@ class Study:
             with serving(repository, 300.0) as observer:
                 served = Served(observer, self.workload)
                 served.offer(Load("concurrency", 1), 2.0)  # warms up
+                most = served.offer(Load("concurrency", max(self.concurrencies)), self.seconds).as_json()
+                self.rates = [float(f"{share * most['readings_per_s']:.3g}") for share in SHARES]
                 each = [self._round(alone, served, number) for number in range(1, rounds + 1)]
             alone.end()
         files = [one.pop("stages") for one in each]
@@ -256,27 +273,40 @@ class Study:
         others_s = busy_s() - busy - curves.pop("processor_s")
         others_share = max(0.0, others_s / ((time.monotonic() - began_s) * (os.cpu_count() or 1)))
         one = served.offer(Load("concurrency", 1), self.seconds)
-        facts["machine"] = self._machine(facts["prefill_chunk"])
+        beside, wanted = self._beside(alone, served, one)
+        own_ms, beside_ms = (sum(each.processor_ms.values()) for each in (one, beside))
+        facts["machine"] = self._machine(facts["prefill_chunk"]) | {"crowded": crowded(own_ms, beside_ms, wanted)}
         costs = stages_of(curves, one, self.workload, facts)
         file = {"machine": facts["machine"], "resident_mib": one.resident_mib, **costs}
         stages = build(Stages, self._file(file, {"date": "", "environment": {}, "command": []}), "round")
-        if not self.rates:
-            most = simulate(stages, concurrency=2 * stages.machine.slots, readings=400, warm_up=40)
-            self.rates = [float(f"{share * most.summary()['readings_per_s']:.3g}") for share in SHARES]
         loads = [Load("concurrency", n) for n in self.concurrencies] + [Load("rate_per_s", r) for r in self.rates]
         if number % 2 == 0:
             loads.reverse()  # a machine that gets slower would favour what always comes first
         points = [self._compare(stages, served, load, number) for load in loads]
         told = one.as_json()
-        click.echo(f"round {number}: one stream {told['readings_per_s']:.2f}/s", err=True)
+        one_s, as_if = told["readings_per_s"], facts["machine"]["crowded"]
+        click.echo(f"round {number}: one stream {one_s:.2f}/s, {as_if:.2f} of its processor time in a crowd", err=True)
         for point in points:
-            click.echo(f"  {Load(**point['load'])}: simulated / measured {_said(point['ratio'])}", err=True)
+            click.echo(f"  {Load(**point['load'])}: {_said(point)}", err=True)
         return {
             "alone_others_share": others_share,
             "one_stream": {**told, "processes_ms": one.processor_ms},
+            "one_stream_beside": {**beside.as_json(), "processes_ms": beside.processor_ms, "wanted_share": wanted},
             "points": points,
             "stages": file,
         }
+
+    def _beside(self, alone: Process, served: Served, one: Offered) -> tuple[Offered, float]:
+        """One reading at a time while a process computes some by itself; what that wants, of all cores' time."""
+        tokens = round(statistics.fmean(record.tokens or 1 for record in one.records))
+        busy, began_s = busy_s(), time.monotonic()
+        alone.call("read", self.seconds / 4, tokens)
+        wanted = (busy_s() - busy) / ((time.monotonic() - began_s) * (os.cpu_count() or 1))
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(alone.call, "read", self.seconds + 1, tokens)
+            beside = served.offer(Load("concurrency", 1), self.seconds)
+            reading.result()
+        return beside, wanted
 
     def _compare(self, stages: Stages, served: Served, load: Load, seed: int) -> dict:
         measured = served.offer(load, self.seconds, seed).as_json()
@@ -287,11 +317,12 @@ class Study:
             options["arrivals"] = arrivals(load.arrival, load.value, [seed])
         outcome = simulate(stages, **options)
         simulated = _kept(outcome.summary()) | {"processor_ms": 1e3 * outcome.core_s / len(outcome.readings)}
-        ratio = {name: simulated[name] / measured[name] for name in simulated if name != "requests"}
+        whole = not measured["refused"]  # what a full queue ended is of another length
+        ratio = {name: simulated[name] / measured[name] for name in simulated if whole and name != "requests"}
         return {
             "load": load.as_json(),
             "measured": measured,
-            "simulated": {**simulated, "use": outcome.use},
+            "simulated": {**simulated, "refused": sum(outcome.refused.values()), "use": outcome.use},
             "ratio": ratio,
         }
 
@@ -335,12 +366,22 @@ def _kept(summary: Mapping) -> dict:
     return {"requests": summary["requests"], **{_name(*key): _value(summary, *key) for key in COMPARED}}
 
 
-def _said(ratio: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in ratio.items())
+def _said(point: Mapping) -> str:
+    if point["ratio"]:
+        return _listed(point["ratio"])
+    simulated, after = point["simulated"]["refused"], point["measured"]["requests"]
+    return f"a full queue ended it after {after} readings, in the simulation {simulated} are refused"
+
+
+def _listed(ratio: Mapping[str, float]) -> str:
+    return "simulated / measured " + ", ".join(f"{name} {value:.3f}" for name, value in ratio.items())
 
 
 def ratios(rounds: Sequence[Mapping]) -> list[dict]:
-    """Simulated over measured of each load: median, least and most of the rounds in which nothing else ran."""
+    """Simulated over measured of each load: median, least and most of the rounds in which nothing else ran.
+
+    A load that a full queue ended is none of them; ``refused`` says how many rounds it ended.
+    """
     loads: dict[str, list[dict]] = {}
     for each in rounds:
         stages_disturbed = max(each["one_stream"]["others_share"], each["alone_others_share"])
@@ -348,7 +389,12 @@ def ratios(rounds: Sequence[Mapping]) -> list[dict]:
             disturbed = max(stages_disturbed, point["measured"]["others_share"])
             quiet = loads.setdefault(json.dumps(point["load"]), [])
             quiet += [point] if disturbed <= QUIET else []
-    return [{"load": json.loads(load), "rounds": len(points), **_spread(points)} for load, points in loads.items()]
+    return [{"load": json.loads(load), **_told(points)} for load, points in loads.items()]
+
+
+def _told(points: Sequence[Mapping]) -> dict:
+    whole = [point for point in points if point["ratio"]]
+    return {"rounds": len(whole), "refused": len(points) - len(whole), **_spread(whole)}
 
 
 def _spread(points: Sequence[Mapping]) -> dict:
@@ -407,10 +453,8 @@ def main(*, bundle, workload, slots, preprocess_instances, rounds, kept, stages_
     study = Study(bundle, load_workload(workload), settings, **loads, kept=bytes_kept(kept))
     record, stages = study.run(rounds)
     for point in record["ratio"]:
-        medians = {name: value["median"] for name, value in point.items() if name not in ("load", "rounds")}
-        told = (
-            f"simulated / measured {_said(medians)}" if medians else f"other programs took over {QUIET:.0%} each time"
-        )
+        medians = {name: value["median"] for name, value in point.items() if isinstance(value, dict) and name != "load"}
+        told = _listed(medians) if medians else f"refused, or other programs took over {QUIET:.0%} each time"
         click.echo(f"{Load(**point['load'])}, {point['rounds']} rounds: {told}")
     write_json(record, json_path)
     if stages_path:

@@ -108,6 +108,8 @@ class Machine(Checked):
         Tokens of a prompt between two steps.
     chunk_tokens, chunk_ms : int, float
         Text goes out when it has so many tokens, or would be older.
+    crowded : float
+        Processor time of a piece while others want all cores, over what it takes alone; 1 where nobody measured it.
     """
 
     cores: int = in_range(1, 4096)
@@ -119,6 +121,7 @@ class Machine(Checked):
     prefill_chunk: int = in_range(1, 10**6, default=128)
     chunk_tokens: int = in_range(1, 4096, default=8)
     chunk_ms: float = in_range(0, 1e5, default=30.0)
+    crowded: float = in_range(0.1, 100, default=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +199,7 @@ class Stages(Checked):
     chunk : Cost
         For each response: `ms` of the one `report` process, `cpu_ms` of all processes.
     report : Cost
-        From the last token to the reading.
+        From the last token to the reading, and from the first one to the first text.
     kept : Kept
     """
 

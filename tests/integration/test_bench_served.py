@@ -156,7 +156,7 @@ def test_a_server_under_load_stands_beside_its_simulation(served_bundle, tmp_pat
     done = CliRunner().invoke(capacity_served, [str(served_bundle), *map(str, options)])
     assert done.exit_code == 0, done.output
     (each,) = json.loads(record.read_text())["rounds"]
-    assert [point["load"]["kind"] for point in each["points"]] == ["concurrency", *["rate_per_s"] * 3]
+    assert [point["load"]["kind"] for point in each["points"]] == ["concurrency", *["rate_per_s"] * 2]
     for point in each["points"][1:]:
         assert point["simulated"]["requests"] == point["measured"]["requests"] >= 4
     made = load_stages(stages)

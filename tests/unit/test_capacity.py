@@ -13,13 +13,16 @@ import pytest
 from click.testing import CliRunner
 
 from cxr_triton.config import build
-from cxr_triton.errors import InvalidConfig, InvalidRequest
+from cxr_triton.errors import InvalidConfig, InvalidRequest, QueueFull, Unavailable
+from cxr_triton.perf.capacity import served
 from cxr_triton.perf.capacity.command import main
 from cxr_triton.perf.capacity.machine import chunk_tokens
-from cxr_triton.perf.capacity.plan import Demand, for_studies, saturated
-from cxr_triton.perf.capacity.served import Offered, ratios, stages_of
+from cxr_triton.perf.capacity.plan import Demand, busiest_hour, for_studies, saturated
+from cxr_triton.perf.capacity.served import Offered, Served, crowded, ratios, stages_of
 from cxr_triton.perf.capacity.simulate import simulate
 from cxr_triton.perf.capacity.stages import Curve, Machine, Stages, load_stages
+from cxr_triton.perf.load import Load
+from cxr_triton.perf.observer import Observer
 from cxr_triton.perf.summary import Record
 from cxr_triton.perf.workload import Image, Item, arrivals
 
@@ -152,11 +155,23 @@ def test_one_reading_takes_the_sum_of_its_stages():
     told = simulate(busy(readings=[reading]), concurrency=1, readings=5).summary()
     chunked = 2 * (1 + 8 * 127 / 349) + (1 + 8 * 43 / 349)  # 300 tokens in pieces of 128, 128 and 44
     first_ms = 3 + 40 + 12 + chunked + 0.05
-    assert told["ttft_ms"]["p50"] == pytest.approx(first_ms)
+    assert told["ttft_ms"]["p50"] == pytest.approx(first_ms + 1)  # the text's way out is the report's
     assert told["latency_ms"]["p50"] == pytest.approx(first_ms + 59 * (4 + 0.05) + 1)
     two = simulate(busy(readings=[reading]), concurrency=1, readings=5, pictures=2).summary()
     pieces = 3 * (1 + 8 * 127 / 349) + (1 + 8 * 115 / 349)  # 500
-    assert two["ttft_ms"]["p50"] == pytest.approx(3 + 80 + 12 + 28 / 3 + pieces + 0.05)
+    assert two["ttft_ms"]["p50"] == pytest.approx(3 + 80 + 12 + 28 / 3 + pieces + 0.05 + 1)
+
+
+@pytest.mark.parametrize(("at_once", "slower"), [(1, 1), (2, 1.25), (3, 1.5), (8, 1.5)])
+def test_a_piece_takes_the_more_processor_time_the_more_others_want(at_once, slower):
+    """On two cores that a crowd makes half as slow again: others want none, one, both of them."""
+    reading = kind(preprocess_ms=1000, preprocess_cpu_ms=1000, answer_tokens=1)
+    made = stages(readings=[reading], machine=machine(cores=2, crowded=1.5))
+    outcome = simulate(made, concurrency=at_once, readings=3 * at_once)
+    told = outcome.summary()
+    assert told["latency_ms"]["p50"] == pytest.approx(1000 * slower * max(1, at_once / 2))
+    assert outcome.core_s / len(outcome.readings) == pytest.approx(slower)
+    assert told["use"]["cores"] == pytest.approx(min(1, at_once / 2))
 
 
 def test_a_closed_loop_keeps_the_bounds_of_operational_analysis():
@@ -249,6 +264,8 @@ def test_what_one_stream_took_adds_up_again_in_time_and_in_processors():
     assert alone.summary()["latency_ms"]["mean"] == pytest.approx(sum(took.values()), rel=0.001)
     assert 1e3 * alone.core_s / 6 == pytest.approx(sum(processes.values()), rel=0.001)
     assert made.readings[0].preprocess_ms == 11.5 and made.tower.points[0].ms == 11  # as long as the process was busy
+    assert made.tower.points[0].cpu_ms == 16 and crowded(80, 100, 0.5) == 1.5
+    assert made.transport.cpu_ms and made.report.cpu_ms and made.chunk.cpu_ms
     assert made.readings[0].bytes == 7 and made.chunk.ms == pytest.approx(3 / (50 / 8), rel=0.001)
 
 
@@ -262,6 +279,48 @@ def test_only_rounds_in_which_nothing_else_ran_count():
     assert told["rounds"] == 2 and told["readings_per_s"] == {"median": 0.95, "range": [0.9, 1.0]}
     (none,) = ratios([a_round(1.0, 0.9)])
     assert none["rounds"] == 0 and "readings_per_s" not in none
+    refused = a_round(1.0, 0.0)
+    refused["points"][0]["ratio"] = {}
+    (told,) = ratios([refused, a_round(1.1, 0.0)])
+    assert (told["rounds"], told["refused"]) == (1, 1) and told["readings_per_s"]["median"] == 1.1
+
+
+class PaperObserver:
+    url = "127.0.0.1:1"
+
+    def processor_s(self):
+        return {"client": 1.0}
+
+    def resident_bytes(self):
+        return {"tritonserver": 1 << 20}
+
+    def triton(self):
+        return {"cxr_reader": {"requests": 2, "failed": 0, "request_ms": 1.0}}
+
+    def metrics(self):
+        return {}
+
+
+def test_a_full_queue_ends_a_load_and_not_the_run(monkeypatch):
+    done, refused = Record(0, 0.0, 0.0, 1.0, [0.5], "ok", 10, 5), Record(1, 0.5, 0.5, 1.0, [], "QUEUE_FULL")
+    under = Served(PaperObserver(), SimpleNamespace(items=()))
+    monkeypatch.setattr(served, "Observed", lambda _: SimpleNamespace(counted=lambda _: {}))
+    monkeypatch.setattr(served, "offer", lambda *_, **__: ([done, refused], QueueFull("full")))
+    told = under.offer(Load("concurrency", 9), 1.0).as_json()
+    assert told["refused"] == 1 and told["latency_ms.p50"] == 1000
+    monkeypatch.setattr(served, "offer", lambda *_, **__: ([done], Unavailable("gone")))
+    with pytest.raises(Unavailable):
+        under.offer(Load("concurrency", 9), 1.0)
+
+
+def test_children_that_ended_are_in_the_processor_time():
+    burns = "import time\nwhile time.process_time() < 0.3: pass"
+    waits = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burns!r}]); print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", waits], **pipes) as parent:
+        parent.stdout.readline()
+        assert Observer("", pids=lambda: [parent.pid]).processor_s()["decoding child"] >= 0.29
+        parent.communicate(b"\n")
 
 
 def test_a_chunk_holds_what_the_next_step_would_make_too_old():
@@ -284,6 +343,11 @@ def test_a_full_queue_refuses_and_what_was_refused_took_nothing_more():
         simulate(made, concurrency=4, readings=10)
 
 
+def test_what_a_server_reads_at_most_does_not_depend_on_its_queues():
+    short, long = (saturated(busy(machine=busy_file()["machine"] | {"queue_size": size}), 1) for size in (1, 1000))
+    assert short == long and short["use"]["slots"] > 0.95
+
+
 def test_the_fewest_servers_that_keep_a_target_are_found():
     made = busy()
     most = saturated(made, 1)["readings_per_s"]
@@ -297,6 +361,12 @@ def test_the_fewest_servers_that_keep_a_target_are_found():
     assert result["storage"]["rows_bytes_per_day"] == pytest.approx(demand.studies_per_day * 2000)
     with pytest.raises(InvalidRequest, match="one reading alone takes"):
         for_studies(made, Demand(studies_per_day=10, target_p95_s=0.1))
+
+
+def test_a_server_of_a_group_gets_its_share():
+    made, demand = stages(), Demand(studies_per_day=86_400 * 8.5, hours=(1.0,) * 24, readings=8000)
+    use = [busiest_hour(made, demand, replicas).use["slots"] for replicas in (16, 17, 34)]
+    assert use == pytest.approx([8.5 / 16, 8.5 / 17, 8.5 / 34], rel=0.03)
 
 
 @pytest.mark.slow
