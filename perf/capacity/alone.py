@@ -19,22 +19,24 @@ LEAST, LEAST_S = 5, 0.2
 
 
 class Alone:
-    """Both graphs with all threads, and prompts with pictures for them.
+    """Both graphs, and prompts with pictures for them.
 
     Parameters
     ----------
     bundle : str
         Its folder.
-    slots : int
+    slots, threads : int
+        Of the decoder; of each graph, 0 takes all cores.
     items : list of tuple
         Files of the pictures, and the REQUEST, of each prompt.
     """
 
-    def __init__(self, bundle: str, slots: int, items: Sequence[tuple[list[bytes], dict]]):
+    def __init__(self, bundle: str, slots: int, threads: int, items: Sequence[tuple[list[bytes], dict]]):
         opened = Bundle.open(bundle, verify=False)
         self._preprocessor, self._items = Preprocessor(bundle), items
         self._prompts = [self._prepare(index) for index in range(len(items))]
-        self._vision, self._decoder = opened.open_vision(), opened.open_decoder(slots=slots)
+        self._vision = opened.open_vision(threads=threads or None)
+        self._decoder = opened.open_decoder(slots=slots, threads=threads or None)
         self._chunk: int = getattr(self._decoder, "prefill_chunk", 128)
         self._do_step = getattr(self._decoder, "step_top", self._decoder.step)
         self._embeddings = [self._encode([prompt])[0] for prompt in self._prompts]

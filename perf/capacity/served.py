@@ -242,7 +242,7 @@ class Study:
         with tempfile.TemporaryDirectory() as folder:
             repository = Path(folder) / "repository"
             write_repository(self.bundle, repository, self.settings, unverified=True)
-            alone = Process(Alone, cpus, str(self.bundle), self.settings.slots, items)
+            alone = Process(Alone, cpus, str(self.bundle), self.settings.slots, self.settings.threads, items)
             with serving(repository, 300.0) as observer:
                 served = Served(observer, self.workload)
                 served.offer(Load("concurrency", 1), 2.0)  # warms up
@@ -424,6 +424,7 @@ def bytes_kept(record: Path | None) -> dict[str, int]:
     "--workload", default="phantom", show_default=True, help="A bundled workload, or the path of a YAML file."
 )
 @click.option("--slots", default=4, show_default=True)
+@click.option("--threads", default=0, show_default=True, help="CPU threads of each graph; 0 takes all cores.")
 @click.option("--preprocess-instances", default=2, show_default=True)
 @click.option(
     "--concurrency", "concurrencies", multiple=True, type=click.IntRange(1), default=(1, 2, 4, 8), show_default=True
@@ -439,10 +440,11 @@ def bytes_kept(record: Path | None) -> dict[str, int]:
     "--stages", "stages_path", type=OUT_FILE, help="Write the stage times for `python -m cxr_triton.perf.capacity`."
 )
 @json_option
-def main(*, bundle, workload, slots, preprocess_instances, rounds, kept, stages_path, json_path, **loads):
+def main(*, bundle, workload, slots, threads, preprocess_instances, rounds, kept, stages_path, json_path, **loads):
     """Stage times of BUNDLE, served on this machine, and a simulation from them beside the server under load."""
     settings = Settings(
         slots=slots,
+        threads=threads,
         preprocess_instances=preprocess_instances,
         prefix_reuse=False,
         prefix_cache_mib=0,
