@@ -147,7 +147,10 @@ class AsyncReadingStream(BaseStream):
         """The next text, never empty; raises as `ReadingStream.__next__` does."""
         try:
             if self._call is None and not self._ended:
-                self._follow(await self._reader._start(await asyncio.to_thread(self._taken_request)))
+                request = await asyncio.to_thread(self._taken_request)
+                if self._ended:
+                    raise self._closed_early()
+                self._follow(await self._reader._start(request))
             while not self._ended:
                 if delta := await self._receive():
                     return delta

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 
 from cxr_triton.extras import remedy, require
-from cxr_triton.trace import ENDPOINT, traces_url
+from cxr_triton.trace import ENDPOINT, traces_url, traces_url_is_whole
 
 _MODULE = "opentelemetry.exporter"
 _is_started = threading.Event()
@@ -42,6 +42,7 @@ def start(url: str | None, service: str, say: Callable[[str], None]) -> None:
     if _is_started.is_set():
         return
     _is_started.set()
+    endpoint: str | None = None
     if url:
         require("opentelemetry", _MODULE)
         endpoint = traces_url(url)
@@ -51,7 +52,10 @@ def start(url: str | None, service: str, say: Callable[[str], None]) -> None:
         say(f"{ENDPOINT} is set and no span is sent: {remedy('trace')}")
         return
     else:
-        endpoint = None  # as the environment says
+        # Left to the SDK, but where it would add a path that is there.
+        named = os.environ.get(ENDPOINT, "")
+        is_whole = not os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") and traces_url_is_whole(named)
+        endpoint = named if is_whole else None
     _logs(say)
     from opentelemetry import trace
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

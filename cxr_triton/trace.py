@@ -58,6 +58,11 @@ def trace_id_of(text: str | None) -> str:
     return place.trace_id if place else ""
 
 
+def traces_url_is_whole(url: str) -> bool:
+    """Whether an address is that of traces already, which the SDK takes for the collector's."""
+    return url.rstrip("/").endswith(_PATH)
+
+
 def traces_url(url: str) -> str:
     """Where a collector at `url` takes traces by OTLP over HTTP.
 

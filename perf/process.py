@@ -43,9 +43,21 @@ def resident_bytes(field: str, processes: Iterable[int | str] = ("self",)) -> in
 def serve(pipe, kind, cpus, *arguments) -> None:
     """Body of a process: answer each call, a method's name and its arguments, with the result."""
     os.sched_setaffinity(0, cpus)
-    started_s = time.perf_counter()
     try:
-        running = kind(*arguments)
+        told = _served(pipe, kind, *arguments)
+    except Exception as error:
+        # Whoever reads it need not have the library that raised it.
+        is_known = type(error).__module__.partition(".")[0] in ("builtins", "cxr_triton")
+        pipe.send(error if is_known else InternalError(f"{type(error).__name__}: {error}"))
+    else:
+        pipe.send(told)
+
+
+def _served(pipe, kind, *arguments) -> dict:
+    """Answer calls until one is empty; what was made is closed before anybody is told that it has ended or failed."""
+    started_s = time.perf_counter()
+    running = kind(*arguments)
+    try:
         processes = getattr(running, "processes", lambda: ("self",))
         loaded = resident_bytes("VmRSS", processes())
         pipe.send({"load_s": time.perf_counter() - started_s, "loaded_resident_bytes": loaded})
@@ -59,12 +71,9 @@ def serve(pipe, kind, cpus, *arguments) -> None:
             f"{name}_bytes": resident_bytes(field, processes())
             for name, field in (("peak_resident", "VmHWM"), ("anonymous", "RssAnon"), ("mapped_file", "RssFile"))
         }
+        return {"idle_cpu_share": idle, **memory}
+    finally:
         getattr(running, "close", lambda: None)()
-        pipe.send({"idle_cpu_share": idle, **memory})
-    except Exception as error:
-        # Whoever reads it need not have the library that raised it.
-        is_known = type(error).__module__.partition(".")[0] in ("builtins", "cxr_triton")
-        pipe.send(error if is_known else InternalError(f"{type(error).__name__}: {error}"))
 
 
 class _Elsewhere(subprocess.Popen):
@@ -109,7 +118,11 @@ class Process:
             self.process = _Elsewhere(python, child)
             self.pipe.send((kind, cpus, *arguments))
         child.close()
-        self.facts = self._receive() | {"ready_s": time.perf_counter() - began_s}
+        try:
+            self.facts = self._receive() | {"ready_s": time.perf_counter() - began_s}
+        except BaseException:
+            self.kill()
+            raise
 
     def call(self, method: str, *arguments) -> Any:
         """What a method returned; raises what it raised, and `InternalError` where the process has ended."""

@@ -28,6 +28,7 @@ import numpy as np
 
 from cxr_triton import phantom
 from cxr_triton.cli import Command, json_option, write_json
+from cxr_triton.errors import InternalError
 from cxr_triton.perf.decoder import medians
 from cxr_triton.perf.environment import Stolen, environment
 from cxr_triton.perf.peers import parse, peer
@@ -102,8 +103,11 @@ def conversations(ask: Ask, chosen: Sequence[int], tokens: int) -> dict[str, dic
             seconds = time.perf_counter() - started_s
             for history, answer in zip(histories, answers, strict=True):
                 history += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer["text"]}]
+            first_s = [answer["first_s"] for answer in answers if answer["first_s"] is not None]
+            if not first_s:
+                raise InternalError(f"no answer to {prompt!r} had a text; nothing of this run counts")
             turns[turn] = {
-                "first_s": statistics.median(answer["first_s"] for answer in answers),
+                "first_s": statistics.median(first_s),
                 "seconds": seconds,
                 "tokens": sum(answer["tokens"] for answer in answers),
                 "prompt_tokens": sum(answer["prompt_tokens"] for answer in answers),
@@ -119,6 +123,7 @@ def measure(
     rounds: int,
     tokens: int,
     say: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> dict[str, Any]:
     """Of each server and number of streams, the rounds and what they have in the middle.
 
@@ -132,6 +137,8 @@ def measure(
         Longest answer.
     say : callable
         Takes a line of progress.
+    keep : callable
+        Takes what there is after each round, so that a later one that fails loses nothing.
     """
     found: dict[str, Any] = {
         name: {"load_s": [], **{f"streams_{count}": {"rounds": []} for count in streams}} for name in servers
@@ -156,13 +163,18 @@ def measure(
                         f"{key} {each['first_s']:.2f} s, {each['tokens_per_s']:.2f} tok/s" for key, each in told.items()
                     )
                     say(f"round {turn}/{rounds}: {name}, {count} at once: {said}")
+        _summarize(found, streams)
+        keep(found)
+    return found
+
+
+def _summarize(found: dict[str, Any], streams: Sequence[int]) -> None:
     for each in found.values():
         for count in streams:
             of = each[f"streams_{count}"]
             of["median"] = {turn: medians([told[turn] for told in of["rounds"]]) for turn in TURNS}
             first_s = of["median"][TURNS[0]]["first_s"]
             of["share_of_first_turn"] = {turn: of["median"][turn]["first_s"] / first_s for turn in TURNS[1:]}
-    return found
 
 
 @click.command(cls=Command, extra="local")
@@ -176,35 +188,43 @@ def measure(
 def main(repositories, peers, profile, json_path, **sizes):
     """First words and speed of a first turn, a follow-up and another task on a picture, of servers in turn."""
     servers: dict[str, Open] = {path.name: functools.partial(ours, path) for path in repositories}
+    if len(servers) < len(repositories):
+        raise click.UsageError("two repositories are folders of one name; a result tells them apart by it")
     versions: dict[str, dict[str, str]] = {}
     for name, checkpoint in parse(peers, "--peer").items():
         kind = peer(name)
         if why := kind.missing() or ("" if kind.talks else "it holds no conversations"):
             raise click.UsageError(f"--peer {name}: {why}")
+        if name in servers:
+            raise click.UsageError(f"--peer {name}: a repository has that name too")
         servers[name] = functools.partial(theirs, kind, checkpoint, load_profile(profile))
         versions[name] = kind.versions()
     if not servers:
         raise click.UsageError("name a repository, or a --peer")
-    began, stolen = datetime.now(UTC).isoformat(timespec="seconds"), Stolen()
-    found = measure(servers, say=functools.partial(click.echo, err=True), **sizes)
-    result = {
-        "schema": SCHEMA,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "date": began,
-        "environment": {**environment(), "stolen_share": stolen.share()},
-        "peers": versions,
-        "options": {name: value for name, value in os.environ.items() if re.fullmatch(r"CXR_\w+_OPTIONS", name)},
-        "tokens": sizes["tokens"],
-        "servers": found,
-    }
+    began, stolen, machine = datetime.now(UTC).isoformat(timespec="seconds"), Stolen(), environment()
+
+    def keep(found: dict[str, Any]) -> None:
+        result = {
+            "schema": SCHEMA,
+            "command": ["python", "-m", "cxr_triton.perf.turns", *sys.argv[1:]],
+            "date": began,
+            "environment": {**machine, "stolen_share": stolen.share()},
+            "peers": versions,
+            "options": {name: value for name, value in os.environ.items() if re.fullmatch(r"CXR_\w+_OPTIONS", name)},
+            "tokens": sizes["tokens"],
+            "servers": found,
+        }
+        if json_path != "-" or len(found[next(iter(found))]["load_s"]) == sizes["rounds"]:
+            write_json(result, json_path)
+
+    found = measure(servers, say=functools.partial(click.echo, err=True), keep=keep, **sizes)
     for name, each in found.items():
         for count in sizes["streams"]:
             of = each[f"streams_{count}"]
             shares = ", ".join(f"{turn} {share:.1%}" for turn, share in of["share_of_first_turn"].items())
             first = of["median"][TURNS[0]]
             told = f"first word after {first['first_s']:.2f} s, {first['tokens_per_s']:.2f} tok/s"
-            click.echo(f"{name}, {count} at once: {told}; of that time {shares}")
-    write_json(result, json_path)
+            click.echo(f"{name}, {count} at once: {told}; of that time {shares}", err=json_path == "-")
 
 
 if __name__ == "__main__":

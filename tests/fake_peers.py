@@ -33,6 +33,9 @@ class Fake(Peer):
         self._say(read=tokens)
         return {"prompt_tokens": 7, "tokens": tokens, "first_s": 1.0, "seconds": 1.25}
 
+    def close(self) -> None:
+        self._say(closed=self.title)
+
     def _say(self, **what) -> None:
         with self.log.open("a") as file:
             print(json.dumps({"pid": os.getpid(), **what}), file=file)
@@ -49,6 +52,14 @@ class Foreign(Exception):
 
 
 Foreign.__module__ = "a_library"
+
+
+class Unready(Fake):
+    """Does not load, and takes its time to go."""
+
+    def __init__(self, folder: str, profile, items):
+        super().__init__(folder, profile, items)
+        raise Foreign("no weights")
 
 
 class Failing(Fake):

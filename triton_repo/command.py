@@ -192,6 +192,7 @@ def serve(repository: Path, json_path: str | None, renew_mib: int, drain_s: floa
             "pids": server.pids,
             "log": str(server.log),
             "start_s": round(server.start_s, 3),
+            "starts": server.starts,
             "warm_up_ms": round(server.warm_up_ms, 1),
             "tuned": {"date": record["date"], "for_this_cpu": elsewhere is None} if record else None,
         }
@@ -199,7 +200,8 @@ def serve(repository: Path, json_path: str | None, renew_mib: int, drain_s: floa
         click.echo(
             f"ready: gRPC {server.grpc}, {f'HTTP {server.http}, ' * bool(server.http)}metrics {server.metrics}, "
             f"log {server.log}; "
-            f"started in {server.start_s:.1f} s, first reading {server.warm_up_ms / 1e3:.1f} s",
+            f"started in {server.start_s:.1f} s{f' at the {server.starts}. try' * (server.starts > 1)}, "
+            f"first reading {server.warm_up_ms / 1e3:.1f} s",
             err=json_path == "-",
         )
         renewal = Renewal(server, renew_mib, drain_s)

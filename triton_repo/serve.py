@@ -84,6 +84,8 @@ class Server:
         Of this server's life, or that of the environment; see `cxr_triton.triton_repo.guard`.
     pid : int
         The server's process; `pids` gives it with its models' processes and their decoding children.
+    starts : int
+        More than one where it crashed while it loaded.
     start_s, warm_up_ms : float
         Time until Triton was ready, and the time of the first request after that.
 
@@ -131,7 +133,9 @@ class Server:
         self._models: dict[int, str] = {}
         self._janitor: subprocess.Popen | None = None
         self._backends = ""
+        self._log_from = 0  # byte at which what the latest start said begins
         self._lock: int | None = None
+        self.starts = 0
         self.is_up = False  # it may have readings under way
 
     def __enter__(self) -> Server:
@@ -216,10 +220,12 @@ class Server:
         ]
         self.log.write_bytes(b"")
         deadline = started + self.ready_timeout_s
-        for starts in itertools.count(1):
-            say("loading the models" if starts == 1 else f"the server crashed while it loaded, start {starts}")
+        for self.starts in itertools.count(1):
+            say(
+                "loading the models" if self.starts == 1 else f"the server crashed while it loaded, start {self.starts}"
+            )
             self._launch(command, environment)
-            if self._loaded(deadline, is_last=starts == STARTS):
+            if self._loaded(deadline):
                 break
             _end(self._backends, self.shm_prefix)
         self._models = {pid: model for pid in self.pids if (model := _model_of(pid))}
@@ -231,6 +237,7 @@ class Server:
     def _launch(self, command: list[str], environment: dict[str, str]) -> None:
         with self.log.open("ab") as log:
             os.fchmod(log.fileno(), 0o600)
+            self._log_from = os.fstat(log.fileno()).st_size
             self._process = subprocess.Popen(
                 command,
                 env=environment,
@@ -243,16 +250,17 @@ class Server:
             )
         leave_no_core(self._process.pid)
 
-    def _loaded(self, deadline: float, *, is_last: bool) -> bool:
+    def _loaded(self, deadline: float) -> bool:
         """Wait for the models; False where the server crashed and another start may do."""
         while not self._is_ready():
             if (status := self._started.poll()) is not None:
-                if -status in CRASHES and not is_last:
+                if -status in CRASHES and self.starts < STARTS:
                     return False
                 raise InternalError(f"the server ended with {_exit_text(status)}{self.trouble()}")
             if time.monotonic() > deadline:
+                crashed = f", in which it crashed {self.starts - 1} times" if self.starts > 1 else ""
                 raise Unavailable(
-                    f"the server was not ready after {self.ready_timeout_s:g} s; allow more time with "
+                    f"the server was not ready after {self.ready_timeout_s:g} s{crashed}; allow more time with "
                     f"--ready-timeout-s{self.trouble()}"
                 )
             time.sleep(0.05)
@@ -298,7 +306,7 @@ class Server:
 
     def trouble(self) -> str:
         """What the log says went wrong, and where the log is, ready to be appended to a message."""
-        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        text = self.log.read_bytes()[self._log_from :].decode(errors="replace") if self.log.exists() else ""
         causes = dict.fromkeys(row[1].strip() for row in _UNAVAILABLE.finditer(text))
         if not causes:
             wrong = [line for line in text.splitlines() if _TROUBLE.search(line) and not _NOISE.search(line)]

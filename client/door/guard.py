@@ -52,7 +52,9 @@ class DoorGuard:
             except web.HTTPException as error:
                 said = InvalidRequest(self.said_of(request, error.status))
                 return self.refused(request, self.refusal(said, status=error.status))
-            except (asyncio.CancelledError, ConnectionResetError, web.RequestPayloadError):
+            except web.RequestPayloadError:
+                return self.refused(request, self.refusal(InvalidRequest("the request broke off; send it again")))
+            except (asyncio.CancelledError, ConnectionResetError):
                 raise  # the listener knows them
             except Exception as error:
                 self._log("request_failed", error=type(error).__name__)  # its text may quote the request

@@ -104,7 +104,7 @@ class Completions:
 
     @contextlib.contextmanager
     def _room(self, request: web.Request) -> Iterator[None]:
-        """Bodies lie in memory several times over, as text, as JSON and decoded, until they are sent on."""
+        """Bodies lie in memory several times over, as text, as JSON and decoded, until they are packed to be sent."""
         most = self._settings.max_body_mib << 20
         size = min(request.content_length or most, most)
         if self._taking_in and self._taking_in + size > self._settings.max_bodies_mib << 20:

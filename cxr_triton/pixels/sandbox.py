@@ -167,7 +167,7 @@ class _Child:
             raise LimitExceeded(
                 f"image took more than the {self.limits.time_s:g} s allowed to decode; send a smaller or simpler file"
             ) from None
-        except (EOFError, BrokenPipeError):
+        except (EOFError, BrokenPipeError, ConnectionResetError):
             status = self.process.wait()
             if status in (-signal.SIGKILL, -signal.SIGXCPU, OUT_OF_MEMORY):
                 raise LimitExceeded(

@@ -3,9 +3,10 @@
     CXR_VLLM_PYTHON=python python tests/integration/openai_bench.py --aiperf aiperf --json docs/results/openai.json
 
 Turn by turn, with the same pictures, prompt and lengths, in a closed loop: our client over gRPC, OpenAI's over HTTP,
-and the tools that are given: AIPerf (its program) and vLLM's ``bench serve`` (a Python that has vLLM). Of a tool is
-said its median turn over that of OpenAI's client; of HTTP, the median turn of OpenAI's client over that of gRPC.
-Each picture was asked about before, so that a server that keeps prompts answers all tools alike.
+and the tools that are given: AIPerf (its program) and vLLM's ``bench serve`` (a Python that has vLLM). With `--stock`
+these also ask stock vLLM's own server on the same machine. Of a tool is said its median turn over that of OpenAI's
+client; of HTTP, the median turn of OpenAI's client over that of gRPC. Each picture was asked about before, so that a
+server that keeps prompts answers all tools alike.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import io
 import json
 import os
@@ -50,6 +52,8 @@ parser = argparse.ArgumentParser()
 bench.add_cli_args(parser)
 bench.main(parser.parse_args())
 """
+STOCK = "stock_"
+"""Before the name of a tool that asks stock vLLM."""
 NUMBERS = ("first_text_ms", "latency_ms", "requests_per_s", "tokens_per_s")
 
 
@@ -61,6 +65,7 @@ class Door(NamedTuple):
     tokenizer: Path
     tokens: int
     """Limit of an answer."""
+    key: str = "none"
 
 
 def repository(folder: Path) -> Path:
@@ -85,6 +90,22 @@ def pictures(count: int) -> list[bytes]:
         Image.fromarray(phantom.draw(rng).picture("voi_display")).save(file, "PNG")
         files.append(file.getvalue())
     return files
+
+
+@contextlib.contextmanager
+def stock_server(checkpoint: Path | None, profile: str) -> Iterator[Door | None]:
+    """VLLM's own server, with its own tower and processor; None without a checkpoint."""
+    if checkpoint is None:
+        yield None
+        return
+    from cxr_triton.perf.peers.vllm import Vllm
+    from cxr_triton.profile import load_profile
+
+    running = Vllm(str(checkpoint), load_profile(profile), [])
+    try:
+        yield Door(f"http://127.0.0.1:{running.server.port}", "model", checkpoint, 0, running.server.key)
+    finally:
+        running.close()
 
 
 @contextlib.contextmanager
@@ -168,7 +189,8 @@ def by_aiperf(program: str, door: Door, files: list[bytes], requests: int, concu
         command = [program, "profile", "-m", door.model, "-u", door.address, "--endpoint-type", "chat", "--streaming"]
         command += ["--input-file", str(inputs), "--custom-dataset-type", "single_turn"]
         command += ["--request-count", str(requests), "--concurrency", str(concurrency)]
-        command += ["--extra-inputs", f"max_completion_tokens:{door.tokens}", "--use-server-token-count"]
+        command += ["--extra-inputs", f"max_completion_tokens:{door.tokens}", "--extra-inputs", "temperature:0"]
+        command += ["--use-server-token-count", "--api-key", door.key]
         command += ["--tokenizer", str(door.tokenizer), "--artifact-dir", folder]
         run([*command, "--no-server-metrics", "--no-gpu-telemetry", "--ui", "simple"])
         result = json.loads((Path(folder) / "profile_export_aiperf.json").read_text())
@@ -191,8 +213,9 @@ def by_vllm(python: str, door: Door, files: list[bytes], requests: int, concurre
         command += ["--endpoint", "/v1/chat/completions", "--tokenizer", str(door.tokenizer)]
         command += ["--dataset-name", "custom_image", "--dataset-path", str(inputs), "--num-prompts", str(requests)]
         command += ["--custom-output-len", str(door.tokens), "--max-concurrency", str(concurrency)]
+        command += ["--temperature", "0"]
         command += ["--percentile-metrics", "ttft,e2el", "--save-result", "--result-filename", str(output)]
-        run(command)
+        run(command, OPENAI_API_KEY=door.key)
         result = json.loads(output.read_text())
     return {
         "requests": result["completed"],
@@ -207,8 +230,8 @@ def uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+def run(command: list[str], **environment: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     if done.returncode:
         raise click.ClickException(
             f"{command[0]} ended with status {done.returncode}: {(done.stdout + done.stderr)[-2000:]}"
@@ -238,8 +261,11 @@ def compare(tools: dict[str, Callable], levels: tuple[int, ...], rounds: int, re
         found.append({
             "concurrency": concurrency, "median": middle, "turns": turns,
             "http_over_grpc": over(middle["openai"], middle["grpc"]),
+            "ours_over_stock": {
+                name: over(middle[name], middle[STOCK + name]) for name in tools if STOCK + name in tools
+            },
             "tool_over_openai": {
-                name: over(middle[name], middle["openai"]) for name in tools if name not in ("grpc", "openai")
+                name: over(middle[name], middle["openai"]) for name in ("aiperf", "vllm") if name in tools
             },
         })  # fmt: skip
     return found
@@ -252,6 +278,8 @@ def compare(tools: dict[str, Callable], levels: tuple[int, ...], rounds: int, re
 @click.option(
     "--tokenizer", type=click.Path(path_type=Path), default=MODEL / "checkpoint", help="Folder, for the tools."
 )
+@click.option("--stock", type=click.Path(path_type=Path), help="Checkpoint for stock vLLM's own server.")
+@click.option("--profile", default=str(MODEL / "profile.yaml"), help="Of that checkpoint.")
 @click.option("--tokens", default=200, show_default=True, help="Limit of an answer.")
 @click.option("--pictures", "count", default=16, show_default=True)
 @click.option("--requests", default=64, show_default=True, help="Of a turn.")
@@ -260,7 +288,20 @@ def compare(tools: dict[str, Callable], levels: tuple[int, ...], rounds: int, re
 @cores_options
 @json_option
 def main(
-    aiperf, vllm, served, tokenizer, tokens, count, requests, levels, rounds, server_cores, client_cores, json_path
+    stock,
+    profile,
+    aiperf,
+    vllm,
+    served,
+    tokenizer,
+    tokens,
+    count,
+    requests,
+    levels,
+    rounds,
+    server_cores,
+    client_cores,
+    json_path,
 ):
     """Measure one server through its two doors."""
     result = {
@@ -276,6 +317,7 @@ def main(
         apart(server_cores, client_cores) as begin,
         Server(served or repository(Path(folder)), **PORTS, ready_timeout_s=600) as server,
         http_server(server.grpc) as address,
+        stock_server(stock, profile) as other,
     ):
         begin()
         with urllib.request.urlopen(f"{address}/v1/models") as answer:
@@ -285,14 +327,18 @@ def main(
             "grpc": lambda *load: asyncio.run(over_grpc(server.grpc, tokens, files, *load)),
             "openai": lambda *load: asyncio.run(over_http(door, files, *load)),
         }
+        doors = {"": door} | ({STOCK: other._replace(tokens=tokens, tokenizer=tokenizer)} if other else {})
         if aiperf:
             result["tools"]["aiperf"] = run([aiperf, "--version"])
-            tools["aiperf"] = lambda *load: by_aiperf(aiperf, door, files, *load)
+            for prefix, each in doors.items():
+                tools[f"{prefix}aiperf"] = functools.partial(by_aiperf, aiperf, each, files)
         if vllm:
             result["tools"]["vllm"] = run([vllm, "-c", "import vllm; print(vllm.__version__)"])
-            tools["vllm"] = lambda *load: by_vllm(vllm, door, files, *load)
-        for ask in (tools["grpc"], tools["openai"]):  # warm up, also what remembers pictures
-            ask(len(files), 2)
+            for prefix, each in doors.items():
+                tools[f"{prefix}vllm"] = functools.partial(by_vllm, vllm, each, files)
+        for name in ("grpc", "openai", f"{STOCK}vllm"):  # warm up, also what remembers pictures
+            if name in tools:
+                tools[name](len(files), 2)
         cores = {name: sorted(each or ()) for name, each in (("server", server_cores), ("clients", client_cores))}
         result |= {"model": model, "cores": cores, "levels": compare(tools, levels, rounds, requests)}
     result["environment"]["stolen_share"] = stolen.share()

@@ -1,6 +1,7 @@
 """Bundles beside peers: whose turn it is, what the rows say, and what happens to who cannot run."""
 
 import json
+import os
 import sys
 import venv
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from cxr_triton.errors import InternalError
 from cxr_triton.perf import beside, peers
 from cxr_triton.perf.beside import Entrant, Plan, measure, table
 from cxr_triton.perf.peers.genai import Genai
@@ -201,3 +203,20 @@ def test_peaks_are_unknown_without_a_compiler_that_works(monkeypatch):
     assert peaks()["why"] == "/no/such/cc does not run (No such file or directory); install a C compiler"
     monkeypatch.setenv("CC", f"{sys.executable} -c 'import sys; sys.exit(\"no VNNI\")'")
     assert peaks()["read_bytes_per_s"] is None and "ends with 1: no VNNI" in peaks()["why"]
+
+
+def test_what_fails_is_closed_before_anybody_is_told(tmp_path):
+    """Else a server that a peer started would compute beside the next one."""
+    process = Process(fake_peers.Failing, sorted(os.sched_getaffinity(0)), str(tmp_path), None, [])
+    try:
+        with pytest.raises(InternalError, match="no room for 8"):
+            process.call("write", [[1]] * 8, 1)
+        assert json.loads((tmp_path / "log").read_text().splitlines()[-1])["closed"] == "failing"
+    finally:
+        process.kill()
+
+
+def test_a_process_that_does_not_load_has_ended_when_that_is_said(tmp_path):
+    with pytest.raises(InternalError, match="no weights"):
+        Process(fake_peers.Unready, sorted(os.sched_getaffinity(0)), str(tmp_path), None, [])
+    assert not Path(f"/proc/{json.loads((tmp_path / 'log').read_text())['pid']}").exists()

@@ -217,7 +217,7 @@ def test_a_server_may_have_readings_under_way_from_its_warm_up_to_its_stop(serve
     assert not server.is_up
 
 
-CRASH = "import os, sys; print('boost::interprocess::lock_exception', flush=True); os.abort()"
+CRASH = "import os, sys; print('error: boost::interprocess::lock_exception', flush=True); os.abort()"
 
 
 @pytest.mark.parametrize(("crashes", "is_there"), [(0, True), (2, True), (3, False)])
@@ -240,6 +240,7 @@ exec sleep 60
             server.start(said.append)
     assert len(starts.read_text()) == min(crashes + 1, 3) and len(said) == len(set(said))
     assert server.log.read_text().count("lock_exception") == crashes
+    assert ("lock_exception" in server.trouble()) != is_there  # what a former start said is no cause of a later trouble
 
 
 def test_a_server_that_ends_by_itself_while_it_loads_is_not(server, tmp_path, monkeypatch):

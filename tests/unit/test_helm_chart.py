@@ -413,7 +413,9 @@ def test_a_collectors_port_is_that_of_its_scheme_where_none_is_named(collector, 
     assert {"ports": [{"protocol": "TCP", "port": port}]} in egress
 
 
-@pytest.mark.parametrize("collector", ["collector:4318", "grpc://collector:4317", "http://who:secret@collector"])
+@pytest.mark.parametrize(
+    "collector", ["collector:4318", "grpc://collector:4317", "http://who:secret@collector", "http://collector:99999"]
+)
 def test_what_is_no_collector_is_refused(collector):
     with pytest.raises(HelmRefused, match="collector"):
         render({"tracing": {"collector": collector}})

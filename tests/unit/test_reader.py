@@ -525,6 +525,33 @@ def test_closing_from_another_task_wakes_the_reader():
         asyncio.run(run(server))
 
 
+@pytest.mark.parametrize("what", ["stream", "reader"])
+def test_what_is_closed_while_its_request_is_packed_asks_nothing(what, monkeypatch):
+    packing, go_on = threading.Event(), threading.Event()
+
+    async def run(server):
+        async with AsyncReader(server.url) as reader:
+            stream = reader.read(b"x")
+            whole = stream._taken_request
+
+            def slowly():
+                packing.set()
+                assert go_on.wait(10)
+                return whole()
+
+            monkeypatch.setattr(stream, "_taken_request", slowly)
+            waiting = asyncio.ensure_future(anext(stream))
+            assert await asyncio.to_thread(packing.wait, 10)
+            await (stream if what == "stream" else reader).close()
+            go_on.set()
+            with pytest.raises(Cancelled):
+                await waiting
+
+    with FakeServer(streamed) as server:
+        asyncio.run(run(server))
+        assert not server.requests
+
+
 def test_a_dropped_reader_ends_its_thread():
     with FakeServer(streamed) as server:
         reader = Reader(server.url)

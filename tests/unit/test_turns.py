@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 
+from cxr_triton.errors import InternalError
 from cxr_triton.perf.reuse import ASKED
 from cxr_triton.perf.turns import measure
 
@@ -61,6 +62,22 @@ def test_servers_are_up_one_at_a_time_and_get_the_same_new_pictures_in_each_roun
     each = [picture for pictures in first for picture in pictures]
     assert len(each) == len(set(each)) == 2 * 4
     assert all(len(of["load_s"]) == 2 for of in found.values())
+
+
+def test_what_there_is_after_each_round_is_kept_and_an_answer_without_text_ends_it():
+    servers, kept = Servers(), []
+
+    def keep(found):
+        kept.append(len(found["a"]["streams_1"]["rounds"]))
+        FIRST_S.update(dict.fromkeys(FIRST_S))  # nobody says anything any more
+
+    before = dict(FIRST_S)
+    try:
+        with pytest.raises(InternalError, match="no answer"):
+            measure({"a": servers.opened("a")}, streams=(1,), rounds=3, tokens=5, say=lambda line: None, keep=keep)
+    finally:
+        FIRST_S.update(before)
+    assert kept == [1]
 
 
 def test_each_conversation_has_a_picture_of_its_own(run):
