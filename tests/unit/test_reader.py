@@ -535,9 +535,10 @@ def test_what_is_closed_while_its_request_is_packed_asks_nothing(what, monkeypat
             whole = stream._taken_request
 
             def slowly():
+                request = whole()
                 packing.set()
                 assert go_on.wait(10)
-                return whole()
+                return request
 
             monkeypatch.setattr(stream, "_taken_request", slowly)
             waiting = asyncio.ensure_future(anext(stream))
