@@ -185,7 +185,7 @@ class _Run:
         finally:  # what was under way was cancelled with the channel
             self._ended.set()
             self._join()
-            gc.collect()  # a call that ended with an error may lie in a circle, and none may last to the interpreter's end
+            gc.collect()  # a call that ended with an error may lie in a circle, and none may outlive this
         if self._fault:
             raise self._fault
 
