@@ -34,11 +34,13 @@ from cxr_triton.perf.environment import Stolen, environment
 from cxr_triton.perf.peers import parse, peer
 from cxr_triton.perf.peers.peer import Peer
 from cxr_triton.perf.reuse import ASKED, TURNS
+from cxr_triton.perf.workload import enlarge
 from cxr_triton.phantom_file import write_dicom
 from cxr_triton.profile import ModelProfile, load_profile
 
 SCHEMA = 1
 LIMIT_S = 3600.0
+ROWS, COLUMNS = 2500, 2048
 
 Ask = Callable[[int, dict[str, Any]], dict[str, Any]]
 """Of a picture's number and a REQUEST: the ``text``, ``tokens``, ``prompt_tokens``, ``first_s`` and ``seconds``."""
@@ -146,7 +148,7 @@ def measure(
     number = 0
     for turn in range(1, rounds + 1):
         need = 1 + sum(streams)
-        pictures = [write_dicom(phantom.draw(np.random.default_rng(number + i))) for i in range(need)]
+        pictures = [_picture(number + i) for i in range(need)]
         number += need
         for name, opened in servers.items():
             say(f"round {turn}/{rounds}: {name} loads")
@@ -166,6 +168,12 @@ def measure(
         _summarize(found, streams)
         keep(found)
     return found
+
+
+def _picture(number: int) -> bytes:
+    """A phantom of a radiograph's size, lossless."""
+    rng = np.random.default_rng(number)
+    return write_dicom(enlarge(phantom.draw(rng), ROWS, COLUMNS, 12, rng), syntax="jpeg_ls")
 
 
 def _summarize(found: dict[str, Any], streams: Sequence[int]) -> None:
