@@ -112,7 +112,7 @@ NOT_RUN = {
         r"bench_harness.py": "takes minutes; tests/integration/test_bench_served.py runs small versions",
         r"perf.tower|cpu-int4-vnni": "needs bundles of 3B; tests/contract/test_tower_int8.py has a small one",
         r"perf.peers |^python3 -m venv .venv-|^export [CV]": "takes hours; tests/unit/test_beside.py has small ones",
-        r"perf.turns |^cxr-triton package build/3b/": "needs a 3B and vLLM; tests/unit/test_turns.py has servers of paper",
+        r"perf.turns |^cxr-triton package build/3b/": "needs a 3B, and vLLM; tests/unit/test_turns.py has doubles",
         r"bench run build/3b/": "takes 46 minutes, and onnxruntime-genai",
         r"^make bench$": "takes minutes on a machine that does nothing else",
     },
