@@ -350,8 +350,10 @@ def test_the_environment_names_a_collector_and_without_the_extra_that_is_said(st
     assert len(started.said) == 1 and "[trace]" in started.said[0] and started.providers == []
 
 
-def test_the_environments_collector_is_taken(started, monkeypatch):
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", started.url)
+@pytest.mark.parametrize("path", ["", "/v1/traces"])
+def test_the_environments_collector_is_taken(started, monkeypatch, path):
+    """With the path of traces too, which a server takes as it is and the SDK would add once more."""
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", started.url + path)
     otlp.start(None, "test", started.said.append)
     Span("x", GIVEN).end()
     started.flush()
