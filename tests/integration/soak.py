@@ -4,7 +4,8 @@
 
 ``--mix each`` runs every kind on a server of its own. A kind is called flat when the lines through its samples, but for
 the first quarter, rise by less than --flat-mb and --flat-descriptors for 1,000 requests. The status is 1 when a request
-ended otherwise than it has to; a server that dies is started again and counted.
+ended otherwise than it has to; a server that dies is started again and counted. Latency is also given for those requests
+during which other processes, and others on the host, took less than a tenth of a core: what they take is no growth.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import click
 import numpy as np
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -166,6 +169,45 @@ def sample(pid: int, requests: int, at_s: float) -> Sample:
     )
 
 
+QUIET_CORES = 0.1
+
+
+class Others:
+    """The processor time that went to others than this process and its children, half second by half second."""
+
+    def __init__(self) -> None:
+        self._ended: list[float] = []
+        self._cores: list[float] = []
+
+    def watch(self, over: threading.Event) -> None:
+        """Note it until `over` is set."""
+        at, busy, own = time.monotonic(), _busy(), _own()
+        while not over.wait(0.5):
+            before, (at, busy, own) = (at, busy, own), (time.monotonic(), _busy(), _own())
+            self._ended.append(at)
+            self._cores.append((busy - before[1] - (own - before[2])) / (at - before[0]))
+
+    def quiet(self, begun: float, ended: float) -> bool:
+        """Whether others took less than `QUIET_CORES` at any moment between two."""
+        first, last = np.searchsorted(self._ended, [begun, ended])
+        return last < len(self._ended) and max(self._cores[first : last + 1]) < QUIET_CORES
+
+
+def _busy() -> float:
+    """Seconds that all cores worked, for this machine or for its host's others."""
+    times = psutil.cpu_times()
+    return times.user + times.nice + times.system + times.irq + times.softirq + times.steal
+
+
+def _own() -> float:
+    """Seconds of work of this process and its children, living and gone."""
+    total, this = 0.0, psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])
+    return total
+
+
 @dataclass
 class Tally:
     """What the requests of a run came to."""
@@ -174,6 +216,7 @@ class Tally:
     seconds: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))  # ended at, took
     samples: dict[str, list[Sample]] = field(default_factory=lambda: defaultdict(list))
     crashes: list[dict] = field(default_factory=list)
+    others: Others = field(default_factory=Others)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -208,6 +251,7 @@ class Soak:
                 self._url = server.grpc
                 if not threads:
                     threads = [threading.Thread(target=self._client, args=(i,)) for i in range(self._clients)]
+                    threads.append(threading.Thread(target=self.tally.others.watch, args=(self._over,)))
                     for thread in threads:
                         thread.start()
                     begins = time.monotonic()  # what the first start takes does not count
@@ -284,6 +328,20 @@ def by_quarter(seconds: list[tuple[float, float]]) -> list[float]:
     return [round(float(np.median(took[quarter == i])), 3) for i in range(4) if (quarter == i).any()]
 
 
+def undisturbed(tally: Tally) -> dict:
+    """Of the requests during which others took next to nothing: how many, and what they took, for each quarter."""
+    begins, ends = (pick(at for seconds in tally.seconds.values() for at, _ in seconds) for pick in (min, max))
+    quarters = [begins + (ends - begins) * i / 4 for i in range(5)]
+    said = {}
+    for kind, seconds in sorted(tally.seconds.items()):
+        took = [
+            [s for at, s in seconds if low < at <= high and tally.others.quiet(at - s, at)]
+            for low, high in pairwise(quarters)
+        ]
+        said[kind] = [{"requests": len(each), **(latencies(each) if each else {})} for each in took]
+    return said
+
+
 def summary(tally: Tally, flat_mb: float, flat_descriptors: float) -> dict:
     """What is written of a run."""
     processes = {}
@@ -302,6 +360,7 @@ def summary(tally: Tally, flat_mb: float, flat_descriptors: float) -> dict:
         "requests": tally.requests,
         "outcomes": dict(sorted(tally.outcomes.items())),
         "latency_s": latency,
+        "undisturbed_latency_s_by_quarter": undisturbed(tally),
         "latency_s_p50_by_quarter": {kind: by_quarter(seconds) for kind, seconds in sorted(tally.seconds.items())},
         "crashes": tally.crashes,
         "processes": processes,
