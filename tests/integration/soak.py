@@ -4,7 +4,7 @@
 
 ``--mix each`` runs every kind on a server of its own. A kind is called flat when the lines through its samples, but for
 the first quarter, rise by less than --flat-mb and --flat-descriptors for 1,000 requests. The status is 1 when a request
-ended otherwise than it has to; a server that dies is started again and counted. Latency is also given for those requests
+ended otherwise than it has to; a server that dies is started again and counted. Latency is also given for the requests
 during which other processes, and others on the host, took less than a tenth of a core: what they take is no growth.
 """
 
