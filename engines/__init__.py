@@ -14,6 +14,7 @@ from cxr_triton.errors import InvalidRequest, unknown_key
 ROOMS = {
     "onnxruntime": "cxr_triton.engines.onnxruntime",
     "openvino": "cxr_triton.engines.openvino",
+    "onnxruntime-openvino": "cxr_triton.engines.onnxruntime_openvino",
     "onnxruntime-cuda": "cxr_triton.engines.onnxruntime_cuda",
     "tensorrt": "cxr_triton.engines.tensorrt",
     "tensorrt-rtx": "cxr_triton.engines.tensorrt_rtx",

@@ -128,6 +128,8 @@ class Engine:
         It compiles for one target.
     in_container : bool
         Its bundles are built in the recipe's container, on the recipe's GPU.
+    copies : int
+        How often it holds the weights of the decoder's layers and head.
     abilities : frozenset of str
         Keys of `ABILITIES`.
     reuses_prefixes : bool
@@ -151,6 +153,7 @@ class Engine:
     computes: ClassVar[tuple[str, ...]] = ()
     needs_recipe: ClassVar[bool] = True
     in_container: ClassVar[bool] = False
+    copies: ClassVar[int] = 1
     abilities: ClassVar[frozenset[str]] = frozenset()
     reuses_prefixes: ClassVar[bool] = False
     products: ClassVar[tuple[str, ...]] = ()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -233,20 +232,50 @@ def device_rows(
             yield pointer + ((slot * heads + head) * positions + start) * width * rows.itemsize, values
 
 
+class HostGraph:
+    """A decoder's graph as an engine on the CPU runs it, over the cache of a `HostDecoder`."""
+
+    def run(
+        self, cache: Mapping[str, np.ndarray], rows: slice, lengths: np.ndarray, inputs: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        """Logits of new tokens of some sequences, whose rows of the cache then hold these too.
+
+        Parameters
+        ----------
+        cache : dict of (slots, kv_heads, C, head_dim) float32 array
+            ``key.0``, ``value.0``, ``key.1`` and so on.
+        rows : slice
+            Of the cache, n of them.
+        lengths : (n,) int64 array
+            Positions that each of them holds.
+        inputs : dict
+            The graph's other inputs; ``logits_index`` is [n, T].
+
+        Returns
+        -------
+        (n, T, vocab) float32 array
+            Valid until the next run.
+        """
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Let go of the cache's arrays: there will be others."""
+        raise NotImplementedError
+
+
 class HostDecoder(DecoderSession):
-    """A decoder in fp32 on the CPU, whose cache grows and shrinks with what it holds; an engine says how it is run.
+    """A decoder in fp32 on the CPU, whose cache grows and shrinks with what it holds.
 
     Parameters
     ----------
     bundle : Bundle
+    graph : HostGraph
     slots : int
-    threads : int, optional
-        CPU threads; all cores if None.
     together : int
         A step takes a multiple of so many rows.
     """
 
-    def __init__(self, bundle, *, slots: int, threads: int | None = None, together: int = 1):
+    def __init__(self, bundle, graph: HostGraph, *, slots: int, together: int = 1):
         geometry = bundle.geometry
         self.slots = self.checks = slots
         self.max_sequence = geometry.max_sequence
@@ -254,25 +283,13 @@ class HostDecoder(DecoderSession):
         self._together = together
         rows = self._rounded(slots)
         self.lengths = np.zeros(rows, np.int64)
-        self._open(bundle, threads)
+        self._graph = graph
         self._names = [f"{part}.{layer}" for layer in range(geometry.layers) for part in ("key", "value")]
         self._row = (geometry.kv_heads, geometry.head_dim)
         self._text_only = np.zeros((1, geometry.hidden), np.float32)
         self._capacity = 0
         self._cache: dict[str, np.ndarray] = {}
-        self._bindings: dict[tuple[int, int], Any] = {}  # of the engine to cache rows
         self._reserve(1)
-
-    def _open(self, bundle, threads: int | None) -> None:
-        """Load the graph."""
-        raise NotImplementedError
-
-    def _run(self, rows: slice, **inputs: np.ndarray) -> np.ndarray:
-        """Logits of a run over these rows of the cache, which then holds the new tokens.
-
-        They are [rows, T, vocab] for a `logits_index` [rows, T].
-        """
-        raise NotImplementedError
 
     def prefill(
         self,
@@ -361,6 +378,9 @@ class HostDecoder(DecoderSession):
             cache[slot, :, start:stop] = values
         self.lengths[slot] = stop
 
+    def _run(self, rows: slice, **inputs: np.ndarray) -> np.ndarray:
+        return self._graph.run(self._cache, rows, self.lengths[rows], inputs)
+
     def _rounded(self, rows: int) -> int:
         return -(-rows // self._together) * self._together
 
@@ -373,7 +393,7 @@ class HostDecoder(DecoderSession):
         capacity = min(-(-positions // CAPACITY_STEP) * CAPACITY_STEP, self.max_sequence)
         if capacity == self._capacity:
             return
-        self._bindings.clear()  # they hold the old arrays
+        self._graph.forget()
         for name in self._names:
             # Zeros, not garbage: a masked position must not be NaN. Pages that are never written cost nothing.
             grown = np.zeros((len(self.lengths), self._row[0], capacity, self._row[1]), np.float32)

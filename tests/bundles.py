@@ -88,12 +88,21 @@ def write_export(
 
 def build_openvino(export: Path, out: Path, precision: str = "fp32", vision: str = "fp32"):
     """An openvino bundle of an export; `precision` as there, `vision` what its vision graph computes in."""
+    return _build(export, out, precision, vision, "cpu-int4-openvino")
+
+
+def build_mixed(export: Path, out: Path, precision: str = "fp32", vision: str = "fp32"):
+    """A bundle whose decoder two engines run on one cache; otherwise as `build_openvino`."""
+    return _build(export, out, precision, vision, "cpu-int4-mixed")
+
+
+def _build(export: Path, out: Path, precision: str, vision: str, recipe_name: str):
     from dataclasses import replace
 
     from cxr_triton.engines.build import build_bundle
     from cxr_triton.engines.recipe import load_recipe
 
-    recipe = load_recipe("cpu-int4-openvino")
+    recipe = load_recipe(recipe_name)
     decoder = replace(recipe.decoder, precision=precision, head="int4" if precision == "int4" else "compute")
     recipe = replace(recipe, vision=replace(recipe.vision, precision=vision), decoder=decoder)
     return build_bundle(export, out, recipe=recipe)

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from cxr_triton.engines.onnxruntime.tower import require_exact
-from cxr_triton.engines.session import HostDecoder, VisionSession
+from cxr_triton.engines.session import HostDecoder, HostGraph, VisionSession
 
 
 def open_graph(path: Path, threads: int | None) -> ort.InferenceSession:
@@ -59,8 +59,58 @@ class OrtVision(VisionSession):
         return self._session.run(["image_embeddings"], feeds)[0]
 
 
+class OrtGraph(HostGraph):
+    """The decoder graph of a bundle; it takes several tokens of one sequence only."""
+
+    def __init__(self, bundle, *, threads: int | None = None):
+        self._session = open_graph(bundle.path / "decoder.onnx", threads)
+        self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
+        self._logits = np.zeros((1, bundle.geometry.vocab), np.float32)
+        self._results: dict[tuple[int, int], tuple[np.ndarray, ort.OrtValue]] = {}
+
+    def run(
+        self, cache: Mapping[str, np.ndarray], rows: slice, lengths: np.ndarray, inputs: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        """See `HostGraph.run`."""
+        binding = self._binding(cache, rows)
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        binding.bind_cpu_input("write_index", lengths.copy())
+        logits, value = self._result(*inputs["logits_index"].shape)
+        binding.bind_ortvalue_output("logits", value)
+        self._session.run_with_iobinding(binding)
+        return logits
+
+    def forget(self) -> None:
+        """See `HostGraph.forget`."""
+        self._bindings.clear()
+
+    def _binding(self, cache: Mapping[str, np.ndarray], rows: slice) -> ort.IOBinding:
+        """Cache rows bound as past and present at once: attention then writes in place."""
+        key = (rows.start, rows.stop)
+        if key not in self._bindings:
+            binding = self._session.io_binding()
+            for name, part in cache.items():
+                value = ort.OrtValue.ortvalue_from_numpy(part[rows])
+                binding.bind_ortvalue_input(f"past_{name}", value)
+                binding.bind_ortvalue_output(f"present_{name}", value)
+            self._bindings[key] = binding
+        return self._bindings[key]
+
+    def _result(self, rows: int, tokens: int) -> tuple[np.ndarray, ort.OrtValue]:
+        """Memory for logits [rows, tokens, vocab], and the same as ONNX Runtime takes it."""
+        count = rows * tokens
+        if count > len(self._logits):
+            self._results.clear()
+            self._logits = np.zeros((count, self._logits.shape[1]), np.float32)
+        if (rows, tokens) not in self._results:
+            logits = self._logits[:count].reshape(rows, tokens, -1)
+            self._results[rows, tokens] = logits, ort.OrtValue.ortvalue_from_numpy(logits)
+        return self._results[rows, tokens]
+
+
 class OrtDecoder(HostDecoder):
-    """The decoder graph of a bundle.
+    """The decoder of a bundle.
 
     Parameters
     ----------
@@ -76,44 +126,6 @@ class OrtDecoder(HostDecoder):
     def __init__(self, bundle, *, slots: int, threads: int | None = None, batch_invariant: bool = False):
         # The int4 kernel takes rows in pairs, and sums one that is left over in another order.
         together = 2 if batch_invariant and bundle.precision.startswith("int4") else 1
-        super().__init__(bundle, slots=slots, threads=threads, together=together)
+        super().__init__(bundle, OrtGraph(bundle, threads=threads), slots=slots, together=together)
         # Attention takes several tokens of one sequence only, and sums them otherwise than one.
         self.checks = 0 if batch_invariant else 1
-
-    def _open(self, bundle, threads: int | None) -> None:
-        self._session = open_graph(bundle.path / "decoder.onnx", threads)
-        self._logits = np.zeros((1, self.vocab), np.float32)
-        self._results: dict[tuple[int, int], tuple[np.ndarray, ort.OrtValue]] = {}
-
-    def _binding(self, rows: slice) -> ort.IOBinding:
-        """Cache rows bound as past and present at once: attention then writes in place."""
-        key = (rows.start, rows.stop)
-        if key not in self._bindings:
-            binding = self._session.io_binding()
-            for name, cache in self._cache.items():
-                value = ort.OrtValue.ortvalue_from_numpy(cache[rows])
-                binding.bind_ortvalue_input(f"past_{name}", value)
-                binding.bind_ortvalue_output(f"present_{name}", value)
-            self._bindings[key] = binding
-        return self._bindings[key]
-
-    def _run(self, rows: slice, **inputs: np.ndarray) -> np.ndarray:
-        binding = self._binding(rows)
-        for name, value in inputs.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        binding.bind_cpu_input("write_index", self.lengths[rows].copy())
-        logits, value = self._result(*inputs["logits_index"].shape)
-        binding.bind_ortvalue_output("logits", value)
-        self._session.run_with_iobinding(binding)
-        return logits
-
-    def _result(self, rows: int, tokens: int) -> tuple[np.ndarray, ort.OrtValue]:
-        """Memory for logits [rows, tokens, vocab], and the same as ONNX Runtime takes it."""
-        count = rows * tokens
-        if count > len(self._logits):
-            self._results.clear()
-            self._logits = np.zeros((count, self.vocab), np.float32)
-        if (rows, tokens) not in self._results:
-            logits = self._logits[:count].reshape(rows, tokens, self.vocab)
-            self._results[rows, tokens] = logits, ort.OrtValue.ortvalue_from_numpy(logits)
-        return self._results[rows, tokens]

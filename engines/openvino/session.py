@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from cxr_triton.engines.openvino.compiler import load_library, open_core
-from cxr_triton.engines.session import HostDecoder, VisionSession
+from cxr_triton.engines.session import HostDecoder, HostGraph, VisionSession
 from cxr_triton.errors import InvalidBundle
 
 INT8_GROUP = 128  # activations that share one scale where weights are int4
@@ -61,7 +62,7 @@ class OpenVINOVision(VisionSession):
         return self._request.infer(feeds, share_inputs=True)["image_embeddings"]
 
 
-class OpenVINODecoder(HostDecoder):
+class OpenVINOGraph(HostGraph):
     """The decoder graph of a bundle, fp32; where weights are int4 and the CPU has VNNI, activations are int8 by groups.
 
     Raises
@@ -70,30 +71,43 @@ class OpenVINODecoder(HostDecoder):
         OpenVINO is missing, or cannot load the graph.
     """
 
-    def _open(self, bundle, threads: int | None) -> None:
+    def __init__(self, bundle, *, threads: int | None = None):
         self._tensor = load_library().Tensor
         self._request = _request(bundle.path / "decoder.xml", threads, "fp32")
+        self._bound: tuple[int, int] | None = None
+        self._shared: list = []
 
-    def _run(self, rows: slice, **inputs: np.ndarray) -> np.ndarray:
-        self._bind(rows)
-        inputs["write_index"] = self.lengths[rows]
-        for name, value in inputs.items():
+    def run(
+        self, cache: Mapping[str, np.ndarray], rows: slice, lengths: np.ndarray, inputs: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        """See `HostGraph.run`."""
+        self._bind(cache, rows)
+        for name, value in {**inputs, "write_index": lengths}.items():
             self._request.set_tensor(name, self._tensor(np.ascontiguousarray(value)))
         self._request.infer()
         tokens = inputs["input_ids"].shape[1]
-        for name, cache in self._cache.items():
+        for name, part in cache.items():
             new = self._request.get_tensor(f"present_{name}").data
-            for slot, values in zip(range(rows.start, rows.stop), new, strict=True):
-                length = self.lengths[slot]
-                cache[slot, :, length : length + tokens] = values
+            for slot, length, values in zip(range(rows.start, rows.stop), lengths, new, strict=True):
+                part[slot, :, length : length + tokens] = values
         return self._request.get_tensor("logits").data
 
-    def _bind(self, rows: slice) -> None:
+    def forget(self) -> None:
+        """See `HostGraph.forget`."""
+        self._bound, self._shared = None, []
+
+    def _bind(self, cache: Mapping[str, np.ndarray], rows: slice) -> None:
         """Have the graph read these rows of the cache where they lie."""
-        if (rows.start, rows.stop) in self._bindings:
+        if self._bound == (rows.start, rows.stop):
             return
-        self._bindings.clear()
-        shared = {name: self._tensor(cache[rows], shared_memory=True) for name, cache in self._cache.items()}
+        shared = {name: self._tensor(part[rows], shared_memory=True) for name, part in cache.items()}
         for name, tensor in shared.items():
             self._request.set_tensor(f"past_{name}", tensor)
-        self._bindings[rows.start, rows.stop] = shared
+        self._bound, self._shared = (rows.start, rows.stop), list(shared.values())
+
+
+class OpenVINODecoder(HostDecoder):
+    """The decoder of a bundle; see `OpenVINOGraph`."""
+
+    def __init__(self, bundle, *, slots: int, threads: int | None = None):
+        super().__init__(bundle, OpenVINOGraph(bundle, threads=threads), slots=slots)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from bundles import TOKEN_BUDGET, WINDOW_BUDGET, build_openvino, write_export
+from bundles import TOKEN_BUDGET, WINDOW_BUDGET, build_mixed, build_openvino, write_export
 from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START, random_checkpoint
 
 from cxr_triton.engines.build import build_bundle
@@ -68,10 +68,9 @@ def model_and_export(tmp_path_factory):
     return model, write_export(folder / "export", folder / "checkpoint")
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+@pytest.fixture(scope="module", params=[build_bundle, build_openvino, build_mixed])
 def bundle(request, model_and_export, tmp_path_factory):
-    build = build_bundle if request.param == "onnxruntime" else build_openvino
-    return build(model_and_export[1], tmp_path_factory.mktemp("generate") / "bundle")
+    return request.param(model_and_export[1], tmp_path_factory.mktemp("generate") / "bundle")
 
 
 @pytest.fixture(scope="module")
@@ -263,19 +262,19 @@ def test_greedy_tokens_with_drafts_are_those_of_transformers(bundle, reference, 
                 runtime.submit(generations[name, penalty], receiver)
             for name, receiver in crowd:
                 assert receiver.wait().tokens == reference[0][name, penalty], name
-        if bundle.engine == "openvino":  # ONNX Runtime checks guesses of a stream that runs alone
+        if "openvino" in bundle.engine:  # ONNX Runtime checks guesses of a stream that runs alone
             assert drafts.counts()["accepted"] - before > 0.7 * 2 * len(cases()) * NEW_TOKENS
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
-@pytest.mark.parametrize("build", [build_bundle, build_openvino])
+@pytest.mark.parametrize("build", [build_bundle, build_openvino, build_mixed])
 def test_a_prompt_that_begins_as_another_gives_the_same_bits(model_and_export, tmp_path, build, precision):
     """Whatever the engine rounds: it is given the same runs, on rows that are the same."""
     checkpoint = model_and_export[1].parent / "checkpoint"
     built = build(
         write_export(tmp_path / "export", checkpoint, precision=precision),
         tmp_path / "bundle",
-        **({"precision": precision} if build is build_openvino else {}),
+        **({} if build is build_bundle else {"precision": precision}),
     )
     ids = np.array(text(30, 150), np.int64)
     asked = generation_of(built, None, Case(ids.tolist(), []), np.tile(np.arange(150), (3, 1)), 1.0)

@@ -11,7 +11,7 @@ from importlib import metadata
 
 import numpy as np
 import pytest
-from bundles import TOKEN_BUDGET, WINDOW_BUDGET, build_openvino, write_export
+from bundles import TOKEN_BUDGET, WINDOW_BUDGET, build_mixed, build_openvino, write_export
 from checkpoints import random_checkpoint
 
 from cxr_triton.engines.build import build_bundle
@@ -195,3 +195,32 @@ def test_a_graph_that_openvino_does_not_take_leaves_nothing(checkpoint, tmp_path
 def test_batch_invariance_is_not_promised(pair):
     with pytest.raises(InvalidRequest, match="openvino has none"):
         pair[1].open_decoder(slots=2, batch_invariant=True)
+
+
+def test_beside_onnxruntime_it_runs_all_but_the_steps_of_a_lone_stream(checkpoint, tmp_path):
+    """Bit by bit, on one cache: what each of the two gives that holds the same rows."""
+    export = write_export(tmp_path / "export", checkpoint, precision="int4")
+    built = [build(export, tmp_path / build.__name__, "int4") for build in (build_mixed, build_openvino)]
+    mixed, many, one = (
+        each.open_decoder(slots=2, threads=1) for each in (*built, build_bundle(export, tmp_path / "o"))
+    )
+    rng = np.random.default_rng(2)
+    none, nothing = np.full(40, -1), np.zeros((0, mixed.hidden), np.float32)
+
+    def same_rows(session):
+        for slot in range(2):
+            session.free(slot)
+            session.write_cache(slot, 0, mixed.read_cache(slot, 0, int(mixed.lengths[slot])))
+
+    for slot in range(2):
+        prompt = (slot, rng.integers(0, 256, 40), none, nothing, np.tile(np.arange(40), (3, 1)))
+        np.testing.assert_array_equal(*(each.prefill(*prompt, is_last=True) for each in (mixed, many)))
+    same_rows(one)
+    for step in (5, 6):
+        lone = np.array([step]), mixed.lengths[:1].copy()
+        np.testing.assert_array_equal(*(each.step(*lone) for each in (mixed, one)))
+    same_rows(many)
+    assert mixed.checks == many.checks == 2
+    ids, positions = rng.integers(0, 256, (2, 3)), mixed.lengths[:2, None] + np.arange(3)
+    np.testing.assert_array_equal(*(each.check(ids, positions) for each in (mixed, many)))
+    np.testing.assert_array_equal(*(each.read_cache(0, 0, 45) for each in (mixed, many)))

@@ -1,0 +1,48 @@
+"""Two engines on one KV cache: ONNX Runtime for the steps of a stream that runs alone, OpenVINO for all else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from cxr_triton.engines.interface import Compiled, CpuEngine
+from cxr_triton.engines.onnxruntime import ENGINE as ONNXRUNTIME
+from cxr_triton.engines.openvino import ENGINE as OPENVINO
+
+PARTS = OPENVINO, ONNXRUNTIME
+
+
+class OnnxRuntimeOpenVINO(CpuEngine):
+    """Runs the decoder alone, and holds its layers twice: once as each of the two packs them."""
+
+    name = "onnxruntime-openvino"
+    extra = OPENVINO.extra
+    distributions = ("onnxruntime", "openvino")
+    graphs = ("decoder",)
+    suffixes = OPENVINO.suffixes + ONNXRUNTIME.suffixes
+    copies = 2
+    cpu_features = OPENVINO.cpu_features
+
+    def check_decoder(self, recipe) -> None:
+        OPENVINO.check_decoder(recipe)
+
+    def check_installed(self, versions: Mapping[str, object]) -> None:
+        for each in PARTS:
+            each.check_installed(versions)
+
+    def compile(self, job, folder: Path) -> Compiled:
+        versions = {}
+        for each in PARTS:
+            versions |= each.compile(job, folder).versions
+        return Compiled(versions)
+
+    def open_decoder(self, bundle, *, slots: int, threads: int | None = None, batch_invariant: bool = False):
+        from cxr_triton.engines.onnxruntime_openvino.session import OrtOpenVINODecoder
+
+        return OrtOpenVINODecoder(bundle, slots=slots, threads=threads)
+
+    def run_bytes(self, bundle, graph: str) -> int:
+        return ONNXRUNTIME.run_bytes(bundle, graph)
+
+
+ENGINE = OnnxRuntimeOpenVINO()
