@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cxr_triton.engines.interface import Compiled, CpuEngine
@@ -21,6 +21,7 @@ class OnnxRuntimeOpenVINO(CpuEngine):
     graphs = ("decoder",)
     suffixes = OPENVINO.suffixes + ONNXRUNTIME.suffixes
     copies = 2
+    products = ("fp32", "int8", "int4")
     cpu_features = OPENVINO.cpu_features
 
     def check_decoder(self, recipe) -> None:
@@ -31,7 +32,7 @@ class OnnxRuntimeOpenVINO(CpuEngine):
             each.check_installed(versions)
 
     def compile(self, job, folder: Path) -> Compiled:
-        versions = {}
+        versions: dict[str, str] = {}
         for each in PARTS:
             versions |= each.compile(job, folder).versions
         return Compiled(versions)
@@ -43,6 +44,10 @@ class OnnxRuntimeOpenVINO(CpuEngine):
 
     def run_bytes(self, bundle, graph: str) -> int:
         return ONNXRUNTIME.run_bytes(bundle, graph)
+
+    def product(self, model: bytes, feeds: Mapping, precision: str, threads: int) -> Callable[[], object]:
+        part = OPENVINO if precision in OPENVINO.products else ONNXRUNTIME
+        return part.product(model, feeds, precision, threads)
 
 
 ENGINE = OnnxRuntimeOpenVINO()
