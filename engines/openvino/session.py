@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import ctypes
+import os
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,8 @@ from cxr_triton.engines.session import HostDecoder, HostGraph, VisionSession
 from cxr_triton.errors import InvalidBundle
 
 INT8_GROUP = 128  # activations that share one scale where weights are int4
+_GIVE_BACK_S = 0.05
+_MADV_DONTNEED = 4  # madvise(2)
 
 
 def open_request(model: Path | bytes, threads: int | None, precision: str):
@@ -46,6 +52,48 @@ def _request(path: Path, threads: int | None, precision: str):
         ) from None
 
 
+class _Packing:
+    """The first run of a graph, in which OpenVINO copies mapped weights into the order of its kernels.
+
+    What it has read of the file would stay resident beside the copies. So it is given back meanwhile: pages of a file
+    that is mapped for reading come again from the disk's cache, should they be needed.
+    """
+
+    def __init__(self, weights: Path):
+        self._weights = os.path.realpath(weights)
+        self._is_done = False
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        """What runs within is the first run, if none was before."""
+        if self._is_done:
+            yield
+            return
+        over = threading.Event()
+        thread = threading.Thread(target=self._keep_giving_back, args=(over,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            self._give_back()
+            self._is_done = True
+
+    def _keep_giving_back(self, over: threading.Event) -> None:
+        while not over.wait(_GIVE_BACK_S):
+            self._give_back()
+
+    def _give_back(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # a system without /proc or madvise keeps them
+            madvise = ctypes.CDLL(None).madvise
+            for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+                place, access, *_, path = line.split(maxsplit=5)
+                if path == self._weights and access == "r--s":
+                    start, end = (int(at, 16) for at in place.split("-"))
+                    madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+
+
 class OpenVINOVision(VisionSession):
     """The vision graph of a bundle, in the recipe's precision.
 
@@ -57,9 +105,11 @@ class OpenVINOVision(VisionSession):
 
     def __init__(self, bundle, *, threads: int | None = None):
         self._request = _request(bundle.path / "vision.xml", threads, bundle.vision_precision)
+        self._packing = _Packing(bundle.path / "vision.bin")
 
     def _run(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
-        return self._request.infer(feeds, share_inputs=True)["image_embeddings"]
+        with self._packing.around():
+            return self._request.infer(feeds, share_inputs=True)["image_embeddings"]
 
 
 class OpenVINOGraph(HostGraph):
@@ -74,6 +124,7 @@ class OpenVINOGraph(HostGraph):
     def __init__(self, bundle, *, threads: int | None = None):
         self._tensor = load_library().Tensor
         self._request = _request(bundle.path / "decoder.xml", threads, "fp32")
+        self._packing = _Packing(bundle.path / "decoder.bin")
         self._bound: tuple[int, int] | None = None
         self._shared: list = []
 
@@ -84,7 +135,8 @@ class OpenVINOGraph(HostGraph):
         self._bind(cache, rows)
         for name, value in {**inputs, "write_index": lengths}.items():
             self._request.set_tensor(name, self._tensor(np.ascontiguousarray(value)))
-        self._request.infer()
+        with self._packing.around():
+            self._request.infer()
         tokens = inputs["input_ids"].shape[1]
         for name, part in cache.items():
             new = self._request.get_tensor(f"present_{name}").data

@@ -3,11 +3,13 @@
 That its greedy tokens are those of transformers is in test_generate.py.
 """
 
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,6 +126,28 @@ def test_weights_are_stored_once_in_their_own_size(pair):
         ours = (pair[0].path / f"{name}.onnx.data").stat().st_size
         theirs = (pair[1].path / f"{name}.bin").stat().st_size
         assert shares[0] <= theirs / ours <= shares[1]
+
+
+def resident(file):
+    """Bytes of a mapped file that this process holds, and how long the mapping is."""
+    text = Path("/proc/self/smaps").read_text()
+    sizes = re.findall(rf" {re.escape(str(file))}\nSize: +(\d+) kB(?:\n\w+: +\d+ kB)*?\nRss: +(\d+) kB", text)
+    assert sizes, "OpenVINO maps no file any more"
+    return tuple(1024 * sum(map(int, column)) for column in zip(*sizes, strict=True))[::-1]
+
+
+def test_weights_that_were_packed_are_not_held_twice(pair):
+    """Their file stays mapped; what was read of it to pack it is given back."""
+    bundle = pair[1]
+    decoder, vision = bundle.open_decoder(slots=1, threads=1), bundle.open_vision(threads=1)
+    given = np.arange(8), np.full(8, -1), np.zeros((0, decoder.hidden), np.float32), np.tile(np.arange(8), (3, 1))
+    first = decoder.prefill(0, *given, is_last=True).copy()
+    vision.encode(**image.stack(pictures()[:1]))
+    for name in ("decoder.bin", "vision.bin"):
+        held, size = resident(bundle.path / name)
+        assert held < size / 4, name
+    decoder.free(0)
+    np.testing.assert_array_equal(decoder.prefill(0, *given, is_last=True), first)
 
 
 def test_the_bundle_says_what_runs_it(pair):
