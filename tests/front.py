@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -26,9 +28,11 @@ def nginx() -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that a program may listen on later: the system gives those below 32768 to nobody who asks for any."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", secrets.choice(range(16384, 32768))))
+            return probe.getsockname()[1]
 
 
 class Authority:
@@ -128,7 +132,7 @@ class FrontDoor:
         door = [self._nginx, "-p", f"{self.state}/", "-c", self.conf / "nginx.conf", "-g", user]
         for command in (judge, door):
             self._processes.append(subprocess.Popen(command, stdout=self._log, stderr=self._errors))
-        port, deadline = int(self.url.rpartition(":")[2]), time.monotonic() + 10
+        port, deadline = int(self.url.rpartition(":")[2]), time.monotonic() + 60
         while not (self._socket.exists() and _listens(port)):
             assert time.monotonic() < deadline and self._processes[1].poll() is None, self.errors()
             time.sleep(0.02)
@@ -138,7 +142,7 @@ class FrontDoor:
         for process in self._processes:
             process.send_signal(signal.SIGTERM)
         for process in self._processes:
-            process.wait(10)
+            process.wait(60)
         self._log.close()
         self._errors.close()
         self._socket.unlink(missing_ok=True)
