@@ -27,7 +27,7 @@ from cxr_triton.cli import main
 PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
 DICOM_WEB = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 CLI = [sys.executable, "-c", "from cxr_triton.cli import main; main()"]
-DEADLINE_S = 60
+DEADLINE_S = 120
 
 
 def wait_for(condition, what: str, timeout_s: float = DEADLINE_S):

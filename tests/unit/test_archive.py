@@ -20,6 +20,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from fake_server import FakeServer, failure, response
+from fake_session import until
 from pyarrow import parquet
 
 from cxr_triton.archive import folder as archive_folder
@@ -467,7 +468,8 @@ def test_what_may_pass_is_asked_again_and_two_servers_share(monkeypatch):
     def say(name):
         return full.pop() if full else "Edema"
 
-    with Double(say) as one, Double() as other:
+    # the other one answers once the first was asked, so that four readings one after the other are not all its own
+    with Double(say) as one, Double(lambda name: until(lambda: one.seen) or "Edema") as other:
         served = Served([one.url, other.url], 20.0, NO_ACCESS)
         barrier = threading.Barrier(4)
 
