@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -15,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 FRONT = Path(__file__).resolve().parents[1] / "deploy" / "front"
 
@@ -25,14 +24,6 @@ def nginx() -> str:
     if found is None:
         pytest.skip("no nginx here; install nginx-light")
     return found
-
-
-def free_port() -> int:
-    """One that a program may listen on later: the system gives those below 32768 to nobody who asks for any."""
-    while True:
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", secrets.choice(range(16384, 32768))))
-            return probe.getsockname()[1]
 
 
 class Authority:

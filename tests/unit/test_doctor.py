@@ -31,8 +31,9 @@ pytest.importorskip("pynetdicom")
 import grpc
 from bundles import passing
 from fake_server import FakeServer
-from front import EC, free_port
+from front import EC
 from openai_server import OpenAIServer
+from ports import free_port
 from served import write_paper_bundle
 from tritonclient.grpc import service_pb2 as pb
 

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 import grpc
 import pytest
 from fake_server import FakeServer, empty_final, failure, response
-from front import free_port
 from helm_chart import CHART, VALUES, is_there, objects, one, render
+from ports import free_port
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
