@@ -359,12 +359,14 @@ def _alike() -> Iterator[None]:
         raise _Plain(error.format_message()) from None
 
 
-def _with_examples(command: click.Command, path: str) -> click.Command:
+def _as_verb(command: click.Command, path: str) -> click.Command:
+    """With its examples, and with the root's names of help also where it is called without the root."""
+    command.context_settings.setdefault("help_option_names", main.context_settings["help_option_names"])
     lines = [f"  cxr-triton {line}" for line in EXAMPLES.get(path, ())]
     if lines:
         command.epilog = "\n".join(["\b", "Example:" if len(lines) == 1 else "Examples:", *lines])
     for name, inner in getattr(command, "commands", {}).items():
-        _with_examples(inner, f"{path} {name}")
+        _as_verb(inner, f"{path} {name}")
     return command
 
 
@@ -459,7 +461,7 @@ class LazyGroup(Group):
         path, extra, text = VERBS[name]
         module, attribute = path.split(":")
         try:
-            return _with_examples(getattr(importlib.import_module(module), attribute), name)
+            return _as_verb(getattr(importlib.import_module(module), attribute), name)
         except ImportError as error:
             if not MissingPackage.is_of(error):
                 raise

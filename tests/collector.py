@@ -109,7 +109,7 @@ class Collector:
                     found += [_told(span, facts.get("service.name", "")) for span in scope.spans]
         return [span for span in found if trace_id in (None, span.trace_id)]
 
-    def until(self, trace_id: str, names: set[str], timeout_s: float = 20) -> dict[str, Told]:
+    def until(self, trace_id: str, names: set[str], timeout_s: float = 60) -> dict[str, Told]:
         """Spans of a trace by their names, once all of these are there."""
         ends = time.monotonic() + timeout_s
         while not names <= (found := {span.name: span for span in self.spans(trace_id)}).keys():

@@ -65,7 +65,7 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
     outputs : tuple of str
         Output tensors in the served model's metadata.
     active : int
-        Streams under way.
+        Streams under way; whoever read one to its end finds it gone.
     profile : str
         JSON of the profile in the served model's configuration; "" has none.
     """
@@ -87,6 +87,7 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
         self.active = 0
         self.profile = ""
         options = [("grpc.max_receive_message_length", max_receive_bytes)]
+        self._ending = threading.Lock()
         self._server = grpc.server(ThreadPoolExecutor(8), options=options)
         pb_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
         add_port = self._server.add_secure_port if tls else self._server.add_insecure_port
@@ -131,22 +132,27 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
         return answer
 
     def ModelStreamInfer(self, request_iterator, context):
-        complete = threading.Event()
+        is_complete = False
 
-        def on_end():
-            self.active -= 1
-            if not complete.is_set():
-                self.cancelled.set()
+        def left():
+            with self._ending:
+                if not is_complete:
+                    self.cancelled.set()
+                    self.active -= 1
 
-        self.active += 1
-        context.add_callback(on_end)
+        with self._ending:
+            self.active += 1
+        if not context.add_callback(left):  # gone before its turn came
+            left()
         for request in request_iterator:
             self.requests.append(request)
             for message in self.answer(request, context):
                 if not context.is_active():
                     return
                 yield message
-        complete.set()
+        with self._ending:
+            is_complete = True
+            self.active -= 1
 
 
 def pause(context: grpc.ServicerContext, seconds: float) -> None:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 FRONT = Path(__file__).resolve().parents[1] / "deploy" / "front"
 
@@ -23,12 +24,6 @@ def nginx() -> str:
     if found is None:
         pytest.skip("no nginx here; install nginx-light")
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Authority:
@@ -128,7 +123,7 @@ class FrontDoor:
         door = [self._nginx, "-p", f"{self.state}/", "-c", self.conf / "nginx.conf", "-g", user]
         for command in (judge, door):
             self._processes.append(subprocess.Popen(command, stdout=self._log, stderr=self._errors))
-        port, deadline = int(self.url.rpartition(":")[2]), time.monotonic() + 10
+        port, deadline = int(self.url.rpartition(":")[2]), time.monotonic() + 60
         while not (self._socket.exists() and _listens(port)):
             assert time.monotonic() < deadline and self._processes[1].poll() is None, self.errors()
             time.sleep(0.02)
@@ -138,7 +133,7 @@ class FrontDoor:
         for process in self._processes:
             process.send_signal(signal.SIGTERM)
         for process in self._processes:
-            process.wait(10)
+            process.wait(60)
         self._log.close()
         self._errors.close()
         self._socket.unlink(missing_ok=True)

@@ -54,7 +54,7 @@ class HttpServer:
 
     def ask(self, method: str, path: str, body: object = None, headers: dict | None = None) -> tuple[int, dict, object]:
         """Status, headers in lower case and JSON (else text) of an answer."""
-        connection = http.client.HTTPConnection(*self.address, timeout=20)
+        connection = http.client.HTTPConnection(*self.address, timeout=60)
         given = body if isinstance(body, bytes | None) else json.dumps(body)
         kind = {"Content-Type": "application/json"} if body is not None else {}
         connection.request(method, path, given, {**kind, **(headers or {})})

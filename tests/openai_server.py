@@ -13,7 +13,7 @@ class OpenAIServer(HttpServer):
 
     def __init__(self, url: str, *, timeouts: Timeouts | None = None, **settings):
         super().__init__(Settings(port=0, **settings))
-        self.timeouts = timeouts or Timeouts(connect_s=2.0, first_delta_s=None, total_s=self.settings.timeout_s)
+        self.timeouts = timeouts or Timeouts(connect_s=60.0, first_delta_s=None, total_s=self.settings.timeout_s)
         self.reader_url = url
 
     def made(self) -> Service:

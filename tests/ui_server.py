@@ -11,21 +11,23 @@ from http_server import HttpServer
 
 from cxr_triton.client.aio import AsyncReader
 from cxr_triton.client.limits import Timeouts
-from cxr_triton.client.ui import service
+from cxr_triton.client.ui import servers, service
 from cxr_triton.client.ui.settings import Settings
 
-TIMEOUTS = Timeouts(connect_s=0.5, first_delta_s=None)
+PATIENT_S = 60.0
+servers.KNOWN_S = PATIENT_S  # a busy machine takes more than a second now and then
 
 
 class UiServer(HttpServer):
-    """Runs on a free port until the `with` block ends; its log is `log`."""
+    """Runs on a free port until the `with` block ends; its log is `log`. What is `away` is not waited for."""
 
-    def __init__(self, *urls: str, page: Path = service.PAGE, **settings):
+    def __init__(self, *urls: str, away: str = "", page: Path = service.PAGE, **settings):
         super().__init__(Settings(port=0, **{"decoders": 1, **settings}))
-        self._urls, self._page = urls, page
+        self._limits = {url: Timeouts(connect_s=0.5 if url == away else PATIENT_S, first_delta_s=None) for url in urls}
+        self._page = page
 
     def made(self) -> service.Service:
-        readers = [AsyncReader(url, timeouts=TIMEOUTS) for url in self._urls]
+        readers = [AsyncReader(url, timeouts=limits) for url, limits in self._limits.items()]
         return service.Service(self.settings, readers, self.log, self._page)
 
 

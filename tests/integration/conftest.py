@@ -23,7 +23,7 @@ def server(served_bundle, tmp_path_factory):
 
     repository = tmp_path_factory.mktemp("server") / "repository"
     write_repository(served_bundle, repository, Settings(threads=1), unverified=True)
-    with Server(repository, grpc_port=0, http_port=0, metrics_port=0, ready_timeout_s=120) as server:
+    with Server(repository, grpc_port=0, http_port=0, metrics_port=0) as server:
         yield server
     # A request that Triton never counts as done is a leak, and keeps a server from ending in time.
     assert "in-flight inferences" not in server.log.read_text().replace("that have in-flight inferences", "")

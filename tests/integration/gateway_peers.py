@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,13 +20,14 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner
+from ports import free_port
 
 from cxr_triton.cli import main
 
 PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
 DICOM_WEB = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 CLI = [sys.executable, "-c", "from cxr_triton.cli import main; main()"]
-DEADLINE_S = 60
+DEADLINE_S = 120
 
 
 def wait_for(condition, what: str, timeout_s: float = DEADLINE_S):
@@ -38,12 +38,6 @@ def wait_for(condition, what: str, timeout_s: float = DEADLINE_S):
             return value
         assert time.monotonic() < ends, f"{what} did not happen within {timeout_s} s"
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def require(program: str) -> str:

@@ -13,9 +13,7 @@ import argparse
 import contextlib
 import json
 import math
-import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from front import FrontDoor
 from front_door import RECORD
+from ports import free_port
 from reliability import provenance, set_section
 
 from cxr_triton.client import Reader, Tls
@@ -39,20 +38,11 @@ IDLE_S = 10
 """A server is ended while it reads, or after so long without: the door may give all readings to the other one."""
 
 
-def kept_port() -> int:
-    """A free port that no connection takes while its server is away: below those that the system gives to clients."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-
-
 class Served:
     """One `cxr-triton serve`, on ports that stay."""
 
     def __init__(self, repository: Path, folder: Path, name: str):
-        self.port, self.metrics = kept_port(), f"127.0.0.1:{kept_port()}"
+        self.port, self.metrics = free_port(), f"127.0.0.1:{free_port()}"
         self._errors, self._log = folder / f"{name}.err", folder / f"{name}.log"
         ports = ["--grpc-port", str(self.port), "--metrics-port", self.metrics.rpartition(":")[2]]
         main = [sys.executable, "-c", "from cxr_triton.cli import main; main()"]

@@ -123,7 +123,7 @@ def main(count: int, bundles: tuple[Path, ...], json_path: str | None):
         for i, each in enumerate(phantoms)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        with Server(repository(Path(folder)), grpc_port=0, metrics_port=0, ready_timeout_s=120) as server:
+        with Server(repository(Path(folder)), grpc_port=0, metrics_port=0) as server:
             with Reader(server.grpc) as reader, ThreadPoolExecutor(8) as pool:
                 readings = list(pool.map(lambda data: reader.read([data], scores=True).result(), files))
                 alone = [reader.read([data], scores=True).result() for data in files[:TIMED]]

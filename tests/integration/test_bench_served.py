@@ -126,7 +126,7 @@ def double(tmp_path_factory):
     from cxr_triton.triton_repo.serve import Server
 
     repository = scripted.write_repository(tmp_path_factory.mktemp("double") / "repository")
-    with Server(repository, grpc_port=0, metrics_port=0, ready_timeout_s=120) as server:
+    with Server(repository, grpc_port=0, metrics_port=0) as server:
         yield server
 
 

@@ -315,7 +315,7 @@ def served(clone) -> str:
     bundle = build_bundle(folder / "export", folder / "bundle")
     write_repository(bundle.path, folder / "repository", Settings(threads=1), unverified=True)
     ports = {"grpc_port": 0, "metrics_port": 0}
-    with Server(folder / "repository", **ports, ready_timeout_s=120) as server:
+    with Server(folder / "repository", **ports) as server:
         yield server.grpc
 
 

@@ -57,7 +57,7 @@ def results(repository, phantoms, tmp_path_factory):
         found[layout, kind] = out
 
     evaluated(*pairs[0], str(repository))
-    with Server(repository, grpc_port=0, metrics_port=0, ready_timeout_s=120) as server:
+    with Server(repository, grpc_port=0, metrics_port=0) as server:
         for layout, kind in pairs[1:]:
             evaluated(layout, kind, "--url", server.grpc)
     return found

@@ -62,7 +62,7 @@ def site(triton, tmp_path_factory):
     # What Orthanc's index lacks it does not send as commitment; see its own configuration.
     with Orthanc(folder / "pacs", gateway_port=port) as pacs, Orthanc(folder / "archive") as archive:
         destinations = [
-            orthanc_dicom(pacs, commitment=True, commitment_s=5.0),
+            orthanc_dicom(pacs, commitment=True, commitment_s=30.0),
             {"name": "archive", "kind": "stow", "url": archive.stow},
         ]
         config = gateway_config(folder / "storage", triton.grpc, destinations, dicom={"port": port})
@@ -119,7 +119,7 @@ def test_a_study_goes_round_and_its_results_are_committed_and_equal_everywhere(s
         check = subprocess.run([require("dciodvfy"), str(path)], capture_output=True, text=True)
         assert "Error" not in check.stderr, check.stderr
     wait_for(lambda: site.queue.counts()["deliveries"]["pacs"]["sent"] == 0, "storage commitment")
-    answered = [line for line in site.lines() if line["event"] == "commitment"]
+    answered = wait_for(lambda: [line for line in site.lines() if line["event"] == "commitment"], "word of it")
     assert sum(line["kept"] for line in answered) == 2 and not any(line["failed"] for line in answered)
 
 

@@ -69,7 +69,7 @@ def served(request, tmp_path_factory):
     bundle = build_bundle(folder / "export", folder / "bundle", recipe=recipe)
     write_repository(bundle.path, folder / "repository", Settings(threads=1), unverified=True)
     ports = {"grpc_port": 0, "metrics_port": 0}
-    with Server(folder / "repository", **ports, ready_timeout_s=120) as server:
+    with Server(folder / "repository", **ports) as server:
         yield server, request.param
 
 

@@ -22,7 +22,7 @@ LONG = {"max_new_tokens": 3500}
 GIVEN = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 
-def is_idle(raw, timeout_s: float = 10.0) -> bool:
+def is_idle(raw, timeout_s: float = 60.0) -> bool:
     """Wait until the decoder has no stream."""
     deadline = time.monotonic() + timeout_s
     while raw.metric("cxr_decoder_streams"):

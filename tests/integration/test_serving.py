@@ -34,7 +34,7 @@ def resident_mib(server) -> float:
     return sum(psutil.Process(pid).memory_info().rss for pid in server.pids) / 2**20
 
 
-def until(holds, timeout_s: float = 10.0) -> bool:
+def until(holds, timeout_s: float = 60.0) -> bool:
     """Wait for a condition; whether it came true."""
     deadline = time.monotonic() + timeout_s
     while not holds():
@@ -312,10 +312,10 @@ def test_a_killed_decoding_process_fails_one_request(raw):
     outcome = []
     thread = threading.Thread(target=lambda: outcome.append(_outcome(raw)))
     thread.start()
-    time.sleep(0.5)
+    time.sleep(2)  # until one of them has it, which nothing tells
     for child in children:
         child.kill()
-    thread.join(20)
+    thread.join(60)
     assert "LIMIT_EXCEEDED" in outcome[0]
     assert [_outcome(raw) for _ in range(4)] == ["ok"] * 4
 
@@ -339,7 +339,7 @@ def small_server(served_bundle, tmp_path):
 
     settings = Settings(slots=1, queue_size=2, threads=1)
     write_repository(served_bundle, tmp_path / "repository", settings, unverified=True)
-    server = Server(tmp_path / "repository", grpc_port=0, metrics_port=0, ready_timeout_s=120)
+    server = Server(tmp_path / "repository", grpc_port=0, metrics_port=0)
     with server:
         yield server
     assert not leftovers(server)
@@ -425,7 +425,7 @@ def test_own_edits_are_served_when_asked(served_bundle, tmp_path):
         try:
             assert process.stdout.readline().startswith("ready: gRPC 127.0.0.1:")
             process.send_signal(signal.SIGTERM)
-            assert "modified: report/1/model.py was changed" in process.communicate(timeout=30)[1]
+            assert "modified: report/1/model.py was changed" in process.communicate(timeout=60)[1]
         finally:
             process.kill()
 
@@ -470,9 +470,9 @@ def test_serve_leaves_nothing_when_it_ends(served_bundle, tmp_path, number):
             require_spans_of_triton(ready.grpc, collector)
             next(Raw(ready).call([GOOD], **LONG))
             process.send_signal(number)
-            assert process.wait(30) == (0 if number == signal.SIGTERM else -number)
+            assert process.wait(60) == (0 if number == signal.SIGTERM else -number)
         finally:
             process.kill()
-    within_s = 0 if number == signal.SIGTERM else 30
+    within_s = 0 if number == signal.SIGTERM else 60
     assert until(lambda: not any(map(runs, ready.pids)), within_s)
     assert until(lambda: set(Path("/dev/shm").iterdir()) <= segments, within_s)

@@ -73,10 +73,10 @@ def test_what_no_reading_needs_is_closed_to_every_caller_of_grpc(raw):
     for name, request in closed_calls(raw.server).items():
         for metadata in ([], opens_statistics):
             with pytest.raises(grpc.RpcError, match=REFUSED):
-                getattr(raw.stub, name)(request, metadata=metadata, timeout=10)
+                getattr(raw.stub, name)(request, metadata=metadata, timeout=60)
     with pytest.raises(grpc.RpcError, match=REFUSED):
-        raw.stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=10)
-    counted = raw.stub.ModelStatistics(pb.ModelStatisticsRequest(), metadata=opens_statistics, timeout=10)
+        raw.stub.ModelStatistics(pb.ModelStatisticsRequest(), timeout=60)
+    counted = raw.stub.ModelStatistics(pb.ModelStatisticsRequest(), metadata=opens_statistics, timeout=60)
     assert "cxr_reader" in {model.name for model in counted.model_stats}
     assert raw.read([GOOD], **SHORT)["usage"]["completion_tokens"] == 12
 
@@ -106,12 +106,12 @@ def test_a_web_page_can_post_nothing(raw, path):
         f"http://{raw.server.http}/v2/{path}", data=b'{"log_verbose_level": 9}', method="POST", headers=headers
     )
     with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(request, timeout=10)
+        urllib.request.urlopen(request, timeout=60)
     assert caught.value.code == 403 and re.search(REFUSED, caught.value.read().decode())
 
 
 def test_health_is_told_by_http_where_it_was_asked_for(raw):
-    with urllib.request.urlopen(f"http://{raw.server.http}/v2/health/ready", timeout=10) as page:
+    with urllib.request.urlopen(f"http://{raw.server.http}/v2/health/ready", timeout=60) as page:
         assert page.status == 200
 
 
@@ -152,13 +152,24 @@ def call_by_hand(address: str, method: str, name: str, value: str) -> bytes:
     }
     block = b"".join(b"\0" + text(key) + text(value) for key, value in headers.items())
     heard = b""
-    with socket.create_connection(address.split(":"), timeout=1) as connection:
+    with socket.create_connection(address.split(":"), timeout=60) as connection:
         connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(1, 4, 1, block))
         connection.sendall(frame(0, 1, 1, bytes(5)))
-        with contextlib.suppress(TimeoutError):
-            while part := connection.recv(1 << 16):
-                heard += part
+        while not is_answered(heard) and (part := connection.recv(1 << 16)):
+            heard += part
     return heard
+
+
+def is_answered(heard: bytes) -> bool:
+    """Whether frames of HTTP/2 hold the last one of stream 1: END_STREAM, or its reset."""
+    while len(heard) >= 9:
+        size, kind, flags, stream = *struct.unpack(">IBB", b"\0" + heard[:5]), struct.unpack(">I", heard[5:9])[0]
+        if len(heard) < 9 + size:
+            return False
+        if stream == 1 and (kind == 3 or (kind in (0, 1) and flags & 1)):
+            return True
+        heard = heard[9 + size :]
+    return False
 
 
 def test_what_stands_in_the_arguments_opens_no_door_of_grpc(server):
@@ -175,7 +186,7 @@ def test_what_stands_in_the_arguments_opens_no_door_of_http(server):
     secret = value.strip()
     for line in (secret, f"{secret}\n", f"{secret}\n ", f"{secret}\r\n ", f"\r\n {secret}\r\n \r\n ", f'"{secret}\n"'):
         for tried in (name, name.lower()):
-            with socket.create_connection(server.http.split(":"), timeout=5) as connection:
+            with socket.create_connection(server.http.split(":"), timeout=60) as connection:
                 head = f"POST /v2/repository/index HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{tried}: {line}\r\n"
                 connection.sendall(f"{head}Content-Length: 2\r\n\r\n{{}}".encode())
                 answer = connection.recv(1 << 16)
@@ -201,7 +212,7 @@ def test_only_readings_and_metrics_listen_and_only_on_loopback(served_bundle, tm
     settings = Settings(threads=1, slots=1, preprocess_instances=1)
     write_repository(served_bundle, tmp_path / "repository", settings, unverified=True)
     (tmp_path / "repository.log").write_text("of an older server")
-    with Server(tmp_path / "repository", grpc_port=0, metrics_port=0, ready_timeout_s=120) as server:
+    with Server(tmp_path / "repository", grpc_port=0, metrics_port=0) as server:
         assert server.http is None and server.secret == os.environ[SECRET]
         sockets = psutil.Process(server.pid).net_connections()
         listening = {f"{s.laddr.ip.removeprefix('::ffff:')}:{s.laddr.port}" for s in sockets if s.status == "LISTEN"}
@@ -363,14 +374,14 @@ def test_a_server_started_by_hand_under_guard_reads_and_is_closed(small_reposito
     launcher = (sys.executable, "-m", "cxr_triton.triton_repo.guard")
     with by_hand(small_repository, *launcher, environment={}) as (process, address, log):
         check = healthcheck(address)
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while subprocess.run(check, capture_output=True, check=False).returncode:
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
             time.sleep(0.2)
         raw = Raw(SimpleNamespace(grpc=address))
         assert raw.read([GOOD], **SHORT)["usage"]["completion_tokens"] == 12
         with pytest.raises(grpc.RpcError, match=REFUSED):
-            raw.stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=10)
+            raw.stub.RepositoryIndex(pb.RepositoryIndexRequest(), timeout=60)
         assert Path(f"/proc/{process.pid}/status").read_text().partition("Umask:\t")[2].startswith("0077")
 
 

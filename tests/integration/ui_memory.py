@@ -83,7 +83,7 @@ def held(process: psutil.Process) -> dict[str, float]:
 def main(repository, readings, json_path):
     rng, marks, began_s = np.random.default_rng(0), [], time.monotonic()
     with (
-        Server(repository, grpc_port=0, metrics_port=0, ready_timeout_s=120) as server,
+        Server(repository, grpc_port=0, metrics_port=0) as server,
         reading_room(server.grpc) as (process, door),
     ):
         for done in range(PER_SESSION, readings + 1, PER_SESSION):

@@ -20,6 +20,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from fake_server import FakeServer, failure, response
+from fake_session import until
 from pyarrow import parquet
 
 from cxr_triton.archive import folder as archive_folder
@@ -217,7 +218,7 @@ def test_an_instance_is_fetched_and_read_and_one_that_is_gone_is_a_row(tmp_path,
     Pacs.statuses = [503, 200, 404]
     source = source_of(f"{pacs}/instances?", tmp_path)
     with Double() as server:
-        worker = Worker(Task(urls=(server.url,), slots=1, web=source.web, timeout_s=5.0))
+        worker = Worker(Task(urls=(server.url,), slots=1, web=source.web, timeout_s=60.0))
         items = [vars(item) for item in source][:2]
         made = [unpacked(worker({"items": [json.dumps([item])]})["rows"][0]).to_pylist()[0] for item in items]
     assert [row["error_code"] for row in made] == [None, "INVALID_IMAGE"] and server.seen == {"1.0.7.0": 1}
@@ -229,7 +230,7 @@ def read_from(pacs: str, out: Path, *broken: int) -> tuple[list[dict], str]:
     Pacs.broken = {f"1.0.7.{n}": status for n, status in enumerate(broken)}
     source = source_of(f"{pacs}/instances?", out)
     with Double() as server:
-        worker = Worker(Task(urls=(server.url,), slots=1, web=source.web, timeout_s=5.0))
+        worker = Worker(Task(urls=(server.url,), slots=1, web=source.web, timeout_s=60.0))
         made = worker({"items": [json.dumps([vars(item) for item in source])]})
     return unpacked(made["rows"][0]).to_pylist(), made["stopped"][0]
 
@@ -263,7 +264,7 @@ def test_a_unit_brings_what_it_read_and_those_after_a_stop_ask_nobody(tmp_path):
         [vars(item) for item in source_of(str(pictures(tmp_path / "in", *names)), tmp_path)][n : n + 2] for n in (0, 2)
     ]
     with Double(lambda name: "[UNAVAILABLE] stopping" if name == "1.png" else "Edema") as server:
-        worker = Worker(Task(urls=(server.url,), slots=1, timeout_s=1.0))
+        worker = Worker(Task(urls=(server.url,), slots=1, timeout_s=3.0))
         made = [worker({"items": [json.dumps(unit)]}) for unit in units]
     assert [unpacked(each["rows"][0]).num_rows for each in made] == [1, 0]
     assert {each["stopped"][0] for each in made} == {"[UNAVAILABLE] stopping"}
@@ -467,7 +468,8 @@ def test_what_may_pass_is_asked_again_and_two_servers_share(monkeypatch):
     def say(name):
         return full.pop() if full else "Edema"
 
-    with Double(say) as one, Double() as other:
+    # the other one answers once the first was asked, so that four readings one after the other are not all its own
+    with Double(say) as one, Double(lambda name: until(lambda: one.seen) or "Edema") as other:
         served = Served([one.url, other.url], 20.0, NO_ACCESS)
         barrier = threading.Barrier(4)
 
@@ -503,7 +505,7 @@ def test_an_image_that_fails_is_a_row_and_what_concerns_all_stops_the_unit(tmp_p
     pictures(tmp_path, "good", "bad", "odd", "wrong")
     (tmp_path / "text").write_text("hello")
     with Double(lambda name: said.get(name, "Edema")) as server:
-        worker = Worker(Task(urls=(server.url,), slots=1, timeout_s=5.0, identifiers="plain"))
+        worker = Worker(Task(urls=(server.url,), slots=1, timeout_s=60.0, identifiers="plain"))
 
         def unit(*names):
             items = [vars(Item(name, str(tmp_path / name))) for name in names]
@@ -536,7 +538,7 @@ def local_ray():
 
 
 def archive(source, out, *options):
-    return CliRunner().invoke(main, ["archive", str(source), "-o", str(out), "--timeout-s", "20", *map(str, options)])
+    return CliRunner().invoke(main, ["archive", str(source), "-o", str(out), "--timeout-s", "60", *map(str, options)])
 
 
 @pytest.mark.slow
@@ -615,7 +617,7 @@ def _words(process) -> list[str]:
 def test_a_server_that_goes_leaves_what_was_read_and_the_run_goes_on(tmp_path, local_ray, monkeypatch):
     names = [f"{n:02}.png" for n in range(6)]  # one unit: of several, Ray chooses which begins
     pictures(tmp_path / "in", *names)
-    source, task = source_of(str(tmp_path / "in"), tmp_path / "out"), Task(slots=1, timeout_s=1.0)
+    source, task = source_of(str(tmp_path / "in"), tmp_path / "out"), Task(slots=1, timeout_s=3.0)
 
     def through(url):
         with opened(tmp_path / "out", HEADER) as folder:

@@ -85,7 +85,7 @@ def started(*args, **kwargs) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-X", "faulthandler", "-c", code, *map(str, args)], **kwargs)
 
 
-def ended(process: subprocess.Popen, timeout_s: float = 30.0) -> bytes:
+def ended(process: subprocess.Popen, timeout_s: float = 60.0) -> bytes:
     """What a process that has to end by now said on standard error; one that does not end says where it stands."""
     try:
         return process.communicate(timeout=timeout_s)[1]
@@ -138,6 +138,13 @@ def test_every_help_is_asked_alike_and_has_examples_of_what_there_is(path, comma
         assert {word for word in words if word.startswith("-")} <= options
         for option, value in itertools.pairwise(words):
             assert value in known.get(option, [value])
+
+
+def test_a_verb_that_is_called_by_itself_knows_the_same_help():
+    """click keeps the options of a command's first help, whoever asks next."""
+    verb = cli.main.get_command(None, "profiles")
+    verb._help_option = None
+    assert [CliRunner().invoke(verb, [option]).exit_code for option in ("--help", "-h")] == [0, 0]
 
 
 @pytest.mark.parametrize("args", [["--nope"], ["read", "--nope"], ["bench", "run", "--repeats", "x"], ["gateway", "x"]])
@@ -283,7 +290,7 @@ def test_read_flushes_every_delta(png):
     def answer(request, context):
         yield response("first")
         # The server only goes on once the client's output showed the first delta.
-        if printed.wait(10):
+        if printed.wait(60):
             yield response("second", reading().to_json(), final=True)
 
     with FakeServer(answer) as server:
@@ -291,7 +298,7 @@ def test_read_flushes_every_delta(png):
         assert process.stdout.read(5) == b"first"
         printed.set()
         assert process.stdout.read(6) == b"second"
-        process.communicate(timeout=10)
+        process.communicate(timeout=60)
         assert process.returncode == 0
 
 
@@ -300,7 +307,7 @@ def test_reasoning_is_dim_on_a_terminal_and_plain_elsewhere(png):
         assert "\x1b" not in run("read", png, "--url", server.url).stdout
         leader, follower = pty.openpty()
         process = started("read", png, "--url", server.url, stdout=follower)
-        process.wait(20)
+        process.wait(60)
         os.close(follower)
         shown = os.read(leader, 1 << 16).decode()
         os.close(leader)
@@ -319,7 +326,7 @@ def test_a_terminal_shows_what_is_waited_for_until_the_first_text(png):
 
     with FakeServer(answer) as server:
         process = started("read", png, "--url", server.url, stderr=follower, stdout=subprocess.PIPE)
-        out, _ = process.communicate(timeout=20)
+        out, _ = process.communicate(timeout=60)
     os.close(follower)
     with contextlib.suppress(OSError):  # the end of a terminal
         while data := os.read(leader, 1 << 12):
@@ -411,18 +418,18 @@ def test_ctrl_c_cancels_on_the_server_and_ends_with_130(png):
         process.send_signal(signal.SIGINT)
         errors = ended(process)
         assert process.returncode == 130 and errors == b"interrupted\n"
-        assert server.cancelled.wait(10)
+        assert server.cancelled.wait(60)
 
 
 def test_the_time_limit_cancels_on_the_server(png):
     def answer(request, context):
-        pause(context, 20)
+        pause(context, 60)
         yield response()
 
     with FakeServer(answer) as server:
         result = run("read", png, "--url", server.url, "--timeout-s", 0.3)
         assert result.exit_code == 1 and "[DEADLINE_EXCEEDED]" in result.stderr and "0.3 s" in result.stderr
-        assert server.cancelled.wait(10)
+        assert server.cancelled.wait(60)
 
 
 def test_options_become_the_request(png, tmp_path):

@@ -319,7 +319,7 @@ def test_ctrl_c_stops_one_answer_and_at_the_prompt_it_leaves(picture):
         screen.until("I begin")
         child.send_signal(signal.SIGINT)
         screen.until("stopped", "\n> ")
-        assert server.cancelled.wait(10)
+        assert server.cancelled.wait(60)
         os.write(ours, b"Three?\n")
         screen.until("turn 2", "\n> ")
         for _ in range(20):  # a signal just before readline waits is seen with the next key only
@@ -337,7 +337,7 @@ class Screen:
     def __init__(self, descriptor):
         self._descriptor, self._text = descriptor, ""
 
-    def until(self, *texts, seconds=30):
+    def until(self, *texts, seconds=60):
         """Read until the texts have come, one after the other."""
         ends = time.monotonic() + seconds
         for text in texts:

@@ -33,6 +33,7 @@ from bundles import passing
 from fake_server import FakeServer
 from front import EC
 from openai_server import OpenAIServer
+from ports import free_port
 from served import write_paper_bundle
 from tritonclient.grpc import service_pb2 as pb
 
@@ -480,11 +481,6 @@ def test_a_fault_of_the_server_is_found(process, fault):
         finds(process(triton, *arguments, **facts), *found)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
-
-
 def test_a_server_that_is_not_there_or_none_of_ours_is_found():
     finds(Case(url=f"127.0.0.1:{free_port()}", is_asked=True), "server.ready")
     assert wrong(Case(url=f"127.0.0.1:{free_port()}"), "server").keys() <= {"server.metrics_port"}
@@ -582,7 +578,8 @@ def test_flags_are_read_as_triton_reads_them():
 @contextlib.contextmanager
 def api(system: Path, *, url: str | None = None, scheme: str = "http", ca: str | None = None, **settings):
     """A running `cxr-triton openai` before a double of Triton, and the case that looks at it."""
-    with Triton() as triton, OpenAIServer(url or triton.url, timeouts=Timeouts(connect_s=0.3), **settings) as running:
+    limits = Timeouts(connect_s=0.3 if url else 60.0)
+    with Triton() as triton, OpenAIServer(url or triton.url, timeouts=limits, **settings) as running:
         address = f"{scheme}://127.0.0.1:{running.service.port}"
         yield Case(root=system, openai_url=address, access=Access(Tls(ca=ca) if ca else None))
 
@@ -940,7 +937,7 @@ def test_a_check_that_hangs_or_breaks_is_a_finding_and_the_others_go_on():
     def hanging(case):
         """A peer that never answers."""
         hangs.set()
-        release.wait(30)
+        release.wait(60)
         yield ok("late", "late")
 
     def breaking(case):
@@ -954,7 +951,7 @@ def test_a_check_that_hangs_or_breaks_is_a_finding_and_the_others_go_on():
     rows = [row("hanging", hanging), row("breaking", breaking), *(row(f"good{i}", good) for i in range(20))]
     began = time.monotonic()
     found = {finding.id: finding for finding in examine(Case(), rows)}
-    assert hangs.is_set() and time.monotonic() - began < 10
+    assert hangs.is_set() and time.monotonic() - began < 30
     release.set()
     assert list(found) == [each.id for each in rows]
     assert found["machine.hanging"].status == "fail" and "0.3 s" in found["machine.hanging"].found

@@ -56,11 +56,11 @@ def test_nothing_is_taken_while_the_file_is_there(tmp_path, monkeypatch):
 
 def test_a_server_is_drained_once_it_was_found_quiet_again_and_again(tmp_path, metrics):
     file = tmp_path / "draining"
-    assert drain.drained(file, metrics.url, 10) and file.exists() and metrics.looks == 4
+    assert drain.drained(file, metrics.url, 60) and file.exists() and metrics.looks == 4
     metrics.busy = 1
-    threading.Timer(0.2, lambda: setattr(metrics, "busy", 0)).start()
     began_s = time.monotonic()
-    assert drain.drained(file, metrics.url, 10) and time.monotonic() - began_s > 0.2
+    threading.Timer(0.2, lambda: setattr(metrics, "busy", 0)).start()
+    assert drain.drained(file, metrics.url, 60) and time.monotonic() - began_s > 0.2
 
 
 def test_a_step_that_runs_is_waited_for_though_no_metric_says_so(tmp_path, monkeypatch, metrics):
@@ -68,13 +68,13 @@ def test_a_step_that_runs_is_waited_for_though_no_metric_says_so(tmp_path, monke
     monkeypatch.setenv(drain.DRAIN, str(file))
     with drain.in_work(), drain.in_work():
         assert not drain.drained(file, metrics.url, 0.1)
-    assert drain.drained(file, metrics.url, 10)
+    assert drain.drained(file, metrics.url, 60)
     died = "import os; from cxr_triton.triton_repo.drain import in_work; in_work().__enter__(); os._exit(0)"
     subprocess.run([sys.executable, "-c", died], check=True)
-    assert drain.drained(file, metrics.url, 10)
+    assert drain.drained(file, metrics.url, 60)
     monkeypatch.delenv(drain.DRAIN)
     with drain.in_work():
-        assert drain.drained(file, metrics.url, 10), "of another server"
+        assert drain.drained(file, metrics.url, 60), "of another server"
 
 
 def test_the_limit_holds_and_a_dead_server_is_not_waited_for(tmp_path, metrics):
@@ -106,7 +106,7 @@ def guarded(metrics, seconds="20", **environment):
     return process, file
 
 
-def until(state, seconds=20):
+def until(state, seconds=60):
     ends_s = time.monotonic() + seconds
     while not state():
         assert time.monotonic() < ends_s
@@ -124,7 +124,7 @@ def test_the_containers_entry_lets_readings_end_and_then_its_server(metrics, num
     until(lambda: metrics.looks > 2)
     assert process.poll() is None
     metrics.busy = 0
-    assert process.communicate(timeout=20)[0] == "ended\n"
+    assert process.communicate(timeout=60)[0] == "ended\n"
     assert process.returncode == 7 and not os.path.exists(file)
 
 
@@ -134,10 +134,10 @@ def test_a_second_signal_and_the_limit_end_it_with_readings_under_way(metrics):
     process.send_signal(signal.SIGTERM)
     until(lambda: os.path.exists(file))
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=20)[0] == "ended\n"
+    assert process.communicate(timeout=60)[0] == "ended\n"
     process, _ = guarded(metrics, seconds="0.3")
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=20)[0] == "ended\n"
+    assert process.communicate(timeout=60)[0] == "ended\n"
 
 
 def test_no_server_outlives_its_guard(metrics):
@@ -146,7 +146,7 @@ def test_no_server_outlives_its_guard(metrics):
     with open(children) as file:
         [child] = file.read().split()
     process.kill()
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     until(lambda: not os.path.exists(f"/proc/{child}") or _state(child) == "Z")
 
 
@@ -161,7 +161,7 @@ def test_an_old_file_closes_no_new_server(metrics, tmp_path):
     process, named = guarded(metrics, CXR_TRITON_DRAIN=str(file))
     assert named == str(file) and not file.exists()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
 
 
 def test_one_that_is_ending_is_not_ready(tmp_path, monkeypatch):

@@ -85,7 +85,7 @@ def run(path, out, server, restart=False, concurrency=3, **keys):
     )
     with opened(data, out, restart=restart) as evaluation:
         if not evaluation.is_complete:
-            evaluation.run(Server(url=server.url, concurrency=concurrency, timeout_s=5.0))
+            evaluation.run(Server(url=server.url, concurrency=concurrency, timeout_s=60.0))
     result = rows.read(out)
     return result.header, {row.study: row for row in result}
 

@@ -18,6 +18,7 @@ import grpc
 import pytest
 from click.testing import CliRunner
 from fake_server import FakeServer, response
+from fake_session import until
 from front import FRONT, Authority, FrontDoor, nginx
 from front_door import trespass
 from tritonclient.grpc import service_pb2 as pb
@@ -57,7 +58,7 @@ def answer(request, context):
 def door(tmp_path_factory):
     """By tokens, with a limit of 1 MiB; shared by the tests that do not change it."""
     with FakeServer(answer) as server:
-        limits = {"client_max_body_size": "1m", "client_body_timeout": "1s", "client_header_timeout": "1s"}
+        limits = {"client_max_body_size": "1m"}
         with FrontDoor(tmp_path_factory.mktemp("door"), [server.url], limits=limits) as door:
             door.server = server
             yield door
@@ -79,9 +80,9 @@ def asked(door, token=None, method="ServerReady", cert=None, ca=None):
         call = getattr(GRPCInferenceServiceStub(channel), method)
         try:
             if method == "ModelStreamInfer":
-                list(call(iter([request]), metadata=bearer(token), timeout=10))
+                list(call(iter([request]), metadata=bearer(token), timeout=60))
             else:
-                call(request, metadata=bearer(token), timeout=10)
+                call(request, metadata=bearer(token), timeout=60)
         except grpc.RpcError as error:
             return error.code()
     return grpc.StatusCode.OK
@@ -169,7 +170,7 @@ def test_other_paths_queries_methods_and_protocols_end_at_the_door(door):
     for target in [*targets, "/x/../token", f"{path}/.."]:
         with grpc.secure_channel(door.url, grpc.ssl_channel_credentials(door.ca.cert.read_bytes())) as channel:
             with pytest.raises(grpc.RpcError) as error:
-                channel.unary_unary(target)(b"", metadata=bearer(door.token), timeout=10)
+                channel.unary_unary(target)(b"", metadata=bearer(door.token), timeout=60)
             assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED, target
     with talking(door) as plain:  # HTTP/1.1
         plain.sendall(f"POST {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {door.token}\r\n\r\n".encode())
@@ -179,7 +180,7 @@ def test_other_paths_queries_methods_and_protocols_end_at_the_door(door):
 def talking(door):
     context = ssl.create_default_context(cafile=door.ca.cert)
     host, _, port = door.url.partition(":")
-    return context.wrap_socket(socket.create_connection(("127.0.0.1", int(port)), 10), server_hostname=host)
+    return context.wrap_socket(socket.create_connection(("127.0.0.1", int(port)), 60), server_hostname=host)
 
 
 def test_tokens_come_and_go_without_a_restart(door):
@@ -218,7 +219,7 @@ def test_a_judge_that_is_away_lets_nobody_in(tmp_path):
     with FakeServer(answer) as server, FrontDoor(tmp_path, [server.url]) as door:
         assert asked(door, door.token) == grpc.StatusCode.OK
         door._processes[0].terminate()
-        door._processes[0].wait(10)
+        door._processes[0].wait(60)
         for token in (None, door.token):
             for method in ("ServerReady", "ModelStreamInfer"):
                 assert asked(door, token, method) == grpc.StatusCode.UNAVAILABLE
@@ -251,22 +252,22 @@ def test_the_doors_own_certificate_is_exchanged_under_a_reading(tmp_path):
     def slowly(request, context):
         yield response("text ")
         going.set()
-        go_on.wait(10)
+        go_on.wait(60)
         yield response("", READING, final=True)
 
     with FakeServer(slowly) as server, FrontDoor(tmp_path / "a", [server.url]) as door, ThreadPoolExecutor() as pool:
         reading = pool.submit(read, door)
-        assert going.wait(10)
+        assert going.wait(60)
         old, door.ca = door.ca, Authority(tmp_path / "new")
         for made, name in zip(door.ca.sign("localhost"), ("tls.crt", "tls.key"), strict=True):
             (door.conf / "tls" / name).write_bytes(made.read_bytes())
         door.reload()
         exchanged = (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while (asked(door, door.token), asked(door, door.token, ca=old)) != exchanged:
             assert time.monotonic() < deadline  # old and new workers accept side by side for a moment
         go_on.set()
-        assert reading.result(10).status == "ok"
+        assert reading.result(60).status == "ok"
 
 
 def test_what_is_too_large_reaches_no_server(door):
@@ -277,36 +278,38 @@ def test_what_is_too_large_reaches_no_server(door):
     assert len(door.server.requests) == before
 
 
-def test_the_slow_are_shown_out(door):
-    """A body that stops coming, and a connection that never says anything."""
-    going = threading.Event()
+def test_the_slow_are_shown_out(tmp_path):
+    """A body that stops coming, and a connection that never says anything; by a door where nobody else may be slow."""
+    going, limits = threading.Event(), {"client_body_timeout": "1s", "client_header_timeout": "1s"}
 
     def requests():
-        going.wait(10)
+        going.wait(60)
         yield from ()
 
-    with grpc.secure_channel(door.url, grpc.ssl_channel_credentials(door.ca.cert.read_bytes())) as channel:
-        call = GRPCInferenceServiceStub(channel).ModelStreamInfer(requests(), metadata=bearer(door.token), timeout=9)
-        with pytest.raises(grpc.RpcError) as error:
-            next(call)
-        going.set()
-        assert error.value.code() != grpc.StatusCode.DEADLINE_EXCEEDED
-    host, _, port = door.url.partition(":")
-    with socket.create_connection((host, int(port)), 9) as silent:
-        assert silent.recv(1) == b""
+    with FakeServer(answer) as server, FrontDoor(tmp_path, [server.url], limits=limits) as door:
+        with grpc.secure_channel(door.url, grpc.ssl_channel_credentials(door.ca.cert.read_bytes())) as channel:
+            call = GRPCInferenceServiceStub(channel).ModelStreamInfer(
+                requests(), metadata=bearer(door.token), timeout=60
+            )
+            with pytest.raises(grpc.RpcError) as error:
+                next(call)
+            going.set()
+            assert error.value.code() != grpc.StatusCode.DEADLINE_EXCEEDED
+        host, _, port = door.url.partition(":")
+        with socket.create_connection((host, int(port)), 60) as silent:
+            assert silent.recv(1) == b""
 
 
 def test_too_many_calls_are_refused_before_anybody_is_asked(tmp_path):
     limits = {
         "limit_req": "zone=calls burst=5 nodelay",
-        "limit_req_zone": "$binary_remote_addr zone=calls:1m rate=1r/s",
+        "limit_req_zone": "$binary_remote_addr zone=calls:1m rate=1r/m",
     }
     with FakeServer(answer) as server, FrontDoor(tmp_path, [server.url], limits=limits) as door:
         said = [asked(door, door.token) for _ in range(12)]
         assert said.count(grpc.StatusCode.OK) <= 8 and grpc.StatusCode.RESOURCE_EXHAUSTED in said
         with pytest.raises(QueueFull, match="too many requests"):
-            for _ in range(3):
-                read(door)
+            read(door)
 
 
 def test_a_server_that_is_away_is_passed_by(tmp_path):
@@ -342,6 +345,11 @@ def test_no_log_says_who_a_patient_is_or_what_a_token_is(door):
     assert kept == []
 
 
+def told(door) -> list[str]:
+    """The traces of readings in the log."""
+    return [line["trace"] for line in door.log() if line["call"] == "ModelStreamInfer"]
+
+
 @pytest.mark.parametrize("shape", ["plain", "chart"])
 def test_a_trace_goes_through_and_what_is_none_is_replaced(tmp_path, shape):
     heard, trace = [], "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -362,11 +370,11 @@ def test_a_trace_goes_through_and_what_is_none_is_replaced(tmp_path, shape):
             for text in (*wrong, None):
                 more = [("traceparent", text)] if text else []
                 list(call(iter([pb.ModelInferRequest()]), metadata=[*bearer(door.token), *more]))
-        log = door.log()
+        until(lambda: len(told(door)) >= 7)  # a line comes after the answer that it is of
+        log = told(door)
     form = re.compile("00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-0[01]")
     assert heard[0] == given and all(form.fullmatch(each) for each in heard) and len(set(heard)) == len(heard) == 7
-    told = [line["trace"] for line in log if line["call"] == "ModelStreamInfer"]
-    assert told == [form.fullmatch(each)[1] for each in heard]
+    assert sorted(log) == sorted(form.fullmatch(each)[1] for each in heard)
 
 
 def test_the_load_of_bench_goes_through(tmp_path):

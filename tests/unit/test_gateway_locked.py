@@ -607,7 +607,7 @@ def run_until(worker: ReadWorker, holds) -> None:
     async def run():
         stopping = asyncio.Event()
         task = asyncio.create_task(worker.run(stopping))
-        ends = time.monotonic() + 30
+        ends = time.monotonic() + 60
         while not holds() and not task.done():
             assert time.monotonic() < ends, "timed out"
             await asyncio.sleep(0.02)

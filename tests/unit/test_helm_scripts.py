@@ -18,6 +18,7 @@ import grpc
 import pytest
 from fake_server import FakeServer, empty_final, failure, response
 from helm_chart import CHART, VALUES, is_there, objects, one, render
+from ports import free_port
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
@@ -161,8 +162,7 @@ def door(rendered, tmp_path):
         if not os.geteuid():  # nginx's worker would be another user, to whom a test's folders are closed
             conf = (folder / "nginx.conf").read_text()
             (folder / "nginx.conf").write_text(f"user root;\n{conf}")
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         listen = (folder / "listen.conf").read_text()
         (folder / "listen.conf").write_text(listen.replace("8443", f"127.0.0.1:{port}"))
         (folder / "upstream.conf").write_text("server 127.0.0.1:1;")
@@ -210,7 +210,7 @@ def running(*command):
     finally:
         process.terminate()
         try:
-            process.wait(20)
+            process.wait(60)
         finally:
             process.kill()
 
@@ -218,14 +218,14 @@ def running(*command):
 def test_the_front_door_takes_a_new_certificate_and_ends_in_peace(door):
     folder, state, port, own = door("defaults")
     with running("sh", folder / "run.sh", state, folder, "0", "1") as shell:
-        within(20, lambda: served(port) == own)
+        within(60, lambda: served(port) == own)
         (folder / "tls" / "tls.key").write_text("no key")
         time.sleep(2)
         assert served(port) == own, "files that nginx does not take change nothing"
         new = certificate(folder / "tls", "second")
-        within(20, lambda: served(port) == new)
+        within(60, lambda: served(port) == new)
         shell.send_signal(signal.SIGTERM)
-        assert shell.wait(20) == 0 and served(port) is None
+        assert shell.wait(60) == 0 and served(port) is None
 
 
 def called(port, folder, client=None, *, metadata=(), call="ServerReady"):
@@ -236,7 +236,7 @@ def called(port, folder, client=None, *, metadata=(), call="ServerReady"):
         stub = GRPCInferenceServiceStub(channel)
         request = {"ServerReady": pb.ServerReadyRequest(), "RepositoryIndex": pb.RepositoryIndexRequest()}[call]
         try:
-            getattr(stub, call)(request, timeout=10, metadata=metadata)
+            getattr(stub, call)(request, timeout=60, metadata=metadata)
         except grpc.RpcError as error:
             return error.code()
     return grpc.StatusCode.OK
@@ -256,7 +256,7 @@ def test_only_who_has_a_certificate_and_asks_for_readings_gets_through(door, tmp
     with OpenServer(streamed) as server:
         (folder / "upstream.conf").write_text(f"server {server.url} max_fails=0;")
         with running("sh", folder / "run.sh", state, folder, "0"):
-            within(20, lambda: served(port) == own)
+            within(60, lambda: served(port) == own)
             assert called(port, folder, clients) is grpc.StatusCode.OK
             assert called(port, folder, clients, call="RepositoryIndex") is grpc.StatusCode.UNIMPLEMENTED
             assert called(port, folder) is grpc.StatusCode.UNAUTHENTICATED
@@ -275,7 +275,7 @@ def test_only_who_has_a_token_gets_through(door, tmp_path):
     with FakeServer(streamed) as server, running(*judge, "serve", tokens, "--socket", socket_path):
         (folder / "upstream.conf").write_text(f"server {server.url} max_fails=0;")
         with running("sh", folder / "run.sh", state, folder, "0"):
-            within(20, lambda: served(port) == own and socket_path.exists())
+            within(60, lambda: served(port) == own and socket_path.exists())
             for token, status in ((made.stdout.strip(), "OK"), ("x" * 43, "UNAUTHENTICATED")):
                 answer = called(port, folder, metadata=[("authorization", f"Bearer {token}")])
                 assert answer is grpc.StatusCode[status]
@@ -286,5 +286,5 @@ def test_a_door_whose_nginx_ends_ends_too(door):
     folder, state, _, _ = door("defaults")
     (folder / "limits.conf").write_text("unheard of;")
     command = ["sh", str(folder / "run.sh"), str(state), str(folder), "0", "1"]
-    done = subprocess.run(command, env=nginx_environment(), capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, env=nginx_environment(), capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0 and "unknown directive" in done.stderr

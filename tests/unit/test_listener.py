@@ -74,7 +74,7 @@ def test_a_request_has_its_time_and_an_address_its_connections():
         assert hangs.result().status == 408
         assert service.told == [("connection_refused", {"why": "too_many_of_address", "address": "127.0.0.1"})]
 
-    get(visit, max_per_address=1, total_s=0.5)
+    get(visit, max_per_address=1, total_s=2.0)
 
 
 def test_what_is_open_when_it_closes_is_answered_and_nothing_else():

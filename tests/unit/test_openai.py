@@ -123,7 +123,7 @@ def site():
 
 @pytest.fixture
 def client(site):
-    with openai.OpenAI(base_url=site[1].base_url, api_key="none", max_retries=0, timeout=20) as client:
+    with openai.OpenAI(base_url=site[1].base_url, api_key="none", max_retries=0, timeout=60) as client:
         yield client
 
 
@@ -486,7 +486,7 @@ def test_those_who_wait_for_a_server_that_is_away_wait_together():
         waiting = [pool.submit(server.ask, "POST", "/v1/chat/completions", body()) for _ in range(8)]
         assert server.ask("GET", "/health", None)[0] == 503
         assert {each.result()[0] for each in waiting} == {503}
-        assert time.monotonic() - began_s < 4 * 0.8
+        assert time.monotonic() - began_s < 8 * 0.8, "one after the other they take 9 times that"
 
 
 def test_a_repository_without_a_profile_is_a_mismatch():
@@ -526,7 +526,7 @@ def head(length: int) -> bytes:
 
 def test_a_body_that_does_not_come():
     with served(body_s=0.2) as (_, server), socket.create_connection(server.address) as peer:
-        peer.settimeout(10)
+        peer.settimeout(60)
         peer.sendall(head(9) + b"{")
         assert peer.recv(99).startswith(b"HTTP/1.1 408 ")
 
@@ -552,7 +552,7 @@ def test_pictures_are_not_kept_while_their_answer_comes():
         tracemalloc.start()
         try:
             other = sent(server, body(user("Large?", image(bytes(8 << 20))), stream=True))
-            other.settimeout(20)
+            other.settimeout(60)
             assert other.recv(99).startswith(b"HTTP/1.1 200 ")
             kept = tracemalloc.take_snapshot().filter_traces(rooms)
             other.close()
@@ -584,7 +584,7 @@ def test_a_reading_over_its_time():
     with served(never, timeout_s=0.3) as (triton, server):
         status, headers, answer = post(server, body())
         assert (status, answer["error"]["code"], headers["x-should-retry"]) == (504, "DEADLINE_EXCEEDED", "false")
-        assert triton.cancelled.wait(10)
+        assert triton.cancelled.wait(60)
 
 
 # ---------------------------------------------------------------------------------------------------- who goes away
@@ -605,7 +605,7 @@ def test_a_client_that_leaves_ends_its_reading(answer, stream):
         until(lambda: triton.active == 1)
         time.sleep(0.05)
         peer.close()
-        assert triton.cancelled.wait(10)
+        assert triton.cancelled.wait(60)
         until(lambda: triton.active == 0)
         until(lambda: [e["outcome"] for e in server.events] == ["CANCELLED"])
 
@@ -613,7 +613,7 @@ def test_a_client_that_leaves_ends_its_reading(answer, stream):
 def test_a_client_that_takes_nothing_ends_its_reading():
     with served(forever("word " * 20_000), write_s=0.3) as (triton, server):
         peer = sent(server, body(stream=True))
-        assert triton.cancelled.wait(20)
+        assert triton.cancelled.wait(60)
         until(lambda: triton.active == 0)
         peer.close()
 
@@ -623,7 +623,7 @@ def test_a_client_closes_its_stream():
         with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0) as client:
             with client.chat.completions.create(**body(), stream=True) as stream:
                 next(iter(stream))
-            assert triton.cancelled.wait(10)
+            assert triton.cancelled.wait(60)
 
 
 def accepts(address: tuple[str, int]) -> bool:
@@ -636,7 +636,7 @@ def test_what_is_under_way_may_end_and_nothing_new_begins():
 
     def answer(request, context):
         yield response(TEXT[:20])
-        go_on.wait(10)
+        go_on.wait(60)
         yield response(TEXT[20:])
         yield response("", reading(), final=True)
 
@@ -644,7 +644,7 @@ def test_what_is_under_way_may_end_and_nothing_new_begins():
         with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0) as client:
             stream = iter(client.chat.completions.create(**body(), stream=True))
             next(stream)
-            earlier = http.client.HTTPConnection(*server.address, timeout=20)
+            earlier = http.client.HTTPConnection(*server.address, timeout=60)
             earlier.request("GET", "/openapi.json")
             earlier.getresponse().read()
             server.stop()
@@ -793,7 +793,7 @@ def test_the_metrics_count(site):
     _, headers, text = site[1].ask("GET", "/metrics")
     assert headers["content-type"].startswith("text/plain")
     assert float(re.search(r'cxr_openai_completions_total\{outcome="ok"\} (\S+)', text)[1]) >= 1
-    assert "cxr_openai_under_way 0.0" in text
+    until(lambda: "cxr_openai_under_way 0.0" in site[1].ask("GET", "/metrics")[2])  # a stream's end is read before
 
 
 # ------------------------------------------------------------------------------------------------------- description
@@ -867,7 +867,7 @@ def test_the_command_runs_until_it_is_told_to_stop(tmp_path):
                     assert client.chat.completions.create(**body()).choices[0].message.content == "Cardiomegaly"
                 assert resource.prlimit(process.pid, resource.RLIMIT_CORE) == (0, 0)  # pictures would be in a core
                 process.send_signal(signal.SIGTERM)
-                assert process.wait(10) == 0
+                assert process.wait(60) == 0
                 assert [json.loads(line)["event"] for line in process.stderr] == ["completion", "stopped"]
             finally:
                 process.kill()

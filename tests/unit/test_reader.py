@@ -220,7 +220,7 @@ def test_no_server_is_unavailable_within_the_limit(kind):
     started = time.monotonic()
     with pytest.raises(Unavailable, match=r"connect_s = 0.6 s.*cxr-triton serve"):
         collect(kind, server, b"x", timeouts=Timeouts(connect_s=0.6))
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
 
 
 @both
@@ -253,11 +253,11 @@ def test_an_unknown_model_is_a_mismatch():
 @pytest.mark.parametrize(
     ("limit", "answer"),
     [
-        ("first_delta_s", lambda request, context: (pause(context, 0.02) or response() for _ in range(500))),
-        ("first_delta_s", lambda request, context: (pause(context, 9) or response() for _ in range(1))),
-        ("idle_s", lambda request, context: (pause(context, 9 * i) or response("text") for i in range(2))),
-        ("idle_s", lambda request, context: (pause(context, 9 * i) or response() for i in range(2))),
-        ("total_s", lambda request, context: (pause(context, 0.02) or response("text") for _ in range(500))),
+        ("first_delta_s", lambda request, context: (pause(context, 0.02) or response() for _ in range(3000))),
+        ("first_delta_s", lambda request, context: (pause(context, 60) or response() for _ in range(1))),
+        ("idle_s", lambda request, context: (pause(context, 60 * i) or response("text") for i in range(2))),
+        ("idle_s", lambda request, context: (pause(context, 60 * i) or response() for i in range(2))),
+        ("total_s", lambda request, context: (pause(context, 0.02) or response("text") for _ in range(3000))),
     ],
 )
 def test_each_limit_ends_the_reading_and_frees_the_server(kind, limit, answer):
@@ -265,8 +265,8 @@ def test_each_limit_ends_the_reading_and_frees_the_server(kind, limit, answer):
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded, match=f"{limit} = 0.4 s"):
             collect(kind, server, b"x", timeouts=Timeouts(**{limit: 0.4}))
-        assert 0.35 < time.monotonic() - started < 8
-        assert server.cancelled.wait(10)
+        assert 0.35 < time.monotonic() - started < 30
+        assert server.cancelled.wait(60)
 
 
 def taken(kind, url, timeouts, prepare=lambda reader, stream: None, after=lambda delta: None):
@@ -406,7 +406,7 @@ def test_leaving_a_stream_cancels_on_the_server_at_once(how):
             gc.collect()
         else:
             reader.close()
-        assert server.cancelled.wait(10)
+        assert server.cancelled.wait(60)
 
 
 @pytest.mark.parametrize("how", ["close", "with", "garbage", "reader", "task"])
@@ -434,18 +434,19 @@ def test_leaving_an_async_stream_cancels_on_the_server_at_once(how):
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
-            assert await asyncio.to_thread(server.cancelled.wait, 10)
+            assert await asyncio.to_thread(server.cancelled.wait, 60)
 
     with FakeServer(endless) as server:
         asyncio.run(run(server))
 
 
 @pytest.mark.parametrize("kind", [Reader, AsyncReader])
-def test_a_stream_that_is_left_at_its_beginning_is_cancelled_with_its_first_response(kind):
+def test_a_stream_that_is_left_at_its_beginning_is_cancelled_with_its_first_response(kind, monkeypatch):
+    monkeypatch.setattr(wire, "END_S", 60.0)
     begins = threading.Event()
 
     def answer(request, context):
-        assert begins.wait(10)
+        assert begins.wait(60)
         yield response()
         pause(context, 60)
 
@@ -467,11 +468,13 @@ def test_a_stream_that_is_left_at_its_beginning_is_cancelled_with_its_first_resp
                 stream.close()
                 assert not server.cancelled.wait(0.3)
                 begins.set()
-        assert server.cancelled.wait(10)
+        assert server.cancelled.wait(60)
 
 
 @pytest.mark.parametrize("kind", [Reader, AsyncReader])
-def test_a_refusal_is_read_to_the_end_of_its_stream(kind):
+def test_a_refusal_is_read_to_the_end_of_its_stream(kind, monkeypatch):
+    monkeypatch.setattr(wire, "END_S", 60.0)
+
     def answer(request, context):
         yield failure("[INVALID_REQUEST] what, where")
         pause(context, 0.3)
@@ -494,13 +497,13 @@ def test_a_refusal_does_not_wait_for_a_server_that_goes_on(kind):
         started = time.monotonic()
         with pytest.raises(InvalidRequest):
             collect(kind, server, b"x")
-        assert time.monotonic() - started < 20
-        assert server.cancelled.wait(10)
+        assert time.monotonic() - started < 30
+        assert server.cancelled.wait(60)
 
 
 def quiet(request, context):
     yield response("text")
-    pause(context, 9)
+    pause(context, 60)
 
 
 def test_closing_from_another_thread_wakes_the_reader():
@@ -537,12 +540,12 @@ def test_what_is_closed_while_its_request_is_packed_asks_nothing(what, monkeypat
             def slowly():
                 request = whole()
                 packing.set()
-                assert go_on.wait(10)
+                assert go_on.wait(60)
                 return request
 
             monkeypatch.setattr(stream, "_taken_request", slowly)
             waiting = asyncio.ensure_future(anext(stream))
-            assert await asyncio.to_thread(packing.wait, 10)
+            assert await asyncio.to_thread(packing.wait, 60)
             await (stream if what == "stream" else reader).close()
             go_on.set()
             with pytest.raises(Cancelled):
@@ -617,7 +620,7 @@ def test_closing_a_reader_in_the_middle_of_an_attempt_to_connect_cancels(kind, m
 
 
 def test_readings_run_side_by_side():
-    gate = threading.Barrier(4, timeout=10)
+    gate = threading.Barrier(4, timeout=60)
 
     def answer(request, context):
         gate.wait()
@@ -765,9 +768,9 @@ asyncio.run(run())
 def test_a_program_may_end_in_the_middle_of_a_reading(kind):
     with FakeServer(quiet) as server:
         command = [sys.executable, "-c", ABANDON[kind], server.url]
-        out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
+        out = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
         assert (out.stdout, out.stderr) == ("text\n", "")
-        assert server.cancelled.wait(10)
+        assert server.cancelled.wait(60)
 
 
 LEAK = """

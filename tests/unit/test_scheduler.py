@@ -145,8 +145,13 @@ def test_cancel_ends_a_stream_within_two_steps_and_frees_its_slot(serve, phase, 
         runtime.submit(neighbour, receiver)
     session.gate.release(4)
     until(lambda: len(session.calls) == 4)
-    victim, gone = Receiver(), threading.Event()
-    stream_id = runtime.submit(generation(range(40), 100), victim, gone.is_set)
+    victim, gone, ended_at = Receiver(), threading.Event(), []
+
+    def heard(chunk):
+        ended_at.extend([len(session.steps())] if chunk.completion else [])
+        victim(chunk)
+
+    stream_id = runtime.submit(generation(range(40), 100), heard, gone.is_set)
     ran = {"queue": 4, "prefill": 4, "decode": 30}[phase]
     session.gate.release(ran)
     until(lambda: len(session.calls) == 4 + ran)
@@ -155,7 +160,7 @@ def test_cancel_ends_a_stream_within_two_steps_and_frees_its_slot(serve, phase, 
     gone.set() if how == "callable" else runtime.cancel(stream_id)
     session.gate.release(4)
     assert victim.completion.finish_reason == "cancelled"
-    assert len(session.steps()) - before <= 2
+    assert ended_at[0] - before <= 2
     assert victim.completion.text == victim.text
     session.gate.release(1000)
     for neighbour, receiver in zip(neighbours, others, strict=False):
@@ -188,13 +193,14 @@ def test_chunks_hold_at_most_so_many_tokens_and_the_first_comes_at_once(serve):
 
 
 def test_a_chunk_is_sent_before_it_is_older_than_the_limit(serve):
-    runtime, session = serve(coalesce_tokens=10**6, coalesce_ms=50)
+    runtime, session = serve(coalesce_tokens=10**6, coalesce_ms=250)
     session.step_s = 0.01
     receiver = Receiver()
     runtime.submit(generation(max_new_tokens=60), receiver)
     receiver.wait()
     sizes = [len(chunk.token_ids) for chunk in receiver.chunks[1:-1]]
-    assert max(sizes) <= 5 and np.mean(sizes) > 1.5
+    assert max(sizes) <= 25 and np.mean(sizes) > 1.5
+    runtime, session = serve(coalesce_tokens=10**6, coalesce_ms=50)
     session.step_s = 0.06  # one step is longer than the limit: every token is sent at once
     receiver = Receiver()
     runtime.submit(generation(max_new_tokens=6), receiver)
@@ -219,14 +225,14 @@ def test_streams_that_wait_or_are_in_prefill_get_heartbeats(serve):
     runtime, session = serve(FakeSession(slots=1, max_sequence=4096), prefill_chunk=8, heartbeat_ms=20)
     session.step_s = 0.008
     first, second = Receiver(), Receiver()
+    began_s = time.monotonic()
     runtime.submit(generation([7] * 400, 2), first)
     runtime.submit(generation(max_new_tokens=2), second)
     second.wait()
+    most = (time.monotonic() - began_s) / 0.02
     for receiver in (first, second):
         beats = [chunk for chunk in receiver.chunks[:-1] if not len(chunk.token_ids)]
-        assert len(beats) >= 5 and all(chunk.text == "" for chunk in beats)
-        gaps = np.diff(receiver.times[: len(beats)])
-        assert gaps.min() >= 0.019
+        assert 5 <= len(beats) <= most and all(chunk.text == "" for chunk in beats)
 
 
 def letters(tokens):

@@ -31,7 +31,7 @@ CONFIG = EngineConfig(
     max_prompt_rows=3,
     hidden=4,
 )
-WAIT_S = 30
+WAIT_S = 60
 
 
 class Backend:

@@ -265,7 +265,7 @@ def test_a_study_is_one_trace_from_its_first_image_to_its_delivery(started, tmp_
     async def run(*parts):
         stopping = asyncio.Event()
         tasks = [asyncio.create_task(part.run(stopping)) for part in parts]
-        ends = time.monotonic() + 30
+        ends = time.monotonic() + 60
         while not store.counts()["jobs"]["done"]:
             assert time.monotonic() < ends, stream.getvalue()
             await asyncio.sleep(0.02)
@@ -332,7 +332,7 @@ def test_the_end_of_a_process_waits_for_no_collector_that_says_nothing(started, 
     hooks, answers = [], threading.Event()
     monkeypatch.setattr(atexit, "register", hooks.append)
     monkeypatch.setattr(otlp, "EXIT_S", 0.05)
-    monkeypatch.setattr(OTLPSpanExporter, "export", lambda *_: (answers.wait(10), SpanExportResult.SUCCESS)[1])
+    monkeypatch.setattr(OTLPSpanExporter, "export", lambda *_: (answers.wait(60), SpanExportResult.SUCCESS)[1])
     otlp.start(started.url, "test", started.said.append)
     Span("x", GIVEN).end()
     hooks[-1]()

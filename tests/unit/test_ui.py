@@ -162,7 +162,7 @@ def test_the_page_is_told_what_can_be_asked(site):
 
 def test_a_server_that_is_down_is_said_to_be(triton):
     gone = FakeServer(answering())
-    with UiServer(gone.url, triton.url) as server:
+    with UiServer(gone.url, triton.url, away=gone.url) as server:
         about = server.ask("GET", "/api/about")[2]
         assert [each["up"] for each in about["servers"]] == [False, True]
         assert about["servers"][0]["error"]["code"] == "UNAVAILABLE" and "error" not in about["servers"][1]
@@ -363,7 +363,7 @@ def test_words_are_passed_on_at_once(visitor, triton):
 
     def answer(request, context):
         yield response("<think> The heart")
-        assert heard.wait(20)
+        assert heard.wait(60)
         yield response(TEXT.removeprefix("<think> The heart"))
         yield response("", reading_of(request), final=True)
 
@@ -381,7 +381,7 @@ def test_a_silent_server_is_waited_for_aloud(visitor, triton, monkeypatch):
 
     def answer(request, context):
         yield response()
-        assert heard.wait(20)
+        assert heard.wait(60)
         yield from answering()(request, context)
 
     triton.answer = answer
@@ -641,7 +641,7 @@ def test_a_reading_that_does_not_say_of_which_images_it_is_becomes_no_page_and_n
 
 
 def test_a_file_that_is_too_large_is_not_read(visitor):
-    connection = http.client.HTTPConnection(*visitor.server.address, timeout=20)
+    connection = http.client.HTTPConnection(*visitor.server.address, timeout=60)
     connection.putrequest("POST", f"{visitor.path}/pictures")
     connection.putheader("Content-Type", "application/octet-stream")
     connection.putheader("Content-Length", str((64 << 20) + 1))
@@ -657,7 +657,7 @@ def test_a_file_that_grows_too_large_on_its_way_is_cut_off(visitor, monkeypatch)
     monkeypatch.setattr(Decoders, "most_bytes", 100_000)
     status, _, told = visitor.ask("POST", f"{visitor.path}/readings", b"x" * 300_000, Content_Type="application/json")
     assert status == 413 and told["error"]["code"] == "LIMIT_EXCEEDED"
-    connection = http.client.HTTPConnection(*visitor.server.address, timeout=20)
+    connection = http.client.HTTPConnection(*visitor.server.address, timeout=60)
     pieces = iter([bytes(60_000), bytes(60_000), bytes(60_000)])
     connection.request(
         "POST", f"{visitor.path}/pictures", pieces, {"Content-Type": "application/octet-stream"}, encode_chunked=True
@@ -767,7 +767,7 @@ def test_so_many_readings_at_once(triton):
 def test_a_file_that_does_not_come_is_not_waited_for(triton):
     with UiServer(triton.url, body_s=0.2) as server:
         visitor = Visitor(server)
-        connection = http.client.HTTPConnection(*server.address, timeout=20)
+        connection = http.client.HTTPConnection(*server.address, timeout=60)
         connection.putrequest("POST", f"{visitor.path}/pictures")
         connection.putheader("Content-Type", "application/octet-stream")
         connection.putheader("Content-Length", "1000")
@@ -778,7 +778,7 @@ def test_a_file_that_does_not_come_is_not_waited_for(triton):
 
 def test_a_browser_that_leaves_its_upload_is_said_to_have_left(triton):
     with UiServer(triton.url) as server:
-        connection = http.client.HTTPConnection(*server.address, timeout=20)
+        connection = http.client.HTTPConnection(*server.address, timeout=60)
         connection.putrequest("POST", f"{Visitor(server).path}/pictures")
         connection.putheader("Content-Type", "application/octet-stream")
         connection.putheader("Content-Length", "1000")
@@ -1011,7 +1011,7 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path, triton):
     ready = json.loads(told)
     assert ready["status"] == "ready" and ready["readers"] == [triton.url]
     port = int(ready["address"].rstrip("/").rpartition(":")[2])
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
 
     def is_up() -> bool:  # it may not answer within the second that it is given
         connection.request("GET", "/api/about")
@@ -1020,7 +1020,7 @@ def test_the_command_serves_until_it_is_told_to_stop(tmp_path, triton):
     until(is_up)
     connection.close()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     assert "Traceback" not in process.stderr.read() and list(tmp_path.iterdir()) == []
 
 

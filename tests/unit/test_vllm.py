@@ -33,7 +33,7 @@ from cxr_triton.triton_repo.package import serving_of
 pytestmark = pytest.mark.slow  # they start processes
 
 DOUBLE = Path(__file__).resolve().parents[1] / "vllm_double"
-SEEN_DEAD_S = 5
+SEEN_DEAD_S = 30
 PAD, START, END = 5, 3, 4
 GEOMETRY = Geometry(
     hidden=4,
@@ -43,7 +43,7 @@ GEOMETRY = Geometry(
     vocab=97,
     window_budget=4,
     token_budget=16,
-    max_sequence=128,
+    max_sequence=1024,
     compute="fp32",
     image_token_id=PAD,
     eos_token_ids=(96,),
@@ -145,7 +145,7 @@ def test_options_become_arguments_of_the_engine():
     other = {"prefix-caching": "off", "chunked-prefill": "off", "drafts": "ngram", "draft-tokens": "3", "kv": "fp8"}
     asked = arguments(paper_bundle(), 4, checked(other))
     assert not asked["enable_prefix_caching"] and not asked["enable_chunked_prefill"]
-    assert asked["max_num_batched_tokens"] == 128 and asked["kv_cache_dtype"] == "fp8"
+    assert asked["max_num_batched_tokens"] == GEOMETRY.max_sequence and asked["kv_cache_dtype"] == "fp8"
     assert asked["speculative_config"]["num_speculative_tokens"] == 3
     assert 2 * asked["kv_cache_memory_bytes"] == plain["kv_cache_memory_bytes"]
     assert arguments(paper_bundle(), 4, {"step-tokens": "64"})["max_num_batched_tokens"] == 64
@@ -296,12 +296,12 @@ def test_what_the_engine_refuses_fails_alone(double):
 def test_a_cancelled_stream_leaves_the_engine(double):
     with runtime(double(step_s=0.01), slots=1) as served:
         long, after = Receiver(), Receiver()
-        stream = served.submit(generation((1, 2), max_new_tokens=100), long)
+        stream = served.submit(generation((1, 2), max_new_tokens=1000), long)
         until(lambda: long.tokens)
         served.submit(generation((3, 4), max_new_tokens=3), after)
         served.cancel(stream)
         assert long.completion.finish_reason == "cancelled"
-        assert len(long.tokens) < 100
+        assert len(long.tokens) < 1000
         assert after.completion.finish_reason == "length"  # it got the only slot
 
 
@@ -312,7 +312,7 @@ def test_a_dead_engine_fails_all_streams_and_is_known_for_dead(double, how):
     with runtime(process, slots=3) as served:
         receivers = [Receiver() for _ in range(2)]
         for receiver in receivers:
-            served.submit(generation((1, 2), max_new_tokens=100), receiver)
+            served.submit(generation((1, 2), max_new_tokens=1000), receiver)
         until(lambda: receivers[1].tokens)
         started = time.monotonic()
         if how == "killed":
@@ -321,7 +321,7 @@ def test_a_dead_engine_fails_all_streams_and_is_known_for_dead(double, how):
             receivers.append(Receiver())
             served.submit(generation((92, 1)), receivers[2])
         for receiver in receivers:
-            assert isinstance(receiver.error, Unavailable) and len(receiver.tokens) < 100
+            assert isinstance(receiver.error, Unavailable) and len(receiver.tokens) < 1000
         until(lambda: told)
         assert told[0] - started < SEEN_DEAD_S
         with pytest.raises(Unavailable, match="started again"):
