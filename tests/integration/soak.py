@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,12 +30,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import click
+import grpc
 import numpy as np
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gateway_peers import phantom_dicom, phantom_repository
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from cxr_triton.client.reader import Reader
 from cxr_triton.errors import Cancelled, CxrError, Unavailable
@@ -67,6 +71,7 @@ class Requests:
             "cancelled": self.cancelled,
             "reconnect": self.reconnect,
             "refused-reconnect": self.refused_reconnect,
+            "stranger": stranger,
             "ping": lambda reader, rng: reader.server_info().name and "answered",
         }
 
@@ -133,6 +138,30 @@ def refused(reader: Reader, images, **asked) -> str:
     except CxrError as error:
         return f"refused {error.code}"
     return "read"
+
+
+def stranger(reader: Reader, rng: random.Random) -> str:
+    """STOPs that name nobody's stream, sent to `decoder` itself, of which some are cancelled on their way."""
+    request = pb.ModelInferRequest(model_name="decoder")
+    request.inputs.add(name="STOP", datatype="BYTES", shape=[1])
+    asked = []
+    for _ in range(rng.randint(1, 5)):
+        name = str(uuid.UUID(int=rng.getrandbits(128))).encode()
+        each = pb.ModelInferRequest()
+        each.CopyFrom(request)
+        each.raw_input_contents.append(len(name).to_bytes(4, "little") + name)
+        asked.append(each)
+    with grpc.insecure_channel(reader.url) as channel:
+        call = GRPCInferenceServiceStub(channel).ModelStreamInfer(iter(asked), timeout=30)
+        if rng.random() < 0.3:
+            time.sleep(rng.uniform(0, 0.02))
+            call.cancel()
+            return "cancelled"
+        try:
+            list(call)
+        except grpc.RpcError as error:
+            raise Unavailable(f"a STOP ended as {error.code()}") from None
+    return "answered"
 
 
 def process_name(pid: int) -> str | None:
