@@ -309,8 +309,8 @@ class DecoderRuntime(Runtime):
     slots : int
         Streams that decode at the same time.
     prefill_chunk : int, optional
-        Prompt tokens per turn, so the longest pause of the running streams; what the session asks for, or 128. It is
-        the same whatever else runs: the numbers that a prompt gives must not depend on its neighbours.
+        Most prompt tokens per turn, so the longest pause of the running streams; what the session asks for, or 128.
+        It is the same whatever else runs: the numbers that a prompt gives must not depend on its neighbours.
     threads : int, optional
         CPU threads of the session; all cores if None.
     session : DecoderSession, optional
