@@ -2,11 +2,11 @@
 
 Keys, all optional: ``task`` (a task of the profile), ``prompt`` (free text in place of the task's prompt),
 ``variables`` (values of the prompt's placeholders; a list becomes lettered options), ``mode``, ``history`` (earlier
-turns), ``max_new_tokens``, ``temperature``, ``top_p``, ``repetition_penalty``, ``seed``, ``stop``, ``identifiers``
-(``plain``, or ``hashed`` for a reading that carries digests in place of UIDs), ``guide`` (``none``; ``answer`` holds
-what machines read of the answer to its grammar while it is written; ``{"json_schema": {...}}`` makes it JSON),
-``logprobs`` and ``scores`` (true for a reading that says how likely the model found each token, and how sure it is of
-each label or option).
+turns as the model got and wrote them: ``prompt`` and ``text`` of a reading), ``max_new_tokens``, ``temperature``,
+``top_p``, ``repetition_penalty``, ``seed``, ``stop``, ``identifiers`` (``plain``, or ``hashed`` for a reading that
+carries digests in place of UIDs), ``guide`` (``none``; ``answer`` holds what machines read of the answer to its grammar
+while it is written; ``{"json_schema": {...}}`` makes it JSON), ``logprobs`` and ``scores`` (true for a reading that
+says how likely the model found each token, and how sure it is of each label or option).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class ReadRequest:
     answer, grammar : str
         What the answer is and how it is written, for `cxr_triton.reading.parse`.
     history : tuple of (role, text)
-        Earlier turns, ``user`` first, ``assistant`` last.
+        Earlier turns as the model got and wrote them, ``user`` first, ``assistant`` last.
     seed : int or None
         None lets the decoder draw one.
     identifiers : str

@@ -116,8 +116,10 @@ def conversation(way: Way, preprocessor: Preprocessor, image: bytes, tokens: int
     def step(**request) -> StepTensors:
         return preprocessor.prepare([image], json.dumps({"temperature": 0, **request}))
 
-    history = [{"role": "user", "content": first}, {"role": "assistant", "content": STAND_IN}]
-    opening, second = step(prompt=first), step(prompt=follow_up, history=history)
+    opening = step(prompt=first)
+    asked = json.loads(opening.context)["prompt"]  # as the model got it
+    history = [{"role": "user", "content": asked}, {"role": "assistant", "content": STAND_IN}]
+    second = step(prompt=follow_up, history=history)
     result, answers = {}, []
     result["first"], answer = way.read(opening, prompt_of(opening), tokens)
     answers.append(answer)

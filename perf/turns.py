@@ -43,7 +43,8 @@ LIMIT_S = 3600.0
 ROWS, COLUMNS = 2500, 2048
 
 Ask = Callable[[int, dict[str, Any]], dict[str, Any]]
-"""Of a picture's number and a REQUEST: the ``text``, ``tokens``, ``prompt_tokens``, ``first_s`` and ``seconds``."""
+"""Of a picture's number and a REQUEST: the ``prompt`` as the model got it, which a history has to repeat, and ``text``,
+``tokens``, ``prompt_tokens``, ``first_s`` and ``seconds``."""
 Open = Callable[[Sequence[bytes]], contextlib.AbstractContextManager[Ask]]
 """A server of its own for these pictures."""
 
@@ -68,6 +69,7 @@ def ours(repository: Path, pictures: Sequence[bytes]) -> Iterator[Ask]:
                     first_s = time.perf_counter() - started_s
             reading = stream.result()
             return {
+                "prompt": reading.prompt,
                 "text": reading.text,
                 "tokens": reading.usage["completion_tokens"],
                 "prompt_tokens": reading.usage["prompt_tokens"],
@@ -104,7 +106,10 @@ def conversations(ask: Ask, chosen: Sequence[int], tokens: int) -> dict[str, dic
             answers = list(pool.map(ask, chosen, requests))
             seconds = time.perf_counter() - started_s
             for history, answer in zip(histories, answers, strict=True):
-                history += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer["text"]}]
+                history += [
+                    {"role": "user", "content": answer["prompt"]},
+                    {"role": "assistant", "content": answer["text"]},
+                ]
             first_s = [answer["first_s"] for answer in answers if answer["first_s"] is not None]
             if not first_s:
                 raise InternalError(f"no answer to {prompt!r} had a text; nothing of this run counts")

@@ -4,16 +4,16 @@ A sequence is cut into blocks of `BLOCK` tokens. The digest of a block is over t
 M-RoPE positions and its rows of image embeddings, so blocks form a tree, and an equal digest means an equal beginning.
 Rows are copied out of a slot and into one: no stream holds a block, and one that ends in any way leaves nothing behind.
 
-What is reused of prompts changes no bit: it is taken at the ends of whole prefill chunks, as if the prompt had been
-given from its start. An answer's rows come from decode steps, whose sums an engine may round otherwise than a
-prefill's; a prompt that goes on after an answer takes them all the same, unless `exact_only`.
+What is reused of prompts changes no bit: it is taken where a run of a prefill ends for both prompts, as if this one had
+been given from its start. A picture ends a run, so that another question about it begins there (`run_end`). An answer's
+rows come from decode steps, whose sums an engine may round otherwise than a prefill's. A prompt that goes on after an
+answer takes them all the same, unless `exact_only`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -37,14 +37,15 @@ class Block:
     Attributes
     ----------
     rows : (2 * layers, kv_heads, BLOCK, head_dim) array
-    is_exact : bool
-        A prompt gives these bits wherever it begins: they come from a whole chunk, and all before them do.
+    run_end : int
+        Where the run of a prefill ended that gave the last token: the same runs give the same bits. 0 where the prompt
+        ended before its run was full, and of answers and what comes after them.
     has_answer : bool
         Tokens of it were generated, or stand after some that were.
     """
 
     rows: np.ndarray
-    is_exact: bool = True
+    run_end: int
     has_answer: bool = False
 
 
@@ -85,10 +86,10 @@ class PrefixTree:
             self._blocks.touch(digest)
         return found
 
-    def lacks(self, digest: bytes, *, is_exact: bool) -> bool:
-        """Whether a block is missing, or is there without the exact rows that could be put in its place."""
+    def lacks(self, digest: bytes, run_end: int) -> bool:
+        """Whether a block is missing, or is there without the exact rows of such a run, which could take its place."""
         held = self._blocks.peek(digest)
-        return held is None or (is_exact and not held.is_exact)
+        return held is None or run_end not in (0, held.run_end)
 
     def put(self, digests: Sequence[bytes], read: Callable[[int], Block], places: Sequence[int]) -> None:
         """Hold blocks of a sequence, as many from its start as the limit allows; what is older goes first.
@@ -128,12 +129,36 @@ class Lineage:
     ----------
     digests : list of bytes
         Of the prompt's whole blocks.
-    exact : int
-        First tokens of the prompt whose rows have the bits that they would have without reuse, in whole chunks.
+    run_ends : list of int
+        Of `Block`, for the first of them; 0 for all others.
     """
 
     digests: list[bytes]
-    exact: int
+    run_ends: list[int]
+
+
+def run_end(generation: Generation, start: int, most: int) -> int:
+    """Where a run of a prefill ends that begins at a token.
+
+    With the last whole block of a picture, at the latest after so many tokens, or with the prompt.
+    """
+    end = min(start + most, len(generation.input_ids))
+    is_image = generation.image_index[start : end + BLOCK] >= 0
+    pictures = start + 1 + np.flatnonzero(is_image[:-1] & ~is_image[1:])  # the tokens after them
+    borders = pictures // BLOCK * BLOCK
+    return min(int(borders[borders > start].min(initial=end)), end)
+
+
+def _run_ends(generation: Generation, most: int) -> list[int]:
+    """Of each whole block of a prompt that is given from its start; 0 in a run that could have held more."""
+    ends: list[int] = []
+    start, tokens = 0, len(generation.input_ids)
+    while start < tokens:
+        end = run_end(generation, start, most)
+        is_full = end < tokens or end - start == most
+        ends += [end if is_full else 0] * (end // BLOCK - start // BLOCK)
+        start = end
+    return ends
 
 
 def chain(generation: Generation) -> list[bytes]:
@@ -162,6 +187,14 @@ def _chain(before: bytes, ids: np.ndarray, positions: np.ndarray, rows: np.ndarr
                 content.update(row)
         before = content.digest()
         yield before
+
+
+def _whole_runs(blocks: Sequence[Block], run_ends: Sequence[int]) -> int:
+    """How many blocks, the first of a prompt, come from the runs that it would have itself, to the end of one."""
+    same = 0
+    while same < len(blocks) and blocks[same].run_end == run_ends[same] != 0:
+        same += 1
+    return max((i for i in range(1, same + 1) if run_ends[i - 1] == i * BLOCK), default=0)
 
 
 class PrefixCache:
@@ -209,7 +242,7 @@ class PrefixCache:
         slot : int
         stream : Stream
         chunk : int
-            Tokens of a prefill.
+            Most tokens of a run of a prefill.
 
         Returns
         -------
@@ -218,14 +251,12 @@ class PrefixCache:
         """
         prompt = len(stream.generation.input_ids)
         try:
-            lineage = self._lineages[stream] = Lineage(chain(stream.generation), prompt // chunk * chunk)
+            lineage = self._lineages[stream] = Lineage(chain(stream.generation), _run_ends(stream.generation, chunk))
             blocks = self.tree.find(lineage.digests[: (prompt - 1) // BLOCK])
             if any(block.has_answer for block in blocks):
-                lineage.exact = 0
+                lineage.run_ends = []
             else:
-                exact = next((i for i, block in enumerate(blocks) if not block.is_exact), len(blocks))
-                whole = math.lcm(chunk, BLOCK)
-                blocks = blocks[: exact * BLOCK // whole * whole // BLOCK]
+                blocks = blocks[: _whole_runs(blocks, lineage.run_ends)]
             for first in range(0, len(blocks), _GROUP):
                 rows = np.concatenate([block.rows for block in blocks[first : first + _GROUP]], axis=2)
                 session.write_cache(slot, first * BLOCK, rows)
@@ -243,19 +274,18 @@ class PrefixCache:
         """Take a copy of what a slot holds of a stream, prompt and answer, where it is not held."""
         if (lineage := self._lineages.get(stream)) is None:
             return  # nothing was restored, as copying failed
-        prompt, exact = len(stream.generation.input_ids), lineage.exact
+        prompt = len(stream.generation.input_ids)
 
         def read(place: int) -> Block:
             start, stop = place * BLOCK, (place + 1) * BLOCK
-            rows = session.read_cache(slot, start, stop)
-            return Block(rows, is_exact=stop <= exact, has_answer=stop > prompt)
+            return Block(session.read_cache(slot, start, stop), run_ends[place], has_answer=stop > prompt)
 
         try:
             digests = self._whole(stream, lineage.digests, int(session.lengths[slot]))
+            run_ends = [*lineage.run_ends, *[0] * (len(digests) - len(lineage.run_ends))]
             if self._exact_only:
-                digests = digests[: exact // BLOCK]
-            ends = range(BLOCK, len(digests) * BLOCK + 1, BLOCK)
-            lacking = [self.tree.lacks(d, is_exact=end <= exact) for d, end in zip(digests, ends, strict=True)]
+                digests = digests[: sum(map(bool, run_ends))]
+            lacking = [self.tree.lacks(digest, end) for digest, end in zip(digests, run_ends, strict=False)]
             self.tree.put(digests, read, np.flatnonzero(lacking).tolist())
         except Exception:
             self._give_up("keeping", stream)

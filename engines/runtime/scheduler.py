@@ -19,7 +19,7 @@ import numpy as np
 
 from cxr_triton.engines.runtime.drafts import NONE, Drafts
 from cxr_triton.engines.runtime.guide import Guide, Guides
-from cxr_triton.engines.runtime.prefix import PrefixCache
+from cxr_triton.engines.runtime.prefix import PrefixCache, run_end
 from cxr_triton.engines.runtime.stream import Chunk, Generation, Stream
 from cxr_triton.errors import CxrError, InternalError, InvalidRequest, PromptTooLong, QueueFull, Unavailable
 
@@ -309,8 +309,8 @@ class DecoderRuntime(Runtime):
     slots : int
         Streams that decode at the same time.
     prefill_chunk : int, optional
-        Prompt tokens per turn, so the longest pause of the running streams; what the session asks for, or 128. It is
-        the same whatever else runs: the numbers that a prompt gives must not depend on its neighbours.
+        Most prompt tokens per turn, so the longest pause of the running streams; what the session asks for, or 128.
+        It is the same whatever else runs: the numbers that a prompt gives must not depend on its neighbours.
     threads : int, optional
         CPU threads of the session; all cores if None.
     session : DecoderSession, optional
@@ -411,8 +411,8 @@ class DecoderRuntime(Runtime):
         generation, slot = stream.generation, len(self._decoding)
         if self.prefix and not stream.prefilled:
             stream.prefilled = stream.cached = self.prefix.restore(self._session, slot, stream, self._prefill_chunk)
-        chunk = slice(stream.prefilled, stream.prefilled + self._prefill_chunk)
-        is_last = chunk.stop >= len(generation.input_ids)
+        chunk = slice(stream.prefilled, run_end(generation, stream.prefilled, self._prefill_chunk))
+        is_last = chunk.stop == len(generation.input_ids)
         try:
             logits = self._session.prefill(
                 slot,

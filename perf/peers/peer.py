@@ -123,7 +123,7 @@ class Peer:
         Returns
         -------
         dict
-            As of `read`, with a ``text``.
+            As of `read`, with a ``text``, and the ``prompt`` as the model got it.
         """
         raise NotImplementedError
 

@@ -71,7 +71,8 @@ class Vllm(Peer):
         asked = ReadRequest.from_json(json.dumps(request), self.prompts.profile)
         pictures, name = self.pictures[index], self.names[index]
         said = _messages(asked.messages(len(pictures)), pictures, name)
-        return self.server.chat(said, name, request["max_new_tokens"], asked.repetition_penalty)
+        answer = self.server.chat(said, name, request["max_new_tokens"], asked.repetition_penalty)
+        return {"prompt": asked.text, **answer}
 
     def write(self, prompts: Sequence[Sequence[int]], tokens: int) -> dict:
         started_s = time.perf_counter()

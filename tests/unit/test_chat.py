@@ -138,6 +138,22 @@ def test_positions_equal_rope_index_over_grids(grids, turns, chat, rope):
     assert prompt.delta == delta
 
 
+@pytest.mark.parametrize("name", profile_names())
+def test_a_next_turn_begins_with_the_tokens_of_the_one_before_and_its_answer(name, chat):
+    """Or their keys and values would be computed again. What was asked is repeated as the model got it."""
+    profile, grid, answer = load_profile(name), [(12, 10)], HISTORY[1]
+    for mode in profile.modes:
+        if (answers := profile.modes[mode].answers) and "text" not in answers:
+            continue
+        first = ReadRequest.from_json(json.dumps({"prompt": HISTORY[0]["content"], "mode": mode}), profile)
+        history = [{"role": "user", "content": first.text}, answer]
+        second = ReadRequest.from_json(json.dumps({"prompt": "Why?", "mode": mode, "history": history}), profile)
+        before, after = chat.encode(first.messages(1), grid), chat.encode(second.messages(1), grid)
+        known = [*before.input_ids, *chat.text_ids(answer["content"])]
+        assert after.input_ids[: len(known)].tolist() == known
+        np.testing.assert_array_equal(after.position_ids[:, : len(before.input_ids)], before.position_ids)
+
+
 def test_image_index_gives_each_image_its_own_rows(chat):
     messages = [{"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": "x"}]}]
     prompt = chat.encode(messages, [(4, 6), (2, 2)])

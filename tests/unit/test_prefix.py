@@ -16,8 +16,8 @@ BYTES = BLOCK * 16  # of a block of `FakeSession`'s rows
 OVERHEAD = 512
 
 
-def block(**kind):
-    return Block(np.zeros((1, 1, BLOCK, 2), np.int64), **kind)
+def block(run_end=BLOCK):
+    return Block(np.zeros((1, 1, BLOCK, 2), np.int64), run_end)
 
 
 class SlowTree:
@@ -58,7 +58,7 @@ def test_a_tree_holds_what_a_slow_model_of_it_holds(seed):
         if rng.random() < 0.5:
             assert len(tree.find(digests)) == slow.find(sequence)
         else:
-            places = [place for place, digest in enumerate(digests) if tree.lacks(digest, is_exact=True)]
+            places = [place for place, digest in enumerate(digests) if tree.lacks(digest, BLOCK)]
             tree.put(digests, lambda place: block(), places)
             slow.put(sequence)
         assert len(tree) == len(slow.used)
@@ -74,16 +74,16 @@ def test_a_tree_too_small_for_a_block_holds_none():
 
 def test_exact_rows_take_the_place_of_others():
     tree, digests = PrefixTree(1 << 20), digests_of("ab")
-    tree.put(digests, lambda place: block(is_exact=False), [0, 1])
-    assert tree.lacks(digests[0], is_exact=True) and not tree.lacks(digests[0], is_exact=False)
+    tree.put(digests, lambda place: block(run_end=0), [0, 1])
+    assert tree.lacks(digests[0], BLOCK) and not tree.lacks(digests[0], 0)
     tree.put(digests, lambda place: block(), [0])
-    assert [each.is_exact for each in tree.find(digests)] == [True, False]
+    assert [each.run_end for each in tree.find(digests)] == [BLOCK, 0]
     assert tree.nbytes == 2 * (BYTES + OVERHEAD)
 
 
-def pictures(values, at=5, count=20, **changes):
-    """A prompt of 64 tokens with rows of embeddings of a picture."""
-    given = generation(range(64), **changes)
+def pictures(values, at=5, count=20, tokens=range(64)):
+    """A prompt with rows of embeddings of a picture."""
+    given = generation(tokens)
     index = given.image_index.copy()
     index[at : at + count] = np.arange(count)
     return dataclasses.replace(given, image_index=index, image_embeddings=np.full((count, 4), values, np.float32))
@@ -173,6 +173,45 @@ def test_prompts_alone_are_taken_at_the_ends_of_whole_chunks(serve):
     assert cached(read(runtime, same)) == 32  # not all: the last token has to give logits
 
 
+def runs(session):
+    return [call[2] for call in session.calls if call[0] == "prefill"]
+
+
+@pytest.mark.parametrize("chunk", [8, CHUNK, 40, 1000])
+def test_another_question_about_a_picture_computes_the_question_only(serve, chunk):
+    """From the last whole block of the picture, which every prompt about it computes as the end of a run."""
+    first = pictures(1.0, at=5, count=90, tokens=[*range(95), *range(30)])
+    other = pictures(1.0, at=5, count=90, tokens=[*range(95), *range(40, 55)])
+    runtime, session = serve(prefill_chunk=chunk)
+    read(runtime, first)
+    session.calls.clear()
+    assert cached(read(runtime, other)) == 80
+    assert sum(runs(session)) == 95 + 15 - 80
+    alone, fresh = serve(prefill_chunk=chunk)
+    read(alone, other)
+    ends = np.cumsum(runs(fresh))
+    assert runs(fresh)[list(ends).index(80) + 1 :] == runs(session)
+
+
+def test_runs_of_a_prompt_with_two_pictures_end_with_each(serve):
+    given = pictures(1.0, at=5, count=30, tokens=[*range(90), *range(30)])
+    index = given.image_index.copy()
+    index[40:90] = np.arange(50) % 30
+    runtime, session = serve()
+    read(runtime, dataclasses.replace(given, image_index=index))
+    assert runs(session) == [32, 32, 16, 32, 8]  # to 32, 64, 80, where the second one ends in the sixth block, ...
+
+
+def test_rows_of_other_runs_are_not_reused(serve):
+    """A picture may begin as a smaller one, as two black ones do: the runs differ, and so may the bits."""
+    runtime, _ = serve(prefill_chunk=64)
+    small = pictures(0.0, at=0, count=40, tokens=range(90))  # runs to 32, 90
+    large = pictures(0.0, at=0, count=90, tokens=[*range(90), *range(10)])  # to 64, 80, 100
+    for given, first, again in ((small, 0, 32), (large, 0, 80), (small, 0, 32)):
+        assert cached(read(runtime, given)) == first
+        assert cached(read(runtime, given)) == again
+
+
 def test_a_part_of_a_chunk_that_is_computed_as_a_whole_later_counts_from_then_on(serve):
     runtime, _ = serve()
     read(runtime, generation(range(60), 4))  # 32 + 28
@@ -184,7 +223,7 @@ def test_only_what_changes_no_bit_is_reused_where_that_is_asked_for(serve):
     runtime, _ = serve(prefix=PrefixCache(1 << 20, exact_only=True))
     first = generation(range(50), 40)
     assert cached(read(runtime, follow_up(first, read(runtime, first)))) == 32
-    assert all(b.is_exact and not b.has_answer for b in runtime.prefix.tree.find(chain(generation(range(50)))))
+    assert all(b.run_end and not b.has_answer for b in runtime.prefix.tree.find(chain(generation(range(50)))))
 
 
 def test_equal_prompts_in_flight_are_computed_once(serve):
@@ -203,7 +242,7 @@ def test_equal_prompts_in_flight_are_computed_once(serve):
 
 def test_other_embeddings_or_positions_are_other_prompts(serve):
     runtime, _ = serve()
-    for given, expected in [(pictures(1.0), 0), (pictures(2.0), 0), (pictures(1.0), 32)]:
+    for given, expected in [(pictures(1.0), 0), (pictures(2.0), 0), (pictures(1.0), 48)]:
         receiver = Receiver()
         runtime.submit(given, receiver)
         assert cached(receiver.wait()) == expected

@@ -28,6 +28,7 @@ class Servers:
             def ask(picture, request):
                 self.asked.append((name, picture, request))
                 said = {"text": f"{name} of {picture}", "tokens": 5, "prompt_tokens": 7}
+                said["prompt"] = f"{request['prompt']} Step by step."
                 return {**said, "first_s": FIRST_S[request["prompt"]], "seconds": 9.0}
 
             yield ask
@@ -49,7 +50,10 @@ def test_a_follow_up_goes_on_after_the_servers_own_answer_and_another_task_begin
     assert [request["prompt"] for request in counted] == list(ASKED)
     assert [request.get("history") for request in counted] == [
         None,
-        [{"role": "user", "content": ASKED[0]}, {"role": "assistant", "content": "b of 2"}],
+        [
+            {"role": "user", "content": f"{ASKED[0]} Step by step."},  # as the model got it, to be found again
+            {"role": "assistant", "content": "b of 2"},
+        ],
         None,
     ]
 

@@ -104,13 +104,15 @@ def test_each_reading_is_new_to_its_caches_and_has_as_many_tokens(stand_in, monk
     peer = opened()
     try:
         told = [peer.read(0, 0, 8) for _ in range(2)]
+        turn = peer.ask(0, {"prompt": "And the heart?", "max_new_tokens": 8})
         assert len(peer.processes()) == 2
     finally:
         peer.close()
     for each in told:
         assert (each["prompt_tokens"], each["tokens"], each["text"]) == (83, 8, "No fluid.")
         assert 0.05 < each["first_s"] <= each["seconds"]
-    first, second = map(json.loads, log.read_text().splitlines())
+    first, second, third = map(json.loads, log.read_text().splitlines())
+    assert third["body"]["messages"][-1]["content"][-1]["text"] == turn["prompt"] and turn["text"] == "No fluid."
     assert first["path"] == "/v1/chat/completions" and first["authorization"] == f"Bearer {first['key']}"
     options, profile = first["options"], load_profile(PHANTOM / "profile.yaml")
     assert options["--dtype"] == "bfloat16" and options["--max-num-seqs"] == "2" and options["--host"] == "127.0.0.1"
