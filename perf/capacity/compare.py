@@ -16,6 +16,7 @@ import click
 
 from cxr_triton.cli import Command, json_option, write_json
 from cxr_triton.config import build
+from cxr_triton.errors import InvalidRequest
 from cxr_triton.perf.capacity.simulate import share_beside, simulate
 from cxr_triton.perf.capacity.stages import Cost, Stages, load_stages
 from cxr_triton.perf.load import Load
@@ -125,9 +126,16 @@ def again(record: Mapping, stages: Stages | None = None) -> dict:
     """A record with its loads simulated anew, from stage times of each of its rounds, or from these.
 
     What a crowd is like comes from each round's own stream beside a process.
+
+    Raises
+    ------
+    InvalidRequest
+        A round has no stage times, and none are given.
     """
     rounds = []
     for number, each in enumerate(record["rounds"], 1):
+        if stages is None and "stages" not in each:
+            raise InvalidRequest(f"round {number} of the record has no stage times; give its file of them by --stages")
         beside = each["one_stream_beside"]
         times = stages or build(Stages, each["stages"], f"round {number}")
         value = scattered(times, beside["wanted_share"], beside["others_share"])

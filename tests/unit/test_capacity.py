@@ -334,6 +334,9 @@ def test_the_loads_of_a_record_are_simulated_again_from_its_own_stage_times(tmp_
     assert told["rounds"][0]["scattered"] == pytest.approx(0.8, abs=0.05)
     for figure in ("readings_per_s", "latency_ms.p95", "processor_ms"):
         assert told["ratio"][0][figure]["median"] == pytest.approx(1, abs=0.02), figure
+    path.write_text(json.dumps({"seconds_each": 400.0, "rounds": [{**each, "points": []}]}).replace('"stages"', '"x"'))
+    done = CliRunner().invoke(compare, [str(path)])
+    assert done.exit_code == 1 and "round 1 of the record has no stage times; give its file" in done.output
 
 
 def test_only_rounds_in_which_nothing_else_ran_count():
