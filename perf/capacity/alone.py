@@ -10,10 +10,12 @@ from functools import partial
 
 import numpy as np
 
+from cxr_triton.chat import ChatTokenizer
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.pipeline import Preprocessor
+from cxr_triton.perf.capacity.host import token_ms
 
-STEPS = 24
+STEPS, TOKENS = 24, 300
 LEAST, LEAST_S = 5, 0.2
 """A point is of so many pieces, and of so long a time, at least."""
 
@@ -34,6 +36,7 @@ class Alone:
     def __init__(self, bundle: str, slots: int, threads: int, items: Sequence[tuple[list[bytes], dict]]):
         opened = Bundle.open(bundle, verify=False)
         self._preprocessor, self._items = Preprocessor(bundle), items
+        self._tokenizer = ChatTokenizer(bundle)
         self._prompts = [self._prepare(index) for index in range(len(items))]
         self._vision = opened.open_vision(threads=threads or None)
         self._decoder = opened.open_decoder(slots=slots, threads=threads or None)
@@ -44,13 +47,15 @@ class Alone:
     def measure(self, batches: Sequence[int]) -> dict:
         """Points of the three curves, medians: pictures of a batch, tokens of a prompt's piece, streams of a step.
 
-        ``processor_s`` is the processor time that it all took.
+        ``token_ms`` is what the decoder's thread takes for a token beside the graph, ``processor_s`` the processor time
+        that it all took.
         """
         began_s, streams = time.process_time(), range(1, self._decoder.slots + 1)
         return {
             "tower": [_point(self._batch, size) for size in batches],
             "prefill": [_point(self._piece, size) for size in self._sizes()],
             "step": [_point(self._steps, size) for size in streams],
+            "token_ms": token_ms(self._tokenizer, 1, TOKENS),
             "processor_s": time.process_time() - began_s,
         }
 

@@ -1,17 +1,18 @@
 """One served reader as a machine: preprocessing, tower, decoder with its slots, and what they share.
 
 Each stage has the time that it takes alone. What runs at once shares the cores in proportion to what each would take
-alone, as threads do that the system treats alike, and so the card and the one process of `report`. The more others
-want of the cores, the more processor time a piece takes itself (`Machine.crowded`). The decoder works in turns, as
-`cxr_triton.engines.runtime.scheduler` does: a piece of one prompt, then a step for all streams. Steps that nothing
-comes between are one event.
+alone, as threads do that the system treats alike, and so the card and the one process of `report`. A part of the pieces
+(`Machine.scattered`) stays on the core where chance put them, and waits there while another is idle. The decoder works
+in turns, as `cxr_triton.engines.runtime.scheduler` does: a piece of one prompt, then a step for all streams. Steps that
+nothing comes between are one event.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
+import random
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -37,6 +38,8 @@ class Reading:
         For preprocessing, tower and slot together.
     refused_by : str
         The stage whose queue was full, or empty.
+    passed_s : list of float
+        The ends of preprocessing, tower, prompt and answer, as far as it came.
     """
 
     kind: Kind
@@ -48,6 +51,7 @@ class Reading:
     waited_s: float = 0.0
     refused_by: str = ""
     since_s: float = 0.0
+    passed_s: list[float] = field(default_factory=list)
 
     @property
     def prompt_tokens(self) -> int:
@@ -67,17 +71,17 @@ class Task:
         Of each of `RESOURCES`, when alone.
     then : callable
         Called at its end.
+    core : int or None
+        The core that its first thread stays on; None where it goes to whichever is free.
     speed : float
         Of 1, with what it shares now.
-    crowded : float
-        Processor time that it takes now, over that alone.
     """
 
     left_s: float
     uses: tuple[float, float, float]
     then: Callable[[], None]
+    core: int | None = None
     speed: float = 1.0
-    crowded: float = 1.0
 
 
 class Shared:
@@ -87,8 +91,8 @@ class Shared:
     ----------
     capacities : tuple of float
         Of each resource.
-    crowded : float
-        Processor time of a task while others want all cores, over that alone; in between where they want some.
+    scattered : float
+        Share of the tasks that stay on a core, drawn at random, until they end.
 
     Attributes
     ----------
@@ -97,8 +101,9 @@ class Shared:
         Of each resource so far: core seconds, card seconds, seconds of the process.
     """
 
-    def __init__(self, capacities: tuple[float, float, float], crowded: float = 1.0):
-        self._capacities, self._crowded = capacities, crowded
+    def __init__(self, capacities: tuple[int, float, float], scattered: float = 0.0):
+        self._capacities, self._scattered = capacities, scattered
+        self._chance = random.Random(0)  # noqa: S311 -- no secret
         self._tasks: list[Task] = []
         self._has_changed = False
         self.now_s = 0.0
@@ -106,21 +111,37 @@ class Shared:
 
     def add(self, seconds: float, uses: tuple[float, float, float], then: Callable[[], None]) -> Task:
         """Begin a task."""
-        task = Task(seconds, uses, then)
+        task = Task(seconds, uses, then, self._core() if uses[0] else None)
         self._tasks.append(task)
         self._has_changed = True
         return task
+
+    def _core(self) -> int | None:
+        stays = self._scattered and self._chance.random() < self._scattered
+        return self._chance.randrange(self._capacities[0]) if stays else None
 
     def _share(self) -> None:
         """Set the speed of each task: that of the resource that is the scarcest for it."""
         self._has_changed = False
         cores, card, report = (sum(widths) for widths in zip(*(task.uses for task in self._tasks), strict=True))
-        slowed = [most / max(most, total) for total, most in zip((cores, card, report), self._capacities, strict=True)]
+        free, taken = self._cores(cores)
+        others = [most / max(most, total) for total, most in zip((card, report), self._capacities[1:], strict=True)]
         for task in self._tasks:
-            speed = min((slow for slow, width in zip(slowed, task.uses, strict=True) if width), default=1.0)
-            if (own := task.uses[0]) and self._crowded != 1:
-                task.crowded = 1 + (self._crowded - 1) * min(1.0, max(0.0, cores - own) / self._capacities[0])
-            task.speed = speed / task.crowded
+            speeds = (free if task.core is None else taken.get(task.core, free), *others)
+            task.speed = min((slow for slow, width in zip(speeds, task.uses, strict=True) if width), default=1.0)
+
+    def _cores(self, wanted: float) -> tuple[float, dict[int, float]]:
+        """Speed on the cores, and on those where more stays than others would leave it."""
+        staying: dict[int, float] = defaultdict(float)
+        for task in self._tasks:
+            if task.core is not None:
+                staying[task.core] += min(1.0, task.uses[0])  # its other threads go where they like
+        left, taken = self._capacities[0], {}
+        for core, width in sorted(staying.items(), key=lambda each: -each[1]):
+            if width * left <= max(left, wanted):
+                break
+            taken[core], left, wanted = 1 / width, left - 1, wanted - width
+        return left / max(left, wanted, _ENDED_S), taken
 
     @property
     def next_s(self) -> float:
@@ -142,7 +163,7 @@ class Shared:
             done_s = passed_s * task.speed
             task.left_s -= done_s
             cores, card, report = task.uses
-            cores_s += cores * done_s * task.crowded
+            cores_s += cores * done_s
             card_s += card * done_s
             report_s += report * done_s
             if task.left_s <= least_s:
@@ -179,7 +200,7 @@ class Replica:
     def __init__(self, stages: Stages, on_end: Callable[[Reading], None]):
         machine = stages.machine
         self.stages, self.machine, self._on_end = stages, machine, on_end
-        self.shared = Shared((machine.cores, max(machine.cards, 1), 1.0), machine.crowded)
+        self.shared = Shared((machine.cores, max(machine.cards, 1), 1.0), machine.scattered)
         self.under_way = 0
         self._preprocessing = 0
         self._to_preprocess: deque[Reading] = deque()
@@ -252,6 +273,7 @@ class Replica:
 
     def _preprocessed(self, reading: Reading) -> None:
         self._preprocessing -= 1
+        reading.passed_s.append(self.shared.now_s)
         if self._to_preprocess:
             self._preprocess(self.take(self._to_preprocess))
         if self.wait(self._to_tower, reading, "tower"):
@@ -273,6 +295,7 @@ class Replica:
         self._tower_is_busy = False
         self._start_tower()
         for reading in batch:
+            reading.passed_s.append(self.shared.now_s)
             self.decoder.submit(reading)
 
 
@@ -356,6 +379,7 @@ class Decoder:
             raise RuntimeError("a piece of no prompt ended")
         self._prefilled += size
         if self._prefilled >= reading.prompt_tokens:
+            reading.passed_s.append(self.replica.shared.now_s)
             self.replica.tell(reading)
             self._prefilling = None
             tokens = reading.kind.answer_tokens
@@ -391,5 +415,6 @@ class Decoder:
         self._turn()
 
     def _leave(self, reading: Reading) -> None:
+        reading.passed_s.append(self.replica.shared.now_s)
         cost = self.replica.stages.report
         self.replica.shared.add(*on_cores(cost.ms, cost.cpu_ms), lambda: self.replica.end(reading))

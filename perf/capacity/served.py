@@ -28,8 +28,9 @@ from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.serving import Settings
 from cxr_triton.perf.bench import Observer
 from cxr_triton.perf.capacity.alone import Alone
+from cxr_triton.perf.capacity.compare import compared, figures, listed, ratios, scattered, show
 from cxr_triton.perf.capacity.machine import chunk_tokens
-from cxr_triton.perf.capacity.simulate import simulate
+from cxr_triton.perf.capacity.simulate import PARTS, means
 from cxr_triton.perf.capacity.stages import SCHEMA_VERSION, Curve, Machine, Stages
 from cxr_triton.perf.environment import Stolen, busy_s, environment
 from cxr_triton.perf.load import OVERLOAD, Load, offer
@@ -38,15 +39,12 @@ from cxr_triton.perf.process import Process
 from cxr_triton.perf.served import serving
 from cxr_triton.perf.stages import STAGES, triton_times
 from cxr_triton.perf.summary import Record, summarize
-from cxr_triton.perf.workload import Workload, arrivals, load_workload
+from cxr_triton.perf.workload import Workload, load_workload
 from cxr_triton.triton_repo.package import VISION_BATCH, write_repository
 
 SHARES = (0.5, 0.7)
 """Poisson rates, in parts of what the server gave with the most readings under way."""
-COMPARED = (("readings_per_s", None), ("latency_ms", "p50"), ("latency_ms", "p95"), ("ttft_ms", "p50"))
 CHUNK_TOKENS, CHUNK_MS = 8, 30.0
-QUIET = 0.05
-"""Share of the cores' time that other programs may take for a comparison to count."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +76,17 @@ class Offered:
 
     def as_json(self) -> dict:
         """What a record keeps of it."""
-        took = {"processor_ms": sum(self.processor_ms.values()), "others_share": self.others_share}
-        return {**_kept(summarize(self.records, {})), "refused": sum(r.failed for r in self.records), **took}
+        done = [record for record in self.records if record.stages_ms]
+        each = {part: [sum(r.stages_ms[name] for name in names) for r in done] for part, names in PARTS.items()}
+        return {
+            **figures(summarize(self.records, {})),
+            "refused": sum(record.failed for record in self.records),
+            "processor_ms": sum(self.processor_ms.values()),
+            "processes_ms": self.processor_ms,
+            "stages_ms": means(each),
+            "triton_ms": self.triton_ms,
+            "others_share": self.others_share,
+        }
 
 
 class Served:
@@ -162,11 +169,6 @@ def stages_of(curves: Mapping[str, list[dict]], one: Offered, workload: Workload
     }
 
 
-def crowded(alone_ms: float, beside_ms: float, wanted: float) -> float:
-    """`Machine.crowded` of processor time of a reading alone, and beside a process that wants a share of the cores."""
-    return round(1 + (beside_ms / alone_ms - 1) / min(1.0, wanted), 4)
-
-
 def _slowed(points: Sequence[Mapping], by: float, cpu_by: float) -> dict:
     slowed = [{**p, "ms": round(p["ms"] * by, 4), "cpu_ms": round(p["cpu_ms"] * cpu_by, 4)} for p in points]
     return {"on": "cores", "points": slowed}
@@ -232,14 +234,20 @@ class Study:
         self.bundle, self.workload, self.settings, self.kept = bundle, workload, settings, kept
         self.concurrencies, self.seconds = concurrencies, seconds
         self.rates: list[float] = []
+        self.about: dict = {}
         self.opened = Bundle.open(bundle, verify=False)
 
     def run(self, rounds: int) -> tuple[dict, dict]:
         """The record of all rounds, and the stage times of the middle one by its readings per second of one stream.
 
-        What a crowd costs is the median of all rounds.
+        What a crowd is like is the median of all rounds.
         """
-        began, stolen, made = datetime.now(UTC).isoformat(timespec="seconds"), Stolen(), environment()
+        stolen = Stolen()
+        self.about = {
+            "command": ["python", "-m", "cxr_triton.perf.capacity.served", *sys.argv[1:]],
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": environment(),
+        }
         items = [([image.data for image in item.images], item.request) for item in self.workload.items]
         cpus = sorted(os.sched_getaffinity(0))
         with tempfile.TemporaryDirectory() as folder:
@@ -253,15 +261,15 @@ class Study:
                 self.rates = [float(f"{share * most['readings_per_s']:.3g}") for share in SHARES]
                 each = [self._round(alone, served, number) for number in range(1, rounds + 1)]
             alone.end()
-        files = [one.pop("stages") for one in each]
+        files = [one["stages"] for one in each]
         speeds = [one["one_stream"]["readings_per_s"] for one in each]
         middle = sorted(range(rounds), key=speeds.__getitem__)[rounds // 2]
-        files[middle]["machine"]["crowded"] = statistics.median(file["machine"]["crowded"] for file in files)
+        value = statistics.median(file["machine"]["scattered"] for file in files)
+        after = {"load_average_after": os.getloadavg()[0], "stolen_share": stolen.share()}
         record = {
             "schema_version": SCHEMA_VERSION,
-            "command": ["python", "-m", "cxr_triton.perf.capacity.served", *sys.argv[1:]],
-            "date": began,
-            "environment": {**made, "load_average_after": os.getloadavg()[0], "stolen_share": stolen.share()},
+            **self.about,
+            "environment": {**self.about["environment"], **after},
             "engine": self.opened.engine,
             "workload": {"name": self.workload.spec.name, "digest": self.workload.digest},
             "settings": vars(self.settings),
@@ -269,7 +277,7 @@ class Study:
             "ratio": ratios(each),
             "rounds": each,
         }
-        return record, self._file(files[middle], record)
+        return record, {**files[middle], "machine": {**files[middle]["machine"], "scattered": value}}
 
     def _round(self, alone: Process, served: Served, number: int) -> dict:
         facts, busy, began_s = alone.call("facts"), busy_s(), time.monotonic()
@@ -278,24 +286,28 @@ class Study:
         others_share = max(0.0, others_s / ((time.monotonic() - began_s) * (os.cpu_count() or 1)))
         one = served.offer(Load("concurrency", 1), self.seconds)
         beside, wanted = self._beside(alone, served, one)
-        own_ms, beside_ms = (sum(each.processor_ms.values()) for each in (one, beside))
-        facts["machine"] = self._machine(facts["prefill_chunk"]) | {"crowded": crowded(own_ms, beside_ms, wanted)}
-        costs = stages_of(curves, one, self.workload, facts)
-        file = {"machine": facts["machine"], "resident_mib": one.resident_mib, **costs}
-        stages = build(Stages, self._file(file, {"date": "", "environment": {}, "command": []}), "round")
+        facts["machine"] = self._machine(facts["prefill_chunk"])
+        file = self._file(facts["machine"], stages_of(curves, one, self.workload, facts), one.resident_mib)
+        value = scattered(build(Stages, file, "round"), wanted, beside.others_share)
+        file["machine"] = {**facts["machine"], "scattered": value}
+        stages = build(Stages, file, "round")
         loads = [Load("concurrency", n) for n in self.concurrencies] + [Load("rate_per_s", r) for r in self.rates]
         if number % 2 == 0:
             loads.reverse()  # a machine that gets slower would favour what always comes first
-        points = [self._compare(stages, served, load, number) for load in loads]
+        points = []
+        for load in loads:
+            measured = served.offer(load, self.seconds, number).as_json()
+            points.append(compared(stages, load, measured, self.seconds, number))
         told = one.as_json()
-        one_s, as_if = told["readings_per_s"], facts["machine"]["crowded"]
-        click.echo(f"round {number}: one stream {one_s:.2f}/s, {as_if:.2f} of its processor time in a crowd", err=True)
+        click.echo(f"round {number}: one stream {told['readings_per_s']:.2f}/s, scattered {value}", err=True)
         for point in points:
             click.echo(f"  {Load(**point['load'])}: {_said(point)}", err=True)
         return {
+            "alone": curves,
             "alone_others_share": others_share,
-            "one_stream": {**told, "processes_ms": one.processor_ms},
-            "one_stream_beside": {**beside.as_json(), "processes_ms": beside.processor_ms, "wanted_share": wanted},
+            "one_stream": told,
+            "one_stream_beside": {**beside.as_json(), "wanted_share": wanted},
+            "scattered": value,
             "points": points,
             "stages": file,
         }
@@ -312,24 +324,6 @@ class Study:
             reading.result()
         return beside, wanted
 
-    def _compare(self, stages: Stages, served: Served, load: Load, seed: int) -> dict:
-        measured = served.offer(load, self.seconds, seed).as_json()
-        options: dict = {"readings": 4, "min_seconds": self.seconds}
-        if load.kind == "concurrency":
-            options["concurrency"] = int(load.value)
-        else:
-            options["arrivals"] = arrivals(load.arrival, load.value, [seed])
-        outcome = simulate(stages, **options)
-        simulated = _kept(outcome.summary()) | {"processor_ms": 1e3 * outcome.core_s / len(outcome.readings)}
-        whole = not measured["refused"]  # what a full queue ended is of another length
-        ratio = {name: simulated[name] / measured[name] for name in simulated if whole and name != "requests"}
-        return {
-            "load": load.as_json(),
-            "measured": measured,
-            "simulated": {**simulated, "refused": sum(outcome.refused.values()), "use": outcome.use},
-            "ratio": ratio,
-        }
-
     def _machine(self, prefill_chunk: int) -> dict:
         return {
             "cores": len(os.sched_getaffinity(0)),
@@ -342,73 +336,27 @@ class Study:
             "chunk_ms": CHUNK_MS,
         }
 
-    def _file(self, costs: dict, record: Mapping) -> dict:
+    def _file(self, machine: Mapping, costs: Mapping, resident_mib: int) -> dict:
         """A file of stage times."""
-        costs = dict(costs)
-        resident_mib, made = costs.pop("resident_mib"), record["environment"]
+        made = self.about["environment"]
         return {
             "schema_version": SCHEMA_VERSION,
             "title": f"{self.workload.spec.name} on {self.opened.engine}, {self.opened.precision}",
-            "date": record["date"],
-            "command": " ".join(record["command"]),
+            "date": self.about["date"],
+            "command": " ".join(self.about["command"]),
             "environment": {key: str(made.get(key)) for key in ("cpu", "cores", "os", "python", "revision")},
             "versions": made.get("versions") or {"cxr-triton": "unknown"},
+            "machine": machine,
             **costs,
             "kept": {**self.kept, "memory_mib": resident_mib},
         }
 
 
-def _name(metric: str, statistic: str | None) -> str:
-    return f"{metric}.{statistic}" if statistic else metric
-
-
-def _value(summary: Mapping, metric: str, statistic: str | None) -> float:
-    return summary[metric][statistic] if statistic else summary[metric]
-
-
-def _kept(summary: Mapping) -> dict:
-    return {"requests": summary["requests"], **{_name(*key): _value(summary, *key) for key in COMPARED}}
-
-
 def _said(point: Mapping) -> str:
     if point["ratio"]:
-        return _listed(point["ratio"])
-    simulated, after = point["simulated"]["refused"], point["measured"]["requests"]
-    return f"a full queue ended it after {after} readings, in the simulation {simulated} are refused"
-
-
-def _listed(ratio: Mapping[str, float]) -> str:
-    return "simulated / measured " + ", ".join(f"{name} {value:.3f}" for name, value in ratio.items())
-
-
-def ratios(rounds: Sequence[Mapping]) -> list[dict]:
-    """Simulated over measured of each load: median, least and most of the rounds in which nothing else ran.
-
-    A load that a full queue ended is none of them; ``refused`` says how many rounds it ended.
-    """
-    loads: dict[str, list[dict]] = {}
-    for each in rounds:
-        stages_disturbed = max(each["one_stream"]["others_share"], each["alone_others_share"])
-        for point in each["points"]:
-            disturbed = max(stages_disturbed, point["measured"]["others_share"])
-            quiet = loads.setdefault(json.dumps(point["load"]), [])
-            quiet += [point] if disturbed <= QUIET else []
-    return [{"load": json.loads(load), **_told(points)} for load, points in loads.items()]
-
-
-def _told(points: Sequence[Mapping]) -> dict:
-    whole = [point for point in points if point["ratio"]]
-    return {"rounds": len(whole), "refused": len(points) - len(whole), **_spread(whole)}
-
-
-def _spread(points: Sequence[Mapping]) -> dict:
-    return {
-        name: {
-            "median": statistics.median(point["ratio"][name] for point in points),
-            "range": [bound(point["ratio"][name] for point in points) for bound in (min, max)],
-        }
-        for name in (points[0]["ratio"] if points else ())
-    }
+        return listed(point["ratio"])
+    refused, after = point["simulated"]["refused"], point["measured"]["requests"]
+    return f"a full queue ended it after {after} readings, in the simulation {refused} are refused"
 
 
 def bytes_kept(record: Path | None) -> dict[str, int]:
@@ -458,10 +406,7 @@ def main(*, bundle, workload, slots, threads, preprocess_instances, rounds, kept
     )
     study = Study(bundle, load_workload(workload), settings, **loads, kept=bytes_kept(kept))
     record, stages = study.run(rounds)
-    for point in record["ratio"]:
-        medians = {name: value["median"] for name, value in point.items() if isinstance(value, dict) and name != "load"}
-        told = _listed(medians) if medians else f"refused, or other programs took over {QUIET:.0%} each time"
-        click.echo(f"{Load(**point['load'])}, {point['rounds']} rounds: {told}")
+    show(record)
     write_json(record, json_path)
     if stages_path:
         write_json(stages, str(stages_path))

@@ -6,13 +6,28 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cxr_triton.errors import InvalidRequest
-from cxr_triton.perf.capacity.machine import RESOURCES, Reading, Replica
-from cxr_triton.perf.capacity.stages import Stages
+from cxr_triton.perf.capacity.machine import RESOURCES, Reading, Replica, on_cores
+from cxr_triton.perf.capacity.stages import Cost, Stages
 from cxr_triton.perf.summary import Record, distribution, summarize
+
+PARTS = {
+    "preprocess": ("transport", "image_decode", "preprocess"),
+    "vision": ("vision",),
+    "prefill": ("queue", "prefill"),
+    "decode": ("decode",),
+    "report": ("report",),
+}
+"""Of a reading, one after the other, and the stages of `cxr_triton.perf.stages` that each is."""
+
+
+def means(of_readings: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """Mean and 95th percentile of each part, of readings' milliseconds."""
+    each = {part: distribution(values) for part, values in of_readings.items()}
+    return {part: {"mean": told["mean"], "p95": told["p95"]} for part, told in each.items()}
 
 
 @dataclass
@@ -60,6 +75,14 @@ class Outcome:
             )
             for reading in self.readings
         ]
+
+    @property
+    def stages_ms(self) -> dict[str, dict[str, float]]:
+        """Mean and 95th percentile of each of `PARTS`, with what was waited for it."""
+        done = [reading for reading in self.readings if not reading.refused_by]
+        ends = [(reading.arrived_s, *reading.passed_s, reading.end_s) for reading in done]
+        columns = zip(*([1e3 * (to - since) for since, to in itertools.pairwise(each)] for each in ends), strict=True)
+        return means(dict(zip(PARTS, columns, strict=True)))
 
     def summary(self) -> dict:
         """Rates and distributions as `bench run` has them, with ``waiting_ms``, ``use`` and ``refused``."""
@@ -175,6 +198,25 @@ def simulate(
     run.advance(math.inf)
     core_s = sum(replica.shared.used_s[0] for replica in run.replicas) - before[0]
     return Outcome(made[warm_up:], seconds, _shares(stages, replicas, seconds, before, after), began_s, core_s)
+
+
+def share_beside(stages: Stages, piece: Cost, seconds: float) -> float:
+    """What a process that computes one piece after the other gets of the cores beside one reading at a time.
+
+    Over what it would take alone, for so many seconds.
+    """
+    run, took = _Run(stages, 1, 1), itertools.count()
+
+    def begin() -> None:
+        next(took)
+        run.replicas[0].shared.add(*on_cores(piece.ms, piece.cpu_ms), begin)
+
+    begin()
+    for at_s in _closed(run, 1):
+        if at_s >= seconds:
+            break
+        run.arrive(at_s)
+    return (next(took) - 1) * piece.ms / 1e3 / at_s
 
 
 def _open(run: _Run, arrivals: Iterator[float]) -> Iterator[float]:

@@ -108,8 +108,8 @@ class Machine(Checked):
         Tokens of a prompt between two steps.
     chunk_tokens, chunk_ms : int, float
         Text goes out when it has so many tokens, or would be older.
-    crowded : float
-        Processor time of a piece while others want all cores, over what it takes alone; 1 where nobody measured it.
+    scattered : float
+        Share of the pieces that stay on the core where chance put them; 0 where nobody measured it.
     """
 
     cores: int = in_range(1, 4096)
@@ -121,7 +121,7 @@ class Machine(Checked):
     prefill_chunk: int = in_range(1, 10**6, default=128)
     chunk_tokens: int = in_range(1, 4096, default=8)
     chunk_ms: float = in_range(0, 1e5, default=30.0)
-    crowded: float = in_range(0.1, 100, default=1.0)
+    scattered: float = in_range(0, 1, default=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

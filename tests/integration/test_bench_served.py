@@ -15,7 +15,9 @@ from cxr_triton.cli import main
 from cxr_triton.engines.secret import SECRET
 from cxr_triton.errors import Unavailable
 from cxr_triton.perf import perf_analyzer
+from cxr_triton.perf.capacity.compare import again
 from cxr_triton.perf.capacity.served import main as capacity_served
+from cxr_triton.perf.capacity.simulate import PARTS
 from cxr_triton.perf.capacity.stages import load_stages
 from cxr_triton.triton_repo.guard import statistics_header
 
@@ -163,3 +165,8 @@ def test_a_server_under_load_stands_beside_its_simulation(served_bundle, tmp_pat
     assert {kind.answer_tokens for kind in made.readings} == {TOKENS} and len(made.readings) == 4
     assert [point.at for point in made.step.points] == [1, 2] and made.machine.slots == 2
     assert made.kept.memory_mib > 100 and each["one_stream"]["processor_ms"] > 0
+    for point in each["points"]:
+        assert list(point["measured"]["stages_ms"]) == list(point["simulated"]["stages_ms"]) == list(PARTS)
+    assert each["alone"]["token_ms"] > 0 and 0 <= each["scattered"] <= 1
+    told = json.loads(record.read_text())
+    assert again(told) == told

@@ -132,6 +132,7 @@ NOT_RUN = {
     },
     "docs/scale.md": {
         r"capacity.served": "takes four minutes; tests/integration/test_bench_served.py runs a small one",
+        r"capacity.compare": "tests/unit/test_capacity.py simulates both records",
         r"kept.py": "takes three minutes, and Orthanc",
         r"stages-3b-cpu|--archive 1e8": "as the first one, which is run; tests/unit/test_capacity.py has archives",
     },
