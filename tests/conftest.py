@@ -15,7 +15,11 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 def pytest_configure():
-    """What a shell without job control starts in the background ignores Ctrl-C, and so would the tests' programs."""
+    """What a shell without job control starts in the background ignores Ctrl-C, and so would the tests' programs.
+
+    The garbage collector passes less often: a twentieth of the tests' time went into it.
+    """
+    gc.set_threshold(20_000, 20, 100)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
