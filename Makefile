@@ -27,8 +27,9 @@ imports: tree
 types: tree
 	cd $(TREE) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml
 
-# Each core has a process; threads of numerical libraries beside it would wait for each other.
-UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
+# Each core has a process; threads of numerical libraries beside it would wait for each other. What is compiled stays, as the
+# tests start hundreds of Pythons.
+UNIT := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --dist loadfile
 
 # A test that takes 20 seconds here fails: it lacks the mark `slow`.
 quick: $(VENV)/.test

@@ -112,13 +112,13 @@ class FrontDoor:
         (self.conf / "upstream.conf").write_text("".join(lines))
 
     def add_token(self, name: str, *more: str) -> str:
-        command = [sys.executable, FRONT / "tokens.py", "add", self.tokens, name, *more]
+        command = [sys.executable, "-S", FRONT / "tokens.py", "add", self.tokens, name, *more]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     def __enter__(self) -> FrontDoor:
         self._log = (self.folder / "access.log").open("wb")
         self._errors = (self.folder / "error.log").open("wb")
-        judge = [sys.executable, FRONT / "tokens.py", "serve", self.tokens, "--socket", self._socket]
+        judge = [sys.executable, "-S", FRONT / "tokens.py", "serve", self.tokens, "--socket", self._socket]
         user = "daemon off;" + " user root;" * (os.geteuid() == 0)  # else workers of root's are of another user
         door = [self._nginx, "-p", f"{self.state}/", "-c", self.conf / "nginx.conf", "-g", user]
         for command in (judge, door):

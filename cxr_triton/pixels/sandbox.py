@@ -28,13 +28,14 @@ from typing import IO, Any, TypeVar, cast
 
 import numpy as np
 
+from cxr_triton import __version__
 from cxr_triton.errors import CODES, InternalError, InvalidImage, LimitExceeded
 from cxr_triton.pixels import sandbox_answer
 from cxr_triton.pixels.dicom import Identity
 from cxr_triton.pixels.isolation import ON
 from cxr_triton.pixels.limits import Limits
 from cxr_triton.pixels.plausibility import VIEWS
-from cxr_triton.pixels.sandbox_child import HEAD, OUT_OF_MEMORY, version
+from cxr_triton.pixels.sandbox_child import HEAD, OUT_OF_MEMORY
 
 OWN_INTERPRETER = "CXR_TRITON_DECODER_PYTHON"
 """Environment variable: the Python interpreter of the child, which has this version of cxr-triton installed."""
@@ -115,10 +116,10 @@ class _Child:
         """Wait until it has imported everything; raises `EOFError` or `TimeoutError` if it cannot."""
         hello, _ = self._receive(time.monotonic() + _START_S, 0)
         if self._is_own:
-            if hello.get("version") != version():
+            if hello.get("version") != __version__:
                 raise InternalError(
                     f"{OWN_INTERPRETER} names an interpreter with cxr-triton {str(hello.get('version'))[:32]!r},"
-                    f" this is {version()!r}; install the same version there"
+                    f" this is {__version__!r}; install the same version there"
                 )
         elif hello.get("python") != list(sys.version_info[:2]):
             raise EOFError

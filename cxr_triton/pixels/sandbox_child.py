@@ -19,11 +19,11 @@ import sys
 import threading
 import time
 from dataclasses import asdict, replace
-from importlib import metadata as packages
 from typing import Any
 
 import numpy as np
 
+from cxr_triton import __version__
 from cxr_triton.errors import CxrError, InternalError, InvalidImage, LimitExceeded, NotAChest
 from cxr_triton.identity import identity_of
 from cxr_triton.pixels.anatomy import Anatomy
@@ -43,14 +43,6 @@ OUT_OF_MEMORY = 12
 """Exit status where a file does not even fit."""
 
 
-def version() -> str:
-    """Of cxr-triton; empty where it is a source tree that nobody installed."""
-    try:
-        return packages.version("cxr-triton")
-    except packages.PackageNotFoundError:
-        return ""
-
-
 def serve(limits: Limits) -> None:
     """Answer one order after another until the parent is gone."""
     source = socket.socket(fileno=0)
@@ -59,7 +51,7 @@ def serve(limits: Limits) -> None:
     status = os.open("/proc/self/status", os.O_RDONLY)
     parent = os.getppid()
     _warm_up(limits)
-    hello: dict[str, Any] = {"python": list(sys.version_info[:2]), "version": version()}
+    hello: dict[str, Any] = {"python": list(sys.version_info[:2]), "version": __version__}
     hello["isolation"] = lock()
     threading.Thread(target=_exit_with_parent, args=(source.fileno(), parent), daemon=True).start()
     _restrict(limits)  # last, because without memory for a thread its start would wait for ever

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -68,12 +69,7 @@ class Peer:
     @classmethod
     def versions(cls) -> dict[str, str]:
         """Of those `packages` that its Python has."""
-        try:
-            command = [cls.python(), "-c", _VERSIONS]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        except OSError:
-            return {}
-        found = json.loads(done.stdout) if done.returncode == 0 else {}
+        found = _installed(cls.python())
         return {name: found[name] for name in cls.packages if name in found}
 
     @classmethod
@@ -133,6 +129,16 @@ class Peer:
 
     def close(self) -> None:
         """Stop what it started."""
+
+
+@functools.cache
+def _installed(python: str) -> dict[str, str]:
+    """Versions of all distributions that an interpreter has; none where it does not run."""
+    try:
+        done = subprocess.run([python, "-c", _VERSIONS], capture_output=True, text=True, timeout=60, check=False)
+    except OSError:
+        return {}
+    return json.loads(done.stdout) if done.returncode == 0 else {}
 
 
 def told(started_s: float, arrivals: Sequence[Sequence[float]]) -> dict:

@@ -58,14 +58,14 @@ from cxr_triton.triton_repo.package import BUNDLE, Settings, write_repository
 from cxr_triton.triton_repo.tuned import write_settings
 
 ROOT = Path(__file__).resolve().parents[2]
-REPORT = json.loads((ROOT / "docs" / "doctor.schema.json").read_text())
+REPORT = jsonschema.Draft202012Validator(json.loads((ROOT / "docs" / "doctor.schema.json").read_text()))
 GIB = 1 << 30
 
 
 def wrong(case: Case, group: str) -> dict[str, str]:
     """Remedies of what is wrong, by the check's id."""
     findings = examine(case, [check for check in CHECKS if check.id.startswith(f"{group}.")])
-    jsonschema.validate(to_json(findings), REPORT)
+    REPORT.validate(to_json(findings))
     bad = [finding for finding in findings if finding.status in ("warn", "fail")]
     for finding in bad:
         assert re.match(r"[A-Z].+[.?]$", finding.remedy, re.DOTALL) and finding.wanted, finding
@@ -1020,7 +1020,8 @@ def test_the_exit_status_says_how_it_went(only, tmp_path):
     assert done.stdout.splitlines() == [
         "Machine", "  ✗ machine.one  a: found (wanted: wanted)", "      Do this.", "0 ok, 0 warn, 1 fail, 0 skipped",
     ]  # fmt: skip
-    jsonschema.validate(json.loads((tmp_path / "out.json").read_text()), REPORT)
+    REPORT.check_schema(REPORT.schema)
+    REPORT.validate(json.loads((tmp_path / "out.json").read_text()))
     for wrong_usage in (["--url", "http://x"], ["--url", "dns:x:1"], ["nowhere"]):
         assert CliRunner().invoke(cli.main, ["doctor", *wrong_usage]).exit_code in (1, 2)
 

@@ -451,7 +451,7 @@ def test_the_gateways_file_takes_a_token_and_keeps_it_from_clear_text(tmp_path):
 
 def test_a_file_of_tokens_holds_none_and_only_its_owner_reads_it(tmp_path):
     file = tmp_path / "tokens"
-    command = [sys.executable, FRONT / "tokens.py", "add", file]
+    command = [sys.executable, "-S", FRONT / "tokens.py", "add", file]
     token = subprocess.run(
         [*command, "a@b-1", "--days", "3"], check=True, capture_output=True, text=True
     ).stdout.strip()

@@ -94,6 +94,7 @@ class Site:
 def site(tmp_path):
     made = Site(tmp_path)
     yield made
+    made.intake.close()
     made.store.close()
 
 

@@ -32,6 +32,11 @@ BUDGET = {"min_pixels": 28 * 28 * 4, "max_pixels": 476 * 476}
 GOOD = file_bytes(dataset_of(pattern(12), 12, WindowCenter=2048, WindowWidth=4096))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def decoders():
+    """Each test's own: their start and end are tried."""
+
+
 @pytest.fixture(scope="module")
 def sandbox():
     with Sandbox() as sandbox:

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 
 from cxr_triton.errors import InternalError
+from cxr_triton.perf import turns
 from cxr_triton.perf.reuse import ASKED
 from cxr_triton.perf.turns import measure
 
@@ -37,8 +38,17 @@ class Servers:
         return server
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small():
+    """Pictures that are drawn at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turns, "ROWS", 250)
+        patch.setattr(turns, "COLUMNS", 204)
+        yield
+
+
 @pytest.fixture(scope="module")
-def run():
+def run(_small):
     servers = Servers()
     given = {name: servers.opened(name) for name in ("a", "b")}
     return servers, measure(given, streams=(1, 2), rounds=2, tokens=5, say=lambda line: None)
