@@ -136,6 +136,7 @@ def pairs():
 
 @pytest.fixture
 def triton(site):
+    until(lambda: not site[0].active)  # what the test before left has ended
     site[0].answer = answering()
     site[0].cancelled.clear()
     return site[0]
