@@ -48,9 +48,10 @@ def prompt_threads() -> Iterator[str]:
         The priority that they have: ``real-time`` or ``normal``.
     """
     try:
-        started_so = os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR)
+        before, priority = os.sched_getscheduler(0), os.sched_getparam(0)
+        started_so = before in (os.SCHED_FIFO, os.SCHED_RR)
         if not started_so:
-            _schedule_threads(os.SCHED_FIFO, 1)
+            _schedule_threads(os.SCHED_FIFO, os.sched_param(1))
     except (AttributeError, OSError):  # another system than Linux, or not permitted
         yield "normal"
         return
@@ -58,13 +59,13 @@ def prompt_threads() -> Iterator[str]:
         yield "real-time"
     finally:
         if not started_so:
-            _schedule_threads(os.SCHED_OTHER, 0)
+            _schedule_threads(before, priority)
 
 
-def _schedule_threads(policy: int, priority: int) -> None:
+def _schedule_threads(policy: int, priority: os.sched_param) -> None:
     for thread in os.listdir("/proc/self/task"):
         with suppress(ProcessLookupError):  # it has ended
-            os.sched_setscheduler(int(thread), policy, os.sched_param(priority))
+            os.sched_setscheduler(int(thread), policy, priority)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Browser:
         command = [CHROMIUM, *OPTIONS, f"--user-data-dir={self._profile}", "about:blank"]
         self._process = await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=quiet)
         port = self._profile / "DevToolsActivePort"
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while not (port.exists() and port.read_text().count("\n")):
                 await asyncio.sleep(0.03)
         number, path = port.read_text().split()
@@ -144,7 +144,7 @@ class Browser:
         """A tab at 1280 × 900."""
         target = (await self._whole.call("Target.createTarget", url="about:blank"))["targetId"]
         async with (
-            asyncio.timeout(120),
+            asyncio.timeout(300),
             self._client.ws_connect(f"{self._devtools}/devtools/page/{target}", max_msg_size=0) as socket,
         ):
             page, listening = _listened(socket)

@@ -45,7 +45,7 @@ def chromium(tmp_path, html: str, *args, size=(1280, 900)) -> subprocess.Complet
         "--hide-scrollbars", "--force-device-scale-factor=1", "--enable-logging=stderr",
         f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={size[0]},{size[1]}", *args, path.as_uri(),
     ]  # fmt: skip
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
 
 
 def screenshot(tmp_path, html: str, **kwargs) -> np.ndarray:

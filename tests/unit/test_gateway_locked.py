@@ -335,7 +335,7 @@ def flood(handler):
 def deliver(kind: str, url: str, tmp_path, **more) -> str:
     """What became of a result: its outcome, or why the destination counts as unreachable."""
     (tmp_path / "token").write_text("the-token")
-    more = {"timeout_s": 2.0, "token_file": str(tmp_path / "token"), **more}
+    more = {"timeout_s": 60.0, "token_file": str(tmp_path / "token"), **more}
     to = Destination(name="there", kind=kind, url=url, **more)
     sender = WebSender(to, SimpleNamespace(storage=tmp_path, own_aet="X"))
     sender._content = lambda row: b'{"id": "1"}'
@@ -350,7 +350,7 @@ def deliver(kind: str, url: str, tmp_path, **more) -> str:
 def ask(url: str, tmp_path, **more) -> str:
     """What a QIDO-RS search for priors ends with."""
     (tmp_path / "token").write_text("the-token")
-    more = {"total_s": more.get("timeout_s", 2.0), "token_file": str(tmp_path / "token"), **more}
+    more = {"total_s": more.get("timeout_s", 60.0), "token_file": str(tmp_path / "token"), **more}
     intake = SimpleNamespace(config=SimpleNamespace(storage=tmp_path, own_aet="X"), max_bytes=1 << 20)
     finder = WebFinder(Priors(url=url, **more), None, intake)
     try:
@@ -438,7 +438,7 @@ def test_a_pacs_that_finds_without_end_is_given_up(tmp_path):
     ae.add_supported_context(STUDY_ROOT_FIND)
     server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(pynetdicom.evt.EVT_C_FIND, endless)])
     try:
-        settings = Priors(aet="PACS", host="127.0.0.1", port=server.server_address[1], timeout_s=10.0)
+        settings = Priors(aet="PACS", host="127.0.0.1", port=server.server_address[1], timeout_s=60.0)
         intake = SimpleNamespace(config=SimpleNamespace(storage=tmp_path, own_aet="X"))
         with pytest.raises(Unreachable, match="no end within 1000 matches"):
             PacsFinder(settings, None, intake)._studies("P", "20200101-20260101")

@@ -200,6 +200,16 @@ def test_every_thread_has_the_priority_and_gives_it_back():
     waiting.join()
 
 
+def test_a_process_that_began_in_the_background_goes_back_there(monkeypatch):
+    given = []
+    monkeypatch.setattr(os, "sched_getscheduler", lambda thread: os.SCHED_BATCH)
+    monkeypatch.setattr(os, "sched_setscheduler", lambda thread, policy, priority: given.append(policy))
+    with prompt_threads():
+        assert set(given) == {os.SCHED_FIFO}
+        given.clear()
+    assert set(given) == {os.SCHED_BATCH}
+
+
 def test_a_load_goes_on_where_priority_is_not_permitted(monkeypatch):
     def refuse(*arguments):
         raise PermissionError

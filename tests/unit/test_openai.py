@@ -110,6 +110,11 @@ def body(*messages, profile=NV, **more) -> dict:
     return {"model": profile.name, "messages": list(messages or [user("Is the heart large?", image())]), **more}
 
 
+def outcomes(server) -> list[str]:
+    """Of completions, in the log."""
+    return [event["outcome"] for event in server.events if event["event"] == "completion"]
+
+
 def post(server, data, **headers):
     return server.ask("POST", "/v1/chat/completions", data, headers)
 
@@ -410,7 +415,7 @@ def test_an_error_in_the_middle_of_a_stream_ends_it_without_done():
         with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0) as client:
             with pytest.raises(openai.APIError, match="the decoder died"):
                 list(client.chat.completions.create(**body(), stream=True))
-        until(lambda: [e["outcome"] for e in server.events] == ["INTERNAL"] * 2)
+        until(lambda: outcomes(server) == ["INTERNAL"] * 2)
 
 
 def last_event(text: str) -> dict:
@@ -444,7 +449,7 @@ def test_what_nobody_foresaw_is_an_error_of_ours_that_tells_nothing(monkeypatch,
         assert [event["error"] for event in failed] == ["RuntimeError"] * 2
         assert failed[0]["id"] == headers["x-request-id"] and failed[0]["id"] in error["message"]
         assert failed[1]["id"] in answer["error"]["message"]
-        assert [e["outcome"] for e in server.events if e["event"] == "completion"] == ["INTERNAL"] * 2
+        assert outcomes(server) == ["INTERNAL"] * 2
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -607,7 +612,7 @@ def test_a_client_that_leaves_ends_its_reading(answer, stream):
         peer.close()
         assert triton.cancelled.wait(60)
         until(lambda: triton.active == 0)
-        until(lambda: [e["outcome"] for e in server.events] == ["CANCELLED"])
+        until(lambda: outcomes(server) == ["CANCELLED"])
 
 
 def test_a_client_that_takes_nothing_ends_its_reading():
@@ -784,7 +789,7 @@ def test_nothing_of_a_request_is_logged():
         post(server, body() | {"MUELLER": 1, "model": "MUELLER"})
         post(server, b'{"MUELLER')
         server.ask("GET", "/v1/models/MUELLER?MUELLER")
-    assert [e["outcome"] for e in server.events if e["event"] == "completion"] == ["ok"] + ["INVALID_REQUEST"] * 3
+    assert outcomes(server) == ["ok"] + ["INVALID_REQUEST"] * 3
     assert not re.search("MUELLER|DOE|heart", server.log.getvalue())
 
 

@@ -16,6 +16,7 @@ from chromium import Page, is_color
 from chromium import browser as needs_chromium
 from dicom_files import dataset_of, file_bytes, pattern
 from fake_server import FakeServer, pause, response
+from fake_session import until
 
 pytest.importorskip("aiohttp")
 pytest.importorskip("highdicom")
@@ -79,6 +80,7 @@ def servers():
 @pytest.fixture
 def triton(servers):
     first, second, _ = servers
+    until(lambda: not first.active)  # what the test before left has ended
     first.profile, second.profile, first.answer = NV.to_json(), "", answering()
     first.cancelled.clear()
     return first

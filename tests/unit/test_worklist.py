@@ -252,7 +252,7 @@ def test_the_page_follows_the_queue_in_a_browser(site, tmp_path, monkeypatch):
 
         loop = asyncio.get_running_loop()
         monkeypatch.setattr(site.page, "_status_now", seen)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             return [part.decode() for part in await chromium.communicate()]
 
     html, errors = site.run(visit)
@@ -272,7 +272,7 @@ def test_a_browser_logs_in_and_retries(site, tmp_path):
         quiet = asyncio.subprocess.DEVNULL
         chromium = await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=quiet)
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(300):
                 port = profile / "DevToolsActivePort"
                 while not (port.exists() and port.read_text().count("\n")):
                     await asyncio.sleep(0.05)
