@@ -206,7 +206,7 @@ class Recipe(_Checked):
         parts["embedding"] = math.prod(table) * (item if shared else 2)
         if not shared:
             parts["head"] = _linear_bytes(table, decoder.head, item)
-        for name in ("decoder_layers", "head"):
+        for name in ("decoder_layers", "embedding" if shared else "head"):
             parts[name] *= engine(decoder.compiler).copies
         row = language.num_hidden_layers * 2 * language.num_key_value_heads * language.head_dim * BYTES[decoder.kv]
         parts["kv_cache"] = row * self.kv_tokens

@@ -5,27 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cxr_triton.engines.interface import Compiled, CpuEngine
+from cxr_triton.engines.interface import Compiled
 from cxr_triton.engines.onnxruntime import ENGINE as ONNXRUNTIME
 from cxr_triton.engines.openvino import ENGINE as OPENVINO
+from cxr_triton.engines.openvino import OpenVINO
 
 PARTS = OPENVINO, ONNXRUNTIME
 
 
-class OnnxRuntimeOpenVINO(CpuEngine):
+class OnnxRuntimeOpenVINO(OpenVINO):
     """Runs the decoder alone, and holds its layers twice: once as each of the two packs them."""
 
     name = "onnxruntime-openvino"
-    extra = OPENVINO.extra
     distributions = ("onnxruntime", "openvino")
     graphs = ("decoder",)
     suffixes = OPENVINO.suffixes + ONNXRUNTIME.suffixes
     copies = 2
     products = ("fp32", "int8", "int4")
-    cpu_features = OPENVINO.cpu_features
-
-    def check_decoder(self, recipe) -> None:
-        OPENVINO.check_decoder(recipe)
 
     def check_installed(self, versions: Mapping[str, object]) -> None:
         for each in PARTS:

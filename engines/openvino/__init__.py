@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from cxr_triton.engines.interface import Compiled, CpuEngine, without_table
 from cxr_triton.errors import InvalidRecipe
@@ -14,8 +15,8 @@ class OpenVINO(CpuEngine):
 
     name = "openvino"
     extra = "openvino"
-    distributions = ("openvino",)
-    suffixes = ("xml", "bin")
+    distributions: ClassVar[tuple[str, ...]] = ("openvino",)
+    suffixes: ClassVar[tuple[str, ...]] = ("xml", "bin")
     products = ("fp32", "bf16", "int4")
     cpu_features = ("amx_bf16", "amx_int8", "avx512_vnni", "avx_vnni")
 
@@ -29,7 +30,7 @@ class OpenVINO(CpuEngine):
     def check_decoder(self, recipe) -> None:
         super().check_decoder(recipe)
         if recipe.decoder.precision == "fp8":
-            raise InvalidRecipe("decoder.precision: fp8 on openvino; choose fp32, int4 or int4-awq")
+            raise InvalidRecipe(f"decoder.precision: fp8 on {self.name}; choose fp32, int4 or int4-awq")
 
     def compile(self, job, folder: Path) -> Compiled:
         from cxr_triton.engines.openvino.compiler import compile_graph

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,55 +44,74 @@ def open_request(model: Path | bytes, threads: int | None, precision: str):
     return core.compile_model(core.read_model(model), "CPU", properties).create_infer_request()
 
 
-def _request(path: Path, threads: int | None, precision: str):
+def _request(path: Path, threads: int | None, precision: str) -> tuple[Any, _Packing]:
+    """A request of a bundle's graph, and what gives back its mapped weights."""
+    weights = path.with_suffix(".bin")
+    before = _mapped(weights)
     try:
-        return open_request(path, threads, precision)
+        request = open_request(path, threads, precision)
     except RuntimeError as error:
         raise InvalidBundle(
             f"openvino cannot load {path.name} ({' '.join(str(error).split())[-300:]}); build the bundle again here"
         ) from None
+    return request, _Packing(_mapped(weights) - before)
+
+
+def _mapped(file: Path) -> set[tuple[int, int]]:
+    """Where a file is mapped to be read: first address and the one after the last."""
+    try:
+        lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+    except OSError:  # another system
+        return set()
+    fields = (line.split(maxsplit=5) for line in lines)
+    places = (place for place, access, *_, path in fields if access == "r--s" and path == os.path.realpath(file))
+    return {(int(start, 16), int(end, 16)) for start, _, end in (place.partition("-") for place in places)}
 
 
 class _Packing:
-    """The first run of a graph, in which OpenVINO copies mapped weights into the order of its kernels.
+    """First runs of a graph, in which OpenVINO copies mapped weights into the order of its kernels.
 
     What it has read of the file would stay resident beside the copies. So it is given back meanwhile: pages of a file
     that is mapped for reading come again from the disk's cache, should they be needed.
+
+    Parameters
+    ----------
+    places : set of (int, int)
+        Addresses of the mapping, which lasts as long as the request.
     """
 
-    def __init__(self, weights: Path):
-        self._weights = os.path.realpath(weights)
-        self._is_done = False
+    def __init__(self, places: set[tuple[int, int]]):
+        self._places = places
+        self._done: set[bool] = set()
 
     @contextlib.contextmanager
-    def around(self) -> Iterator[None]:
-        """What runs within is the first run, if none was before."""
-        if self._is_done:
+    def around(self, *, is_one: bool = False) -> Iterator[None]:
+        """What runs within may be the first run of its kind; a product of one row has kernels of its own."""
+        if is_one in self._done:
             yield
             return
         over = threading.Event()
         thread = threading.Thread(target=self._keep_giving_back, args=(over,), daemon=True)
-        thread.start()
+        with contextlib.suppress(RuntimeError):  # no thread is to be had: all is given back at the end
+            thread.start()
         try:
             yield
         finally:
             over.set()
-            thread.join()
+            if thread.ident:
+                thread.join()
             self._give_back()
-            self._is_done = True
+            self._done.add(is_one)
 
     def _keep_giving_back(self, over: threading.Event) -> None:
         while not over.wait(_GIVE_BACK_S):
             self._give_back()
 
     def _give_back(self) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # a system without /proc or madvise keeps them
+        with contextlib.suppress(AttributeError):  # a system without madvise keeps them
             madvise = ctypes.CDLL(None).madvise
-            for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
-                place, access, *_, path = line.split(maxsplit=5)
-                if path == self._weights and access == "r--s":
-                    start, end = (int(at, 16) for at in place.split("-"))
-                    madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+            for start, end in self._places:
+                madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 
 class OpenVINOVision(VisionSession):
@@ -104,8 +124,7 @@ class OpenVINOVision(VisionSession):
     """
 
     def __init__(self, bundle, *, threads: int | None = None):
-        self._request = _request(bundle.path / "vision.xml", threads, bundle.vision_precision)
-        self._packing = _Packing(bundle.path / "vision.bin")
+        self._request, self._packing = _request(bundle.path / "vision.xml", threads, bundle.vision_precision)
 
     def _run(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
         with self._packing.around():
@@ -123,8 +142,7 @@ class OpenVINOGraph(HostGraph):
 
     def __init__(self, bundle, *, threads: int | None = None):
         self._tensor = load_library().Tensor
-        self._request = _request(bundle.path / "decoder.xml", threads, "fp32")
-        self._packing = _Packing(bundle.path / "decoder.bin")
+        self._request, self._packing = _request(bundle.path / "decoder.xml", threads, "fp32")
         self._bound: tuple[int, int] | None = None
         self._shared: list = []
 
@@ -135,7 +153,7 @@ class OpenVINOGraph(HostGraph):
         self._bind(cache, rows)
         for name, value in {**inputs, "write_index": lengths}.items():
             self._request.set_tensor(name, self._tensor(np.ascontiguousarray(value)))
-        with self._packing.around():
+        with self._packing.around(is_one=inputs["input_ids"].size == 1):
             self._request.infer()
         tokens = inputs["input_ids"].shape[1]
         for name, part in cache.items():

@@ -35,6 +35,8 @@ class JudgedDecoder:
     def forced(self, prompts: Sequence[Generation], answers: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Logits with which each token of given answers is predicted: prefill, then one step a token, as in serving.
 
+        The last answer is written alone, the others together: an engine may run the two by other kernels.
+
         Parameters
         ----------
         prompts : sequence of Generation
@@ -76,6 +78,9 @@ class JudgedSession(JudgedDecoder):
 
     def forced(self, prompts: Sequence[Generation], answers: Sequence[np.ndarray]) -> list[np.ndarray]:
         """See `JudgedDecoder.forced`."""
+        return [*self._together(prompts[:-1], answers[:-1]), *self._together(prompts[-1:], answers[-1:])]
+
+    def _together(self, prompts: Sequence[Generation], answers: Sequence[np.ndarray]) -> list[np.ndarray]:
         # The longest first: a step runs the first slots, so the answers that still go on have to be these.
         order = sorted(range(len(answers)), key=lambda i: -len(answers[i]))
         session = self._session
@@ -85,7 +90,7 @@ class JudgedSession(JudgedDecoder):
                 prompt = prompts[i]
                 inputs = prompt.input_ids, prompt.image_index, prompt.image_embeddings, prompt.position_ids
                 results[i][0] = session.prefill(slot, *inputs, is_last=True)
-            for t in range(1, max(len(ids) for ids in answers)):
+            for t in range(1, max(map(len, answers), default=0)):
                 active = [i for i in order if len(answers[i]) > t]
                 tokens = np.array([answers[i][t - 1] for i in active], np.int64)
                 positions = np.array([int(prompts[i].position_ids.max()) + t for i in active], np.int64)

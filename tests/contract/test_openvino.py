@@ -142,6 +142,7 @@ def test_weights_that_were_packed_are_not_held_twice(pair):
     decoder, vision = bundle.open_decoder(slots=1, threads=1), bundle.open_vision(threads=1)
     given = np.arange(8), np.full(8, -1), np.zeros((0, decoder.hidden), np.float32), np.tile(np.arange(8), (3, 1))
     first = decoder.prefill(0, *given, is_last=True).copy()
+    decoder.step(np.array([5]), np.array([8]))
     vision.encode(**image.stack(pictures()[:1]))
     for name in ("decoder.bin", "vision.bin"):
         held, size = resident(bundle.path / name)

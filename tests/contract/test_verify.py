@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from functools import partialmethod
 from html import escape
 from pathlib import Path
 
@@ -306,6 +307,27 @@ def test_a_part_that_raises_has_failed(good, reference, images, monkeypatch):
     record = verify_bundle(good, reference, None, images[:8], threads=1)
     assert record["parts"]["decoder"]["error"] == "RuntimeError: the engine is gone"
     assert refused_by(record) == {"decoder"} and not record["passed"]
+
+
+def test_steps_of_one_stream_and_of_several_are_both_judged(good, reference, images, monkeypatch):
+    """An engine may run the two by other kernels, or by another library."""
+    from cxr_triton.engines.onnxruntime.session import OrtDecoder
+
+    step, rng = OrtDecoder.step, np.random.default_rng(0)
+
+    def noisy(session, is_faulty, input_ids, positions):
+        logits = step(session, input_ids, positions)
+        return logits + rng.normal(0, 1, logits.shape) if is_faulty(len(input_ids)) else logits
+
+    monkeypatch.setattr(gate, "PARTS", ("files", "decoder"))
+    errors = []
+    for is_faulty in (lambda rows: rows == 1, lambda rows: rows > 1, lambda rows: True):
+        monkeypatch.setattr(OrtDecoder, "step", partialmethod(noisy, is_faulty))
+        record = verify_bundle(good, reference, None, images[:8], threads=1)
+        assert "logit_error" in failed_checks(record, "decoder")
+        errors.append(record["parts"]["decoder"]["measured"]["stored weights"]["logit_error"])
+    alone, together, both = errors
+    assert alone > 0.15 * both and together > 0.5 * both
 
 
 def test_a_record_passes_on_its_way_into_the_manifest(good, good_record, tmp_path):

@@ -157,6 +157,8 @@ def test_a_follow_up_computes_only_what_is_new(serve):
     told = read(runtime, second)
     assert cached(told) == 80  # of 50 and 40 tokens, the last of which was never given to the engine
     assert sum(call[2] for call in session.calls if call[0] == "prefill") == 93 - 80
+    answered = runtime.prefix.tree.find(chain(second))[50 // BLOCK :]
+    assert [(block.run_end, block.has_answer) for block in answered] == [(0, True)] * 2  # what steps gave stays so
     third = follow_up(second, told)
     assert cached(read(runtime, third)) == (93 + 39) // BLOCK * BLOCK
     assert runtime.prefix.counts() == {"prompt_tokens": 50 + 93 + 136, "tokens": 80 + 128, "hits": 2, "evicted": 0}

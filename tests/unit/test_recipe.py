@@ -50,6 +50,18 @@ def test_vllm_holds_one_layer_of_int4_plain():
     assert plain["decoder_layers"] - other["decoder_layers"] == values * 2 - (values // 2 + values // 128 * 2)
 
 
+def test_two_engines_hold_the_decoder_twice(tmp_path):
+    """What both pack: layers, and the head, which may be the table of embeddings."""
+    for head in ("int4", "compute"):
+        mixed, one = (
+            load_recipe(written(tmp_path, set_to("decoder", head=head, compiler=compiler), "cpu-int4-mixed")).memory()
+            for compiler in ("onnxruntime-openvino", "onnxruntime")
+        )
+        twice = ("decoder_layers", "head") if head == "int4" else ("decoder_layers", "embedding")
+        assert mixed == one | {part: 2 * one[part] for part in twice} | {"total": mixed["total"]}
+        assert mixed["total"] - one["total"] == sum(one[part] for part in twice)
+
+
 def test_a_file_of_the_users_own_works(tmp_path):
     recipe = load_recipe(written(tmp_path, lambda data: data.update(slots=3, name="mine")))
     assert (recipe.name, recipe.slots) == ("mine", 3)
@@ -130,10 +142,11 @@ def test_a_cpu_computes_in_fp32_only(tmp_path):
         load_recipe(written(tmp_path, to_bf16, "cpu-int4"))
 
 
-def test_openvino_alone_may_run_the_vision_graph_in_bf16_beside_a_decoder_in_fp32(tmp_path):
-    def set_to(part, **values):
-        return lambda data: data[part].update(values)
+def set_to(part, **values):
+    return lambda data: data[part].update(values)
 
+
+def test_openvino_alone_may_run_the_vision_graph_in_bf16_beside_a_decoder_in_fp32(tmp_path):
     assert load_recipe("cpu-int4-openvino").vision.precision == "bf16"
     with pytest.raises(InvalidRecipe, match=r"vision\.precision: bf16 is not decoder\.compute fp32"):
         load_recipe(written(tmp_path, set_to("vision", precision="bf16"), "cpu-int4"))
