@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import math
 import reprlib
 import typing
@@ -18,11 +19,6 @@ from pathlib import Path
 import yaml
 
 from cxr_triton.errors import CxrError, InvalidConfig, unknown_key
-
-try:
-    from yaml import CSafeLoader as SafeLoader  # ten times as fast, where PyYAML was built with libyaml
-except ImportError:
-    from yaml import SafeLoader  # type: ignore[assignment]
 
 MAX_YAML_BYTES = 1 << 20
 
@@ -116,7 +112,16 @@ class _GivenTwice(Exception):
     pass
 
 
-class _Loader(SafeLoader):
+def _safe_loader():
+    """libyaml's, which is ten times as fast; an old one is taken down by a file that nests deep."""
+    try:
+        libyaml = importlib.import_module("yaml._yaml").get_version()
+    except ImportError:
+        return yaml.SafeLoader
+    return yaml.CSafeLoader if libyaml >= (0, 2, 6) else yaml.SafeLoader
+
+
+class _Loader(_safe_loader()):  # type: ignore[misc]
     """Safe loader that refuses a key given twice."""
 
     def construct_mapping(self, node, deep=False):

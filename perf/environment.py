@@ -36,7 +36,7 @@ def environment() -> dict:
         "os": platform.freedesktop_os_release().get("PRETTY_NAME", platform.system()),
         "python": platform.python_version(),
         "package": __version__,
-        "revision": _revision(),
+        "revision": revision(),
         "versions": versions,
         "gpus": nvidia_smi("name", "memory.total", "driver_version", "power.limit", "compute_cap"),
         "load_average": os.getloadavg()[0],
@@ -91,7 +91,7 @@ def _said(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _revision() -> str | None:
+def revision() -> str | None:
     """The commit of the clone that this module lies in."""
     root = _said("git", "rev-parse", "--show-toplevel")
     if root is None or Path(root) / "perf" != Path(__file__).resolve().parent:

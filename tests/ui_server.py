@@ -5,6 +5,7 @@ import http.client
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 from urllib.parse import quote
 
 from http_server import HttpServer
@@ -15,16 +16,27 @@ from cxr_triton.client.ui import servers, service
 from cxr_triton.client.ui.settings import Settings
 
 PATIENT_S = 60.0
-servers.KNOWN_S = PATIENT_S  # a busy machine takes more than a second now and then
 
 
 class UiServer(HttpServer):
-    """Runs on a free port until the `with` block ends; its log is `log`. What is `away` is not waited for."""
+    """Runs on a free port until the `with` block ends; its log is `log`. What is `away` is not waited for.
 
-    def __init__(self, *urls: str, away: str = "", page: Path = service.PAGE, **settings):
+    Other servers have `known_s` to say their profile, as a busy machine takes more than a second now and then.
+    """
+
+    def __init__(self, *urls: str, away: str = "", page: Path = service.PAGE, known_s: float = PATIENT_S, **settings):
         super().__init__(Settings(port=0, **{"decoders": 1, **settings}))
+        self._known = mock.patch.object(servers, "KNOWN_S", known_s)
         self._limits = {url: Timeouts(connect_s=0.5 if url == away else PATIENT_S, first_delta_s=None) for url in urls}
         self._page = page
+
+    def __enter__(self):
+        self._known.start()
+        return super().__enter__()
+
+    def __exit__(self, *exc) -> None:
+        super().__exit__(*exc)
+        self._known.stop()
 
     def made(self) -> service.Service:
         readers = [AsyncReader(url, timeouts=limits) for url, limits in self._limits.items()]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -19,14 +21,15 @@ from cxr_triton.config import build
 from cxr_triton.errors import InvalidRequest
 from cxr_triton.perf.capacity.simulate import share_beside, simulate
 from cxr_triton.perf.capacity.stages import Cost, Stages, load_stages
+from cxr_triton.perf.environment import revision
 from cxr_triton.perf.load import Load
 from cxr_triton.perf.workload import arrivals
 
 COMPARED = ("readings_per_s", "latency_ms.p50", "latency_ms.p95", "ttft_ms.p50")
 QUIET = 0.05
 """Share of the cores' time that other programs may take for a comparison to count."""
-LONGER = 5
-"""Chance has a part in what is simulated, so a closed loop lasts so many times as long as it was measured."""
+DRAWS = 5
+"""Chance has a part in what is simulated, so each load is simulated so often, and the median counts."""
 _READINGS, _HALVINGS = 1500, 7
 """Of one stream that a crowd is simulated for, and of the range in which `scattered` is looked for."""
 
@@ -61,12 +64,24 @@ def scattered(stages: Stages, wanted: float, got: float) -> float:
 
 
 def simulated(stages: Stages, load: Load, seconds: float, seed: int) -> dict:
-    """`figures`, `processor_ms`, `stages_ms`, and what was in use, of a load as the server got it."""
+    """Of a load as the server got it: `figures`, `processor_ms`, `stages_ms` and what was in use; medians."""
+    told: dict = _medians([_drawn(stages, load, seconds, seed, chance) for chance in range(DRAWS)])
+    return told
+
+
+def _medians(values: Sequence):
+    """Of each number in what has the same keys."""
+    if isinstance(values[0], Mapping):
+        return {key: _medians([each[key] for each in values]) for key in values[0]}
+    return statistics.median(values)
+
+
+def _drawn(stages: Stages, load: Load, seconds: float, seed: int, chance: int) -> dict:
+    least: dict = {"readings": 4, "min_seconds": seconds, "chance": chance}
     if load.kind == "concurrency":
-        outcome = simulate(stages, concurrency=int(load.value), readings=4, min_seconds=LONGER * seconds)
+        outcome = simulate(stages, concurrency=int(load.value), **least)
     else:
-        due = arrivals(load.arrival, load.value, [seed])
-        outcome = simulate(stages, arrivals=due, readings=4, min_seconds=seconds)
+        outcome = simulate(stages, arrivals=arrivals(load.arrival, load.value, [seed]), **least)
     took = {"processor_ms": 1e3 * outcome.core_s / len(outcome.readings), "stages_ms": outcome.stages_ms}
     return {**figures(outcome.summary()), **took, "refused": sum(outcome.refused.values()), "use": outcome.use}
 
@@ -130,9 +145,13 @@ def again(record: Mapping, stages: Stages | None = None) -> dict:
     Raises
     ------
     InvalidRequest
-        A round has no stage times, and none are given.
+        It is no such record, or a round has no stage times and none are given.
     """
     rounds = []
+    if not isinstance(record, Mapping) or not {"rounds", "seconds_each"} <= record.keys():
+        raise InvalidRequest(
+            "this is no record of `python -m cxr_triton.perf.capacity.served`; give the file of its --json"
+        )
     for number, each in enumerate(record["rounds"], 1):
         if stages is None and "stages" not in each:
             raise InvalidRequest(f"round {number} of the record has no stage times; give its file of them by --stages")
@@ -159,7 +178,16 @@ def again(record: Mapping, stages: Stages | None = None) -> dict:
 @json_option
 def main(*, record, stages_path, json_path):
     """Simulate the loads of RECORD again, which `perf.capacity.served` wrote, and set them beside what it measured."""
-    told = again(json.loads(record.read_text("utf-8")), load_stages(stages_path) if stages_path else None)
+    try:
+        read = json.loads(record.read_text("utf-8"))
+    except ValueError as error:
+        raise InvalidRequest(f"{record.name} is not readable as JSON: {error}") from None
+    told = again(read, load_stages(stages_path) if stages_path else None)
+    now = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "revision": revision()}
+    told["simulated_again"] = {
+        "command": [sys.executable.rpartition("/")[2], "-m", __spec__.name, *sys.argv[1:]],
+        **now,
+    }
     click.echo(f"scattered: {', '.join(str(each['scattered']) for each in told['rounds'])}", err=json_path == "-")
     show(told)
     write_json(told, json_path)

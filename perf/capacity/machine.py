@@ -93,6 +93,8 @@ class Shared:
         Of each resource.
     scattered : float
         Share of the tasks that stay on a core, drawn at random, until they end.
+    chance : int
+        Seed of what is drawn.
 
     Attributes
     ----------
@@ -101,9 +103,9 @@ class Shared:
         Of each resource so far: core seconds, card seconds, seconds of the process.
     """
 
-    def __init__(self, capacities: tuple[int, float, float], scattered: float = 0.0):
+    def __init__(self, capacities: tuple[int, float, float], scattered: float = 0.0, chance: int = 0):
         self._capacities, self._scattered = capacities, scattered
-        self._chance = random.Random(0)  # noqa: S311 -- no secret
+        self._chance = random.Random(chance)  # noqa: S311 -- no secret
         self._tasks: list[Task] = []
         self._has_changed = False
         self.now_s = 0.0
@@ -197,10 +199,10 @@ class Replica:
         Seconds of all slots in use so far.
     """
 
-    def __init__(self, stages: Stages, on_end: Callable[[Reading], None]):
+    def __init__(self, stages: Stages, on_end: Callable[[Reading], None], chance: int = 0):
         machine = stages.machine
         self.stages, self.machine, self._on_end = stages, machine, on_end
-        self.shared = Shared((machine.cores, max(machine.cards, 1), 1.0), machine.scattered)
+        self.shared = Shared((machine.cores, max(machine.cards, 1), 1.0), machine.scattered, chance)
         self.under_way = 0
         self._preprocessing = 0
         self._to_preprocess: deque[Reading] = deque()

@@ -100,10 +100,10 @@ class Outcome:
 class _Run:
     """The servers' clocks as one, and who gets a reading: the server with the fewest under way."""
 
-    def __init__(self, stages: Stages, replicas: int, pictures: int):
+    def __init__(self, stages: Stages, replicas: int, pictures: int, chance: int = 0):
         self.stages, self.pictures = stages, pictures
         self.ended: list[Reading] = []
-        self.replicas = [Replica(stages, self.ended.append) for _ in range(replicas)]
+        self.replicas = [Replica(stages, self.ended.append, chance + i) for i in range(replicas)]
         self._next: list[tuple[float, int]] = []  # heap, with entries that are not true any more
         self._true = [math.inf] * replicas
         self._numbers = itertools.count()
@@ -160,6 +160,7 @@ def simulate(
     min_seconds: float = 0.0,
     warm_up: int = 0,
     pictures: int = 1,
+    chance: int = 0,
 ) -> Outcome:
     """Send readings until both minima are reached, as `bench run` does, and wait for what is under way.
 
@@ -178,13 +179,15 @@ def simulate(
         Readings before.
     pictures : int
         Of each reading.
+    chance : int
+        Seed of where pieces go that stay on a core.
 
     Raises
     ------
     InvalidRequest
         A closed loop overflows a queue.
     """
-    run = _Run(stages, replicas, pictures)
+    run = _Run(stages, replicas, pictures, chance)
     made: list[Reading] = []
     send = _open(run, iter(arrivals)) if arrivals is not None else _closed(run, concurrency)
     began_s, before, at_s = 0.0, run.used(0.0), 0.0

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import platform
 import random
@@ -360,11 +361,11 @@ def by_quarter(seconds: list[tuple[float, float]]) -> list[float]:
 def undisturbed(tally: Tally) -> dict:
     """Of the requests during which others took next to nothing: how many, and what they took, for each quarter."""
     begins, ends = (pick(at for seconds in tally.seconds.values() for at, _ in seconds) for pick in (min, max))
-    quarters = [begins + (ends - begins) * i / 4 for i in range(5)]
+    quarters = [begins + (ends - begins) * i / 4 for i in range(4)] + [math.inf]
     said = {}
     for kind, seconds in sorted(tally.seconds.items()):
         took = [
-            [s for at, s in seconds if low < at <= high and tally.others.quiet(at - s, at)]
+            [s for at, s in seconds if low <= at < high and tally.others.quiet(at - s, at)]
             for low, high in pairwise(quarters)
         ]
         said[kind] = [{"requests": len(each), **(latencies(each) if each else {})} for each in took]

@@ -146,8 +146,8 @@ def test_timestamps_are_those_of_the_server(double):
             late = scripted.timestamps_ms(url, script, streams=4, requests=16)["late"]
             late = np.reshape(late, (16, 20))
             assert late.min() > 0  # nothing arrives before it was sent
-            # Each response was once in time, of 16; docs/benchmarks.md has all of them from a quiet machine.
-            assert late.min(axis=0).max() < 100
+            # A quarter of each were in time, of 16; docs/benchmarks.md has all of them from a quiet machine.
+            assert np.quantile(late, 0.25, axis=0).max() < 100
 
 
 def test_a_server_under_load_stands_beside_its_simulation(served_bundle, tmp_path):

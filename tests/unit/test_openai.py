@@ -111,7 +111,7 @@ def body(*messages, profile=NV, **more) -> dict:
 
 
 def outcomes(server) -> list[str]:
-    """Of completions, in the log."""
+    """Of completions, in the log; that a client was gone may stand beside one."""
     return [event["outcome"] for event in server.events if event["event"] == "completion"]
 
 
@@ -613,6 +613,7 @@ def test_a_client_that_leaves_ends_its_reading(answer, stream):
         assert triton.cancelled.wait(60)
         until(lambda: triton.active == 0)
         until(lambda: outcomes(server) == ["CANCELLED"])
+        assert "request_failed" not in {event["event"] for event in server.events}
 
 
 def test_a_client_that_takes_nothing_ends_its_reading():

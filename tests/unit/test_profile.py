@@ -142,7 +142,7 @@ def test_extends_lays_keys_over_a_base(write):
         ("modes: {reasoning: {}, x: 1}", "mine.yaml.modes.x: is int, expected a mapping"),
         ("? [a]\n: 1", "mine.yaml: not readable as YAML"),
         ("a: [", "mine.yaml: not readable as YAML"),
-        ("a: " + "[" * 5000, "mine.yaml: not readable as YAML"),
+        ("a: " + "[" * 400_000, "mine.yaml: not readable as YAML"),
     ],
 )
 def test_mistakes_are_named_with_the_path_of_the_key(addition, message, write):

@@ -173,6 +173,14 @@ def test_a_server_that_is_down_is_said_to_be(triton):
         assert visitor.read(pictures=visitor.pictures[:1], server=triton.url)[-1]["type"] == "done"
 
 
+def test_a_server_that_never_answers_does_not_keep_the_page_waiting(triton):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"127.0.0.1:{silent.getsockname()[1]}"
+        with UiServer(url, known_s=0.2) as server:
+            (told,) = server.ask("GET", "/api/about")[2]["servers"]
+    assert not told["up"] and "within 0.2 s" in told["error"]["message"]
+
+
 def test_files_of_the_page_and_nothing_else(tmp_path, triton):
     (tmp_path / "page").mkdir()
     (tmp_path / "page" / "index.html").write_text("<!doctype html>")
