@@ -69,7 +69,7 @@ class Peer:
     @classmethod
     def versions(cls) -> dict[str, str]:
         """Of those `packages` that its Python has."""
-        found = _installed(cls.python())
+        found = installed(cls.python())
         return {name: found[name] for name in cls.packages if name in found}
 
     @classmethod
@@ -132,7 +132,7 @@ class Peer:
 
 
 @functools.cache
-def _installed(python: str) -> dict[str, str]:
+def installed(python: str) -> dict[str, str]:
     """Versions of all distributions that an interpreter has; none where it does not run."""
     try:
         done = subprocess.run([python, "-c", _VERSIONS], capture_output=True, text=True, timeout=60, check=False)

@@ -15,6 +15,7 @@ from PIL import Image
 from cxr_triton.errors import InternalError, InvalidRequest
 from cxr_triton.perf.peers import peer as peer_named
 from cxr_triton.perf.peers import vllm
+from cxr_triton.perf.peers.peer import installed
 from cxr_triton.perf.process import Process
 from cxr_triton.profile import load_profile
 
@@ -83,6 +84,7 @@ def stand_in(tmp_path, monkeypatch):
         python.write_text(text)
         python.chmod(0o755)
         monkeypatch.setenv(vllm.PYTHON, str(python))
+        installed.cache_clear()
         return log
 
     return put
