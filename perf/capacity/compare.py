@@ -50,6 +50,7 @@ def scattered(stages: Stages, wanted: float, got: float) -> float:
     wanted, got : float
         Of all cores' time, what the process takes alone, and beside one stream of readings.
     """
+    stages = replace(stages, machine=replace(stages.machine, scattered=0.0))  # which may hold an answer already
     reading_ms = simulate(stages, concurrency=1, readings=len(stages.readings)).summary()["latency_ms"]["mean"]
     piece = Cost(ms=reading_ms, cpu_ms=wanted * stages.machine.cores * reading_ms)
     low, high = 0.0, 1.0
