@@ -244,8 +244,10 @@ def test_beside_onnxruntime_it_runs_all_but_the_steps_of_a_lone_stream(checkpoin
     for step in (5, 6):
         lone = np.array([step]), mixed.lengths[:1].copy()
         np.testing.assert_array_equal(*(each.step(*lone) for each in (mixed, one)))
+    few = rng.integers(0, 256, (1, 3)), mixed.lengths[:1, None] + np.arange(3)
+    np.testing.assert_array_equal(*(each.check(*few) for each in (mixed, one)))
     same_rows(many)
     assert mixed.checks == many.checks == 2
     ids, positions = rng.integers(0, 256, (2, 3)), mixed.lengths[:2, None] + np.arange(3)
     np.testing.assert_array_equal(*(each.check(ids, positions) for each in (mixed, many)))
-    np.testing.assert_array_equal(*(each.read_cache(0, 0, 45) for each in (mixed, many)))
+    np.testing.assert_array_equal(*(each.read_cache(0, 0, 48) for each in (mixed, many)))
