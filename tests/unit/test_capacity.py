@@ -281,7 +281,7 @@ def test_of_one_stream_and_of_one_beside_a_process_it_tells_what_loads_did(name,
     for was, now in zip(record["ratio"], told["ratio"], strict=True):
         assert was["load"] == now["load"] and was.keys() == now.keys()
         for figure in now.keys() - {"load", "rounds", "refused"}:
-            assert now[figure]["median"] == pytest.approx(was[figure]["median"], rel=1e-6), (now["load"], figure)
+            assert now[figure]["median"] == pytest.approx(was[figure]["median"], rel=1e-4), (now["load"], figure)
         for figure in ("readings_per_s", "latency_ms.p50"):
             assert 1 / most < now[figure]["median"] < most, (now["load"], figure)
 
