@@ -252,7 +252,7 @@ def measure(chosen: Sequence[Entrant], plan: Plan, *, rounds: int, on_round: Cal
             "new_tokens": plan.tokens,
             "rounds": index + 1,
             "prompt_operations": plan.flops,
-            "ceilings": limits | {"why": ceilings[-1]["why"], "rounds": ceilings},
+            "ceilings": limits | {key: ceilings[-1][key] for key in ("int8_instruction", "why")} | {"rounds": ceilings},
             "peers": [_entry(each, theirs, turns[0], plan, limits) for each, theirs in zip(chosen, turns, strict=True)],
             "stolen_share": stolen.share(),
             "environment": machine,
@@ -336,6 +336,8 @@ def table(result: Mapping) -> str:
                 reasons.setdefault(f"{peer['title']}: {row['why']}", []).append(key)
     limits = result["ceilings"]
     told_limits = f"read {_giga(limits['read_bytes_per_s'])} GB/s, int8 {_giga(limits['int8_ops_per_s'])} GOP/s"
+    if limits["int8_instruction"]:
+        told_limits += f" by {limits['int8_instruction']}"
     return "\n".join([*lines, "", told_limits, *(f"- {reason}" for reason in reasons)])
 
 

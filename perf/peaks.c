@@ -3,6 +3,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#if defined(__AMX_INT8__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define BYTES (1ul << 30)
 #define CHAINS 16 /* of products that do not wait for each other: a register each */
@@ -10,15 +15,15 @@
 #define REPEATS 5
 
 #if defined(__AMX_INT8__)
-#define WHY "it has AMX, whose peak this does not measure"
+#define INSTRUCTION "AMX"
 #elif defined(__AVX512VNNI__)
+#define INSTRUCTION "AVX-512 VNNI"
 #define LANES 64
 #define PRODUCT "vpdpbusd %%zmm\\i, %%zmm\\i, %%zmm\\i"
 #elif defined(__AVXVNNI__)
+#define INSTRUCTION "AVX-VNNI"
 #define LANES 32
 #define PRODUCT "%{vex%} vpdpbusd %%ymm\\i, %%ymm\\i, %%ymm\\i"
-#else
-#define WHY "it has no instruction for products of 8 bits that this knows"
 #endif
 
 static double now(void)
@@ -39,7 +44,52 @@ static double read_bytes_per_s(const unsigned long *values, unsigned long *sum)
     return BYTES / (now() - began);
 }
 
-#ifndef WHY
+#if defined(__AMX_INT8__)
+#define ROWS 16 /* of a tile, of 64 bytes each */
+#define ROW_BYTES 64
+#define TILES 8
+#define SUMS 6 /* tiles that do not wait for each other; the other two are multiplied */
+#define EACH_SUM(do) do(0); do(1); do(2); do(3); do(4); do(5);
+#define PRODUCT(tile) _tile_dpbssd(tile, 6, 7)
+#define TILE_STEPS (STEPS / 4)
+#define TILE_DATA 18
+#define ASK_PERMISSION 0x1023
+
+/* Why it cannot be measured; a process has to ask the kernel for tiles before its first one. */
+static const char *obstacle(void)
+{
+    return syscall(SYS_arch_prctl, ASK_PERMISSION, TILE_DATA) ? "the kernel gives it no tiles of AMX" : "";
+}
+
+static double int8_ops_per_s(void)
+{
+    static const struct {
+        unsigned char palette, first_row, reserved[14];
+        unsigned short row_bytes[16];
+        unsigned char rows[16];
+    } shapes = {1, 0, {0}, {[0 ... TILES - 1] = ROW_BYTES}, {[0 ... TILES - 1] = ROWS}};
+    static const signed char ones[ROWS * ROW_BYTES] = {[0 ... ROWS * ROW_BYTES - 1] = 1};
+    double began = now(), operations = 0;
+#pragma omp parallel reduction(+ : operations)
+    {
+        _tile_loadconfig(&shapes);
+        EACH_SUM(_tile_zero)
+        _tile_loadd(6, ones, ROW_BYTES);
+        _tile_loadd(7, ones, ROW_BYTES);
+        for (long step = 0; step < TILE_STEPS; step++) {
+            EACH_SUM(PRODUCT)
+        }
+        _tile_release();
+        operations += 2.0 * ROWS * ROWS * ROW_BYTES * SUMS * TILE_STEPS;
+    }
+    return operations / (now() - began);
+}
+#elif defined(PRODUCT)
+static const char *obstacle(void)
+{
+    return "";
+}
+
 static double int8_ops_per_s(void)
 {
     double began = now(), operations = 0;
@@ -53,25 +103,36 @@ static double int8_ops_per_s(void)
     }
     return operations / (now() - began);
 }
+#else
+#define INSTRUCTION ""
+static const char *obstacle(void)
+{
+    return "it has no instruction for products of 8 bits that this knows";
+}
+
+static double int8_ops_per_s(void)
+{
+    return 0;
+}
 #endif
 
 int main(void)
 {
     unsigned long *values = aligned_alloc(2 << 20, BYTES), sum = 0;
-    double read = 0, speed;
+    const char *why = obstacle();
+    double read = 0, products = 0, speed;
     if (!values)
         return 1;
     memset(values, 1, BYTES);
     for (int i = 0; i < REPEATS; i++)
         read = (speed = read_bytes_per_s(values, &sum)) > read ? speed : read;
     printf("{\"sum\": %lu, \"read_bytes_per_s\": %.0f, ", sum, read); /* what nobody wants would not be read */
-#ifdef WHY
-    printf("\"int8_ops_per_s\": null, \"why\": \"%s\"}\n", WHY);
-#else
-    double products = 0;
+    if (*why) {
+        printf("\"int8_ops_per_s\": null, \"int8_instruction\": null, \"why\": \"%s\"}\n", why);
+        return 0;
+    }
     for (int i = 0; i < REPEATS; i++)
         products = (speed = int8_ops_per_s()) > products ? speed : products;
-    printf("\"int8_ops_per_s\": %.0f, \"why\": \"\"}\n", products);
-#endif
+    printf("\"int8_ops_per_s\": %.0f, \"int8_instruction\": \"%s\", \"why\": \"\"}\n", products, INSTRUCTION);
     return 0;
 }

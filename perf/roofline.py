@@ -90,9 +90,10 @@ def peaks() -> dict:
     Returns
     -------
     dict
-        ``read_bytes_per_s`` of memory and ``int8_ops_per_s`` of products; None with the reason in ``why``.
+        ``read_bytes_per_s`` of memory, ``int8_ops_per_s`` of products by the ``int8_instruction`` that is the fastest;
+        None with the reason in ``why``.
     """
-    unknown = {"read_bytes_per_s": None, "int8_ops_per_s": None}
+    unknown = {"read_bytes_per_s": None, "int8_ops_per_s": None, "int8_instruction": None}
     compiler = shlex.split(os.environ.get("CC", "cc"))
     with tempfile.TemporaryDirectory() as folder:
         program, source = f"{folder}/peaks", str(Path(__file__).with_name("peaks.c"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import venv
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from cxr_triton.engines.cpu import Cpu
 from cxr_triton.errors import InternalError
 from cxr_triton.perf import beside, peers
 from cxr_triton.perf.beside import Entrant, Plan, measure, table
@@ -21,7 +23,7 @@ from cxr_triton.perf.process import Process
 from cxr_triton.perf.roofline import peaks
 
 PLAN = Plan(prompt=10, tokens=4, streams=(1, 4, 8), flops=2e9, vocab=400, profile=None, items=[])
-PEAKS = {"read_bytes_per_s": 2e7, "int8_ops_per_s": 1e11, "why": ""}
+PEAKS = {"read_bytes_per_s": 2e7, "int8_ops_per_s": 1e11, "int8_instruction": "AMX", "why": ""}
 
 
 @pytest.fixture(autouse=True)
@@ -103,9 +105,7 @@ def test_speeds_are_those_of_streams_that_all_write():
 
 def test_without_peaks_there_are_speeds_but_no_shares(monkeypatch):
     monkeypatch.setattr(beside, "turn", turn_of)
-    monkeypatch.setattr(
-        beside, "peaks", lambda: {"read_bytes_per_s": None, "int8_ops_per_s": None, "why": "no compiler"}
-    )
+    monkeypatch.setattr(beside, "peaks", lambda: dict.fromkeys(PEAKS) | {"why": "no compiler"})
     result, _ = asked(fake_peers.Fake, folder=Path())
     assert result["ceilings"]["why"] == "no compiler"
     assert result["peers"][0]["rows"]["decode_tokens_per_s_1"]["share_of_read_bandwidth"] is None
@@ -203,6 +203,17 @@ def test_peaks_are_unknown_without_a_compiler_that_works(monkeypatch):
     assert peaks()["why"] == "/no/such/cc does not run (No such file or directory); install a C compiler"
     monkeypatch.setenv("CC", f"{sys.executable} -c 'import sys; sys.exit(\"no VNNI\")'")
     assert peaks()["read_bytes_per_s"] is None and "ends with 1: no VNNI" in peaks()["why"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
+def test_peaks_are_of_the_fastest_instruction_that_the_processor_has():
+    features = Cpu.here().flags
+    instructions = (("amx_int8", "AMX"), ("avx512_vnni", "AVX-512 VNNI"), ("avx_vnni", "AVX-VNNI"))
+    fastest = next((name for flag, name in instructions if flag in features), None)
+    told = peaks()
+    assert told["read_bytes_per_s"] > 1e8
+    assert told["int8_instruction"] == fastest and bool(told["int8_ops_per_s"]) == bool(fastest) == (not told["why"])
 
 
 def test_what_fails_is_closed_before_anybody_is_told(tmp_path):
