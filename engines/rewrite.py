@@ -6,14 +6,14 @@ Weights stream from the export's data file to the bundle's, a few tensors at a t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, NodeProto
+    from onnx import GraphProto, NodeProto, TensorProto
 
 _PAGE_BYTES = 4096  # tensors that begin on a page are mapped instead of read
 _CHUNK_BYTES = 32 << 20
@@ -21,11 +21,16 @@ _INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference
 
 
 def rewrite(
-    source: Path, target: Path, *steps: Callable[[GraphProto, Weights], None], opset: int | None = None
+    source: Path,
+    target: Path,
+    *steps: Callable[[GraphProto, Weights], None],
+    opset: int | None = None,
+    beside: Path | None = None,
 ) -> None:
     """Write what `steps` make, one after the other, of a graph, with the data that it then uses beside it.
 
-    `opset` is the version of the standard operators that the steps use; the graph's own if None.
+    `opset` is the version of the standard operators that the steps use; the graph's own if None. What a graph in the
+    target's folder, `beside`, made of the same source has in its data file under the same name is not written again.
     """
     import onnx
 
@@ -34,12 +39,20 @@ def rewrite(
     for step in steps:
         step(model.graph, weights)
     with open(target.with_name(target.name + ".data"), "wb") as file:
-        weights.write(file, target.name + ".data")
+        weights.write(file, target.name + ".data", _stored(beside) if beside else {})
     if "com.microsoft" not in {opset.domain for opset in model.opset_import}:
         model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     if opset:
         model.opset_import[0].version = opset
     onnx.save(model, target)
+
+
+def _stored(graph: Path) -> dict[str, TensorProto]:
+    """Initializers of a graph that lie in its data file, by name."""
+    import onnx
+
+    tensors = onnx.load(graph, load_external_data=False).graph.initializer
+    return {tensor.name: tensor for tensor in tensors if tensor.external_data}
 
 
 class Weights:
@@ -86,8 +99,11 @@ class Weights:
         self._values.setdefault(name, make)
         return name
 
-    def write(self, file, location: str) -> None:
-        """Put all initializers that the graph uses into `file`, and what `add` brought into the graph."""
+    def write(self, file, location: str, stored: Mapping[str, TensorProto]) -> None:
+        """Put all initializers that the graph uses into `file`, and what `add` brought into the graph.
+
+        Those of the names in `stored` lie elsewhere.
+        """
         from onnx import TensorProto, numpy_helper
 
         used = {name for node in self._graph.node for name in node.input}
@@ -95,6 +111,9 @@ class Weights:
         tensors += [TensorProto(name=name) for name in self._values if name in used]
         del self._graph.initializer[:]
         for tensor in tensors:
+            if tensor.name in stored:
+                self._graph.initializer.append(stored[tensor.name])
+                continue
             value = np.ascontiguousarray(self.value(tensor.name))
             if tensor.name in self._values:
                 described = numpy_helper.from_array(value[:0], tensor.name)
@@ -116,6 +135,14 @@ class Weights:
 def joined(weights: Weights, name: str, parts: list[str], axis: int = 0) -> str:
     """A new initializer: others side by side."""
     return weights.add(name, lambda: np.concatenate([weights.value(part) for part in parts], axis))
+
+
+def unpack_int4(packed: np.ndarray, k: int, n: int) -> np.ndarray:
+    """ONNX int4 [k, n] as int8 of this shape; see `pack_int4` for `packed`."""
+    values = np.empty((packed.size, 2), np.int8)
+    values[:, 0] = (packed << 4).view(np.int8) >> 4
+    values[:, 1] = packed.view(np.int8) >> 4
+    return values.reshape(k, n)
 
 
 def pack_int4(packed: np.ndarray, k: int, n: int) -> np.ndarray:
@@ -156,15 +183,22 @@ def replace_nodes(graph: GraphProto, nodes: list[NodeProto]) -> None:
     graph.node.extend(nodes)
 
 
+def int4_weights(graph: GraphProto, weights: Weights) -> dict[str, NodeProto]:
+    """`DequantizeLinear` nodes of int4 blocks, by what they give; their inputs are values and scales."""
+    from onnx import TensorProto
+
+    def is_int4(name: str) -> bool:
+        return name in weights.exported and weights.exported[name].data_type == TensorProto.INT4
+
+    return {node.output[0]: node for node in graph.node if node.input and is_int4(node.input[0])}
+
+
 def fuse_int4(graph: GraphProto, weights: Weights) -> None:
     """`DequantizeLinear` of int4 blocks with the `MatMul` behind it becomes `MatMulNBits`.
 
     An engine that does the same when it opens a graph then holds the weights twice and takes seconds.
     """
-    from onnx import TensorProto, helper
-
-    def is_int4(name: str) -> bool:
-        return name in weights.exported and weights.exported[name].data_type == TensorProto.INT4
+    from onnx import helper
 
     def packed(name: str, k: int, n: int, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
         return lambda: pack_int4(weights.value(name), k, n).reshape(shape)
@@ -172,7 +206,7 @@ def fuse_int4(graph: GraphProto, weights: Weights) -> None:
     def by_column(name: str) -> Callable[[], np.ndarray]:
         return lambda: np.ravel(weights.value(name), "F")
 
-    dequantized = {node.output[0]: node for node in graph.node if node.input and is_int4(node.input[0])}
+    dequantized = int4_weights(graph, weights)
     nodes = []
     for old in graph.node:
         node = old

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -261,6 +261,34 @@ class HostGraph:
     def forget(self) -> None:
         """Let go of the cache's arrays: there will be others."""
         raise NotImplementedError
+
+
+class EitherGraph(HostGraph):
+    """Two graphs over one cache.
+
+    Who runs depends on the shape of a run alone, so a prompt that is cut into the same pieces gives the same bits.
+
+    Parameters
+    ----------
+    few, many : HostGraph
+    is_few : callable
+        Whether `few` runs so many sequences of so many new tokens each.
+    """
+
+    def __init__(self, few: HostGraph, many: HostGraph, is_few: Callable[[int, int], bool]):
+        self._few, self._many, self._is_few = few, many, is_few
+
+    def run(
+        self, cache: Mapping[str, np.ndarray], rows: slice, lengths: np.ndarray, inputs: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        """See `HostGraph.run`."""
+        graph = self._few if self._is_few(*inputs["input_ids"].shape) else self._many
+        return graph.run(cache, rows, lengths, inputs)
+
+    def forget(self) -> None:
+        """See `HostGraph.forget`."""
+        self._few.forget()
+        self._many.forget()
 
 
 class HostDecoder(DecoderSession):

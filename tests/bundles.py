@@ -96,6 +96,11 @@ def build_mixed(export: Path, out: Path, precision: str = "fp32", vision: str = 
     return _build(export, out, precision, vision, "cpu-int4-mixed")
 
 
+def build_int8(export: Path, out: Path):
+    """A bundle of an export in int4 whose decoder runs in int4 and int8."""
+    return _build(export, out, "int4", "fp32", "cpu-int4-int8")
+
+
 def _build(export: Path, out: Path, precision: str, vision: str, recipe_name: str):
     from dataclasses import replace
 

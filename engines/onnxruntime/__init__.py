@@ -38,15 +38,11 @@ class OnnxRuntime(CpuEngine):
         return Compiled({self.name: metadata.version("onnxruntime")})
 
     def needs(self, bundle, graph: str) -> Iterator[Need]:
-        from cxr_triton.engines.onnxruntime import tower
+        from cxr_triton.engines.onnxruntime import int8
 
         yield from super().needs(bundle, graph)
         if graph == "vision" and bundle.vision_precision == "int8":
-            is_met = tower.is_exact(tower.cpu_features())
-            yield Need(
-                what="8-bit products", found="summed in 32 bits" if is_met else "saturated at 16 bits",
-                wanted="AVX-512 VNNI, AVX-VNNI or AMX", is_met=is_met, remedy=tower.REMEDY,
-            )  # fmt: skip
+            yield int8.need()
 
     def open_vision(self, bundle, *, threads: int | None = None):
         from cxr_triton.engines.onnxruntime.session import OrtVision

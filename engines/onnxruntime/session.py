@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from cxr_triton.engines.onnxruntime.tower import require_exact
+from cxr_triton.engines.onnxruntime.int8 import require_exact
 from cxr_triton.engines.session import HostDecoder, HostGraph, VisionSession
 
 
@@ -52,7 +52,7 @@ class OrtVision(VisionSession):
 
     def __init__(self, bundle, *, threads: int | None = None):
         if bundle.vision_precision == "int8":
-            require_exact()
+            require_exact("the tower is")
         self._session = open_graph(bundle.path / "vision.onnx", threads)
 
     def _run(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
@@ -60,10 +60,10 @@ class OrtVision(VisionSession):
 
 
 class OrtGraph(HostGraph):
-    """The decoder graph of a bundle; it takes several tokens of one sequence only."""
+    """A decoder graph of a bundle, by the name of its file; it takes several tokens of one sequence only."""
 
-    def __init__(self, bundle, *, threads: int | None = None):
-        self._session = open_graph(bundle.path / "decoder.onnx", threads)
+    def __init__(self, bundle, *, threads: int | None = None, file: str = "decoder.onnx"):
+        self._session = open_graph(bundle.path / file, threads)
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
         self._logits = np.zeros((1, bundle.geometry.vocab), np.float32)
         self._results: dict[tuple[int, int], tuple[np.ndarray, ort.OrtValue]] = {}

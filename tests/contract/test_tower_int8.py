@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from cxr_triton.engines.build import build_bundle
-from cxr_triton.engines.onnxruntime import ENGINE, tower
+from cxr_triton.engines.onnxruntime import ENGINE, int8, tower
 from cxr_triton.engines.onnxruntime.session import open_graph
 from cxr_triton.engines.recipe import load_recipe
 from cxr_triton.engines.verify.gate import verify_bundle
@@ -25,7 +25,7 @@ CHECKPOINT = PHANTOM / "checkpoint"
 K, N = 96, 40
 LAYER = "visual.blocks.0.mlp.up_proj.weight"
 pytestmark = pytest.mark.skipif(
-    not tower.is_exact(tower.cpu_features()), reason="this CPU saturates products of 8 bits: no int8 tower runs here"
+    not int8.is_exact(int8.cpu_features()), reason="this CPU saturates products of 8 bits: no int8 tower runs here"
 )
 
 
@@ -130,26 +130,26 @@ def test_it_passes_the_gate_and_changes_no_label(good, reference, record_propert
 
 @pytest.mark.timeout(300)
 def test_the_gate_refuses_a_wrong_scale(built, reference, monkeypatch):
-    by_channel, spoiled = tower.by_channel, []
+    by_channel, spoiled = int8.by_channel, []
 
     def wrong(weight):
         values, scale = by_channel(weight)
         spoiled.append(len(spoiled))
-        return values, scale * np.float32(1.25 if len(spoiled) == 2 else 1)  # of one layer of some twenty
+        return values, scale * np.float32(1.25 if len(spoiled) == 1 else 1)  # of one layer of some twenty
 
-    monkeypatch.setattr(tower, "by_channel", wrong)
+    monkeypatch.setattr(int8, "by_channel", wrong)
     record = judged(built("spoiled"), reference, 8)
     assert spoiled and not record["parts"]["vision"]["passed"]
 
 
 def test_a_cpu_that_saturates_is_refused(good, monkeypatch):
-    monkeypatch.setattr(tower, "cpu_features", lambda: {"avx2", "avx512f"})
-    monkeypatch.setattr(tower.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(int8, "cpu_features", lambda: {"avx2", "avx512f"})
+    monkeypatch.setattr(int8.platform, "machine", lambda: "x86_64")
     with pytest.raises(DeviceUnavailable, match=r"saturates.*recipe cpu-int4"):
         good.open_vision()
     (need,) = (need for need in ENGINE.needs(good, "vision") if need.is_met is False)
     assert "VNNI" in need.wanted and "cpu-int4" in need.remedy
-    monkeypatch.setattr(tower, "cpu_features", lambda: {"avx2", "avx_vnni"})
+    monkeypatch.setattr(int8, "cpu_features", lambda: {"avx2", "avx_vnni"})
     assert all(need.is_met for need in ENGINE.needs(good, "vision"))
 
 

@@ -139,7 +139,9 @@ def test_ceilings_are_measured():
     assert copy_bandwidth(1) > 1e8
     measured = [("onnxruntime", "fp32"), ("onnxruntime", "int4")]
     measured += [("openvino", precision) for precision in ("fp32", "bf16", "int4")]
-    measured += [("onnxruntime-openvino", precision) for precision in ("int8", "int4")]
+    measured += [
+        (engine, precision) for engine in ("onnxruntime-openvino", "onnxruntime-int8") for precision in ("int8", "int4")
+    ]
     speeds = [gemm_speed(precision, 1, (64, 256, 512), engine) for engine, precision in measured]
     assert all(np.isfinite(speed) and speed > 1e7 for speed in speeds)
 

@@ -1,0 +1,53 @@
+"""ONNX Runtime with the decoder twice: int4 for the steps of a lone stream, int8 for prompts and crowds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from cxr_triton.engines.interface import Compiled, CpuEngine, Need
+from cxr_triton.engines.onnxruntime import ENGINE as ONNXRUNTIME
+from cxr_triton.engines.onnxruntime import OnnxRuntime
+from cxr_triton.errors import InvalidRecipe
+
+
+class OnnxRuntimeInt8(OnnxRuntime):
+    """Runs the decoder alone. A lone step waits for memory, so it reads int4; prompts wait for products, of int8."""
+
+    name = "onnxruntime-int8"
+    graphs = ("decoder",)
+    suffixes = (*ONNXRUNTIME.suffixes, "int8.onnx", "int8.onnx.data")
+    copies = 3  # int8 is two of int4
+    needs_recipe = True
+    abilities = CpuEngine.abilities
+
+    def check_decoder(self, recipe) -> None:
+        super().check_decoder(recipe)
+        if recipe.decoder.precision not in ("int4", "int4-awq"):
+            raise InvalidRecipe(
+                f"decoder.precision: {recipe.decoder.precision} on {self.name}; choose int4 or int4-awq"
+            )
+
+    def check_installed(self, versions) -> None:
+        ONNXRUNTIME.check_installed(versions)
+
+    def compile(self, job, folder: Path) -> Compiled:
+        from cxr_triton.engines.onnxruntime_int8.compiler import compile_int8
+
+        compiled = ONNXRUNTIME.compile(job, folder)
+        compile_int8(job.source / "decoder.onnx", folder / "decoder.int8.onnx", folder / "decoder.onnx")
+        return compiled
+
+    def needs(self, bundle, graph: str) -> Iterator[Need]:
+        from cxr_triton.engines.onnxruntime import int8
+
+        yield from super().needs(bundle, graph)
+        yield int8.need()
+
+    def open_decoder(self, bundle, *, slots: int, threads: int | None = None, batch_invariant: bool = False):
+        from cxr_triton.engines.onnxruntime_int8.session import OrtInt8Decoder
+
+        return OrtInt8Decoder(bundle, slots=slots, threads=threads)
+
+
+ENGINE = OnnxRuntimeInt8()
