@@ -266,18 +266,14 @@ class Choice(_Checked):
     recipe : str
     has : tuple of str
         Features of a processor, as Linux names them, of which one has to be there; none: any processor.
-    lacks : tuple of str
-        Those that must not be.
     """
 
     recipe: str
     has: tuple[str, ...] = ()
-    lacks: tuple[str, ...] = ()
 
     def fits(self, flags: Iterable[str]) -> bool:
         """Whether a processor with these features is meant."""
-        there = set(flags)
-        return there.isdisjoint(self.lacks) and (not self.has or not there.isdisjoint(self.has))
+        return not self.has or not set(flags).isdisjoint(self.has)
 
 
 def choices() -> list[Choice]:
