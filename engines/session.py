@@ -262,6 +262,15 @@ class HostGraph:
         """Let go of the cache's arrays: there will be others."""
         raise NotImplementedError
 
+    @staticmethod
+    def append(
+        cache: Mapping[str, np.ndarray], rows: slice, lengths: np.ndarray, new: Mapping[str, np.ndarray]
+    ) -> None:
+        """Put keys and values of new tokens, (n, kv_heads, S, head_dim) by the cache's names, behind those of `run`."""
+        for name, part in cache.items():
+            for slot, length, values in zip(range(rows.start, rows.stop), lengths, new[name], strict=True):
+                part[slot, :, length : length + values.shape[1]] = values
+
 
 class EitherGraph(HostGraph):
     """Two graphs over one cache.

@@ -60,10 +60,10 @@ class OrtVision(VisionSession):
 
 
 class OrtGraph(HostGraph):
-    """A decoder graph of a bundle, by the name of its file; it takes several tokens of one sequence only."""
+    """The decoder graph of a bundle; it takes several tokens of one sequence only."""
 
-    def __init__(self, bundle, *, threads: int | None = None, file: str = "decoder.onnx"):
-        self._session = open_graph(bundle.path / file, threads)
+    def __init__(self, bundle, *, threads: int | None = None):
+        self._session = open_graph(bundle.path / "decoder.onnx", threads)
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
         self._logits = np.zeros((1, bundle.geometry.vocab), np.float32)
         self._results: dict[tuple[int, int], tuple[np.ndarray, ort.OrtValue]] = {}

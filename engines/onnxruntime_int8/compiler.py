@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cxr_triton.engines.attention import split_attention
 from cxr_triton.engines.onnxruntime import int8
-from cxr_triton.engines.onnxruntime.compiler import fuse_attention
 from cxr_triton.engines.rewrite import Weights, fuse_int4, int4_weights, rewrite, unpack_int4
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def compile_int8(source: Path, target: Path, beside: Path) -> None:
     beside : Path
         The graph in int4 in the same folder, which has the embedding table and the head.
     """
-    rewrite(source, target, fuse_attention, quantize_layers, fuse_int4, beside=beside)
+    rewrite(source, target, split_attention, quantize_layers, fuse_int4, beside=beside)
 
 
 def quantize_layers(graph: GraphProto, weights: Weights) -> None:

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
+
 from cxr_triton.engines.onnxruntime.int8 import require_exact
-from cxr_triton.engines.onnxruntime.session import OrtGraph
-from cxr_triton.engines.session import EitherGraph, HostDecoder
+from cxr_triton.engines.onnxruntime.session import OrtGraph, open_graph
+from cxr_triton.engines.session import EitherGraph, HostDecoder, HostGraph
 
 FEW = 3
 """New tokens in one run up to which int4 is as fast."""
+
+
+class Int8Graph(HostGraph):
+    """The decoder graph of a bundle in int8; it takes several tokens of several sequences."""
+
+    def __init__(self, bundle, *, threads: int | None = None):
+        self._session = open_graph(bundle.path / "decoder.int8.onnx", threads)
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(
+        self, cache: Mapping[str, np.ndarray], rows: slice, lengths: np.ndarray, inputs: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        """See `HostGraph.run`."""
+        past = {f"past_{name}": part[rows] for name, part in cache.items()}
+        results = self._session.run(self._outputs, {**past, **inputs, "write_index": lengths})
+        given = dict(zip(self._outputs, results, strict=True))
+        self.append(cache, rows, lengths, {name: given[f"present_{name}"] for name in cache})
+        return given["logits"]
+
+    def forget(self) -> None:
+        """See `HostGraph.forget`; it holds none."""
 
 
 class OrtInt8Decoder(HostDecoder):
@@ -21,10 +46,8 @@ class OrtInt8Decoder(HostDecoder):
 
     def __init__(self, bundle, *, slots: int, threads: int | None = None):
         require_exact("the decoder's prompts are")
-        few = OrtGraph(bundle, threads=threads)
-        many = OrtGraph(bundle, threads=threads, file="decoder.int8.onnx")
+        few, many = OrtGraph(bundle, threads=threads), Int8Graph(bundle, threads=threads)
         super().__init__(bundle, EitherGraph(few, many, is_few), slots=slots)
-        self.checks = 1  # attention takes several tokens of one sequence only
 
 
 def is_few(sequences: int, tokens: int) -> bool:

@@ -155,11 +155,8 @@ class OpenVINOGraph(HostGraph):
             self._request.set_tensor(name, self._tensor(np.ascontiguousarray(value)))
         with self._packing.around(is_one=inputs["input_ids"].size == 1):
             self._request.infer()
-        tokens = inputs["input_ids"].shape[1]
-        for name, part in cache.items():
-            new = self._request.get_tensor(f"present_{name}").data
-            for slot, length, values in zip(range(rows.start, rows.stop), lengths, new, strict=True):
-                part[slot, :, length : length + tokens] = values
+        new = {name: self._request.get_tensor(f"present_{name}").data for name in cache}
+        self.append(cache, rows, lengths, new)
         return self._request.get_tensor("logits").data
 
     def forget(self) -> None:
