@@ -166,11 +166,11 @@ def read(runtime, *asked):
 
 
 def test_the_demonstration_model_reads_100_phantoms_as_transformers_does(engine, phantoms):
-    """Prompts of one text around different pictures: a prefix cache that mixes pictures up would show."""
+    """With 16 in flight, and alone. A prefix cache that mixes pictures up would show: all prompts have one text."""
     asked, expected = phantoms
     assert len({tuple(tokens) for tokens in expected}) > PHANTOMS / 4
     assert read(engine[1], *asked) == expected
-    assert [read(engine[1], generation)[0] for generation in asked[:8]] == expected[:8]
+    assert [read(engine[1], generation)[0] for generation in asked] == expected
 
 
 def test_greedy_tokens_of_any_prompt_are_those_of_transformers(engine, cases):
@@ -263,6 +263,44 @@ def test_whole_prompts_without_a_prefix_cache_and_drafts_change_no_token(bundle,
         process.start("again", message(cases[0][monotonous], bundle.geometry), steps)
         assert steps.done.wait(60) and sum(steps.tokens) == NEW_TOKENS
         assert max(steps.tokens) > 1  # a guess that was right
+
+
+def test_a_cache_in_fp8_reads_the_same_labels(bundle, phantoms, cases):
+    import time
+
+    process, runtime = opened(bundle, kv="fp8")
+    with runtime:
+        asked, expected = phantoms
+        t = time.monotonic()
+        receivers = [Receiver() for _ in asked]
+        for g, r in zip(asked, receivers):
+            runtime.submit(g, r)
+        answers = [r.wait().last.completion for r in receivers]
+        tokens = [r.tokens for r in receivers]
+        print("TIME16", time.monotonic() - t)
+        t = time.monotonic()
+        [read(runtime, g) for g in asked[:20]]
+        print("TIME20alone", time.monotonic() - t)
+        others = dict(zip(cases[0], read(runtime, *cases[0].values()), strict=True))
+    process, runtime = opened(bundle)
+    with runtime:
+        receivers = [Receiver() for _ in asked]
+        for g, r in zip(asked, receivers):
+            runtime.submit(g, r)
+        plain = [r.wait().last.completion for r in receivers]
+    labels = [
+        [parse(c.text, grammar="think_answer", answer="labels", labels=bundle.profile.labels) for c in each]
+        for each in (answers, plain)
+    ]
+    print(
+        "SAME TOKENS",
+        sum(a == b for a, b in zip(tokens, expected)),
+        "SAME LABELS",
+        sum(a.labels == b.labels for a, b in zip(*labels)),
+    )
+    print("others", {key: sum(a == b for a, b in zip(others[key], cases[1][key])) for key in others})
+    print("pos", np.mean([sum(a == b for a, b in zip(x, y)) / len(y) for x, y in zip(tokens, expected)]))
+    assert 0
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from cxr_triton.engines.vllm.process import EngineProcess
 from cxr_triton.engines.vllm.request import message, sampling_params
 from cxr_triton.engines.vllm.runtime import VLLMRuntime
 from cxr_triton.engines.vllm.version import LAST
-from cxr_triton.errors import DeviceUnavailable, InvalidRecipe, InvalidRequest, Unavailable
+from cxr_triton.errors import DeviceUnavailable, InvalidRecipe, InvalidRequest, QueueFull, Unavailable
 from cxr_triton.sampling import Sampling
 from cxr_triton.triton_repo.package import serving_of
 
@@ -259,8 +259,8 @@ def double(of_version):
         yield start
 
 
-def runtime(process, slots=4):
-    return VLLMRuntime(GEOMETRY, process, Letters(), slots=slots, queue_size=16)
+def runtime(process, slots=4, queue_size=16, **pace):
+    return VLLMRuntime(GEOMETRY, process, Letters(), slots=slots, queue_size=queue_size, **pace)
 
 
 def expected(prompt, count):
@@ -319,6 +319,59 @@ def test_a_cancelled_stream_leaves_the_engine(double):
         assert long.completion.finish_reason == "cancelled"
         assert len(long.tokens) < 1000
         assert after.completion.finish_reason == "length"  # it got the only slot
+
+
+def test_a_full_queue_refuses_and_takes_again_when_one_has_left(double):
+    with runtime(double(step_s=0.01), slots=1, queue_size=2) as served:
+        first = Receiver()
+        runs = served.submit(generation((1, 2), max_new_tokens=1000), first)
+        until(lambda: first.tokens)  # it waits no more
+        waiting = [Receiver() for _ in range(2)]
+        names = [served.submit(generation((3, 4), max_new_tokens=3), receiver) for receiver in waiting]
+        with pytest.raises(QueueFull, match="2 may"):
+            served.submit(generation((3, 4)), Receiver())
+        served.cancel(names[0])
+        assert waiting[0].completion.finish_reason == "cancelled" and not waiting[0].tokens
+        late = Receiver()
+        served.submit(generation((7, 8), max_new_tokens=3), late)
+        served.cancel(runs)
+        assert (waiting[1].error, late.error) == (None, None)
+        assert (waiting[1].tokens, late.tokens) == (expected((3, 4), 3), expected((7, 8), 3))
+
+
+def test_tokens_are_sent_together_the_first_at_once(double):
+    with runtime(double(), coalesce_tokens=4, coalesce_ms=1e6) as served:
+        receiver = Receiver()
+        served.submit(generation((1, 2), max_new_tokens=14), receiver)
+        assert receiver.completion.finish_reason == "length"
+        assert [len(chunk.token_ids) for chunk in receiver.chunks] == [1, 4, 4, 4, 1]
+
+
+def test_who_waits_and_who_runs_in_a_silent_engine_has_heartbeats(double):
+    process = double()
+    with runtime(process, slots=1, heartbeat_ms=20) as served:
+        os.kill(process.pid, signal.SIGSTOP)
+        runs, waits = Receiver(), Receiver()
+        served.submit(generation((1, 2)), runs)
+        served.submit(generation((3, 4)), waits)
+        until(lambda: len(runs.chunks) > 2 and len(waits.chunks) > 2)
+        os.kill(process.pid, signal.SIGCONT)
+        for receiver, prompt in ((runs, (1, 2)), (waits, (3, 4))):
+            assert receiver.completion.finish_reason == "length" and receiver.tokens == expected(prompt, 12)
+            assert not any(chunk.text or len(chunk.token_ids) for chunk in receiver.chunks[:2])
+
+
+def test_the_stages_of_a_reading_add_up(double):
+    with runtime(double(step_s=0.002), slots=1) as served:
+        receivers = [Receiver() for _ in range(2)]
+        for receiver in receivers:
+            served.submit(generation((1, 2), max_new_tokens=20), receiver)
+        for receiver in receivers:
+            spent = receiver.completion.timings_ms
+            assert min(spent[stage] for stage in ("prefill", "decode")) > 0 and spent["queue"] >= 0
+            assert spent["queue"] + spent["prefill"] + spent["decode"] == pytest.approx(spent["total"], abs=0.1)
+            assert spent["queue"] + spent["prefill"] == pytest.approx(spent["time_to_first_token"], abs=0.1)
+        assert receivers[1].completion.timings_ms["queue"] > 19 * 2  # it waited for the steps of the first
 
 
 @pytest.mark.parametrize("how", ["killed", "broken"])
