@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -33,6 +34,7 @@ _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in the process that it was started in
     "PYTHONUNBUFFERED": "1",
 }
+_NO_MORE: tuple[dict, None] = ({}, None)
 _DEAD = "the engine's process ended; nothing is read until the server is started again"
 
 
@@ -103,6 +105,9 @@ class EngineProcess:
         except BaseException:
             self._kill()
             raise
+        self._outbox: queue.SimpleQueue[tuple[dict, np.ndarray | None]] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write, name="vllm-out", daemon=True)
+        self._writer.start()
         self._thread = threading.Thread(target=self._listen, name="vllm", daemon=True)
         self._thread.start()
 
@@ -122,13 +127,13 @@ class EngineProcess:
         with self._lock:
             self.check()
             self._requests[request_id] = _Request(listener)
-            self._send({"op": "start", "id": request_id, **message}, rows)
+            self._outbox.put(({"op": "start", "id": request_id, **message}, rows))
 
     def stop(self, request_id: str) -> None:
         """Cancel a request; the listener hears of its end. One that has ended is ignored."""
         with self._lock:
             if request_id in self._requests and not self._is_dead:
-                self._send({"op": "stop", "id": request_id})
+                self._outbox.put(({"op": "stop", "id": request_id}, None))
 
     def close(self) -> None:
         """End the process and drop what runs. May be called twice."""
@@ -136,8 +141,10 @@ class EngineProcess:
             self._closing = True
             self._requests.clear()
         self._kill()
+        self._outbox.put(_NO_MORE)
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            self._writer.join()
             self._connection.close()
 
     def _send(self, message: dict, rows: np.ndarray | None = None) -> None:
@@ -161,6 +168,12 @@ class EngineProcess:
         except (EOFError, OSError):
             pass
         raise DeviceUnavailable(f"vLLM does not start: {said}")
+
+    def _write(self) -> None:
+        """Send what is asked for: an engine that reads nothing must not hold the thread that asks, and so all streams."""
+        with contextlib.suppress(Unavailable):  # `_listen` sees the end too, and tells it
+            while (item := self._outbox.get()) is not _NO_MORE:
+                self._send(*item)
 
     def _listen(self) -> None:
         """Pass on what the process says until it ends."""

@@ -63,6 +63,15 @@ def _of_model(name: str) -> str:
     return name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else f"model.{name}"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Layers this small take longer on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory):
     """A checkpoint of `cxr-triton quantize`, and the fake-quantized model that modelopt wrote it of, in fp32."""

@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("vllm_python")]
 IN_FLIGHT = 16
 PHANTOMS = 100
 NEW_TOKENS = 40
+STEPS = {"ngram": 15, "suffix": 10}  # that an answer of so many tokens, most of them one again and again, takes
 PENALTY = 1.05
 PAD, START, END = 5, 3, 4
 
@@ -262,7 +263,7 @@ def test_whole_prompts_without_a_prefix_cache_and_drafts_change_no_token(bundle,
         steps, monotonous = Steps(), min(cases[1], key=lambda key: len(set(cases[1][key])))
         process.start("again", message(cases[0][monotonous], bundle.geometry), steps)
         assert steps.done.wait(60) and sum(steps.tokens) == NEW_TOKENS
-        assert max(steps.tokens) > 1  # a guess that was right
+        assert len(steps.tokens) <= STEPS[drafts], steps.tokens
 
 
 def completed(runtime, *asked):

@@ -20,6 +20,17 @@ LOOSE = {"label_iou": 0.3, "label_flips": 1, "kl": 5, "top1_agreement": 0.5, "co
 LOOSE |= {"reward_drop": 1, "length_drift": 1, "prose_f1": 0.1}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Layers this small take longer on several threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 def test_a_gpus_recipe_is_quantized_built_judged_by_its_stand_in_and_packaged(tmp_path, monkeypatch):
     monkeypatch.setenv(INTERPRETER, str(tmp_path / "none"))  # whatever this machine has, its engine is not run

@@ -252,7 +252,7 @@ def double(of_version):
     with contextlib.ExitStack() as opened:
 
         def start(step_s=0.0, **options):
-            process = EngineProcess({"model": "m", "step_s": step_s}, threads=1, start_s=60, **options)
+            process = EngineProcess({"model": "m", "step_s": step_s}, threads=1, start_s=600, **options)
             opened.callback(process.close)
             return process
 
@@ -361,6 +361,23 @@ def test_who_waits_and_who_runs_in_a_silent_engine_has_heartbeats(double):
             assert not any(chunk.text or len(chunk.token_ids) for chunk in receiver.chunks[:2])
 
 
+def test_an_engine_that_does_not_even_read_keeps_no_caller(double):
+    """More rows than a socket holds are on their way to it."""
+    process = double()
+    with runtime(process, slots=64, queue_size=64, heartbeat_ms=20) as served:
+        os.kill(process.pid, signal.SIGSTOP)
+        receivers = [Receiver() for _ in range(64)]
+        names = [served.submit(image_prompt((30, 30)), receiver) for receiver in receivers]
+        until(lambda: all(receiver.chunks for receiver in receivers))  # heartbeats
+        for name in names:
+            served.cancel(name)
+        assert {receiver.completion.finish_reason for receiver in receivers} == {"cancelled"}
+        os.kill(process.pid, signal.SIGCONT)
+        after = Receiver()
+        served.submit(generation((1, 2)), after)
+        assert after.completion.finish_reason == "length" and after.tokens == expected((1, 2), 12)
+
+
 def test_the_stages_of_a_reading_add_up(double):
     with runtime(double(step_s=0.002), slots=1) as served:
         receivers = [Receiver() for _ in range(2)]
@@ -409,7 +426,7 @@ def test_a_closed_engine_is_no_death(double):
 
 def test_an_engine_that_does_not_start_says_why(double):
     with pytest.raises(DeviceUnavailable, match="no such model"):
-        EngineProcess({"model": "broken", "step_s": 0}, start_s=60)
+        EngineProcess({"model": "broken", "step_s": 0}, start_s=600)
 
 
 @pytest.mark.parametrize(
@@ -424,7 +441,7 @@ def test_another_version_is_refused_with_the_reason_before_it_loads(of_version, 
     """The model would not load: a version that fails in its own words must not be the one to speak."""
     of_version(version, distribution)
     with pytest.raises(DeviceUnavailable, match=reason):
-        EngineProcess({"model": "broken", "step_s": 0}, start_s=60)
+        EngineProcess({"model": "broken", "step_s": 0}, start_s=600)
     with pytest.raises(DeviceUnavailable, match=reason):
         engine("vllm").try_decoder(SimpleNamespace(is_on_cpu=True), slots=4)
     (need,) = engine("vllm").needs(None, "decoder")
