@@ -170,7 +170,7 @@ class EngineProcess:
         raise DeviceUnavailable(f"vLLM does not start: {said}")
 
     def _write(self) -> None:
-        """Send what is asked for: an engine that reads nothing must not hold the thread that asks, and so all streams."""
+        """Send what is asked for: an engine that reads nothing must not hold who asks, and so all streams."""
         with contextlib.suppress(Unavailable):  # `_listen` sees the end too, and tells it
             while (item := self._outbox.get()) is not _NO_MORE:
                 self._send(*item)
