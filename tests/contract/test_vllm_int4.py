@@ -97,13 +97,13 @@ def quantized(tmp_path_factory):
     return folder, kept[0].eval()
 
 
-def logits_of(model, processor, prompt, pictures, answer):
-    """(A, vocab) logits for the tokens of an answer."""
+def logprobs_of(model, processor, prompt, pictures, answer):
+    """(A, vocab) log-probabilities for the tokens of an answer."""
     ids = torch.tensor([[*prompt, *answer]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == PAD).int()}
     with torch.no_grad():
         logits = model(**inputs, **(processor(pictures, return_tensors="pt") if pictures else {})).logits
-    return logits[0, len(prompt) - 1 : -1].float().log_softmax(-1).numpy()
+    return log_softmax(logits[0, len(prompt) - 1 : -1].float().numpy())
 
 
 def test_a_quantized_checkpoint_of_ours_answers_as_modelopts_own_forward(quantized):
@@ -122,14 +122,22 @@ def test_a_quantized_checkpoint_of_ours_answers_as_modelopts_own_forward(quantiz
             free = dict(zip(asked, read(runtime, *asked.values()), strict=True))
     finally:
         judged.close()
-    plain, processor = torch_model(CHECKPOINT, torch.float32), Qwen2VLImageProcessorPil.from_pretrained(CHECKPOINT)
-    errors, roundings = [], []
+    processor = Qwen2VLImageProcessorPil.from_pretrained(CHECKPOINT)
+    others = {"bf16": copy.deepcopy(fake).bfloat16(), "unquantized": torch_model(CHECKPOINT, torch.float32)}
+    distances = {name: [] for name in ("vllm", *others)}
     for key, theirs in zip(asked, forced, strict=True):
         case = (*prompts()[key[0]], tokens[key])
-        ours, unquantized = (logits_of(model, processor, *case) for model in (fake, plain))
-        theirs = torch.from_numpy(theirs.copy()).log_softmax(-1).numpy()
-        errors.append(np.abs(theirs - ours).mean())
-        roundings.append(np.abs(unquantized - ours).mean())
-    print("ERR", errors, roundings, np.mean(errors) / np.mean(roundings))
-    print("FREE", {key: sum(map(int.__eq__, free[key], tokens[key])) for key in free})
-    assert np.mean(errors) < 0.1 * np.mean(roundings), (errors, roundings)
+        exact = logprobs_of(fake, processor, *case)
+        told = {name: logprobs_of(model, processor, *case) for name, model in others.items()}
+        for name, values in (("vllm", log_softmax(theirs)), *told.items()):
+            distances[name].append(np.abs(values - exact).mean())
+    mean = {name: float(np.mean(values)) for name, values in distances.items()}
+    print("MEAN", mean)
+    # What vLLM adds is the rounding of bf16, which modelopt's own forward in bf16 has too, and o_proj is no int4 there.
+    assert mean["vllm"] < 2 * mean["bf16"] and mean["vllm"] < mean["unquantized"] / 4, mean
+    equal = [key for key in asked if free[key] == tokens[key]]
+    assert len(equal) >= 0.75 * len(asked), equal
+
+
+def log_softmax(logits):
+    return torch.from_numpy(logits.copy()).float().log_softmax(-1).numpy()
