@@ -49,6 +49,6 @@ def test_a_gpus_recipe_is_quantized_built_judged_by_its_stand_in_and_packaged(tm
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert (manifest["engine"], manifest["precision"]) == ("vllm", "int4-awq")
     assert manifest["verification"]["runtime"]["engine"] == "onnxruntime"
-    assert INTERPRETER in manifest["verification"]["runtime"]["said"]
+    assert "vllm cannot be run here" in manifest["verification"]["runtime"]["said"]
     config = json.loads((bundle / "vllm/config.json").read_text())
     assert config["quantization_config"]["format"] == "pack-quantized"
