@@ -88,21 +88,26 @@ class VLLM(Engine):
         raise DeviceUnavailable(f"{self.name} schedules by itself and has no session; package the bundle and serve it")
 
     def needs(self, bundle, graph: str) -> Iterator[Need]:
-        """A Python that has vLLM."""
+        """A Python that has vLLM, in a version that is known here."""
         from cxr_triton.engines.vllm.layout import interpreter
+        from cxr_triton.engines.vllm.version import FIRST, LAST, check_installed, installed
 
-        what, wanted = "Python with vLLM", "one that imports it"
+        what, wanted = "Python with vLLM", f"one that has vLLM {FIRST} to {LAST}"
         try:
-            yield Need(what=what, found=str(interpreter()), wanted=wanted, is_met=True)
+            python = interpreter()
+            version = check_installed(python, installed(python))
+            yield Need(what=what, found=f"{python} with {version}", wanted=wanted, is_met=True)
         except DeviceUnavailable as error:
             found, _, how = error.message.partition("; ")
             yield Need(what=what, found=found, wanted=wanted, is_met=False, remedy=how)
 
     def try_decoder(self, bundle, *, slots: int) -> None:
-        """There has to be a Python that has vLLM; whether it takes the bundle is known when it is opened."""
+        """There has to be a Python with a known vLLM; whether it takes the bundle is known when it is opened."""
         from cxr_triton.engines.vllm.layout import interpreter
+        from cxr_triton.engines.vllm.version import check_installed, installed
 
-        interpreter()
+        python = interpreter()
+        check_installed(python, installed(python))
         if not bundle.is_on_cpu and not Path("/dev/nvidiactl").exists():
             raise DeviceUnavailable("the bundle is for an NVIDIA GPU, and there is none here")
 

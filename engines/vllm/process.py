@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -18,15 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from cxr_triton.engines.runtime.remote import Listener
-from cxr_triton.engines.secret import SECRET
 from cxr_triton.engines.vllm.layout import interpreter
-from cxr_triton.engines.vllm.version import DISTRIBUTIONS, check_version
+from cxr_triton.engines.vllm.version import NOT_FOR_IT, check_installed, installed
 from cxr_triton.errors import CxrError, DeviceUnavailable, InvalidRequest, Unavailable
 
 log = logging.getLogger(__name__)
 START_S = 900  # a large checkpoint from a slow disk, and graphs captured
 STOP_S = 2
-_NOT_FOR_IT = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", SECRET)
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -35,6 +34,7 @@ _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in the process that it was started in
     "PYTHONUNBUFFERED": "1",
 }
+_NO_MORE: tuple[dict, None] = ({}, None)
 _DEAD = "the engine's process ended; nothing is read until the server is started again"
 
 
@@ -75,8 +75,8 @@ class EngineProcess:
     Raises
     ------
     DeviceUnavailable
-        There is no Python with vLLM, it is of another version than `version` knows, or it does not start with what it
-        was given; the message quotes it.
+        There is no Python with vLLM, it is of another version than `version` knows, which is known before anything is
+        loaded, or it does not start with what it was given; the message quotes it.
     """
 
     def __init__(
@@ -94,14 +94,20 @@ class EngineProcess:
         self._requests: dict[str, _Request] = {}  # guarded by _lock, as the next two are
         self._closing = self._is_dead = False
         self.cached_tokens = 0
-        self._process, self._socket = _start(threads)
+        python = interpreter()
+        self.versions = installed(python)
+        check_installed(python, self.versions)  # a changed interface fails with words of its own, if a 3B loads at all
+        self._process, self._socket = _start(python, threads)
         self._connection = Connection(os.dup(self._socket.fileno()))
         try:
             self._send({"engine": dict(arguments), "adapter": dict(adapter or {}), "judges": judges})
-            self.versions = self._ready(start_s)
+            self._ready(start_s)
         except BaseException:
             self._kill()
             raise
+        self._outbox: queue.SimpleQueue[tuple[dict, np.ndarray | None]] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write, name="vllm-out", daemon=True)
+        self._writer.start()
         self._thread = threading.Thread(target=self._listen, name="vllm", daemon=True)
         self._thread.start()
 
@@ -121,13 +127,13 @@ class EngineProcess:
         with self._lock:
             self.check()
             self._requests[request_id] = _Request(listener)
-            self._send({"op": "start", "id": request_id, **message}, rows)
+            self._outbox.put(({"op": "start", "id": request_id, **message}, rows))
 
     def stop(self, request_id: str) -> None:
         """Cancel a request; the listener hears of its end. One that has ended is ignored."""
         with self._lock:
             if request_id in self._requests and not self._is_dead:
-                self._send({"op": "stop", "id": request_id})
+                self._outbox.put(({"op": "stop", "id": request_id}, None))
 
     def close(self) -> None:
         """End the process and drop what runs. May be called twice."""
@@ -135,8 +141,10 @@ class EngineProcess:
             self._closing = True
             self._requests.clear()
         self._kill()
+        self._outbox.put(_NO_MORE)
         if threading.current_thread() is not self._thread:
             self._thread.join()
+            self._writer.join()
             self._connection.close()
 
     def _send(self, message: dict, rows: np.ndarray | None = None) -> None:
@@ -148,21 +156,24 @@ class EngineProcess:
         except OSError:
             raise Unavailable(_DEAD) from None
 
-    def _ready(self, start_s: float) -> dict[str, str]:
+    def _ready(self, start_s: float) -> None:
         said = "it ended without a word, see the log"
         try:
             if not self._connection.poll(start_s):
                 raise DeviceUnavailable(f"vLLM was not ready after {start_s:g} s; see the log")
             answer = json.loads(self._connection.recv_bytes())
             if answer["op"] == "ready":
-                versions: dict[str, str] = answer["versions"]
-                if found := next((versions[name] for name in DISTRIBUTIONS if name in versions), None):
-                    check_version(found)
-                return versions
+                return
             said = answer["said"]
         except (EOFError, OSError):
             pass
         raise DeviceUnavailable(f"vLLM does not start: {said}")
+
+    def _write(self) -> None:
+        """Send what is asked for: an engine that reads nothing must not hold who asks, and so all streams."""
+        with contextlib.suppress(Unavailable):  # `_listen` sees the end too, and tells it
+            while (item := self._outbox.get()) is not _NO_MORE:
+                self._send(*item)
 
     def _listen(self) -> None:
         """Pass on what the process says until it ends."""
@@ -237,10 +248,9 @@ class LogitsListener:
         raise NotImplementedError
 
 
-def _start(threads: int | None) -> tuple[subprocess.Popen, socket.socket]:
-    python = interpreter()
+def _start(python: str, threads: int | None) -> tuple[subprocess.Popen, socket.socket]:
     ours, theirs = socket.socketpair()
-    environment = {name: value for name, value in os.environ.items() if name not in _NOT_FOR_IT} | _ENVIRONMENT
+    environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_IT} | _ENVIRONMENT
     environment["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))
     environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     with theirs:

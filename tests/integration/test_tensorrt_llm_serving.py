@@ -14,39 +14,27 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-import yaml
 from served import Raw, outputs
+from served_list import PHANTOM, SHORT, Native, dicom_files, forms, profile_with_tasks
 from tensorrt_llm_double import install, swap, write_bundle
 from test_serving import until
 
 from cxr_triton.errors import InternalError
 
-PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
-
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.skipif(importlib.util.find_spec("pytriton") is None, reason="no Triton server here"),
 ]
-SHORT = {"max_new_tokens": 10, "temperature": 0.0}
 ENDLESS = {"max_new_tokens": 700, "temperature": 1.0, "seed": 777}  # the double stays in it until it is stopped
-MORE_TASKS = {
-    "compare": {"prompt": "Compare them.", "answer": "text", "description": "Two images.", "min_images": 2},
-    "quiz": {"prompt": "Find abnormalities.", "answer": "text", "description": "No image.", "min_images": 0},
-}
-MORE_TASKS["compare"]["max_images"], MORE_TASKS["quiz"]["max_images"] = 2, 0
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Folder with the demonstration model's export, in fp32, with tasks for two images and for none."""
     from cxr_triton.export.export import export_checkpoint
-    from cxr_triton.profile import load_profile
 
     folder = tmp_path_factory.mktemp("tensorrt-llm")
-    profile = yaml.safe_load((PHANTOM / "profile.yaml").read_text())
-    profile["tasks"] |= MORE_TASKS
-    (folder / "profile.yaml").write_text(yaml.safe_dump(profile))
-    chosen = load_profile(folder / "profile.yaml")
+    chosen = profile_with_tasks(folder)
     export_checkpoint(str(PHANTOM / "checkpoint"), folder / "export", chosen, precision="fp32", progress=False)
     return folder
 
@@ -96,50 +84,14 @@ def served(exported, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files():
-    import evaluate
-
-    from cxr_triton import phantom_file
-
-    return [phantom_file.write_dicom(phantom) for phantom in evaluate.held_out(8)]
+    return dicom_files(8)
 
 
 @pytest.fixture(scope="module")
 def native(exported, tmp_path_factory):
-    """Completions of the native decoder on the same images, given what the engine is given: embeddings in bf16."""
-    from cxr_triton.engines.build import build_bundle
-    from cxr_triton.engines.onnxruntime.session import OrtVision
-    from cxr_triton.engines.pipeline import Preprocessor, sampling_of
-    from cxr_triton.engines.runtime.scheduler import DecoderRuntime
-    from cxr_triton.engines.runtime.stream import Generation
-
-    bundle = build_bundle(exported / "export", tmp_path_factory.mktemp("native") / "bundle")
-    vision, preprocessor = OrtVision(bundle, threads=1), Preprocessor(bundle.path)
-
-    def read(images, **asked):
-        done, completions = threading.Event(), []
-
-        def hear(chunk):
-            if chunk.completion or chunk.error:
-                completions.append(chunk.completion or chunk.error)
-                done.set()
-
-        step = preprocessor.prepare(images, json.dumps(asked))
-        embeddings = vision.encode(step.pixel_windows, step.patch_rows_cols, step.valid, step.merge_order)
-        embeddings = embeddings.astype(ml_dtypes.bfloat16).astype(np.float32)
-        generation = Generation(
-            input_ids=step.input_ids,
-            position_ids=step.position_ids,
-            image_index=step.image_index,
-            image_embeddings=embeddings.reshape(-1, embeddings.shape[-1]),
-            sampling=sampling_of(step.context),
-        )
-        runtime.submit(generation, hear)
-        assert done.wait(60)
-        return completions[0]
-
-    with DecoderRuntime(bundle, threads=1) as runtime:
-        yield read
-    preprocessor.close()
+    """The native decoder on the same images, given what the engine is given: embeddings in bf16."""
+    with Native(exported / "export", tmp_path_factory.mktemp("native"), rounded=True) as native:
+        yield native
 
 
 def test_a_reading_streams_what_the_native_decoder_says(served, native, files):
@@ -207,15 +159,7 @@ def test_an_engine_that_fails_fails_one_request_without_details(served, files):
 
 
 def test_text_only_two_images_and_a_follow_up(served, native, files):
-    history = [
-        {"role": "user", "content": "Find abnormalities and support devices."},
-        {"role": "assistant", "content": "<think>The heart is large.</think><answer>Cardiomegaly</answer>"},
-    ]
-    for images, asked in (
-        ([], {"task": "quiz"}),
-        (files[1:3], {"task": "compare"}),
-        (files[2:3], {"task": "differentials", "history": history}),
-    ):
+    for images, asked in forms(files):
         reading = served.read(images, **asked, **SHORT)
         assert reading["text"] == native(images, **asked, **SHORT).text
         table = served.asked()["inputs"].get("prompt_embedding_table")

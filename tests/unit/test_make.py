@@ -60,3 +60,26 @@ def test_every_test_is_in_one_half_and_options_go_to_both(made):
         {f"--{how}=tests/{name}" for name in names for how in ("ignore", "deselect")} for names in (folders, {"unit"})
     ]
     assert left_out == both and "-n" in unit and "-n" not in served
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_vllm_is_installed_though_what_drafts_by_suffixes_need_is_not_built(tmp_path, status):
+    script = tmp_path / "deploy" / "vllm-cpu.sh"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nmkdir -p "$1"; echo "$1 $SUFFIX" >> calls; [ -z "$SUFFIX" ] || exit {status}\n')
+    script.chmod(0o755)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    for _ in range(2):  # the second finds it done
+        made = subprocess.run(
+            ["make", "vllm", "VLLM=here"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert made.returncode == 0, made.stderr
+        assert (tmp_path / "here/.installed").exists()
+        assert (tmp_path / "calls").read_text().splitlines() == ["here ", "here 1"]
+    script.write_text("#!/bin/sh\nexit 1\n")
+    again = subprocess.run(
+        ["make", "vllm", "VLLM=other"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert again.returncode == 0 and "could not install: vLLM" in again.stdout
+    assert not (tmp_path / "other/.installed").exists()

