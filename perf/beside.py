@@ -29,7 +29,7 @@ from cxr_triton.engines.pipeline import Preprocessor, sampling_of
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.errors import CxrError
-from cxr_triton.numbers import number
+from cxr_triton.perf.beside_page import page, table
 from cxr_triton.perf.decoder import Receiver
 from cxr_triton.perf.environment import Stolen, environment
 from cxr_triton.perf.peers import KINDS, kind_of, start
@@ -322,45 +322,6 @@ def _share(speed: float, limit: float | None) -> float | None:
     return speed / limit if limit else None
 
 
-def table(result: Mapping) -> str:
-    """The rows as a table in Markdown, an entrant a line; what is missing has its reason below."""
-    streams = [key.rpartition("_")[2] for key in result["peers"][0]["rows"] if key.startswith("decode_")]
-    heads = ("load", "prompt", *(f"decode, {n} at once" for n in streams), "first word, picture", "peak memory")
-    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    reasons: dict[str, list[str]] = {}
-    for peer in result["peers"]:
-        cells = [_cell(key, row) for key, row in peer["rows"].items()]
-        lines.append(f"| {peer['title']} | {' | '.join(cells)} |")
-        for key, row in peer["rows"].items():
-            if row["value"] is None:
-                reasons.setdefault(f"{peer['title']}: {row['why']}", []).append(key)
-    limits = result["ceilings"]
-    told_limits = f"read {_giga(limits['read_bytes_per_s'])} GB/s, int8 {_giga(limits['int8_ops_per_s'])} GOP/s"
-    if limits["int8_instruction"]:
-        told_limits += f" by {limits['int8_instruction']}"
-    return "\n".join([*lines, "", told_limits, *(f"- {reason}" for reason in reasons)])
-
-
-def _giga(value: float | None) -> str:
-    return "unknown" if value is None else number(value / 1e9)
-
-
-def _cell(key: str, row: Mapping) -> str:
-    value = row["value"]
-    if value is None:
-        return "–"
-    if key == "peak_resident_bytes":
-        return f"{value / 2**30:.1f} GiB"
-    if key.endswith("_s") and "per_s" not in key:
-        return f"{number(value)} s"
-    told_speed = f"{number(value)} tok/s"
-    for unit, share in (("top_per_s", "share_of_int8_peak"), ("gb_per_s", "share_of_read_bandwidth")):
-        if unit in row:
-            told_speed += f", {number(row[unit])} {'TOP/s' if unit[0] == 't' else 'GB/s'}"
-            told_speed += f" ({row[share]:.0%})" if row[share] is not None else ""
-    return told_speed
-
-
 @click.command(cls=Command, extra="local")
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--checkpoint", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
@@ -369,8 +330,9 @@ def _cell(key: str, row: Mapping) -> str:
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--prompt", default=320, show_default=True, help="Tokens of each prompt.")
 @click.option("--tokens", default=64, show_default=True, help="Tokens of each answer.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="The same as bars on a page.")
 @json_option
-def main(bundles, checkpoint, work, names, json_path, **sizes):
+def main(bundles, checkpoint, names, json_path, **options):
     """Loading, prompts, decoding, first word and memory of BUNDLES and of what one would use instead, round by round.
 
     The Python that has a peer's packages is named by CXR_GENAI_PYTHON, CXR_VLLM_PYTHON, CXR_LLAMA_CPP_PYTHON and
@@ -378,11 +340,14 @@ def main(bundles, checkpoint, work, names, json_path, **sizes):
     """
     to_file = None if json_path == "-" else json_path
     with ExitStack() as stack:
+        work = options["work"]
         if work is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peers")))
         chosen = entrants(bundles, checkpoint.resolve(), names or KINDS, work)
-        plan = plan_of(Bundle.open(bundles[0], verify=False), sizes["prompt"], sizes["tokens"])
-        result = measure(chosen, plan, rounds=sizes["rounds"], on_round=lambda so_far: write_json(so_far, to_file))
+        plan = plan_of(Bundle.open(bundles[0], verify=False), options["prompt"], options["tokens"])
+        result = measure(chosen, plan, rounds=options["rounds"], on_round=lambda so_far: write_json(so_far, to_file))
     click.echo(table(result), err=json_path == "-")
+    if options["html"]:
+        options["html"].write_text(page(result), "utf-8")
     if json_path == "-":
         write_json(result, json_path)

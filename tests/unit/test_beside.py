@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 import venv
@@ -15,7 +16,8 @@ from click.testing import CliRunner
 from cxr_triton.engines.cpu import Cpu
 from cxr_triton.errors import InternalError
 from cxr_triton.perf import beside, peers
-from cxr_triton.perf.beside import Entrant, Plan, measure, table
+from cxr_triton.perf.beside import Entrant, Plan, measure
+from cxr_triton.perf.beside_page import page, table
 from cxr_triton.perf.peers.genai import Genai
 from cxr_triton.perf.peers.llama_cpp import Converter
 from cxr_triton.perf.peers.peer import told
@@ -96,6 +98,18 @@ def test_rows_are_medians_with_their_share_of_what_the_machine_reaches(monkeypat
         "| 4 s | 1.0 GiB |"
     )
     assert f"- other: {beside.NO_PICTURE}" in lines
+    assert "read 0.0200 GB/s, int8 100 GOP/s by AMX" in lines
+
+
+def test_a_page_has_a_bar_for_each_and_says_why_one_is_missing(monkeypatch):
+    monkeypatch.setattr(beside, "turn", turn_of)
+    monkeypatch.setattr(beside, "environment", lambda: {"cpu": "one <b>", "cores": 2, "versions": {"numpy": "1"}})
+    result, _ = asked(fake_peers.Fake, fake_peers.Other, folder=Path(), rounds=1)
+    shown = page(result)
+    assert "Decoding, 8 at once" in shown and "more is better" in shown and "one &lt;b&gt;, 2 cores" in shown
+    section = shown.split("<h2>Decoding, 4 at once</h2>")[1].split("</section>")[0]
+    assert re.findall(r"width:([\d.]+)%", section) == ["100.00", "50.00"]
+    assert f"<li>other: {beside.NO_PICTURE}</li>" in shown and "not for diagnosis" in shown.lower()
 
 
 def test_speeds_are_those_of_streams_that_all_write():
