@@ -21,6 +21,17 @@ DEEPEST = 16
 REJECTED = "rejected"
 
 
+def rejected_files(config: Folder) -> int | None:
+    """How many files of a watched folder were refused and are still there; None where this user may not look."""
+    try:
+        with os.scandir(Path(config.path) / REJECTED) as found:
+            return sum(entry.is_file(follow_symlinks=False) for entry in found)
+    except FileNotFoundError:
+        return 0
+    except OSError:
+        return None
+
+
 class Facts(NamedTuple):
     """What tells that a file is the one that was seen before, and grows no more."""
 

@@ -54,7 +54,7 @@ bench.main(parser.parse_args())
 """
 STOCK = "stock_"
 """Before the name of a tool that asks stock vLLM."""
-NUMBERS = ("first_text_ms", "latency_ms", "requests_per_s", "tokens_per_s")
+NUMBERS = ("first_text_ms", "latency_ms", "requests_per_s", "tokens_per_s", "tokens_per_request")
 
 
 class Door(NamedTuple):
@@ -254,10 +254,14 @@ def compare(tools: dict[str, Callable], levels: tuple[int, ...], rounds: int, re
         turns = {name: [] for name in tools}
         for number in range(rounds):
             for name, ask in tools.items():
-                turns[name].append(ask(requests, concurrency))
+                turn = ask(requests, concurrency)
+                turns[name].append({**turn, "tokens_per_request": turn["tokens_per_s"] / turn["requests_per_s"]})
                 said = ", ".join(f"{key} {value:.2f}" for key, value in turns[name][-1].items())
                 click.echo(f"{concurrency} at once, turn {number + 1}/{rounds}, {name}: {said}", err=True)
         middle = {name: medians(each) for name, each in turns.items()}
+        lengths = {name: each["tokens_per_request"] for name, each in middle.items()}
+        if max(lengths.values()) > 1.01 * min(lengths.values()):
+            click.echo(f"answers of unlike lengths, which a lower --tokens makes alike: {lengths}", err=True)
         found.append({
             "concurrency": concurrency, "median": middle, "turns": turns,
             "http_over_grpc": over(middle["openai"], middle["grpc"]),

@@ -1,24 +1,30 @@
 """The worklist page over a queue with a job of every kind."""
 
 import asyncio
+import dataclasses
 import io
 import re
 import time
 
 import aiohttp
 import pytest
-from chromium import CHROMIUM, browser
+from browser import Browser
 from chromium import Page as Html
+from chromium import browser
 
 pytest.importorskip("sqlalchemy")
 pytest.importorskip("pynetdicom")
 
+import sqlalchemy as sa
+
 from cxr_triton.client import login
 from cxr_triton.client.gateway import worklist
 from cxr_triton.client.gateway.config import load_config
+from cxr_triton.client.gateway.doors import Folder
 from cxr_triton.client.gateway.log import Log
-from cxr_triton.client.gateway.schema import Received, Result
+from cxr_triton.client.gateway.schema import Received, Result, jobs
 from cxr_triton.client.gateway.store import Store
+from cxr_triton.client.gateway.watch import rejected_files
 from cxr_triton.client.gateway.worklist import Page
 from cxr_triton.errors import InvalidConfig
 
@@ -38,10 +44,11 @@ class Site:
     """A page on a free port with a queue: a job that is done, one dead (its text holds a UID), one grouped."""
 
     def __init__(self, folder, **section):
+        self.folder = folder / "watched"
         (folder / "password").write_text(f"{section.pop('password', PASSWORD)}\n")
         lines = "".join(f", {key}: {value}" for key, value in section.items())
         (folder / "gateway.yaml").write_text(
-            f"storage: {folder}\ndicom: {{}}\n"
+            f"storage: {folder}\ndicom: {{}}\nfolder: {{path: {self.folder}}}\n"
             f"worklist: {{port: 0, password_file: {folder / 'password'}{lines}}}\n"
             "destinations: [{name: pacs, aet: PACS, host: 127.0.0.1}]\n"
         )
@@ -212,10 +219,28 @@ def test_the_numbers_are_those_of_the_queue(site):
         async with client.get(f"{address}status.json") as answer:
             return await answer.json()
 
+    least = site.store.counts()["oldest_open_s"]
     status = site.run(visit)
+    assert 0 <= least <= status["oldest_open_s"] <= site.store.counts()["oldest_open_s"]
+    assert status["rejected_files"] == 0 and set(status["objects"]) == {"image", "prior", "other", "conflict"}
     assert status["jobs"]["done"] == status["jobs"]["dead"] == status["jobs"]["grouped"] == 1
     assert status["done_within"] == {"hour": 1, "day": 1} and "dead" not in status
     assert site.store.done_since(time.time() + 60) == 0
+
+
+def test_rejected_files_are_counted_where_they_can_be_seen(tmp_path):
+    watched = Folder(path=str(tmp_path / "watched"))
+    assert rejected_files(watched) == 0
+    rejected = tmp_path / "watched" / "rejected"
+    rejected.mkdir(parents=True)
+    (rejected / "a.dcm").write_bytes(b"a")
+    (rejected / "inner").mkdir()
+    assert rejected_files(watched) == 1
+    (rejected / "inner").rmdir()
+    (rejected / "a.dcm").unlink()
+    rejected.rmdir()
+    rejected.write_bytes(b"no folder")
+    assert rejected_files(watched) is None
 
 
 def test_long_lists_come_in_pieces(site, monkeypatch):
@@ -231,87 +256,165 @@ def test_long_lists_come_in_pieces(site, monkeypatch):
     assert pages == [["3", "2"], ["1"]]
 
 
+NUMBERS = """Object.fromEntries([...document.querySelectorAll(".numbers div")].map(
+    (each) => [each.querySelector("dt").textContent, each.querySelector("dd").textContent]))"""
+CELL = "document.querySelector('#job-3 td').textContent"
+
+
+@pytest.fixture
+def quickly(monkeypatch, tmp_path):
+    """The page renews itself more often."""
+    script = worklist._SCRIPT.read_text("utf-8")
+    assert "EVERY_MS = 3000;" in script
+    (tmp_path / "quick.js").write_text(script.replace("EVERY_MS = 3000;", "EVERY_MS = 100;"))
+    monkeypatch.setattr(worklist, "_SCRIPT", tmp_path / "quick.js")
+
+
+def in_a_browser(site, folder, visit):
+    """What a coroutine gives that has a tab, logged in, and the page's address."""
+
+    async def go(client, address):
+        async with Browser(folder / "browser") as chromium, chromium.tab() as tab:
+            await tab.go(address, "document.querySelector('[name=password]')")
+            await tab.evaluate(f"document.querySelector('[name=password]').value = '{PASSWORD}'")
+            await tab.evaluate("document.querySelector('button').click()")
+            await tab.until("document.querySelector('#live')")
+            found = await visit(tab, address)
+            assert tab.complaints == [] and all(each.startswith(address) for each in tab.asked)
+            return found
+
+    return site.run(go)
+
+
+async def click(tab, selector):
+    """A press of the mouse in the middle of what is in sight of an element."""
+    x, y = await tab.evaluate(
+        f"(({{left, top, right, bottom}}) => [(left + right) / 2, (top + bottom) / 2])"
+        f"(document.querySelector({selector!r}).getBoundingClientRect())"
+    )
+    await tab.mouse("mousePressed", x, y, button="left", clickCount=1)
+    await tab.mouse("mouseReleased", x, y, button="left", clickCount=1)
+
+
 @browser
 @pytest.mark.slow
-def test_the_page_follows_the_queue_in_a_browser(site, tmp_path, monkeypatch):
-    monkeypatch.setattr(site.page._login, "is_in", lambda request: True)
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-               "--enable-logging=stderr", "--virtual-time-budget=9000", "--dump-dom"]  # fmt: skip
+def test_who_is_at_the_table_sees_it_renewed_and_stays_where_they_are(site, tmp_path, quickly):
+    active = "document.activeElement.id"
 
-    async def visit(client, address):
-        pipe = asyncio.subprocess.PIPE
-        chromium = await asyncio.create_subprocess_exec(*command, address, stdout=pipe, stderr=pipe)
-        asked, show = asyncio.Event(), site.page._status_now
+    async def visit(tab, address):
+        await tab.size(375, 700)
+        await tab.go(f"{address}?state=all", "document.querySelector('#live')")
+        await tab.evaluate("window.table = document.querySelector('#jobs'); table.scrollLeft = 40")
+        await tab.evaluate("table.scrollIntoView()")
+        await click(tab, "#jobs")
+        assert await tab.evaluate(active) == "jobs"
+        site.store.drop([3])
+        await tab.until(f"{CELL} === 'dropped'")
+        site.store.add(received(9), 0, 0)
+        await tab.until("document.querySelector('#job-4')")
+        assert await tab.evaluate(f"[{active}, document.querySelector('#jobs') === table, table.scrollLeft]") == [
+            "jobs", True, 40,
+        ]  # fmt: skip
+        rows = "[...document.querySelectorAll('tbody tr')].map((each) => each.id)"
+        assert await tab.evaluate(rows) == [f"job-{number}" for number in (4, 3, 2, 1)]
+        await tab.evaluate("document.querySelector('#drop-2').focus()")
+        site.store.retry([2])  # its other link goes, and this one is no other's
+        await tab.until("!document.querySelector('#retry-2')")
+        assert await tab.evaluate(f"[{active}, document.activeElement.pathname]") == ["drop-2", "/jobs/2/drop"]
+        site.store.drop([2])
+        await tab.until("!document.querySelector('#drop-2')")
+        assert await tab.evaluate(active) == "jobs", "a keyboard goes on from there"
 
-        def seen():
-            asked_before = asked.is_set()
-            asyncio.run_coroutine_threadsafe(_set(asked), loop).result()
-            if asked_before:
-                site.store.drop([3])
-            return show()
-
-        loop = asyncio.get_running_loop()
-        monkeypatch.setattr(site.page, "_status_now", seen)
-        async with asyncio.timeout(300):
-            return [part.decode() for part in await chromium.communicate()]
-
-    html, errors = site.run(visit)
-    assert "Worklist" in Html(html).text and "grouped" not in Html(html).text, "as it was at first"
-    assert not re.findall("CONSOLE.*", errors)
+    in_a_browser(site, tmp_path, visit)
 
 
 @browser
 @pytest.mark.slow
-def test_a_browser_logs_in_and_retries(site, tmp_path):
-    """Forms of a real browser, whose Origin the page's own policy decides."""
-    profile = tmp_path / "profile"
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
-               "--remote-debugging-port=0", "--remote-allow-origins=*", "about:blank"]  # fmt: skip
+def test_retry_and_drop_in_a_browser(site, tmp_path, quickly):
+    """Links by mouse and keyboard, the question after them, and forms whose Origin the page's own policy decides."""
 
-    async def visit(client, address):
-        quiet = asyncio.subprocess.DEVNULL
-        chromium = await asyncio.create_subprocess_exec(*command, stdout=quiet, stderr=quiet)
-        try:
-            async with asyncio.timeout(300):
-                port = profile / "DevToolsActivePort"
-                while not (port.exists() and port.read_text().count("\n")):
-                    await asyncio.sleep(0.05)
-                async with client.get(f"http://127.0.0.1:{port.read_text().split()[0]}/json/list") as answer:
-                    (tab,) = [each for each in await answer.json(content_type=None) if each["type"] == "page"]
-                async with client.ws_connect(tab["webSocketDebuggerUrl"]) as devtools:
-                    await go(devtools, f"location = '{address}'", "!!document.querySelector('[name=password]')")
-                    fill = f"document.querySelector('[name=password]').value = '{PASSWORD}'; "
-                    await go(
-                        devtools, fill + "document.querySelector('button').click()", "!!document.querySelector('#live')"
-                    )
-                    await go(devtools, f"location = '{address}jobs/2/retry'", "document.title.startsWith('retry')")
-                    await go(
-                        devtools, "document.querySelector('main button').click()", "!!document.querySelector('#live')"
-                    )
-        finally:
-            chromium.kill()
-            await chromium.wait()
+    async def visit(tab, address):
+        await click(tab, 'nav a[href="/?state=failed"]')
+        await tab.until("document.querySelector('#retry-2')")
+        tree = (await tab.call("Accessibility.getFullAXTree"))["nodes"]
+        links = [node["name"]["value"] for node in tree if node.get("role", {}).get("value") == "link"]
+        assert [name for name in links if "job" in name] == ["retry job 2", "drop job 2"]
+        await click(tab, "#retry-2")
+        await tab.until("document.title === 'retry job 2?'")
+        assert "tried again" in await tab.evaluate("document.body.innerText")
+        await click(tab, "main a")  # keep it as it is
+        await tab.until("document.querySelector('#live')")
+        assert site.store.job(2)["state"] == "dead"
+        await tab.go(f"{address}?state=failed", "document.querySelector('#retry-2')")
+        await click(tab, "#retry-2")
+        await tab.until("document.title === 'retry job 2?'")
+        assert site.store.job(2)["state"] == "dead", "a link changes nothing"
+        await click(tab, "main button")
+        await tab.until("document.querySelector('#job-2')")
+        assert site.store.job(2)["state"] == "grouped"
+        assert await tab.evaluate("document.querySelector('#job-2 td').textContent") == "grouped"
+        await tab.evaluate("document.querySelector('#drop-3').focus()")
+        await tab.press("Enter")
+        await tab.until("document.title === 'drop job 3?'")
+        assert "cannot be undone" in await tab.evaluate("document.body.innerText")
+        assert site.store.job(3)["state"] == "grouped"
+        await tab.evaluate("document.querySelector('main button').focus()")
+        await tab.press("Enter")
+        await tab.until("document.querySelector('#live') && location.search === '?state=failed'")
+        assert site.store.job(3)["state"] == "dropped"
 
-    site.run(visit)
-    assert site.store.job(2)["state"] == "grouped"
-
-
-async def go(devtools, script, until):
-    """Run a script in the page, and wait until an expression holds in what it leads to."""
-    await evaluate(devtools, script)
-    while not await evaluate(devtools, until):
-        await asyncio.sleep(0.05)
+    in_a_browser(site, tmp_path, visit)
+    told = site.log.getvalue()
+    assert told.count('"worklist_retry"') == told.count('"worklist_drop"') == 1
 
 
-async def evaluate(devtools, expression):
-    await devtools.send_json({"id": 1, "method": "Runtime.evaluate", "params": {"expression": expression}})
-    while (answer := await devtools.receive_json()).get("id") != 1:
-        pass
-    return answer["result"]["result"].get("value")
+@browser
+@pytest.mark.slow
+def test_the_numbers_in_a_browser_are_the_queues_and_live(site, tmp_path, quickly):
+    def since(seconds):
+        """All jobs came so long ago."""
+        with site.store._begin() as c:
+            c.execute(sa.update(jobs).values(first_at=time.time() - seconds))
 
+    async def shown(tab):
+        """What the page says, of which the second renewal began and ended within two looks at the queue."""
+        before = site.store.counts()["oldest_open_s"]
+        for _ in range(2):
+            await tab.evaluate("new Promise((renewed) => new MutationObserver(renewed).observe(live, {subtree: true, "
+                               "childList: true, characterData: true}))")  # fmt: skip
+        numbers = await tab.evaluate(NUMBERS)
+        age_s = int(numbers["oldest open"].removesuffix(" s"))
+        return numbers, age_s, before - 1 <= age_s <= site.store.counts()["oldest_open_s"] + 1
 
-async def _set(event):
-    event.set()
+    async def visit(tab, address):
+        await tab.evaluate("window.first = true")
+        since(5000)
+        await tab.until(f"parseInt(({NUMBERS})['oldest open']) >= 5000")
+        numbers, age_s, is_of_the_queue = await shown(tab)
+        assert is_of_the_queue and age_s < 5600
+        assert (numbers["open"], numbers["failed"]) == ("1", "1")
+        assert (numbers["done in an hour"], numbers["done in a day"]) == ("1", "1")
+        await tab.until(f"parseInt(({NUMBERS})['oldest open']) > {age_s}")
+        claim = site.store.claim_job(60)
+        site.store.deliver(claim, [Result(kind="k", sop_class="1", sop_instance="1.10", path="r")], {"pacs": {"k"}}, 1)
+        (delivery,) = site.store.claim_deliveries("pacs", 60)
+        site.store.delivered(delivery.id, final=True)
+        await tab.until(f"({NUMBERS})['done in an hour'] === '2'")
+        numbers = await tab.evaluate(NUMBERS)
+        done = str(site.store.done_since(time.time() - 3600))
+        assert (numbers["open"], numbers["oldest open"], numbers["done in a day"]) == ("0", "0 s", done) and done == "2"
+        assert (numbers["no radiographs"], numbers["conflicts"]) == ("0", "0")
+        site.store.add(dataclasses.replace(received(20), kind="other"), 0, 0)
+        site.store.add(dataclasses.replace(received(0), digest="another"), 0, 0)
+        (site.folder / "rejected").mkdir(parents=True)
+        (site.folder / "rejected" / "no.dcm").write_bytes(b"no")
+        await tab.until(f"({NUMBERS})['rejected files'] === '1'")
+        numbers, kept = await tab.evaluate(NUMBERS), site.store.counts()["objects"]
+        assert (numbers["no radiographs"], numbers["conflicts"]) == ("1", "1")
+        assert (kept["other"], kept["conflict"]) == (1, 1) and numbers["open"] == "0"
+        assert await tab.evaluate("window.first"), "it is the page that was loaded first"
+
+    in_a_browser(site, tmp_path, visit)
 
 
 @pytest.mark.parametrize("query", ["state=nothing", "before=x", "before=1%00"])
