@@ -7,6 +7,8 @@ import time
 
 import aiohttp
 import pytest
+from axe import barriers, needs_axe
+from browser import Browser
 from chromium import CHROMIUM, browser
 from chromium import Page as Html
 
@@ -258,6 +260,32 @@ def test_the_page_follows_the_queue_in_a_browser(site, tmp_path, monkeypatch):
     html, errors = site.run(visit)
     assert "Worklist" in Html(html).text and "grouped" not in Html(html).text, "as it was at first"
     assert not re.findall("CONSOLE.*", errors)
+
+
+@browser
+@needs_axe
+@pytest.mark.slow
+def test_the_page_keeps_nobody_from_using_it(site, tmp_path):
+    """axe-core finds no barrier in the login, the list and what asks before a job is dropped."""
+
+    async def visit(client, address):
+        found = {}
+        async with Browser(tmp_path) as chromium, chromium.tab() as page:
+            await page.go(f"{address}login", "document.querySelector('#password')")
+            found["login"] = await barriers(page)
+            await page.evaluate("document.querySelector('#password').focus()")
+            await page.call("Input.insertText", text=PASSWORD)
+            await page.press("Enter")
+            await page.until("document.querySelector('#live')")
+            for width in (1280, 375):
+                await page.size(width, 900)
+                await page.pixels(tmp_path / f"worklist-{width}.png")
+                found[f"list, {width} px"] = await barriers(page)
+            await page.go(f"{address}jobs/2/drop", "document.querySelector('form')")
+            found["asked again"] = await barriers(page)
+        return {state: told for state, told in found.items() if told}
+
+    assert site.run(visit) == {}
 
 
 @browser
