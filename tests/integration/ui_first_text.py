@@ -2,10 +2,10 @@
 
     python tests/integration/ui_first_text.py build/demo/repository --json docs/results/ui-first-text.json
 
-Chromium has a phantom read again and again: alone, and beside visitors who ask again once they are answered. The reading
-room is a process of its own, which tells when the first text of each reading came out of its gRPC client; the page tells
-when it was in the document, and when the next frame was drawn. Both read the clock of this machine; how far apart their
-readings of it may be is told too.
+Chromium has a phantom read again and again: alone, and beside visitors who ask again once they are answered. The
+reading room is a process of its own, which tells when the first text of each reading came out of its gRPC client; the
+page tells when it was in the document, and when the next frame was drawn. Both read the clock of this machine; how far
+apart their readings of it may be is told too.
 """
 
 from __future__ import annotations
@@ -54,22 +54,26 @@ WATCH = f"""(() => {{
 
 
 def tell_first_texts() -> None:
-    """Make readings of this process tell on standard output when the first text of each came."""
+    """Make readings of this process tell on standard output when the first text of each came: not a tag around it."""
     from cxr_triton.client.aio import AsyncReadingStream
     from cxr_triton.client.ui.readings import Readings
+    from cxr_triton.split import Splitter
 
-    begun, following, names = Readings._begun, AsyncReadingStream.__anext__, {}
+    begun, following, known = Readings._begun, AsyncReadingStream.__anext__, {}
 
     async def named(self, session, body):
         writing = await begun(self, session, body)
-        names[id(writing.stream)] = writing.asked.name
+        known[id(writing.stream)] = writing.asked.name, Splitter(writing.checked.grammar)
         return writing
 
     async def timed(self):
         text = await following(self)
-        if name := names.pop(id(self), None):
-            at_s = time.time()
-            print(json.dumps({"reading": name, "at_s": at_s}), flush=True)
+        at_s = time.time()
+        if id(self) in known:
+            name, splitter = known[id(self)]
+            if any(part for _, part in splitter.push(text)):
+                print(json.dumps({"reading": name, "at_s": at_s}), flush=True)
+                del known[id(self)]
         return text
 
     Readings._begun, AsyncReadingStream.__anext__ = named, timed
