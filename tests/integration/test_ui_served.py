@@ -165,7 +165,7 @@ def radiograph() -> bytes:
 
 
 @pytest.fixture
-def visiting(room, tmp_path):
+def visiting(triton, room, tmp_path):
     """Runs a coroutine with a page of the room and the browser; it may ask nobody else, and make no complaint."""
 
     async def visit(do):
@@ -178,12 +178,23 @@ def visiting(room, tmp_path):
             assert [said for said in page.complaints if not said.startswith(REFUSED)] == []
             return result
 
-    return lambda do: asyncio.run(visit(do))
+    yield lambda do: asyncio.run(visit(do))
+    triton.hold.unlink(missing_ok=True)
 
 
 REFUSED = "Failed to load resource: the server responded with a status of 4"
 TASK = "document.querySelector('#ask0-task-{}').click()"
 STATES = texts("article .state")
+CHECK = "[...document.querySelectorAll('.check')].find((each) => each.textContent.includes('{}')).click()"
+PARTS = "[...document.querySelectorAll('{}')].map((each) => [each.firstChild.textContent, each.lastChild.textContent])"
+CHIPS, BARS = PARTS.format(".chips li"), PARTS.format(".bars div")
+SHOWN = 0.1
+"""Scores are shown to a tenth, and hang in their last digits on what is computed at the same time."""
+
+
+def log_odds(said: str) -> float:
+    """Of a score as it is shown."""
+    return float(said.replace("−", "-"))
 
 
 async def shot(page, folder: Path, name: str) -> None:
@@ -274,23 +285,8 @@ def test_a_browser_does_with_five_megapixels_what_the_grpc_client_does(visiting,
     saved = Reading.from_json(files[".json"].decode())
     assert saved.text == found.text and saved.scores == pytest.approx(found.scores, abs=SHOWN)
     assert NOT_FOR_DIAGNOSIS in files[".html"].decode()
-    assert (
-        pydicom.dcmread(io.BytesIO(files[".dcm"])).StudyInstanceUID == saved.images[0]["identity"]["study_instance_uid"]
-    )
-
-
-CHECK = "[...document.querySelectorAll('.check')].find((each) => each.textContent.includes('{}')).click()"
-PARTS = "[...document.querySelectorAll('{}')].map((each) => [each.firstChild.textContent, each.lastChild.textContent])"
-CHIPS, BARS = PARTS.format(".chips li"), PARTS.format(".bars div")
-
-
-SHOWN = 0.1
-"""Scores are shown to a tenth, and hang in their last digits on what is computed at the same time."""
-
-
-def log_odds(said: str) -> float:
-    """Of a score as it is shown."""
-    return float(said.replace("−", "-"))
+    (report, source) = (pydicom.dcmread(io.BytesIO(data)) for data in (files[".dcm"], radiograph))
+    assert (report.Modality, report.StudyInstanceUID) == ("SR", source.StudyInstanceUID)
 
 
 @browser
