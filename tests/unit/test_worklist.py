@@ -277,10 +277,9 @@ def test_the_page_keeps_nobody_from_using_it(site, tmp_path):
             await page.call("Input.insertText", text=PASSWORD)
             await page.press("Enter")
             await page.until("document.querySelector('#live')")
-            for width in (1280, 375):
+            for width, scheme in ((375, "light"), (1280, "dark")):
                 await page.size(width, 900)
-                await page.pixels(tmp_path / f"worklist-{width}.png")
-                found[f"list, {width} px"] = await barriers(page)
+                found[f"list, {width} px"] = await barriers(page, [scheme])
             await page.go(f"{address}jobs/2/drop", "document.querySelector('form')")
             found["asked again"] = await barriers(page)
         return {state: told for state, told in found.items() if told}
