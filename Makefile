@@ -38,7 +38,7 @@ quick: $(VENV)/.test
 # The unit tests on all cores, and then the others alone: they serve models, and some compare speeds. Both run, whatever the
 # first says. Where PYTEST_OPTIONS leave one of them without a test, it says 5.
 SERVED := contract integration
-test: server-python $(VENV)/.test debian vllm
+test: server-python $(VENV)/.test debian vllm axe
 	$(BIN)/ruff check .
 	@trap 'exit 130' INT; set -x; \
 	$(UNIT) $(foreach folder,$(SERVED),--ignore=tests/$(folder) --deselect=tests/$(folder)) $(PYTEST_OPTIONS); unit=$$?; \
@@ -114,6 +114,13 @@ debian:
 		sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 		$$sudo apt-get update -qq && $$sudo apt-get install -y -qq $$missing >/dev/null || echo "could not install: $$missing"; \
 	fi
+
+# What finds barriers in pages, for tests, which are skipped where npm cannot fetch it. Under the MPL, and in no package.
+AXE := build/axe-core-4.14.1.tgz
+.PHONY: axe
+axe:
+	@[ -e $(AXE) ] || { mkdir -p build && npm pack --silent --fetch-retries=0 --pack-destination build axe-core@4.14.1 >/dev/null; } \
+		|| echo "could not fetch: axe-core"
 
 clean:
 	rm -rf build dist *.egg-info

@@ -47,6 +47,12 @@ def failure(text: str):
 Answer = Callable[[pb.ModelInferRequest, grpc.ServicerContext], Iterator[pb.ModelStreamInferResponse]]
 
 
+def asked_of(request: pb.ModelInferRequest) -> dict:
+    """The REQUEST that a reading was asked for with."""
+    names = [tensor.name for tensor in request.inputs]
+    return json.loads(request.raw_input_contents[names.index("REQUEST")][4:])
+
+
 class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
     """Runs on a free port until the `with` block ends.
 
@@ -103,8 +109,7 @@ class FakeServer(pb_grpc.GRPCInferenceServiceServicer):
     @property
     def asked(self) -> dict:
         """The REQUEST of the last reading."""
-        names = [tensor.name for tensor in self.requests[-1].inputs]
-        return json.loads(self.requests[-1].raw_input_contents[names.index("REQUEST")][4:])
+        return asked_of(self.requests[-1])
 
     def ServerReady(self, request, context):
         return pb.ServerReadyResponse(ready=True)

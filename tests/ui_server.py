@@ -27,7 +27,10 @@ class UiServer(HttpServer):
     def __init__(self, *urls: str, away: str = "", page: Path = service.PAGE, known_s: float = PATIENT_S, **settings):
         super().__init__(Settings(port=0, **{"decoders": 1, **settings}))
         self._known = mock.patch.object(servers, "KNOWN_S", known_s)
-        self._limits = {url: Timeouts(connect_s=0.5 if url == away else PATIENT_S, first_delta_s=None) for url in urls}
+        self._limits = {
+            url: Timeouts(connect_s=0.5 if url == away else PATIENT_S, first_delta_s=None, idle_s=5 * PATIENT_S)
+            for url in urls
+        }
         self._page = page
 
     def __enter__(self):

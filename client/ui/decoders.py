@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from cxr_triton.client.objects.source import source_header
-from cxr_triton.client.ui.sessions import Picture
+from cxr_triton.client.ui.sessions import Picture, Preset
 from cxr_triton.errors import InvalidImage
 from cxr_triton.pixels.display import PRESETS
 from cxr_triton.pixels.plausibility import VIEWS
@@ -70,17 +70,16 @@ class Decoders:
         policy, views = (profile.not_a_chest, profile.views) if profile else ("flag", VIEWS)
 
         def looked(sandbox: Sandbox) -> Picture:
-            prepared = _prepared(sandbox, data, preset, policy, views)
+            prepared = _prepared(sandbox, data, Preset(preset), policy, views)
             shown = prepared.facts["preset"]
             height, width = prepared.pixels.shape[:2]
-            others = [] if shown == "as_is" else [other for other in PRESETS if other != shown]
             return Picture(
                 file_name=file_name,
                 data=data,
                 facts=prepared.facts,
                 width=width,
                 height=height,
-                presets={MODEL: shown, **{other: other for other in others}},
+                presets=_presets(shown, prepared.windows),
                 patient=self._patient(data) if prepared.facts["format"] == "dicom" else "",
                 pngs={MODEL: _png(prepared.pixels)},
             )
@@ -129,21 +128,38 @@ class Decoders:
 
 def presets(picture: Picture, is_models: bool) -> list[dict[str, str]]:
     """What the page is told of the ways to show a picture, of which the first `is_models` for every server, or not."""
-    model, *others = picture.presets
-    shown = picture.presets[model]
-    title = "As the model sees it" if is_models and shown != "as_is" else TITLES[shown]
-    return [{"name": model, "title": title}, *({"name": other, "title": TITLES[other]} for other in others)]
+    titles = {name: preset.title or TITLES[preset.render] for name, preset in picture.presets.items()}
+    if is_models and picture.presets[MODEL].render != "as_is":
+        titles[MODEL] = "As the model sees it"
+    return [{"name": name, "title": title} for name, title in titles.items()]
 
 
-def _prepared(sandbox: Sandbox, data: bytes, preset: str, not_a_chest: str | None, views: Sequence[str]) -> Prepared:
+def _presets(shown: str, windows: Sequence[str]) -> dict[str, Preset]:
+    """Those of a picture that the model sees by the preset `shown`, and whose file has such further windows."""
+    model = {MODEL: Preset(shown)}
+    if shown == "as_is":
+        return model
+    others = {other: Preset(other) for other in PRESETS if other != shown}
+    return (
+        model
+        | others
+        | {
+            f"window-{number}": Preset("voi_display", number, words or f"Window {number + 2}")
+            for number, words in enumerate(windows)
+        }
+    )
+
+
+def _prepared(sandbox: Sandbox, data: bytes, preset: Preset, not_a_chest: str | None, views: Sequence[str]) -> Prepared:
     return sandbox.prepare(
         data,
-        preset="mimic_jpg" if preset == "as_is" else preset,  # of a display-ready file it changes nothing
+        preset="mimic_jpg" if preset.render == "as_is" else preset.render,  # of a display-ready file it changes nothing
         min_pixels=1,
         max_pixels=MOST_PIXELS,
         factor=1,
         not_a_chest=not_a_chest,
         views=views,
+        window=preset.window,
     )
 
 

@@ -41,6 +41,7 @@ _REQUEST = {
     "scores": "scores",
     "logprobs": "logprobs",
     "seed": "seed",
+    "temperature": "temperature",
     "max_tokens": "max_new_tokens",
 }
 """Keys of a body that are keys of the REQUEST."""

@@ -23,6 +23,25 @@ PICTURE, READING = "{picture:p[0-9a-f]{16}}", "{reading:r[0-9a-f]{16}}"
 """Names of them in the path of a request."""
 
 
+@dataclass(frozen=True)
+class Preset:
+    """A way to draw a picture.
+
+    Attributes
+    ----------
+    render : str
+        What `cxr_triton.pixels.display.render` calls it; as_is where it changes nothing.
+    window : int or None
+        Which of the file's further windows it uses, see `cxr_triton.pixels.sandbox.Prepared`; None for the first one.
+    title : str
+        What the file calls that window.
+    """
+
+    render: str
+    window: int | None = None
+    title: str = ""
+
+
 @dataclass(eq=False, kw_only=True)
 class Picture:
     """A file that a visitor gave, and what was found in it.
@@ -37,8 +56,8 @@ class Picture:
         See `cxr_triton.pixels.sandbox.Prepared`.
     width, height : int
         Of its PNG.
-    presets : dict of str to str
-        For each preset that it can be shown with, what `cxr_triton.pixels.display.render` calls it.
+    presets : dict of str to Preset
+        Each that it can be shown with.
     patient : str
         Digest of the Patient ID; empty where the file has none.
     pngs : dict of str to bytes
@@ -51,7 +70,7 @@ class Picture:
     facts: dict[str, Any]
     width: int
     height: int
-    presets: dict[str, str]
+    presets: dict[str, Preset]
     patient: str
     pngs: dict[str, bytes]
 

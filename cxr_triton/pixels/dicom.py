@@ -215,6 +215,8 @@ def _read_dicom(data: bytes, start: int, limits: Limits) -> Radiograph:
     if lossy or dataset.text(Tag.LOSSY) == "01":
         flags.add("lossy")
     transform = header.modality_transform(dataset, layout.signed, flags)
+    negative_input = declared_range(bits_stored, layout.signed, transform)[0] < 0
+    voi = header.voi(dataset, negative_input, flags)
     view, orientation = header.view(dataset, flags)
     header.presentation_flags(dataset, layout.photometric, flags)
     laterality = dataset.text(Tag.IMAGE_LATERALITY) or dataset.text(Tag.LATERALITY)
@@ -230,7 +232,8 @@ def _read_dicom(data: bytes, start: int, limits: Limits) -> Radiograph:
         sop_class=sop_class,
         modality=modality,
         modality_transform=transform,
-        voi=header.voi(dataset, declared_range(bits_stored, layout.signed, transform)[0] < 0, flags),
+        voi=voi,
+        other_windows=header.other_windows(dataset, negative_input, voi),
         padding=header.padding(dataset, layout.signed),
         view=view,
         patient_orientation=orientation,

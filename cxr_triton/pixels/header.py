@@ -14,8 +14,9 @@ import numpy as np
 from cxr_triton.errors import HeaderMismatch
 from cxr_triton.pixels.anatomy import Anatomy, Code, view_of, weigh
 from cxr_triton.pixels.elements import DataSet, Tag
-from cxr_triton.pixels.transforms import VOI_FUNCTIONS, LookupTable, Rescale, Window
+from cxr_triton.pixels.transforms import VOI_FUNCTIONS, LookupTable, Rescale, VoiFunction, Window
 
+MOST_WINDOWS, _MOST_WORDS = 8, 32
 _UID = re.compile(r"[0-9][0-9.]{0,63}")
 
 
@@ -127,11 +128,9 @@ def voi(dataset: DataSet, negative_input: bool, flags: set[str]) -> Window | Loo
         flags.add("voi_lut_unusable")
     if not centers and not widths:
         return None
-    named = dataset.text(Tag.VOI_FUNCTION) or "LINEAR"
-    if named not in VOI_FUNCTIONS:
+    if (dataset.text(Tag.VOI_FUNCTION) or "LINEAR") not in VOI_FUNCTIONS:
         flags.add("voi_function_unknown")
-    function = next((known for known in VOI_FUNCTIONS if known == named), VOI_FUNCTIONS[0])
-    window = Window(centers[0], widths[0], function) if centers and widths else None
+    window = Window(centers[0], widths[0], _function(dataset)) if centers and widths else None
     if window is None or not window.usable:
         flags.add("window_fallback")
         return None
@@ -140,11 +139,45 @@ def voi(dataset: DataSet, negative_input: bool, flags: set[str]) -> Window | Loo
     return window
 
 
+def other_windows(
+    dataset: DataSet, negative_input: bool, used: Window | LookupTable | None
+) -> tuple[tuple[str, Window | LookupTable], ...]:
+    """VOI LUTs and windows that the file offers besides the one that `voi` uses, with its words for each, if any.
+
+    Those that are unusable are left out, and so is what comes after `MOST_WINDOWS`.
+    """
+    found: list[tuple[str, Window | LookupTable]] = []
+    for number, item in enumerate(dataset.items(Tag.VOI_LUT)[: MOST_WINDOWS + 1]):
+        table = _table(item, negative_input, set())
+        if table and (number or not isinstance(used, LookupTable)):
+            found.append((_words(item.first(Tag.LUT_EXPLANATION)), table))
+    function, explained = _function(dataset), dataset.texts(Tag.WINDOW_EXPLANATION)
+    pairs = zip(dataset.numbers(Tag.CENTER), dataset.numbers(Tag.WIDTH), strict=False)
+    for number, (center, width) in enumerate(pairs):
+        window = Window(center, width, function)
+        if window.usable and (number or not isinstance(used, Window)):
+            found.append((_words(explained[number]) if number < len(explained) else "", window))
+    return tuple(found[:MOST_WINDOWS])
+
+
+def _words(text: str) -> str:
+    return "".join(character for character in text if character.isprintable())[:_MOST_WORDS].strip()
+
+
+def _function(dataset: DataSet) -> VoiFunction:
+    named = dataset.text(Tag.VOI_FUNCTION)
+    return next((known for known in VOI_FUNCTIONS if known == named), VOI_FUNCTIONS[0])
+
+
 def _first_table(dataset: DataSet, tag: Tag, negative_input: bool, flags: set[str]) -> LookupTable | None:
-    """LUT Descriptor and LUT Data of the first item (PS3.3 C.11.1.1.1); None if malformed."""
     item = next(iter(dataset.items(tag)), None)
-    descriptor = item.shorts(Tag.LUT_DESCRIPTOR) if item else []
-    if item is None or len(descriptor) != 3:
+    return _table(item, negative_input, flags) if item else None
+
+
+def _table(item: DataSet, negative_input: bool, flags: set[str]) -> LookupTable | None:
+    """LUT Descriptor and LUT Data of an item (PS3.3 C.11.1.1.1); None if malformed."""
+    descriptor = item.shorts(Tag.LUT_DESCRIPTOR)
+    if len(descriptor) != 3:
         return None
     count, first, bits = descriptor[0] or 65536, descriptor[1], descriptor[2]
     raw = item.raw(Tag.LUT_DATA)

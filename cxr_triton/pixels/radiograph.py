@@ -30,6 +30,8 @@ class Metadata:
     modality_transform : Rescale, LookupTable or None
     voi : Window, LookupTable or None
         The first one; an unusable one is None.
+    other_windows : tuple of (str, Window or LookupTable)
+        Further ones, each with what the file calls it: free text, or empty.
     padding : (int, int) or None
         Smallest and largest stored value that is padding.
     view : str
@@ -60,6 +62,7 @@ class Metadata:
     modality: str = ""
     modality_transform: Rescale | LookupTable | None = None
     voi: Window | LookupTable | None = None
+    other_windows: tuple[tuple[str, Window | LookupTable], ...] = ()
     padding: tuple[int, int] | None = None
     view: str = "unknown"
     patient_orientation: tuple[str, ...] = ()

@@ -63,6 +63,8 @@ class Prepared:
         patient data.
     study_date : str
         As `cxr_triton.pixels.radiograph.Metadata` has it; not among the facts, so that no server sends it.
+    windows : tuple of str
+        What the file calls the further windows that it can be drawn with; free text, so not among the facts either.
     decode_ms, preprocess_ms : float
         Reading the file; rendering and resizing.
     """
@@ -71,6 +73,7 @@ class Prepared:
     source_size: tuple[int, int]
     facts: dict[str, Any]
     study_date: str
+    windows: tuple[str, ...]
     decode_ms: float
     preprocess_ms: float
 
@@ -258,6 +261,7 @@ class Sandbox:
         factor: int = 28,
         not_a_chest: str | None = None,
         views: Sequence[str] = VIEWS,
+        window: int | None = None,
     ) -> Prepared:
         """Read, render and resize one file.
 
@@ -273,6 +277,8 @@ class Sandbox:
             What becomes of an image that is no chest, see `cxr_triton.pixels.plausibility`; by default nobody looks.
         views : sequence of str
             Views that are no doubt.
+        window : int, optional
+            Which one of its further windows, see `Prepared`, is used by voi_display; by default its first window.
 
         Raises
         ------
@@ -291,6 +297,7 @@ class Sandbox:
             "factor": factor,
             "not_a_chest": not_a_chest,
             "views": list(views),
+            "window": window,
         }
         # three channels; its sides are rounded, and up to a `factor` each
         most = 3 * (2 * max(min_pixels, max_pixels) + (200 * factor) ** 2)
@@ -418,6 +425,7 @@ def _prepared(answer: dict[str, Any], payload: bytes, has_region: bool) -> Prepa
         tuple(answer["source_size"]),
         answer["facts"],
         answer["study_date"],
+        tuple(answer["windows"]),
         answer["decode_ms"],
         answer["preprocess_ms"],
     )

@@ -21,6 +21,7 @@ _ANSWER = {
     "source_size": (list,),
     "facts": (dict,),
     "study_date": (str,),
+    "windows": (list,),
     "decode_ms": _NUMBER,
     "preprocess_ms": _NUMBER,
     "recycle": (bool,),
@@ -81,7 +82,7 @@ def require_prepared(answer: dict[str, Any], size: int, has_region: bool) -> Non
         _require(all(type(number) is int and least <= number < 1 << 31 for number in numbers))
     _require(len(shape) in (2, 3) and shape[2:] in ([], [3]) and min(shape) > 0 and math.prod(shape) == size)
     _require(len(answer["source_size"]) == 2 and len(facts["percentiles"]) == 2)
-    for words in (facts["patient_orientation"], facts["flags"], facts["identity"].values()):
+    for words in (facts["patient_orientation"], facts["flags"], facts["identity"].values(), answer["windows"]):
         _require(len(words) <= 64 and all(type(word) is str and len(word) <= 64 for word in words))
 
 

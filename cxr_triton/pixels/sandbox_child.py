@@ -124,14 +124,16 @@ def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
     started = time.perf_counter()
     radiograph = read_image(data, limits)
     decoded = time.perf_counter()
-    picture = render(radiograph, order["preset"])
-    region, doubts = _judge(radiograph.metadata, picture.pixels, order) if order["not_a_chest"] else ({}, ())
+    metadata = radiograph.metadata
+    if (window := order["window"]) is not None:
+        metadata = replace(metadata, voi=metadata.other_windows[window][1])
+    picture = render(replace(radiograph, metadata=metadata), order["preset"])
+    region, doubts = _judge(metadata, picture.pixels, order) if order["not_a_chest"] else ({}, ())
     height, width = picture.pixels.shape[:2]
     budget = {name: order[name] for name in ("min_pixels", "max_pixels", "factor")}
-    size = target_size(*square_size(height, width, radiograph.metadata.pixel_aspect_ratio), **budget)
+    size = target_size(*square_size(height, width, metadata.pixel_aspect_ratio), **budget)
     pixels = np.ascontiguousarray(resize(picture.pixels, size))
     finished = time.perf_counter()
-    metadata = radiograph.metadata
     facts = {name: getattr(metadata, name) for name in _FACTS}
     facts |= {
         "pixel_aspect_ratio": round(metadata.pixel_aspect_ratio, 4),
@@ -147,6 +149,7 @@ def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
         "source_size": [height, width],
         "facts": facts,
         "study_date": metadata.study_date,
+        "windows": [words for words, _ in metadata.other_windows],
         "decode_ms": round((decoded - started) * 1000, 3),
         "preprocess_ms": round((finished - decoded) * 1000, 3),
     }

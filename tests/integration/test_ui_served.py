@@ -1,4 +1,4 @@
-"""The reading room in front of the demonstration model on the real served ensemble: many visitors, stops, exports."""
+"""The reading room in front of the demonstration model on the real served ensemble: many visitors, and a browser."""
 
 import asyncio
 import dataclasses
@@ -6,12 +6,15 @@ import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import evaluate
 import jsonschema
 import numpy as np
 import pytest
+import yaml
 from chromium import browser
+from directed_decoder import direct
 from fake_session import until
 from served import Raw
 
@@ -19,6 +22,7 @@ pytest.importorskip("aiohttp")
 pytest.importorskip("highdicom")
 
 from browser import Browser
+from ui_room import COLUMNS, DRAWN, READ, ROWS, SAVE, STAGE, WIDE, given, sides, texts, until_boxed, wait
 from ui_server import UiServer, Visitor, said
 
 from cxr_triton import phantom_file
@@ -30,6 +34,18 @@ pytestmark = pytest.mark.triton
 ROOT = Path(__file__).resolve().parents[2]
 PHANTOM = ROOT / "tests" / "phantom"
 VISITORS = 16
+TASKS = {
+    "localisation": {"prompt": "Locate them.", "answer": "boxes", "description": "Boxes that the test gives."},
+    "comparison": {
+        "prompt": "Compare them.",
+        "answer": "text",
+        "description": "Two.",
+        "min_images": 2,
+        "max_images": 2,
+    },
+}
+"""What the demonstration model has no tasks for."""
+BOXES = "<think>It is wide.</think><answer><|ref|>Heart<|/ref|><|box|>(20,30),(60,80)<|/box|></answer>"
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +58,16 @@ def triton(tmp_path_factory):
     from cxr_triton.triton_repo.serve import Server
 
     folder = tmp_path_factory.mktemp("ui")
-    profile = load_profile(PHANTOM / "profile.yaml")
+    described = yaml.safe_load((PHANTOM / "profile.yaml").read_text())
+    described["tasks"] |= TASKS
+    (folder / "profile.yaml").write_text(yaml.safe_dump(described))
+    profile = load_profile(folder / "profile.yaml")
     export_checkpoint(str(PHANTOM / "checkpoint"), folder / "export", profile, precision="int4", progress=False)
     bundle = build_bundle(folder / "export", folder / "bundle")
     write_repository(bundle.path, folder / "repository", Settings(threads=1), unverified=True)
-    with Server(folder / "repository", grpc_port=0, metrics_port=0, http_port=0) as server:
+    direct(folder / "repository", folder / "hold", BOXES)
+    with Server(folder / "repository", grpc_port=0, metrics_port=0, http_port=0, modified=True) as server:
+        server.hold = folder / "hold"
         yield server
 
 
@@ -132,34 +153,162 @@ def test_what_the_server_refuses_is_said(room):
     assert (error["type"], error["code"]) == ("error", "PROMPT_TOO_LONG") and error["hint"]
 
 
-@browser
-def test_a_browser_shows_what_the_grpc_client_gets_of_five_megapixels(room, triton, tmp_path):
+@pytest.fixture(scope="module")
+def radiograph() -> bytes:
+    """A phantom as a DICOM file of 5 megapixels."""
     (drawn,) = evaluate.held_out(1)
     rows, columns = (
-        np.arange(wide) * side // wide for wide, side in zip((2500, 2048), drawn.stored.shape, strict=True)
+        np.arange(wide) * side // wide for wide, side in zip((ROWS, COLUMNS), drawn.stored.shape, strict=True)
     )
     large = dataclasses.replace(drawn, stored=np.ascontiguousarray(drawn.stored[rows][:, columns]), masks={})
-    (tmp_path / "large.dcm").write_bytes(phantom_file.write_dicom(large, syntax="jpeg_lossless"))
-    with Reader(triton.grpc) as reader:
-        conversation = reader.open(tmp_path / "large.dcm")
-        ours = [conversation.ask(task=task).result() for task in ("findings", "differentials")]
+    return phantom_file.write_dicom(large, syntax="jpeg_lossless")
 
-    async def visit():
+
+@pytest.fixture
+def visiting(triton, room, tmp_path):
+    """Runs a coroutine with a page of the room and the browser; it may ask nobody else, and make no complaint."""
+
+    async def visit(do):
         async with Browser(tmp_path) as chromium, chromium.tab() as page:
-            await page.go(room.origin, "document.querySelector('#question button')")
-            await page.choose("#files", tmp_path / "large.dcm")
-            await page.until("document.querySelector('.pane figcaption')?.textContent.includes('2048 × 2500 px')")
-            await page.evaluate("document.querySelector('#question .primary').click()")
-            await page.until("document.querySelector('.files')")
-            await page.evaluate("document.querySelector('#follow .row button').click()")
-            await page.until("document.querySelectorAll('.files').length === 2")
-            each = "[...document.querySelectorAll('{}')].map((each) => each.{})".format
-            told = [await page.evaluate(each("article .reasoning .prose", "textContent"))]
-            told += [await page.evaluate(each(".chips .present", "firstChild.textContent"))]
-            return *told, await page.evaluate(each("article .answer", "innerText")), page.complaints
+            await page.go(room.origin, "document.querySelector('#question .choices')")
+            result = await do(page, chromium)
+            assert {urlsplit(url).netloc for url in page.asked if url.startswith("http")} == {
+                urlsplit(room.origin).netloc
+            }
+            assert [said for said in page.complaints if not said.startswith(REFUSED)] == []
+            return result
 
-    reasoning, findings, answers, complaints = asyncio.run(visit())
-    assert findings == [finding.label for finding in ours[0].findings] and findings
-    assert " ".join(reasoning[0].split()) == " ".join(ours[0].reasoning.replace("**", "").split())
-    assert " ".join(answers[1].split()) == " ".join(ours[1].answer.replace("**", "").split())
-    assert complaints == []
+    yield lambda do: asyncio.run(visit(do))
+    triton.hold.unlink(missing_ok=True)
+
+
+REFUSED = "Failed to load resource: the server responded with a status of 4"
+TASK = "document.querySelector('#ask0-task-{}').click()"
+STATES = texts("article .state")
+CHECK = "[...document.querySelectorAll('.check')].find((each) => each.textContent.includes('{}')).click()"
+PARTS = "[...document.querySelectorAll('{}')].map((each) => [each.firstChild.textContent, each.lastChild.textContent])"
+CHIPS, BARS = PARTS.format(".chips li"), PARTS.format(".bars div")
+SHOWN = 0.1
+"""Scores are shown to a tenth, and hang in their last digits on what is computed at the same time."""
+
+
+def log_odds(said: str) -> float:
+    """Of a score as it is shown."""
+    return float(said.replace("−", "-"))
+
+
+async def shot(page, folder: Path, name: str) -> None:
+    """The page at both widths, as files to be looked at; nothing is wider than it."""
+    for width in (375, 1280):
+        await page.size(width, 900)
+        high = await page.evaluate("document.documentElement.scrollHeight") if width == 375 else 900
+        await page.size(width, high)
+        await page.pixels(folder / f"{name}-{width}.png")
+        assert await page.evaluate(f"{WIDE}.map((each) => each.outerHTML.slice(0, 80))") == [], (name, width)
+
+
+@browser
+def test_a_browser_does_with_five_megapixels_what_the_grpc_client_does(visiting, triton, radiograph, tmp_path):
+    """Upload, text before the end, scores, boxes, follow-ups, a stop, files, a refusal."""
+    import pydicom
+
+    with Reader(triton.grpc) as reader:
+        conversation = reader.open(radiograph)
+        found = conversation.ask(scores=True).result()
+        ours = conversation.ask(task="differentials").result()
+        asked = conversation.ask(prompt="Is the heart large?").result()
+
+    async def do(page, chromium):
+        await page.choose("#files", given(tmp_path, b"MZ" + bytes(10_000), "hostile.dcm"))
+        await page.until("document.querySelector('.refused .refusal')")
+        assert "INVALID_IMAGE" in (await page.evaluate(texts(".refused")))[0]
+        await shot(page, tmp_path, "refused")
+        await page.evaluate("document.querySelector('.refused button').click()")
+        await page.choose("#files", given(tmp_path, radiograph))
+        await page.until(f"{DRAWN} && document.querySelector('.pane').innerText.includes('{COLUMNS} × {ROWS} px')")
+
+        await page.evaluate(CHECK.format("How sure"))
+        triton.hold.touch()
+        await page.evaluate(READ)
+        await page.until("document.querySelector('.reasoning .prose')?.textContent.trim()")
+        assert await page.evaluate("document.querySelector('article').hasAttribute('aria-busy')"), "while it is written"
+        first = (await page.evaluate(texts(".reasoning .prose", "textContent")))[0]
+        assert found.reasoning.startswith(first.strip()) and first.strip() != found.reasoning
+        await shot(page, tmp_path, "writing")
+        triton.hold.unlink()
+        await page.until("document.querySelector('.files')")
+        await shot(page, tmp_path, "found")
+        chips = {label: said.split(" · ") for label, said in await page.evaluate(CHIPS) if said.startswith("present")}
+        assert {label: log_odds(said[-1]) for label, said in chips.items()} == pytest.approx(
+            {finding.label: finding.score for finding in found.findings}, abs=SHOWN
+        )
+        bars = {label: log_odds(said) for label, said in await page.evaluate(BARS)}
+        assert bars == pytest.approx(found.scores, abs=SHOWN)
+
+        await page.evaluate("document.querySelector('#follow .row button').click()")
+        await page.until("document.querySelectorAll('.files').length === 2")
+        await page.evaluate("document.querySelector('#follow textarea').focus()")
+        await page.call("Input.insertText", text="Is the heart large?")
+        await page.press("Enter")
+        await page.until("document.querySelectorAll('.files').length === 3")
+        for kind in ("JSON", "Page", "DICOM SR"):
+            await page.evaluate(SAVE.format(kind))
+        await wait(lambda: {file.suffix for file in chromium.saved.glob("*")} == {".json", ".html", ".dcm"})
+        await shot(page, tmp_path, "followed")
+        told = await page.evaluate(texts("article .reasoning .prose", "textContent"))
+        told += await page.evaluate(texts("article .answer"))
+
+        await page.evaluate(TASK.format("localisation"))
+        await page.evaluate(READ)
+        await page.until("document.querySelector('.boxes')")
+        await page.evaluate("scrollTo(0, 0)")
+        await until_boxed(page, sides(await page.evaluate(STAGE)))
+        await shot(page, tmp_path, "boxed")
+
+        await page.evaluate(TASK.format("findings"))
+        triton.hold.touch()
+        await page.evaluate(READ)
+        await page.until("document.querySelector('.reasoning .prose')?.textContent.trim()")
+        await page.evaluate("document.querySelector('.stop').click()")
+        await page.until(f"{STATES}.join() === 'Stopped'")
+        triton.hold.unlink()
+        assert (await page.evaluate(texts(".reasoning .prose", "textContent")))[0].strip(), "what was written stays"
+        await shot(page, tmp_path, "stopped")
+        return told, {file.suffix: file.read_bytes() for file in chromium.saved.iterdir()}
+
+    told, files = visiting(do)
+    until(lambda: Raw(triton).metric("cxr_decoder_streams") == 0)
+    for written, wanted in zip(
+        told, [found.reasoning, ours.reasoning, asked.reasoning, None, ours.answer, asked.answer], strict=True
+    ):
+        assert wanted is None or " ".join(written.split()) == " ".join(wanted.replace("**", "").split())
+    saved = Reading.from_json(files[".json"].decode())
+    assert saved.text == found.text and saved.scores == pytest.approx(found.scores, abs=SHOWN)
+    assert NOT_FOR_DIAGNOSIS in files[".html"].decode()
+    (report, source) = (pydicom.dcmread(io.BytesIO(data)) for data in (files[".dcm"], radiograph))
+    assert (report.Modality, report.StudyInstanceUID) == ("SR", source.StudyInstanceUID)
+
+
+@browser
+def test_a_prior_is_compared_in_its_order(visiting, triton, files, tmp_path):
+    """The server gets the prior first, whichever came first."""
+    with Reader(triton.grpc) as reader:
+        wanted = reader.read([files[1], files[0]], task="comparison").result()
+
+    async def do(page, chromium):
+        for name, data in (("now.dcm", files[0]), ("before.dcm", files[1])):
+            await page.choose("#files", given(tmp_path, data, name))
+            await page.until(f"{texts('#strip strong')}.includes('{name}')")
+        assert await page.evaluate(texts(".pane figcaption > :first-child")) == ["Prior before.dcm", "Current now.dcm"]
+        await page.evaluate(TASK.format("comparison"))
+        await page.evaluate(READ)
+        await page.until("document.querySelector('.files')")
+        await page.evaluate(SAVE.format("JSON"))
+        await wait(lambda: list(chromium.saved.glob("*.json")))
+        await shot(page, tmp_path, "compared")
+        assert await page.evaluate(texts("#follow .row button")) == [], "those of the profile are of one picture"
+        return Reading.from_json(next(chromium.saved.glob("*.json")).read_text())
+
+    told = visiting(do)
+    assert (told.task, told.text) == ("comparison", wanted.text)
+    assert [image["identity"] for image in told.images] == [image["identity"] for image in wanted.images]

@@ -45,7 +45,7 @@ def reading_room(url: str):
 
 
 def ask(door: str, path: str, body: bytes, kind: str = "application/json") -> bytes:
-    connection = http.client.HTTPConnection(door, timeout=60)
+    connection = http.client.HTTPConnection(door, timeout=600)
     connection.request("POST", path, body, {"Content-Type": kind})
     answer = connection.getresponse()
     data = answer.read()

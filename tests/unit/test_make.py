@@ -30,7 +30,7 @@ def made(tmp_path):
         (tmp_path / "vllm").mkdir()
         for there in ("venv/.test", "vllm/.installed"):
             (tmp_path / there).touch()
-        given = ["VENV=venv", "VLLM=vllm", "DEBIAN_PACKAGES=", f"PYTEST_OPTIONS={options}"]
+        given = ["VENV=venv", "VLLM=vllm", "AXE=venv/.test", "DEBIAN_PACKAGES=", f"PYTEST_OPTIONS={options}"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
         ended = subprocess.run(
             ["make", "test", *given], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60

@@ -20,11 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from dicom_files import dataset_of, file_bytes, pattern
 from fake_server import FakeServer, failure, pause, response
 from fake_session import until
 from PIL import Image
+from pydicom.dataset import Dataset
+from pydicom.pixels import apply_voi, apply_windowing
 
 pytest.importorskip("aiohttp")
 pytest.importorskip("highdicom")
@@ -228,6 +231,50 @@ def test_a_dicom_file_is_shown_as_it_is_drawn_for_the_model_and_as_it_asks_for(v
         for _ in range(2):  # drawn, then remembered
             assert np.array_equal(shown(visitor, visitor.pictures[0], preset), render(radiograph, drawn).pixels)
     assert visitor.ask("GET", f"{visitor.path}/pictures/{visitor.pictures[0]}.png?preset=bone")[0] == 400
+
+
+def lut(explanation: str, *entries: int) -> Dataset:
+    """An item of a VOI LUT Sequence: entries for the stored values from 0 on, 12 bits each."""
+    item = Dataset()
+    item.LUTDescriptor, item.LUTExplanation, item.LUTData = [len(entries), 0, 12], explanation, list(entries)
+    item["LUTDescriptor"].VR = item["LUTData"].VR = "US"
+    return item
+
+
+def test_a_dicom_file_is_shown_by_each_of_its_windows_under_the_name_that_it_gives_them(visitor):
+    """pydicom applies them too."""
+    names = ["NORMAL", "HARDER", "", "NO WIDTH"]
+    windows = {"WindowCenter": [1500, 800, 2000, 900], "WindowWidth": [3000, 300, 900, 0]}
+    data = dicom(**windows, WindowCenterWidthExplanation=names)
+    told = visitor.give(data)[1]["presets"]
+    titles = [preset["title"] for preset in told[1:]]
+    assert titles == ["As the file asks for", "HARDER", "Window 3"], "one has no width"
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    for index, preset in enumerate(told[1:]):
+        theirs = apply_windowing(dataset.pixel_array, dataset, index)  # of a range of 12 bits
+        ours = shown(visitor, visitor.pictures[0], preset["name"])
+        assert np.abs(ours - theirs / 4095 * 255).max() <= 0.5 + 1e-6, preset
+
+    tables = [lut("FIRST", *range(4096)), lut("STEEP", *(min(3 * value, 4095) for value in range(4096)))]
+    data = dicom(**windows, VOILUTSequence=tables)
+    told = visitor.give(data)[1]["presets"]
+    assert [each["title"] for each in told[1:]] == ["As the file asks for", "STEEP", "Window 3", "Window 4", "Window 5"]
+    dataset = pydicom.dcmread(io.BytesIO(data))
+    theirs = [apply_voi(dataset.pixel_array, dataset, index) for index in range(2)]
+    theirs += [apply_windowing(dataset.pixel_array, dataset, index) for index in range(3)]
+    for preset, expected in zip(told[1:], theirs, strict=True):
+        ours = shown(visitor, visitor.pictures[1], preset["name"])
+        assert np.abs(ours - expected / 4095 * 255).max() <= 0.5 + 1e-6, preset
+
+
+def test_what_a_file_calls_its_windows_steers_nothing_and_is_bounded(visitor):
+    count = 40
+    words = ["x", "a\u001b[31m" + 50 * "b", *["c"] * (count - 2)]
+    data = dicom(WindowCenter=[*range(count)], WindowWidth=[500] * count, WindowCenterWidthExplanation=words)
+    titles = [preset["title"] for preset in visitor.give(data)[1]["presets"]]
+    assert len(titles) == 10 and titles[2] == "a[31m" + 27 * "b"
+    done = visitor.read(pictures=visitor.pictures[:1])[-1]
+    assert "[31m" not in json.dumps(done), "no reading repeats them"
 
 
 @pytest.mark.parametrize(("kind", "color"), [("PNG", False), ("PNG", True), ("JPEG", False)])

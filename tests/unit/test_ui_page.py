@@ -7,12 +7,11 @@ import io
 import json
 import re
 import threading
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from chromium import Page, is_color
+from chromium import Page
 from chromium import browser as needs_chromium
 from dicom_files import dataset_of, file_bytes, pattern
 from fake_server import FakeServer, pause, response
@@ -23,6 +22,22 @@ pytest.importorskip("highdicom")
 
 from browser import Browser
 from test_ui import CHEXONE, NV, PASSWORD, answering, dicom, forever, reading_of
+from ui_room import (
+    COLUMNS,
+    DRAWN,
+    READ,
+    ROWS,
+    SAVE,
+    STAGE,
+    WIDE,
+    drag,
+    fit,
+    given,
+    sides,
+    texts,
+    until_boxed,
+    wait,
+)
 from ui_server import UiServer
 
 from cxr_triton.client.page import reading_page
@@ -32,18 +47,10 @@ from cxr_triton.pixels.display import render
 from cxr_triton.reading import NOT_FOR_DIAGNOSIS, Reading
 
 pytestmark = [needs_chromium, pytest.mark.slow]
-ROWS, COLUMNS = 2500, 2000  # 5 megapixels
-BOX = (20.0, 30.0, 60.0, 80.0)
-YELLOW = (255, 210, 63)
 TEXT = (
     "<think>The heart is large. The lungs are clear.</think>"
     "<answer><|ref|>Heart<|/ref|><|box|>(20,30),(60,80)<|/box|></answer>"
 )
-STAGE = "(({ x, y, width, height }) => [x, y, width, height])(document.querySelector('.stage').getBoundingClientRect())"
-WIDE = "[...document.querySelectorAll('body *')].filter((each) => each.getBoundingClientRect().right > innerWidth + 1)"
-DRAWN = "document.querySelector('.pane figcaption')?.textContent.includes('%')"
-READ = "document.querySelector('#question .primary').click()"
-SAVE = "document.querySelector('.files [aria-label=\"Save as {}\"]').click()"
 FAILED_LOADS = "Failed to load resource: the server responded with a status of 4"
 
 
@@ -106,16 +113,6 @@ def seen(runner, chromium, servers):
     return lambda do: runner.run(visit(do))
 
 
-def given(folder: Path, data: bytes, name="chest.dcm") -> Path:
-    (folder / name).write_bytes(data)
-    return folder / name
-
-
-def texts(selector: str, what: str = "innerText") -> str:
-    """An expression: what is written in each element."""
-    return f"[...document.querySelectorAll({json.dumps(selector)})].map((each) => each.{what})"
-
-
 def held(text, gate, after=2 / 3, **facts):
     """An answer whose rest, after so much of it, comes once `gate` is set."""
 
@@ -128,36 +125,6 @@ def held(text, gate, after=2 / 3, **facts):
         yield response("", reading_of(request, text, **facts), final=True)
 
     return answer
-
-
-def fit(stage, width=COLUMNS, height=ROWS):
-    """Scale, and where in sight a picture's pixel (0, 0) is, as a viewer that shows the whole picture has them."""
-    left, top, wide, high = stage
-    scale = min(wide / width, high / height)
-    return scale, left + (wide - width * scale) / 2, top + (high - height * scale) / 2
-
-
-def sides(stage, factor=1.0):
-    """The middles of the four sides of `BOX` in sight, the picture zoomed by a factor around the stage's middle."""
-    scale, x, y = fit(stage)
-    middle = np.array([stage[0] + stage[2] / 2, stage[1] + stage[3] / 2])
-    x0, y0, x1, y1 = np.array(BOX) / 100 * (COLUMNS, ROWS, COLUMNS, ROWS) * scale
-    points = np.array([((x0 + x1) / 2, y0), ((x0 + x1) / 2, y1), (x0, (y0 + y1) / 2), (x1, (y0 + y1) / 2)])
-    return middle + (points + np.array([x, y]) - middle) * factor
-
-
-def is_boxed(pixels, x: float, y: float) -> bool:
-    """Whether a box's line goes through a point, to a pixel."""
-    column, row = round(x), round(y)
-    return bool(is_color(pixels[row - 1 : row + 2, column - 1 : column + 2], YELLOW, 60).any())
-
-
-async def until_boxed(page, points, but_not=()) -> None:
-    """Returns once lines of boxes go through all of some points, and through none of others."""
-    while True:
-        pixels = await page.pixels()
-        if all(is_boxed(pixels, *at) for at in points) and not any(is_boxed(pixels, *at) for at in but_not):
-            return
 
 
 def test_a_radiograph_is_shown_read_and_asked_about(tmp_path, triton, seen, chromium):
@@ -211,11 +178,6 @@ def test_a_radiograph_is_shown_read_and_asked_about(tmp_path, triton, seen, chro
     assert pydicom.dcmread(io.BytesIO(files[".dcm"])).Modality == "SR"
 
 
-async def wait(is_so) -> None:
-    while not is_so():
-        await asyncio.sleep(0.03)
-
-
 def test_it_fits_a_phone_and_a_desk_with_the_notice_always_in_sight(tmp_path, triton, seen):
     gate = threading.Event()
     gate.set()
@@ -254,6 +216,7 @@ def test_a_reading_is_stopped(tmp_path, triton, seen):
         await page.evaluate("document.querySelector('.stop').click()")
         await page.until("document.querySelector('.state')?.innerText === 'Stopped'")
         assert "word" in (await page.evaluate(texts(".reasoning")))[0], "what was written stays"
+        assert await page.evaluate(texts(".answer")) == ["Stopped before its answer."]
         kinds = await page.evaluate(texts(".files button"))
         assert "JSON" in kinds and "DICOM SR" not in kinds, "what is not whole becomes no report"
         assert await page.evaluate("document.querySelector('#follow').hidden"), "nor is it gone on from"
@@ -455,13 +418,6 @@ def test_a_mouse_and_two_fingers_move_zoom_and_change_greys(tmp_path, triton, se
         await page.until(f"{shown} > {1.8 * fitted} && {shown} < {2.2 * fitted}")
 
     seen(do)
-
-
-async def drag(page, begin, end, button: str) -> None:
-    held = {"button": button, "buttons": {"left": 1, "right": 2}[button]}
-    await page.mouse("mousePressed", *begin, **held, clickCount=1)
-    await page.mouse("mouseMoved", *end, **held)
-    await page.mouse("mouseReleased", *end, button=button, clickCount=1)
 
 
 MARKED = """new Promise(requestAnimationFrame).then(() => {

@@ -8,6 +8,7 @@ import time
 
 import aiohttp
 import pytest
+from axe import barriers, needs_axe
 from browser import Browser
 from chromium import Page as Html
 from chromium import browser
@@ -294,6 +295,31 @@ async def click(tab, selector):
     )
     await tab.mouse("mousePressed", x, y, button="left", clickCount=1)
     await tab.mouse("mouseReleased", x, y, button="left", clickCount=1)
+
+
+@browser
+@needs_axe
+@pytest.mark.slow
+def test_the_page_keeps_nobody_from_using_it(site, tmp_path):
+    """axe-core finds no barrier in the login, the list and what asks before a job is dropped."""
+
+    async def visit(client, address):
+        found = {}
+        async with Browser(tmp_path) as chromium, chromium.tab() as page:
+            await page.go(f"{address}login", "document.querySelector('#password')")
+            found["login"] = await barriers(page)
+            await page.evaluate("document.querySelector('#password').focus()")
+            await page.call("Input.insertText", text=PASSWORD)
+            await page.press("Enter")
+            await page.until("document.querySelector('#live')")
+            for width, scheme in ((375, "light"), (1280, "dark")):
+                await page.size(width, 900)
+                found[f"list, {width} px"] = await barriers(page, [scheme])
+            await page.go(f"{address}jobs/2/drop", "document.querySelector('form')")
+            found["asked again"] = await barriers(page)
+        return {state: told for state, told in found.items() if told}
+
+    assert site.run(visit) == {}
 
 
 @browser

@@ -4,12 +4,21 @@ import { at, check, choice, make, titled } from "./dom.js";
 
 const OWN = "own question";
 const SCORED = ["labels", "option"];
+/** How the tokens of an answer are chosen: keys of the request, what each is called, and the attributes of its input. */
+const SAMPLING = {
+  seed: ["Seed", { min: 0, step: 1 }],
+  temperature: ["Temperature", { min: 0, max: 5, step: 0.1 }],
+  max_tokens: ["Most tokens", { min: 1, step: 1 }],
+};
 
-/** One choice of server, task and mode; `id` tells the names of its inputs apart. */
+/** One choice of server, task, mode and sampling; `id` tells the names of its inputs apart. */
 class Choice {
   constructor(id, about, count, changed) {
     Object.assign(this, { id, about, count, changed, task: null, mode: null, values: new Map() });
     this.element = make("div", { className: "asked-of" });
+    this.sampling = Object.entries(SAMPLING).map(([key, [, bounds]]) => [key, make("input", { type: "number", ...bounds })]);
+    const labels = this.sampling.map(([key, input]) => make("label", {}, `${SAMPLING[key][0]} `, input));
+    this.fold = make("details", {}, make("summary", {}, "Sampling"), make("div", { className: "numbers" }, ...labels));
     this.server = about.servers.find((server) => server.up)?.name;
     this.render();
   }
@@ -34,7 +43,8 @@ class Choice {
   /** The request's part that is chosen here. */
   get body() {
     const { chosen } = this;
-    const named = { server: this.server, mode: this.mode };
+    const sampling = this.sampling.map(([key, input]) => [key, input.value === "" ? null : Number(input.value)]);
+    const named = { server: this.server, mode: this.mode, ...Object.fromEntries(sampling) };
     if (!chosen) return { ...named, question: this.values.get(OWN) ?? "" };
     const variables = Object.fromEntries(chosen.variables.map((name) => [name, this.#value(name)]));
     return { ...named, task: chosen.name, variables: chosen.variables.length ? variables : null };
@@ -109,6 +119,7 @@ class Choice {
           "Mode",
           modes.map((mode) => one("mode", mode.name, titled(mode.name), { title: mode.title })),
         ),
+      this.fold,
     ];
   }
 
@@ -141,8 +152,6 @@ export class Ask {
     this.compare = check("Compare two, side by side", { change: () => this.#render() });
     this.scores = check("How sure it is of each finding", {});
     this.logprobs = check("Shade uncertain words", {});
-    this.seed = make("input", { type: "number", min: 0, step: 1 });
-    this.tokens = make("input", { type: "number", min: 1, step: 1 });
     this.submit = make("button", { className: "primary" }, "Read");
     this.need = make("span", { className: "none" });
     at("question").addEventListener("submit", (event) => {
@@ -156,6 +165,7 @@ export class Ask {
     this.#choices = [0, 1].map((i) => new Choice(`ask${i}`, about, this.#count, () => this.#changed()));
     for (const [i, before] of kept.entries()) {
       Object.assign(this.#choices[i], { task: before.task, mode: before.mode, values: before.values });
+      for (const [key, [, input]] of before.sampling.entries()) this.#choices[i].sampling[key][1].value = input.value;
       if (about.servers.some((server) => server.name === before.server && server.up)) this.#choices[i].server = before.server;
       this.#choices[i].render();
     }
@@ -197,12 +207,6 @@ export class Ask {
       make("summary", {}, "More"),
       this.scores.label,
       this.logprobs.label,
-      make(
-        "div",
-        { className: "numbers" },
-        make("label", {}, "Seed ", this.seed),
-        make("label", {}, "Most tokens ", this.tokens),
-      ),
     );
     more.open = this.isOpen ?? false;
     more.addEventListener("toggle", () => (this.isOpen = more.open));
@@ -214,7 +218,6 @@ export class Ask {
 
   #send() {
     const chosen = this.compare.input.checked ? this.#choices : this.#choices.slice(0, 1);
-    const whole = (input) => (input.value === "" ? null : Number(input.value));
     this.asked(
       chosen.map((each) => ({
         title: each.chosen ? each.title : each.body.question,
@@ -223,8 +226,6 @@ export class Ask {
           ...each.body,
           scores: this.scores.input.checked && each.canScore ? true : null,
           logprobs: this.logprobs.input.checked ? true : null,
-          seed: whole(this.seed),
-          max_tokens: whole(this.tokens),
         },
       })),
     );

@@ -93,6 +93,8 @@ function tellOthers() {
 function column({ readings }, index) {
   const { server, body } = readings[0].request;
   const told = [server.model, about.servers.length > 1 ? server.name : "", body.mode ? titled(body.mode) : ""];
+  if (body.seed != null) told.push(`seed ${body.seed}`);
+  if (body.temperature != null) told.push(`temperature ${body.temperature}`);
   const name = make("p", { className: "of" }, told.filter(Boolean).join(" · "));
   const turns = readings.flatMap((reading, turn) =>
     turn ? [make("p", { className: "turn" }, reading.request.title), reading.element] : [reading.element],
@@ -114,7 +116,8 @@ function follow() {
 
 function asking(form) {
   const { server } = shown.columns[0].readings[0].request;
-  const tasks = server.tasks.filter((task) => task.follow_up);
+  const takes = ({ images: [least, most] }) => shown.pictures.length >= least && shown.pictures.length <= most;
+  const tasks = server.tasks.filter((task) => task.follow_up && takes(task));
   const chosen = tasks.map((task) => button(titled(task.name), () => goOn({ task }), { title: task.title }));
   const input = make("textarea", { rows: 2, maxLength: about.limits.question_chars, required: true });
   input.addEventListener("keydown", (event) => {
@@ -147,7 +150,7 @@ function goOn({ task, question }) {
       title: task ? titled(task.name) : question,
       server,
       pictures: before.request.pictures,
-      body: { ...asked, logprobs: body.logprobs, seed: body.seed },
+      body: { ...asked, logprobs: body.logprobs, seed: body.seed, temperature: body.temperature },
     };
     const reading = started(request, index);
     shown.columns[index].readings.push(reading);

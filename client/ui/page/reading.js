@@ -121,7 +121,7 @@ export class Reading {
       this.fold.hidden = false;
       this.reasoning.replaceChildren(...(shaded(reading) ?? prose(reading.reasoning)).childNodes);
     }
-    this.answer.replaceChildren(...this.#answered(reading, presence ?? {}));
+    this.answer.replaceChildren(...this.#answered(reading, presence ?? {}, isStopped));
     this.rest.replaceChildren(
       ...[
         !isGood && !isStopped ? make("p", { className: "why" }, `${STATUSES[reading.status] ?? reading.status}.`) : null,
@@ -143,7 +143,7 @@ export class Reading {
     say(`${which}: ${said}`);
   }
 
-  #answered(reading, presence) {
+  #answered(reading, presence, isStopped) {
     const chips = reading.findings.map(({ label, score }) => chip(label, "present", score));
     const found = new Set(reading.findings.map(({ label }) => label));
     const absent = Object.entries(presence).filter(([label, state]) => state === "absent" && !found.has(label));
@@ -171,7 +171,7 @@ export class Reading {
     if (reading.boxes.length) return [];
     if (reading.answer) return [prose(reading.answer)];
     return [
-      make("p", { className: "none" }, "The model gave no answer that could be read."),
+      make("p", { className: "none" }, isStopped ? "Stopped before its answer." : "The model gave no answer that could be read."),
       ...(reading.reasoning ? [] : [prose(reading.text)]),
     ];
   }
