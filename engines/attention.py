@@ -17,8 +17,8 @@ def split_attention(graph: GraphProto, weights: Weights) -> None:
 
     For engines without an operator that writes into its input, or with none that takes several tokens of several
     sequences. ``present_key.i`` and ``present_value.i`` become [B, kv_heads, S, head_dim], the new tokens' own, which
-    the session puts into the cache (`HostGraph.append`). Nothing of the cache's size is copied, neither for that nor
-    for the query heads that share a key.
+    the session puts into the cache (`HostGraph.append`). No keys or values of the cache are copied, neither for that
+    nor for the query heads that share a key; each row attends over the whole of it, what it does not see hidden.
     """
     made_by = {name: node for node in graph.node for name in node.output}
     author = _Attention(graph, weights)

@@ -386,6 +386,14 @@ class Engine:
 
         return step_bytes(bundle.path / f"{graph}.onnx")
 
+    def crowd_bytes(self, bundle, streams: int) -> int:
+        """Weights that a step of so many streams reads; raises as `run_bytes`."""
+        return self.run_bytes(bundle, "decoder")
+
+    def prompt_precision(self, bundle) -> str:
+        """Type of the weights that a prompt is multiplied by."""
+        return str(bundle.precision).removesuffix("-awq")
+
     def product(self, model: bytes, feeds: Mapping, precision: str, threads: int) -> Callable[[], object]:
         """A run of an ONNX model of one matrix product on the CPU, in one of `products`."""
         raise NotImplementedError

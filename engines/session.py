@@ -262,6 +262,11 @@ class HostGraph:
         """Let go of the cache's arrays: there will be others."""
         raise NotImplementedError
 
+    @property
+    def for_scores(self) -> HostGraph:
+        """What runs whatever is scored: probabilities that are compared have to come from one graph."""
+        return self
+
     @staticmethod
     def append(
         cache: Mapping[str, np.ndarray], rows: slice, lengths: np.ndarray, new: Mapping[str, np.ndarray]
@@ -298,6 +303,11 @@ class EitherGraph(HostGraph):
         """See `HostGraph.forget`."""
         self._few.forget()
         self._many.forget()
+
+    @property
+    def for_scores(self) -> HostGraph:
+        """See `HostGraph.for_scores`."""
+        return self._many
 
 
 class HostDecoder(DecoderSession):
@@ -357,14 +367,15 @@ class HostDecoder(DecoderSession):
         tokens = len(input_ids)
         self.lengths[slot] = length
         self._reserve(length + tokens)
-        logits = self._run(
-            slice(slot, slot + 1),
-            input_ids=input_ids[None],
-            image_index=np.full((1, tokens), -1, np.int64),
-            image_embeddings=self._text_only,
-            position_ids=np.broadcast_to(positions, (3, 1, tokens)),
-            logits_index=np.arange(tokens, dtype=np.int64)[None],
-        )
+        inputs = {
+            "input_ids": input_ids[None],
+            "image_index": np.full((1, tokens), -1, np.int64),
+            "image_embeddings": self._text_only,
+            "position_ids": np.broadcast_to(positions, (3, 1, tokens)),
+            "logits_index": np.arange(tokens, dtype=np.int64)[None],
+        }
+        rows = slice(slot, slot + 1)
+        logits = self._graph.for_scores.run(self._cache, rows, self.lengths[rows], inputs)
         self.lengths[slot] += tokens
         return logits[0]
 
@@ -427,7 +438,8 @@ class HostDecoder(DecoderSession):
 
     def _allocate(self, positions: int) -> None:
         """Give the cache at least so many positions a slot, and keep what the slots hold."""
-        capacity = min(-(-positions // CAPACITY_STEP) * CAPACITY_STEP, self.max_sequence)
+        # Whole steps, beyond `max_sequence` too: sums over rows of another length may be rounded otherwise.
+        capacity = -(-positions // CAPACITY_STEP) * CAPACITY_STEP
         if capacity == self._capacity:
             return
         self._graph.forget()

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -59,10 +59,10 @@ class Ours(Peer):
     packages = ()
 
     @classmethod
-    def step_bytes(cls, folder: Path) -> int:
+    def step_bytes(cls, folder: Path, streams: int = 1) -> int:
         """See `Peer.step_bytes`."""
         opened = Bundle.open(folder, verify=False)
-        return engine(opened.engine).run_bytes(opened, "decoder")
+        return engine(opened.engine).crowd_bytes(opened, streams)
 
     def __init__(self, folder: str, profile, items: Sequence[tuple[list[bytes], dict]]):
         opened = Bundle.open(folder, verify=False)
@@ -125,8 +125,8 @@ class Entrant:
     kind : type of Peer
     folder : Path
         That it opens; empty where it cannot run.
-    step_bytes : int, optional
-        Weights that a step of its decoder reads.
+    step_bytes : mapping of int to int
+        Weights that a step of its decoder reads, by streams; empty where that is not known.
     why : str
         It cannot run; empty if it can.
     """
@@ -135,7 +135,7 @@ class Entrant:
     title: str
     kind: type[Peer]
     folder: Path = Path()
-    step_bytes: int | None = None
+    step_bytes: Mapping[int, int] = field(default_factory=dict)
     why: str = ""
 
 
@@ -192,19 +192,23 @@ def entrants(bundles: Sequence[Path], checkpoint: Path, names: Iterable[str], wo
     for folder in bundles:
         opened = Bundle.open(folder, verify=False)
         title = f"{(opened.manifest['recipe'] or {}).get('name') or opened.precision} ({opened.engine})"
-        found.append(Entrant(folder.name, title, Ours, folder, Ours.step_bytes(folder)))
+        found.append(Entrant(folder.name, title, Ours, folder, _step_bytes(Ours, folder)))
     for name in names:
         kind = kind_of(name)
-        why, folder, step = kind.missing(), Path(), None
+        why, folder, step = kind.missing(), Path(), dict[int, int]()
         if not why:
             click.echo(f"prepare {name}", err=True)
             try:
                 folder = kind.prepare(checkpoint, work)
-                step = kind.step_bytes(folder)
+                step = _step_bytes(kind, folder)
             except (CxrError, OSError) as error:
                 why = f"it takes nothing of this checkpoint: {error}"
         found.append(Entrant(name, kind.title, kind, folder, step, why))
     return found
+
+
+def _step_bytes(kind: type[Peer], folder: Path) -> dict[int, int]:
+    return {streams: kind.step_bytes(folder, streams) for streams in STREAMS}
 
 
 def turn(entrant: Entrant, plan: Plan, seed: int) -> dict:
@@ -287,8 +291,8 @@ def _entry(
         prompt |= {"top_per_s": ops / 1e12, "share_of_int8_peak": _share(ops, limits["int8_ops_per_s"])}
     for streams in plan.streams:
         row = median(functools.partial(_rate, str(streams)), why or NO_CROWD)
-        if row["value"] and entrant.step_bytes:
-            read = entrant.step_bytes * row["value"] / streams
+        if row["value"] and streams in entrant.step_bytes:
+            read = entrant.step_bytes[streams] * row["value"] / streams
             row |= {"gb_per_s": read / 1e9, "share_of_read_bandwidth": _share(read, limits["read_bytes_per_s"])}
         rows[f"decode_tokens_per_s_{streams}"] = row
     rows["first_word_s"] = median(
@@ -300,7 +304,7 @@ def _entry(
         "title": entrant.title,
         "scope": entrant.kind.scope,
         "versions": entrant.kind.versions(),
-        "step_weights_bytes": entrant.step_bytes,
+        "step_weights_bytes": {str(streams): size for streams, size in entrant.step_bytes.items()},
         "rows": rows,
         "turns": turns,
     }

@@ -59,13 +59,13 @@ def _versions(versions: Mapping[str, str]) -> str:
 
 def _limits(ceilings: Mapping) -> str:
     told = f"read {_giga(ceilings['read_bytes_per_s'])} GB/s, int8 {_giga(ceilings['int8_ops_per_s'])} GOP/s"
-    return told + (f" by {ceilings['int8_instruction']}" if ceilings["int8_instruction"] else "")
+    return told + (f" by {ceilings['int8_instruction']}" if ceilings.get("int8_instruction") else "")
 
 
 def _reasons(result: Mapping) -> list[str]:
     """Why a cell is empty, each once."""
     empty = [
-        (peer["title"], row["why"]) for peer in result["peers"] for row in peer["rows"].values() if not row["value"]
+        (peer["title"], row["why"]) for peer in result["peers"] for row in peer["rows"].values() if row["value"] is None
     ]
     return list(dict.fromkeys(f"{title}: {why}" for title, why in empty))
 

@@ -30,6 +30,7 @@ COPY_BYTES = 512 << 20
 GEMM = (512, 2048, 11008)  # rows of activations, K, N: the 3B's MLP for a prompt
 GPU_GEMM = 8192
 ROUNDS = 5
+MANY = 8  # streams
 INT4_BLOCK = 128
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
@@ -222,17 +223,17 @@ class ModelWork:
     ----------
     config : dict
         ``config.json`` of the checkpoint, flat or nested.
-    vision_bytes, step_bytes : int
-        Weights of the vision tower, and those that a decode step reads.
+    vision_bytes, step_bytes, crowd_bytes : int
+        Weights of the vision tower, and those that a decode step reads of one stream and of many.
     cache_item : int
         Bytes of a value in the KV cache.
     """
 
-    def __init__(self, config: dict, *, vision_bytes: int, step_bytes: int, cache_item: int):
+    def __init__(self, config: dict, *, vision_bytes: int, step_bytes: int, crowd_bytes: int, cache_item: int):
         from cxr_triton.export.geometry import read_config, tensor_shapes
 
         self.text, self.tower = read_config(config)
-        self.vision_bytes, self.step_bytes = vision_bytes, step_bytes
+        self.vision_bytes, self.step_bytes, self.crowd_bytes = vision_bytes, step_bytes, crowd_bytes
         matrices = {n: math.prod(s) for n, s in tensor_shapes(self.text, self.tower, True).items() if len(s) > 1}
         self._linear = sum(size for name, size in matrices.items() if name.endswith("_proj.weight") and name[0] == "l")
         self._head = matrices["language_model.embed_tokens.weight"]
@@ -257,8 +258,14 @@ class ModelWork:
         config = json.loads((bundle.path / "config.json").read_text("utf-8"))
         item = ITEM_BYTES[bundle.geometry.compute]
         vision = engine(bundle.vision_engine).run_bytes(bundle, "vision")
-        decoder = engine(bundle.engine).run_bytes(bundle, "decoder")
-        return cls(config, vision_bytes=vision, step_bytes=decoder, cache_item=item)
+        decoder = engine(bundle.engine)
+        return cls(
+            config,
+            vision_bytes=vision,
+            step_bytes=decoder.run_bytes(bundle, "decoder"),
+            crowd_bytes=decoder.crowd_bytes(bundle, MANY),
+            cache_item=item,
+        )
 
     def vision(self, tokens: int, images: int = 1) -> Work:
         """Images with so many merged tokens together, in one run."""
@@ -276,7 +283,7 @@ class ModelWork:
     def prefill(self, tokens: int) -> Work:
         """A prompt; logits of its last token only."""
         flops = 2 * (tokens * self._linear + self._head) + self._attention * tokens * (tokens + 1) / 2
-        return Work(flops, self.step_bytes + tokens * self._row)
+        return Work(flops, self.crowd_bytes + tokens * self._row)
 
     def decode(self, context: float, streams: int = 1) -> Work:
         """One step of so many streams, each after `context` tokens."""
@@ -338,9 +345,13 @@ def rows(result: Mapping, bundle, ceilings: Ceilings) -> list[dict]:
     """
     model = ModelWork.of(bundle)
     compute = bundle.geometry.compute
-    vision_type, decoder_type = (
-        gemm_kind(ceilings, bundle.vision_precision, compute),
-        gemm_kind(ceilings, bundle.precision.removesuffix("-awq"), compute),
+    vision_type, decoder_type, prompt_type = (
+        gemm_kind(ceilings, kind, compute)
+        for kind in (
+            bundle.vision_precision,
+            bundle.precision.removesuffix("-awq"),
+            engine(bundle.engine).prompt_precision(bundle),
+        )
     )
     items = result["workload"]["items"]
     points = {scenario["name"]: scenario["points"] for scenario in result["scenarios"]}
@@ -355,14 +366,14 @@ def rows(result: Mapping, bundle, ceilings: Ceilings) -> list[dict]:
                     if request["stages_ms"].get(stage):
                         work[stage] = work.get(stage, Work()) + part
                         seconds[stage] = seconds.get(stage, 0.0) + request["stages_ms"][stage] / 1e3
-        kinds = {"vision": vision_type, "prefill": decoder_type, "decode": decoder_type}
+        kinds = {"vision": vision_type, "prefill": prompt_type, "decode": decoder_type}
         found += [
             row(stage, work[stage], seconds[stage], ceilings, kinds.get(stage, vision_type), streams=1)
             for stage in ("image_decode", "preprocess", "vision", "prefill", "decode")
             if stage in work
         ]
     if "offline" in points:
-        found += _crowd(model, points["offline"], ceilings, decoder_type)
+        found += _crowd(model, points["offline"], ceilings, prompt_type)
     return found
 
 
@@ -415,7 +426,7 @@ def _crowd(model: ModelWork, points: list, ceilings: Ceilings, precision: str) -
             return []
         steps += counted[1] - counted[0]
         seconds += repeat["summary"]["seconds"]
-        work += Work(0, (counted[1] - counted[0]) * model.step_bytes)
+        work += Work(0, (counted[1] - counted[0]) * model.crowd_bytes)
         for request in _done(repeat):
             tokens += request["tokens"]
             step = model.decode((request["prompt_tokens"] or 0) + request["tokens"] / 2)

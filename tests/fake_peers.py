@@ -16,7 +16,7 @@ class Fake(Peer):
     title, packages, first_s, tokens_per_s = "fake", ("numpy",), 0.5, 8.0
 
     @classmethod
-    def step_bytes(cls, folder: Path) -> int:
+    def step_bytes(cls, folder: Path, streams: int = 1) -> int:
         return 1_000_000
 
     def __init__(self, folder: str, profile, items):

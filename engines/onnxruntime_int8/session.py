@@ -8,10 +8,8 @@ import numpy as np
 
 from cxr_triton.engines.onnxruntime.int8 import require_exact
 from cxr_triton.engines.onnxruntime.session import OrtGraph, open_graph
+from cxr_triton.engines.onnxruntime_int8 import FEW
 from cxr_triton.engines.session import EitherGraph, HostDecoder, HostGraph
-
-FEW = 3
-"""New tokens in one run up to which int4 is as fast."""
 
 
 class Int8Graph(HostGraph):

@@ -38,7 +38,7 @@ class Generation:
     Raises
     ------
     InvalidRequest
-        Shapes do not agree, or `image_index` points outside `image_embeddings`.
+        Shapes do not agree, `image_index` points outside `image_embeddings`, or a row that it names is not finite.
     """
 
     input_ids: np.ndarray
@@ -63,6 +63,9 @@ class Generation:
                 f"image_index runs from {self.image_index.min()} to {self.image_index.max()}, "
                 f"must stay within -1 and {len(self.image_embeddings) - 1}, the last row of image_embeddings"
             )
+        # Kernels of integers would make plausible numbers of them, and a cache keep them for whoever comes next.
+        if not np.isfinite(self.image_embeddings[self.image_index[self.image_index >= 0]]).all():
+            raise InvalidRequest("image_embeddings holds values that are not finite; the vision encoder failed")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,9 @@ from cxr_triton.profile import ModelProfile
 from cxr_triton.request import ReadRequest
 from cxr_triton.sampling import Sampling
 
-SLOTS = 4
-"""Sequences that the engine decodes together; also how many reference logits are in memory."""
+SLOTS = 5
+"""Sequences that the engine holds; also how many reference logits are in memory. Four are written together and one
+alone, as an engine may run the two by other kernels."""
 _ANY = Sampling(max_new_tokens=1)  # where a given answer is forced
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from cxr_triton.engines.runtime.remote import Listener
 from cxr_triton.engines.vllm.layout import interpreter
-from cxr_triton.engines.vllm.version import NOT_FOR_IT, check_installed, installed
+from cxr_triton.engines.vllm.version import check_installed, installed, its_environment
 from cxr_triton.errors import CxrError, DeviceUnavailable, InvalidRequest, Unavailable
 
 log = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ class LogitsListener:
 
 def _start(python: str, threads: int | None) -> tuple[subprocess.Popen, socket.socket]:
     ours, theirs = socket.socketpair()
-    environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_IT} | _ENVIRONMENT
+    environment = its_environment() | _ENVIRONMENT
     environment["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))
     environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     with theirs:

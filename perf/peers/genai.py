@@ -73,7 +73,7 @@ class Genai(GenaiEngine, Peer):
         return work / "genai"
 
     @classmethod
-    def step_bytes(cls, folder: Path) -> int:
+    def step_bytes(cls, folder: Path, streams: int = 1) -> int:
         return step_bytes(folder / "model.onnx")
 
     def __init__(self, folder: str):

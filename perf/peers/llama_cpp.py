@@ -48,7 +48,7 @@ class LlamaCpp(Peer):
         return folder
 
     @classmethod
-    def step_bytes(cls, folder: Path) -> int:
+    def step_bytes(cls, folder: Path, streams: int = 1) -> int:
         return (folder / GGUF).stat().st_size
 
     def __init__(self, folder: str):

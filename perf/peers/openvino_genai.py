@@ -52,7 +52,7 @@ class OpenVINOGenai(Peer):
         return folder
 
     @classmethod
-    def step_bytes(cls, folder: Path) -> int:
+    def step_bytes(cls, folder: Path, streams: int = 1) -> int:
         return (folder / "openvino_language_model.bin").stat().st_size
 
     def __init__(self, folder: str, items: Sequence[tuple[list[tuple[tuple[int, int, int], bytes]], str]]):

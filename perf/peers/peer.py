@@ -78,8 +78,8 @@ class Peer:
         return checkpoint
 
     @classmethod
-    def step_bytes(cls, folder: Path) -> int:
-        """Weights that a step of the decoder in `prepare`'s folder reads: here of a checkpoint in bf16."""
+    def step_bytes(cls, folder: Path, streams: int = 1) -> int:
+        """Weights that a step of so many streams reads, in `prepare`'s folder: here of a checkpoint in bf16."""
         config = json.loads((folder / "config.json").read_text("utf-8"))
         shapes = tensor_shapes(*read_config(config), True)
         return sum(2 * math.prod(shape) for name, shape in shapes.items() if name.startswith("language_model."))

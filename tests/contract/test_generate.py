@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from bundles import TOKEN_BUDGET, WINDOW_BUDGET, build_mixed, build_openvino, write_export
+from bundles import TOKEN_BUDGET, WINDOW_BUDGET, build_int8, build_mixed, build_openvino, write_export
 from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START, random_checkpoint
 
 from cxr_triton.engines.build import build_bundle
+from cxr_triton.engines.onnxruntime import int8
 from cxr_triton.engines.onnxruntime.session import OrtDecoder
 from cxr_triton.engines.runtime.drafts import WIDTHS, Costs, Drafts
 from cxr_triton.engines.runtime.prefix import PrefixCache
@@ -274,15 +275,22 @@ def with_picture(given):
     return dataclasses.replace(given, image_index=index, image_embeddings=rows)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
-@pytest.mark.parametrize("build", [build_bundle, build_openvino, build_mixed])
+@pytest.mark.parametrize(
+    ("build", "precision"),
+    [(build, precision) for build in (build_bundle, build_openvino, build_mixed) for precision in ("fp32", "int4")]
+    + [
+        pytest.param(
+            build_int8, "int4", marks=pytest.mark.skipif(not int8.is_exact(int8.cpu_features()), reason=int8.REMEDY)
+        )
+    ],
+)
 def test_a_prompt_that_begins_as_another_gives_the_same_bits(model_and_export, tmp_path, build, precision):
     """Whatever the engine rounds: it is given the same runs, on rows that are the same."""
     checkpoint = model_and_export[1].parent / "checkpoint"
     built = build(
         write_export(tmp_path / "export", checkpoint, precision=precision),
         tmp_path / "bundle",
-        **({} if build is build_bundle else {"precision": precision}),
+        **({} if build in (build_bundle, build_int8) else {"precision": precision}),
     )
     ids = np.array(text(30, 150), np.int64)
     asked = generation_of(built, None, Case(ids.tolist(), []), np.tile(np.arange(150), (3, 1)), 1.0)

@@ -17,16 +17,20 @@ from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.onnxruntime import int8
 from cxr_triton.engines.onnxruntime.session import OrtGraph
 from cxr_triton.engines.onnxruntime_int8 import ENGINE
-from cxr_triton.engines.onnxruntime_int8.session import Int8Graph
+from cxr_triton.engines.onnxruntime_int8.session import Int8Graph, is_few
 from cxr_triton.engines.recipe import load_recipe
 from cxr_triton.engines.rewrite import step_bytes, unpack_int4
-from cxr_triton.engines.session import HostDecoder
+from cxr_triton.engines.runtime.judged import JudgedSession
+from cxr_triton.engines.runtime.stream import Generation
+from cxr_triton.engines.session import EitherGraph, HostDecoder
+from cxr_triton.engines.verify.engine_under_test import SLOTS
 from cxr_triton.engines.verify.gate import verify_bundle
 from cxr_triton.engines.verify.reference import Reference
 from cxr_triton.errors import DeviceUnavailable, InvalidRecipe
 from cxr_triton.export.export import export_checkpoint
 from cxr_triton.phantom_file import write_dicom
 from cxr_triton.profile import load_profile
+from cxr_triton.sampling import Sampling
 
 PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
 CHECKPOINT = PHANTOM / "checkpoint"
@@ -103,6 +107,43 @@ def test_up_to_three_new_tokens_run_in_int4_and_more_in_int8(bundle):
     assert both.checks == 4
 
 
+def test_what_is_scored_is_computed_in_int8_however_few_tokens_it_has(bundle):
+    """Odds compare probabilities, so these must not come from two graphs."""
+    both, many = bundle.open_decoder(slots=1, threads=1), decoder(bundle, Int8Graph, slots=1)
+    rng = np.random.default_rng(5)
+    asked = prompt(0, rng.integers(0, 256, 30))
+    for each in (both, many):
+        each.prefill(*asked, is_last=True)
+    for tokens in (1, 2, 3, 5):
+        ids, positions = rng.integers(0, 256, tokens), 30 + np.arange(tokens)
+        np.testing.assert_array_equal(*(each.score(0, 30, ids, positions).copy() for each in (both, many)))
+
+
+def test_the_gate_has_given_answers_written_by_both_graphs(bundle, monkeypatch):
+    shapes, run = [], EitherGraph.run
+
+    def seen(self, cache, rows, lengths, inputs):
+        shapes.append(inputs["input_ids"].shape)
+        return run(self, cache, rows, lengths, inputs)
+
+    monkeypatch.setattr(EitherGraph, "run", seen)
+    rng = np.random.default_rng(6)
+    nothing = np.zeros((0, bundle.geometry.hidden), np.float32)
+    asked = [
+        Generation(
+            input_ids=rng.integers(0, 256, 9),
+            position_ids=np.tile(np.arange(9), (3, 1)),
+            image_index=np.full(9, -1),
+            image_embeddings=nothing,
+            sampling=Sampling(max_new_tokens=1),
+        )
+        for _ in range(SLOTS)
+    ]
+    judged = JudgedSession(bundle, bundle.open_decoder(slots=SLOTS, threads=1))
+    judged.forced(asked, [rng.integers(0, 256, 4) for _ in asked])
+    assert not is_few(SLOTS - 1, 1) and {(SLOTS - 1, 1), (1, 1)} <= set(shapes)
+
+
 def test_a_prompt_is_near_that_of_the_weights_which_int4_stands_for(bundle, tmp_path):
     """Not equal, as it is rounded once more; a step away, as the rounding of int4 itself is the larger one."""
     exact = onnx.load(bundle.path / "decoder.onnx", load_external_data=False)
@@ -117,7 +158,7 @@ def test_a_prompt_is_near_that_of_the_weights_which_int4_stands_for(bundle, tmp_
 
 
 def test_what_a_stream_gets_in_a_crowd_does_not_depend_on_the_others(bundle):
-    """Integers are summed exactly, in whatever rows they stand."""
+    """In crowds of an even number: integers are summed exactly in whatever rows, and the head takes rows in pairs."""
     rng = np.random.default_rng(4)
     prompts = [prompt(slot, rng.integers(0, 256, 20 + slot if slot < 4 else 150)) for slot in range(8)]
     given = []
@@ -146,7 +187,8 @@ def test_the_second_graph_has_layers_of_its_own_and_shares_the_tables(bundle, tm
     finally:
         moved.rename(bundle.path)
     np.testing.assert_array_equal(logits, bundle.open_decoder(slots=1, threads=1).prefill(*asked, is_last=True))
-    assert ENGINE.run_bytes(bundle, "decoder") == step_bytes(bundle.path / "decoder.onnx")
+    few, many = (step_bytes(bundle.path / name) for name in ("decoder.onnx", "decoder.int8.onnx"))
+    assert [ENGINE.crowd_bytes(bundle, streams) for streams in (1, 3, 4, 8)] == [few, few, many, many] and many > few
 
 
 def test_a_cpu_that_saturates_is_refused(bundle, monkeypatch):

@@ -577,7 +577,9 @@ def test_drafts_that_cannot_be_are_refused(engine_bundle, tmp_path):
         Settings(drafts=True, draft_index_mib=0)
     with pytest.raises(InvalidRequest, match="batch_invariant, which they are not"):
         Settings(drafts=True, batch_invariant=True)
-    with pytest.raises(InvalidRequest, match="drafts were asked for, tensorrt-llm has none; use onnxruntime or open"):
+    with pytest.raises(
+        InvalidRequest, match="drafts were asked for, tensorrt-llm has none; use onnxruntime or onnxruntime-int8"
+    ):
         packaged(engine_bundle, tmp_path / "repository", drafts=True)
 
 
