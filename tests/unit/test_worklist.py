@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import io
 import re
+import threading
 import time
 
 import aiohttp
@@ -267,7 +268,8 @@ def quickly(monkeypatch, tmp_path):
     """The page renews itself more often."""
     script = worklist._SCRIPT.read_text("utf-8")
     assert "EVERY_MS = 3000;" in script
-    (tmp_path / "quick.js").write_text(script.replace("EVERY_MS = 3000;", "EVERY_MS = 100;"))
+    script = script.replace("EVERY_MS = 3000;", "EVERY_MS = 100;").replace("LIMIT_MS = 10_000;", "LIMIT_MS = 2000;")
+    (tmp_path / "quick.js").write_text(script)
     monkeypatch.setattr(worklist, "_SCRIPT", tmp_path / "quick.js")
 
 
@@ -439,6 +441,107 @@ def test_the_numbers_in_a_browser_are_the_queues_and_live(site, tmp_path, quickl
         assert (numbers["no radiographs"], numbers["conflicts"]) == ("1", "1")
         assert (kept["other"], kept["conflict"]) == (1, 1) and numbers["open"] == "0"
         assert await tab.evaluate("window.first"), "it is the page that was loaded first"
+
+    in_a_browser(site, tmp_path, visit)
+
+
+@browser
+@pytest.mark.slow
+def test_the_page_says_that_it_is_old_while_no_answer_comes(site, tmp_path, quickly, monkeypatch):
+    """A renewal that nobody answers ends by itself, and the page goes on once somebody does."""
+    answered, listed = threading.Event(), site.store.listed
+    answered.set()
+
+    def slow(*args, **kwargs):
+        answered.wait()
+        return listed(*args, **kwargs)
+
+    monkeypatch.setattr(site.store, "listed", slow)
+
+    async def visit(tab, address):
+        answered.clear()
+        try:
+            await tab.until("said.textContent.includes('old')")
+        finally:
+            answered.set()
+        await tab.until("said.textContent === ''")
+        site.store.drop([3])
+        await tab.go(f"{address}?state=all", f"{CELL} === 'dropped'")
+
+    in_a_browser(site, tmp_path, visit)
+
+
+@browser
+@pytest.mark.slow
+def test_a_pause_that_is_ticked_during_a_renewal_holds(site, tmp_path, quickly):
+    """The tick comes between the answer's arrival and its use."""
+
+    async def visit(tab, address):
+        await tab.evaluate("""window.answers = fetch; window.fetch = async (...asked) => {
+            const answer = await answers(...asked);
+            const text = answer.text.bind(answer);
+            answer.text = async () => {
+                const page = (await text()).replaceAll("grouped", "changed");
+                document.querySelector("#pause").checked = true;
+                setTimeout(() => { window.ended = true; });
+                return page;
+            };
+            return answer;
+        }""")
+        await tab.until("window.ended")
+        assert await tab.evaluate(CELL) == "grouped"
+        await tab.evaluate("window.fetch = answers; document.querySelector('#pause').checked = false")
+        site.store.group_due()
+        site.store.claim_job(60)
+        await tab.until(f"{CELL} === 'reading'")
+
+    in_a_browser(site, tmp_path, visit)
+
+
+@browser
+@pytest.mark.slow
+def test_rows_that_change_their_order_are_all_kept(site, tmp_path):
+    """Every list of three rows renewed by every other, in its order."""
+
+    async def visit(tab, address):
+        return await tab.evaluate("""(() => {
+            const lists = [""], wrong = [];
+            for (const list of lists)
+                for (const row of "ABC") if (!list.includes(row)) lists.push(list + row);
+            const made = (list) => {
+                const body = document.createElement("div");
+                body.innerHTML = [...list].map((row) => `<p id="row-${row}">${row}</p>`).join(" ");
+                return body;
+            };
+            for (const before of lists)
+                for (const after of lists) {
+                    const body = made(before);
+                    update(body, made(after));
+                    if (body.textContent !== [...after].join(" ")) wrong.push([before, after, body.textContent]);
+                }
+            return [lists.length, wrong];
+        })()""")
+
+    assert in_a_browser(site, tmp_path, visit) == [16, []]
+
+
+@browser
+@pytest.mark.slow
+def test_the_table_stays_where_it_is_when_draining_begins_and_ends(site, tmp_path, quickly):
+    async def visit(tab, address):
+        await tab.size(375, 700)
+        await tab.go(f"{address}?state=all", "document.querySelector('#live')")
+        await tab.evaluate("window.table = document.querySelector('#jobs'); table.scrollLeft = 40")
+        await tab.evaluate("document.querySelector('#drop-3').focus({preventScroll: true})")
+        stays = (
+            "[document.activeElement.id, document.querySelector('#jobs') === table, table.isConnected, table.scrollLeft]"
+        )
+        before = await tab.evaluate(stays)
+        assert before == ["drop-3", True, True, 40]
+        for on in (True, False):
+            site.store.set_draining(on)
+            await tab.until(f"live.textContent.includes('Draining') === {str(on).lower()}")
+            assert await tab.evaluate(stays) == before
 
     in_a_browser(site, tmp_path, visit)
 
