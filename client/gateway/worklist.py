@@ -24,7 +24,7 @@ from cxr_triton.client.door.service import run_until_told
 from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.log import Log
 from cxr_triton.client.gateway.store import Store
-from cxr_triton.client.gateway.watch import rejected_files
+from cxr_triton.client.gateway.watch import RejectedFiles
 from cxr_triton.client.limits import read_password
 from cxr_triton.client.listener import HttpListener
 from cxr_triton.client.login import Login, form_field
@@ -71,7 +71,8 @@ class Page:
     def __init__(self, config: Config, store: Store, log: Log):
         if config.worklist is None:
             raise InvalidConfig("worklist: is missing; `cxr-triton gateway example` shows the section")
-        self._settings, self._folder, self._store, self._log = config.worklist, config.folder, store, log
+        self._settings, self._store, self._log = config.worklist, store, log
+        self._rejected = RejectedFiles(config.folder) if config.folder else None
         password = read_password(config.worklist.password_file, "worklist.password_file")
         self._login = Login(password, _COOKIE, secure=config.worklist.tls is not None)
         self._key = secrets.token_bytes(32)
@@ -175,7 +176,7 @@ class Page:
     def _status_now(self) -> dict:
         status, now = self._store.status(), time.time()
         done = {"hour": self._store.done_since(now - 3600), "day": self._store.done_since(now - 86400)}
-        rejected = {"rejected_files": rejected_files(self._folder)} if self._folder else {}
+        rejected = {"rejected_files": self._rejected.count()} if self._rejected else {}
         return {key: value for key, value in status.items() if key != "dead"} | {"done_within": done} | rejected
 
     def _shown(self, row: dict) -> dict:
