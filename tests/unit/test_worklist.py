@@ -107,8 +107,9 @@ async def post(client, url, data=None, **more):
         return answer.status, await answer.text()
 
 
-def token_of(html):
-    return re.search(r'name="token" value="([0-9a-f]{64})"', html)[1]
+def form_of(html):
+    """The hidden fields of a page's form."""
+    return dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', html))
 
 
 def test_nothing_is_shown_or_done_before_the_login(site):
@@ -158,12 +159,14 @@ def test_retry_and_drop_ask_first_and_happen_once(site):
         await log_in(client, address)
         status, html = await get(client, f"{address}jobs/2/retry")
         assert status == 200 and "tried again" in html and site.store.job(2)["state"] == "dead"
-        form = {"token": token_of(html)}
+        form = form_of(html)
         assert (await post(client, f"{address}jobs/2/retry", form))[0] == 200
         assert site.store.job(2)["state"] == "grouped"
         assert (await post(client, f"{address}jobs/2/retry", form))[0] == 409
+        form = form_of((await get(client, f"{address}jobs/3/drop"))[1])
         assert (await post(client, f"{address}jobs/3/drop", form))[0] == 200
         assert site.store.job(3)["state"] == "dropped"
+        form = form_of((await get(client, f"{address}jobs/1/drop"))[1])
         assert (await post(client, f"{address}jobs/1/drop", form))[0] == 409, "it was done"
         assert (await get(client, f"{address}jobs/77/drop"))[0] == 404
 
@@ -171,11 +174,62 @@ def test_retry_and_drop_ask_first_and_happen_once(site):
     assert '"worklist_retry"' in site.log.getvalue() and '"worklist_drop"' in site.log.getvalue()
 
 
+@pytest.mark.parametrize("patients", [True, False])
+def test_what_is_asked_about_is_shown(tmp_path, patients):
+    """The row's facts, the patient's only where the file says so."""
+    site = Site(tmp_path, patients=str(patients).lower())
+
+    async def visit(client, address):
+        await log_in(client, address)
+        return (await get(client, f"{address}jobs/2/drop"))[1]
+
+    html = site.run(visit)
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html))
+    about = {"patient": PATIENT, "study": f"{STUDY}.1"} if patients else {}
+    assert re.fullmatch(r"\d+ s ago", facts.pop("came")) and facts == {"images": "1", "state": "dead", **about}
+    assert (STUDY in html) == (PATIENT in html) == patients
+
+
+@pytest.mark.parametrize("action", ["retry", "drop"])
+@pytest.mark.parametrize("change", [{"state": "reading"}, {"first_at": 1.5}], ids=["moved on", "another job"])
+def test_what_was_confirmed_happens_to_that_job_as_it_was_shown_only(site, action, change):
+    async def visit(client, address):
+        await log_in(client, address)
+        form = form_of((await get(client, f"{address}jobs/2/{action}"))[1])
+        with site.store._begin() as c:
+            before = dict(c.execute(sa.select(jobs).where(jobs.c.id == 2)).one()._mapping)
+            c.execute(sa.update(jobs).where(jobs.c.id == 2).values(change))
+        status, said = await post(client, f"{address}jobs/2/{action}", form)
+        assert (status, said) == (409, "Job 2 has moved on, or is another one now. Load the page again.\n")
+        with site.store._begin() as c:
+            assert dict(c.execute(sa.select(jobs).where(jobs.c.id == 2)).one()._mapping) == before | change
+            c.execute(sa.update(jobs).where(jobs.c.id == 2).values(before))
+        assert (await post(client, f"{address}jobs/2/{action}", form))[0] == 200, "it is that job again"
+
+    site.run(visit)
+    assert '"changed": false' in site.log.getvalue()
+
+
+def test_a_form_is_good_for_what_it_asked_about_only(site):
+    """Another job, another step, another time or state than were shown."""
+
+    async def visit(client, address):
+        await log_in(client, address)
+        form = form_of((await get(client, f"{address}jobs/2/retry"))[1])
+        for path in ("jobs/3/retry", "jobs/2/drop"):
+            assert (await post(client, address + path, form))[0] == 403
+        for change in ({"first_at": "1.5"}, {"first_at": "x"}, {"first_at": ""}, {"state": "grouped"}):
+            assert (await post(client, f"{address}jobs/2/retry", form | change))[0] == 403
+
+    site.run(visit)
+    assert site.store.job(2)["state"] == "dead" and site.store.job(3)["state"] == "grouped"
+
+
 def test_another_site_can_ask_for_nothing(site):
     async def visit(client, address):
         await log_in(client, address)
-        form = {"token": token_of((await get(client, address))[1])}
-        assert (await post(client, f"{address}jobs/2/retry", {"token": "0" * 64}))[0] == 403
+        form = form_of((await get(client, f"{address}jobs/2/retry"))[1])
+        assert (await post(client, f"{address}jobs/2/retry", form | {"token": "0" * 64}))[0] == 403
         assert (await post(client, f"{address}jobs/2/retry"))[0] == 403
         assert (await post(client, f"{address}jobs/2/retry", form, headers={"Origin": "http://evil.example"}))[0] == 403
         assert (await get(client, address, headers={"Host": "evil.example"}))[0] == 421  # its name leads here
@@ -195,7 +249,7 @@ def test_the_cookie_is_kept_from_scripts_and_ends_with_the_session(site, monkeyp
         assert "HttpOnly" in said and "SameSite=Strict" in said
         html = (await get(client, address))[1]
         (cookie,) = client.cookie_jar
-        assert (await post(client, f"{address}logout", {"token": token_of(html)}))[0] == 200
+        assert (await post(client, f"{address}logout", form_of(html)))[0] == 200
         client.cookie_jar.update_cookies({cookie.key: cookie.value})
         assert (await get(client, f"{address}status.json"))[0] == 401
         monkeypatch.setattr(login, "SESSION_S", -1.0)
