@@ -56,6 +56,7 @@ jobs = Table(
     Index("one_open_job_of_a_study", "study", unique=True,
           sqlite_where=sa.text("state = 'received'"), postgresql_where=sa.text("state = 'received'")),
     Index("jobs_by_state", "state", "due_at"),
+    sqlite_autoincrement=True,  # or the number of a job that was forgotten is given again
 )  # fmt: skip
 deliveries = Table(
     "deliveries",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import sqlalchemy as sa
 
@@ -28,6 +29,13 @@ from cxr_triton.client.gateway.schema import (
     switches,
 )
 from cxr_triton.trace import trace_id_of
+
+
+class JobSeen(NamedTuple):
+    """What a job was when somebody decided about it. A number alone may be another job's by then."""
+
+    first_at: float
+    state: str
 
 
 class Store(Jobs, Deliveries):
@@ -196,11 +204,11 @@ class Store(Jobs, Deliveries):
             row = c.execute(sa.select(jobs.c.first_at, jobs.c.reading_s, last).where(jobs.c.id == job)).one()
         return dict(zip(("first_at", "reading_s", "delivered_at"), row, strict=True))
 
-    def retry(self, ids: Sequence[int] = ()) -> list[int]:
-        """Bring dead letters back to life, all of them without `ids`; which."""
+    def retry(self, ids: Sequence[int] = (), *, seen: JobSeen | None = None) -> list[int]:
+        """Bring dead letters back to life, all of them without `ids`, only what still is as it was `seen`; which."""
         now = time.time()
         with self._begin() as c:
-            wanted = jobs.c.state == "dead"
+            wanted = (jobs.c.state == "dead") & _is_still(seen)
             if ids:
                 wanted &= jobs.c.id.in_(ids)
             found = c.execute(sa.select(jobs.c.id).where(wanted).with_for_update()).scalars().all()
@@ -212,11 +220,11 @@ class Store(Jobs, Deliveries):
                 self._move(c, job, state, "an operator said so", attempts=0, due_at=now, error=None)
             return list(found)
 
-    def drop(self, ids: Sequence[int]) -> list[int]:
-        """Give jobs up that have not ended; which."""
+    def drop(self, ids: Sequence[int], *, seen: JobSeen | None = None) -> list[int]:
+        """Give jobs up that have not ended, only what still is as it was `seen`; which."""
         with self._begin() as c:
             ended = jobs.c.state.in_(("done", "dropped"))
-            wanted = jobs.c.id.in_(ids) & ~ended
+            wanted = jobs.c.id.in_(ids) & ~ended & _is_still(seen)
             found = c.execute(sa.select(jobs.c.id).where(wanted).with_for_update()).scalars().all()
             for job in found:
                 open_ = (deliveries.c.job == job) & deliveries.c.state.in_(("pending", "sent", "dead"))
@@ -245,3 +253,7 @@ class Store(Jobs, Deliveries):
         with self._begin() as c:
             found = set(c.execute(sa.select(objects.c.path).where(objects.c.path.in_(paths))).scalars())
             return found | set(c.execute(sa.select(deliveries.c.path).where(deliveries.c.path.in_(paths))).scalars())
+
+
+def _is_still(seen: JobSeen | None) -> sa.ColumnElement[bool]:
+    return sa.true() if seen is None else (jobs.c.first_at == seen.first_at) & (jobs.c.state == seen.state)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import secrets
 import stat
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,15 +24,59 @@ DEEPEST = 16
 REJECTED = "rejected"
 
 
+LOOK_S, KEPT_S = 1.0, 30.0
+"""How long a page waits for a count of rejected files, and how long that count is told."""
+
+
 def rejected_files(config: Folder) -> int | None:
-    """How many files of a watched folder were refused and are still there; None where this user may not look."""
+    """How many files of a watched folder were refused and are still there; None where that cannot be told.
+
+    Any failure gives None: this user may not look, or it is a link or no folder. A folder that is not there has none.
+    """
     try:
-        with os.scandir(Path(config.path) / REJECTED) as found:
-            return sum(entry.is_file(follow_symlinks=False) for entry in found)
+        handle = _open_folder(Path(config.path) / REJECTED)
     except FileNotFoundError:
         return 0
     except OSError:
         return None
+    try:
+        with os.scandir(handle) as found:
+            return sum(entry.is_file(follow_symlinks=False) for entry in found)
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+
+
+class RejectedFiles:
+    """`rejected_files` for whoever asks: one look at a time, told for half a minute; from any thread.
+
+    The look has a thread of its own, which keeps no process from ending, so that a file system that hangs holds up
+    nobody for longer than `LOOK_S`.
+    """
+
+    def __init__(self, config: Folder):
+        self._config = config
+        self._turn = threading.Lock()
+        self._began_at = self._ended_at = 0.0
+        self._look: concurrent.futures.Future[int | None] | None = None
+
+    def count(self) -> int | None:
+        """How many they are; None where that cannot be told, or not soon."""
+        with self._turn:
+            if self._look is None or (self._look.done() and time.monotonic() - self._ended_at >= KEPT_S):
+                self._look, self._began_at = concurrent.futures.Future(), time.monotonic()
+                threading.Thread(target=self._count, args=(self._look,), daemon=True).start()
+            look, left_s = self._look, self._began_at + LOOK_S - time.monotonic()
+        try:
+            return look.result(max(0.0, left_s))
+        except TimeoutError:
+            return None
+
+    def _count(self, look: concurrent.futures.Future[int | None]) -> None:
+        count = rejected_files(self._config)
+        self._ended_at = time.monotonic()
+        look.set_result(count)
 
 
 class Facts(NamedTuple):
@@ -154,7 +201,7 @@ class FolderWatcher:
         """The folder of what was refused, never one that a link leads to."""
         path = self.folder / REJECTED
         path.mkdir(exist_ok=True)
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        handle = _open_folder(path)
         try:
             with contextlib.suppress(OSError):
                 os.fchmod(handle, 0o2770 if self._intake.config.share_with_group else 0o700)
@@ -172,6 +219,11 @@ class FolderWatcher:
                 self._told.clear()
             self._told.add(event + path)
             self._intake.log("warning", event, file=self._intake.log.uid(path), error=error)
+
+
+def _open_folder(path: Path) -> int:
+    """A handle of a folder, never of one that a link leads to; raises `OSError`."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def _facts(found: os.stat_result) -> Facts | None:

@@ -2,6 +2,7 @@
 // the same element, so that focus, selection and scrolling stay; what has an id is known by it.
 "use strict";
 const EVERY_MS = 3000;
+const LIMIT_MS = 10_000;
 const pause = document.getElementById("pause");
 const said = document.getElementById("said");
 
@@ -16,7 +17,7 @@ function update(old, fresh) {
   let at = old.firstChild;
   for (const wanted of [...fresh.childNodes]) {
     const same = wanted.id ? known.get(wanted.id) : at && !at.id && at.nodeName === wanted.nodeName ? at : null;
-    if (!same) {
+    if (!same || !isAhead(same, at)) {
       old.insertBefore(wanted, at);
       continue;
     }
@@ -25,6 +26,12 @@ function update(old, fresh) {
     at = same.nextSibling;
   }
   while (at) at = dropped(at);
+}
+
+// Whether an element is still to come; one that was passed over for another order is gone.
+function isAhead(node, at) {
+  for (let next = at; next; next = next.nextSibling) if (next === node) return true;
+  return false;
 }
 
 function dropped(node) {
@@ -37,10 +44,15 @@ async function renew() {
   const live = document.getElementById("live");
   if (pause.checked || document.hidden) return;
   try {
-    const answer = await fetch(location.href, { headers: { "X-Renew": "1" }, redirect: "manual" });
+    const answer = await fetch(location.href, {
+      headers: { "X-Renew": "1" },
+      redirect: "manual",
+      signal: AbortSignal.timeout(LIMIT_MS),
+    });
     if (answer.type === "opaqueredirect" || answer.status === 401) return location.assign("/login");
     if (!answer.ok) throw new Error(answer.status);
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    if (pause.checked) return; // ticked meanwhile
     const wasHere = live.contains(document.activeElement);
     update(live, page.getElementById("live"));
     // Where the link that had the focus is gone, a keyboard goes on from the table.

@@ -23,8 +23,8 @@ from cxr_triton.client.door.guard import HEADERS, Handler, is_from_elsewhere
 from cxr_triton.client.door.service import run_until_told
 from cxr_triton.client.gateway.config import Config
 from cxr_triton.client.gateway.log import Log
-from cxr_triton.client.gateway.store import Store
-from cxr_triton.client.gateway.watch import rejected_files
+from cxr_triton.client.gateway.store import JobSeen, Store
+from cxr_triton.client.gateway.watch import RejectedFiles
 from cxr_triton.client.limits import read_password
 from cxr_triton.client.listener import HttpListener
 from cxr_triton.client.login import Login, form_field
@@ -71,7 +71,8 @@ class Page:
     def __init__(self, config: Config, store: Store, log: Log):
         if config.worklist is None:
             raise InvalidConfig("worklist: is missing; `cxr-triton gateway example` shows the section")
-        self._settings, self._folder, self._store, self._log = config.worklist, config.folder, store, log
+        self._settings, self._store, self._log = config.worklist, store, log
+        self._rejected = RejectedFiles(config.folder) if config.folder else None
         password = read_password(config.worklist.password_file, "worklist.password_file")
         self._login = Login(password, _COOKIE, secure=config.worklist.tls is not None)
         self._key = secrets.token_bytes(32)
@@ -133,13 +134,14 @@ class Page:
         await self._require_form(request)
         return await self._login.leave(request)
 
-    def _token(self, request: web.Request) -> str:
-        """What a form of this session carries, so that no other page can send it."""
-        return hmac.new(self._key, self._login.cookie(request).encode(), hashlib.sha256).hexdigest()
+    def _token(self, request: web.Request, *facts: str) -> str:
+        """What a form of this session about these facts carries, so that no other page can send it."""
+        said = "\n".join((self._login.cookie(request), *facts))
+        return hmac.new(self._key, said.encode(), hashlib.sha256).hexdigest()
 
-    async def _require_form(self, request: web.Request) -> None:
+    async def _require_form(self, request: web.Request, *facts: str) -> None:
         given = await form_field(request, "token")
-        if not hmac.compare_digest(given.encode(), self._token(request).encode()):
+        if not hmac.compare_digest(given.encode(), self._token(request, *facts).encode()):
             raise web.HTTPForbidden(text="the form is of another session; load the page again\n")
 
     # The page.
@@ -175,7 +177,7 @@ class Page:
     def _status_now(self) -> dict:
         status, now = self._store.status(), time.time()
         done = {"hour": self._store.done_since(now - 3600), "day": self._store.done_since(now - 86400)}
-        rejected = {"rejected_files": rejected_files(self._folder)} if self._folder else {}
+        rejected = {"rejected_files": self._rejected.count()} if self._rejected else {}
         return {key: value for key, value in status.items() if key != "dead"} | {"done_within": done} | rejected
 
     def _shown(self, row: dict) -> dict:
@@ -198,19 +200,30 @@ class Page:
     async def _ask(self, request: web.Request) -> web.Response:
         """Confirmation: nothing is changed by following a link."""
         job, action = int(request.match_info["job"]), request.match_info["action"]
-        found = await asyncio.to_thread(self._store.job, job)
-        if found is None:
+        found = await asyncio.to_thread(self._store.listed, STATES["all"], before=job + 1, limit=1)
+        if not found or found[0]["id"] != job:
             raise web.HTTPNotFound(text=f"no job {job}\n")
-        return _html("worklist_confirm.html", job=job, action=action, now=found["state"], token=self._token(request))
+        (row,) = found
+        first_at = repr(row["first_at"])
+        return _html(
+            "worklist_confirm.html",
+            job=self._shown(row),
+            action=action,
+            patients=self._settings.patients,
+            first_at=first_at,
+            token=self._token(request, str(job), action, first_at, row["state"]),
+        )
 
     async def _act(self, request: web.Request) -> web.StreamResponse:
-        await self._require_form(request)
+        """What was confirmed, of the job that was shown then, and as it was shown."""
         job, action = int(request.match_info["job"]), request.match_info["action"]
+        first_at, state = await form_field(request, "first_at"), await form_field(request, "state")
+        await self._require_form(request, str(job), action, first_at, state)
         change = self._store.retry if action == "retry" else self._store.drop
-        changed = await asyncio.to_thread(change, [job])
+        changed = await asyncio.to_thread(change, [job], seen=JobSeen(float(first_at), state))
         self._log("info", f"worklist_{action}", job=job, changed=bool(changed), peer=request.remote or "")
         if not changed:
-            raise web.HTTPConflict(text=f"job {job} has moved on meanwhile; load the page again\n")
+            raise web.HTTPConflict(text=f"Job {job} has moved on, or is another one now. Load the page again.\n")
         raise web.HTTPSeeOther("/?state=failed" if action == "drop" else "/")
 
     async def _script(self, request: web.Request) -> web.Response:

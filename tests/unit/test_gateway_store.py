@@ -29,7 +29,7 @@ from cxr_triton.client.gateway.log import Log, Metrics
 from cxr_triton.client.gateway.read import ReadWorker, choose
 from cxr_triton.client.gateway.schema import Received, Result
 from cxr_triton.client.gateway.send import judge, judge_stow
-from cxr_triton.client.gateway.store import Store
+from cxr_triton.client.gateway.store import JobSeen, Store
 from cxr_triton.errors import InvalidConfig, InvalidImage, LimitExceeded
 from cxr_triton.pixels.dicom import read_identity
 from cxr_triton.reading import Reading
@@ -335,6 +335,31 @@ def test_a_dropped_job_is_neither_read_nor_sent(store):
     store.deliver(sending, [result()], {"a": {"findings_sr"}}, 1.0)
     store.drop([sending.id])
     assert store.claim_deliveries("a", 60) == [] and states(store) == {"dropped": 2}
+
+
+def test_the_number_of_a_job_that_was_forgotten_is_not_given_again(store):
+    first = ready_job(store)
+    store.drop([first.id])
+    store.purge(time.time() + 60, time.time() + 60)
+    assert store.job(first.id) is None
+    assert ready_job(store, sop="1.5", study="1.5", digest="e").id > first.id
+
+
+def test_a_queue_of_an_earlier_release_whose_numbers_can_come_again_is_taken_as_it_is(store, tmp_path):
+    """What was seen keeps an operator's word from another job of the same number."""
+    with store._begin() as c:
+        made = c.exec_driver_sql("SELECT sql FROM sqlite_master WHERE name = 'jobs'").scalar()
+        c.exec_driver_sql("DROP TABLE jobs")
+        c.exec_driver_sql(made.replace("AUTOINCREMENT", ""))
+    earlier = Store(f"sqlite:///{tmp_path}/queue.sqlite", "one")
+    first = ready_job(earlier)
+    seen = JobSeen(first.first_at, "reading")
+    earlier.drop([first.id])
+    earlier.purge(time.time() + 60, time.time() + 60)
+    second = ready_job(earlier, sop="1.5", study="1.5", digest="e")
+    assert second.id == first.id and earlier.drop([second.id], seen=seen) == []
+    assert earlier.drop([second.id], seen=JobSeen(second.first_at, "reading")) == [second.id]
+    earlier.close()
 
 
 def test_commitment_is_awaited_and_a_lost_result_is_sent_again(store):

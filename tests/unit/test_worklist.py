@@ -3,7 +3,9 @@
 import asyncio
 import dataclasses
 import io
+import json
 import re
+import threading
 import time
 
 import aiohttp
@@ -19,13 +21,13 @@ pytest.importorskip("pynetdicom")
 import sqlalchemy as sa
 
 from cxr_triton.client import login
-from cxr_triton.client.gateway import worklist
+from cxr_triton.client.gateway import watch, worklist
 from cxr_triton.client.gateway.config import load_config
 from cxr_triton.client.gateway.doors import Folder
 from cxr_triton.client.gateway.log import Log
 from cxr_triton.client.gateway.schema import Received, Result, jobs
 from cxr_triton.client.gateway.store import Store
-from cxr_triton.client.gateway.watch import rejected_files
+from cxr_triton.client.gateway.watch import RejectedFiles, rejected_files
 from cxr_triton.client.gateway.worklist import Page
 from cxr_triton.errors import InvalidConfig
 
@@ -105,8 +107,9 @@ async def post(client, url, data=None, **more):
         return answer.status, await answer.text()
 
 
-def token_of(html):
-    return re.search(r'name="token" value="([0-9a-f]{64})"', html)[1]
+def form_of(html):
+    """The hidden fields of a page's form."""
+    return dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', html))
 
 
 def test_nothing_is_shown_or_done_before_the_login(site):
@@ -156,12 +159,14 @@ def test_retry_and_drop_ask_first_and_happen_once(site):
         await log_in(client, address)
         status, html = await get(client, f"{address}jobs/2/retry")
         assert status == 200 and "tried again" in html and site.store.job(2)["state"] == "dead"
-        form = {"token": token_of(html)}
+        form = form_of(html)
         assert (await post(client, f"{address}jobs/2/retry", form))[0] == 200
         assert site.store.job(2)["state"] == "grouped"
         assert (await post(client, f"{address}jobs/2/retry", form))[0] == 409
+        form = form_of((await get(client, f"{address}jobs/3/drop"))[1])
         assert (await post(client, f"{address}jobs/3/drop", form))[0] == 200
         assert site.store.job(3)["state"] == "dropped"
+        form = form_of((await get(client, f"{address}jobs/1/drop"))[1])
         assert (await post(client, f"{address}jobs/1/drop", form))[0] == 409, "it was done"
         assert (await get(client, f"{address}jobs/77/drop"))[0] == 404
 
@@ -169,11 +174,62 @@ def test_retry_and_drop_ask_first_and_happen_once(site):
     assert '"worklist_retry"' in site.log.getvalue() and '"worklist_drop"' in site.log.getvalue()
 
 
+@pytest.mark.parametrize("patients", [True, False])
+def test_what_is_asked_about_is_shown(tmp_path, patients):
+    """The row's facts, the patient's only where the file says so."""
+    site = Site(tmp_path, patients=str(patients).lower())
+
+    async def visit(client, address):
+        await log_in(client, address)
+        return (await get(client, f"{address}jobs/2/drop"))[1]
+
+    html = site.run(visit)
+    facts = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", html))
+    about = {"patient": PATIENT, "study": f"{STUDY}.1"} if patients else {}
+    assert re.fullmatch(r"\d+ s ago", facts.pop("came")) and facts == {"images": "1", "state": "dead", **about}
+    assert (STUDY in html) == (PATIENT in html) == patients
+
+
+@pytest.mark.parametrize("action", ["retry", "drop"])
+@pytest.mark.parametrize("change", [{"state": "reading"}, {"first_at": 1.5}], ids=["moved on", "another job"])
+def test_what_was_confirmed_happens_to_that_job_as_it_was_shown_only(site, action, change):
+    async def visit(client, address):
+        await log_in(client, address)
+        form = form_of((await get(client, f"{address}jobs/2/{action}"))[1])
+        with site.store._begin() as c:
+            before = dict(c.execute(sa.select(jobs).where(jobs.c.id == 2)).one()._mapping)
+            c.execute(sa.update(jobs).where(jobs.c.id == 2).values(change))
+        status, said = await post(client, f"{address}jobs/2/{action}", form)
+        assert (status, said) == (409, "Job 2 has moved on, or is another one now. Load the page again.\n")
+        with site.store._begin() as c:
+            assert dict(c.execute(sa.select(jobs).where(jobs.c.id == 2)).one()._mapping) == before | change
+            c.execute(sa.update(jobs).where(jobs.c.id == 2).values(before))
+        assert (await post(client, f"{address}jobs/2/{action}", form))[0] == 200, "it is that job again"
+
+    site.run(visit)
+    assert '"changed": false' in site.log.getvalue()
+
+
+def test_a_form_is_good_for_what_it_asked_about_only(site):
+    """Another job, another step, another time or state than were shown."""
+
+    async def visit(client, address):
+        await log_in(client, address)
+        form = form_of((await get(client, f"{address}jobs/2/retry"))[1])
+        for path in ("jobs/3/retry", "jobs/2/drop"):
+            assert (await post(client, address + path, form))[0] == 403
+        for change in ({"first_at": "1.5"}, {"first_at": "x"}, {"first_at": ""}, {"state": "grouped"}):
+            assert (await post(client, f"{address}jobs/2/retry", form | change))[0] == 403
+
+    site.run(visit)
+    assert site.store.job(2)["state"] == "dead" and site.store.job(3)["state"] == "grouped"
+
+
 def test_another_site_can_ask_for_nothing(site):
     async def visit(client, address):
         await log_in(client, address)
-        form = {"token": token_of((await get(client, address))[1])}
-        assert (await post(client, f"{address}jobs/2/retry", {"token": "0" * 64}))[0] == 403
+        form = form_of((await get(client, f"{address}jobs/2/retry"))[1])
+        assert (await post(client, f"{address}jobs/2/retry", form | {"token": "0" * 64}))[0] == 403
         assert (await post(client, f"{address}jobs/2/retry"))[0] == 403
         assert (await post(client, f"{address}jobs/2/retry", form, headers={"Origin": "http://evil.example"}))[0] == 403
         assert (await get(client, address, headers={"Host": "evil.example"}))[0] == 421  # its name leads here
@@ -193,7 +249,7 @@ def test_the_cookie_is_kept_from_scripts_and_ends_with_the_session(site, monkeyp
         assert "HttpOnly" in said and "SameSite=Strict" in said
         html = (await get(client, address))[1]
         (cookie,) = client.cookie_jar
-        assert (await post(client, f"{address}logout", {"token": token_of(html)}))[0] == 200
+        assert (await post(client, f"{address}logout", form_of(html)))[0] == 200
         client.cookie_jar.update_cookies({cookie.key: cookie.value})
         assert (await get(client, f"{address}status.json"))[0] == 401
         monkeypatch.setattr(login, "SESSION_S", -1.0)
@@ -244,6 +300,44 @@ def test_rejected_files_are_counted_where_they_can_be_seen(tmp_path):
     assert rejected_files(watched) is None
 
 
+def test_the_folder_of_rejected_files_is_not_looked_for_behind_a_link(tmp_path):
+    (tmp_path / "watched").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.dcm").write_bytes(b"a")
+    (tmp_path / "watched" / "rejected").symlink_to(tmp_path / "elsewhere")
+    assert rejected_files(Folder(path=str(tmp_path / "watched"))) is None
+
+
+def test_rejected_files_are_counted_now_and_then_for_all_who_ask(tmp_path, monkeypatch):
+    looks = []
+    monkeypatch.setattr(watch, "rejected_files", lambda config: looks.append(config) or len(looks))
+    monkeypatch.setattr(watch, "LOOK_S", 600.0)
+    rejected = RejectedFiles(Folder(path=str(tmp_path)))
+    monkeypatch.setattr(watch, "KEPT_S", 3600.0)
+    assert [rejected.count() for _ in range(3)] == [1, 1, 1] and len(looks) == 1
+    monkeypatch.setattr(watch, "KEPT_S", 0.0)
+    assert rejected.count() == 2
+
+
+def test_a_file_system_that_hangs_is_looked_at_once_and_holds_up_no_page(site, monkeypatch):
+    answered, looks = threading.Event(), []
+    monkeypatch.setattr(watch, "rejected_files", lambda config: looks.append(config) or (answered.wait() and 4))
+    monkeypatch.setattr(watch, "LOOK_S", 0.01)
+    monkeypatch.setattr(watch, "KEPT_S", 3600.0)
+
+    async def visit(client, address):
+        await log_in(client, address)
+        pages = [(await get(client, address))[1] for _ in range(2)]
+        answered.set()
+        while (count := json.loads((await get(client, f"{address}status.json"))[1])["rejected_files"]) is None:
+            await asyncio.sleep(0.01)
+        return pages, count
+
+    pages, count = site.run(visit)
+    assert all("<dt>rejected files</dt><dd>unknown</dd>" in html for html in pages)
+    assert count == 4 and len(looks) == 1
+
+
 def test_long_lists_come_in_pieces(site, monkeypatch):
     monkeypatch.setattr(worklist, "ROWS", 2)
 
@@ -267,7 +361,8 @@ def quickly(monkeypatch, tmp_path):
     """The page renews itself more often."""
     script = worklist._SCRIPT.read_text("utf-8")
     assert "EVERY_MS = 3000;" in script
-    (tmp_path / "quick.js").write_text(script.replace("EVERY_MS = 3000;", "EVERY_MS = 100;"))
+    script = script.replace("EVERY_MS = 3000;", "EVERY_MS = 100;").replace("LIMIT_MS = 10_000;", "LIMIT_MS = 2000;")
+    (tmp_path / "quick.js").write_text(script)
     monkeypatch.setattr(worklist, "_SCRIPT", tmp_path / "quick.js")
 
 
@@ -396,7 +491,9 @@ def test_retry_and_drop_in_a_browser(site, tmp_path, quickly):
 
 @browser
 @pytest.mark.slow
-def test_the_numbers_in_a_browser_are_the_queues_and_live(site, tmp_path, quickly):
+def test_the_numbers_in_a_browser_are_the_queues_and_live(site, tmp_path, quickly, monkeypatch):
+    monkeypatch.setattr(watch, "KEPT_S", 0.0)
+
     def since(seconds):
         """All jobs came so long ago."""
         with site.store._begin() as c:
@@ -439,6 +536,105 @@ def test_the_numbers_in_a_browser_are_the_queues_and_live(site, tmp_path, quickl
         assert (numbers["no radiographs"], numbers["conflicts"]) == ("1", "1")
         assert (kept["other"], kept["conflict"]) == (1, 1) and numbers["open"] == "0"
         assert await tab.evaluate("window.first"), "it is the page that was loaded first"
+
+    in_a_browser(site, tmp_path, visit)
+
+
+@browser
+@pytest.mark.slow
+def test_the_page_says_that_it_is_old_while_no_answer_comes(site, tmp_path, quickly, monkeypatch):
+    """A renewal that nobody answers ends by itself, and the page goes on once somebody does."""
+    answered, listed = threading.Event(), site.store.listed
+    answered.set()
+
+    def slow(*args, **kwargs):
+        answered.wait()
+        return listed(*args, **kwargs)
+
+    monkeypatch.setattr(site.store, "listed", slow)
+
+    async def visit(tab, address):
+        answered.clear()
+        try:
+            await tab.until("said.textContent.includes('old')")
+        finally:
+            answered.set()
+        await tab.until("said.textContent === ''")
+        site.store.drop([3])
+        await tab.go(f"{address}?state=all", f"{CELL} === 'dropped'")
+
+    in_a_browser(site, tmp_path, visit)
+
+
+@browser
+@pytest.mark.slow
+def test_a_pause_that_is_ticked_during_a_renewal_holds(site, tmp_path, quickly):
+    """The tick comes between the answer's arrival and its use."""
+
+    async def visit(tab, address):
+        await tab.evaluate("""window.answers = fetch; window.fetch = async (...asked) => {
+            const answer = await answers(...asked);
+            const text = answer.text.bind(answer);
+            answer.text = async () => {
+                const page = (await text()).replaceAll("grouped", "changed");
+                document.querySelector("#pause").checked = true;
+                setTimeout(() => { window.ended = true; });
+                return page;
+            };
+            return answer;
+        }""")
+        await tab.until("window.ended")
+        assert await tab.evaluate(CELL) == "grouped"
+        await tab.evaluate("window.fetch = answers; document.querySelector('#pause').checked = false")
+        site.store.group_due()
+        site.store.claim_job(60)
+        await tab.until(f"{CELL} === 'reading'")
+
+    in_a_browser(site, tmp_path, visit)
+
+
+@browser
+@pytest.mark.slow
+def test_rows_that_change_their_order_are_all_kept(site, tmp_path):
+    """Every list of three rows renewed by every other, in its order."""
+
+    async def visit(tab, address):
+        return await tab.evaluate("""(() => {
+            const lists = [""], wrong = [];
+            for (const list of lists)
+                for (const row of "ABC") if (!list.includes(row)) lists.push(list + row);
+            const made = (list) => {
+                const body = document.createElement("div");
+                body.innerHTML = [...list].map((row) => `<p id="row-${row}">${row}</p>`).join(" ");
+                return body;
+            };
+            for (const before of lists)
+                for (const after of lists) {
+                    const body = made(before);
+                    update(body, made(after));
+                    if (body.textContent !== [...after].join(" ")) wrong.push([before, after, body.textContent]);
+                }
+            return [lists.length, wrong];
+        })()""")
+
+    assert in_a_browser(site, tmp_path, visit) == [16, []]
+
+
+@browser
+@pytest.mark.slow
+def test_the_table_stays_where_it_is_when_draining_begins_and_ends(site, tmp_path, quickly):
+    async def visit(tab, address):
+        await tab.size(375, 700)
+        await tab.go(f"{address}?state=all", "document.querySelector('#live')")
+        await tab.evaluate("window.table = document.querySelector('#jobs'); table.scrollLeft = 40")
+        await tab.evaluate("document.querySelector('#drop-3').focus({preventScroll: true})")
+        stays = "[document.activeElement.id, document.querySelector('#jobs') === table, table.scrollLeft]"
+        before = await tab.evaluate(stays)
+        assert before == ["drop-3", True, 40]
+        for on in (True, False):
+            site.store.set_draining(on)
+            await tab.until(f"live.textContent.includes('Draining') === {str(on).lower()}")
+            assert await tab.evaluate(stays) == before
 
     in_a_browser(site, tmp_path, visit)
 
