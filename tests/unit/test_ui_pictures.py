@@ -98,6 +98,50 @@ def test_files_are_dropped_and_pasted(tmp_path, triton, seen):  # noqa: F811
     seen(do)
 
 
+def test_a_window_that_cannot_be_drawn_leaves_the_one_in_sight_pressed(tmp_path, triton, seen):  # noqa: F811
+    pressed = texts(".tools [aria-label=Window] [aria-pressed=true]:not([hidden])")
+    fail = """{
+      const real = window.fetch;
+      const broken = async () => new Response("", { status: 500 });
+      window.fetch = (path, ...rest) => (path.includes("=voi_display") ? broken() : real(path, ...rest));
+    }"""
+
+    async def do(page):
+        await page.choose("#files", given(tmp_path, wedge()))
+        await page.until(DRAWN)
+        assert await page.evaluate(pressed) == ["Equalized greys"]
+        await page.evaluate(fail)
+        await page.evaluate(PRESS.format("As the file asks for"))
+        await page.until("document.querySelector('.stage .refusal')")
+        assert await page.evaluate(pressed) == ["Equalized greys"]
+        await page.evaluate(PRESS.format(HARD))
+        await page.until(f"{pressed}.join() === '{HARD}'")
+        assert await page.evaluate("document.querySelector('.stage .refusal')") is None
+
+    seen(do)
+
+
+def test_any_temperature_is_sent_and_one_that_is_none_is_pointed_at(tmp_path, triton, seen):  # noqa: F811
+    before = len(triton.requests)
+    temperature = "document.querySelectorAll('.numbers input')[1]"
+
+    async def do(page):
+        await page.choose("#files", given(tmp_path, dicom()))
+        await page.until(DRAWN)
+        assert not await page.evaluate("document.querySelector('.asked-of details').open")
+        await page.evaluate(f"{temperature}.value = 7")
+        await page.evaluate(READ)
+        await page.until(
+            f"document.querySelector('.asked-of details').open && document.activeElement === {temperature}"
+        )
+        await page.evaluate(f"{temperature}.value = 0.75")
+        await page.evaluate(READ)
+        await page.until("document.querySelector('.files')")
+
+    seen(do)
+    assert [asked_of(each)["temperature"] for each in triton.requests[before:]] == [0.75]
+
+
 def test_two_columns_of_one_model_may_sample_differently(tmp_path, triton, seen):  # noqa: F811
     """A seed and a temperature of their own, which their follow-ups keep."""
     before = len(triton.requests)
