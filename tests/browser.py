@@ -1,8 +1,8 @@
 """Headless Chromium, driven by its DevTools protocol; what its tabs ask for and write to the console is kept.
 
-Ours, because it takes nothing but aiohttp, which the page's server is made of: Playwright's wheel has 53 MB, Node.js in
-it, and Selenium needs a second program that fits the browser. Files that are dragged, fingers, colour schemes and the
-console would be commands of this protocol with them too.
+Ours, because it takes nothing but aiohttp, NumPy and Pillow, which the page's server has too: Playwright's wheel has 53
+MB, Node.js in it, and Selenium needs a second program that fits the browser. Files that are dragged, fingers, colour
+schemes and the console would be commands of this protocol with them too.
 """
 
 import asyncio

@@ -25,6 +25,7 @@ from cxr_triton.profile import ModelProfile
 MODEL = "model"
 """The preset with which the model sees a picture."""
 TITLES = {"mimic_jpg": "Equalized greys", "voi_display": "As the file asks for", "as_is": "As the file has it"}
+KINDS = {"window": "Window", "lut": "LUT"}
 MOST_PIXELS = 24_000_000
 """Of a picture that is shown; the file of one with more is shown smaller."""
 Result = TypeVar("Result")
@@ -134,7 +135,7 @@ def presets(picture: Picture, is_models: bool) -> list[dict[str, str]]:
     return [{"name": name, "title": title} for name, title in titles.items()]
 
 
-def _presets(shown: str, windows: Sequence[str]) -> dict[str, Preset]:
+def _presets(shown: str, windows: Sequence[tuple[str, int, str]]) -> dict[str, Preset]:
     """Those of a picture that the model sees by the preset `shown`, and whose file has such further windows."""
     model = {MODEL: Preset(shown)}
     if shown == "as_is":
@@ -143,11 +144,14 @@ def _presets(shown: str, windows: Sequence[str]) -> dict[str, Preset]:
     return (
         model
         | others
-        | {
-            f"window-{number}": Preset("voi_display", number, words or f"Window {number + 2}")
-            for number, words in enumerate(windows)
-        }
+        | {f"window-{index}": Preset("voi_display", index, _titled(*window)) for index, window in enumerate(windows)}
     )
+
+
+def _titled(kind: str, number: int, words: str) -> str:
+    """A title that shows which words are the file's, whatever they are."""
+    numbered = f"{KINDS[kind]} {number}"
+    return f"{numbered}: “{words}”" if words else numbered
 
 
 def _prepared(sandbox: Sandbox, data: bytes, preset: Preset, not_a_chest: str | None, views: Sequence[str]) -> Prepared:

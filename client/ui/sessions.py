@@ -34,7 +34,7 @@ class Preset:
     window : int or None
         Which of the file's further windows it uses, see `cxr_triton.pixels.sandbox.Prepared`; None for the first one.
     title : str
-        What the file calls that window.
+        Of that window: its number, and in quotes what the file calls it; empty for None.
     """
 
     render: str

@@ -105,6 +105,9 @@ WANTED = frozenset(Tag)
 """What `read_image` reads."""
 
 
+_EXPLANATIONS = {Tag.WINDOW_EXPLANATION, Tag.LUT_EXPLANATION}
+"""Words that nothing depends on: where one comes twice, none of them is taken."""
+
 PIXEL_TAGS = {Tag.PIXELS, Tag.FLOAT_PIXELS, Tag.DOUBLE_PIXELS}
 
 
@@ -136,7 +139,10 @@ class DataSet:
         for _, element in self.each(position, end):
             if element.tag in self.wanted:
                 if element.tag in self.elements:
-                    raise InvalidImage(f"element {name_of(element.tag)} comes twice; the file is damaged")
+                    if element.tag not in _EXPLANATIONS:
+                        raise InvalidImage(f"element {name_of(element.tag)} comes twice; the file is damaged")
+                    self.elements[element.tag] = element._replace(length=0)
+                    continue
                 self.elements[element.tag] = element
                 if element.tag in PIXEL_TAGS:
                     break  # its length is checked when it is read, so that a more telling error can come first

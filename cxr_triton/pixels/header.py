@@ -14,9 +14,9 @@ import numpy as np
 from cxr_triton.errors import HeaderMismatch
 from cxr_triton.pixels.anatomy import Anatomy, Code, view_of, weigh
 from cxr_triton.pixels.elements import DataSet, Tag
-from cxr_triton.pixels.transforms import VOI_FUNCTIONS, LookupTable, Rescale, VoiFunction, Window
+from cxr_triton.pixels.transforms import VOI_FUNCTIONS, LookupTable, Offered, Rescale, VoiFunction, Window
 
-MOST_WINDOWS, _MOST_WORDS = 8, 32
+MOST_WINDOWS, MOST_WORDS = 8, 32
 _UID = re.compile(r"[0-9][0-9.]{0,63}")
 
 
@@ -139,29 +139,36 @@ def voi(dataset: DataSet, negative_input: bool, flags: set[str]) -> Window | Loo
     return window
 
 
-def other_windows(
-    dataset: DataSet, negative_input: bool, used: Window | LookupTable | None
-) -> tuple[tuple[str, Window | LookupTable], ...]:
-    """VOI LUTs and windows that the file offers besides the one that `voi` uses, with its words for each, if any.
+def other_windows(dataset: DataSet, negative_input: bool, used: Window | LookupTable | None) -> tuple[Offered, ...]:
+    """VOI LUTs and windows that the file offers besides the one that `voi` uses.
 
     Those that are unusable are left out, and so is what comes after `MOST_WINDOWS`.
     """
-    found: list[tuple[str, Window | LookupTable]] = []
+    found: list[Offered] = []
     for number, item in enumerate(dataset.items(Tag.VOI_LUT)[: MOST_WINDOWS + 1]):
         table = _table(item, negative_input, set())
         if table and (number or not isinstance(used, LookupTable)):
-            found.append((_words(item.first(Tag.LUT_EXPLANATION)), table))
-    function, explained = _function(dataset), dataset.texts(Tag.WINDOW_EXPLANATION)
-    pairs = zip(dataset.numbers(Tag.CENTER), dataset.numbers(Tag.WIDTH), strict=False)
-    for number, (center, width) in enumerate(pairs):
+            found.append(Offered("lut", number + 1, (_explained(item, Tag.LUT_EXPLANATION, 1) or [""])[0], table))
+    centers, widths = dataset.numbers(Tag.CENTER), dataset.numbers(Tag.WIDTH)
+    count = len(centers) if len(centers) == len(widths) else 0
+    function, explained = _function(dataset), _explained(dataset, Tag.WINDOW_EXPLANATION, count)
+    for number, (center, width) in enumerate(zip(centers, widths, strict=False)):
         window = Window(center, width, function)
         if window.usable and (number or not isinstance(used, Window)):
-            found.append((_words(explained[number]) if number < len(explained) else "", window))
+            found.append(Offered("window", number + 1, explained[number] if explained else "", window))
     return tuple(found[:MOST_WINDOWS])
 
 
-def _words(text: str) -> str:
-    return "".join(character for character in text if character.isprintable())[:_MOST_WORDS].strip()
+def _explained(dataset: DataSet, tag: Tag, count: int) -> list[str]:
+    """As many values of a free text; none where it has another number of them, or not only printable ASCII.
+
+    Printable ASCII means the same in every character set of DICOM that has no escape sequence. To tell others apart
+    takes codecs that a decoding process cannot load.
+    """
+    texts = dataset.texts(tag)
+    if len(texts) != count or not all(text.isascii() and text.isprintable() for text in texts):
+        return []
+    return [text if len(text) <= MOST_WORDS else f"{text[: MOST_WORDS - 3].rstrip()}..." for text in texts]
 
 
 def _function(dataset: DataSet) -> VoiFunction:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cxr_triton.pixels.anatomy import Anatomy
-from cxr_triton.pixels.transforms import LookupTable, Rescale, Window
+from cxr_triton.pixels.transforms import LookupTable, Offered, Rescale, Window
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +30,8 @@ class Metadata:
     modality_transform : Rescale, LookupTable or None
     voi : Window, LookupTable or None
         The first one; an unusable one is None.
-    other_windows : tuple of (str, Window or LookupTable)
-        Further ones, each with what the file calls it: free text, or empty.
+    other_windows : tuple of Offered
+        Further ones.
     padding : (int, int) or None
         Smallest and largest stored value that is padding.
     view : str
@@ -62,7 +62,7 @@ class Metadata:
     modality: str = ""
     modality_transform: Rescale | LookupTable | None = None
     voi: Window | LookupTable | None = None
-    other_windows: tuple[tuple[str, Window | LookupTable], ...] = ()
+    other_windows: tuple[Offered, ...] = ()
     padding: tuple[int, int] | None = None
     view: str = "unknown"
     patient_orientation: tuple[str, ...] = ()

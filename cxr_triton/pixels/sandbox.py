@@ -63,8 +63,9 @@ class Prepared:
         patient data.
     study_date : str
         As `cxr_triton.pixels.radiograph.Metadata` has it; not among the facts, so that no server sends it.
-    windows : tuple of str
-        What the file calls the further windows that it can be drawn with; free text, so not among the facts either.
+    windows : tuple of (str, int, str)
+        Kind, number and words of the further windows that it can be drawn with, as
+        `cxr_triton.pixels.transforms.Offered` has them; free text, so not among the facts either.
     decode_ms, preprocess_ms : float
         Reading the file; rendering and resizing.
     """
@@ -73,7 +74,7 @@ class Prepared:
     source_size: tuple[int, int]
     facts: dict[str, Any]
     study_date: str
-    windows: tuple[str, ...]
+    windows: tuple[tuple[str, int, str], ...]
     decode_ms: float
     preprocess_ms: float
 
@@ -425,7 +426,7 @@ def _prepared(answer: dict[str, Any], payload: bytes, has_region: bool) -> Prepa
         tuple(answer["source_size"]),
         answer["facts"],
         answer["study_date"],
-        tuple(answer["windows"]),
+        tuple((kind, number, words) for kind, number, words in answer["windows"]),
         answer["decode_ms"],
         answer["preprocess_ms"],
     )

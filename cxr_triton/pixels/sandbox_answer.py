@@ -10,7 +10,7 @@ from typing import Any
 
 from cxr_triton.errors import CODES
 from cxr_triton.pixels.dicom import Identity
-from cxr_triton.pixels.header import is_uid
+from cxr_triton.pixels.header import MOST_WINDOWS, MOST_WORDS, is_uid
 
 MOST_TEXT = 1 << 16
 """Bytes of an answer's JSON."""
@@ -82,8 +82,18 @@ def require_prepared(answer: dict[str, Any], size: int, has_region: bool) -> Non
         _require(all(type(number) is int and least <= number < 1 << 31 for number in numbers))
     _require(len(shape) in (2, 3) and shape[2:] in ([], [3]) and min(shape) > 0 and math.prod(shape) == size)
     _require(len(answer["source_size"]) == 2 and len(facts["percentiles"]) == 2)
-    for words in (facts["patient_orientation"], facts["flags"], facts["identity"].values(), answer["windows"]):
+    for words in (facts["patient_orientation"], facts["flags"], facts["identity"].values()):
         _require(len(words) <= 64 and all(type(word) is str and len(word) <= 64 for word in words))
+    _require(len(answer["windows"]) <= MOST_WINDOWS and all(map(_is_window, answer["windows"])))
+
+
+def _is_window(told: Any) -> bool:
+    """Whether it is the kind, number and words of an `Offered`."""
+    if not (type(told) is list and [type(part) for part in told] == [str, int, str]):
+        return False
+    kind, number, words = told
+    is_plain = len(words) <= MOST_WORDS and words.isascii() and words.isprintable()
+    return kind in ("window", "lut") and 1 <= number <= 1 << 16 and is_plain
 
 
 def identity(answer: dict[str, Any], size: int) -> Identity:

@@ -126,7 +126,7 @@ def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
     decoded = time.perf_counter()
     metadata = radiograph.metadata
     if (window := order["window"]) is not None:
-        metadata = replace(metadata, voi=metadata.other_windows[window][1])
+        metadata = replace(metadata, voi=metadata.other_windows[window].transform)
     picture = render(replace(radiograph, metadata=metadata), order["preset"])
     region, doubts = _judge(metadata, picture.pixels, order) if order["not_a_chest"] else ({}, ())
     height, width = picture.pixels.shape[:2]
@@ -149,7 +149,7 @@ def _prepare(order: dict, data: bytes, limits: Limits) -> tuple[dict, bytes]:
         "source_size": [height, width],
         "facts": facts,
         "study_date": metadata.study_date,
-        "windows": [words for words, _ in metadata.other_windows],
+        "windows": [[each.kind, each.number, each.words] for each in metadata.other_windows],
         "decode_ms": round((decoded - started) * 1000, 3),
         "preprocess_ms": round((finished - decoded) * 1000, 3),
     }

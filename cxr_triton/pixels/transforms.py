@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 VoiFunction = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
 VOI_FUNCTIONS: tuple[VoiFunction, ...] = get_args(VoiFunction)
+
+
+class Offered(NamedTuple):
+    """A VOI transform that a file offers.
+
+    Attributes
+    ----------
+    kind : str
+        window or lut.
+    number : int
+        Its place among those of its kind in the file, from 1 on.
+    words : str
+        What the file calls it, printable ASCII; empty where it says nothing that is surely of this one.
+    transform : Window or LookupTable
+    """
+
+    kind: str
+    number: int
+    words: str
+    transform: Window | LookupTable
 
 
 @dataclass(frozen=True)

@@ -579,6 +579,25 @@ def test_repeated_element_is_refused():
         read_image(data.replace(rows, rows + rows, 1))
 
 
+@pytest.mark.parametrize("times", [2, 3])
+def test_what_a_window_or_a_lut_is_called_may_be_repeated_and_is_then_not_taken(times):
+    table = Dataset()
+    table.LUTDescriptor, table.LUTExplanation, table.LUTData = [4, 0, 12], "STEEP ", [0, 1000, 2000, 4095]
+    table["LUTDescriptor"].VR = table["LUTData"].VR = "US"
+    named = {"WindowCenter": [1, 2], "WindowWidth": [9, 8], "WindowCenterWidthExplanation": ["SOFT", "HARD"]}
+    dataset = dataset_of(pattern(12), 12, **named, VOILUTSequence=Sequence([table, table]))
+    dataset["VOILUTSequence"].is_undefined_length = True
+    for item in dataset.VOILUTSequence:
+        item.is_undefined_length_sequence_item = True
+    data = file_bytes(dataset)
+    assert {"STEEP", "HARD"} <= {words for _, _, words, _ in read_image(data).metadata.other_windows}
+    for tag in (b"\x28\0\x55\x10", b"\x28\0\x03\x30"):
+        header = tag + b"LO" + struct.pack("<H", 10 if tag[2] == 0x55 else 6)
+        element = data[data.index(header) :][: 8 + header[6]]
+        data = data.replace(element, times * element)
+    assert [words for _, _, words, _ in read_image(data).metadata.other_windows] == 3 * [""]
+
+
 @pytest.mark.parametrize(
     "syntax", ["native", "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.5"]
 )

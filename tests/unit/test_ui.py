@@ -243,14 +243,14 @@ def lut(explanation: str, *entries: int) -> Dataset:
 
 def test_a_dicom_file_is_shown_by_each_of_its_windows_under_the_name_that_it_gives_them(visitor):
     """pydicom applies them too."""
-    names = ["NORMAL", "HARDER", "", "NO WIDTH"]
-    windows = {"WindowCenter": [1500, 800, 2000, 900], "WindowWidth": [3000, 300, 900, 0]}
+    names = ["NORMAL", "HARDER", "NO WIDTH", ""]
+    windows = {"WindowCenter": [1500, 800, 900, 2000], "WindowWidth": [3000, 300, 0, 900]}
     data = dicom(**windows, WindowCenterWidthExplanation=names)
     told = visitor.give(data)[1]["presets"]
     titles = [preset["title"] for preset in told[1:]]
-    assert titles == ["As the file asks for", "HARDER", "Window 3"], "one has no width"
+    assert titles == ["As the file asks for", "Window 2: “HARDER”", "Window 4"], "one has no width"
     dataset = pydicom.dcmread(io.BytesIO(data))
-    for index, preset in enumerate(told[1:]):
+    for index, preset in zip((0, 1, 3), told[1:], strict=True):
         theirs = apply_windowing(dataset.pixel_array, dataset, index)  # of a range of 12 bits
         ours = shown(visitor, visitor.pictures[0], preset["name"])
         assert np.abs(ours - theirs / 4095 * 255).max() <= 0.5 + 1e-6, preset
@@ -258,10 +258,11 @@ def test_a_dicom_file_is_shown_by_each_of_its_windows_under_the_name_that_it_giv
     tables = [lut("FIRST", *range(4096)), lut("STEEP", *(min(3 * value, 4095) for value in range(4096)))]
     data = dicom(**windows, VOILUTSequence=tables)
     told = visitor.give(data)[1]["presets"]
-    assert [each["title"] for each in told[1:]] == ["As the file asks for", "STEEP", "Window 3", "Window 4", "Window 5"]
+    titles = ["As the file asks for", "LUT 2: “STEEP”", "Window 1", "Window 2", "Window 4"]
+    assert [each["title"] for each in told[1:]] == titles
     dataset = pydicom.dcmread(io.BytesIO(data))
     theirs = [apply_voi(dataset.pixel_array, dataset, index) for index in range(2)]
-    theirs += [apply_windowing(dataset.pixel_array, dataset, index) for index in range(3)]
+    theirs += [apply_windowing(dataset.pixel_array, dataset, index) for index in (0, 1, 3)]
     for preset, expected in zip(told[1:], theirs, strict=True):
         ours = shown(visitor, visitor.pictures[1], preset["name"])
         assert np.abs(ours - expected / 4095 * 255).max() <= 0.5 + 1e-6, preset
@@ -269,12 +270,38 @@ def test_a_dicom_file_is_shown_by_each_of_its_windows_under_the_name_that_it_giv
 
 def test_what_a_file_calls_its_windows_steers_nothing_and_is_bounded(visitor):
     count = 40
-    words = ["x", "a\u001b[31m" + 50 * "b", *["c"] * (count - 2)]
+    words = ["x", "[31m" + 50 * "b", *["c"] * (count - 2)]
     data = dicom(WindowCenter=[*range(count)], WindowWidth=[500] * count, WindowCenterWidthExplanation=words)
     titles = [preset["title"] for preset in visitor.give(data)[1]["presets"]]
-    assert len(titles) == 10 and titles[2] == "a[31m" + 27 * "b"
+    assert len(titles) == 10 and titles[2] == f"Window 2: “[31m{25 * 'b'}...”"
     done = visitor.read(pictures=visitor.pictures[:1])[-1]
     assert "[31m" not in json.dumps(done), "no reading repeats them"
+
+
+@pytest.mark.parametrize("name", ["As the model sees it", "As the file asks for", "Equalized greys", "Window 3"])
+def test_no_window_is_called_as_the_page_calls_one_of_its_own_or_as_another_one(visitor, name):
+    windows = {"WindowCenter": [1, 2, 3], "WindowWidth": [9, 8, 7], "WindowCenterWidthExplanation": [name] * 3}
+    titles = [preset["title"] for preset in visitor.give(dicom(**windows))[1]["presets"]]
+    assert titles[-2:] == [f"Window 2: “{name}”", f"Window 3: “{name}”"]
+    assert len(set(titles)) == len(titles) == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "charset"),
+    [
+        (["weich", "hart", "härter"], "ISO_IR 192"),
+        (["weich", "hart", "härter"], "ISO_IR 100"),
+        (["мягко", "hard", "x"], "ISO_IR 144"),
+        (["x", "y\u001b[31m", "z"], "ISO_IR 100"),
+        (["one", "two"], "ISO_IR 100"),
+        (["one", "two", "three", "four"], "ISO_IR 100"),
+    ],
+)
+def test_what_is_not_plain_ascii_or_not_one_name_a_window_is_no_name(visitor, names, charset):
+    windows = {"WindowCenter": [1, 2, 3], "WindowWidth": [9, 8, 7], "WindowCenterWidthExplanation": names}
+    data = dicom(**windows, SpecificCharacterSet=charset)
+    titles = [preset["title"] for preset in visitor.give(data)[1]["presets"]]
+    assert titles[-2:] == ["Window 2", "Window 3"]
 
 
 @pytest.mark.parametrize(("kind", "color"), [("PNG", False), ("PNG", True), ("JPEG", False)])

@@ -21,6 +21,7 @@ from cxr_triton.phantom_file import store
 
 pytestmark = [needs_chromium, pytest.mark.slow]
 SIDE = 480
+HARD = "Window 2: “HARD”"
 PRESS = "[...document.querySelectorAll('.tools button')].find((each) => each.innerText === '{}').click()"
 NAMES = texts("#strip strong")
 
@@ -59,11 +60,11 @@ def test_presets_and_invert_change_the_greys_in_sight(tmp_path, triton, seen):  
     async def do(page):
         await page.choose("#files", given(tmp_path, data))
         await page.until(DRAWN)
-        for press, wanted in (("As the file asks for", soft), ("HARD", hard), ("Invert", 255 - hard)):
+        for press, wanted in (("As the file asks for", soft), (HARD, hard), ("Invert", 255 - hard)):
             await page.evaluate(PRESS.format(press))
             await until_greys(page, wanted)
         pressed = texts(".tools [aria-pressed=true]:not([hidden])")
-        assert await page.evaluate(pressed) == ["HARD", "Invert"]
+        assert await page.evaluate(pressed) == [HARD, "Invert"]
         await page.evaluate(PRESS.format("As the file asks for"))
         await until_greys(page, 255 - soft)
 
@@ -95,6 +96,50 @@ def test_files_are_dropped_and_pasted(tmp_path, triton, seen):  # noqa: F811
         assert await page.evaluate(texts("#strip .name small")) == ["DICOM · 40 × 48 px", "DICOM · 40 × 96 px"]
 
     seen(do)
+
+
+def test_a_window_that_cannot_be_drawn_leaves_the_one_in_sight_pressed(tmp_path, triton, seen):  # noqa: F811
+    pressed = texts(".tools [aria-label=Window] [aria-pressed=true]:not([hidden])")
+    fail = """{
+      const real = window.fetch;
+      const broken = async () => new Response("", { status: 500 });
+      window.fetch = (path, ...rest) => (path.includes("=voi_display") ? broken() : real(path, ...rest));
+    }"""
+
+    async def do(page):
+        await page.choose("#files", given(tmp_path, wedge()))
+        await page.until(DRAWN)
+        assert await page.evaluate(pressed) == ["Equalized greys"]
+        await page.evaluate(fail)
+        await page.evaluate(PRESS.format("As the file asks for"))
+        await page.until("document.querySelector('.stage .refusal')")
+        assert await page.evaluate(pressed) == ["Equalized greys"]
+        await page.evaluate(PRESS.format(HARD))
+        await page.until(f"{pressed}.join() === '{HARD}'")
+        assert await page.evaluate("document.querySelector('.stage .refusal')") is None
+
+    seen(do)
+
+
+def test_any_temperature_is_sent_and_one_that_is_none_is_pointed_at(tmp_path, triton, seen):  # noqa: F811
+    before = len(triton.requests)
+    temperature = "document.querySelectorAll('.numbers input')[1]"
+
+    async def do(page):
+        await page.choose("#files", given(tmp_path, dicom()))
+        await page.until(DRAWN)
+        assert not await page.evaluate("document.querySelector('.asked-of details').open")
+        await page.evaluate(f"{temperature}.value = 7")
+        await page.evaluate(READ)
+        await page.until(
+            f"document.querySelector('.asked-of details').open && document.activeElement === {temperature}"
+        )
+        await page.evaluate(f"{temperature}.value = 0.75")
+        await page.evaluate(READ)
+        await page.until("document.querySelector('.files')")
+
+    seen(do)
+    assert [asked_of(each)["temperature"] for each in triton.requests[before:]] == [0.75]
 
 
 def test_two_columns_of_one_model_may_sample_differently(tmp_path, triton, seen):  # noqa: F811

@@ -7,7 +7,7 @@ const SCORED = ["labels", "option"];
 /** How the tokens of an answer are chosen: keys of the request, what each is called, and the attributes of its input. */
 const SAMPLING = {
   seed: ["Seed", { min: 0, step: 1 }],
-  temperature: ["Temperature", { min: 0, max: 5, step: 0.1 }],
+  temperature: ["Temperature", { min: 0, max: 5, step: "any" }],
   max_tokens: ["Most tokens", { min: 1, step: 1 }],
 };
 
@@ -19,6 +19,8 @@ class Choice {
     this.sampling = Object.entries(SAMPLING).map(([key, [, bounds]]) => [key, make("input", { type: "number", ...bounds })]);
     const labels = this.sampling.map(([key, input]) => make("label", {}, `${SAMPLING[key][0]} `, input));
     this.fold = make("details", {}, make("summary", {}, "Sampling"), make("div", { className: "numbers" }, ...labels));
+    // a browser points at nothing that is folded away, and sends nothing either
+    this.fold.addEventListener("invalid", () => (this.fold.open = true), true);
     this.server = about.servers.find((server) => server.up)?.name;
     this.render();
   }

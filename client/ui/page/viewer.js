@@ -57,13 +57,13 @@ export class Viewer {
   }
 
   async show(preset) {
-    for (const [name, chosen] of this.presetButtons) chosen.setAttribute("aria-pressed", name === preset);
     this.wanted = preset;
     try {
       const image = await createImageBitmap(await this.draw(preset));
       if (this.wanted !== preset) return image.close();
       this.#image?.close();
       this.#image = image;
+      for (const [name, chosen] of this.presetButtons) chosen.setAttribute("aria-pressed", name === preset);
       this.said.replaceChildren();
       this.#resized();
     } catch (error) {
@@ -185,7 +185,8 @@ export class Viewer {
       return make("label", {}, `${name} `, input);
     };
     this.sliders = {};
-    this.presetButtons = this.picture.presets.map(({ name, title }) => [name, button(title, () => this.show(name))]);
+    const shown = ({ name, title }) => [name, button(title, () => this.show(name), { "aria-pressed": false })];
+    this.presetButtons = this.picture.presets.map(shown);
     this.invertButton = toggle("Invert", false, () => this.#paint());
     this.boxButton = toggle("Boxes", true, () => this.#paint());
     this.boxButton.hidden = true;
