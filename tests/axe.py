@@ -1,12 +1,27 @@
 """axe-core, which finds what keeps people from using a page: where `make axe` fetched it, run in a tab of Chromium."""
 
+import hashlib
+import re
 import tarfile
 from pathlib import Path
 
 import pytest
 
-PACKAGE = next(iter(sorted(Path(__file__).resolve().parents[1].joinpath("build").glob("axe-core-*.tgz"))), None)
-needs_axe = pytest.mark.skipif(PACKAGE is None, reason="no axe-core; make axe")
+ROOT = Path(__file__).resolve().parents[1]
+MAKE = dict(re.findall(r"^(AXE\w*) := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
+PACKAGE = ROOT / MAKE["AXE"]
+
+
+def lacks(package: Path = PACKAGE) -> str:
+    """Why it cannot be run; nothing where it can."""
+    if not package.exists():
+        return "no axe-core; make axe"
+    if hashlib.sha512(package.read_bytes()).hexdigest() != MAKE["AXE_SHA512"]:
+        return f"{package.name} is damaged; make axe"
+    return ""
+
+
+needs_axe = pytest.mark.skipif(bool(lacks()), reason=lacks())
 SCHEMES = ("light", "dark")
 BARRIERS = """axe.run(document, { resultTypes: ["violations"] }).then(({ violations }) => violations
   .filter(({ impact }) => impact === "serious" || impact === "critical")

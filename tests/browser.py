@@ -25,6 +25,18 @@ OPTIONS = (
 )  # fmt: skip
 
 
+class Refused(AssertionError):
+    """The protocol's answer to a command that it could not do; `code` is its number."""
+
+    def __init__(self, method: str, error: dict):
+        super().__init__(method, error)
+        self.code = error.get("code")
+
+
+BETWEEN_PAGES = -32000
+"""A command met no document, as one page went and the next had not come."""
+
+
 class Tab:
     """One page.
 
@@ -66,7 +78,8 @@ class Tab:
         waiting = self._answers[self._count] = asyncio.get_running_loop().create_future()
         await self._devtools.send_json({"id": self._count, "method": method, "params": facts})
         told = await waiting
-        assert "error" not in told, (method, told["error"])
+        if error := told.get("error"):
+            raise Refused(method, error)
         return told["result"]
 
     async def evaluate(self, expression: str) -> object:
@@ -77,9 +90,17 @@ class Tab:
         return told["result"].get("value")
 
     async def until(self, expression: str) -> None:
-        """Returns once an expression holds."""
-        while not await self.evaluate(f"!!({expression})"):
+        """Returns once an expression holds, on this page or the next one."""
+        while not await self._holds(expression):
             await asyncio.sleep(0.03)
+
+    async def _holds(self, expression: str) -> bool:
+        try:
+            return await self.evaluate(f"!!({expression})")
+        except Refused as refused:
+            if refused.code != BETWEEN_PAGES:
+                raise
+            return False
 
     async def go(self, address: str, until: str = "true") -> None:
         await self.call("Page.navigate", url=address)
@@ -145,11 +166,11 @@ class Browser:
         await self._process.wait()
 
     @contextlib.asynccontextmanager
-    async def tab(self) -> AsyncIterator[Tab]:
-        """A tab at 1280 × 900."""
+    async def tab(self, limit_s: float = 300) -> AsyncIterator[Tab]:
+        """A tab at 1280 × 900, for so long."""
         target = (await self._whole.call("Target.createTarget", url="about:blank"))["targetId"]
         async with (
-            asyncio.timeout(300),
+            asyncio.timeout(limit_s),
             self._client.ws_connect(f"{self._devtools}/devtools/page/{target}", max_msg_size=0) as socket,
         ):
             page, listening = _listened(socket)

@@ -88,7 +88,13 @@ class Room:
         self._process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=Path(__file__).parent
         )
-        self.address = json.loads("".join(iter(self._process.stdout.readline, "}\n")) + "}")["address"]
+        told = ""
+        while not told.endswith("\n}\n"):
+            line = self._process.stdout.readline()
+            if not line:
+                raise click.ClickException(f"cxr-triton ui ended with {self._process.wait()} before it listened")
+            told += line
+        self.address = json.loads(told)["address"]
         self.first_s: dict[str, float] = {}
         self._listening = threading.Thread(target=self._listen)
         self._listening.start()

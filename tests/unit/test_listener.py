@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from cxr_triton.client import listener
 from cxr_triton.client.endpoint import Http, TlsFiles
 from cxr_triton.client.limits import LEAST_PASSWORD, read_password
 from cxr_triton.client.listener import HttpListener
@@ -75,6 +76,71 @@ def test_a_request_has_its_time_and_an_address_its_connections():
         assert service.told == [("connection_refused", {"why": "too_many_of_address", "address": "127.0.0.1"})]
 
     get(visit, max_per_address=1, total_s=2.0)
+
+
+def refusing(service):
+    """Its keeper, which counts a connection that nobody has, so that it refuses every other one; and its port."""
+    service.listener._keeper.open["held"] += 1
+    return service.listener._keeper, service.listener.port
+
+
+def test_a_refusal_reaches_who_sends_a_request_before_reading():
+    """It is longer than the sockets between the two hold: some is sent after the connection was refused."""
+    request = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 33554432\r\n\r\n" + bytes(32 << 20)
+
+    async def visit(service, client, address):
+        keeper, port = refusing(service)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request)
+        await writer.drain()
+        assert (await reader.read()).startswith(b"HTTP/1.1 503 ")
+        assert len(keeper.lingering) == 1 == keeper.open.total()
+        writer.close()
+        while keeper.lingering:
+            await asyncio.sleep(0.01)
+
+    get(visit, max_connections=1, idle_s=600.0)
+
+
+def test_who_is_refused_is_let_go_after_a_time():
+    async def visit(service, client, address):
+        keeper, port = refusing(service)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert (await reader.read()).startswith(b"HTTP/1.1 503 ")
+        while keeper.lingering:
+            await asyncio.sleep(0.01)
+        writer.close()
+
+    get(visit, max_connections=1, idle_s=0.1)
+
+
+def test_few_who_are_refused_stay_connected(monkeypatch):
+    monkeypatch.setattr(listener, "_LINGERING", 2)
+
+    async def visit(service, client, address):
+        keeper, port = refusing(service)
+        peers = [await asyncio.open_connection("127.0.0.1", port) for _ in range(4)]
+        for reader, _ in peers:
+            assert (await reader.read()).startswith(b"HTTP/1.1 503 ")
+        assert len(keeper.lingering) == 2 and len(service.told) == 4
+        for _, writer in peers:
+            writer.close()
+
+    get(visit, max_connections=1, idle_s=600.0)
+
+
+def test_who_is_refused_is_let_go_when_it_closes():
+    async def go():
+        service = Service(max_connections=1)
+        async with service.listener:
+            _, port = refusing(service)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            await reader.read()
+            (refused,) = service.listener._keeper.lingering
+        assert refused._transport.is_closing()
+        writer.close()
+
+    asyncio.run(go())
 
 
 def test_what_is_open_when_it_closes_is_answered_and_nothing_else():

@@ -51,6 +51,7 @@ def everything(gate):
     return answer
 
 
+@pytest.mark.timeout(2400)
 def test_every_state_of_the_page(tmp_path, triton, seen):  # noqa: F811
     gate = threading.Event()
     triton.profile, triton.answer = CHEXONE.to_json(), everything(gate)
@@ -77,7 +78,7 @@ def test_every_state_of_the_page(tmp_path, triton, seen):  # noqa: F811
         await look(page, found, "read")
         return found
 
-    assert seen(do) == {}
+    assert seen(do, limit_s=1800) == {}  # ten runs of axe, on a core that others use too
 
 
 def test_the_login(tmp_path, triton, runner, chromium):  # noqa: F811

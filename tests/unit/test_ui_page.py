@@ -98,10 +98,10 @@ def seen(runner, chromium, servers):
     """Runs a coroutine with a page of the room; nothing but this room may have been asked, and no complaint made."""
     *_, room = servers
 
-    async def visit(do):
+    async def visit(do, limit_s):
         for server in room.service._servers.values():
             server.profile._known = None
-        async with chromium.tab() as page:
+        async with chromium.tab(limit_s) as page:
             await page.go(room.origin, "document.querySelector('#question .choices')")
             result = await do(page)
             assert {urlsplit(url).netloc for url in page.asked if url.startswith("http")} == {
@@ -110,7 +110,7 @@ def seen(runner, chromium, servers):
             assert [said for said in page.complaints if not said.startswith(FAILED_LOADS)] == []
             return result
 
-    return lambda do: runner.run(visit(do))
+    return lambda do, limit_s=300: runner.run(visit(do, limit_s))
 
 
 def held(text, gate, after=2 / 3, **facts):

@@ -347,15 +347,24 @@ def test_tokens_are_sent_together_the_first_at_once(double):
         assert [len(chunk.token_ids) for chunk in receiver.chunks] == [1, 4, 4, 4, 1]
 
 
+@contextlib.contextmanager
+def halted(process):
+    """The engine stands still, and goes on whatever was found."""
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+
+
 def test_who_waits_and_who_runs_in_a_silent_engine_has_heartbeats(double):
     process = double()
     with runtime(process, slots=1, heartbeat_ms=20) as served:
-        os.kill(process.pid, signal.SIGSTOP)
-        runs, waits = Receiver(), Receiver()
-        served.submit(generation((1, 2)), runs)
-        served.submit(generation((3, 4)), waits)
-        until(lambda: len(runs.chunks) > 2 and len(waits.chunks) > 2)
-        os.kill(process.pid, signal.SIGCONT)
+        with halted(process):
+            runs, waits = Receiver(), Receiver()
+            served.submit(generation((1, 2)), runs)
+            served.submit(generation((3, 4)), waits)
+            until(lambda: len(runs.chunks) > 2 and len(waits.chunks) > 2)
         for receiver, prompt in ((runs, (1, 2)), (waits, (3, 4))):
             assert receiver.completion.finish_reason == "length" and receiver.tokens == expected(prompt, 12)
             assert not any(chunk.text or len(chunk.token_ids) for chunk in receiver.chunks[:2])
@@ -365,14 +374,13 @@ def test_an_engine_that_does_not_even_read_keeps_no_caller(double):
     """More rows than a socket holds are on their way to it."""
     process = double()
     with runtime(process, slots=64, queue_size=64, heartbeat_ms=20) as served:
-        os.kill(process.pid, signal.SIGSTOP)
-        receivers = [Receiver() for _ in range(64)]
-        names = [served.submit(image_prompt((30, 30)), receiver) for receiver in receivers]
-        until(lambda: all(receiver.chunks for receiver in receivers))  # heartbeats
-        for name in names:
-            served.cancel(name)
-        assert {receiver.completion.finish_reason for receiver in receivers} == {"cancelled"}
-        os.kill(process.pid, signal.SIGCONT)
+        with halted(process):
+            receivers = [Receiver() for _ in range(64)]
+            names = [served.submit(image_prompt((30, 30)), receiver) for receiver in receivers]
+            until(lambda: all(receiver.chunks for receiver in receivers))  # heartbeats
+            for name in names:
+                served.cancel(name)
+            assert {receiver.completion.finish_reason for receiver in receivers} == {"cancelled"}
         after = Receiver()
         served.submit(generation((1, 2)), after)
         assert after.completion.finish_reason == "length" and after.tokens == expected((1, 2), 12)
