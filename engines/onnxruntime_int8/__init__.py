@@ -10,9 +10,6 @@ from cxr_triton.engines.onnxruntime import ENGINE as ONNXRUNTIME
 from cxr_triton.engines.onnxruntime import OnnxRuntime
 from cxr_triton.errors import InvalidRecipe
 
-FEW = 3
-"""New tokens in one run that the graph in int4 computes; of a 3B on a Xeon it was the faster one up to three."""
-
 
 class OnnxRuntimeInt8(OnnxRuntime):
     """Runs the decoder alone. A lone step waits for memory, so it reads int4; prompts wait for products, of int8."""
@@ -53,9 +50,10 @@ class OnnxRuntimeInt8(OnnxRuntime):
         return OrtInt8Decoder(bundle, slots=slots, threads=threads)
 
     def crowd_bytes(self, bundle, streams: int) -> int:
+        from cxr_triton.engines.onnxruntime_int8.few import is_few
         from cxr_triton.engines.rewrite import step_bytes
 
-        if streams <= FEW:
+        if is_few(streams, 1):
             return self.run_bytes(bundle, "decoder")
         return step_bytes(bundle.path / "decoder.int8.onnx")
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from cxr_triton.engines.onnxruntime.int8 import require_exact
 from cxr_triton.engines.onnxruntime.session import OrtGraph, open_graph
-from cxr_triton.engines.onnxruntime_int8 import FEW
+from cxr_triton.engines.onnxruntime_int8.few import is_few
 from cxr_triton.engines.session import EitherGraph, HostDecoder, HostGraph
 
 
@@ -46,8 +46,3 @@ class OrtInt8Decoder(HostDecoder):
         require_exact("the decoder's prompts are")
         few, many = OrtGraph(bundle, threads=threads), Int8Graph(bundle, threads=threads)
         super().__init__(bundle, EitherGraph(few, many, is_few), slots=slots)
-
-
-def is_few(sequences: int, tokens: int) -> bool:
-    """Whether the graph in int4 runs so many sequences of so many new tokens each."""
-    return sequences * tokens <= FEW

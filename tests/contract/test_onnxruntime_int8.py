@@ -17,7 +17,8 @@ from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.onnxruntime import int8
 from cxr_triton.engines.onnxruntime.session import OrtGraph
 from cxr_triton.engines.onnxruntime_int8 import ENGINE
-from cxr_triton.engines.onnxruntime_int8.session import Int8Graph, is_few
+from cxr_triton.engines.onnxruntime_int8.few import is_few
+from cxr_triton.engines.onnxruntime_int8.session import Int8Graph
 from cxr_triton.engines.recipe import load_recipe
 from cxr_triton.engines.rewrite import step_bytes, unpack_int4
 from cxr_triton.engines.runtime.judged import JudgedSession

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.triton, pytest.mark.usefixtures("vll
 IMAGES = 8
 SLOTS = 4
 EXIT_UNAVAILABLE = 75
-DEADLINE_S = 45
+DEADLINE_S = 20
 
 
 @pytest.fixture(scope="module")
