@@ -56,7 +56,7 @@ def test_int4_of_modelopt_is_what_vllm_computes_with(tmp_path):
         plain = torch_model(CHECKPOINT, torch.float32)(input_ids=ids).logits[0, :-1].log_softmax(-1)
     ours, unquantized = (each.gather(1, ids[0, 1:, None])[:, 0] for each in (logprobs, plain))
     error, rounding = (theirs - ours).abs().mean(), (unquantized - ours).abs().mean()
-    # Kernels of one CPU multiply in fp32, those of another in bf16, by AMX; other weights would be as far as the rounding.
+    # Kernels of some CPUs multiply in bf16, by AMX. Other weights would be as far away as the rounding.
     assert error < 0.25 * rounding, (error, rounding)
 
 
