@@ -22,13 +22,14 @@ import click
 import numpy as np
 
 from cxr_triton import phantom
-from cxr_triton.cli import Command, json_option, write_json
+from cxr_triton.cli import OUT_FILE, Command, json_option, write_json
 from cxr_triton.engines import engine
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.pipeline import Preprocessor, sampling_of
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.errors import CxrError
+from cxr_triton.files import write
 from cxr_triton.perf.beside_page import page, table
 from cxr_triton.perf.decoder import Receiver
 from cxr_triton.perf.environment import Stolen, environment
@@ -334,7 +335,7 @@ def _share(speed: float, limit: float | None) -> float | None:
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--prompt", default=320, show_default=True, help="Tokens of each prompt.")
 @click.option("--tokens", default=64, show_default=True, help="Tokens of each answer.")
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="The same as bars on a page.")
+@click.option("--html", type=OUT_FILE, help="The same as bars on a page.")
 @json_option
 def main(bundles, checkpoint, names, json_path, **options):
     """Loading, prompts, decoding, first word and memory of BUNDLES and of what one would use instead, round by round.
@@ -352,6 +353,6 @@ def main(bundles, checkpoint, names, json_path, **options):
         result = measure(chosen, plan, rounds=options["rounds"], on_round=lambda so_far: write_json(so_far, to_file))
     click.echo(table(result), err=json_path == "-")
     if options["html"]:
-        options["html"].write_text(page(result), "utf-8")
+        write(options["html"], page(result))
     if json_path == "-":
         write_json(result, json_path)

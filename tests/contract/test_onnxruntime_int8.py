@@ -2,14 +2,14 @@
 
 import dataclasses
 import shutil
-from pathlib import Path
 
-import evaluate
+import gate_case
 import numpy as np
 import onnx
 import pytest
 from bundles import build_int8, write_export
 from checkpoints import random_checkpoint
+from gate_case import export_int4, judged
 from onnx import TensorProto, numpy_helper
 
 from cxr_triton.engines.build import build_bundle
@@ -25,16 +25,9 @@ from cxr_triton.engines.runtime.judged import JudgedSession
 from cxr_triton.engines.runtime.stream import Generation
 from cxr_triton.engines.session import EitherGraph, HostDecoder
 from cxr_triton.engines.verify.engine_under_test import SLOTS
-from cxr_triton.engines.verify.gate import verify_bundle
-from cxr_triton.engines.verify.reference import Reference
 from cxr_triton.errors import DeviceUnavailable, InvalidRecipe
-from cxr_triton.export.export import export_checkpoint
-from cxr_triton.phantom_file import write_dicom
-from cxr_triton.profile import load_profile
 from cxr_triton.sampling import Sampling
 
-PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
-CHECKPOINT = PHANTOM / "checkpoint"
 pytestmark = pytest.mark.skipif(
     not int8.is_exact(int8.cpu_features()), reason="this CPU saturates products of 8 bits: no int8 decoder runs here"
 )
@@ -213,20 +206,14 @@ def test_weights_that_are_not_int4_are_refused(tmp_path):
 def built(tmp_path_factory):
     """Builds a bundle of the demonstration model, in as many variants as are asked for."""
     folder = tmp_path_factory.mktemp("demonstration")
-    profile = load_profile(PHANTOM / "profile.yaml")
-    export_checkpoint(str(CHECKPOINT), folder / "export", profile, precision="int4", progress=False)
-    return lambda name: build_bundle(folder / "export", folder / name, recipe=load_recipe("cpu-int4-int8"))
+    export = export_int4(folder / "export")
+    return lambda name: build_bundle(export, folder / name, recipe=load_recipe("cpu-int4-int8"))
 
 
 @pytest.fixture(scope="module")
 def reference():
-    with Reference(CHECKPOINT, load_profile(PHANTOM / "profile.yaml"), device="cpu") as reference:
+    with gate_case.reference() as reference:
         yield reference
-
-
-def judged(bundle, reference, count):
-    images = [write_dicom(p, photometric=evaluate.variant(i)[1]) for i, p in enumerate(evaluate.held_out(count))]
-    return verify_bundle(bundle, reference, None, images, threads=1, thresholds=bundle.manifest["recipe"]["thresholds"])
 
 
 @pytest.mark.timeout(300)

@@ -1,27 +1,20 @@
 """The tower in int8: its products against numpy, its engine against the gate."""
 
 import dataclasses
-from pathlib import Path
 
-import evaluate
+import gate_case
 import numpy as np
 import onnx
 import pytest
+from gate_case import export_int4, judged
 from onnx import TensorProto, helper
 
 from cxr_triton.engines.build import build_bundle
 from cxr_triton.engines.onnxruntime import ENGINE, int8, tower
 from cxr_triton.engines.onnxruntime.session import open_graph
 from cxr_triton.engines.recipe import load_recipe
-from cxr_triton.engines.verify.gate import verify_bundle
-from cxr_triton.engines.verify.reference import Reference
 from cxr_triton.errors import DeviceUnavailable
-from cxr_triton.export.export import export_checkpoint
-from cxr_triton.phantom_file import write_dicom
-from cxr_triton.profile import load_profile
 
-PHANTOM = Path(__file__).resolve().parents[1] / "phantom"
-CHECKPOINT = PHANTOM / "checkpoint"
 K, N = 96, 40
 LAYER = "visual.blocks.0.mlp.up_proj.weight"
 pytestmark = pytest.mark.skipif(
@@ -96,9 +89,8 @@ def test_what_is_no_layer_of_a_block_stays_as_it_is(values, tmp_path):
 def built(tmp_path_factory):
     """Builds a bundle of the demonstration model with the tower in int8, in as many variants as are asked for."""
     folder = tmp_path_factory.mktemp("int8")
-    profile = load_profile(PHANTOM / "profile.yaml")
-    export_checkpoint(str(CHECKPOINT), folder / "export", profile, precision="int4", progress=False)
-    return lambda name: build_bundle(folder / "export", folder / name, recipe=load_recipe("cpu-int4-vnni"))
+    export = export_int4(folder / "export")
+    return lambda name: build_bundle(export, folder / name, recipe=load_recipe("cpu-int4-vnni"))
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +100,8 @@ def good(built):
 
 @pytest.fixture(scope="module")
 def reference():
-    with Reference(CHECKPOINT, load_profile(PHANTOM / "profile.yaml"), device="cpu") as reference:
+    with gate_case.reference() as reference:
         yield reference
-
-
-def judged(bundle, reference, count):
-    images = [write_dicom(p, photometric=evaluate.variant(i)[1]) for i, p in enumerate(evaluate.held_out(count))]
-    return verify_bundle(bundle, reference, None, images, threads=1, thresholds=bundle.manifest["recipe"]["thresholds"])
 
 
 @pytest.mark.timeout(300)

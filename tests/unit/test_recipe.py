@@ -242,6 +242,7 @@ def processor(*flags):
         (("avx2", "avx512_vnni"), True, "cpu-int4-vnni"),
         (("avx512_vnni", "amx_int8", "amx_bf16"), True, "cpu-int4-int8"),
         (("avx512_vnni", "amx_int8"), False, "cpu-int4-int8"),  # without OpenVINO too
+        (("avx512_vnni", "amx_bf16"), True, "cpu-int4-vnni"),
         (("avx512_vnni",), False, "cpu-int4-vnni"),
     ],
 )
