@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cxr_triton.engines.rewrite import Weights, replace_nodes
+from cxr_triton.engines.rewrite import Author, Weights, replace_nodes
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
@@ -33,15 +33,14 @@ def split_attention(graph: GraphProto, weights: Weights) -> None:
     replace_nodes(graph, author.nodes)
 
 
-class _Attention:
+class _Attention(Author):
     """Author of the nodes that attend, for B sequences of S new tokens over a cache of C positions."""
 
     def __init__(self, graph: GraphProto, weights: Weights):
-        self.weights = weights
-        self.nodes: list[NodeProto] = []
+        super().__init__(weights)
         shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.input}
         _, kv_heads, _, head_dim = shapes["past_key.0"]
-        heads, ints, node = shapes["image_embeddings"][1] // head_dim, self._ints, self._node
+        heads, ints, node = shapes["image_embeddings"][1] // head_dim, self.ints, self.node
         self._size = node("Shape", "past_key.0", name="cache_size", start=2, end=3)
         self._count = node("Shape", "input_ids", name="new_count", start=1, end=2)
         self._biases = self._visible()
@@ -51,13 +50,13 @@ class _Attention:
         both = node("Add", self._size, self._count, name="all_count")
         self._flat = node("Concat", ints(0, kv_heads, -1), both, name="flat", axis=0)
         self._whole = node("Concat", ints(0, heads), self._count, ints(head_dim), name="whole", axis=0)
-        self._scale = self._scalar("attention_scale", np.float32(head_dim**-0.5))
+        self._scale = weights.add("attention_scale", lambda: np.float32(head_dim**-0.5))
 
     def write(self, old: NodeProto, writes: list[NodeProto]) -> None:
         """What comes in the place of an `Attention` and of the two nodes that write its keys and values."""
         from onnx import helper
 
-        node, layer = self._node, old.name
+        node, layer = self.node, old.name
         cached = [write.input[0] for write in writes]
         fresh = [node("Identity", write.input[1], name=write.output[0]) for write in writes]
         query = node("Reshape", old.input[0], self._grouped, name=f"{layer}.grouped")
@@ -82,26 +81,14 @@ class _Attention:
 
     def _visible(self) -> tuple[str, str]:
         """Cache positions [B, 1, 1, 1, C] and new tokens [S, S] that a new token sees, as a bias on its scores."""
-        node, scalar = self._node, self._scalar
-        zero, one = scalar("index_zero", np.array(0, np.int64)), scalar("index_one", np.array(1, np.int64))
+        node, zero, one = self.node, self.scalar(0), self.scalar(1)
         held = node("Range", zero, node("Squeeze", self._size, name="cache_length"), one, name="cache_positions")
         new = node("Range", zero, node("Squeeze", self._count, name="new_length"), one, name="new_positions")
-        written = node("Unsqueeze", "write_index", self._ints(1, 2, 3, 4), name="written")
-        later = node("Unsqueeze", new, self._ints(1), name="new_rows")
-        visible, hidden = scalar("visible", np.float32(0)), scalar("hidden", np.float32(-1e30))
+        written = node("Unsqueeze", "write_index", self.ints(1, 2, 3, 4), name="written")
+        later = node("Unsqueeze", new, self.ints(1), name="new_rows")
+        visible = self.weights.add("visible", lambda: np.float32(0))
+        hidden = self.weights.add("hidden", lambda: np.float32(-1e30))
         return (
             node("Where", node("Less", held, written, name="is_written"), visible, hidden, name="cache_bias"),
             node("Where", node("LessOrEqual", new, later, name="is_earlier"), visible, hidden, name="new_bias"),
         )
-
-    def _node(self, op: str, *inputs: str, name: str, **attributes) -> str:
-        from onnx import helper
-
-        self.nodes.append(helper.make_node(op, inputs, [name], name, **attributes))
-        return name
-
-    def _ints(self, *values: int) -> str:
-        return self.weights.add(f"int64_{'_'.join(map(str, values))}", lambda: np.array(values, np.int64))
-
-    def _scalar(self, name: str, value) -> str:
-        return self.weights.add(name, lambda: value)

@@ -171,6 +171,35 @@ def pack_int4(packed: np.ndarray, k: int, n: int) -> np.ndarray:
     return result
 
 
+class Author:
+    """Writes nodes, and the small constants that they need.
+
+    Attributes
+    ----------
+    nodes : list of NodeProto
+    weights : Weights
+    """
+
+    def __init__(self, weights: Weights):
+        self.nodes: list[NodeProto] = []
+        self.weights = weights
+
+    def node(self, op: str, *inputs: str, name: str, **attributes) -> str:
+        """A node of a standard operator, whose one result has its name."""
+        from onnx import helper
+
+        self.nodes.append(helper.make_node(op, inputs, [name], name, **attributes))
+        return name
+
+    def ints(self, *values: int) -> str:
+        """A constant [len(values)] in int64."""
+        return self.weights.add(f"int64_{'_'.join(map(str, values))}", lambda: np.array(values, np.int64))
+
+    def scalar(self, value: int) -> str:
+        """A constant without axes, in int64."""
+        return self.weights.add(f"int64_scalar_{value}", lambda: np.array(value, np.int64))
+
+
 def replace_nodes(graph: GraphProto, nodes: list[NodeProto]) -> None:
     """Give a graph the nodes, less those whose result nobody reads."""
     needed, live = {value.name for value in graph.output}, []

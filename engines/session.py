@@ -11,6 +11,8 @@ from cxr_triton.errors import InvalidRequest
 from cxr_triton.pixels.image import WINDOW
 
 CAPACITY_STEP = 64  # cache positions; the cache grows and shrinks by so many
+MANY_TOKENS = 16
+"""New tokens of a sequence in one run for which the cache is copied without what nobody holds."""
 DTYPES: dict[str, np.dtype] = {
     "fp32": np.dtype(np.float32),
     "fp16": np.dtype(np.float16),
@@ -268,6 +270,17 @@ class HostGraph:
         return self
 
     @staticmethod
+    def held(cache: Mapping[str, np.ndarray], rows: slice, lengths: np.ndarray, tokens: int) -> dict[str, np.ndarray]:
+        """Rows of the cache as a run of so many new tokens each is to read them.
+
+        Products with positions that nobody holds yet take a quarter of a prompt's time, so many tokens get a copy
+        without them. It is as long as the longest of the rows says, whatever the others of the cache hold.
+        """
+        capacity = next(iter(cache.values())).shape[2]
+        used = min(_whole_steps(int(lengths.max())), capacity) if tokens >= MANY_TOKENS else capacity
+        return {name: np.ascontiguousarray(part[rows, :, :used]) for name, part in cache.items()}
+
+    @staticmethod
     def append(
         cache: Mapping[str, np.ndarray], rows: slice, lengths: np.ndarray, new: Mapping[str, np.ndarray]
     ) -> None:
@@ -438,8 +451,7 @@ class HostDecoder(DecoderSession):
 
     def _allocate(self, positions: int) -> None:
         """Give the cache at least so many positions a slot, and keep what the slots hold."""
-        # Whole steps, beyond `max_sequence` too: sums over rows of another length may be rounded otherwise.
-        capacity = -(-positions // CAPACITY_STEP) * CAPACITY_STEP
+        capacity = _whole_steps(positions)
         if capacity == self._capacity:
             return
         self._graph.forget()
@@ -451,3 +463,8 @@ class HostDecoder(DecoderSession):
                 grown[slot, :, :length] = self._cache[name][slot, :, :length]
             self._cache[name] = grown
         self._capacity = capacity
+
+
+def _whole_steps(positions: int) -> int:
+    """Whole steps, beyond `max_sequence` too: sums over rows of another length may be rounded otherwise."""
+    return -(-positions // CAPACITY_STEP) * CAPACITY_STEP

@@ -14,16 +14,14 @@
 #define STEPS 8000000l
 #define REPEATS 5
 
-#if defined(__AMX_INT8__)
-#define INSTRUCTION "AMX"
-#elif defined(__AVX512VNNI__)
-#define INSTRUCTION "AVX-512 VNNI"
+#if defined(__AVX512VNNI__)
+#define VECTORS "AVX-512 VNNI"
 #define LANES 64
-#define PRODUCT "vpdpbusd %%zmm\\i, %%zmm\\i, %%zmm\\i"
+#define VECTOR_PRODUCT "vpdpbusd %%zmm\\i, %%zmm\\i, %%zmm\\i"
 #elif defined(__AVXVNNI__)
-#define INSTRUCTION "AVX-VNNI"
+#define VECTORS "AVX-VNNI"
 #define LANES 32
-#define PRODUCT "%{vex%} vpdpbusd %%ymm\\i, %%ymm\\i, %%ymm\\i"
+#define VECTOR_PRODUCT "%{vex%} vpdpbusd %%ymm\\i, %%ymm\\i, %%ymm\\i"
 #endif
 
 static double now(void)
@@ -55,13 +53,13 @@ static double read_bytes_per_s(const unsigned long *values, unsigned long *sum)
 #define TILE_DATA 18
 #define ASK_PERMISSION 0x1023
 
-/* Why it cannot be measured; a process has to ask the kernel for tiles before its first one. */
-static const char *obstacle(void)
+/* A process has to ask the kernel for tiles before its first one. */
+static int has_tiles(void)
 {
-    return syscall(SYS_arch_prctl, ASK_PERMISSION, TILE_DATA) ? "the kernel gives it no tiles of AMX" : "";
+    return !syscall(SYS_arch_prctl, ASK_PERMISSION, TILE_DATA);
 }
 
-static double int8_ops_per_s(void)
+static double by_tiles(void)
 {
     static const struct {
         unsigned char palette, first_row, reserved[14];
@@ -84,42 +82,29 @@ static double int8_ops_per_s(void)
     }
     return operations / (now() - began);
 }
-#elif defined(PRODUCT)
-static const char *obstacle(void)
-{
-    return "";
-}
+#endif
 
-static double int8_ops_per_s(void)
+#if defined(VECTORS)
+static double by_vectors(void)
 {
     double began = now(), operations = 0;
 #pragma omp parallel reduction(+ : operations)
     {
         for (long step = 0; step < STEPS; step++)
-            __asm__ volatile(".irp i, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15\n\t" PRODUCT "\n\t.endr" ::
+            __asm__ volatile(".irp i, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15\n\t" VECTOR_PRODUCT "\n\t.endr" ::
                                  : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",
                                    "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
         operations += 2.0 * LANES * CHAINS * STEPS;
     }
     return operations / (now() - began);
 }
-#else
-#define INSTRUCTION ""
-static const char *obstacle(void)
-{
-    return "it has no instruction for products of 8 bits that this knows";
-}
-
-static double int8_ops_per_s(void)
-{
-    return 0;
-}
 #endif
 
 int main(void)
 {
     unsigned long *values = aligned_alloc(2 << 20, BYTES), sum = 0;
-    const char *why = obstacle();
+    const char *instruction = NULL;
+    double (*int8_ops_per_s)(void) = NULL;
     double read = 0, products = 0, speed;
     if (!values)
         return 1;
@@ -127,12 +112,20 @@ int main(void)
     for (int i = 0; i < REPEATS; i++)
         read = (speed = read_bytes_per_s(values, &sum)) > read ? speed : read;
     printf("{\"sum\": %lu, \"read_bytes_per_s\": %.0f, ", sum, read); /* what nobody wants would not be read */
-    if (*why) {
-        printf("\"int8_ops_per_s\": null, \"int8_instruction\": null, \"why\": \"%s\"}\n", why);
+#if defined(VECTORS)
+    instruction = VECTORS, int8_ops_per_s = by_vectors;
+#endif
+#if defined(__AMX_INT8__)
+    if (has_tiles())
+        instruction = "AMX", int8_ops_per_s = by_tiles;
+#endif
+    if (!instruction) {
+        printf("\"int8_ops_per_s\": null, \"int8_instruction\": null, "
+               "\"why\": \"it has no instruction for products of 8 bits that this knows\"}\n");
         return 0;
     }
     for (int i = 0; i < REPEATS; i++)
         products = (speed = int8_ops_per_s()) > products ? speed : products;
-    printf("\"int8_ops_per_s\": %.0f, \"int8_instruction\": \"%s\", \"why\": \"\"}\n", products, INSTRUCTION);
+    printf("\"int8_ops_per_s\": %.0f, \"int8_instruction\": \"%s\", \"why\": \"\"}\n", products, instruction);
     return 0;
 }

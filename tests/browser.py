@@ -90,13 +90,13 @@ class Tab:
         return told["result"].get("value")
 
     async def until(self, expression: str) -> None:
-        """Returns once an expression holds, on this page or the next one."""
+        """Returns once an expression holds, on this page or the next one, and the page and its scripts are loaded."""
         while not await self._holds(expression):
             await asyncio.sleep(0.03)
 
     async def _holds(self, expression: str) -> bool:
         try:
-            return await self.evaluate(f"!!({expression})")
+            return await self.evaluate(f"document.readyState === 'complete' && !!({expression})")
         except Refused as refused:
             if refused.code != BETWEEN_PAGES:
                 raise
@@ -104,7 +104,7 @@ class Tab:
 
     async def go(self, address: str, until: str = "true") -> None:
         await self.call("Page.navigate", url=address)
-        await self.until(f"location.href !== 'about:blank' && document.readyState === 'complete' && ({until})")
+        await self.until(f"location.href !== 'about:blank' && ({until})")
 
     async def size(self, width: int, height: int) -> None:
         await self.call(

@@ -33,8 +33,9 @@ class OnnxRuntime(CpuEngine):
 
         if job.graph == "decoder":
             compile_decoder(job.source / "decoder.onnx", folder / "decoder.onnx")
-        elif job.chosen and job.chosen.vision.precision == "int8":
-            compile_tower(job.source / "vision.onnx", folder / "vision.onnx")
+        else:
+            precision = job.chosen.vision.precision if job.chosen else "fp32"
+            compile_tower(job.source / "vision.onnx", folder / "vision.onnx", precision)
         return Compiled({self.name: metadata.version("onnxruntime")})
 
     def needs(self, bundle, graph: str) -> Iterator[Need]:

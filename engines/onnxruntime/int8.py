@@ -7,14 +7,15 @@ in one token alone.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cxr_triton.engines.cpu import Cpu
 from cxr_triton.engines.interface import Need
-from cxr_triton.engines.rewrite import Weights, replace_nodes
+from cxr_triton.engines.rewrite import Author, Weights, replace_nodes
 from cxr_triton.errors import DeviceUnavailable
 
 if TYPE_CHECKING:
@@ -86,18 +87,11 @@ def quantize_products(
     graph: GraphProto, weights: Weights, rounded: Callable[[NodeProto], Callable[[], Rounded] | None]
 ) -> None:
     """Have each `MatMul` of which `rounded` gives a weight multiply integers, scaled back to fp32."""
-    nodes: list[NodeProto] = []
-    quantized: dict[str, tuple[str, str]] = {}  # input of a layer → as integers, scale by token
+    makers = {node.output[0]: make for node in graph.node if node.op_type == "MatMul" and (make := rounded(node))}
+    author = _Integers(weights, graph, makers)
     for node in graph.node:
-        make = rounded(node) if node.op_type == "MatMul" else None
-        if make is None:
-            nodes.append(node)
-            continue
-        x = node.input[0]
-        if x not in quantized:
-            quantized[x] = _quantize(x, weights, nodes)
-        nodes += _product(quantized[x], make, weights, node)
-    replace_nodes(graph, nodes)
+        author.write(node)
+    replace_nodes(graph, author.nodes)
 
 
 def _scale(largest: np.ndarray) -> np.ndarray:
@@ -106,45 +100,83 @@ def _scale(largest: np.ndarray) -> np.ndarray:
     return scale
 
 
-def _quantize(x: str, weights: Weights, nodes: list[NodeProto]) -> tuple[str, str]:
-    """fp32 [..., K] → uint8 [..., K] around 128, and the scale [..., 1] by which it comes back."""
-    from onnx import helper
+class _Integers(Author):
+    """Author of the products and of what rounds their inputs, once for all that share one."""
 
-    def constant(name: str, value) -> str:
-        return weights.add(f"int8.{name}", lambda: np.atleast_1d(value))
+    def __init__(self, weights: Weights, graph: GraphProto, makers: Mapping[str, Callable[[], Rounded]]):
+        super().__init__(weights)
+        self._makers = makers  # of weights, by the products that take them
+        self._readers: dict[str, list[NodeProto]] = defaultdict(list)
+        for node in graph.node:
+            for name in node.input:
+                self._readers[name].append(node)
+        self._rounded: dict[str, tuple[str, str]] = {}  # input of a layer → as integers, scale by token
+        self._scales: dict[str, str] = {}  # what is not scaled yet → scale by token
+        self._one = weights.add("int8.one", lambda: np.float32([1]))
+        self._zero = weights.add("int8.zero", lambda: np.uint8([_ZERO]))
 
-    def add(kind: str, *inputs: str, **attributes) -> str:
-        output = f"{x}.int8.{len(nodes)}"
-        nodes.append(helper.make_node(kind, list(inputs), [output], output, **attributes))
-        return output
+    def write(self, old: NodeProto) -> None:
+        """What comes in the place of a node."""
+        if make := self._makers.get(old.output[0]):
+            self._multiply(old, make)
+            return
+        if old.op_type == "Mul" and (scales := [self._scales[name] for name in old.input if name in self._scales]):
+            (self._scales[old.output[0]],) = scales
+        self.nodes.append(old)
 
-    largest = add("ReduceMax", add("Abs", x), constant("last", np.int64(-1)), keepdims=1)
-    scale = add("Max", add("Mul", largest, constant("step", np.float32(1 / LARGEST))), constant("least", _LEAST))
-    steps = add("Div", x, scale)
-    return add("QuantizeLinear", steps, constant("one", np.float32(1)), constant("zero", np.uint8(_ZERO))), scale
+    def _multiply(self, old: NodeProto, make: Callable[[], Rounded]) -> None:
+        from onnx import helper
 
+        x, weight = old.input
+        if x not in self._rounded:
+            self._rounded[x] = self._round(x)
+        values, scale = self._rounded[x]
+        scales: list[np.ndarray] = []  # small, and known once the integers are written
 
-def _product(x: tuple[str, str], make: Callable[[], Rounded], weights: Weights, node: NodeProto) -> list[NodeProto]:
-    """What comes in the place of a `MatMul`, for what `_quantize` made of its input."""
-    from onnx import helper
+        def integers() -> np.ndarray:
+            value, by_output = make()
+            scales.append(by_output)
+            return value
 
-    (values, scale), weight = x, node.input[1]
-    scales: list[np.ndarray] = []  # small, and known once the integers are written
+        inputs = [
+            values,
+            self.weights.add(f"{weight}.int8", integers),
+            self._one,
+            self.weights.add(f"{weight}.by_output", lambda: scales[-1] if scales else make()[1]),
+            self._zero,
+        ]
+        (result,) = old.output
+        waits = self._may_wait(result)
+        product = result if waits else f"{result}.int8"
+        self.nodes.append(helper.make_node("MatMulIntegerToFloat", inputs, [product], product, domain="com.microsoft"))
+        if waits:
+            self._scales[result] = scale
+        else:
+            self.node("Mul", product, scale, name=result)
 
-    def integers() -> np.ndarray:
-        value, by_output = make()
-        scales.append(by_output)
-        return value
+    def _may_wait(self, result: str) -> bool:
+        """Whether a product is only multiplied with something and then rounded, whatever scale its tokens have."""
+        readers = self._readers[result]
+        if [node.op_type for node in readers] != ["Mul"] or any(name in self._scales for name in readers[0].input):
+            return False
+        behind = self._readers[readers[0].output[0]]
+        return bool(behind) and all(node.output[0] in self._makers for node in behind)
 
-    inputs = [
-        values,
-        weights.add(f"{weight}.int8", integers),
-        "int8.one",
-        weights.add(f"{weight}.by_output", lambda: scales[-1] if scales else make()[1]),
-        "int8.zero",
-    ]
-    product = f"{node.output[0]}.int8"
-    return [
-        helper.make_node("MatMulIntegerToFloat", inputs, [product], product, domain="com.microsoft"),
-        helper.make_node("Mul", [product, scale], node.output, node.name),
-    ]
+    def _round(self, x: str) -> tuple[str, str]:
+        """fp32 [..., K] → uint8 [..., K] around 128, and the scale [..., 1] by which it comes back.
+
+        A token's scale is that of an axis of `QuantizeLinear`, so that the values are read three times and not written
+        in fp32 again: these passes take as long as the products.
+        """
+        node, ints = self.node, self.ints
+        most = node("ReduceMax", x, ints(-1), name=f"{x}.most", keepdims=1)
+        least = node("Neg", node("ReduceMin", x, ints(-1), name=f"{x}.least", keepdims=1), name=f"{x}.least_turned")
+        step = self.weights.add("int8.step", lambda: np.float32([1 / LARGEST]))
+        scale = node("Mul", node("Max", most, least, name=f"{x}.largest"), step, name=f"{x}.step")
+        scale = node("Max", scale, self.weights.add("int8.least", lambda: np.float32([_LEAST])), name=f"{x}.scale")
+        tokens = node("Flatten", x, name=f"{x}.tokens", axis=-1)
+        by_token = node("Reshape", scale, ints(-1), name=f"{x}.by_token")
+        zeros = node("Expand", self._zero, node("Shape", by_token, name=f"{x}.count"), name=f"{x}.zeros")
+        rounded = node("QuantizeLinear", tokens, by_token, zeros, name=f"{x}.rounded", axis=0)
+        values = node("Reshape", rounded, node("Shape", x, name=f"{x}.shape"), name=f"{x}.int8")
+        return values, node("Mul", scale, waiting, name=f"{x}.whole") if (waiting := self._scales.get(x)) else scale

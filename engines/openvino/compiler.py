@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from cxr_triton.engines.attention import split_attention
+from cxr_triton.engines.patches import drop_padding
 from cxr_triton.engines.rewrite import fuse_int4, merge_projections, rewrite
 from cxr_triton.errors import BuildFailed, DeviceUnavailable
 from cxr_triton.extras import remedy
@@ -36,10 +37,12 @@ def compile_graph(source: Path, folder: Path, precision: str) -> str:
     """
     openvino = load_library()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        rewritten = Path(scratch) / source.name
         if source.stem == "decoder":
-            rewritten = Path(scratch) / source.name
             rewrite(source, rewritten, split_attention, fuse_int4, merge_projections)
-            source = rewritten
+        else:
+            rewrite(source, rewritten, drop_padding)
+        source = rewritten
         try:
             model = open_core().read_model(source)
             openvino.save_model(model, folder / f"{source.stem}.xml", compress_to_fp16=precision == "bf16")

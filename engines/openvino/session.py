@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cxr_triton.engines.openvino.compiler import load_library, open_core
-from cxr_triton.engines.session import HostDecoder, HostGraph, VisionSession
+from cxr_triton.engines.session import MANY_TOKENS, HostDecoder, HostGraph, VisionSession
 from cxr_triton.errors import InvalidBundle
 
 INT8_GROUP = 128  # activations that share one scale where weights are int4
@@ -150,7 +150,13 @@ class OpenVINOGraph(HostGraph):
         self, cache: Mapping[str, np.ndarray], rows: slice, lengths: np.ndarray, inputs: Mapping[str, np.ndarray]
     ) -> np.ndarray:
         """See `HostGraph.run`."""
-        self._bind(cache, rows)
+        tokens = inputs["input_ids"].shape[1]
+        if tokens >= MANY_TOKENS:
+            self._bind(self.held(cache, rows, lengths, tokens))
+            self._bound = None
+        elif self._bound != (rows.start, rows.stop):
+            self._bind({name: part[rows] for name, part in cache.items()})
+            self._bound = (rows.start, rows.stop)
         for name, value in {**inputs, "write_index": lengths}.items():
             self._request.set_tensor(name, self._tensor(np.ascontiguousarray(value)))
         with self._packing.around(is_one=inputs["input_ids"].size == 1):
@@ -163,14 +169,11 @@ class OpenVINOGraph(HostGraph):
         """See `HostGraph.forget`."""
         self._bound, self._shared = None, []
 
-    def _bind(self, cache: Mapping[str, np.ndarray], rows: slice) -> None:
+    def _bind(self, held: Mapping[str, np.ndarray]) -> None:
         """Have the graph read these rows of the cache where they lie."""
-        if self._bound == (rows.start, rows.stop):
-            return
-        shared = {name: self._tensor(part[rows], shared_memory=True) for name, part in cache.items()}
-        for name, tensor in shared.items():
+        self._shared = [self._tensor(part, shared_memory=True) for part in held.values()]
+        for name, tensor in zip(held, self._shared, strict=True):
             self._request.set_tensor(f"past_{name}", tensor)
-        self._bound, self._shared = (rows.start, rows.stop), list(shared.values())
 
 
 class OpenVINODecoder(HostDecoder):

@@ -34,13 +34,14 @@ _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in the process that it was started in
     "PYTHONUNBUFFERED": "1",
 }
-_NO_MORE: tuple[dict, None] = ({}, None)
+_NO_MORE = ("", "")
 _DEAD = "the engine's process ended; nothing is read until the server is started again"
 
 
 @dataclass
 class _Request:
     listener: Listener
+    unsent: tuple[dict, np.ndarray] | None
     logits: np.ndarray | None = None
 
 
@@ -105,7 +106,7 @@ class EngineProcess:
         except BaseException:
             self._kill()
             raise
-        self._outbox: queue.SimpleQueue[tuple[dict, np.ndarray | None]] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()  # what to do, with which request
         self._writer = threading.Thread(target=self._write, name="vllm-out", daemon=True)
         self._writer.start()
         self._thread = threading.Thread(target=self._listen, name="vllm", daemon=True)
@@ -123,17 +124,22 @@ class EngineProcess:
 
     def start(self, request_id: str, request: tuple[dict, np.ndarray], listener: Listener) -> None:
         """Send a request of `request.message`; its tokens go to `listener`, on the thread of this process."""
-        message, rows = request
         with self._lock:
             self.check()
-            self._requests[request_id] = _Request(listener)
-            self._outbox.put(({"op": "start", "id": request_id, **message}, rows))
+            self._requests[request_id] = _Request(listener, request)
+            self._outbox.put(("start", request_id))
 
     def stop(self, request_id: str) -> None:
-        """Cancel a request; the listener hears of its end. One that has ended is ignored."""
+        """Cancel a request; the listener hears of its end. One that has ended is ignored.
+
+        What the engine has not read of it is dropped, so that one that reads nothing does not fill the memory.
+        """
         with self._lock:
-            if request_id in self._requests and not self._is_dead:
-                self._outbox.put(({"op": "stop", "id": request_id}, None))
+            if (request := self._requests.get(request_id)) is None or self._is_dead:
+                return
+            if request.unsent is None:
+                self._outbox.put(("stop", request_id))
+            request.unsent = None
 
     def close(self) -> None:
         """End the process and drop what runs. May be called twice."""
@@ -173,7 +179,22 @@ class EngineProcess:
         """Send what is asked for: an engine that reads nothing must not hold who asks, and so all streams."""
         with contextlib.suppress(Unavailable):  # `_listen` sees the end too, and tells it
             while (item := self._outbox.get()) is not _NO_MORE:
-                self._send(*item)
+                op, request_id = item
+                if op == "stop":
+                    self._send({"op": op, "id": request_id})
+                elif unsent := self._take(request_id):
+                    message, rows = unsent
+                    self._send({"op": op, "id": request_id, **message}, rows)
+                else:
+                    self._tell(request_id, [], True, None)
+
+    def _take(self, request_id: str) -> tuple[dict, np.ndarray] | None:
+        """What is to be sent of a request; nothing where it was cancelled meanwhile."""
+        with self._lock:
+            if (request := self._requests.get(request_id)) is None:
+                return None
+            unsent, request.unsent = request.unsent, None
+            return unsent
 
     def _listen(self) -> None:
         """Pass on what the process says until it ends."""

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -384,6 +386,29 @@ def test_an_engine_that_does_not_even_read_keeps_no_caller(double):
         after = Receiver()
         served.submit(generation((1, 2)), after)
         assert after.completion.finish_reason == "length" and after.tokens == expected((1, 2), 12)
+
+
+def test_what_an_engine_never_read_of_a_cancelled_request_is_dropped(double):
+    """One that stands still would fill the memory with the pictures of those who come and go."""
+    process, ended = double(), []
+
+    def start(name):
+        """Weak references to its rows, of which the first request's alone are more than a socket holds."""
+        asked, _ = message(image_prompt((2, 3)), GEOMETRY)
+        rows = np.zeros((1 << 20, 4), np.float32)
+        process.start(name, (asked, rows), lambda name, tokens, is_last, error: ended.append((name, is_last, error)))
+        return weakref.ref(rows)
+
+    with halted(process):
+        start("read")
+        kept = [start(f"left {i}") for i in range(4)]
+        for i in range(4):
+            process.stop(f"left {i}")
+        gc.collect()
+        assert [rows() for rows in kept] == [None] * 4
+        process.stop("read")
+    until(lambda: len({name for name, is_last, _ in ended if is_last}) == 5)
+    assert [error for name, _, error in ended if name.startswith("left")] == [None] * 4
 
 
 def test_the_stages_of_a_reading_add_up(double):
