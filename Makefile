@@ -29,21 +29,15 @@ types: tree
 
 # Each core has a process; threads of numerical libraries beside it would wait for each other. What is compiled stays, as the
 # tests start hundreds of Pythons.
-UNIT := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --dist loadfile
+TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 # A test that takes 20 seconds here fails: it lacks the mark `slow`.
 quick: $(VENV)/.test
-	$(UNIT) tests/unit -m quick --timeout 20 -q
+	$(TESTS) tests/unit -m quick --timeout 20 -q
 
-# The unit tests on all cores, and then the others alone: they serve models, and some compare speeds. Both run, whatever the
-# first says. Where PYTEST_OPTIONS leave one of them without a test, it says 5.
-SERVED := contract integration
 test: server-python $(VENV)/.test debian vllm axe
 	$(BIN)/ruff check .
-	@trap 'exit 130' INT; set -x; \
-	$(UNIT) $(foreach folder,$(SERVED),--ignore=tests/$(folder) --deselect=tests/$(folder)) $(PYTEST_OPTIONS); unit=$$?; \
-	$(BIN)/python -m pytest --ignore=tests/unit --deselect=tests/unit $(PYTEST_OPTIONS); served=$$?; \
-	case $$unit$$served in 00 | 05 | 50) ;; *) exit 1 ;; esac
+	$(TESTS) $(PYTEST_OPTIONS)
 
 # vLLM needs another numpy than the local server: an environment of its own, which the tests find here. 3 GB. Its Python
 # may be another one too, as it talks to its process alone. arctic-inference is compiled, half a minute of a core; without

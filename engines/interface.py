@@ -128,8 +128,10 @@ class Engine:
         It compiles for one target.
     in_container : bool
         Its bundles are built in the recipe's container, on the recipe's GPU.
-    copies : int
-        How often it holds the weights of the decoder's layers and head.
+    copies, head_copies : int
+        How often it holds the weights of the decoder's layers, and of its head.
+    splits_attention : bool
+        The decoder's attention is products of matrices: it holds their scores, and of a prompt a copy of the cache.
     abilities : frozenset of str
         Keys of `ABILITIES`.
     reuses_prefixes : bool
@@ -154,6 +156,8 @@ class Engine:
     needs_recipe: ClassVar[bool] = True
     in_container: ClassVar[bool] = False
     copies: ClassVar[int] = 1
+    head_copies: ClassVar[int] = 1
+    splits_attention: ClassVar[bool] = False
     abilities: ClassVar[frozenset[str]] = frozenset()
     reuses_prefixes: ClassVar[bool] = False
     products: ClassVar[tuple[str, ...]] = ()
@@ -405,6 +409,10 @@ class CpuEngine(Engine):
     computes = ("fp32",)
     abilities = frozenset({"prefix_reuse", "drafts"})
     reuses_prefixes = True
+
+    def step_tokens(self, recipe) -> int:
+        """One prompt at a time."""
+        return max(PREFILL_TOKENS, recipe.slots)
 
     def check_target(self, recipe, graph: str) -> None:
         """Not for a GPU either."""

@@ -33,8 +33,7 @@ class _Rows(Author):
         super().__init__(weights)
         self._shapes = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "Reshape"}
         self._used_by = {name: node for node in graph.node for name in node.input}  # one of them
-        made_by = {name: node.op_type for node in graph.node for name in node.output}
-        self._made_by = lambda name: made_by.get(name, "")
+        self._kinds = {name: node.op_type for node in graph.node for name in node.output}
         (units,) = (values for shape in set(self._shapes.values()) if len(values := self._values(shape)) == 3)
         self._width = units[2] // UNIT
         self._in_images = False  # the block that is written attends over images
@@ -85,11 +84,11 @@ class _Rows(Author):
         elif kind == "Split" and len(old.output) == 3:  # query, key and value
             self._in_images = self._is_of_images(self._used_by[result])
             old.input[0] = self._in_sequences(first, self._in_images, result)
-        elif kind == "Reshape" and self._made_by(first) in ("Cos", "Sin"):
+        elif kind == "Reshape" and self._kinds.get(first) in ("Cos", "Sin"):
             old.input[0] = self._in_sequences(first, self._is_of_images(old), result)
-        elif kind == "Reshape" and self._made_by(first) == "Where" and self._is_of_images(old):
+        elif kind == "Reshape" and self._kinds.get(first) == "Where" and self._is_of_images(old):
             old.input[0] = self._bias
-        elif kind == "Reshape" and self._made_by(old.input[1]) == "Shape":  # behind attention
+        elif kind == "Reshape" and self._kinds.get(old.input[1]) == "Shape":  # behind attention
             flat = self.node("Reshape", first, self.ints(-1, self._width), name=f"{result}.flat")
             back = self._in_image if self._in_images else self._present
             self.node("Gather", flat, back, name=result)

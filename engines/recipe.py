@@ -206,12 +206,16 @@ class Recipe(_Checked):
         parts["embedding"] = math.prod(table) * (item if shared else 2)
         if not shared:
             parts["head"] = _linear_bytes(table, decoder.head, item)
-        for name in ("decoder_layers", "embedding" if shared else "head"):
-            parts[name] *= engine(decoder.compiler).copies
+        parts["decoder_layers"] *= engine(decoder.compiler).copies
+        parts["embedding" if shared else "head"] *= engine(decoder.compiler).head_copies
         row = language.num_hidden_layers * 2 * language.num_key_value_heads * language.head_dim * BYTES[decoder.kv]
         parts["kv_cache"] = row * self.kv_tokens
         parts["prompt_tables"] = self.slots * engine(decoder.compiler).stream_bytes(self, language)
         parts["activations"] = self._activations(language, tower)
+        if engine(decoder.compiler).splits_attention:
+            tokens = engine(decoder.compiler).step_tokens(self)
+            scores = language.num_attention_heads * tokens * (self.max_sequence + tokens) * 4
+            parts["activations"] += _SCORES * scores + row * self.max_sequence
         parts["total"] = sum(parts.values())
         parts["card"] = int(self.memory_gib * GIB)
         return parts
@@ -245,6 +249,9 @@ class Recipe(_Checked):
                 f"{self.memory_gib:g} GiB; {largest} takes {memory[largest] / GIB:.1f} GiB: lower slots, "
                 "max_sequence or image_budget, or choose a smaller precision"
             )
+
+
+_SCORES = 3  # arrays of all scores at once: one whose parts are joined, the joined one, and shares of it
 
 
 def _linear_bytes(shape: tuple[int, ...], precision: str, item: int) -> int:

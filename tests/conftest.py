@@ -86,6 +86,9 @@ def shared_data() -> Path:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    """Files that take minutes come first, so that at the end no process has one left while another has none."""
+    unit = ROOT / "tests" / "unit"
     for item in items:
-        if ROOT / "tests" / "unit" in item.path.parents and not item.get_closest_marker("slow"):
+        if unit in item.path.parents and not item.get_closest_marker("slow"):
             item.add_marker("quick")
+    items.sort(key=lambda item: unit in item.path.parents)

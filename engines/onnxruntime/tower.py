@@ -31,8 +31,7 @@ def compile_tower(source: Path, target: Path, precision: str) -> None:
         `vision.onnx` of the bundle.
     precision : {"fp32", "int8"}
     """
-    quantize = (quantize_blocks,) if precision == "int8" else ()
-    rewrite(source, target, drop_padding, fuse_rotations, fuse_norms, *quantize)
+    rewrite(source, target, *STEPS, *((quantize_blocks,) if precision == "int8" else ()))
 
 
 def fuse_rotations(graph: GraphProto, weights: Weights) -> None:
@@ -117,3 +116,7 @@ def quantize_blocks(graph: GraphProto, weights: Weights) -> None:
         return lambda: int8.by_channel(weights.value(name))
 
     int8.quantize_products(graph, weights, rounded)
+
+
+STEPS = (drop_padding, fuse_rotations, fuse_norms)
+"""Of a rewrite for ONNX Runtime, whatever the precision."""

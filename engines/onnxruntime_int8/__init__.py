@@ -18,6 +18,8 @@ class OnnxRuntimeInt8(OnnxRuntime):
     graphs = ("decoder",)
     suffixes = (*ONNXRUNTIME.suffixes, "int8.onnx", "int8.onnx.data")
     copies = 3  # int8 is two of int4
+    head_copies = 2  # as each of its graphs packs it
+    splits_attention = True
     needs_recipe = True
     abilities = CpuEngine.abilities
 

@@ -20,7 +20,7 @@ class OnnxRuntimeOpenVINO(OpenVINO):
     distributions = ("onnxruntime", "openvino")
     graphs = ("decoder",)
     suffixes = OPENVINO.suffixes + ONNXRUNTIME.suffixes
-    copies = 2
+    copies = head_copies = 2
     products = ("fp32", "int8", "int4")
 
     def check_installed(self, versions: Mapping[str, object]) -> None:

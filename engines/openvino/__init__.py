@@ -17,6 +17,7 @@ class OpenVINO(CpuEngine):
     extra = "openvino"
     distributions: ClassVar[tuple[str, ...]] = ("openvino",)
     suffixes: ClassVar[tuple[str, ...]] = ("xml", "bin")
+    splits_attention = True
     products = ("fp32", "bf16", "int4")
     cpu_features = ("amx_bf16", "amx_int8", "avx512_vnni", "avx_vnni")
 

@@ -7,6 +7,9 @@ import pytest
 import torch
 from checkpoints import random_checkpoint
 
+from cxr_triton.engines.onnxruntime.tower import STEPS
+from cxr_triton.engines.patches import drop_padding
+from cxr_triton.engines.rewrite import rewrite
 from cxr_triton.export.checkpoint import Checkpoint
 from cxr_triton.export.graph import check
 from cxr_triton.export.vision import write_vision
@@ -42,10 +45,23 @@ def processor(reference):
 
 
 @pytest.fixture(scope="module")
-def session(reference):
+def exported(reference):
     folder, _ = reference
     path = write_vision(Checkpoint(folder / "checkpoint"), folder / "fp32")
     check(path)
+    return path
+
+
+def rewritten(exported, *steps):
+    folder = exported.parent / "-".join(step.__name__ for step in steps)
+    folder.mkdir(exist_ok=True)
+    rewrite(exported, folder / "vision.onnx", *steps)
+    return folder / "vision.onnx"
+
+
+@pytest.fixture(scope="module", params=[(), (drop_padding,), STEPS], ids=["exported", "without padding", "compiled"])
+def session(exported, request):
+    path = rewritten(exported, *request.param) if request.param else exported
     return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
@@ -105,6 +121,25 @@ def test_output_does_not_depend_on_the_budget(session):
     assert relative_error(*outputs) < 1e-6
 
 
+@pytest.mark.parametrize("steps", [(drop_padding,), STEPS], ids=["without padding", "compiled"])
+def test_padding_is_not_computed(exported, steps):
+    """All linear layers of the blocks get the patches of the pictures, and no more rows."""
+    path = rewritten(exported, *steps)
+    model = onnx.load(path, load_external_data=False)
+    layers = [
+        node.output[0]
+        for node in model.graph.node
+        if node.op_type == "MatMul" and any(name.startswith("visual.blocks.") for name in node.input)
+    ]
+    assert len(layers) >= 2 * 5
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, 1, None) for name in layers)
+    onnx.save(model, path.with_name("watched.onnx"))
+    inputs = feeds(picture((5, 5)), picture((9, 7)), window_budget=12)
+    results = ort.InferenceSession(str(path.with_name("watched.onnx"))).run(layers, inputs)
+    assert inputs["valid"].size == 2 * 12 * 64
+    assert {result.shape[:-1] for result in results} == {(4 * (5 * 5 + 9 * 7),)}
+
+
 def test_normalization_comes_from_the_checkpoint(reference, processor, tmp_path):
     folder, model = reference
     checkpoint = Checkpoint(folder / "checkpoint")
@@ -138,10 +173,10 @@ def test_contract_and_standard_operators(reference, tmp_path, precision):
     }
 
 
-def test_int4_leaves_the_tower_in_the_compute_type(reference, session, tmp_path):
+def test_int4_leaves_the_tower_in_the_compute_type(reference, exported, tmp_path):
     path = write_vision(Checkpoint(reference[0] / "checkpoint"), tmp_path, precision="int4")
     inputs = feeds(picture((6, 6)))
-    outputs = [s.run(None, inputs)[0] for s in (session, ort.InferenceSession(str(path)))]
+    outputs = [ort.InferenceSession(str(each)).run(None, inputs)[0] for each in (exported, path)]
     np.testing.assert_array_equal(*outputs)
 
 

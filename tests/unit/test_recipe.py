@@ -59,14 +59,33 @@ def test_int8_beside_int4_is_two_of_it_more():
 
 def test_two_engines_hold_the_decoder_twice(tmp_path):
     """What both pack: layers, and the head, which may be the table of embeddings."""
+
+    def memory(head, compiler):
+        def changed(data):
+            data["decoder"] |= {"head": head, "compiler": compiler}
+            data["memory_gib"] = 10
+
+        return load_recipe(written(tmp_path, changed, "cpu-int4-mixed")).memory()
+
     for head in ("int4", "compute"):
-        mixed, one = (
-            load_recipe(written(tmp_path, set_to("decoder", head=head, compiler=compiler), "cpu-int4-mixed")).memory()
-            for compiler in ("onnxruntime-openvino", "onnxruntime")
-        )
+        mixed, one = (memory(head, compiler) for compiler in ("onnxruntime-openvino", "onnxruntime"))
         twice = ("decoder_layers", "head") if head == "int4" else ("decoder_layers", "embedding")
-        assert mixed == one | {part: 2 * one[part] for part in twice} | {"total": mixed["total"]}
-        assert mixed["total"] - one["total"] == sum(one[part] for part in twice)
+        more = {part: 2 * one[part] for part in twice}
+        assert mixed == one | more | {part: mixed[part] for part in ("activations", "total")}
+        scores = mixed["activations"] - one["activations"]
+        assert mixed["total"] - one["total"] == sum(one[part] for part in twice) + scores
+
+
+def test_attention_by_products_holds_scores_and_a_copy_of_the_cache():
+    split, fused = (load_recipe(f"cpu-int4{name}").memory() for name in ("-openvino", ""))
+    more = split["activations"] - fused["activations"]
+    assert more > split["kv_cache"] // load_recipe("cpu-int4-openvino").slots
+    assert more > TEXT_3B["num_attention_heads"] * 512 * 4096 * 4 * 2
+
+
+def test_the_head_is_packed_by_both_graphs_of_int4_and_int8():
+    both, one = (load_recipe(name).memory() for name in ("cpu-int4-int8", "cpu-int4-vnni"))
+    assert both["head"] == 2 * one["head"] and both["decoder_layers"] == 3 * one["decoder_layers"]
 
 
 def test_a_file_of_the_users_own_works(tmp_path):
