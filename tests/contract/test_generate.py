@@ -275,23 +275,30 @@ def with_picture(given):
     return dataclasses.replace(given, image_index=index, image_embeddings=rows)
 
 
-@pytest.mark.parametrize(
-    ("build", "precision"),
-    [(build, precision) for build in (build_bundle, build_openvino, build_mixed) for precision in ("fp32", "int4")]
+@pytest.fixture(
+    params=[
+        (build, precision) for build in (build_bundle, build_openvino, build_mixed) for precision in ("fp32", "int4")
+    ]
     + [
         pytest.param(
-            build_int8, "int4", marks=pytest.mark.skipif(not int8.is_exact(int8.cpu_features()), reason=int8.REMEDY)
+            (build_int8, "int4"), marks=pytest.mark.skipif(not int8.is_exact(int8.cpu_features()), reason=int8.REMEDY)
         )
     ],
+    ids=lambda param: f"{param[0].__name__}-{param[1]}",
 )
-def test_a_prompt_that_begins_as_another_gives_the_same_bits(model_and_export, tmp_path, build, precision):
-    """Whatever the engine rounds: it is given the same runs, on rows that are the same."""
+def built(model_and_export, tmp_path, request):
+    """A bundle of every engine on the CPU, in what it rounds and what it does not."""
+    build, precision = request.param
     checkpoint = model_and_export[1].parent / "checkpoint"
-    built = build(
+    return build(
         write_export(tmp_path / "export", checkpoint, precision=precision),
         tmp_path / "bundle",
         **({} if build in (build_bundle, build_int8) else {"precision": precision}),
     )
+
+
+def test_a_prompt_that_begins_as_another_gives_the_same_bits(built):
+    """Whatever the engine rounds: it is given the same runs, on rows that are the same."""
     ids = np.array(text(30, 150), np.int64)
     asked = generation_of(built, None, Case(ids.tolist(), []), np.tile(np.arange(150), (3, 1)), 1.0)
     begins_so = [*ids[:100].tolist(), *text(31, 20)]
@@ -316,6 +323,25 @@ def test_a_prompt_that_begins_as_another_gives_the_same_bits(model_and_export, t
         seen.append(logits)
     assert cached[4:] == [0, 96, 0, 80]  # whole runs of 32 tokens, or up to the last whole block of the picture
     np.testing.assert_array_equal(seen[1], seen[0])
+
+
+def test_a_prompt_is_the_same_whatever_other_slots_hold(built):
+    """Bit by bit, though the cache is as long as the longest of them wants it."""
+    session = built.open_decoder(slots=2, threads=1)
+    ids = np.random.default_rng(0).integers(0, session.vocab, 300)
+
+    def read(slot, start, stop):
+        nothing, no_image = np.zeros((0, session.hidden), np.float32), np.full(stop - start, -1)
+        places = np.tile(np.arange(start, stop), (3, 1))
+        return session.prefill(slot, ids[start:stop], no_image, nothing, places, is_last=True).copy()
+
+    def short():
+        session.free(0)
+        return [read(0, 0, 40), read(0, 40, 60), read(0, 60, 61)]
+
+    alone = short()
+    read(1, 0, 300)
+    np.testing.assert_array_equal(short(), alone)
 
 
 def test_image_embeddings_do_not_depend_on_the_batch(bundle):
