@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -41,6 +42,7 @@ from cxr_triton.perf.workload import enlarge
 from cxr_triton.phantom_file import write_dicom
 from cxr_triton.profile import ModelProfile
 from cxr_triton.sampling import Sampling
+from cxr_triton.triton_repo.serve import HUGE_PAGES
 
 SCHEMA = 1
 STREAMS = (1, 4, 8)
@@ -344,6 +346,7 @@ def main(bundles, checkpoint, names, json_path, **options):
     CXR_OPENVINO_GENAI_PYTHON, where it is not this one.
     """
     to_file = None if json_path == "-" else json_path
+    os.environ.update(HUGE_PAGES | os.environ)  # for all of them, as `serve` sets it
     with ExitStack() as stack:
         work = options["work"]
         if work is None:
