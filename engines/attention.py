@@ -50,7 +50,7 @@ class _Attention(Author):
         both = node("Add", self._size, self._count, name="all_count")
         self._flat = node("Concat", ints(0, kv_heads, -1), both, name="flat", axis=0)
         self._whole = node("Concat", ints(0, heads), self._count, ints(head_dim), name="whole", axis=0)
-        self._scale = weights.add("attention_scale", lambda: np.float32(head_dim**-0.5))
+        self._scale = weights.add("attention_scale", lambda: np.array(head_dim**-0.5, np.float32))
 
     def write(self, old: NodeProto, writes: list[NodeProto]) -> None:
         """What comes in the place of an `Attention` and of the two nodes that write its keys and values."""
@@ -86,8 +86,8 @@ class _Attention(Author):
         new = node("Range", zero, node("Squeeze", self._count, name="new_length"), one, name="new_positions")
         written = node("Unsqueeze", "write_index", self.ints(1, 2, 3, 4), name="written")
         later = node("Unsqueeze", new, self.ints(1), name="new_rows")
-        visible = self.weights.add("visible", lambda: np.float32(0))
-        hidden = self.weights.add("hidden", lambda: np.float32(-1e30))
+        visible = self.weights.add("visible", lambda: np.array(0, np.float32))
+        hidden = self.weights.add("hidden", lambda: np.array(-1e30, np.float32))
         return (
             node("Where", node("Less", held, written, name="is_written"), visible, hidden, name="cache_bias"),
             node("Where", node("LessOrEqual", new, later, name="is_earlier"), visible, hidden, name="new_bias"),

@@ -112,8 +112,8 @@ class _Integers(Author):
                 self._readers[name].append(node)
         self._rounded: dict[str, tuple[str, str]] = {}  # input of a layer → as integers, scale by token
         self._scales: dict[str, str] = {}  # what is not scaled yet → scale by token
-        self._one = weights.add("int8.one", lambda: np.float32([1]))
-        self._zero = weights.add("int8.zero", lambda: np.uint8([_ZERO]))
+        self._one = weights.add("int8.one", lambda: np.array([1], np.float32))
+        self._zero = weights.add("int8.zero", lambda: np.array([_ZERO], np.uint8))
 
     def write(self, old: NodeProto) -> None:
         """What comes in the place of a node."""
@@ -171,9 +171,11 @@ class _Integers(Author):
         node, ints = self.node, self.ints
         most = node("ReduceMax", x, ints(-1), name=f"{x}.most", keepdims=1)
         least = node("Neg", node("ReduceMin", x, ints(-1), name=f"{x}.least", keepdims=1), name=f"{x}.least_turned")
-        step = self.weights.add("int8.step", lambda: np.float32([1 / LARGEST]))
+        step = self.weights.add("int8.step", lambda: np.array([1 / LARGEST], np.float32))
         scale = node("Mul", node("Max", most, least, name=f"{x}.largest"), step, name=f"{x}.step")
-        scale = node("Max", scale, self.weights.add("int8.least", lambda: np.float32([_LEAST])), name=f"{x}.scale")
+        scale = node(
+            "Max", scale, self.weights.add("int8.least", lambda: np.array([_LEAST], np.float32)), name=f"{x}.scale"
+        )
         tokens = node("Flatten", x, name=f"{x}.tokens", axis=-1)
         by_token = node("Reshape", scale, ints(-1), name=f"{x}.by_token")
         zeros = node("Expand", self._zero, node("Shape", by_token, name=f"{x}.count"), name=f"{x}.zeros")

@@ -71,6 +71,7 @@ SUBSTITUTES = (
     (r"^(python -m cxr_triton.perf.capacity \S+ --studies-per-day .*)", r"\1 --readings 300"),
     (r"^(python -m cxr_triton.perf.capacity.host \S+)", r"\1 --tokens 20 --rounds 1"),
     (r"^(cxr-triton tune .*)", r"\1 --seconds 2"),
+    (r"^(python tests/bench/measures\.py)$", r"\1 --studies 500"),
     (r"^(.venv/bin/python tests/phantom/train.py .*)", r"\1 --pictures 32 --vision-steps 1 --answer-steps 1"),
     (r"^(.venv/bin/python tests/phantom/evaluate.py .*)", r"\1 --count 2"),
 )

@@ -12,18 +12,18 @@ ROOT = Path(__file__).resolve().parents[2]
 PYTHON = r"""#!/bin/sh
 case "$*" in *pytest*) ;; *) exit 0 ;; esac
 printf '%s\t' "$@" >> calls; echo >> calls
-case "$*" in *-n*) exit {unit} ;; *) exit {served} ;; esac
+exit {status}
 """
 
 
 @pytest.fixture
 def made(tmp_path):
-    def run(unit: int, served: int, options: str = ""):
+    def run(status: int, options: str = ""):
         """How `make test` ended, and how pytest was called."""
         binaries = tmp_path / "venv" / "bin"
         binaries.mkdir(parents=True)
         for name in ("python", "ruff"):
-            (binaries / name).write_text(PYTHON.format(unit=unit, served=served))
+            (binaries / name).write_text(PYTHON.format(status=status))
             (binaries / name).chmod(0o755)
         for name in ("Makefile", "pyproject.toml"):
             shutil.copy(ROOT / name, tmp_path)
@@ -40,26 +40,14 @@ def made(tmp_path):
     return run
 
 
-@pytest.mark.parametrize(
-    "unit, served, right",
-    [(0, 0, True), (1, 0, False), (0, 1, False), (2, 5, False), (0, 5, True), (5, 0, True), (5, 5, False)],
-)
-def test_both_halves_run_and_a_failure_in_either_is_one(made, unit, served, right):
-    ended, calls = made(unit, served)
-    assert len(calls) == 2 and (ended.returncode == 0) == right, ended.stderr
-
-
-def test_every_test_is_in_one_half_and_options_go_to_both(made):
+@pytest.mark.parametrize("status", [0, 1, 5])
+def test_it_ends_as_the_tests_do_which_are_all_and_get_the_options(made, status):
     options = "-m 'not quick' -k \"serve or read\""
-    _, (unit, served) = made(0, 0, options)
+    ended, (call,) = made(status, options)
+    assert (ended.returncode == 0) == (status == 0), ended.stderr
     asked = shlex.split(options)
-    assert unit[-len(asked) :] == served[-len(asked) :] == asked
-    left_out = [{word for word in call if word.startswith("--")} - {"--dist"} for call in (unit, served)]
-    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")} - {"unit"}
-    both = [
-        {f"--{how}=tests/{name}" for name in names for how in ("ignore", "deselect")} for names in (folders, {"unit"})
-    ]
-    assert left_out == both and "-n" in unit and "-n" not in served
+    assert call[-len(asked) :] == asked and "-n" in call
+    assert not any(word.startswith(("--ignore", "--deselect", "tests")) for word in call)
 
 
 @pytest.mark.parametrize("status", [0, 1])
