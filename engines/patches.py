@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cxr_triton.engines.rewrite import Author, Weights, replace_nodes
+from cxr_triton.errors import BuildFailed
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
 
 WINDOW, UNIT = 64, 4  # patches of a window, and of a token
 _INT64 = 7  # as ONNX counts types
+_ANOTHER = "vision.onnx is not built as this version builds it; export the checkpoint again"
+_PER_PATCH = {"pixel_scale", "rotary_axes"}  # constants that the bytes and the place of each patch meet first
 
 
 def drop_padding(graph: GraphProto, weights: Weights) -> None:
@@ -19,10 +22,17 @@ def drop_padding(graph: GraphProto, weights: Weights) -> None:
     An image of 34 by 34 patches has 1,156, its 25 windows have 1,600. Attention alone needs sequences of one length:
     rows are put into windows [windows, 64], or images [B, M] for as many rows as the largest has, and back. The merger
     gets the rows of each token in the order of the tokens.
+
+    Raises
+    ------
+    BuildFailed
+        The graph is not built as this version's export builds it.
     """
     author = _Rows(graph, weights)
     for node in list(graph.node):
         author.write(node)
+    if author.inputs != len(_PER_PATCH):
+        raise BuildFailed(_ANOTHER)
     replace_nodes(graph, author.nodes)
 
 
@@ -31,11 +41,14 @@ class _Rows(Author):
 
     def __init__(self, graph: GraphProto, weights: Weights):
         super().__init__(weights)
+        self.inputs = 0  # that are rows now
         self._shapes = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "Reshape"}
         self._used_by = {name: node for node in graph.node for name in node.input}  # one of them
         self._kinds = {name: node.op_type for node in graph.node for name in node.output}
-        (units,) = (values for shape in set(self._shapes.values()) if len(values := self._values(shape)) == 3)
-        self._width = units[2] // UNIT
+        units = [values for shape in set(self._shapes.values()) if len(values := self._values(shape)) == 3]
+        if len(units) != 1:
+            raise BuildFailed(_ANOTHER)
+        self._width = units[0][2] // UNIT
         self._in_images = False  # the block that is written attends over images
         self._find_rows()
         self._find_images()
@@ -76,9 +89,10 @@ class _Rows(Author):
     def write(self, old: NodeProto) -> None:
         """What comes in the place of a node of the tower."""
         kind, first, result = old.op_type, old.input[0], old.output[0]
-        if kind == "Cast" and first in ("pixel_windows", "patch_rows_cols"):
+        if kind == "Cast" and _PER_PATCH.intersection(self._used_by[result].input):
             flat = self.node("Flatten", first, name=f"{first}.flat", axis=3)
             old.input[0] = self.node("Gather", flat, self._present, name=f"{first}.rows")
+            self.inputs += 1
         elif kind == "Gather" and old.input[1] == "rotary_axes":
             old.attribute[0].i = -1
         elif kind == "Split" and len(old.output) == 3:  # query, key and value

@@ -18,6 +18,7 @@ from cxr_triton.cli import Command, json_option, write_json
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.session import VisionSession
 from cxr_triton.perf.environment import Stolen, environment
+from cxr_triton.perf.workload import enlarge
 from cxr_triton.phantom_file import write_dicom
 
 if TYPE_CHECKING:
@@ -26,12 +27,19 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 
-def prepared(bundle: Bundle) -> StepTensors:
-    """A phantom and the prompt of the profile's default task, as the server prepares them."""
+def prepared(bundle: Bundle, size: tuple[int, int] | None = None) -> StepTensors:
+    """A phantom and the prompt of the profile's default task, as the server prepares them.
+
+    `size` are rows and columns that it is enlarged to.
+    """
     from cxr_triton.engines.pipeline import Preprocessor
 
+    rng = np.random.default_rng(0)
+    drawn = phantom.draw(rng)
+    if size:
+        drawn = enlarge(drawn, *size, drawn.bits_stored, rng)
     with contextlib.closing(Preprocessor(bundle.path)) as preprocessor:
-        return preprocessor.prepare([write_dicom(phantom.draw(np.random.default_rng(0)))], "")
+        return preprocessor.prepare([write_dicom(drawn)], "")
 
 
 def inputs(step: StepTensors) -> tuple[dict[str, np.ndarray], int]:
@@ -72,11 +80,12 @@ def _cosine(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--threads", default=os.cpu_count(), show_default=True, help="CPU cores of each.")
+@click.option("--size", nargs=2, type=click.IntRange(1, 10_000), help="Rows and columns of the image.")
 @json_option
-def main(bundles: tuple[Path, ...], rounds: int, threads: int, json_path: str | None):
+def main(bundles: tuple[Path, ...], rounds: int, threads: int, size: tuple[int, int] | None, json_path: str | None):
     """Seconds that the towers of BUNDLES take for an image, in alternating rounds, and how far they agree."""
     opened = [Bundle.open(path, verify=False) for path in bundles]
-    feeds, tokens = inputs(prepared(opened[0]))
+    feeds, tokens = inputs(prepared(opened[0], size))
     stolen = Stolen()
     sessions = {
         f"{path.name}: {bundle.vision_engine} {bundle.vision_precision}": bundle.open_vision(threads=threads)
@@ -86,7 +95,8 @@ def main(bundles: tuple[Path, ...], rounds: int, threads: int, json_path: str | 
     result = {
         "schema": SCHEMA,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"python -m cxr_triton.perf.tower BUNDLE... --rounds {rounds} --threads {threads}",
+        "command": f"python -m cxr_triton.perf.tower BUNDLE... --rounds {rounds} --threads {threads}"
+        + (" --size {} {}".format(*size) if size else ""),
         "image_tokens": tokens,
         "towers": towers,
         "stolen": stolen.share(),

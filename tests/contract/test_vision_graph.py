@@ -1,5 +1,7 @@
 """`vision.onnx` in ONNX Runtime against transformers, with the same random weights and the same 8-bit pictures."""
 
+import shutil
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -10,6 +12,7 @@ from checkpoints import random_checkpoint
 from cxr_triton.engines.onnxruntime.tower import STEPS
 from cxr_triton.engines.patches import drop_padding
 from cxr_triton.engines.rewrite import rewrite
+from cxr_triton.errors import BuildFailed
 from cxr_triton.export.checkpoint import Checkpoint
 from cxr_triton.export.graph import check
 from cxr_triton.export.vision import write_vision
@@ -138,6 +141,20 @@ def test_padding_is_not_computed(exported, steps):
     results = ort.InferenceSession(str(path.with_name("watched.onnx"))).run(layers, inputs)
     assert inputs["valid"].size == 2 * 12 * 64
     assert {result.shape[:-1] for result in results} == {(4 * (5 * 5 + 9 * 7),)}
+
+
+def test_another_graph_is_refused_and_not_half_rewritten(exported, tmp_path):
+    """Such as one in which the bytes no longer meet the constant that they were exported with."""
+    model = onnx.load(exported, load_external_data=False)
+    (scaled,) = (node for node in model.graph.node if "pixel_scale" in node.input)
+    scaled.input[1] = "scale"
+    (value,) = (tensor for tensor in model.graph.initializer if tensor.name == "pixel_scale")
+    value.name = "scale"
+    onnx.save(model, tmp_path / "vision.onnx")
+    shutil.copy(exported.with_name("vision.onnx.data"), tmp_path)
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(BuildFailed, match="export the checkpoint again"):
+        rewrite(tmp_path / "vision.onnx", tmp_path / "bundle" / "vision.onnx", drop_padding)
 
 
 def test_normalization_comes_from_the_checkpoint(reference, processor, tmp_path):
