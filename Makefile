@@ -29,17 +29,15 @@ types: tree
 
 # Each core has a process; threads of numerical libraries beside it would wait for each other. What is compiled stays, as the
 # tests start hundreds of Pythons.
-TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
+TESTS := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 # A test that takes 20 seconds here fails: it lacks the mark `slow`.
 quick: $(VENV)/.test
-	$(TESTS) -n logical tests/unit -m quick --timeout 20 -q
+	$(TESTS) tests/unit -m quick --timeout 20 -q
 
-# One process more than there are cores, as a fifth of the time goes by in waiting for servers.
-WORKERS := $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 test: server-python $(VENV)/.test debian vllm axe
 	$(BIN)/ruff check .
-	$(TESTS) -n $(WORKERS) $(PYTEST_OPTIONS)
+	$(TESTS) $(PYTEST_OPTIONS)
 
 # vLLM needs another numpy than the local server: an environment of its own, which the tests find here. 3 GB. Its Python
 # may be another one too, as it talks to its process alone. arctic-inference is compiled, half a minute of a core; without
