@@ -16,7 +16,7 @@ pytest.importorskip("modelopt")
 
 PHANTOM = Path(__file__).resolve().parent.parent / "phantom"
 STAGES = ("quantized", "export", "bundle", "verification", "repository")
-# This is about going on, not about accuracy: four phantoms decide nothing.
+# This is about going on, not about accuracy: eight phantoms decide nothing.
 RECIPE = """
 name: resumed
 memory_gib: 16
@@ -36,7 +36,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
     recipe.write_text(RECIPE)
     arguments = ["make-engine", PHANTOM / "checkpoint", "--profile", PHANTOM / "profile.yaml", "--recipe", recipe]
-    arguments += ["--verify-images", phantoms(tmp_path / "images", 4), "--limit", 16]
+    arguments += ["--verify-images", phantoms(tmp_path / "images", 8), "--limit", 16]
     arguments += ["-o", out, "--json", tmp_path / "made.json"]
     for i, stage in enumerate(STAGES):
         process = run(arguments)
