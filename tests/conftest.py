@@ -2,6 +2,7 @@
 
 import collections
 import gc
+import shutil
 import signal
 from pathlib import Path
 
@@ -39,6 +40,23 @@ def _frozen():
     """The passes in a file's tests go through that file's objects alone: one through all libraries takes 0.2 s."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def lasting(tmp_path_factory) -> Path:
+    """Folder of what outlives a file's tests."""
+    return tmp_path_factory.mktemp("lasting")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _disk(lasting, tmp_path_factory):
+    """What a file's fixtures wrote goes with them, as engines of all files together would fill a small disk."""
+    base = tmp_path_factory.getbasetemp()
+    before = set(base.iterdir())
+    yield
+    for folder in set(base.iterdir()) - before:
+        if not folder.name.startswith("test_"):  # a test's own `tmp_path`, which stays where it fails
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -8,20 +8,20 @@ from served import Raw, write_bundle
 
 
 @pytest.fixture(scope="session")
-def served_bundle(tmp_path_factory) -> Path:
+def served_bundle(lasting) -> Path:
     """Engine bundle of a small random model."""
-    return write_bundle(tmp_path_factory.mktemp("served"))
+    return write_bundle(lasting / "served")
 
 
 @pytest.fixture(scope="session")
-def server(served_bundle, tmp_path_factory):
+def server(served_bundle, lasting):
     """A warm server on free ports: 4 slots, 2 preprocessing processes."""
     if importlib.util.find_spec("pytriton") is None:
         pytest.skip("no Triton server here; install it with pip install '.[local]'")
     from cxr_triton.triton_repo.package import Settings, write_repository
     from cxr_triton.triton_repo.serve import Server
 
-    repository = tmp_path_factory.mktemp("server") / "repository"
+    repository = lasting / "repository"
     write_repository(served_bundle, repository, Settings(threads=1), unverified=True)
     with Server(repository, grpc_port=0, http_port=0, metrics_port=0) as server:
         yield server
