@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,34 @@ def test_vllm_is_installed_though_what_drafts_by_suffixes_need_is_not_built(tmp_
     )
     assert again.returncode == 0 and "could not install: vLLM" in again.stdout
     assert not (tmp_path / "other/.installed").exists()
+
+
+def test_what_a_file_wrote_is_gone_before_the_next_unless_its_test_failed(tmp_path):
+    """Engines of all files together fill a small disk."""
+    (tmp_path / "test_first.py").write_text(
+        "import pytest\n"
+        "@pytest.fixture(scope='module')\n"
+        "def engine(tmp_path_factory):\n"
+        "    folder = tmp_path_factory.mktemp('engine')\n"
+        "    (folder / 'weights').touch()\n"
+        "    return folder\n"
+        "def test_passes(engine, tmp_path): (tmp_path / 'passed').touch()\n"
+        "def test_fails(engine, tmp_path, lasting):\n"
+        "    (tmp_path / 'failed').touch()\n"
+        "    (lasting / 'kept').touch()\n"
+        "    assert False\n"
+    )
+    (tmp_path / "test_second.py").write_text(
+        "def test_finds(tmp_path_factory):\n"
+        "    base = tmp_path_factory.getbasetemp()\n"
+        "    found = {path.name for path in base.rglob('*') if path.is_file()}\n"
+        "    assert found == {'failed', 'kept'}, found\n"
+    )
+    files, base = [str(path) for path in sorted(tmp_path.iterdir())], tmp_path / "base"
+    options = ["-p", "conftest", "-c", str(ROOT / "pyproject.toml"), "--basetemp", str(base)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "PYTEST_ADDOPTS": ""}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert "1 failed, 2 passed" in ended.stdout, ended.stdout + ended.stderr
