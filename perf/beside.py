@@ -27,12 +27,14 @@ from cxr_triton.cli import OUT_FILE, Command, json_option, write_json
 from cxr_triton.engines import engine
 from cxr_triton.engines.bundle import Bundle
 from cxr_triton.engines.pipeline import Preprocessor, sampling_of
+from cxr_triton.engines.runtime.drafts import Drafts
 from cxr_triton.engines.runtime.scheduler import DecoderRuntime
 from cxr_triton.engines.runtime.stream import Generation
-from cxr_triton.errors import CxrError
+from cxr_triton.errors import CxrError, InternalError, InvalidRequest
 from cxr_triton.files import write
 from cxr_triton.perf.beside_page import page, table
 from cxr_triton.perf.decoder import Receiver
+from cxr_triton.perf.drafts import FORCED, INDEX_MIB, Forced, texts_of
 from cxr_triton.perf.environment import Stolen, environment
 from cxr_triton.perf.peers import KINDS, kind_of, start
 from cxr_triton.perf.peers.peer import Peer, told
@@ -54,10 +56,15 @@ TURNS = (
 )
 NO_CROWD = "some of its answers were whole before others began: ask for more --tokens"
 NO_PICTURE = "only its text decoder is measured: it gets no picture"
+NO_GUESSES = "it guesses no tokens here"
+REPORTS = (
+    "a report is a whole reading, from the file to the last of `report_tokens`; with guesses, the answer is a recorded "
+    "report, a new one in every round, while the others are known: " + FORCED
+)
 
 
 class Ours(Peer):
-    """A bundle without a server, from file to tokens; nothing is kept of earlier prompts, and no token is guessed."""
+    """A bundle without a server, from file to tokens; nothing is kept of earlier prompts, and only `guess` guesses."""
 
     packages = ()
 
@@ -71,16 +78,34 @@ class Ours(Peer):
         opened = Bundle.open(folder, verify=False)
         self.items, self.hidden = items, opened.geometry.hidden
         self.preprocessor, self.vision = Preprocessor(folder), opened.open_vision()
-        self.runtime = DecoderRuntime(opened, slots=max(STREAMS))
+        session = opened.open_decoder(slots=max(STREAMS))
+        self.runtime = DecoderRuntime(opened, session=session)
+        self.text: list[int] = []
+        self.drafts = Drafts(INDEX_MIB << 20)
+        forced = Forced(session, lambda ids: self.text)
+        self.guessing = DecoderRuntime(opened, session=forced, drafts=self.drafts)
 
     def write(self, prompts: Sequence[Sequence[int]], tokens: int) -> dict:
         """See `Peer.write`."""
         started_s = time.perf_counter()
-        receivers = self._answered([self._text(ids, tokens) for ids in prompts])
+        receivers = self._answered([self._text(ids, tokens) for ids in prompts], self.runtime)
         return told(started_s, [[at_s for at_s, count in each.arrivals for _ in range(count)] for each in receivers])
 
     def read(self, index: int, prompt_tokens: int, tokens: int) -> dict:
         """See `Peer.read`."""
+        return self._read(index, tokens, self.runtime)
+
+    def guess(self, index: int, texts: Sequence[list[int]], chosen: int) -> dict:
+        """A reading as of `read`, whose answer is one of recorded texts, the others known to who guesses."""
+        self.drafts.forget()
+        for number, text in enumerate(texts):
+            if number != chosen:
+                self.drafts.texts.add(text)
+        self.text, before = texts[chosen], self.drafts.counts()
+        took = self._read(index, len(self.text), self.guessing)
+        return took | {name: count - before[name] for name, count in self.drafts.counts().items()}
+
+    def _read(self, index: int, tokens: int, runtime: DecoderRuntime) -> dict:
         images, request = self.items[index]
         started_s = time.perf_counter()
         step = self.preprocessor.prepare(images, json.dumps(request | {"max_new_tokens": tokens}))
@@ -88,8 +113,10 @@ class Ours(Peer):
         asked = Generation(
             **prompt_of(step), image_embeddings=rows.reshape(-1, rows.shape[-1]), sampling=sampling_of(step.context)
         )
-        (receiver,) = self._answered([asked])
+        (receiver,) = self._answered([asked], runtime)
         seconds = time.perf_counter() - started_s
+        if (written := sum(count for _, count in receiver.arrivals)) != tokens:
+            raise InternalError(f"it wrote {written} of {tokens} tokens")
         first_s = receiver.arrivals[0][0] - started_s
         return {"prompt_tokens": len(step.input_ids), "tokens": tokens, "first_s": first_s, "seconds": seconds}
 
@@ -102,10 +129,10 @@ class Ours(Peer):
             sampling=Sampling(max_new_tokens=tokens),
         )
 
-    def _answered(self, asked: Sequence[Generation]) -> list[Receiver]:
+    def _answered(self, asked: Sequence[Generation], runtime: DecoderRuntime) -> list[Receiver]:
         receivers = [Receiver() for _ in asked]
         for generation, receiver in zip(asked, receivers, strict=True):
-            self.runtime.submit(generation, receiver)
+            runtime.submit(generation, receiver)
         for receiver in receivers:
             receiver.done.wait()
             if receiver.error:
@@ -114,6 +141,7 @@ class Ours(Peer):
 
     def close(self) -> None:
         """See `Peer.close`."""
+        self.guessing.close()
         self.runtime.close()
         self.preprocessor.close()
 
@@ -158,6 +186,10 @@ class Plan:
         Token ids of prompts are from its second quarter, where no control tokens are.
     profile, items
         The reading whose first word is waited for.
+    report : int
+        Tokens of a whole reading; 0: none is asked for.
+    texts : list of list of int
+        Recorded ones for who guesses, of so many tokens or shorter, the longest first.
     """
 
     prompt: int
@@ -167,6 +199,8 @@ class Plan:
     vocab: int
     profile: ModelProfile
     items: Sequence
+    report: int = 0
+    texts: Sequence[list[int]] = ()
 
     def prompts(self, streams: int, seed: int) -> list[list[int]]:
         """Of `streams` answers, the same for each entrant and of no two streams."""
@@ -174,8 +208,29 @@ class Plan:
         return ids.tolist()
 
 
-def plan_of(bundle: Bundle, prompt: int, tokens: int) -> Plan:
-    """For the model of a bundle, with a phantom of a radiograph's size."""
+def plan_of(folder: Path, *, prompt: int, tokens: int, report: int = 0, **recorded: Path | None) -> Plan:
+    """For the model of a bundle, with a phantom of a radiograph's size.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the bundle.
+    prompt, tokens, report : int
+        See `Plan`.
+    **recorded : Path, optional
+        ``texts``, a JSON list of reports, and ``tokenizer`` for them, the bundle's by default.
+
+    Raises
+    ------
+    InvalidRequest
+        There is no text of `report` tokens, or no other.
+    """
+    bundle, texts = Bundle.open(folder, verify=False), list[list[int]]()
+    if file := recorded.get("texts"):
+        known = texts_of(folder, bundle, file, recorded.get("tokenizer"), 0)
+        texts = sorted((ids[:report] for ids in known), key=len, reverse=True)
+        if len(texts) < 2 or not 0 < report == len(texts[0]):
+            raise InvalidRequest(f"{file}: it takes two texts, one of them of the {report} tokens of --report")
     rng = np.random.default_rng(0)
     picture = write_dicom(enlarge(phantom.draw(rng), *PICTURE, rng))
     return Plan(
@@ -186,6 +241,8 @@ def plan_of(bundle: Bundle, prompt: int, tokens: int) -> Plan:
         vocab=bundle.geometry.vocab,
         profile=bundle.profile,
         items=[([picture], {"temperature": 0})],
+        report=report,
+        texts=texts,
     )
 
 
@@ -228,6 +285,11 @@ def turn(entrant: Entrant, plan: Plan, seed: int) -> dict:
             process.call("read", 0, 0, 1)
             first = process.call("read", 0, 0, 1)
             result |= {"first_word_s": first["seconds"], "first_word_prompt_tokens": first["prompt_tokens"]}
+            if plan.report:
+                result["report_s"] = process.call("read", 0, 0, plan.report)["seconds"]
+            if plan.texts and hasattr(entrant.kind, "guess"):
+                whole = sum(len(text) == plan.report for text in plan.texts)
+                result["guessed"] = process.call("guess", 0, plan.texts, seed % whole)
         result["peak_resident_bytes"] = process.end()["peak_resident_bytes"]
     except Exception as error:  # whatever a library of others raises is a row's reason, and no end of the run
         result["why"] = str(error) if isinstance(error, CxrError) else f"{type(error).__name__}: {error}"
@@ -257,6 +319,7 @@ def measure(chosen: Sequence[Entrant], plan: Plan, *, rounds: int, on_round: Cal
             "turns": TURNS,
             "prompt_tokens": plan.prompt,
             "new_tokens": plan.tokens,
+            **({"report_tokens": plan.report, "reports": REPORTS} if plan.report else {}),
             "rounds": index + 1,
             "prompt_operations": plan.flops,
             "ceilings": limits | {key: ceilings[-1][key] for key in ("int8_instruction", "why")} | {"rounds": ceilings},
@@ -301,6 +364,10 @@ def _entry(
     rows["first_word_s"] = median(
         lambda each: each["first_word_s"], why or (NO_PICTURE if entrant.kind.scope == "decoder" else "")
     )
+    if plan.report:
+        rows["report_s"] = median(lambda each: each["report_s"], rows["first_word_s"].get("why", ""))
+    if plan.texts:
+        rows["guessed_report_s"] = median(lambda each: each["guessed"]["seconds"], why or NO_GUESSES)
     rows["peak_resident_bytes"] = median(lambda each: each["peak_resident_bytes"])
     return {
         "name": entrant.name,
@@ -337,6 +404,17 @@ def _share(speed: float, limit: float | None) -> float | None:
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--prompt", default=320, show_default=True, help="Tokens of each prompt.")
 @click.option("--tokens", default=64, show_default=True, help="Tokens of each answer.")
+@click.option("--report", default=0, show_default=True, help="Tokens of a whole reading; 0: none is measured.")
+@click.option(
+    "--texts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSON list of recorded reports: BUNDLES write them too, guessing tokens.",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="tokenizer.json for them.  [default: the first BUNDLE's]",
+)
 @click.option("--html", type=OUT_FILE, help="The same as bars on a page.")
 @json_option
 def main(bundles, checkpoint, names, json_path, **options):
@@ -352,7 +430,8 @@ def main(bundles, checkpoint, names, json_path, **options):
         if work is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peers")))
         chosen = entrants(bundles, checkpoint.resolve(), names or KINDS, work)
-        plan = plan_of(Bundle.open(bundles[0], verify=False), options["prompt"], options["tokens"])
+        named = {name: options[name] for name in ("prompt", "tokens", "report", "texts", "tokenizer")}
+        plan = plan_of(bundles[0], **named)
         result = measure(chosen, plan, rounds=options["rounds"], on_round=lambda so_far: write_json(so_far, to_file))
     click.echo(table(result), err=json_path == "-")
     if options["html"]:

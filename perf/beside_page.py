@@ -8,14 +8,17 @@ from cxr_triton.numbers import number
 from cxr_triton.page import render
 
 NAMES = {"load_s": "Loading", "prompt_tokens_per_s": "Prompt", "first_word_s": "First word about a picture"}
-NAMES |= {"peak_resident_bytes": "Peak of resident memory"}
+NAMES |= {"peak_resident_bytes": "Peak of resident memory", "report_s": "A whole report"}
+NAMES |= {"guessed_report_s": "A recorded report, guessing tokens"}
+_HEADS = {"load_s": "load", "prompt_tokens_per_s": "prompt", "first_word_s": "first word, picture"}
+_HEADS |= {"peak_resident_bytes": "peak memory", "report_s": "report", "guessed_report_s": "report, guessing"}
 _DECODE = "decode_tokens_per_s_"
 
 
 def table(result: Mapping) -> str:
     """The rows as a table in Markdown, an entrant a line; what is missing has its reason below."""
-    streams = [key.removeprefix(_DECODE) for key in result["peers"][0]["rows"] if key.startswith(_DECODE)]
-    heads = ("load", "prompt", *(f"decode, {n} at once" for n in streams), "first word, picture", "peak memory")
+    rows = result["peers"][0]["rows"]
+    heads = [_HEADS.get(key) or f"decode, {key.removeprefix(_DECODE)} at once" for key in rows]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for peer in result["peers"]:
         cells = [_cell(key, row) for key, row in peer["rows"].items()]

@@ -15,7 +15,7 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -54,13 +54,13 @@ class Forced:
     Parameters
     ----------
     session : DecoderSession
-    texts : list of list of int
-        Tokens; a prompt begins with the number of its text as `number_of` has it.
+    text_of : callable
+        Tokens that are said after a prompt, given the ids with which that begins; None: what the decoder would say.
     """
 
-    def __init__(self, session, texts: list[list[int]]):
-        self._session, self.texts = session, texts
-        self._said: dict[int, tuple[list[int], int]] = {}  # by slot: a text, and tokens of its prompt
+    def __init__(self, session, text_of: Callable[[np.ndarray], list[int] | None]):
+        self._session, self._text_of = session, text_of
+        self._said: dict[int, tuple[list[int] | None, int]] = {}  # by slot: a text, and tokens of its prompt
 
     def __getattr__(self, name):
         return getattr(self._session, name)
@@ -68,9 +68,10 @@ class Forced:
     def prefill(self, slot, input_ids, *inputs, is_last):
         """See `DecoderSession.prefill`."""
         if not self._session.lengths[slot]:
-            self._said[slot] = self.texts[int(input_ids[0]) * 64 + int(input_ids[1])], PROMPT
+            self._said[slot] = self._text_of(input_ids), 0
         logits = self._session.prefill(slot, input_ids, *inputs, is_last=is_last)
         if is_last:
+            self._said[slot] = self._said[slot][0], int(self._session.lengths[slot])
             self._raise(slot, logits[None])
         return logits
 
@@ -93,9 +94,18 @@ class Forced:
     def _raise(self, slot: int, rows: np.ndarray) -> None:
         """Of the rows after a slot's last tokens."""
         text, prompt = self._said[slot]
-        first = int(self._session.lengths[slot]) - len(rows) - prompt + 1
-        for row, token in zip(rows, text[first : first + len(rows)], strict=False):
-            row[token] = _RAISED
+        if text is not None:
+            first = int(self._session.lengths[slot]) - len(rows) - prompt + 1
+            for row, token in zip(rows, text[first : first + len(rows)], strict=False):
+                row[token] = _RAISED
+
+
+class Numbered(Forced):
+    """One whose prompts begin with the number of their text, as `number_of` has it."""
+
+    def __init__(self, session, texts: list[list[int]]):
+        self.texts = texts
+        super().__init__(session, lambda ids: texts[int(ids[0]) * 64 + int(ids[1])])
 
 
 def number_of(text: int) -> list[int]:
@@ -115,7 +125,7 @@ def request(number: int, tokens: int, hidden: int) -> Generation:
     )
 
 
-def write(runtime: DecoderRuntime, session: Forced, numbers: Sequence[int]) -> dict[str, float]:
+def write(runtime: DecoderRuntime, session: Numbered, numbers: Sequence[int]) -> dict[str, float]:
     """Texts written at once, as long as the shortest: tokens and seconds while all are written; processor and steps."""
     length = min(len(session.texts[number]) for number in numbers)
     steps, receivers = runtime.steps, [TokenReceiver() for _ in numbers]
@@ -134,13 +144,13 @@ def write(runtime: DecoderRuntime, session: Forced, numbers: Sequence[int]) -> d
     return {"tokens": tokens, "seconds": ended_s - began_s, "processor_s": processor_s, "steps": runtime.steps - steps}
 
 
-def round_of(ways: dict, session: Forced, groups: list[list[int]], known: list[list[int]], is_odd: bool) -> dict:
+def round_of(ways: dict, session: Numbered, groups: list[list[int]], known: list[list[int]], is_odd: bool) -> dict:
     """All groups of texts written by each of the ways, in turn.
 
     Parameters
     ----------
     ways : dict of str to DecoderRuntime
-    session : Forced
+    session : Numbered
     groups : list of list of int
         Numbers of the texts that are written at once.
     known : list of list of int
@@ -196,7 +206,7 @@ def measure(bundle: Path, texts: list[list[int]], *, measured: int, streams, rou
     began, load, stolen = datetime.now(UTC).isoformat(timespec="seconds"), os.getloadavg()[0], Stolen()
     rng = random.Random(0)  # noqa: S311 -- no secret
     mixed = [rng.sample(text, len(text)) for text in texts]
-    session = Forced(opened.open_decoder(slots=max(streams), threads=threads), [*texts, *mixed])
+    session = Numbered(opened.open_decoder(slots=max(streams), threads=threads), [*texts, *mixed])
     drafts = Drafts(INDEX_MIB << 20)
     ways = {
         "without": DecoderRuntime(opened, session=session),

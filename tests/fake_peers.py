@@ -41,6 +41,17 @@ class Fake(Peer):
             print(json.dumps({"pid": os.getpid(), **what}), file=file)
 
 
+class Guessing(Fake):
+    """One that writes recorded texts too."""
+
+    title = "guessing"
+
+    def guess(self, index: int, texts: Sequence[list[int]], chosen: int) -> dict:
+        """See `Ours.guess`."""
+        self._say(guess=texts[chosen])
+        return self.read(index, 0, len(texts[chosen])) | {"seconds": 0.75, "drafted": 4, "accepted": 3}
+
+
 class Other(Fake):
     """Half as fast, without pictures."""
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import venv
+from dataclasses import replace
 from pathlib import Path
 
 import fake_peers
@@ -71,6 +72,36 @@ def test_what_fails_is_said_in_its_rows_and_costs_no_other_number(tmp_path):
         assert failing[key] == {"value": None, "why": "Foreign: no room for 8"}
     assert len(fake["first_word_s"]["rounds"]) == 2
     assert "- failing: Foreign: no room for 8" in table(result).splitlines()
+
+
+@pytest.mark.slow
+def test_a_whole_report_is_asked_for_and_a_new_recorded_one_in_each_round_of_who_guesses(tmp_path):
+    texts = [[1] * 5, [2] * 5, [3] * 4]
+    plan = replace(PLAN, streams=(1,), report=5, texts=texts)
+    chosen = [entrant(kind, tmp_path) for kind in (fake_peers.Guessing, fake_peers.Fake, fake_peers.Other)]
+    result = measure(chosen, plan, rounds=3, on_round=lambda _: None)
+    log = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [each["guess"] for each in log if "guess" in each] == [texts[1], texts[0], texts[1]]  # whole ones alone
+    assert [each["read"] for each in log if "read" in each] == [1, 1, 5, 5, 1, 1, 5] * 3
+    guessing, plain, other = (each["rows"] for each in result["peers"])
+    assert guessing["report_s"]["value"] == 1.25 and guessing["guessed_report_s"]["rounds"] == [0.75] * 3
+    assert plain["report_s"]["of_first"] == 1 and plain["guessed_report_s"]["why"] == beside.NO_GUESSES
+    assert other["report_s"] == {"value": None, "why": beside.NO_PICTURE}
+    assert (result["report_tokens"], result["reports"]) == (5, beside.REPORTS)
+    head, _, *lines = table(result).splitlines()
+    assert [cell.strip() for cell in head.split("|")[-5:-1]] == [
+        "first word, picture",
+        "report",
+        "report, guessing",
+        "peak memory",
+    ]
+    assert [line.split("|")[-4:-2] for line in lines[:3]] == [
+        [" 1.25 s ", " 0.75 s "],
+        [" 1.25 s ", " – "],
+        [" – ", " – "],
+    ]
+    shown = page({**result, "environment": {"cpu": "one", "cores": 2, "versions": {}}})
+    assert "<h2>A recorded report, guessing tokens</h2>" in shown
 
 
 def turn_of(entrant: Entrant, plan: Plan, seed: int) -> dict:
@@ -153,8 +184,7 @@ class Nested(Genai):
 
 def test_the_command_prints_the_table_and_writes_the_record(tmp_path, monkeypatch):
     monkeypatch.setattr(beside, "turn", turn_of)
-    monkeypatch.setattr(beside, "plan_of", lambda bundle, prompt, tokens: PLAN)
-    monkeypatch.setattr(beside.Bundle, "open", lambda path, verify: None)
+    monkeypatch.setattr(beside, "plan_of", lambda folder, **_: PLAN)
     monkeypatch.setattr(beside, "entrants", lambda *_: [entrant(fake_peers.Fake), entrant(fake_peers.Other)])
     for out in (str(tmp_path / "out.json"), "-"):
         command = [str(tmp_path), "--checkpoint", str(tmp_path), "--rounds", "2", "--json", out]

@@ -258,11 +258,11 @@ def processor(*flags):
     [
         ((), True, "cpu-int4"),
         (("avx2",), True, "cpu-int4"),
-        (("avx2", "avx512_vnni"), True, "cpu-int4-vnni"),
+        (("avx_vnni",), True, "cpu-int4"),
+        (("avx2", "avx512_vnni"), True, "cpu-int4-int8"),
         (("avx512_vnni", "amx_int8", "amx_bf16"), True, "cpu-int4-int8"),
         (("avx512_vnni", "amx_int8"), False, "cpu-int4-int8"),  # without OpenVINO too
-        (("avx512_vnni", "amx_bf16"), True, "cpu-int4-vnni"),
-        (("avx512_vnni",), False, "cpu-int4-vnni"),
+        (("amx_bf16",), True, "cpu-int4"),
     ],
 )
 def test_a_processor_gets_the_recipe_that_was_the_fastest_on_its_kind(monkeypatch, flags, installed, name):

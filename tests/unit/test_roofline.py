@@ -59,7 +59,7 @@ def test_operations_of_prefill_and_decode_are_those_that_torch_counts(model):
 
 
 def test_a_bundle_is_measured_without_a_server(model):
-    """What `perf.beside` asks of our side: answers of so many tokens, a first word, and the weights of a step."""
+    """What `perf.beside` asks of our side: answers of so many tokens, a first word, a report, and the weights of a step."""
     _, bundle = model
     rng = np.random.default_rng(0)
     picture = write_dicom(enlarge(phantom.draw(rng), 196, 224, 12, rng))
@@ -69,6 +69,9 @@ def test_a_bundle_is_measured_without_a_server(model):
         assert 0 < told["first_s"] < 60 and told["tokens_per_s"] > 0
         first = ours.read(0, 0, 1)
         assert 0 < first["first_s"] <= first["seconds"] and first["prompt_tokens"] > 4
+        report = list(range(70, 110))  # one that another has begun as
+        guessed = ours.guess(0, [report, report[:39]], 0)
+        assert guessed["tokens"] == 40 and 0 < guessed["accepted"] <= guessed["drafted"]
     finally:
         ours.close()
     assert Ours.step_bytes(bundle.path) == ModelWork.of(bundle).step_bytes
