@@ -59,7 +59,7 @@ def test_operations_of_prefill_and_decode_are_those_that_torch_counts(model):
 
 
 def test_a_bundle_is_measured_without_a_server(model):
-    """What `perf.beside` asks of our side: answers of so many tokens, a first word, a report, and the weights of a step."""
+    """What `perf.beside` asks of us: answers of so many tokens, a first word, a report, and the weights of a step."""
     _, bundle = model
     rng = np.random.default_rng(0)
     picture = write_dicom(enlarge(phantom.draw(rng), 196, 224, 12, rng))
