@@ -96,7 +96,7 @@ def test_a_whole_report_is_asked_for_and_a_new_recorded_one_in_each_round_of_who
         "peak memory",
     ]
     assert [line.split("|")[-4:-2] for line in lines[:3]] == [
-        [" 1.25 s ", " 0.75 s "],
+        [" 1.25 s ", " 0.750 s "],
         [" 1.25 s ", " – "],
         [" – ", " – "],
     ]
