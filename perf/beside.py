@@ -229,8 +229,8 @@ def plan_of(folder: Path, *, prompt: int, tokens: int, report: int = 0, **record
     if file := recorded.get("texts"):
         known = texts_of(folder, bundle, file, recorded.get("tokenizer"), 0)
         texts = sorted((ids[:report] for ids in known), key=len, reverse=True)
-        if len(texts) < 2 or not 0 < report == len(texts[0]):
-            raise InvalidRequest(f"{file}: it takes two texts, one of them of the {report} tokens of --report")
+        if len(texts) < 2 or len(texts[0]) < report:
+            raise InvalidRequest(f"{file}: two texts are needed, one of them of the {report} tokens of --report")
     rng = np.random.default_rng(0)
     picture = write_dicom(enlarge(phantom.draw(rng), *PICTURE, rng))
     return Plan(
@@ -423,15 +423,17 @@ def main(bundles, checkpoint, names, json_path, **options):
     The Python that has a peer's packages is named by CXR_GENAI_PYTHON, CXR_VLLM_PYTHON, CXR_LLAMA_CPP_PYTHON and
     CXR_OPENVINO_GENAI_PYTHON, where it is not this one.
     """
+    if options["texts"] and not options["report"]:
+        raise click.UsageError("--texts needs --report, the tokens that are written of them")
     to_file = None if json_path == "-" else json_path
     os.environ.update(HUGE_PAGES | os.environ)  # for all of them, as `serve` sets it
     with ExitStack() as stack:
         work = options["work"]
         if work is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="peers")))
-        chosen = entrants(bundles, checkpoint.resolve(), names or KINDS, work)
         named = {name: options[name] for name in ("prompt", "tokens", "report", "texts", "tokenizer")}
         plan = plan_of(bundles[0], **named)
+        chosen = entrants(bundles, checkpoint.resolve(), names or KINDS, work)
         result = measure(chosen, plan, rounds=options["rounds"], on_round=lambda so_far: write_json(so_far, to_file))
     click.echo(table(result), err=json_path == "-")
     if options["html"]:

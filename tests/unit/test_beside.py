@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from cxr_triton.engines.cpu import Cpu
-from cxr_triton.errors import InternalError
+from cxr_triton.errors import InternalError, InvalidRequest
 from cxr_triton.perf import beside, peers
 from cxr_triton.perf.beside import Entrant, Plan, measure
 from cxr_triton.perf.beside_page import page, table
@@ -102,6 +102,17 @@ def test_a_whole_report_is_asked_for_and_a_new_recorded_one_in_each_round_of_who
     ]
     shown = page({**result, "environment": {"cpu": "one", "cores": 2, "versions": {}}})
     assert "<h2>A recorded report, guessing tokens</h2>" in shown
+
+
+def test_recorded_reports_have_to_be_two_and_one_of_them_long_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(beside.Bundle, "open", lambda path, verify: None)
+    for lengths in ((3,), (2, 2), ()):
+        monkeypatch.setattr(beside, "texts_of", lambda *_, lengths=lengths: [[7] * length for length in lengths])
+        with pytest.raises(InvalidRequest, match=r"two texts are needed, one of them of the 3 tokens of --report"):
+            beside.plan_of(tmp_path, prompt=4, tokens=2, report=3, texts=tmp_path / "texts.json")
+    command = [str(tmp_path), "--checkpoint", str(tmp_path), "--texts", __file__]
+    done = CliRunner().invoke(beside.main, command)
+    assert done.exit_code == 2 and "--texts needs --report" in done.output
 
 
 def turn_of(entrant: Entrant, plan: Plan, seed: int) -> dict:
