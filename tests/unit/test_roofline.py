@@ -65,7 +65,8 @@ def test_a_bundle_is_measured_without_a_server(model):
     picture = write_dicom(enlarge(phantom.draw(rng), 196, 224, 12, rng))
     ours = Ours(str(bundle.path), bundle.profile, [([picture], {"temperature": 0})])
     try:
-        told = ours.write([[70, 71, 72, 73], [80, 81, 82, 83]], 5)
+        # Short answers may end one before the other begins, which has no speed of both.
+        told = ours.write([[70, 71, 72, 73], [80, 81, 82, 83]], 200)
         assert 0 < told["first_s"] < 60 and told["tokens_per_s"] > 0
         first = ours.read(0, 0, 1)
         assert 0 < first["first_s"] <= first["seconds"] and first["prompt_tokens"] > 4
