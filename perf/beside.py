@@ -67,6 +67,7 @@ class Ours(Peer):
     """A bundle without a server, from file to tokens; nothing is kept of earlier prompts, and only `guess` guesses."""
 
     packages = ()
+    guesses = True
 
     @classmethod
     def step_bytes(cls, folder: Path, streams: int = 1) -> int:
@@ -96,7 +97,7 @@ class Ours(Peer):
         return self._read(index, tokens, self.runtime)
 
     def guess(self, index: int, texts: Sequence[list[int]], chosen: int) -> dict:
-        """A reading as of `read`, whose answer is one of recorded texts, the others known to who guesses."""
+        """See `Peer.guess`."""
         self.drafts.forget()
         for number, text in enumerate(texts):
             if number != chosen:
@@ -287,7 +288,7 @@ def turn(entrant: Entrant, plan: Plan, seed: int) -> dict:
             result |= {"first_word_s": first["seconds"], "first_word_prompt_tokens": first["prompt_tokens"]}
             if plan.report:
                 result["report_s"] = process.call("read", 0, 0, plan.report)["seconds"]
-            if plan.texts and hasattr(entrant.kind, "guess"):
+            if plan.texts and entrant.kind.guesses:
                 whole = sum(len(text) == plan.report for text in plan.texts)
                 result["guessed"] = process.call("guess", 0, plan.texts, seed % whole)
         result["peak_resident_bytes"] = process.end()["peak_resident_bytes"]

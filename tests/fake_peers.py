@@ -44,10 +44,9 @@ class Fake(Peer):
 class Guessing(Fake):
     """One that writes recorded texts too."""
 
-    title = "guessing"
+    title, guesses = "guessing", True
 
     def guess(self, index: int, texts: Sequence[list[int]], chosen: int) -> dict:
-        """See `Ours.guess`."""
         self._say(guess=texts[chosen])
         return self.read(index, 0, len(texts[chosen])) | {"seconds": 0.75, "drafted": 4, "accepted": 3}
 

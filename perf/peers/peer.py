@@ -44,6 +44,8 @@ class Peer:
         Its process is of that Python.
     talks : bool
         It has `ask`.
+    guesses : bool
+        It has `guess`.
     """
 
     title: ClassVar[str]
@@ -52,6 +54,7 @@ class Peer:
     variable: ClassVar[str] = ""
     elsewhere: ClassVar[bool] = False
     talks: ClassVar[bool] = False
+    guesses: ClassVar[bool] = False
 
     @classmethod
     def python(cls) -> str:
@@ -120,6 +123,24 @@ class Peer:
         -------
         dict
             As of `read`, with a ``text``, and the ``prompt`` as the model got it.
+        """
+        raise NotImplementedError
+
+    def guess(self, index: int, texts: Sequence[list[int]], chosen: int) -> dict:
+        """A reading as of `read`, whose answer is one of recorded texts of tokens, the others known to who guesses.
+
+        Parameters
+        ----------
+        index : int
+            Of the item.
+        texts : list of list of int
+        chosen : int
+            Which of them is written.
+
+        Returns
+        -------
+        dict
+            As of `read`, with how many tokens were ``drafted`` and ``accepted``.
         """
         raise NotImplementedError
 
