@@ -192,11 +192,12 @@ def test_a_row_that_a_crash_cut_off_is_asked_again(tmp_path):
     answers = iter(["Edema", "Edema"])
     with Double(lambda key, asked: next(answers, "[UNAVAILABLE] stopping")) as server, pytest.raises(Unavailable):
         run(table, out, server, concurrency=1)
+    whole = next(iter(server.seen))  # which file has been read first is chance
     journal = work_folder(out) / "journal.jsonl"
     journal.write_bytes(journal.read_bytes()[:-20])
     with Double(lambda key, asked: "Edema") as server:
         _, found = run(table, out, server)
-    assert sorted(server.seen) == ["b", "c", "d"] and list(found) == list("abcd")
+    assert set(server.seen) == set("abcd") - {whole} and list(found) == list("abcd")
 
 
 def test_closed_questions_by_letter_and_by_a_free_prompt(tmp_path):
