@@ -79,11 +79,14 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python 3.11 or later is needed, this is {v[0]}.{v[1]}; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.local: pyproject.toml | $(VENV)/bin/python
+# Compiled when the package is installed.
+C_SOURCES := $(wildcard engines/onnxruntime_w4a8/*.[ch])
+
+$(VENV)/.local: pyproject.toml $(C_SOURCES) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[local,objects]'
 	touch $@
 
-$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.test: pyproject.toml $(C_SOURCES) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[local,test]'
 	touch $(VENV)/.local $@
 
@@ -92,7 +95,7 @@ $(VENV)/.test: pyproject.toml | $(VENV)/bin/python
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-$(VENV)/.docs: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.docs: pyproject.toml $(C_SOURCES) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $(VENV)/.local $@
 

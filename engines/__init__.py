@@ -14,6 +14,7 @@ from cxr_triton.errors import InvalidRequest, unknown_key
 ROOMS = {
     "onnxruntime": "cxr_triton.engines.onnxruntime",
     "onnxruntime-int8": "cxr_triton.engines.onnxruntime_int8",
+    "onnxruntime-w4a8": "cxr_triton.engines.onnxruntime_w4a8",
     "openvino": "cxr_triton.engines.openvino",
     "onnxruntime-openvino": "cxr_triton.engines.onnxruntime_openvino",
     "onnxruntime-cuda": "cxr_triton.engines.onnxruntime_cuda",

@@ -40,8 +40,8 @@ def rewrite(
         step(model.graph, weights)
     with open(target.with_name(target.name + ".data"), "wb") as file:
         weights.write(file, target.name + ".data", _stored(beside) if beside else {})
-    if "com.microsoft" not in {opset.domain for opset in model.opset_import}:
-        model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    for domain in sorted({node.domain for node in model.graph.node} - {known.domain for known in model.opset_import}):
+        model.opset_import.append(onnx.helper.make_opsetid(domain, 1))
     if opset:
         model.opset_import[0].version = opset
     onnx.save(model, target)

@@ -12,8 +12,10 @@ from cxr_triton.engines.onnxruntime.int8 import require_exact
 from cxr_triton.engines.session import HostDecoder, HostGraph, VisionSession
 
 
-def open_graph(path: Path, threads: int | None) -> ort.InferenceSession:
+def open_graph(path: Path, threads: int | None, operators: Path | None = None) -> ort.InferenceSession:
     """A CPU session whose threads wait for each other awake while a run goes on, and sleep when none does.
+
+    `operators` is a library of those that ONNX Runtime lacks.
 
     Weights stay prepacked, though mapped ones would save as much memory as the graph has: on packed weights a row of
     a product is the same bit by bit whatever the number of rows and threads, on others it is not.
@@ -24,6 +26,8 @@ def open_graph(path: Path, threads: int | None) -> ort.InferenceSession:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # float8 rounding then runs node by node: the CPU has no fused kernels for it, and fails where it looks for them.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if operators:
+        options.register_custom_ops_library(str(operators))
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -62,8 +66,8 @@ class OrtVision(VisionSession):
 class OrtGraph(HostGraph):
     """The decoder graph of a bundle; it takes several tokens of one sequence only."""
 
-    def __init__(self, bundle, *, threads: int | None = None):
-        self._session = open_graph(bundle.path / "decoder.onnx", threads)
+    def __init__(self, bundle, *, threads: int | None = None, operators: Path | None = None):
+        self._session = open_graph(bundle.path / "decoder.onnx", threads, operators)
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
         self._logits = np.zeros((1, bundle.geometry.vocab), np.float32)
         self._results: dict[tuple[int, int], tuple[np.ndarray, ort.OrtValue]] = {}

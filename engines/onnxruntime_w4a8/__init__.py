@@ -1,0 +1,51 @@
+"""ONNX Runtime with products of its own: weights in int4, activations rounded to int8, at the memory's limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from cxr_triton.engines.interface import Compiled, CpuEngine, Need
+from cxr_triton.engines.onnxruntime import ENGINE as ONNXRUNTIME
+from cxr_triton.engines.onnxruntime import OnnxRuntime
+from cxr_triton.errors import InvalidRecipe
+
+
+class OnnxRuntimeW4A8(OnnxRuntime):
+    """Runs the decoder alone, whose weights are read where their file is mapped, by prompts and steps alike."""
+
+    name = "onnxruntime-w4a8"
+    graphs = ("decoder",)
+    needs_recipe = True
+    abilities = CpuEngine.abilities
+
+    def check_decoder(self, recipe) -> None:
+        super().check_decoder(recipe)
+        if recipe.decoder.precision not in ("int4", "int4-awq"):
+            raise InvalidRecipe(
+                f"decoder.precision: {recipe.decoder.precision} on {self.name}; choose int4 or int4-awq"
+            )
+
+    def check_installed(self, versions) -> None:
+        ONNXRUNTIME.check_installed(versions)
+
+    def compile(self, job, folder: Path) -> Compiled:
+        from cxr_triton.engines.onnxruntime_w4a8.compiler import compile_w4a8
+
+        compile_w4a8(job.source / "decoder.onnx", folder / "decoder.onnx")
+        return Compiled({ONNXRUNTIME.name: metadata.version("onnxruntime")})
+
+    def needs(self, bundle, graph: str) -> Iterator[Need]:
+        from cxr_triton.engines.onnxruntime_w4a8 import library
+
+        yield from super().needs(bundle, graph)
+        yield library.need()
+
+    def open_decoder(self, bundle, *, slots: int, threads: int | None = None, batch_invariant: bool = False):
+        from cxr_triton.engines.onnxruntime_w4a8.session import W4A8Decoder
+
+        return W4A8Decoder(bundle, slots=slots, threads=threads)
+
+
+ENGINE = OnnxRuntimeW4A8()
