@@ -12,6 +12,7 @@
 #define MOST_SIZE (1 << 24)
 #define ALIGNMENT 64
 #define LEAST 1e-30f        /* largest value of a block that counts as 0: its reciprocal would overflow */
+#define MAGNITUDE 0x7fffffffu /* of the bits of a value */
 #define NOT_FINITE 0x7f800000u
 
 static int64_t rounded_up(int64_t value, int64_t unit)
@@ -48,27 +49,32 @@ void matmul_place(matmul *m, void *memory)
     m->shifts = (int32_t *)(m->steps + rows * blocks);
 }
 
-/* One block of a row; words of the same row lie `stride` apart. Gives the step, and the sum by ZERO in `shift`. What is
- * not finite makes the step, and so every result of the row, not a number. */
-static inline __attribute__((always_inline)) float round_block(
-    const float *x, int64_t block, int32_t *words, int64_t stride, int32_t *shift)
+/* What largest magnitude, by its bits, one block of a row has decides: the step, and by what a value is multiplied to count
+ * it. What is not finite makes the step, and so every result of the row, not a number. */
+static inline float step_of(uint32_t most, float *per_step)
+{
+    float largest;
+    memcpy(&largest, &most, sizeof largest);
+    *per_step = most >= NOT_FINITE || largest < LEAST ? 0 : 127 / largest;
+    return most >= NOT_FINITE ? NAN : largest / 127;
+}
+
+/* The words of one block of a row, `stride` apart; gives the step, and the sum by ZERO in `shift`. */
+static float round_block(const float *x, int64_t block, int32_t *words, int64_t stride, int32_t *shift)
 {
     uint32_t most = 0;
     for (int64_t k = 0; k < block; k++) {
         uint32_t bits;
         memcpy(&bits, x + k, sizeof bits);
-        bits &= 0x7fffffffu;
+        bits &= MAGNITUDE;
         most = bits > most ? bits : most;
     }
-    float largest;
-    memcpy(&largest, &most, sizeof largest);
-    float step = most >= NOT_FINITE ? NAN : largest / 127;
-    float per_step = most >= NOT_FINITE || largest < LEAST ? 0 : 127 / largest;
+    float per_step, step = step_of(most, &per_step);
     int32_t sum = 0;
     for (int64_t k = 0; k < block; k += WORD) {
         int8_t values[WORD];
         for (int i = 0; i < WORD; i++) {
-            values[i] = per_step ? (int8_t)rintf(x[k + i] * per_step) : 0;
+            values[i] = per_step != 0 ? (int8_t)rintf(x[k + i] * per_step) : 0;
             sum += values[i];
         }
         memcpy(words + k / WORD * stride, values, sizeof values);
@@ -77,15 +83,16 @@ static inline __attribute__((always_inline)) float round_block(
     return step;
 }
 
-static inline __attribute__((always_inline)) void round_tile(const matmul *m, int64_t tile)
+static inline void round_rows(
+    const matmul *m, int64_t tile, float (*round)(const float *, int64_t, int32_t *, int64_t, int32_t *))
 {
     int64_t blocks = m->inputs / m->block, stride = m->tile_rows;
-    for (int64_t r = 0; r < stride; r++) {
-        int64_t row = tile * stride + r < m->rows ? tile * stride + r : m->rows - 1; /* what is too much: any row */
-        for (int64_t b = 0; b < blocks; b++) {
+    for (int64_t b = 0; b < blocks; b++) { /* the words of all rows lie side by side */
+        for (int64_t r = 0; r < stride; r++) {
+            int64_t row = tile * stride + r < m->rows ? tile * stride + r : m->rows - 1; /* what is too much: any row */
             int64_t at = (tile * blocks + b) * stride + r;
             int32_t *words = m->words + (tile * m->inputs + b * m->block) / WORD * stride + r;
-            m->steps[at] = round_block(m->x + row * m->inputs + b * m->block, m->block, words, stride, m->shifts + at);
+            m->steps[at] = round(m->x + row * m->inputs + b * m->block, m->block, words, stride, m->shifts + at);
         }
     }
 }
@@ -124,6 +131,7 @@ static void multiply_panel(const matmul *m, int64_t panel)
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#define WIDE 16 /* values of fp32 in a register */
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,fma")))
 #define NEAR 1024  /* of the second cache */
 #define AHEAD 2048 /* bytes of weights that are asked for before they are needed, beyond where a page ends too */
@@ -142,7 +150,7 @@ static void multiply_panel(const matmul *m, int64_t panel)
 #define ROWS_10(do) ROWS_9(do) do(9)
 #define ROWS_11(do) ROWS_10(do) do(10)
 #define ROWS_12(do) ROWS_11(do) do(11)
-#define ADD_PRODUCTS(sum, weights, word) __asm__("vpdpbusd %1, %2, %0" : "+v"(sum) : "v"(word), "v"(weights))
+#define ADD_PRODUCTS(sum, weights, word) __asm__("vpdpbusd %1%{1to16%}, %2, %0" : "+v"(sum) : "m"(word), "v"(weights))
 
 VNNI static inline __m512 added(__m512 sums, __m512i whole, __m512 scales, float step)
 {
@@ -171,8 +179,8 @@ VNNI static inline void put(const matmul *m, int64_t row, int64_t panel, __m512 
 /* One tile with one panel: what waits for weights, so they are unpacked as they come. */
 #define BEGIN_FEW(r) __m512 sums##r = _mm512_setzero_ps();
 #define BEGIN_BLOCK(r) __m512i low##r = _mm512_set1_epi32(shifts[r]), high##r = _mm512_setzero_si512();
-#define ADD_LOW(r) ADD_PRODUCTS(low##r, low, _mm512_set1_epi32(words[r]));
-#define ADD_HIGH(r) ADD_PRODUCTS(high##r, high, _mm512_set1_epi32(words[count + r]));
+#define ADD_LOW(r) ADD_PRODUCTS(low##r, low, words[r]);
+#define ADD_HIGH(r) ADD_PRODUCTS(high##r, high, words[count + r]);
 #define END_BLOCK(r) sums##r = added(sums##r, _mm512_add_epi32(low##r, high##r), scale, steps[r]);
 #define END_FEW(r) put(m, r, panel, sums##r, 1);
 #define FEW(rows)                                                                                                            \
@@ -207,12 +215,9 @@ FEW(1) FEW(2) FEW(3) FEW(4) FEW(5) FEW(6) FEW(7) FEW(8) FEW(9) FEW(10) FEW(11) F
 
 /* One tile with two panels, and a slab of inputs whose weights are unpacked: what waits for products. */
 #define BEGIN_PAIR(r) __m512i left##r = _mm512_set1_epi32(shifts[r]), right##r = left##r;
-#define ADD_PAIR(r)                                                                                                          \
-    {                                                                                                                        \
-        __m512i word = _mm512_set1_epi32(words[r]);                                                                          \
-        ADD_PRODUCTS(left##r, left, word);                                                                                   \
-        ADD_PRODUCTS(right##r, right, word);                                                                                 \
-    }
+#define ADD_PAIR(r)                  \
+    ADD_PRODUCTS(left##r, left, words[r]);   \
+    ADD_PRODUCTS(right##r, right, words[r]);
 #define END_PAIR(r)                                                                                                          \
     {                                                                                                                        \
         float *sum = sums + 2 * PANEL * r;                                                                                   \
@@ -272,6 +277,9 @@ VNNI static void multiply_pair(const matmul *m, int64_t panel)
         for (int64_t tile = 0; tile < m->tiles; tile++) {
             int64_t at = (tile * blocks + block) * m->tile_rows, top = tile * m->tile_rows;
             int64_t rows = m->rows - top < m->tile_rows ? m->rows - top : m->tile_rows;
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t side = 0; side < 2; side++)
+                    __builtin_prefetch(m->y + (top + r) * m->outputs + (panel + side) * PANEL, 1);
             memset(sums, 0, sizeof sums);
             for (int64_t r = 0; r < rows && first; r++) /* between slabs they wait in y */
                 for (int64_t side = 0; side < 2; side++)
@@ -287,9 +295,35 @@ VNNI static void multiply_pair(const matmul *m, int64_t panel)
     }
 }
 
+/* `round_block`, of the values that are left over in the last 16 too. */
+VNNI static float round_block_wide(const float *x, int64_t block, int32_t *words, int64_t stride, int32_t *shift)
+{
+    const __m512i magnitude = _mm512_set1_epi32(MAGNITUDE);
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t k = 0; k < block; k += WIDE) {
+        __mmask16 mask = block - k < WIDE ? (__mmask16)((1u << (block - k)) - 1) : (__mmask16)-1;
+        __m512i bits = _mm512_maskz_loadu_epi32(mask, x + k);
+        most = _mm512_max_epu32(most, _mm512_and_si512(bits, magnitude));
+    }
+    float per_step, step = step_of(_mm512_reduce_max_epu32(most), &per_step);
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t k = 0; k < block; k += WIDE) {
+        __mmask16 mask = block - k < WIDE ? (__mmask16)((1u << (block - k)) - 1) : (__mmask16)-1;
+        __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + k), _mm512_set1_ps(per_step));
+        __m512i whole = per_step != 0 ? _mm512_cvtps_epi32(scaled) : _mm512_setzero_si512();
+        sum = _mm512_add_epi32(sum, whole);
+        int32_t four[WIDE / WORD];
+        _mm_storeu_si128((__m128i *)four, _mm512_cvtepi32_epi8(whole));
+        for (int64_t i = 0; i < WIDE / WORD && k + i * WORD < block; i++)
+            words[(k / WORD + i) * stride] = four[i];
+    }
+    *shift = -ZERO * _mm512_reduce_add_epi32(sum);
+    return step;
+}
+
 VNNI static void round_wide(const matmul *m, int64_t tile)
 {
-    round_tile(m, tile);
+    round_rows(m, tile, round_block_wide);
 }
 
 static int has_vnni(void)
@@ -307,7 +341,7 @@ void matmul_round(const matmul *m, int64_t tile)
         return;
     }
 #endif
-    round_tile(m, tile);
+    round_rows(m, tile, round_block);
 }
 
 void matmul_multiply(const matmul *m, int64_t task)
