@@ -101,6 +101,11 @@ def build_int8(export: Path, out: Path):
     return _build(export, out, "int4", "fp32", "cpu-int4-int8")
 
 
+def build_w4a8(export: Path, out: Path):
+    """A bundle of an export in int4 whose products are those of the compiled library."""
+    return _build(export, out, "int4", "fp32", "cpu-int4-w4a8")
+
+
 def _build(export: Path, out: Path, precision: str, vision: str, recipe_name: str):
     from dataclasses import replace
 

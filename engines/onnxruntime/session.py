@@ -124,12 +124,23 @@ class OrtDecoder(HostDecoder):
         CPU threads; all cores if None.
     batch_invariant : bool
         Give a stream the same numbers bit by bit whatever runs beside it. With int4 weights a step of one stream
-        then takes longer.
+        then takes longer, but for products of `operators`.
+    operators : Path, optional
+        Library of operators that the graph has and ONNX Runtime lacks.
     """
 
-    def __init__(self, bundle, *, slots: int, threads: int | None = None, batch_invariant: bool = False):
+    def __init__(
+        self,
+        bundle,
+        *,
+        slots: int,
+        threads: int | None = None,
+        batch_invariant: bool = False,
+        operators: Path | None = None,
+    ):
         # The int4 kernel takes rows in pairs, and sums one that is left over in another order.
-        together = 2 if batch_invariant and bundle.precision.startswith("int4") else 1
-        super().__init__(bundle, OrtGraph(bundle, threads=threads), slots=slots, together=together)
+        in_pairs = batch_invariant and bundle.precision.startswith("int4") and not operators
+        graph = OrtGraph(bundle, threads=threads, operators=operators)
+        super().__init__(bundle, graph, slots=slots, together=2 if in_pairs else 1)
         # Attention takes several tokens of one sequence only, and sums them otherwise than one.
         self.checks = 0 if batch_invariant else 1

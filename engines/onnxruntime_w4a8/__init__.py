@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from cxr_triton.engines.interface import Compiled, CpuEngine, Need
+from cxr_triton.engines.interface import Compiled, Need
 from cxr_triton.engines.onnxruntime import ENGINE as ONNXRUNTIME
 from cxr_triton.engines.onnxruntime import OnnxRuntime
 from cxr_triton.errors import InvalidRecipe
@@ -18,7 +18,12 @@ class OnnxRuntimeW4A8(OnnxRuntime):
     name = "onnxruntime-w4a8"
     graphs = ("decoder",)
     needs_recipe = True
-    abilities = CpuEngine.abilities
+
+    @property
+    def is_installed(self) -> bool:
+        from cxr_triton.engines.onnxruntime_w4a8 import library
+
+        return super().is_installed and library.path() is not None
 
     def check_decoder(self, recipe) -> None:
         super().check_decoder(recipe)
@@ -45,7 +50,7 @@ class OnnxRuntimeW4A8(OnnxRuntime):
     def open_decoder(self, bundle, *, slots: int, threads: int | None = None, batch_invariant: bool = False):
         from cxr_triton.engines.onnxruntime_w4a8.session import W4A8Decoder
 
-        return W4A8Decoder(bundle, slots=slots, threads=threads)
+        return W4A8Decoder(bundle, slots=slots, threads=threads, batch_invariant=batch_invariant)
 
 
 ENGINE = OnnxRuntimeW4A8()

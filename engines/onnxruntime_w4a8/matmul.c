@@ -3,6 +3,10 @@
  * the same numbers in the same order. */
 #include "matmul.h"
 
+#if defined(__x86_64__) && !defined(PORTABLE) /* which tests define, to see what other CPUs compute */
+#define WIDE_PATH
+#endif
+
 #include <math.h>
 #include <string.h>
 
@@ -128,7 +132,7 @@ static void multiply_panel(const matmul *m, int64_t panel)
     }
 }
 
-#if defined(__x86_64__)
+#if defined(WIDE_PATH)
 #include <immintrin.h>
 
 #define WIDE 16 /* values of fp32 in a register */
@@ -335,7 +339,7 @@ static int has_vnni(void)
 
 void matmul_round(const matmul *m, int64_t tile)
 {
-#if defined(__x86_64__)
+#if defined(WIDE_PATH)
     if (has_vnni()) {
         round_wide(m, tile);
         return;
@@ -348,7 +352,7 @@ void matmul_multiply(const matmul *m, int64_t task)
 {
     int64_t first = task * m->task_panels, last = first + m->task_panels;
     last = last < panels(m) ? last : panels(m);
-#if defined(__x86_64__)
+#if defined(WIDE_PATH)
     if (has_vnni()) {
         static void (*const few[])(const matmul *, int64_t) = EACH_FEW;
         for (int64_t panel = first; panel < last; panel += m->tiles == 1 ? 1 : 2)
@@ -362,7 +366,7 @@ void matmul_multiply(const matmul *m, int64_t task)
 
 const char *matmul_instructions(void)
 {
-#if defined(__x86_64__)
+#if defined(WIDE_PATH)
     if (has_vnni())
         return "AVX-512 VNNI";
 #endif

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from bundles import TOKEN_BUDGET, WINDOW_BUDGET, build_int8, build_mixed, build_openvino, write_export
+from bundles import TOKEN_BUDGET, WINDOW_BUDGET, build_int8, build_mixed, build_openvino, build_w4a8, write_export
 from checkpoints import END, IMAGE_TOKEN, VISION_END, VISION_START, random_checkpoint
 
 from cxr_triton.engines.build import build_bundle
@@ -282,7 +282,8 @@ def with_picture(given):
     + [
         pytest.param(
             (build_int8, "int4"), marks=pytest.mark.skipif(not int8.is_exact(int8.cpu_features()), reason=int8.REMEDY)
-        )
+        ),
+        (build_w4a8, "int4"),
     ],
     ids=lambda param: f"{param[0].__name__}-{param[1]}",
 )
@@ -293,7 +294,7 @@ def built(model_and_export, tmp_path, request):
     return build(
         write_export(tmp_path / "export", checkpoint, precision=precision),
         tmp_path / "bundle",
-        **({} if build in (build_bundle, build_int8) else {"precision": precision}),
+        **({} if build in (build_bundle, build_int8, build_w4a8) else {"precision": precision}),
     )
 
 

@@ -48,7 +48,7 @@ def test_another_picture_gets_another_answer(profile, reference):
     assert len(set(answers)) > 8
 
 
-@pytest.fixture(scope="module", params=["fp32", "int4", "int4-openvino", "int4-mixed", "int4-int8"])
+@pytest.fixture(scope="module", params=["fp32", "int4", "int4-openvino", "int4-mixed", "int4-int8", "int4-w4a8"])
 def served(request, tmp_path_factory):
     """A warm server on the phantom model, and its precision with the engine."""
     pytest.importorskip("pytriton")
@@ -59,7 +59,7 @@ def served(request, tmp_path_factory):
     from cxr_triton.triton_repo.package import Settings, write_repository
     from cxr_triton.triton_repo.serve import Server
 
-    if request.param in ("int4-mixed", "int4-int8") and not int8.is_exact(int8.cpu_features()):
+    if request.param in ("int4-mixed", "int4-int8", "int4-w4a8") and not int8.is_exact(int8.cpu_features()):
         pytest.skip(f"its tower is in int8: {int8.REMEDY}")
     folder = tmp_path_factory.mktemp(f"phantom-{request.param}")
     profile = load_profile(PHANTOM / "profile.yaml")
