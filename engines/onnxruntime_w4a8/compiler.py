@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,11 +13,13 @@ from cxr_triton.engines.onnxruntime.compiler import fuse_attention
 from cxr_triton.engines.rewrite import Weights, fuse_int4, merge_projections, replace_nodes, rewrite
 
 if TYPE_CHECKING:
-    from onnx import GraphProto
+    from onnx import GraphProto, NodeProto
 
 DOMAIN = "cxr_triton"
 PANEL = 16
 """Outputs whose weights lie side by side; see `matmul.h`."""
+MOST_GATED_INPUTS = 4096
+"""Of a product whose results are gated at once; see `matmul_takes`."""
 _WORD = 4
 _ZERO = 0x88  # two weights of 0
 _PANELS_AT_ONCE = 64
@@ -36,14 +39,23 @@ def compile_w4a8(source: Path, target: Path) -> None:
 
 
 def use_panels(graph: GraphProto, weights: Weights) -> None:
-    """`MatMulNBits` becomes `W4A8MatMul`, whose weights are never packed again: they stay mapped from their file."""
+    """`MatMulNBits` becomes `W4A8MatMul`, whose weights are never packed again: they stay mapped from their file.
+
+    A gate, and what it gates, are computed side by side and multiplied before they leave the registers.
+    """
     from onnx import helper
 
-    def packed(name: str, inputs: int) -> Callable[[], np.ndarray]:
-        return lambda: pack_panels(weights.value(name).reshape(-1, inputs // 2))
+    gates = dict(_gates(graph))
 
-    def by_panel(name: str, blocks: int) -> Callable[[], np.ndarray]:
-        return lambda: pack_scales(weights.value(name).reshape(-1, blocks))
+    def packed(name: str, parts: int, inputs: int) -> Callable[[], np.ndarray]:
+        def make() -> np.ndarray:
+            values = weights.value(name).reshape(parts, -1, inputs // 2)
+            return _in_turn([pack_panels(part) for part in values])
+
+        return make
+
+    def by_panel(name: str, parts: int, blocks: int) -> Callable[[], np.ndarray]:
+        return lambda: _in_turn([pack_scales(part) for part in weights.value(name).reshape(parts, -1, blocks)])
 
     nodes = []
     for old in graph.node:
@@ -51,16 +63,56 @@ def use_panels(graph: GraphProto, weights: Weights) -> None:
         if node.op_type == "MatMulNBits":
             sizes = {a.name: a.i for a in node.attribute}
             x, weight, scale, *rest = node.input
+            gated = gates.get(node.output[0])
+            parts = 2 if gated else 1
             inputs = [
                 x,
-                weights.add(f"{weight}.panels", packed(weight, sizes["K"])),
-                weights.add(f"{scale}.panels", by_panel(scale, sizes["K"] // sizes["block_size"])),
+                weights.add(f"{weight}.panels", packed(weight, parts, sizes["K"])),
+                weights.add(f"{scale}.panels", by_panel(scale, parts, sizes["K"] // sizes["block_size"])),
                 *rest[2:],  # behind zero points and an order, which it has not, the bias
             ]
-            kept = {name: sizes[name] for name in ("K", "N", "block_size")}
-            node = helper.make_node("W4A8MatMul", inputs, old.output, old.name, domain=DOMAIN, **kept)
-        nodes.append(node)
+            kept: dict[str, Any] = {
+                "K": sizes["K"], "N": sizes["N"] // parts, "block_size": sizes["block_size"], "gated": parts - 1,
+            }  # fmt: skip
+            result = gated or node.output[0]
+            node = helper.make_node("W4A8MatMul", inputs, [result], old.name, domain=DOMAIN, **kept)
+        if node.op_type == "W4A8MatMul" or node.output[0] not in gates.values():
+            nodes.append(node)
     replace_nodes(graph, nodes)
+
+
+def _gates(graph: GraphProto) -> Iterator[tuple[str, str]]:
+    """Products of a gate and what it gates, each with the name of silu(gate) * gated, the only reader of both."""
+    made_by = {name: node for node in graph.node for name in node.output}
+    readers: dict[str, list[NodeProto]] = defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            readers[name].append(node)
+    for sigmoid in graph.node:
+        split = made_by.get(sigmoid.input[0]) if sigmoid.op_type == "Sigmoid" else None
+        if split is None or split.op_type != "Split" or sigmoid.input[0] != split.output[0] or len(split.output) != 2:
+            continue
+        gate, gated = split.output
+        product = made_by[split.input[0]]
+        chain = [node.op_type for name in (gate, sigmoid.output[0]) for node in readers[name]]
+        (silu,) = (node for node in readers[gate] if node.op_type == "Mul")
+        (last,) = readers[silu.output[0]]
+        if (
+            sorted(chain) == ["Mul", "Mul", "Sigmoid"]
+            and set(silu.input) == {gate, sigmoid.output[0]}
+            and last.op_type == "Mul"
+            and set(last.input) == {silu.output[0], gated}
+            and readers[gated] == [last]
+            and product.op_type == "MatMulNBits"
+            and len(product.input) == 3  # no bias
+            and all(a.i <= MOST_GATED_INPUTS for a in product.attribute if a.name == "K")
+        ):
+            yield product.output[0], last.output[0]
+
+
+def _in_turn(parts: list[np.ndarray]) -> np.ndarray:
+    """Panels of parts of one size, one of each in turn."""
+    return np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
 def pack_panels(packed: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@
 #include <string.h>
 
 #define MOST_ROWS 12        /* of a tile: with two panels 24 sums, which leaves registers for what they are made of */
-#define SLAB 2048           /* inputs whose weights are unpacked at once: 64 KiB of the stack */
+#define SLAB 4096           /* inputs whose weights are unpacked at once: 128 KiB of the stack */
 #define TASK_BYTES 65536    /* of weights in a task: long enough to be worth its start, short enough to even threads out */
 #define MOST_SIZE (1 << 24)
 #define ALIGNMENT 64
@@ -24,14 +24,14 @@ static int64_t rounded_up(int64_t value, int64_t unit)
     return (value + unit - 1) / unit * unit;
 }
 
-static int64_t panels(const matmul *m)
+int64_t matmul_panels(const matmul *m)
 {
-    return (m->outputs + PANEL - 1) / PANEL;
+    return (m->outputs + PANEL - 1) / PANEL * (1 + m->gated);
 }
 
-int matmul_takes(int64_t inputs, int64_t outputs, int64_t block)
+int matmul_takes(int64_t inputs, int64_t outputs, int64_t block, int64_t gated)
 {
-    return inputs > 0 && inputs <= MOST_SIZE && outputs > 0 && outputs <= MOST_SIZE && block > 0 && block <= SLAB &&
+    return (gated == 0 || (gated == 1 && inputs <= SLAB)) && inputs > 0 && inputs <= MOST_SIZE && outputs > 0 && outputs <= MOST_SIZE && block > 0 && block <= SLAB &&
            block % (2 * WORD) == 0 && inputs % block == 0;
 }
 
@@ -40,7 +40,7 @@ size_t matmul_plan(matmul *m)
     m->tiles = (m->rows + MOST_ROWS - 1) / MOST_ROWS;
     m->tile_rows = m->tiles ? (m->rows + m->tiles - 1) / m->tiles : 0;
     m->task_panels = rounded_up(TASK_BYTES / (m->inputs * PANEL / 2) + 1, 2);
-    m->tasks = (panels(m) + m->task_panels - 1) / m->task_panels;
+    m->tasks = (matmul_panels(m) + m->task_panels - 1) / m->task_panels;
     size_t rows = m->tiles * m->tile_rows, blocks = m->inputs / m->block;
     return rounded_up(rows * (m->inputs + blocks * (sizeof *m->steps + sizeof *m->shifts)), ALIGNMENT);
 }
@@ -101,14 +101,11 @@ static inline void round_rows(
     }
 }
 
-/* What any CPU computes. */
-static void multiply_panel(const matmul *m, int64_t panel)
+/* What any CPU computes: a row with a panel. */
+static void add_panel(const matmul *m, int64_t row, int64_t panel, float sums[PANEL])
 {
-    int64_t blocks = m->inputs / m->block, pairs = m->block / (2 * WORD);
-    int64_t first = panel * PANEL, count = m->outputs - first < PANEL ? m->outputs - first : PANEL;
-    for (int64_t row = 0; row < m->rows; row++) {
+        int64_t blocks = m->inputs / m->block, pairs = m->block / (2 * WORD);
         int64_t tile = row / m->tile_rows, r = row % m->tile_rows;
-        float sums[PANEL] = {0};
         for (int64_t b = 0; b < blocks; b++) {
             int64_t at = (tile * blocks + b) * m->tile_rows + r;
             int32_t whole[PANEL];
@@ -127,8 +124,20 @@ static void multiply_panel(const matmul *m, int64_t panel)
             for (int n = 0; n < PANEL; n++)
                 sums[n] += whole[n] * (m->scales[(panel * blocks + b) * PANEL + n] * m->steps[at]);
         }
-        for (int64_t n = 0; n < count; n++)
-            m->y[row * m->outputs + first + n] = sums[n] + (m->bias ? m->bias[first + n] : 0);
+}
+
+static void multiply_group(const matmul *m, int64_t panel)
+{
+    int64_t first = panel / (1 + m->gated) * PANEL, count = m->outputs - first < PANEL ? m->outputs - first : PANEL;
+    for (int64_t row = 0; row < m->rows; row++) {
+        float sums[PANEL] = {0}, gated[PANEL] = {0};
+        add_panel(m, row, panel, sums);
+        if (m->gated)
+            add_panel(m, row, panel + 1, gated);
+        for (int64_t n = 0; n < count; n++) {
+            float *y = m->y + row * m->outputs + first + n;
+            *y = m->gated ? sums[n] / (1 + expf(-sums[n])) * gated[n] : sums[n] + (m->bias ? m->bias[first + n] : 0);
+        }
     }
 }
 
@@ -137,6 +146,7 @@ static void multiply_panel(const matmul *m, int64_t panel)
 
 #define WIDE 16 /* values of fp32 in a register */
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,fma")))
+static const float FACTORIALS[] = {1, 1, 1.f / 2, 1.f / 6, 1.f / 24, 1.f / 120}; /* their reciprocals */
 #define NEAR 1024  /* of the second cache */
 #define AHEAD 2048 /* bytes of weights that are asked for before they are needed, beyond where a page ends too */
 
@@ -172,23 +182,15 @@ VNNI static inline __m512 got(const matmul *m, int64_t row, int64_t panel)
     return _mm512_maskz_loadu_ps(outputs_of(m, panel), m->y + row * m->outputs + panel * PANEL);
 }
 
-VNNI static inline void put(const matmul *m, int64_t row, int64_t panel, __m512 sums, int is_last)
-{
-    __mmask16 mask = outputs_of(m, panel);
-    if (m->bias && is_last)
-        sums = _mm512_add_ps(sums, _mm512_maskz_loadu_ps(mask, m->bias + panel * PANEL));
-    _mm512_mask_storeu_ps(m->y + row * m->outputs + panel * PANEL, mask, sums);
-}
-
 /* One tile with one panel: what waits for weights, so they are unpacked as they come. */
 #define BEGIN_FEW(r) __m512 sums##r = _mm512_setzero_ps();
 #define BEGIN_BLOCK(r) __m512i low##r = _mm512_set1_epi32(shifts[r]), high##r = _mm512_setzero_si512();
 #define ADD_LOW(r) ADD_PRODUCTS(low##r, low, words[r]);
 #define ADD_HIGH(r) ADD_PRODUCTS(high##r, high, words[count + r]);
 #define END_BLOCK(r) sums##r = added(sums##r, _mm512_add_epi32(low##r, high##r), scale, steps[r]);
-#define END_FEW(r) put(m, r, panel, sums##r, 1);
+#define END_FEW(r) _mm512_store_ps(sums + 2 * PANEL * r, sums##r);
 #define FEW(rows)                                                                                                            \
-    VNNI static void few_##rows(const matmul *m, int64_t panel)                                                              \
+    VNNI static void few_##rows(const matmul *m, int64_t panel, float *sums)                                                 \
     {                                                                                                                        \
         enum { count = rows };                                                                                               \
         int64_t blocks = m->inputs / m->block, pairs = m->block / (2 * WORD);                                                \
@@ -251,6 +253,39 @@ FEW(1) FEW(2) FEW(3) FEW(4) FEW(5) FEW(6) FEW(7) FEW(8) FEW(9) FEW(10) FEW(11) F
     }
 MANY(7) MANY(8) MANY(9) MANY(10) MANY(11) MANY(12)
 
+
+/* exp(x), by x = n ln 2 + r and the Taylor series of r up to the 6th power, which is exact to the last bit or two. */
+VNNI static inline __m512 exponential(__m512 x)
+{
+    x = _mm512_max_ps(_mm512_set1_ps(-128), _mm512_min_ps(_mm512_set1_ps(128), x)); /* what is no number stays so */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x); /* ln 2 in two parts */
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 sum = _mm512_set1_ps(1.f / 720);
+    for (int i = 6; i > 0; i--)
+        sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(FACTORIALS[i - 1]));
+    return _mm512_scalef_ps(sum, n);
+}
+
+/* The sums of a row with one or two panels, into y: of two that wait for the next slab, or whole ones. */
+VNNI static inline void put(const matmul *m, int64_t row, int64_t panel, int64_t count, const float *sums, int is_last)
+{
+    if (m->gated) {
+        __m512 gate = _mm512_load_ps(sums), one = _mm512_set1_ps(1);
+        __m512 opened = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate)));
+        __m512 result = _mm512_mul_ps(_mm512_div_ps(gate, opened), _mm512_load_ps(sums + PANEL));
+        _mm512_mask_storeu_ps(m->y + row * m->outputs + panel / 2 * PANEL, outputs_of(m, panel / 2), result);
+        return;
+    }
+    for (int64_t side = 0; side < count; side++) {
+        __m512 result = _mm512_load_ps(sums + side * PANEL);
+        __mmask16 mask = outputs_of(m, panel + side);
+        if (m->bias && is_last)
+            result = _mm512_add_ps(result, _mm512_maskz_loadu_ps(mask, m->bias + (panel + side) * PANEL));
+        _mm512_mask_storeu_ps(m->y + row * m->outputs + (panel + side) * PANEL, mask, result);
+    }
+}
+
 #define EACH_FEW {0, few_1, few_2, few_3, few_4, few_5, few_6, few_7, few_8, few_9, few_10, few_11, few_12}
 #define EACH_MANY {0, 0, 0, 0, 0, 0, 0, many_7, many_8, many_9, many_10, many_11, many_12}
 
@@ -264,26 +299,36 @@ VNNI static void unpack(const uint8_t *packed, int64_t inputs, uint8_t *unpacked
     }
 }
 
-VNNI static void multiply_pair(const matmul *m, int64_t panel)
+VNNI static void multiply_few(const matmul *m, int64_t panel, int64_t count)
+{
+    static void (*const few[])(const matmul *, int64_t, float *) = EACH_FEW;
+    _Alignas(64) float sums[MOST_ROWS * 2 * PANEL];
+    for (int64_t side = 0; side < count; side++)
+        few[m->tile_rows](m, panel + side, sums + side * PANEL);
+    for (int64_t r = 0; r < m->rows; r++)
+        put(m, r, panel, count, sums + 2 * r * PANEL, 1);
+}
+
+VNNI static void multiply_many(const matmul *m, int64_t panel, int64_t count)
 {
     static void (*const many[])(
         const matmul *, const uint8_t *, const int32_t *, const float *, const int32_t *, const float *, const float *,
         int64_t, float *) = EACH_MANY;
-    int64_t blocks = m->inputs / m->block, slab = SLAB / m->block * m->block, last = panels(m) - 1;
-    int64_t beside = panel < last ? panel + 1 : panel; /* the last one may stand alone */
+    int64_t blocks = m->inputs / m->block, slab = SLAB / m->block * m->block;
+    int64_t beside = panel + count - 1; /* the last one may stand alone */
     _Alignas(64) uint8_t unpacked[SLAB * 2 * PANEL];
     _Alignas(64) float sums[MOST_ROWS * 2 * PANEL];
     for (int64_t first = 0; first < m->inputs; first += slab) {
-        int64_t count = m->inputs - first < slab ? m->inputs - first : slab, block = first / m->block;
-        int is_last = first + count == m->inputs;
-        unpack(m->weights + (panel * m->inputs + first) * PANEL / 2, count, unpacked);
-        unpack(m->weights + (beside * m->inputs + first) * PANEL / 2, count, unpacked + PANEL * WORD);
+        int64_t length = m->inputs - first < slab ? m->inputs - first : slab, block = first / m->block;
+        int is_last = first + length == m->inputs;
+        unpack(m->weights + (panel * m->inputs + first) * PANEL / 2, length, unpacked);
+        unpack(m->weights + (beside * m->inputs + first) * PANEL / 2, length, unpacked + PANEL * WORD);
         for (int64_t tile = 0; tile < m->tiles; tile++) {
             int64_t at = (tile * blocks + block) * m->tile_rows, top = tile * m->tile_rows;
             int64_t rows = m->rows - top < m->tile_rows ? m->rows - top : m->tile_rows;
             for (int64_t r = 0; r < rows; r++)
-                for (int64_t side = 0; side < 2; side++)
-                    __builtin_prefetch(m->y + (top + r) * m->outputs + (panel + side) * PANEL, 1);
+                for (int64_t side = 0; side < 2 - m->gated; side++)
+                    __builtin_prefetch(m->y + (top + r) * m->outputs + (panel / (1 + m->gated) + side) * PANEL, 1);
             memset(sums, 0, sizeof sums);
             for (int64_t r = 0; r < rows && first; r++) /* between slabs they wait in y */
                 for (int64_t side = 0; side < 2; side++)
@@ -291,10 +336,9 @@ VNNI static void multiply_pair(const matmul *m, int64_t panel)
             many[m->tile_rows](
                 m, unpacked, m->words + (tile * m->inputs + first) / WORD * m->tile_rows, m->steps + at, m->shifts + at,
                 m->scales + (panel * blocks + block) * PANEL, m->scales + (beside * blocks + block) * PANEL,
-                count / m->block, sums);
+                length / m->block, sums);
             for (int64_t r = 0; r < rows; r++)
-                for (int64_t side = 0; side <= beside - panel; side++)
-                    put(m, top + r, panel + side, _mm512_load_ps(sums + (2 * r + side) * PANEL), is_last);
+                put(m, top + r, panel, count, sums + 2 * r * PANEL, is_last);
         }
     }
 }
@@ -351,17 +395,16 @@ void matmul_round(const matmul *m, int64_t tile)
 void matmul_multiply(const matmul *m, int64_t task)
 {
     int64_t first = task * m->task_panels, last = first + m->task_panels;
-    last = last < panels(m) ? last : panels(m);
+    last = last < matmul_panels(m) ? last : matmul_panels(m);
 #if defined(WIDE_PATH)
     if (has_vnni()) {
-        static void (*const few[])(const matmul *, int64_t) = EACH_FEW;
-        for (int64_t panel = first; panel < last; panel += m->tiles == 1 ? 1 : 2)
-            (m->tiles == 1 ? few[m->tile_rows] : multiply_pair)(m, panel);
+        for (int64_t panel = first; panel < last; panel += 2)
+            (m->tiles == 1 ? multiply_few : multiply_many)(m, panel, last - panel < 2 ? 1 : 2);
         return;
     }
 #endif
-    for (int64_t panel = first; panel < last; panel++)
-        multiply_panel(m, panel);
+    for (int64_t panel = first; panel < last; panel += 1 + m->gated)
+        multiply_group(m, panel);
 }
 
 const char *matmul_instructions(void)

@@ -7,12 +7,14 @@
 #define WORD 4   /* inputs of which one instruction adds the products: an int32 of int8 */
 #define ZERO 8   /* what a weight of 0 is stored as, in 4 bits without sign */
 
-/* y = x · w + bias. N is padded to whole panels in weights, scales and bias, not in y. */
+/* y = x · w + bias, or, gated, y = silu(x · w of the gate) * (x · w of what it gates), whose panels take turns and which have
+ * no bias. N is padded to whole panels in weights and scales, not in bias and y. */
 typedef struct {
     int64_t rows, inputs, outputs, block; /* M, K, N; a block of inputs has one scale, K a multiple of it, it of 2 words */
+    int64_t gated;                        /* 0 or 1 */
     const float *x;                       /* [M, K] */
-    const uint8_t *weights;               /* [N / 16, K / 8, 16, 4]: of 8 inputs the first 4 in the low halves of bytes */
-    const float *scales;                  /* [N / 16, K / block, 16] */
+    const uint8_t *weights;               /* [panels, K / 8, 16, 4]: of 8 inputs the first 4 in the low halves of bytes */
+    const float *scales;                  /* [panels, K / block, 16] */
     const float *bias;                    /* [N], or NULL */
     float *y;                             /* [M, N] */
     /* The rows of x in int8, in tiles that are multiplied together; `matmul_plan` says how, `matmul_round` writes them. */
@@ -25,7 +27,9 @@ typedef struct {
 } matmul;
 
 /* Whether it multiplies weights of these sizes. */
-int matmul_takes(int64_t inputs, int64_t outputs, int64_t block);
+int matmul_takes(int64_t inputs, int64_t outputs, int64_t block, int64_t gated);
+/* Panels of 16 outputs, N / 16 of them, twice if it is gated. */
+int64_t matmul_panels(const matmul *m);
 /* Decides how a product is computed, from its sizes, and gives the bytes that it needs for that. */
 size_t matmul_plan(matmul *m);
 /* Puts the words, steps and shifts into so many bytes, aligned to 64. */

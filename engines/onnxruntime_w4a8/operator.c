@@ -69,7 +69,7 @@ struct operator {
 
 typedef struct {
     const function *api;
-    int64_t inputs, outputs, block;
+    int64_t inputs, outputs, block, gated;
 } kernel;
 
 static status *refuse(const function *api, const char *why)
@@ -81,11 +81,15 @@ static status *create(const struct operator *op, const function *api, const void
 {
     (void)op;
     kernel sizes = {.api = api};
-    TRY(CALL(api, KERNEL_INFO_GET_ATTRIBUTE_INT64, const void *, const char *, int64_t *)(info, "K", &sizes.inputs));
-    TRY(CALL(api, KERNEL_INFO_GET_ATTRIBUTE_INT64, const void *, const char *, int64_t *)(info, "N", &sizes.outputs));
-    TRY(CALL(api, KERNEL_INFO_GET_ATTRIBUTE_INT64, const void *, const char *, int64_t *)(info, "block_size", &sizes.block));
-    if (!matmul_takes(sizes.inputs, sizes.outputs, sizes.block))
-        return refuse(api, "W4A8MatMul: K, N and block_size are not what it multiplies");
+    const struct {
+        const char *name;
+        int64_t *value;
+    } sought[] = {{"K", &sizes.inputs}, {"N", &sizes.outputs}, {"block_size", &sizes.block}, {"gated", &sizes.gated}};
+    for (size_t i = 0; i < sizeof sought / sizeof *sought; i++)
+        TRY(CALL(api, KERNEL_INFO_GET_ATTRIBUTE_INT64, const void *, const char *, int64_t *)(
+            info, sought[i].name, sought[i].value));
+    if (!matmul_takes(sizes.inputs, sizes.outputs, sizes.block, sizes.gated))
+        return refuse(api, "W4A8MatMul: K, N, block_size and gated are not what it multiplies");
     kernel *own = malloc(sizeof *own);
     if (!own)
         return refuse(api, "W4A8MatMul: out of memory");
@@ -140,27 +144,28 @@ static status *compute(void *made, context *run)
     TRY(tensor(api, run, 3, &bias, &bias_count, NULL, NULL));
     if (!dimensions || shape[dimensions - 1] != own->inputs)
         return refuse(api, "W4A8MatMul: the last dimension of x is not K");
-    size_t padded = (own->outputs + PANEL - 1) / PANEL * PANEL;
-    if (weight_bytes != padded * own->inputs / 2 || scale_count != padded * (own->inputs / own->block))
-        return refuse(api, "W4A8MatMul: weights or scales are not of K by N");
-    if (bias && bias_count != (size_t)own->outputs)
-        return refuse(api, "W4A8MatMul: the bias is not of N");
-    shape[dimensions - 1] = own->outputs;
-    value *result;
-    TRY(CALL(api, KERNEL_CONTEXT_GET_OUTPUT, context *, size_t, const int64_t *, size_t, value **)(
-        run, 0, shape, dimensions, &result));
-    TRY(CALL(api, GET_TENSOR_MUTABLE_DATA, value *, void **)(result, &y));
     matmul m = {
         .rows = elements / own->inputs,
         .inputs = own->inputs,
         .outputs = own->outputs,
         .block = own->block,
+        .gated = own->gated,
         .x = x,
         .weights = weights,
         .scales = scales,
         .bias = bias,
-        .y = y,
     };
+    size_t padded = matmul_panels(&m) * PANEL;
+    if (weight_bytes != padded * own->inputs / 2 || scale_count != padded * (own->inputs / own->block))
+        return refuse(api, "W4A8MatMul: weights or scales are not of K by N");
+    if (bias && (own->gated || bias_count != (size_t)own->outputs))
+        return refuse(api, "W4A8MatMul: the bias is not of N, or beside a gate");
+    shape[dimensions - 1] = own->outputs;
+    value *result;
+    TRY(CALL(api, KERNEL_CONTEXT_GET_OUTPUT, context *, size_t, const int64_t *, size_t, value **)(
+        run, 0, shape, dimensions, &result));
+    TRY(CALL(api, GET_TENSOR_MUTABLE_DATA, value *, void **)(result, &y));
+    m.y = y;
     if (!m.rows)
         return NULL;
     void *memory = aligned_alloc(64, matmul_plan(&m));

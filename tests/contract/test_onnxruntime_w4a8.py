@@ -55,7 +55,7 @@ class Product:
 
     def model(self, **changed):
         given = {"weights": self.packed, "scales": self.panel_scales, "bias": self.bias} | changed
-        attributes = {"K": self.k, "N": self.n, "block_size": self.block} | changed.get("attributes", {})
+        attributes = {"K": self.k, "N": self.n, "block_size": self.block, "gated": 0} | changed.get("attributes", {})
         names = ["x", *(name for name in ("weights", "scales", "bias") if given[name] is not None)]
         graph = helper.make_graph(
             [helper.make_node("W4A8MatMul", names, ["y"], domain=DOMAIN, **attributes)],
@@ -106,6 +106,41 @@ def test_leading_dimensions_stay_and_no_row_is_none(rows):
     np.testing.assert_allclose(product.run(x, bias=None) + product.bias, product.run(x), atol=1e-4)
 
 
+class Gated:
+    """Two products, of a gate and of what it gates, as one."""
+
+    def __init__(self, k, n, block):
+        self.parts = [Product(k, n, block, seed) for seed in (1, 2)]
+        self.product = self.parts[0]
+        in_turn = [np.stack(both, 1) for both in zip(*((p.packed, p.panel_scales) for p in self.parts), strict=True)]
+        weights, scales = (both.reshape(-1, *both.shape[2:]) for both in in_turn)
+        self.changed = {"weights": weights, "scales": scales, "bias": None, "attributes": {"gated": 1}}
+
+    def of(self, x):
+        gate, gated = (part.of(x) - part.bias for part in self.parts)
+        with np.errstate(over="ignore"):
+            return gate / (1 + np.exp(-gate)) * gated
+
+
+@pytest.mark.parametrize("size", [(64, 40, 32), (2048, 100, 128), (4096, 16, 128)], ids=str)
+def test_a_gated_product_is_silu_of_the_one_times_the_other(size, rows):
+    product = Gated(*size)
+    for count in (1, 5, 13, 40):
+        x = rows(count, size[0])
+        expected, seen = product.of(x), product.product.run(x, **product.changed)
+        np.testing.assert_allclose(seen, expected, atol=1e-3 * np.abs(expected).max())
+        np.testing.assert_array_equal(product.product.run(x[:1], **product.changed), seen[:1])
+
+
+def test_a_gate_that_is_wide_open_or_shut_stays_finite(rows):
+    product = Gated(64, 40, 32)
+    x = np.stack([rows(1, 64)[0] * scale for scale in (1e-6, 1, 30, 1e4)])
+    seen = product.product.run(x, **product.changed)
+    np.testing.assert_allclose(seen, product.of(x), rtol=1e-3, atol=1e-12)
+    x[2, 3] = np.nan
+    assert np.isnan(product.product.run(x, **product.changed)).all(1).tolist() == [False, False, True, False]
+
+
 @pytest.mark.parametrize("count", [3, 40])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_shows_in_its_row_alone(value, count, rows):
@@ -136,6 +171,8 @@ def test_zeros_and_the_smallest_values_give_the_bias():
         ({"attributes": {"block_size": 0}}, "not what it multiplies"),
         ({"attributes": {"K": -64}}, "not what it multiplies"),
         ({"attributes": {"N": 1 << 62}}, "not what it multiplies"),
+        ({"attributes": {"gated": 2}}, "not what it multiplies"),
+        ({"attributes": {"gated": 1}}, "not of K by N"),
         ({"attributes": {"K": 96}}, "the last dimension of x is not K"),
     ],
     ids=str,
@@ -149,7 +186,7 @@ class Matmul(ctypes.Structure):
     """`matmul` of matmul.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "block")),
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "block", "gated")),
         *((name, ctypes.c_void_p) for name in ("x", "weights", "scales", "bias", "y")),
         *((name, ctypes.c_int64) for name in ("tiles", "tile_rows")),
         *((name, ctypes.c_void_p) for name in ("words", "steps", "shifts")),
@@ -165,20 +202,25 @@ def test_any_other_cpu_computes_the_same(tmp_path, rows):
     subprocess.run(["cc", *flags, "-o", str(file), str(SOURCE / "matmul.c"), "-lm"], check=True)
     code = ctypes.CDLL(str(file))
     code.matmul_plan.restype = ctypes.c_size_t
-    for size in SIZES:
-        product = Product(*size)
+    gated = Gated(128, 40, 32)
+    for product, changed in [*((Product(*size), {}) for size in SIZES), (gated.product, gated.changed)]:
+        held = {"weights": product.packed, "scales": product.panel_scales, "bias": product.bias} | changed
         for count in (1, 3, 13):
             x, y = rows(count, product.k), np.zeros((count, product.n), np.float32)
-            arrays = {"x": x, "weights": product.packed, "scales": product.panel_scales, "bias": product.bias, "y": y}
-            pointers = {name: array.ctypes.data for name, array in arrays.items()}
-            work = Matmul(rows=count, inputs=product.k, outputs=product.n, block=product.block, **pointers)
+            pointers = {
+                name: held[name].ctypes.data for name in ("weights", "scales", "bias") if held[name] is not None
+            }
+            work = Matmul(
+                rows=count, inputs=product.k, outputs=product.n, block=product.block, gated=int(bool(changed)),
+                x=x.ctypes.data, y=y.ctypes.data, **pointers,
+            )  # fmt: skip
             memory = np.zeros(code.matmul_plan(ctypes.byref(work)) // 4, np.int32)
             code.matmul_place(ctypes.byref(work), ctypes.c_void_p(memory.ctypes.data))
             for tile in range(work.tiles):
                 code.matmul_round(ctypes.byref(work), ctypes.c_int64(tile))
             for task in range(work.tasks):
                 code.matmul_multiply(ctypes.byref(work), ctypes.c_int64(task))
-            here = product.run(x)
+            here = product.run(x, **changed)
             np.testing.assert_allclose(y, here, atol=1e-5 * np.abs(here).max())
 
 
@@ -198,6 +240,7 @@ def test_every_product_of_a_decoder_is_one(bundle):
     graph = onnx.load(bundle.path / "decoder.onnx", load_external_data=False).graph
     kinds = [node.op_type for node in graph.node if "MatMul" in node.op_type or node.op_type == "DequantizeLinear"]
     assert set(kinds) == {"W4A8MatMul"} and len(kinds) == 4 * bundle.geometry.layers + 1
+    assert not [node for node in graph.node if node.op_type == "Sigmoid"], "what is gated leaves it multiplied"
 
 
 def test_steps_beside_others_are_the_same_bits(bundle):
