@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -51,6 +51,13 @@ class OnnxRuntimeW4A8(OnnxRuntime):
         from cxr_triton.engines.onnxruntime_w4a8.session import W4A8Decoder
 
         return W4A8Decoder(bundle, slots=slots, threads=threads, batch_invariant=batch_invariant)
+
+    def product(self, model: bytes, feeds: Mapping, precision: str, threads: int) -> Callable[[], object]:
+        if precision != "int4":
+            return ONNXRUNTIME.product(model, feeds, precision, threads)
+        from cxr_triton.engines.onnxruntime_w4a8.session import product
+
+        return product(model, feeds, threads)
 
 
 ENGINE = OnnxRuntimeW4A8()

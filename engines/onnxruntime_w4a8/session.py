@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
 from cxr_triton.engines.onnxruntime.session import OrtDecoder
 from cxr_triton.engines.onnxruntime_w4a8 import library
+from cxr_triton.engines.onnxruntime_w4a8.compiler import use_panels
+from cxr_triton.engines.rewrite import rewrite
 
 
 class W4A8Decoder(OrtDecoder):
@@ -22,3 +32,17 @@ class W4A8Decoder(OrtDecoder):
         super().__init__(
             bundle, slots=slots, threads=threads, batch_invariant=batch_invariant, operators=library.require()
         )
+
+
+def product(model: bytes, feeds: Mapping[str, np.ndarray], threads: int) -> Callable[[], object]:
+    """A run of an ONNX model with `MatMulNBits` in int4, by the library's products."""
+    graph = onnx.load_from_string(model)
+    with TemporaryDirectory() as folder:
+        source, target = Path(folder, "source.onnx"), Path(folder, "target.onnx")
+        onnx.save(graph, source, save_as_external_data=True, location=f"{source.name}.data", size_threshold=0)
+        rewrite(source, target, use_panels)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.register_custom_ops_library(str(library.require()))
+        session = ort.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, feeds)

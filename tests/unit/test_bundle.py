@@ -303,8 +303,8 @@ def test_the_build_verb_writes_a_bundle_and_its_json(export, tmp_path):
     ("flags", "words", "recipe"),
     [
         (("avx2",), [], "cpu-int4"),
-        (("avx512_vnni",), [], "cpu-int4-int8"),
-        (("avx512_vnni",), ["--recipe", "cpu"], "cpu-int4-int8"),
+        (("avx512_vnni",), [], "cpu-int4-w4a8"),
+        (("avx512_vnni",), ["--recipe", "cpu"], "cpu-int4-w4a8"),
         (("avx512_vnni", "amx_int8"), [], "cpu-int4-int8"),
         (("avx512_vnni",), ["--recipe", "cpu-int4"], "cpu-int4"),
     ],

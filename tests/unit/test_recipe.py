@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from cxr_triton.cli import main
 from cxr_triton.engines.cpu import Cpu
+from cxr_triton.engines.onnxruntime_w4a8 import library
 from cxr_triton.engines.recipe import GIB, RECIPES, TEXT_3B, VISION_3B, Recipe, choices, load_recipe, recipe_names
 from cxr_triton.engines.verify.thresholds import THRESHOLDS
 from cxr_triton.errors import InvalidRecipe
@@ -254,19 +255,22 @@ def processor(*flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("flags", "installed", "name"),
+    ("flags", "lacks", "name"),
     [
-        ((), True, "cpu-int4"),
-        (("avx2",), True, "cpu-int4"),
-        (("avx_vnni",), True, "cpu-int4"),
-        (("avx2", "avx512_vnni"), True, "cpu-int4-int8"),
-        (("avx512_vnni", "amx_int8", "amx_bf16"), True, "cpu-int4-int8"),
-        (("avx512_vnni", "amx_int8"), False, "cpu-int4-int8"),  # without OpenVINO too
-        (("amx_bf16",), True, "cpu-int4"),
+        ((), [], "cpu-int4"),
+        (("avx2",), [], "cpu-int4"),
+        (("avx_vnni",), [], "cpu-int4"),
+        (("avx2", "avx512_vnni"), [], "cpu-int4-w4a8"),
+        (("avx2", "avx512_vnni"), ["compiled"], "cpu-int4-int8"),
+        (("avx512_vnni", "amx_int8", "amx_bf16"), [], "cpu-int4-int8"),
+        (("avx512_vnni", "amx_int8"), ["openvino"], "cpu-int4-int8"),
+        (("amx_bf16",), [], "cpu-int4"),
     ],
 )
-def test_a_processor_gets_the_recipe_that_was_the_fastest_on_its_kind(monkeypatch, flags, installed, name):
-    if not installed:
+def test_a_processor_gets_the_recipe_that_was_the_fastest_on_its_kind(monkeypatch, flags, lacks, name):
+    if "compiled" in lacks:
+        monkeypatch.setattr(library, "path", lambda: None)
+    if "openvino" in lacks:
         there = metadata.version
 
         def version(of):
