@@ -93,21 +93,19 @@ def _gates(graph: GraphProto) -> Iterator[tuple[str, str]]:
         if split is None or split.op_type != "Split" or sigmoid.input[0] != split.output[0] or len(split.output) != 2:
             continue
         gate, gated = split.output
+        silus = [node for node in readers[gate] if set(node.input) == {gate, sigmoid.output[0]}]
+        lasts = [node for node in readers[gated] if silus and set(node.input) == {gated, silus[0].output[0]}]
         product = made_by[split.input[0]]
-        chain = [node.op_type for name in (gate, sigmoid.output[0]) for node in readers[name]]
-        (silu,) = (node for node in readers[gate] if node.op_type == "Mul")
-        (last,) = readers[silu.output[0]]
         if (
-            sorted(chain) == ["Mul", "Mul", "Sigmoid"]
-            and set(silu.input) == {gate, sigmoid.output[0]}
-            and last.op_type == "Mul"
-            and set(last.input) == {silu.output[0], gated}
-            and readers[gated] == [last]
+            [node.op_type for node in (*silus, *lasts)] == ["Mul", "Mul"]
+            and len(readers[gate]) == 2
+            and readers[sigmoid.output[0]] == silus
+            and readers[silus[0].output[0]] == readers[gated] == lasts
             and product.op_type == "MatMulNBits"
             and len(product.input) == 3  # no bias
             and all(a.i <= MOST_GATED_INPUTS for a in product.attribute if a.name == "K")
         ):
-            yield product.output[0], last.output[0]
+            yield product.output[0], lasts[0].output[0]
 
 
 def _in_turn(parts: list[np.ndarray]) -> np.ndarray:

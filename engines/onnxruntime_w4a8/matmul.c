@@ -10,14 +10,14 @@
 #include <math.h>
 #include <string.h>
 
-#define MOST_ROWS 12        /* of a tile: with two panels 24 sums, which leaves registers for what they are made of */
-#define SLAB 4096           /* inputs whose weights are unpacked at once: 128 KiB of the stack */
-#define TASK_BYTES 65536    /* of weights in a task: long enough to be worth its start, short enough to even threads out */
+#define MOST_ROWS 12     /* of a tile: with two panels 24 sums, which leaves registers for what they are made of */
+#define SLAB 4096        /* inputs whose weights are unpacked at once: 128 KiB of the stack */
+#define TASK_BYTES 65536 /* of weights in a task: long enough to be worth its start, short enough to even threads out */
 #define MOST_SIZE (1 << 24)
 #define ALIGNMENT 64
-#define LEAST 1e-30f        /* largest value of a block that counts as 0: its reciprocal would overflow */
-#define MAGNITUDE 0x7fffffffu /* of the bits of a value */
-#define NOT_FINITE 0x7f800000u
+#define LEAST 1e-30f             /* a block whose largest value is smaller counts as 0: the reciprocal would overflow */
+#define MAGNITUDE 0x7fffffffu    /* of the bits of a value */
+#define NOT_FINITE 0x7f800000u   /* from this magnitude on */
 
 static int64_t rounded_up(int64_t value, int64_t unit)
 {
@@ -31,8 +31,9 @@ int64_t matmul_panels(const matmul *m)
 
 int matmul_takes(int64_t inputs, int64_t outputs, int64_t block, int64_t gated)
 {
-    return (gated == 0 || (gated == 1 && inputs <= SLAB)) && inputs > 0 && inputs <= MOST_SIZE && outputs > 0 && outputs <= MOST_SIZE && block > 0 && block <= SLAB &&
-           block % (2 * WORD) == 0 && inputs % block == 0;
+    return inputs > 0 && inputs <= MOST_SIZE && outputs > 0 && outputs <= MOST_SIZE && /* nothing below overflows */
+           block > 0 && block <= SLAB && block % (2 * WORD) == 0 && inputs % block == 0 &&
+           (gated == 0 || (gated == 1 && inputs <= SLAB)); /* sums of two panels cannot wait in one of y */
 }
 
 size_t matmul_plan(matmul *m)
@@ -53,8 +54,8 @@ void matmul_place(matmul *m, void *memory)
     m->shifts = (int32_t *)(m->steps + rows * blocks);
 }
 
-/* What largest magnitude, by its bits, one block of a row has decides: the step, and by what a value is multiplied to count
- * it. What is not finite makes the step, and so every result of the row, not a number. */
+/* The step of a block by its largest magnitude, given as bits, and by what a value is multiplied to count steps. What is not
+ * finite makes the step, and so every result of the row, not a number. */
 static inline float step_of(uint32_t most, float *per_step)
 {
     float largest;
@@ -88,15 +89,15 @@ static float round_block(const float *x, int64_t block, int32_t *words, int64_t 
 }
 
 static inline void round_rows(
-    const matmul *m, int64_t tile, float (*round)(const float *, int64_t, int32_t *, int64_t, int32_t *))
+    const matmul *m, int64_t tile, float (*round_one)(const float *, int64_t, int32_t *, int64_t, int32_t *))
 {
     int64_t blocks = m->inputs / m->block, stride = m->tile_rows;
     for (int64_t b = 0; b < blocks; b++) { /* the words of all rows lie side by side */
         for (int64_t r = 0; r < stride; r++) {
-            int64_t row = tile * stride + r < m->rows ? tile * stride + r : m->rows - 1; /* what is too much: any row */
+            int64_t row = tile * stride + r < m->rows ? tile * stride + r : m->rows - 1; /* behind the last one: any */
             int64_t at = (tile * blocks + b) * stride + r;
             int32_t *words = m->words + (tile * m->inputs + b * m->block) / WORD * stride + r;
-            m->steps[at] = round(m->x + row * m->inputs + b * m->block, m->block, words, stride, m->shifts + at);
+            m->steps[at] = round_one(m->x + row * m->inputs + b * m->block, m->block, words, stride, m->shifts + at);
         }
     }
 }
@@ -104,29 +105,29 @@ static inline void round_rows(
 /* What any CPU computes: a row with a panel. */
 static void add_panel(const matmul *m, int64_t row, int64_t panel, float sums[PANEL])
 {
-        int64_t blocks = m->inputs / m->block, pairs = m->block / (2 * WORD);
-        int64_t tile = row / m->tile_rows, r = row % m->tile_rows;
-        for (int64_t b = 0; b < blocks; b++) {
-            int64_t at = (tile * blocks + b) * m->tile_rows + r;
-            int32_t whole[PANEL];
+    int64_t blocks = m->inputs / m->block, pairs = m->block / (2 * WORD);
+    int64_t tile = row / m->tile_rows, r = row % m->tile_rows;
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t at = (tile * blocks + b) * m->tile_rows + r;
+        int32_t whole[PANEL];
+        for (int n = 0; n < PANEL; n++)
+            whole[n] = m->shifts[at];
+        for (int64_t p = 0; p < pairs; p++) {
+            const uint8_t *packed = m->weights + ((panel * blocks + b) * pairs + p) * PANEL * WORD;
+            const int32_t *word = m->words + (tile * m->inputs / WORD + (b * pairs + p) * 2) * m->tile_rows + r;
+            int8_t low[WORD], high[WORD];
+            memcpy(low, word, sizeof low);
+            memcpy(high, word + m->tile_rows, sizeof high);
             for (int n = 0; n < PANEL; n++)
-                whole[n] = m->shifts[at];
-            for (int64_t p = 0; p < pairs; p++) {
-                const uint8_t *packed = m->weights + ((panel * blocks + b) * pairs + p) * PANEL * WORD;
-                const int32_t *word = m->words + (tile * m->inputs / WORD + (b * pairs + p) * 2) * m->tile_rows + r;
-                int8_t low[WORD], high[WORD];
-                memcpy(low, word, sizeof low);
-                memcpy(high, word + m->tile_rows, sizeof high);
-                for (int n = 0; n < PANEL; n++)
-                    for (int i = 0; i < WORD; i++)
-                        whole[n] += (packed[n * WORD + i] & 15) * low[i] + (packed[n * WORD + i] >> 4) * high[i];
-            }
-            for (int n = 0; n < PANEL; n++)
-                sums[n] += whole[n] * (m->scales[(panel * blocks + b) * PANEL + n] * m->steps[at]);
+                for (int i = 0; i < WORD; i++)
+                    whole[n] += (packed[n * WORD + i] & 15) * low[i] + (packed[n * WORD + i] >> 4) * high[i];
         }
+        for (int n = 0; n < PANEL; n++)
+            sums[n] += whole[n] * (m->scales[(panel * blocks + b) * PANEL + n] * m->steps[at]);
+    }
 }
 
-static void multiply_group(const matmul *m, int64_t panel)
+static void multiply_panels(const matmul *m, int64_t panel)
 {
     int64_t first = panel / (1 + m->gated) * PANEL, count = m->outputs - first < PANEL ? m->outputs - first : PANEL;
     for (int64_t row = 0; row < m->rows; row++) {
@@ -146,9 +147,8 @@ static void multiply_group(const matmul *m, int64_t panel)
 
 #define WIDE 16 /* values of fp32 in a register */
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,fma")))
-static const float FACTORIALS[] = {1, 1, 1.f / 2, 1.f / 6, 1.f / 24, 1.f / 120}; /* their reciprocals */
-#define NEAR 1024  /* of the second cache */
-#define AHEAD 2048 /* bytes of weights that are asked for before they are needed, beyond where a page ends too */
+#define AHEAD 2048 /* bytes that are asked for before they are needed, of weights in memory, where a page ends too, */
+#define NEAR 1024  /* and of what lies in the second cache */
 
 /* `do` for each row of a tile. Sums have names of their own, and the product is written out, because compilers move the
  * elements of an array, and what the intrinsic gives, between registers and memory in every step. */
@@ -221,9 +221,7 @@ FEW(1) FEW(2) FEW(3) FEW(4) FEW(5) FEW(6) FEW(7) FEW(8) FEW(9) FEW(10) FEW(11) F
 
 /* One tile with two panels, and a slab of inputs whose weights are unpacked: what waits for products. */
 #define BEGIN_PAIR(r) __m512i left##r = _mm512_set1_epi32(shifts[r]), right##r = left##r;
-#define ADD_PAIR(r)                  \
-    ADD_PRODUCTS(left##r, left, words[r]);   \
-    ADD_PRODUCTS(right##r, right, words[r]);
+#define ADD_PAIR(r) ADD_PRODUCTS(left##r, left, words[r]); ADD_PRODUCTS(right##r, right, words[r]);
 #define END_PAIR(r)                                                                                                          \
     {                                                                                                                        \
         float *sum = sums + 2 * PANEL * r;                                                                                   \
@@ -252,7 +250,8 @@ FEW(1) FEW(2) FEW(3) FEW(4) FEW(5) FEW(6) FEW(7) FEW(8) FEW(9) FEW(10) FEW(11) F
         }                                                                                                                    \
     }
 MANY(7) MANY(8) MANY(9) MANY(10) MANY(11) MANY(12)
-
+#define EACH_FEW {0, few_1, few_2, few_3, few_4, few_5, few_6, few_7, few_8, few_9, few_10, few_11, few_12}
+#define EACH_MANY {0, 0, 0, 0, 0, 0, 0, many_7, many_8, many_9, many_10, many_11, many_12} /* see matmul_plan */
 
 /* exp(x), by x = n ln 2 + r and the Taylor series of r up to the 6th power, which is exact to the last bit or two. */
 VNNI static inline __m512 exponential(__m512 x)
@@ -261,13 +260,14 @@ VNNI static inline __m512 exponential(__m512 x)
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x); /* ln 2 in two parts */
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 sum = _mm512_set1_ps(1.f / 720);
-    for (int i = 6; i > 0; i--)
-        sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(FACTORIALS[i - 1]));
+    static const float terms[] = {1, 1, 1.f / 2, 1.f / 6, 1.f / 24, 1.f / 120, 1.f / 720};
+    __m512 sum = _mm512_set1_ps(terms[6]);
+    for (int i = 5; i >= 0; i--)
+        sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(terms[i]));
     return _mm512_scalef_ps(sum, n);
 }
 
-/* The sums of a row with one or two panels, into y: of two that wait for the next slab, or whole ones. */
+/* Sums of a row with one or two panels, into y: whole ones if `is_last`, else to wait there for the next slab. */
 VNNI static inline void put(const matmul *m, int64_t row, int64_t panel, int64_t count, const float *sums, int is_last)
 {
     if (m->gated) {
@@ -285,9 +285,6 @@ VNNI static inline void put(const matmul *m, int64_t row, int64_t panel, int64_t
         _mm512_mask_storeu_ps(m->y + row * m->outputs + (panel + side) * PANEL, mask, result);
     }
 }
-
-#define EACH_FEW {0, few_1, few_2, few_3, few_4, few_5, few_6, few_7, few_8, few_9, few_10, few_11, few_12}
-#define EACH_MANY {0, 0, 0, 0, 0, 0, 0, many_7, many_8, many_9, many_10, many_11, many_12}
 
 VNNI static void unpack(const uint8_t *packed, int64_t inputs, uint8_t *unpacked)
 {
@@ -404,14 +401,5 @@ void matmul_multiply(const matmul *m, int64_t task)
     }
 #endif
     for (int64_t panel = first; panel < last; panel += 1 + m->gated)
-        multiply_group(m, panel);
-}
-
-const char *matmul_instructions(void)
-{
-#if defined(WIDE_PATH)
-    if (has_vnni())
-        return "AVX-512 VNNI";
-#endif
-    return "";
+        multiply_panels(m, panel);
 }

@@ -38,5 +38,3 @@ void matmul_place(matmul *m, void *memory);
 void matmul_round(const matmul *m, int64_t tile);
 /* Computes the outputs of one of `tasks`, once every tile is rounded. */
 void matmul_multiply(const matmul *m, int64_t task);
-/* The instructions that it is computed with. */
-const char *matmul_instructions(void);
