@@ -130,6 +130,8 @@ class Engine:
         Its bundles are built in the recipe's container, on the recipe's GPU.
     copies, head_copies : int
         How often it holds the weights of the decoder's layers, and of its head.
+    precisions : tuple of str
+        Of the decoder's weights, where it runs these alone.
     splits_attention : bool
         The decoder's attention is products of matrices: it holds their scores, and of a prompt a copy of the cache.
     abilities : frozenset of str
@@ -157,6 +159,7 @@ class Engine:
     in_container: ClassVar[bool] = False
     copies: ClassVar[int] = 1
     head_copies: ClassVar[int] = 1
+    precisions: ClassVar[tuple[str, ...]] = ()
     splits_attention: ClassVar[bool] = False
     abilities: ClassVar[frozenset[str]] = frozenset()
     reuses_prefixes: ClassVar[bool] = False
@@ -204,6 +207,10 @@ class Engine:
             raise InvalidRecipe(
                 f"decoder: {decoder.precision} weights compute in {decoder.compute} with head {decoder.head}; plain "
                 f"weights have compute {decoder.precision} and head compute"
+            )
+        if self.precisions and decoder.precision not in self.precisions:
+            raise InvalidRecipe(
+                f"decoder.precision: {decoder.precision} on {self.name}; choose {' or '.join(self.precisions)}"
             )
 
     def check_cache(self, recipe) -> None:

@@ -31,10 +31,14 @@ def open_graph(path: Path, threads: int | None, operators: Path | None = None) -
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def product(model: bytes, feeds: Mapping[str, np.ndarray], threads: int) -> Callable[[], object]:
-    """A run of an ONNX model, with kernels and options as ONNX Runtime chooses them."""
+def product(
+    model: bytes | str, feeds: Mapping[str, np.ndarray], threads: int, operators: Path | None = None
+) -> Callable[[], object]:
+    """A run of an ONNX model or file, with kernels and options as ONNX Runtime chooses them."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    if operators:
+        options.register_custom_ops_library(str(operators))
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return lambda: session.run(None, feeds)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from cxr_triton.engines.interface import Compiled, CpuEngine, Need
 from cxr_triton.engines.onnxruntime import ENGINE as ONNXRUNTIME
 from cxr_triton.engines.onnxruntime import OnnxRuntime
-from cxr_triton.errors import InvalidRecipe
 
 
 class OnnxRuntimeInt8(OnnxRuntime):
@@ -16,19 +15,13 @@ class OnnxRuntimeInt8(OnnxRuntime):
 
     name = "onnxruntime-int8"
     graphs = ("decoder",)
+    precisions = ("int4", "int4-awq")
     suffixes = (*ONNXRUNTIME.suffixes, "int8.onnx", "int8.onnx.data")
     copies = 3  # int8 is two of int4
     head_copies = 2  # as each of its graphs packs it
     splits_attention = True
     needs_recipe = True
     abilities = CpuEngine.abilities
-
-    def check_decoder(self, recipe) -> None:
-        super().check_decoder(recipe)
-        if recipe.decoder.precision not in ("int4", "int4-awq"):
-            raise InvalidRecipe(
-                f"decoder.precision: {recipe.decoder.precision} on {self.name}; choose int4 or int4-awq"
-            )
 
     def check_installed(self, versions) -> None:
         ONNXRUNTIME.check_installed(versions)

@@ -9,7 +9,6 @@ from pathlib import Path
 from cxr_triton.engines.interface import Compiled, Need
 from cxr_triton.engines.onnxruntime import ENGINE as ONNXRUNTIME
 from cxr_triton.engines.onnxruntime import OnnxRuntime
-from cxr_triton.errors import InvalidRecipe
 
 
 class OnnxRuntimeW4A8(OnnxRuntime):
@@ -17,6 +16,7 @@ class OnnxRuntimeW4A8(OnnxRuntime):
 
     name = "onnxruntime-w4a8"
     graphs = ("decoder",)
+    precisions = ("int4", "int4-awq")
     needs_recipe = True
 
     @property
@@ -24,13 +24,6 @@ class OnnxRuntimeW4A8(OnnxRuntime):
         from cxr_triton.engines.onnxruntime_w4a8 import library
 
         return super().is_installed and library.path() is not None
-
-    def check_decoder(self, recipe) -> None:
-        super().check_decoder(recipe)
-        if recipe.decoder.precision not in ("int4", "int4-awq"):
-            raise InvalidRecipe(
-                f"decoder.precision: {recipe.decoder.precision} on {self.name}; choose int4 or int4-awq"
-            )
 
     def check_installed(self, versions) -> None:
         ONNXRUNTIME.check_installed(versions)

@@ -8,15 +8,14 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 
-from cxr_triton.engines.onnxruntime.session import OrtDecoder
+from cxr_triton.engines.onnxruntime import session
 from cxr_triton.engines.onnxruntime_w4a8 import library
 from cxr_triton.engines.onnxruntime_w4a8.compiler import use_panels
 from cxr_triton.engines.rewrite import rewrite
 
 
-class W4A8Decoder(OrtDecoder):
+class W4A8Decoder(session.OrtDecoder):
     """The decoder of a bundle; see `OrtDecoder`.
 
     Raises
@@ -41,8 +40,4 @@ def product(model: bytes, feeds: Mapping[str, np.ndarray], threads: int) -> Call
         source, target = Path(folder, "source.onnx"), Path(folder, "target.onnx")
         onnx.save(graph, source, save_as_external_data=True, location=f"{source.name}.data", size_threshold=0)
         rewrite(source, target, use_panels)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.register_custom_ops_library(str(library.require()))
-        session = ort.InferenceSession(str(target), options, providers=["CPUExecutionProvider"])
-    return lambda: session.run(None, feeds)
+        return session.product(str(target), feeds, threads, library.require())

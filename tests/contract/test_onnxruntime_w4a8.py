@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cxr_triton.engines.build import build_bundle
 from cxr_triton.engines.bundle import Bundle
+from cxr_triton.engines.onnxruntime import ENGINE as ONNXRUNTIME
 from cxr_triton.engines.onnxruntime import int8
 from cxr_triton.engines.onnxruntime_w4a8 import ENGINE, compiler, library
 from cxr_triton.engines.onnxruntime_w4a8.compiler import DOMAIN, pack_panels, pack_scales
@@ -42,8 +43,8 @@ class Product:
         signed = self.values.astype(np.uint8) & 15
         if n % 2:  # two outputs share a byte of ONNX's int4
             signed = np.pad(signed, ((0, 0), (0, 1)))
-        packed = pack_int4((signed[:, 0::2] | (signed[:, 1::2] << 4)).ravel(), k, signed.shape[1])[:n]
-        self.packed, self.panel_scales = pack_panels(packed), pack_scales(self.scales.T)
+        self.by_column = pack_int4((signed[:, 0::2] | (signed[:, 1::2] << 4)).ravel(), k, signed.shape[1])[:n]
+        self.packed, self.panel_scales = pack_panels(self.by_column), pack_scales(self.scales.T)
 
     def of(self, x):
         """As its definition has it: rows rounded block by block to 127 steps, in double precision."""
@@ -87,6 +88,27 @@ def test_a_product_is_that_of_its_definition(size, rows):
         x = rows(count, product.k)
         expected = product.of(x)
         np.testing.assert_allclose(product.run(x), expected, atol=1e-3 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_product_is_that_of_the_operator_in_whose_place_it_stands(count, rows):
+    """`MatMulNBits` at accuracy 4, which rounds by the same blocks; as both are measured."""
+    product, x = Product(256, 48, 32), rows(count, 256)
+    sizes = {"K": 256, "N": 48, "bits": 4, "block_size": 32, "accuracy_level": 4}
+    graph = helper.make_graph(
+        [helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", **sizes)],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [
+            numpy_helper.from_array(product.by_column.reshape(48, 8, 16), "w"),
+            numpy_helper.from_array(np.ascontiguousarray(product.scales.T).ravel(), "s"),
+        ],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    (ours,), (theirs,) = (each.product(model, {"x": x}, "int4", 2)() for each in (ENGINE, ONNXRUNTIME))
+    np.testing.assert_allclose(ours, theirs, atol=1e-3 * np.abs(theirs).max())
 
 
 def test_a_row_is_the_same_bit_by_bit_whatever_others_and_threads_there_are(rows):

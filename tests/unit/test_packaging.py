@@ -68,6 +68,7 @@ def test_wheel_holds_every_file_of_the_folders_and_the_demonstration_model(wheel
         tracked = {path for path in listed.stdout.split() if (ROOT / path).is_file()}
         assert {package.replace(".", "/") + path.removeprefix(folder) for path in tracked} <= names
     assert {"cxr_triton/triton_repo/phantom/profile.yaml"} <= names
+    assert "cxr_triton/engines/onnxruntime_w4a8/products.abi3.so" in names, "compiled"
     assert {f"cxr_triton/triton_repo/phantom/checkpoint/{path.name}" for path in CHECKPOINT.iterdir()} <= names
 
 
